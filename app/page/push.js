@@ -1,0 +1,44 @@
+// What the page and its service worker share. A plain script: not every browser has modules in workers.
+
+/** Bytes as base64url without padding. */
+function base64url(bytes) {
+  const text = String.fromCharCode(...new Uint8Array(bytes ?? []));
+  return btoa(text).replaceAll("+", "-").replaceAll("/", "_").replace(/=+$/, "");
+}
+
+// When a browser renews a subscription by itself, `oldSubscription` is often null: the endpoint and the
+// secret that prove which one it was are kept here.
+
+function openStore() {
+  return new Promise((resolve, reject) => {
+    const request = indexedDB.open("perennial", 1);
+    request.onupgradeneeded = () => request.result.createObjectStore("push");
+    request.onsuccess = () => resolve(request.result);
+    request.onerror = () => reject(request.error);
+  });
+}
+
+async function withinStore(mode, work) {
+  const database = await openStore();
+  try {
+    return await new Promise((resolve, reject) => {
+      const transaction = database.transaction("push", mode);
+      const request = work(transaction.objectStore("push"));
+      transaction.oncomplete = () => resolve(request.result);
+      transaction.onerror = () => reject(transaction.error);
+      transaction.onabort = () => reject(transaction.error);
+    });
+  } finally {
+    database.close();
+  }
+}
+
+/** Keeps `{endpoint, auth, key}` of this browser's subscription; nothing, when there is none. */
+function remember(subscription) {
+  return withinStore("readwrite", (store) => (subscription ? store.put(subscription, "mine") : store.delete("mine")));
+}
+
+/** What was kept. */
+function remembered() {
+  return withinStore("readonly", (store) => store.get("mine"));
+}

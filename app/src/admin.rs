@@ -1,0 +1,190 @@
+//! The admin listener: probes, metrics, and what somebody on call asks first.
+//!
+//! | route | who | what |
+//! |---|---|---|
+//! | `GET /livez` | open | whether the serving threads run tasks |
+//! | `GET /readyz` | open | whether requests should be sent here, and why not |
+//! | `GET /startupz` | open | whether boot has ended |
+//! | `GET /metrics` | open | Prometheus |
+//! | `GET /build` | token* | what this binary is |
+//! | `GET /settings` | token* | every setting in effect, masked, and where it came from |
+//! | `GET /workers` | token* | what the workers are busy with |
+//! | `GET /modules` | token* | what each module says of itself |
+//!
+//! \* or anybody, when the listener is bound to loopback. The `Host` header is checked on these, so that a
+//! web page cannot reach them by a name of its own (DNS rebinding).
+//!
+//! It runs on the runtime that also stops the process: it answers to the very end, also when the runtime that
+//! serves does not run any more.
+
+use std::net::IpAddr;
+use std::sync::{Arc, OnceLock};
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::uri::Authority;
+use http::{HeaderMap, StatusCode, Uri, header};
+use perennial_server::health::Health;
+use perennial_server::http::problem::Problem;
+use perennial_server::http::{Listen, Peer, scope::Scope};
+use perennial_server::metrics::Metrics;
+use perennial_server::telemetry::Telemetry;
+use perennial_workers::worker;
+use serde_json::{Map, Value, json};
+
+use crate::access::{Access, bearer};
+use crate::module::StatusFn;
+use crate::settings::Settings;
+
+/// What the admin listener knows. A cheap handle.
+#[derive(Clone)]
+pub(crate) struct Admin(Arc<Known>);
+
+struct Known {
+    health: Health,
+    metrics: Metrics,
+    telemetry: Arc<Telemetry>,
+    settings: Settings,
+    loopback: bool,
+    booted: OnceLock<Booted>,
+}
+
+/// What is known once boot has ended.
+pub(crate) struct Booted {
+    pub(crate) access: Access,
+    pub(crate) workers: worker::Status,
+    pub(crate) status: Vec<(&'static str, StatusFn)>,
+}
+
+impl Admin {
+    pub(crate) fn new(
+        health: Health,
+        metrics: Metrics,
+        telemetry: Arc<Telemetry>,
+        settings: Settings,
+        listen: &[Listen],
+    ) -> Self {
+        let loopback = listen.iter().all(is_loopback);
+        Self(Arc::new(Known { health, metrics, telemetry, settings, loopback, booted: OnceLock::new() }))
+    }
+
+    /// Boot has ended.
+    pub(crate) fn booted(&self, booted: Booted) {
+        let _ = self.0.booted.set(booted);
+    }
+
+    pub(crate) fn router(&self) -> Router {
+        let guarded = Router::new()
+            .route("/build", get(build))
+            .route("/settings", get(settings))
+            .route("/workers", get(workers))
+            .route("/modules", get(modules))
+            .layer(from_fn_with_state(self.clone(), guard));
+        Router::new()
+            .route("/livez", get(livez))
+            .route("/readyz", get(readyz))
+            .route("/startupz", get(startupz))
+            .route("/metrics", get(metrics))
+            .merge(guarded)
+            .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "there is nothing at this path") })
+            .with_state(self.clone())
+    }
+}
+
+async fn livez(State(Admin(known)): State<Admin>) -> Response {
+    probe(known.health.live().map_err(|reason| vec![reason]))
+}
+
+async fn readyz(State(Admin(known)): State<Admin>) -> Response {
+    probe(known.health.ready())
+}
+
+async fn startupz(State(Admin(known)): State<Admin>) -> Response {
+    let started = known.health.has_started();
+    probe(if started { Ok(()) } else { Err(vec!["starting".to_owned()]) })
+}
+
+fn probe(result: Result<(), Vec<String>>) -> Response {
+    match result {
+        Ok(()) => (StatusCode::OK, axum::Json(json!({ "status": "ok" }))).into_response(),
+        Err(reasons) => {
+            let body = json!({ "status": "unavailable", "reasons": reasons });
+            (StatusCode::SERVICE_UNAVAILABLE, axum::Json(body)).into_response()
+        }
+    }
+}
+
+async fn metrics(State(Admin(known)): State<Admin>) -> Response {
+    known.telemetry.publish();
+    ([(header::CONTENT_TYPE, "text/plain; version=0.0.4; charset=utf-8")], known.metrics.render())
+        .into_response()
+}
+
+async fn build() -> axum::Json<Value> {
+    axum::Json(
+        json!({ "name": "perennial", "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id() }),
+    )
+}
+
+async fn settings(State(Admin(known)): State<Admin>) -> Response {
+    axum::Json(known.settings.show()).into_response()
+}
+
+async fn workers(State(Admin(known)): State<Admin>) -> Response {
+    axum::Json(known.booted.get().map(|booted| booted.workers.busy()).unwrap_or_default()).into_response()
+}
+
+async fn modules(State(Admin(known)): State<Admin>) -> Response {
+    let status = known.booted.get().map(|booted| booted.status.as_slice()).unwrap_or_default();
+    let status: Map<String, Value> =
+        status.iter().map(|(name, status)| ((*name).to_owned(), status())).collect();
+    axum::Json(status).into_response()
+}
+
+/// Lets operators in, and nobody else.
+async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request, next: Next) -> Response {
+    if !is_own_name(request.headers(), request.uri(), scope.connection().peer) {
+        let detail = "wanted a Host header that names this machine: an address, or localhost";
+        return Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response();
+    }
+    if known.loopback {
+        return next.run(request).await;
+    }
+    let Some(booted) = known.booted.get() else {
+        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response();
+    };
+    match bearer(request.headers()) {
+        Some(token) if booted.access.is_admin(token) => next.run(request).await,
+        _ => Problem::new(StatusCode::UNAUTHORIZED, "wanted Authorization: Bearer <admin token>")
+            .into_response(),
+    }
+}
+
+/// Whether a request came to us by an address or by localhost: a page elsewhere can make a name of its own
+/// point here, but it cannot make the browser send another one.
+fn is_own_name(headers: &HeaderMap, uri: &Uri, peer: Peer) -> bool {
+    if peer == Peer::Unix {
+        return true;
+    }
+    let header = headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let Some(host) = header.or_else(|| uri.authority().map(Authority::as_str)) else {
+        return false;
+    };
+    let name =
+        host.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()).map_or(host, |(name, _)| name);
+    name == "localhost" || name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok()
+}
+
+fn is_loopback(listen: &Listen) -> bool {
+    match listen {
+        Listen::Unix(_) => true,
+        Listen::Http(address) | Listen::Https(address) => {
+            let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+            host == "localhost"
+                || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+        }
+    }
+}

@@ -1,0 +1,222 @@
+//! What the HTTP interfaces of all modules share: reading JSON strictly, and the one place where an error
+//! becomes a status.
+
+use std::error::Error as StdError;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{FromRequest, FromRequestParts, Request};
+use axum::response::{IntoResponse, Response};
+use http::request::Parts;
+use http::{StatusCode, header};
+use http_body_util::{BodyExt, LengthLimitError};
+use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::pool::sqlite;
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use serde_json::error::Category;
+use tracing::error;
+
+/// The result of a handler.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Why a handler did not do what it was asked.
+#[derive(Debug)]
+pub enum Error {
+    /// Something that the client can act on.
+    Problem(Problem),
+    /// The store did not do its part.
+    Store(sqlite::Error),
+    /// A mistake of ours.
+    Bug(anyhow::Error),
+}
+
+impl From<Problem> for Error {
+    fn from(problem: Problem) -> Self {
+        Self::Problem(problem)
+    }
+}
+
+impl From<FieldError> for Error {
+    fn from(error: FieldError) -> Self {
+        Self::Problem(error.into())
+    }
+}
+
+impl From<sqlite::Error> for Error {
+    fn from(error: sqlite::Error) -> Self {
+        Self::Store(error)
+    }
+}
+
+impl From<anyhow::Error> for Error {
+    fn from(error: anyhow::Error) -> Self {
+        Self::Bug(error)
+    }
+}
+
+impl IntoResponse for Error {
+    fn into_response(self) -> Response {
+        let error = match self {
+            Self::Problem(problem) => return problem.into_response(),
+            Self::Store(error) => {
+                let away =
+                    matches!(error, sqlite::Error::Busy(_) | sqlite::Error::Slow | sqlite::Error::Closed);
+                let error = anyhow::Error::from(error);
+                if away {
+                    error!(error = format!("{error:#}"), "the store is not available");
+                    return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the store is not available")
+                        .retry_after(Duration::from_secs(1))
+                        .into_response();
+                }
+                error
+            }
+            Self::Bug(error) => error,
+        };
+        error!(error = format!("{error:#}"), "a request failed");
+        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; the log has the reason")
+            .into_response()
+    }
+}
+
+/// 404 for something with an id.
+pub fn not_found(what: &str) -> Problem {
+    Problem::new(StatusCode::NOT_FOUND, format!("there is no such {what}"))
+}
+
+/// A JSON body, in and out. What does not fit is refused with the field's name: also fields that are not
+/// known, since a misspelt one would silently do nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Json<T>(pub T);
+
+impl<T: Serialize> IntoResponse for Json<T> {
+    fn into_response(self) -> Response {
+        axum::Json(self.0).into_response()
+    }
+}
+
+impl<T, S> FromRequest<S> for Json<T>
+where
+    T: DeserializeOwned,
+    S: Send + Sync,
+{
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _state: &S) -> std::result::Result<Self, Problem> {
+        let (parts, body) = request.into_parts();
+        let media_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+        let media_type = media_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
+        if !media_type.eq_ignore_ascii_case("application/json") {
+            let detail = "wanted Content-Type: application/json";
+            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
+        }
+        parse(&read(body).await?).map(Self)
+    }
+}
+
+/// The query of a URL. What does not fit is refused with the parameter's name.
+#[derive(Clone, Copy, Debug)]
+pub struct Query<T>(pub T);
+
+impl<T, S> FromRequestParts<S> for Query<T>
+where
+    T: DeserializeOwned,
+    S: Send + Sync,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, _state: &S) -> std::result::Result<Self, Problem> {
+        let query = axum::extract::Query::try_from_uri(&parts.uri);
+        query
+            .map(|axum::extract::Query(query)| Self(query))
+            .map_err(|rejection| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, rejection.body_text()))
+    }
+}
+
+async fn read(body: Body) -> std::result::Result<bytes::Bytes, Problem> {
+    match body.collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if is_too_long(&error) => {
+            Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, "the body is longer than server.body_limit"))
+        }
+        Err(_) => Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off")),
+    }
+}
+
+fn is_too_long(error: &(dyn StdError + 'static)) -> bool {
+    let mut cause = Some(error);
+    while let Some(error) = cause {
+        if error.is::<LengthLimitError>() {
+            return true;
+        }
+        cause = error.source();
+    }
+    false
+}
+
+fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Problem> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let parsed = serde_path_to_error::deserialize(&mut json);
+    let parsed = parsed.and_then(|value| {
+        json.end().map_err(|error| {
+            serde_path_to_error::Error::new(serde_path_to_error::Track::new().path(), error)
+        })?;
+        Ok(value)
+    });
+    parsed.map_err(|error| {
+        let path = error.path().to_string();
+        let error = error.into_inner();
+        if error.classify() != Category::Data {
+            return Problem::new(StatusCode::BAD_REQUEST, format!("the body is no JSON: {error}"));
+        }
+        // The place in the text follows the message; the field says it better.
+        let message = error.to_string();
+        let message = message.split(" at line ").next().unwrap_or_default();
+        FieldError::new(if path == "." { "body" } else { &path }, message).into()
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde::Deserialize;
+
+    use super::*;
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only parsing is of interest")]
+    struct Outer {
+        inner: Inner,
+    }
+
+    #[derive(Debug, Deserialize)]
+    #[serde(deny_unknown_fields)]
+    #[expect(dead_code, reason = "only parsing is of interest")]
+    struct Inner {
+        number: u8,
+    }
+
+    fn problem(body: &str) -> serde_json::Value {
+        serde_json::to_value(parse::<Outer>(body.as_bytes()).unwrap_err()).unwrap()
+    }
+
+    #[test]
+    fn a_body_that_does_not_fit_names_the_field() {
+        let unknown = problem(r#"{"inner": {"numbr": 1}}"#);
+        assert_eq!(unknown["errors"][0]["field"], "inner.numbr");
+        assert_eq!(unknown["errors"][0]["wanted"], "unknown field `numbr`, expected `number`");
+        let wrong = problem(r#"{"inner": {"number": 300}}"#);
+        assert_eq!(wrong["errors"][0]["field"], "inner.number");
+        assert_eq!(problem(r#"{"inner": {}}"#)["errors"][0]["field"], "inner");
+        assert_eq!(problem("[]")["status"], 422);
+    }
+
+    #[test]
+    fn a_body_that_is_no_json_names_the_place() {
+        for body in ["", "{", r#"{"inner": {"number": 1}} x"#] {
+            let problem = problem(body);
+            assert_eq!(problem["status"], 400, "{body}");
+            assert!(problem["detail"].as_str().unwrap().contains("line 1"), "{problem}");
+        }
+    }
+}

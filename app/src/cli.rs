@@ -1,0 +1,102 @@
+//! The command line.
+
+mod check;
+mod client;
+mod health;
+mod keys;
+mod notify;
+mod serve;
+mod sink;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::config::Config;
+use crate::module::{Blueprint, Configured};
+use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
+
+/// A long-lived application server: requests, jobs and web push in one process.
+#[derive(Debug, Parser)]
+#[command(name = "perennial", version)]
+struct Cli {
+    #[command(flatten)]
+    settings: SettingsArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// Where settings come from, for every command.
+#[derive(Args, Clone, Debug)]
+struct SettingsArgs {
+    /// A TOML file with settings
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting; may be given several times
+    #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+}
+
+#[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
+enum Command {
+    /// Serve until SIGTERM or Ctrl-C (what happens without a command)
+    Serve,
+    /// Check the settings and print those in effect, and where each came from
+    Check,
+    /// The keys: VAPID and API
+    #[command(subcommand)]
+    Keys(keys::Keys),
+    /// Ask the running server whether it is ready; the exit code says it
+    Health(health::Health),
+    /// Send a notification through the running server, and follow it to the last delivery
+    Notify(notify::Notify),
+    /// A local push service: gives out subscriptions, and prints what it decrypts
+    Sink(sink::Sink),
+}
+
+/// Does what the command line says. Exit codes: 0 well done, 1 failed, 2 not understood or bad settings.
+pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
+    let cli = Cli::parse();
+    let sources = Sources { file: cli.settings.config, set: cli.settings.set, ..Sources::from_environment() };
+    let result = match cli.command.unwrap_or(Command::Serve) {
+        Command::Serve => return serve::serve(&sources, modules),
+        Command::Check => check::check(&sources, modules),
+        Command::Keys(keys) => keys.run(&sources, modules),
+        Command::Health(health) => health.run(&sources, modules),
+        Command::Notify(notify) => notify.run(&sources, modules),
+        Command::Sink(sink) => sink.run(&sources, modules),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => report(&error),
+    }
+}
+
+/// Prints an error for a person.
+fn report(error: &anyhow::Error) -> ExitCode {
+    eprintln!("perennial: {error:#}");
+    if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+}
+
+/// Merges the sources over the defaults of the host and of every module.
+fn load(sources: &Sources, modules: &[Blueprint]) -> Result<Settings, Problems> {
+    let defaults: Vec<&str> =
+        [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
+    Settings::load(&defaults, sources)
+}
+
+/// Reads all settings, those of the modules too.
+fn read(settings: &Settings, modules: &[Blueprint]) -> Result<(Config, Vec<Configured>), Problems> {
+    let mut reader = Reader::new(settings);
+    let config = Config::read(&mut reader);
+    let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
+    reader.finish()?;
+    Ok((config, configured))
+}
+
+/// A runtime for commands that talk to a server.
+fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future))
+}

@@ -1,0 +1,130 @@
+//! The running server, as commands talk to it.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, Uri, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client as HttpClient;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+
+use crate::data_dir::ADDRESSES;
+
+/// How long one request may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// The longest answer.
+const MAX_ANSWER: usize = 16 << 20;
+
+/// A client of one server.
+#[derive(Clone, Debug)]
+pub(super) struct Client {
+    base: String,
+    key: Option<String>,
+    http: HttpClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
+}
+
+/// An answer, whatever its status.
+#[derive(Debug)]
+pub(super) struct Answer {
+    pub(super) status: StatusCode,
+    pub(super) body: Value,
+}
+
+impl Client {
+    /// A client of the server at `base`, such as `http://127.0.0.1:8080`.
+    pub(super) fn new(base: &str, key: Option<String>) -> anyhow::Result<Self> {
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let tls = HttpsConnectorBuilder::new().with_provider_and_native_roots(provider);
+        let connector = tls.context("no certificate authorities")?.https_or_http().enable_http1().build();
+        let http = HttpClient::builder(TokioExecutor::new()).build(connector);
+        Ok(Self { base: base.trim_end_matches('/').to_owned(), key, http })
+    }
+
+    /// Asks, and takes any answer.
+    pub(super) async fn ask(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        extra: Option<(&str, &str)>,
+    ) -> anyhow::Result<Answer> {
+        let uri: Uri =
+            format!("{}{path}", self.base).parse().with_context(|| format!("{} is no URL", self.base))?;
+        let mut request = Request::builder().method(method).uri(uri);
+        if let Some(key) = &self.key {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        if body.is_some() {
+            request = request.header(header::CONTENT_TYPE, "application/json");
+        }
+        if let Some((name, value)) = extra {
+            request = request.header(name, value);
+        }
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = request.body(Full::new(Bytes::from(body)))?;
+        tokio::time::timeout(TIMEOUT, self.send(request))
+            .await
+            .with_context(|| format!("{} does not answer", self.base))?
+    }
+
+    async fn send(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
+        let response =
+            self.http.request(request).await.with_context(|| format!("cannot reach {}", self.base))?;
+        let status = response.status();
+        let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
+        let body = body.map_err(|error| anyhow::anyhow!(error)).context("the answer broke off")?.to_bytes();
+        Ok(Answer { status, body: serde_json::from_slice(&body).unwrap_or_default() })
+    }
+
+    /// Asks, and takes nothing but success.
+    pub(super) async fn call(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+    ) -> anyhow::Result<Value> {
+        self.call_with(method, path, body, None).await
+    }
+
+    /// The same with one more header.
+    pub(super) async fn call_with(
+        &self,
+        method: Method,
+        path: &str,
+        body: Option<&Value>,
+        extra: Option<(&str, &str)>,
+    ) -> anyhow::Result<Value> {
+        let Answer { status, body } = self.ask(method, path, body, extra).await?;
+        if status.is_success() {
+            return Ok(body);
+        }
+        let detail = body["detail"].as_str().unwrap_or_default();
+        let mut text = format!("{status}: {detail}");
+        for error in body["errors"].as_array().into_iter().flatten() {
+            let part = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
+            text.push_str(&format!("\n  {}: {}", part("field"), part("wanted")));
+        }
+        bail!(text)
+    }
+}
+
+/// An address of the server that runs on this data directory.
+pub(super) fn running(data_dir: &Path, listener: &str) -> anyhow::Result<String> {
+    let file = data_dir.join(ADDRESSES);
+    let not_running =
+        || format!("no server runs on {} ({} is not there)", data_dir.display(), file.display());
+    let addresses = std::fs::read_to_string(&file).with_context(not_running)?;
+    let addresses: Value =
+        serde_json::from_str(&addresses).with_context(|| format!("{} is no JSON", file.display()))?;
+    let listed = addresses[listener].as_array().into_iter().flatten().filter_map(Value::as_str);
+    let address = listed.filter(|address| !address.starts_with("unix:")).map(str::to_owned).next();
+    let address =
+        address.with_context(|| format!("the server has no {listener} address that this command can use"))?;
+    let address = if address.contains("://") { address } else { format!("http://{address}") };
+    Ok(address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
+}

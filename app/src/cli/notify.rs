@@ -1,0 +1,151 @@
+//! `perennial notify`.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use http::Method;
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::{Value, json};
+
+use super::client::{Client, running};
+use super::{block_on, load, read};
+use crate::data_dir::API_KEY;
+use crate::module::Blueprint;
+use crate::settings::Sources;
+
+/// How often to ask how far it has come.
+const POLL: Duration = Duration::from_millis(200);
+
+#[derive(Args, Debug)]
+pub(super) struct Notify {
+    #[command(flatten)]
+    to: To,
+    /// The title of the notification
+    #[arg(long, required_unless_present = "payload")]
+    title: Option<String>,
+    /// Its text
+    #[arg(long)]
+    body: Option<String>,
+    /// What a click opens
+    #[arg(long)]
+    link: Option<String>,
+    /// Instead of a notification: any JSON, or a text, for your own service worker
+    #[arg(long, conflicts_with_all = ["title", "body", "link"])]
+    payload: Option<String>,
+    /// How long push services keep it, in seconds
+    #[arg(long)]
+    ttl: Option<u32>,
+    /// very-low, low, normal or high
+    #[arg(long)]
+    urgency: Option<String>,
+    /// A later notification with the same topic replaces this one while it waits
+    #[arg(long)]
+    topic: Option<String>,
+    /// Makes repeating the command safe for 24 hours
+    #[arg(long, value_name = "TEXT")]
+    idempotency_key: Option<String>,
+    /// The server [default: the one that runs on data_dir]
+    #[arg(long)]
+    url: Option<String>,
+    /// A file with an API key [default: api.key in data_dir]
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<PathBuf>,
+}
+
+/// Whom it is for.
+#[derive(Args, Debug)]
+#[group(required = true, multiple = false)]
+struct To {
+    /// Every subscription
+    #[arg(long)]
+    all: bool,
+    /// Those of one user
+    #[arg(long)]
+    user: Option<String>,
+    /// Those whose tags fit: "news and fr and not muted"
+    #[arg(long)]
+    tags: Option<String>,
+    /// Those with these ids
+    #[arg(long, value_delimiter = ',', value_name = "ID")]
+    subscriptions: Option<Vec<i64>>,
+}
+
+impl Notify {
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+        let settings = load(sources, modules)?;
+        let (config, _) = read(&settings, modules)?;
+        let key_file = self.key_file.clone().unwrap_or_else(|| config.data_dir.join(API_KEY));
+        let key = std::fs::read_to_string(&key_file)
+            .with_context(|| format!("the API key in {} cannot be read", key_file.display()))?;
+        let base = match &self.url {
+            Some(url) => url.clone(),
+            None => running(&config.data_dir, "server")?,
+        };
+        let client = Client::new(&base, Some(key.trim().to_owned()))?;
+        block_on(self.send(&client))?
+    }
+
+    async fn send(&self, client: &Client) -> anyhow::Result<()> {
+        let request = self.request();
+        let idempotency_key = self.idempotency_key.as_deref().map(|key| ("idempotency-key", key));
+        let accepted = client.call_with(Method::POST, "/notify", Some(&request), idempotency_key).await?;
+        let id = accepted["id"].as_str().context("the answer has no id")?;
+        let progress = follow(client, id).await?;
+        println!("{id} {}", outcomes(&progress));
+        if let Some(error) = progress["error"].as_str() {
+            bail!("not everybody could be sent to: {error}");
+        }
+        Ok(())
+    }
+
+    fn request(&self) -> Value {
+        let to = match &self.to {
+            To { user: Some(user), .. } => json!({ "user": user }),
+            To { tags: Some(tags), .. } => json!({ "tags": tags }),
+            To { subscriptions: Some(ids), .. } => json!({ "subscriptions": ids }),
+            _ => json!({ "all": true }),
+        };
+        let mut request = json!({ "to": to });
+        if let Some(payload) = &self.payload {
+            // What is no JSON is a text.
+            request["payload"] = serde_json::from_str(payload).unwrap_or_else(|_| payload.as_str().into());
+        } else {
+            let given = [("title", &self.title), ("body", &self.body), ("url", &self.link)];
+            let given =
+                given.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value.as_ref()?))));
+            request["notification"] = Value::Object(given.collect());
+        }
+        let optional =
+            [("ttl", json!(self.ttl)), ("urgency", json!(self.urgency)), ("topic", json!(self.topic))];
+        for (name, value) in optional.into_iter().filter(|(_, value)| !value.is_null()) {
+            request[name] = value;
+        }
+        request
+    }
+}
+
+/// Shows a bar until the notification is done.
+async fn follow(client: &Client, id: &str) -> anyhow::Result<Value> {
+    let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}")?;
+    let bar = ProgressBar::new(0).with_style(style);
+    loop {
+        let progress = client.call(Method::GET, &format!("/notifications/{id}"), None).await?;
+        bar.set_length(progress["audience"].as_u64().unwrap_or_default());
+        bar.set_position(progress["decided"].as_u64().unwrap_or_default());
+        let eta = progress["eta_seconds"].as_u64().map(|eta| format!(", {eta} s left")).unwrap_or_default();
+        bar.set_message(format!("{:.0}/s{eta}", progress["rate"].as_f64().unwrap_or_default()));
+        if progress["state"] == "done" {
+            bar.finish_and_clear();
+            return Ok(progress);
+        }
+        tokio::time::sleep(POLL).await;
+    }
+}
+
+fn outcomes(progress: &Value) -> String {
+    let outcomes = progress["outcomes"].as_object().into_iter().flatten();
+    let outcomes: Vec<_> = outcomes.map(|(outcome, count)| format!("{outcome} {count}")).collect();
+    if outcomes.is_empty() { "nobody to send to".to_owned() } else { outcomes.join(", ") }
+}

@@ -1,0 +1,216 @@
+//! `perennial serve`: two runtimes, and who does what on them.
+//!
+//! The *control* runtime is this thread. It handles signals, answers the admin listener, and stops the
+//! process: it goes on when every thread of the other one is blocked. The *serving* runtime has all the
+//! others: it boots, and then runs requests and jobs.
+
+use std::io::{IsTerminal, Write};
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use perennial_server::drain::{self, Phase};
+use perennial_server::health::Health;
+use perennial_server::http::Server;
+use perennial_server::metrics::Metrics;
+use perennial_server::signal::{Signal, Signals};
+use perennial_server::tasks::Tasks;
+use perennial_server::telemetry::Telemetry;
+use tokio::runtime::{Builder, Runtime};
+use tracing::{error, info, warn};
+
+use super::{load, read, report};
+use crate::admin::{Admin, Booted};
+use crate::boot::{self, App};
+use crate::config::{self, Config};
+use crate::module::{Blueprint, Configured};
+use crate::settings::{Reader, Settings, Sources};
+use crate::stop::{Reason, stop};
+
+/// How long the threads of the serving runtime may take to end after everything on them has.
+const THREADS: Duration = Duration::from_secs(1);
+
+pub(super) fn serve(sources: &Sources, modules: &[Blueprint]) -> ExitCode {
+    let control = match Builder::new_current_thread().enable_all().build() {
+        Ok(control) => control,
+        Err(error) => return report(&error.into()),
+    };
+    let (code, serving) = control.block_on(async {
+        // Until the handlers are there, SIGTERM is sudden death.
+        let signals = match Signals::install().context("the signal handlers cannot be installed") {
+            Ok(signals) => signals,
+            Err(error) => return (report(&error), None),
+        };
+        match prepare(sources, modules) {
+            Ok(prepared) => prepared.run(signals).await,
+            Err(error) => (report(&error), None),
+        }
+    });
+    if let Some(serving) = serving {
+        serving.shutdown_timeout(THREADS);
+    }
+    code
+}
+
+/// Everything that must be right before anything is touched.
+struct Prepared {
+    sources: Sources,
+    modules: Vec<Blueprint>,
+    settings: Settings,
+    config: Config,
+    configured: Vec<Configured>,
+    telemetry: Arc<Telemetry>,
+    metrics: Metrics,
+    serving: Runtime,
+}
+
+fn prepare(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Prepared> {
+    let settings = load(sources, modules)?;
+    let (config, configured) = read(&settings, modules)?;
+    let telemetry = Arc::new(Telemetry::install(&config.telemetry)?);
+    let metrics = Metrics::install()?;
+    perennial_workers::metrics::describe();
+    raise_file_limit();
+    let serving = Builder::new_multi_thread()
+        .worker_threads(config.threads)
+        .thread_name("serving")
+        .enable_all()
+        .build()
+        .context("the threads cannot be started")?;
+    let (sources, modules) = (sources.clone(), modules.to_vec());
+    Ok(Prepared { sources, modules, settings, config, configured, telemetry, metrics, serving })
+}
+
+impl Prepared {
+    /// Serves until somebody says stop. Returns the runtime too: it must not be dropped in here.
+    async fn run(self, mut signals: Signals) -> (ExitCode, Option<Runtime>) {
+        let Self { sources, modules, settings, config, configured, telemetry, metrics, serving } = self;
+        let health = Health::new(config.health);
+        let (trigger, drain) = drain::channel();
+        // What must go on while everything else stops.
+        let (last, at_last) = drain::channel();
+        let attendants = Tasks::new(at_last.clone());
+
+        let admin =
+            match Server::bind(config.admin.clone()).await.context("the admin listener cannot be opened") {
+                Ok(admin) => admin,
+                Err(error) => return (report(&error), Some(serving)),
+            };
+        let admin_addresses = admin.addresses();
+        let known = Admin::new(
+            health.clone(),
+            metrics.clone(),
+            Arc::clone(&telemetry),
+            settings.clone(),
+            &config.admin.listen,
+        );
+        attendants.critical("admin", admin.run(known.router(), at_last.clone()));
+        attendants.contained("metrics upkeep", {
+            let at_last = at_last.clone();
+            move || metrics.clone().upkeep(at_last.clone())
+        });
+        {
+            let _on_serving = serving.enter();
+            let (health, at_last) = (health.clone(), at_last.clone());
+            attendants.contained("heartbeat", move || health.clone().heartbeat(at_last.clone()));
+        }
+
+        let phases = config.phases;
+        let migrations = boot::migrations(modules.iter().map(|module| module.migrations));
+        let mut booting =
+            serving.spawn(boot::boot(config, configured, migrations, admin_addresses, health.clone(), drain));
+        let booted = tokio::select! {
+            booted = &mut booting => Some(booted),
+            signal = first_stop(&mut signals) => {
+                info!(?signal, "stopped while booting");
+                None
+            }
+        };
+        let code = match booted {
+            None => {
+                booting.abort();
+                ExitCode::SUCCESS
+            }
+            Some(Err(panic)) => report(&anyhow::Error::from(panic)),
+            Some(Ok(Err(error))) => {
+                error!(error = format!("{error:#}"), "boot failed");
+                ExitCode::FAILURE
+            }
+            Some(Ok(Ok(app))) => {
+                known.booted(Booted {
+                    access: app.access.clone(),
+                    workers: app.workers.clone(),
+                    status: app.status.clone(),
+                });
+                greet(&app);
+                let reload = || reload(&sources, &modules, &settings, &telemetry);
+                let reason = serve_until(&app, &mut signals, reload).await;
+                stop(app, phases, &health, &trigger, &mut signals, reason).await
+            }
+        };
+        last.advance(Phase::Hard);
+        if tokio::time::timeout(THREADS, attendants.ended()).await.is_err() {
+            warn!(tasks = ?attendants.abort(), "left behind");
+        }
+        (code, Some(serving))
+    }
+}
+
+/// Waits for a reason to leave.
+async fn serve_until(app: &App, signals: &mut Signals, reload: impl Fn()) -> Reason {
+    loop {
+        tokio::select! {
+            death = app.tasks.died() => return Reason::Death(death),
+            signal = signals.next() => match signal {
+                Signal::Reload => reload(),
+                signal => return Reason::Signal(signal),
+            },
+        }
+    }
+}
+
+async fn first_stop(signals: &mut Signals) -> Signal {
+    loop {
+        match signals.next().await {
+            Signal::Reload => info!("nothing to reload while booting"),
+            signal => return signal,
+        }
+    }
+}
+
+/// SIGHUP: reads the settings again, applies what can be applied, and says what could not.
+fn reload(sources: &Sources, modules: &[Blueprint], running: &Settings, telemetry: &Telemetry) {
+    let settings = match load(sources, modules) {
+        Ok(settings) => settings,
+        Err(problems) => return error!(%problems, "nothing was reloaded"),
+    };
+    let mut reader = Reader::new(&settings);
+    let config = config::telemetry(&mut reader);
+    if let Err(problems) = reader.finish() {
+        return error!(%problems, "nothing was reloaded");
+    }
+    telemetry.set_filter(&config.filter);
+    let later: Vec<&str> =
+        settings.changed_from(running).into_iter().filter(|key| *key != "telemetry.log").collect();
+    info!(needs_a_restart = ?later, "reloaded telemetry.log");
+}
+
+/// Tells a person at a terminal where to go. Whatever is said here is not in any log.
+fn greet(app: &App) {
+    let mut out = std::io::stdout();
+    if out.is_terminal() {
+        for line in &app.announcements {
+            let _ = writeln!(out, "{line}");
+        }
+    }
+}
+
+/// Every connection is an open file, and the usual limit of 1024 is for programs that are not servers.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, "the limit of open files stays as it is");
+    }
+}

@@ -1,0 +1,150 @@
+//! The host's settings as the types that its components want.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use perennial_server::health;
+use perennial_server::http::{self, Listen, tls};
+use perennial_server::telemetry;
+use perennial_workers::worker;
+
+use crate::settings::{Reader, Size};
+use crate::stop::Phases;
+
+const MILLISECOND: Duration = Duration::from_millis(1);
+const DAY: Duration = Duration::from_secs(24 * 3600);
+
+/// Everything that boot needs to know, besides what modules need.
+#[derive(Debug)]
+pub(crate) struct Config {
+    pub(crate) data_dir: PathBuf,
+    pub(crate) threads: usize,
+    pub(crate) server: http::Config,
+    pub(crate) admin: http::Config,
+    pub(crate) health: health::Config,
+    pub(crate) store: Store,
+    pub(crate) worker: worker::Config,
+    pub(crate) phases: Phases,
+    pub(crate) telemetry: telemetry::Config,
+}
+
+/// The embedded store.
+#[derive(Debug)]
+pub(crate) struct Store {
+    /// A relative path is inside the data directory.
+    pub(crate) file: PathBuf,
+    pub(crate) readers: usize,
+    pub(crate) wait: Duration,
+}
+
+impl Config {
+    pub(crate) fn read(settings: &mut Reader<'_>) -> Self {
+        let server = server(settings);
+        Self {
+            data_dir: settings.get("data_dir"),
+            threads: threads(settings),
+            admin: admin(settings, &server),
+            server,
+            health: health::Config {
+                stall_after: settings.duration("admin.stall_after", MILLISECOND..=DAY),
+                unready_after: settings.duration("admin.unready_after", MILLISECOND..=DAY),
+            },
+            store: store(settings),
+            worker: worker(settings),
+            phases: Phases {
+                notice: settings.get("drain.notice"),
+                soft: settings.get("drain.soft"),
+                hard: settings.get("drain.hard"),
+            },
+            telemetry: telemetry(settings),
+        }
+    }
+}
+
+pub(crate) fn telemetry(settings: &mut Reader<'_>) -> telemetry::Config {
+    telemetry::Config {
+        filter: settings.parse("telemetry.log", "a level such as info, or info,perennial_workers=debug"),
+        format: settings.parse("telemetry.format", "auto, text or json"),
+    }
+}
+
+fn threads(settings: &mut Reader<'_>) -> usize {
+    match settings.number("server.threads", 0..=1024) {
+        // With one thread, a handler that forgets to wait stops everything.
+        0_usize => std::thread::available_parallelism().map_or(2, usize::from).max(2),
+        threads => threads,
+    }
+}
+
+fn server(settings: &mut Reader<'_>) -> http::Config {
+    let listen = listen(settings, "server.listen");
+    let cert_file: Option<PathBuf> = settings.get("server.tls.cert_file");
+    let key_file: Option<PathBuf> = settings.get("server.tls.key_file");
+    let tls = match (cert_file, key_file) {
+        (Some(cert_file), Some(key_file)) => Some(tls::Config { cert_file, key_file }),
+        (None, None) => {
+            if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
+                settings.refuse::<()>(
+                    "server.tls.cert_file",
+                    "a certificate, since server.listen has an https address",
+                );
+            }
+            None
+        }
+        (Some(_), None) => settings.refuse("server.tls.key_file", "the key of the certificate"),
+        (None, Some(_)) => settings.refuse("server.tls.cert_file", "the certificate of the key"),
+    };
+    http::Config {
+        listen,
+        tls,
+        max_connections: settings.number("server.max_connections", 1..=1_000_000),
+        handshake_timeout: settings.duration("server.handshake_timeout", MILLISECOND..=DAY),
+        idle_timeout: settings.duration("server.idle_timeout", MILLISECOND..=DAY),
+        request_timeout: settings.duration("server.request_timeout", MILLISECOND..=DAY),
+        body_limit: settings.get::<Size>("server.body_limit").0,
+        trust_request_id: settings.get("server.trust_request_id"),
+    }
+}
+
+/// The admin listener needs no settings of its own for what it is asked: little, by few.
+fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
+    let listen = listen(settings, "admin.listen");
+    if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
+        settings.refuse::<()>("admin.listen", "addresses without https://");
+    }
+    http::Config { listen, tls: None, max_connections: 256, ..server.clone() }
+}
+
+fn listen(settings: &mut Reader<'_>, key: &str) -> Vec<Listen> {
+    let listen = settings.parse_list(key, "host:port, https://host:port or unix:/path");
+    if listen.is_empty() {
+        settings.refuse::<()>(key, "at least one address");
+    }
+    listen
+}
+
+fn store(settings: &mut Reader<'_>) -> Store {
+    let wanted = "sqlite:FILE";
+    let file = settings.read_with("store.url", wanted, |value| {
+        value.as_str()?.strip_prefix("sqlite:").filter(|file| !file.is_empty()).map(PathBuf::from)
+    });
+    settings.read_with("queue.url", "store", |value| (value.as_str()? == "store").then_some(()));
+    Store {
+        file,
+        readers: settings.number("store.readers", 1..=64),
+        wait: settings.duration("store.wait", MILLISECOND..=DAY),
+    }
+}
+
+fn worker(settings: &mut Reader<'_>) -> worker::Config {
+    let config = worker::Config {
+        name: format!("{}@{}", std::process::id(), rustix::system::uname().nodename().to_string_lossy()),
+        lease: settings.duration("queue.lease", MILLISECOND..=DAY),
+        renew_every: settings.duration("queue.renew_every", MILLISECOND..=DAY),
+        poll: settings.duration("queue.poll", MILLISECOND..=DAY),
+    };
+    if config.renew_every * 3 > config.lease {
+        settings.refuse::<()>("queue.lease", "at least three times queue.renew_every");
+    }
+    config
+}

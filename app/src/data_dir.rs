@@ -1,0 +1,133 @@
+//! The directory that the process owns: the embedded store, the keys, the lock.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+/// The embedded store.
+pub const STORE: &str = "perennial.db";
+/// The first API key.
+pub const API_KEY: &str = "api.key";
+/// The token of the admin listener.
+pub const ADMIN_TOKEN: &str = "admin.token";
+/// The VAPID key pair.
+pub const VAPID_KEY: &str = "vapid.pem";
+/// The addresses that the running server listens on.
+pub const ADDRESSES: &str = "addresses.json";
+const LOCK: &str = "perennial.lock";
+
+/// Why the directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another process has it.
+    #[error("{} is in use by another process{}; stop it, or set data_dir to another directory", .path.display(), holder(.pid))]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// The process, if it left its number.
+        pid: String,
+    },
+    /// A file in it cannot be read or written.
+    #[error("cannot use {}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+fn holder(pid: &str) -> String {
+    if pid.is_empty() { String::new() } else { format!(" (process {pid})") }
+}
+
+/// The directory, locked: no other process uses it while this value lives.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    _lock: File,
+}
+
+impl DataDir {
+    /// Makes the directory if it is missing, readable for its owner only, and locks it.
+    ///
+    /// # Errors
+    /// When another process has it, or it cannot be made.
+    pub fn lock(path: &Path) -> Result<Self, Error> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))?;
+        let lock_path = path.join(LOCK);
+        let mut lock = OpenOptions::new()
+            .create(true)
+            .truncate(false)
+            .read(true)
+            .write(true)
+            .mode(0o600)
+            .open(&lock_path)
+            .map_err(at(&lock_path))?;
+        match lock.try_lock() {
+            Ok(()) => {}
+            Err(TryLockError::WouldBlock) => {
+                let mut pid = String::new();
+                let _ = lock.read_to_string(&mut pid);
+                return Err(Error::InUse { path: path.to_owned(), pid: pid.trim().to_owned() });
+            }
+            Err(TryLockError::Error(source)) => return Err(at(&lock_path)(source)),
+        }
+        // Only for the message above: the lock itself is the kernel's, and ends with the process.
+        let number = format!("{}\n", std::process::id());
+        lock.set_len(0).and_then(|()| lock.write_all(number.as_bytes())).map_err(at(&lock_path))?;
+        Ok(Self { path: path.to_owned(), _lock: lock })
+    }
+
+    /// The path of a file in it.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The text of a secret file; it is made from `make` when it is missing. True when it was.
+    ///
+    /// # Errors
+    /// When it can be neither read nor written.
+    pub fn secret(&self, name: &str, make: impl FnOnce() -> String) -> Result<(String, bool), Error> {
+        let path = self.join(name);
+        match fs::read_to_string(&path) {
+            Ok(text) => Ok((text.trim_end().to_owned(), false)),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let text = make();
+                self.write(name, &format!("{}\n", text.trim_end()))?;
+                Ok((text.trim_end().to_owned(), true))
+            }
+            Err(source) => Err(at(&path)(source)),
+        }
+    }
+
+    /// Writes a file, readable for its owner only, so that it is there whole or not at all.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, name: &str, text: &str) -> Result<(), Error> {
+        let path = self.join(name);
+        let draft = self.join(format!("{name}.new"));
+        let write = || {
+            let mut file =
+                OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&draft, &path)?;
+            // The name is as much worth as the content.
+            File::open(&self.path)?.sync_all()
+        };
+        write().map_err(at(&path))
+    }
+
+    /// Removes a file if it is there.
+    pub fn remove(&self, name: &str) {
+        let _ = fs::remove_file(self.join(name));
+    }
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::File { path, source }
+}

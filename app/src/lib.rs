@@ -1,0 +1,49 @@
+//! Perennial: a long-lived application server.
+//!
+//! It boots once and then serves: requests, jobs and web push run as tasks of one process, over shared pools,
+//! and leave together when SIGTERM comes. The binary hosts web push; other applications are hosted by writing
+//! a [`module::Module`] and a `main` of three lines.
+//!
+//! ARCHITECTURE.md in the repository has the map and the walk of one push and of one SIGTERM.
+
+pub mod access;
+mod admin;
+pub mod api;
+mod boot;
+mod cli;
+mod config;
+pub mod data_dir;
+pub mod module;
+pub mod push;
+pub mod settings;
+pub mod sink;
+mod stop;
+
+use std::process::ExitCode;
+
+use module::{Blueprint, Module};
+
+/// The program: a host, and the modules that it hosts.
+#[derive(Clone, Debug, Default)]
+pub struct Perennial {
+    modules: Vec<Blueprint>,
+}
+
+impl Perennial {
+    /// A host with nothing to host yet.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Hosts a module.
+    #[must_use]
+    pub fn host<M: Module>(mut self) -> Self {
+        self.modules.push(Blueprint::of::<M>());
+        self
+    }
+
+    /// Does what the command line says.
+    pub fn main(self) -> ExitCode {
+        cli::main(&self.modules)
+    }
+}

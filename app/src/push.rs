@@ -1,0 +1,317 @@
+//! The hosted application: web push. It comes in through the same [`Module`] as any other.
+//!
+//! ```text
+//! subscriptions.rs  POST /subscriptions ─► store
+//! notify.rs         POST /notify ────────► store + job, one transaction ─► 202
+//! fanout.rs           push.fan_out: the audience, cut into ranges of ids
+//! deliver.rs          push.deliver: one range, sent, checkpointed
+//! progress.rs       GET /notifications/{id} ◄── store
+//! ```
+
+mod audience;
+mod deliver;
+mod fanout;
+mod limits;
+mod metrics;
+mod notify;
+mod outcome;
+mod page;
+mod progress;
+mod store;
+mod subscriptions;
+mod tags;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use axum::extract::FromRef;
+use ipnet::IpNet;
+use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Sender, VapidKey};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::json;
+use tracing::warn;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::access::{Access, Scope, SiteId};
+use crate::data_dir::{DataDir, VAPID_KEY};
+use crate::module::{Host, Module};
+use crate::settings::Reader;
+use limits::Limits;
+use progress::Progress;
+use store::Store;
+
+/// Cuts audiences into batches.
+const FAN_OUT_QUEUE: &str = "push-fan-out";
+/// Sends the batches of big notifications.
+const BULK_QUEUE: &str = "push";
+/// Sends small notifications, and what is tried again: never behind a big one.
+const SMALL_QUEUE: &str = "push-small";
+/// How many audiences are cut at once.
+const FAN_OUTS: usize = 4;
+/// What is tried again goes after what is tried first.
+const RETRY_PRIORITY: i16 = 100;
+/// How long the page's token is good for.
+const PAGE_TOKEN: Duration = Duration::from_secs(3600);
+
+const SECOND: Duration = Duration::from_secs(1);
+const MILLISECOND: Duration = Duration::from_millis(1);
+const HOUR: Duration = Duration::from_secs(3600);
+/// The longest time to live that every push service grants: 28 days.
+const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
+
+/// The module, with its settings read.
+#[derive(Debug)]
+pub struct Push {
+    config: Config,
+    sender: perennial_webpush::Config,
+    limits: limits::Config,
+}
+
+/// What the routes and jobs need to know.
+#[derive(Debug)]
+struct Config {
+    page: bool,
+    origins: Vec<String>,
+    public_tags: Vec<String>,
+    user_secret: Option<SecretString>,
+    ttl: Duration,
+    attempts: u32,
+    batch: usize,
+    window: usize,
+    batches: usize,
+    small_batches: usize,
+    small_audience: u64,
+    checkpoint_every: Duration,
+    checkpoint_sends: usize,
+}
+
+/// Everything that routes and jobs work with.
+#[derive(Debug)]
+pub(crate) struct Application {
+    config: Config,
+    store: Store,
+    access: Access,
+    sender: Sender,
+    vapid: VapidKey,
+    vapid_id: i64,
+    limits: Limits,
+    progress: Progress,
+    in_flight: notify::InFlight,
+}
+
+/// A cheap handle on it.
+pub(crate) type Tools = Arc<Application>;
+
+impl FromRef<Tools> for Access {
+    fn from_ref(tools: &Tools) -> Self {
+        tools.access.clone()
+    }
+}
+
+impl Module for Push {
+    const NAME: &'static str = "push";
+    const DEFAULTS: &'static str = include_str!("../../config/push.toml");
+    const MIGRATIONS: &'static [&'static str] = store::MIGRATIONS;
+
+    fn configure(settings: &mut Reader<'_>) -> Self {
+        Self {
+            config: config(settings),
+            sender: sender(settings),
+            limits: limits::Config {
+                address_burst: settings.number("push.address_burst", 1..=1_000_000),
+                address_per_minute: settings.number("push.address_per_minute", 1..=100_000_000),
+                site_burst: settings.number("push.site_burst", 1..=1_000_000),
+                site_per_minute: settings.number("push.site_per_minute", 1..=100_000_000),
+            },
+        }
+    }
+
+    async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+        if self.sender.contact.is_none() {
+            warn!("push.contact is not set: Apple refuses messages without one");
+        }
+        metrics::describe();
+        let store = Store::new(host.store.clone(), host.queue.clone());
+        let vapid = vapid_key(&host.data_dir, &store).await?;
+        let vapid_id = store.vapid_key(SiteId::DEFAULT.0, *vapid.public_bytes()).await?;
+        let orphans = store.made_with_other_keys(vapid_id).await?;
+        if orphans > 0 {
+            warn!(
+                subscriptions = orphans,
+                "made with another VAPID key: push services will refuse ours for them"
+            );
+        }
+        let sender = Sender::new(self.sender).context("the sender cannot be made")?;
+        let application = Arc::new(Application {
+            config: self.config,
+            store,
+            access: host.access.clone(),
+            sender: sender.clone(),
+            vapid,
+            vapid_id,
+            limits: Limits::new(self.limits),
+            progress: Progress::default(),
+            in_flight: notify::InFlight::default(),
+        });
+
+        host.routes(routes(&application));
+        host.serve_queue(FAN_OUT_QUEUE, FAN_OUTS);
+        host.serve_queue(BULK_QUEUE, application.config.batches);
+        host.serve_queue(SMALL_QUEUE, application.config.small_batches);
+        host.job::<fanout::FanOut>(Arc::clone(&application));
+        host.job::<deliver::Deliver>(Arc::clone(&application));
+        host.task("push limits", {
+            let (application, drain) = (Arc::clone(&application), host.drain.clone());
+            move || Arc::clone(&application).forget_limits(drain.clone())
+        });
+        host.status(Self::NAME, {
+            let application = Arc::clone(&application);
+            move || json!({ "vapid_key": application.vapid.public_key(), "addresses_limited": application.limits.len() })
+        });
+        if application.config.page {
+            let token = host.access.issue(&[Scope::Subscribe, Scope::Notify, Scope::Read], PAGE_TOKEN);
+            host.announce(move |base| {
+                format!(
+                    "Open this page, good for an hour, and send yourself a notification:\n  {base}/#key={}",
+                    token.expose_secret()
+                )
+            });
+        }
+        host.at_close(async move { sender.close().await });
+        Ok(())
+    }
+}
+
+impl Application {
+    /// Forgets the addresses that have kept within their limits, until nothing new is taken.
+    async fn forget_limits(
+        self: Arc<Self>,
+        drain: perennial_server::drain::Drain,
+    ) -> Result<(), std::convert::Infallible> {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(limits::FORGET_EVERY) => self.limits.forget(),
+                () = drain.soft() => return Ok(()),
+            }
+        }
+    }
+}
+
+fn routes(application: &Tools) -> OpenApiRouter {
+    let from_pages = OpenApiRouter::new()
+        .routes(routes!(subscriptions::key))
+        .routes(routes!(subscriptions::subscribe, subscriptions::unsubscribe, subscriptions::list))
+        .layer(subscriptions::cors(&application.config.origins));
+    let mut routes = OpenApiRouter::new()
+        .merge(from_pages)
+        .routes(routes!(subscriptions::one, subscriptions::delete))
+        .routes(routes!(notify::notify))
+        .routes(routes!(progress::list))
+        .routes(routes!(progress::one));
+    if application.config.page {
+        routes = routes.merge(page::routes().into());
+    }
+    routes.with_state(Arc::clone(application))
+}
+
+/// The key pair in the data directory. A first one is made, but never a second: whoever lost the first has
+/// lost its subscribers, and should hear of it.
+async fn vapid_key(data_dir: &DataDir, store: &Store) -> anyhow::Result<VapidKey> {
+    let file = data_dir.join(VAPID_KEY);
+    if !file.exists() && store.has_subscriptions().await? {
+        anyhow::bail!(
+            "{} is missing, and the stored subscriptions were made with it: restore the file, \
+             or delete the subscriptions with the store",
+            file.display()
+        );
+    }
+    ensure_vapid_key(data_dir)
+}
+
+/// Reads the key pair, or makes it.
+pub(crate) fn ensure_vapid_key(data_dir: &DataDir) -> anyhow::Result<VapidKey> {
+    let file = data_dir.join(VAPID_KEY);
+    let new = VapidKey::generate()?.to_pem()?;
+    let (pem, made) = data_dir.secret(VAPID_KEY, || new)?;
+    if made {
+        tracing::info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
+    }
+    VapidKey::from_pem(&pem).with_context(|| format!("{} cannot be used", file.display()))
+}
+
+fn config(settings: &mut Reader<'_>) -> Config {
+    let origins = settings.read_with(
+        "sites.default.origins",
+        "a list of origins such as https://www.example.com",
+        |value| {
+            let origins = <Vec<String> as crate::settings::Setting>::read(value)?;
+            origins.iter().all(|origin| subscriptions::is_origin(origin)).then_some(origins)
+        },
+    );
+    let public_tags = settings.read_with("sites.default.public_tags", "a list of tags", |value| {
+        let tags = <Vec<String> as crate::settings::Setting>::read(value)?;
+        tags.iter().all(|tag| tags::is_tag(tag)).then_some(tags)
+    });
+    Config {
+        page: settings.get("push.page"),
+        origins,
+        public_tags,
+        user_secret: settings.secret_file("sites.default.user_secret_file"),
+        ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
+        attempts: settings.number("push.attempts", 1..=100),
+        batch: settings.number("push.batch", 1..=100_000),
+        window: settings.number("push.window", 1..=10_000),
+        batches: settings.number("push.batches", 1..=1000),
+        small_batches: settings.number("push.small_batches", 1..=1000),
+        small_audience: settings.number("push.small_audience", 0..=10_000),
+        checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
+        checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
+    }
+}
+
+fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
+    let contact = settings.parse_optional::<Contact>("push.contact", &ContactError::Form.to_string());
+    if contact.is_none() && settings.get("push.contact_required") {
+        settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
+    }
+    perennial_webpush::Config {
+        policy: Policy {
+            hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
+            networks: settings.parse_list::<IpNet>("push.allow_networks", "networks such as 10.1.0.0/16"),
+            insecure: settings.get("push.allow_insecure"),
+        },
+        contact,
+        http: settings.read_with("push.http", "auto, 1 or 2", |value| {
+            match value.to_string().trim_matches('"') {
+                "auto" => Some(HttpVersion::Auto),
+                "1" => Some(HttpVersion::One),
+                "2" => Some(HttpVersion::Two),
+                _ => None,
+            }
+        }),
+        extra_ca_file: settings.get("push.extra_ca_file"),
+        resolve: settings.read_with(
+            "push.resolve",
+            "a list of { host = \"name\", addresses = [\"192.0.2.7\"] }",
+            pins,
+        ),
+        connections: settings.number("push.connections", 1..=1000),
+        streams: settings.number("push.streams", 1..=10_000),
+        http1_connections: settings.number("push.http1_connections", 1..=10_000),
+        connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
+        timeout: settings.duration("push.timeout", SECOND..=HOUR),
+    }
+}
+
+fn pins(value: &toml::Value) -> Option<Vec<Pin>> {
+    let pin = |pin: &toml::Value| {
+        let host = pin.get("host")?.as_str()?.to_owned();
+        let addresses = pin.get("addresses")?.as_array()?;
+        let addresses =
+            addresses.iter().map(|address| address.as_str()?.parse().ok()).collect::<Option<Vec<_>>>()?;
+        (!addresses.is_empty()).then_some(Pin { host, addresses })
+    };
+    value.as_array()?.iter().map(pin).collect()
+}

@@ -1,0 +1,54 @@
+//! Whom a notification is for.
+
+use rusqlite::types::Value;
+use serde::{Deserialize, Serialize};
+
+use super::tags::Expression;
+
+/// The audience of a notification, as it is stored.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub(crate) enum Audience {
+    /// Every subscription of the site.
+    All,
+    /// Those of one user.
+    User(String),
+    /// Those of several users.
+    Users(Vec<String>),
+    /// Those whose tags make an expression true.
+    Tags(String),
+    /// Those with these ids.
+    Subscriptions(Vec<i64>),
+    /// Those that came with the notification, and are stored with it.
+    Inline,
+}
+
+impl Audience {
+    /// A condition on `subscriptions`, its parameters appended to `parameters`.
+    pub(crate) fn to_sql(&self, parameters: &mut Vec<Value>) -> String {
+        match self {
+            Self::All => "TRUE".to_owned(),
+            Self::User(user) => {
+                parameters.push(Value::Text(user.clone()));
+                "user = ?".to_owned()
+            }
+            Self::Users(users) => {
+                parameters.push(json(users));
+                "user IN (SELECT value FROM json_each(?))".to_owned()
+            }
+            // It was read when the notification was accepted.
+            Self::Tags(text) => Expression::parse(text)
+                .map_or_else(|_| "FALSE".to_owned(), |expression| expression.to_sql(parameters)),
+            Self::Subscriptions(ids) => {
+                parameters.push(json(ids));
+                "id IN (SELECT value FROM json_each(?))".to_owned()
+            }
+            // They are in another table.
+            Self::Inline => "FALSE".to_owned(),
+        }
+    }
+}
+
+fn json(list: &impl Serialize) -> Value {
+    Value::Text(serde_json::to_string(list).unwrap_or_else(|_| "[]".to_owned()))
+}

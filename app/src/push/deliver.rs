@@ -1,0 +1,358 @@
+//! The job that sends to one batch, and writes down how far it has come.
+//!
+//! ```text
+//!           low_id                     the newest that was begun
+//!  ───────────┼──────────────────────────────┼───────────────────►  members, by id
+//!   recorded  │ begun: in flight, or ended   │  not begun
+//!             │ (those that ended: `above`)  │
+//! ```
+//!
+//! Sends run side by side and end in any order. A checkpoint records the outcomes of those that have ended
+//! since the last one, together with the highest id below which all are recorded, in one transaction under
+//! the job's epoch. No more than `push.checkpoint.sends` are begun and not recorded, so that a crash repeats
+//! at most so many; and none is counted twice, since what is recorded is never sent again.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
+use jiff::Timestamp;
+use perennial_server::backoff::Backoff;
+use perennial_server::pool::sqlite;
+use perennial_webpush::{Keys, Message, Payload, Report, Urgency, Verdict};
+use perennial_workers::job::Stopped;
+use perennial_workers::{Context, Fate, Job, NewJob, Options};
+use serde::{Deserialize, Serialize};
+use tokio::time::{Instant, sleep, sleep_until};
+use tracing::{debug, info};
+
+use super::fanout::BUDGET;
+use super::outcome::Outcome;
+use super::store::{Batch, Checkpoint, Deferred, Member, Part};
+use super::{Tools, metrics};
+
+/// Between two attempts for one subscription, unless its push service says otherwise.
+const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(900));
+/// How long sends that are in flight may take when the job must stop. What is cut off is sent again.
+const LAST_SENDS: Duration = Duration::from_secs(2);
+/// Between two attempts to record while the store is busy.
+const BUSY: Duration = Duration::from_millis(100);
+
+/// See the module. The batch has the id of its job.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Deliver {}
+
+impl Deliver {
+    pub(crate) fn job(queue: &'static str, priority: i16) -> perennial_workers::queue::Result<NewJob> {
+        Ok(NewJob::new(&Self {})?.queue(queue).priority(priority))
+    }
+}
+
+impl Job for Deliver {
+    const KIND: &'static str = "push.deliver";
+    type Tools = Tools;
+
+    fn options() -> Options {
+        // A thousand sends to a service that answers nobody take batch / window times push.timeout.
+        Options {
+            queue: super::BULK_QUEUE,
+            timeout: Duration::from_secs(1800),
+            budget: BUDGET,
+            ..Options::default()
+        }
+    }
+
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+        let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else {
+            return Ok(Fate::Done);
+        };
+        let members = tools.store.members(&batch).await?;
+        Round::new(&tools, &context, batch, members)?.run().await
+    }
+
+    async fn give_up(&self, context: Context, tools: Tools, _reason: String) -> anyhow::Result<()> {
+        let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else { return Ok(()) };
+        let left = tools.store.members(&batch).await?.len();
+        let checkpoint =
+            Checkpoint { outcomes: vec![(Outcome::Failed, left)], finished: true, ..Checkpoint::default() };
+        tools.store.checkpoint(&batch, context.epoch, checkpoint).await?;
+        Ok(())
+    }
+}
+
+/// One run of the job.
+struct Round<'a> {
+    tools: &'a Tools,
+    context: &'a Context,
+    batch: Arc<Batch>,
+    message: Arc<Message>,
+    waiting: std::vec::IntoIter<Member>,
+    /// The highest id that was begun.
+    newest: i64,
+    in_flight: BTreeSet<i64>,
+    /// Ended, and above the lowest that is in flight.
+    above: BTreeSet<i64>,
+    /// Ended since the last checkpoint.
+    ended: Vec<Ended>,
+    /// Begun, and in no checkpoint that was committed.
+    unrecorded: usize,
+    totals: BTreeMap<Outcome, usize>,
+}
+
+/// What came of one send.
+struct Ended {
+    id: i64,
+    endpoint: String,
+    report: Report,
+}
+
+/// What becomes of one member.
+enum Result {
+    Decided(Outcome),
+    Later(Duration),
+}
+
+impl<'a> Round<'a> {
+    fn new(
+        tools: &'a Tools,
+        context: &'a Context,
+        batch: Batch,
+        members: Vec<Member>,
+    ) -> anyhow::Result<Self> {
+        let mut round = Self {
+            tools,
+            context,
+            message: Arc::new(message(&batch)?),
+            newest: batch.low_id,
+            above: batch.above.iter().copied().collect(),
+            in_flight: BTreeSet::new(),
+            ended: Vec::new(),
+            unrecorded: 0,
+            totals: BTreeMap::new(),
+            waiting: Vec::new().into_iter(),
+            batch: Arc::new(batch),
+        };
+        round.note_deleted(&members);
+        round.waiting = members.into_iter();
+        Ok(round)
+    }
+
+    /// Members that were tried before and have been deleted since had ended, as it turns out.
+    fn note_deleted(&mut self, members: &[Member]) {
+        let Part::Ids(ids) = &self.batch.part else { return };
+        let found: BTreeSet<i64> = members.iter().map(|member| member.id).collect();
+        let deleted = ids.iter().filter(|id| **id > self.batch.low_id && !found.contains(id));
+        for id in deleted.copied().collect::<Vec<_>>() {
+            if self.above.insert(id) {
+                let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
+                self.ended.push(Ended { id, endpoint: String::new(), report });
+                self.unrecorded += 1;
+            }
+        }
+    }
+
+    async fn run(mut self) -> anyhow::Result<Fate> {
+        let limit = self.tools.config.checkpoint_sends;
+        let every = self.tools.config.checkpoint_every;
+        let mut sends = FuturesUnordered::new();
+        let mut saving = None;
+        let mut due = Instant::now() + every;
+        let mut stopping = false;
+        let mut cut = pin!(sleep(Duration::MAX));
+        loop {
+            while !stopping && sends.len() < self.tools.config.window && self.unrecorded < limit {
+                self.context.check()?;
+                let Some(member) = self.waiting.next() else { break };
+                sends.push(self.begin(member));
+            }
+            let idle = sends.is_empty();
+            if idle && saving.is_none() && (stopping || self.waiting.len() == 0) {
+                break;
+            }
+            let full =
+                self.ended.len() * 2 >= limit || idle || (Instant::now() >= due && !self.ended.is_empty());
+            if full && saving.is_none() {
+                let (count, checkpoint) = self.checkpoint(false);
+                saving = Some(Box::pin(save(
+                    self.tools,
+                    self.context,
+                    Arc::clone(&self.batch),
+                    checkpoint,
+                    count,
+                )));
+                due = Instant::now() + every;
+            }
+            let timed = saving.is_none() && !self.ended.is_empty();
+            let saved = async {
+                match saving.as_mut() {
+                    Some(saving) => saving.await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                Some(ended) = sends.next() => self.note(ended),
+                count = saved => {
+                    self.unrecorded -= count?;
+                    saving = None;
+                }
+                () = sleep_until(due), if timed => {}
+                () = self.context.cancel.cancelled(), if !stopping => {
+                    stopping = true;
+                    cut.set(sleep(LAST_SENDS));
+                }
+                () = cut.as_mut(), if stopping => {
+                    // Those in flight may have been taken; nobody knows, and so they are sent again.
+                    sends.clear();
+                }
+            }
+        }
+        self.end(!stopping).await
+    }
+
+    /// Begins to send to one member.
+    fn begin(&mut self, member: Member) -> impl Future<Output = Ended> + use<> {
+        self.newest = member.id;
+        self.in_flight.insert(member.id);
+        self.unrecorded += 1;
+        let (tools, message) = (Arc::clone(self.tools), Arc::clone(&self.message));
+        async move {
+            let report = send(&tools, &member, &message).await;
+            Ended { id: member.id, endpoint: member.endpoint, report }
+        }
+    }
+
+    fn note(&mut self, ended: Ended) {
+        self.in_flight.remove(&ended.id);
+        self.above.insert(ended.id);
+        self.ended.push(ended);
+    }
+
+    /// What to record now, and how many members it is about.
+    fn checkpoint(&mut self, finished: bool) -> (usize, Checkpoint) {
+        let low_id = self.in_flight.first().map_or(self.newest, |first| first - 1);
+        self.above.retain(|id| *id > low_id);
+        let count = self.ended.len();
+        let mut outcomes = BTreeMap::<Outcome, usize>::new();
+        let mut later = BTreeMap::<u64, Vec<i64>>::new();
+        let mut gone = Vec::new();
+        // One draw for all that failed together and were asked for nothing else: one job, not hundreds.
+        let usual = RETRY.jittered(self.batch.attempt + 1);
+        for Ended { id, endpoint, report } in std::mem::take(&mut self.ended) {
+            match self.decide(&report, usual) {
+                Result::Decided(outcome) => {
+                    *outcomes.entry(outcome).or_default() += 1;
+                    if outcome == Outcome::Gone && !endpoint.is_empty() {
+                        gone.push((id, endpoint));
+                    }
+                }
+                Result::Later(wait) => later.entry(wait.as_secs() + 1).or_default().push(id),
+            }
+        }
+        for (outcome, count) in &outcomes {
+            *self.totals.entry(*outcome).or_default() += count;
+        }
+        let deferred = later.into_iter().filter_map(|(seconds, ids)| self.defer(seconds, ids)).collect();
+        let above = self.above.iter().copied().collect();
+        let outcomes = outcomes.into_iter().collect();
+        (count, Checkpoint { low_id, above, outcomes, ended: gone, deferred, finished })
+    }
+
+    fn decide(&self, report: &Report, usual: Duration) -> Result {
+        if let Some(outcome) = Outcome::of(report.verdict) {
+            return Result::Decided(outcome);
+        }
+        if self.batch.attempt + 1 >= self.tools.config.attempts {
+            return Result::Decided(Outcome::Unreachable);
+        }
+        let wait = match report.verdict {
+            Verdict::Retry { after: Some(after), .. } => after.max(RETRY.base),
+            _ => usual,
+        };
+        if self.age() + wait > self.batch.ttl {
+            return Result::Decided(Outcome::Expired);
+        }
+        Result::Later(wait)
+    }
+
+    /// Since the members were tried first.
+    fn age(&self) -> Duration {
+        age(&self.batch)
+    }
+
+    fn defer(&self, seconds: u64, ids: Vec<i64>) -> Option<Deferred> {
+        let job = Deliver::job(super::SMALL_QUEUE, super::RETRY_PRIORITY).ok()?;
+        let job = job.at(Timestamp::now() + Duration::from_secs(seconds));
+        Some(Deferred { ids, job, attempt: self.batch.attempt + 1, first_sent_at: self.batch.first_sent_at })
+    }
+
+    /// Records the rest, and that the batch is finished if it is.
+    async fn end(mut self, finished: bool) -> anyhow::Result<Fate> {
+        let (_, checkpoint) = self.checkpoint(finished);
+        save(self.tools, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
+        let totals: Vec<_> =
+            self.totals.iter().map(|(outcome, count)| format!("{} {count}", outcome.as_str())).collect();
+        info!(notification = %self.batch.notification, outcomes = totals.join(", "), finished, "batch sent");
+        Ok(if finished { Fate::Done } else { Fate::HandBack })
+    }
+}
+
+/// Sends to one member.
+async fn send(tools: &Tools, member: &Member, message: &Message) -> Report {
+    let forbidden = |detail: String| Report { verdict: Verdict::Forbidden, status: None, detail };
+    let began = Instant::now();
+    // Checked when it was stored; the policy may have changed since.
+    let report =
+        match (tools.sender.policy().check(&member.endpoint), Keys::from_bytes(&member.p256dh, &member.auth))
+        {
+            (Ok(endpoint), Ok(keys)) => tools.sender.send(&endpoint, &keys, message, &tools.vapid).await,
+            (Err(error), _) => forbidden(error.to_string()),
+            (_, Err(error)) => forbidden(error.to_string()),
+        };
+    metrics::sent(report.verdict, began.elapsed());
+    if report.verdict != Verdict::Delivered {
+        debug!(subscription = member.id, verdict = ?report.verdict, status = report.status, detail = report.detail, "not delivered");
+    }
+    report
+}
+
+/// Writes a checkpoint, again while the store is busy, and returns `count`.
+async fn save(
+    tools: &Tools,
+    context: &Context,
+    batch: Arc<Batch>,
+    checkpoint: Checkpoint,
+    count: usize,
+) -> anyhow::Result<usize> {
+    loop {
+        match tools.store.checkpoint(&batch, context.epoch, checkpoint.clone()).await {
+            Ok(true) => {
+                let decided: usize = checkpoint.outcomes.iter().map(|(_, count)| count).sum();
+                tools.progress.record(batch.notification, decided);
+                return Ok(count);
+            }
+            Ok(false) => return Err(Stopped::Lapsed.into()),
+            Err(sqlite::Error::Busy(_)) if context.lease.is_held() => sleep(BUSY).await,
+            // It may have been written or not: the next run reads which.
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn age(batch: &Batch) -> Duration {
+    let age = Timestamp::now().as_millisecond() - batch.first_sent_at;
+    Duration::from_millis(u64::try_from(age).unwrap_or_default())
+}
+
+/// The message, its time to live shortened by the time that its members have waited.
+fn message(batch: &Batch) -> anyhow::Result<Message> {
+    let payload = Payload::new(batch.payload.clone())?;
+    let urgency: Urgency = batch.urgency.parse()?;
+    let message = Message::new(payload).ttl(batch.ttl.saturating_sub(age(batch))).urgency(urgency);
+    Ok(match &batch.topic {
+        Some(topic) => message.topic(&topic.parse()?),
+        None => message,
+    })
+}

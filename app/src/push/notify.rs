@@ -1,0 +1,363 @@
+//! `POST /notify`: checked, stored together with the job that begins it, and only then accepted.
+
+use std::collections::{BTreeMap, HashSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use aws_lc_rs::digest;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, StatusCode, header};
+use perennial_server::http::problem::{FieldError, Problem};
+use perennial_webpush::{Payload, Topic, Urgency};
+use perennial_workers::NewJob;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+use tracing::info;
+use utoipa::ToSchema;
+use uuid::Uuid;
+
+use super::audience::Audience;
+use super::deliver::Deliver;
+use super::fanout::FanOut;
+use super::store::{Accepted, Idempotency, NewNotification, Recipient};
+use super::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is_user};
+use super::tags::Expression;
+use super::{BULK_QUEUE, MAX_TTL, SMALL_QUEUE, Tools, metrics};
+use crate::access::{Authorized, Notify};
+use crate::api::{Json, Result};
+
+/// The most users in one audience.
+const MAX_USERS: usize = 1000;
+/// The most ids in one audience.
+const MAX_IDS: usize = 10_000;
+/// The most subscriptions that come with a notification.
+const MAX_INLINE: usize = 1000;
+/// How many errors of one request are listed.
+const MAX_ERRORS: usize = 20;
+/// The longest idempotency key.
+const MAX_IDEMPOTENCY_KEY: usize = 255;
+
+/// A notification, and whom it is for.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct NotifyRequest {
+    to: To,
+    /// What the browser shows: `title`, and any option of `showNotification`; `url` is opened by a click
+    #[schema(value_type = Option<Object>, example = json!({"title": "Hello", "body": "World", "url": "/news"}))]
+    notification: Option<Map<String, Value>>,
+    /// Instead: any JSON, or a text, for your own service worker. An empty text is sent without a body.
+    payload: Option<Value>,
+    /// How long push services keep it for a device that is away, in seconds: 0 to 2419200
+    ttl: Option<i64>,
+    /// very-low, low, normal or high
+    #[schema(example = "normal")]
+    urgency: Option<String>,
+    /// A later notification with the same topic replaces this one while it waits
+    topic: Option<String>,
+}
+
+/// Whom a notification is for.
+#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[serde(rename_all = "snake_case")]
+pub(super) enum To {
+    /// Every subscription: `true`
+    All(bool),
+    /// Those of one user
+    User(String),
+    /// Those of up to 1000 users
+    Users(Vec<String>),
+    /// Those whose tags fit: `news and fr and not muted`
+    Tags(String),
+    /// Up to 10000 ids
+    Subscriptions(Vec<i64>),
+    /// Up to 1000 subscriptions that are not stored
+    Push(Vec<PushSubscription>),
+}
+
+/// A notification that was accepted.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Notified {
+    id: Uuid,
+    #[schema(example = "queued")]
+    status: &'static str,
+    /// An estimate of how many subscriptions it is for
+    audience: u64,
+}
+
+/// Sends a notification
+///
+/// Needs a key with the scope `notify`. With 202 it is stored and will be sent, whatever happens to this
+/// process; its progress is at `Location`. An `Idempotency-Key` makes repeating the request safe for 24 hours.
+#[utoipa::path(
+    post, path = "/notify", request_body = NotifyRequest,
+    params(("Idempotency-Key" = Option<String>, Header)),
+    responses((status = ACCEPTED, body = Notified))
+)]
+pub(super) async fn notify(
+    Authorized { caller, .. }: Authorized<Notify>,
+    State(tools): State<Tools>,
+    headers: HeaderMap,
+    Json(request): Json<NotifyRequest>,
+) -> Result<Response> {
+    let idempotency = idempotency(&headers, &caller.key, &request)?;
+    let _only_one = match &idempotency {
+        Some(promise) => Some(tools.in_flight.enter(&promise.api_key, &promise.key)?),
+        None => None,
+    };
+    let id = Uuid::now_v7();
+    let Checked { audience, recipients, payload, ttl, urgency, topic } = check(&tools, id, request).await?;
+
+    let (estimate, watermark) = if audience == Audience::Inline {
+        (recipients.len() as u64, i64::try_from(recipients.len()).unwrap_or(i64::MAX))
+    } else {
+        tools.store.estimate(caller.site.0, audience.clone()).await?
+    };
+    let direct = audience == Audience::Inline || estimate <= tools.config.small_audience;
+    let priority = priority(urgency);
+    let job = if estimate <= tools.config.small_audience {
+        Deliver::job(SMALL_QUEUE, priority)
+    } else if direct {
+        Deliver::job(BULK_QUEUE, priority)
+    } else {
+        NewJob::new(&FanOut { notification: id, priority }).map(|job| job.priority(priority))
+    };
+    let new = NewNotification {
+        id,
+        site: caller.site.0,
+        audience,
+        recipients,
+        payload,
+        ttl,
+        urgency: urgency.as_str(),
+        topic,
+        estimate,
+        watermark,
+        job: job.map_err(anyhow::Error::from)?,
+        direct,
+        idempotency,
+    };
+    match tools.store.accept(new).await? {
+        Accepted::Now => {
+            metrics::accepted();
+            info!(notification = %id, audience = estimate, "accepted");
+            Ok(accepted(id, estimate))
+        }
+        Accepted::Before(id, estimate) => Ok(accepted(id, estimate)),
+        Accepted::Conflict => {
+            let detail = "this Idempotency-Key was used for another request";
+            Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail).into())
+        }
+    }
+}
+
+fn accepted(id: Uuid, audience: u64) -> Response {
+    let body = axum::Json(Notified { id, status: "queued", audience });
+    (StatusCode::ACCEPTED, [(header::LOCATION, format!("/notifications/{id}"))], body).into_response()
+}
+
+/// Lower goes first.
+fn priority(urgency: Urgency) -> i16 {
+    match urgency {
+        Urgency::High => 0,
+        Urgency::Normal => 10,
+        Urgency::Low => 20,
+        Urgency::VeryLow => 30,
+    }
+}
+
+/// Idempotency keys of requests that are being accepted now.
+#[derive(Clone, Debug, Default)]
+pub(super) struct InFlight(Arc<Mutex<HashSet<(String, String)>>>);
+
+/// One of them; gone when it drops.
+struct Entered {
+    in_flight: InFlight,
+    key: (String, String),
+}
+
+impl InFlight {
+    fn enter(&self, api_key: &str, key: &str) -> std::result::Result<Entered, Problem> {
+        let key = (api_key.to_owned(), key.to_owned());
+        if self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone()) {
+            return Ok(Entered { in_flight: self.clone(), key });
+        }
+        let detail = "a request with this Idempotency-Key is being accepted just now";
+        Err(Problem::new(StatusCode::CONFLICT, detail).retry_after(Duration::from_secs(1)))
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        self.in_flight.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+    }
+}
+
+fn idempotency(
+    headers: &HeaderMap,
+    api_key: &str,
+    request: &NotifyRequest,
+) -> std::result::Result<Option<Idempotency>, Problem> {
+    let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
+    let key = key.to_str().ok().filter(|key| !key.is_empty() && key.len() <= MAX_IDEMPOTENCY_KEY);
+    let wanted =
+        || FieldError::new("Idempotency-Key", format!("1 to {MAX_IDEMPOTENCY_KEY} printable characters"));
+    let key = key.ok_or_else(wanted)?.to_owned();
+    // Of what was understood, not of the bytes: white space and the order of fields do not matter.
+    let canonical = serde_json::to_value(request).unwrap_or_default().to_string();
+    let mut fingerprint = [0; 32];
+    fingerprint.copy_from_slice(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
+    Ok(Some(Idempotency { api_key: api_key.to_owned(), key, fingerprint }))
+}
+
+/// A request in which everything is as wanted.
+struct Checked {
+    audience: Audience,
+    recipients: Vec<Recipient>,
+    payload: Vec<u8>,
+    ttl: Duration,
+    urgency: Urgency,
+    topic: Option<String>,
+}
+
+async fn check(tools: &Tools, id: Uuid, request: NotifyRequest) -> std::result::Result<Checked, Problem> {
+    let mut errors = Vec::new();
+    let (audience, recipients) = audience(tools, request.to, &mut errors).await;
+    let payload = payload(id, request.notification, request.payload, &mut errors);
+    let ttl = match request.ttl {
+        None => tools.config.ttl,
+        Some(seconds) => {
+            u64::try_from(seconds).ok().map(Duration::from_secs).filter(|ttl| *ttl <= MAX_TTL).unwrap_or_else(
+                || {
+                    errors.push(FieldError::new("ttl", format!("seconds from 0 to {}", MAX_TTL.as_secs())));
+                    Duration::ZERO
+                },
+            )
+        }
+    };
+    let urgency =
+        request.urgency.map(|urgency| urgency.parse::<Urgency>()).transpose().unwrap_or_else(|error| {
+            errors.push(FieldError::new("urgency", error.to_string()));
+            None
+        });
+    if let Some(Err(error)) = request.topic.as_ref().map(|topic| topic.parse::<Topic>()) {
+        errors.push(FieldError::new("topic", error.to_string()));
+    }
+    if !errors.is_empty() {
+        errors.truncate(MAX_ERRORS);
+        return Err(Problem::invalid(errors));
+    }
+    Ok(Checked {
+        audience,
+        recipients,
+        payload,
+        ttl,
+        urgency: urgency.unwrap_or_default(),
+        topic: request.topic,
+    })
+}
+
+async fn audience(tools: &Tools, to: To, errors: &mut Vec<FieldError>) -> (Audience, Vec<Recipient>) {
+    let mut wanted = |field: String, wanted: String| errors.push(FieldError::new(field, wanted));
+    let audience = match to {
+        To::All(all) => {
+            if !all {
+                wanted("to.all".to_owned(), "true".to_owned());
+            }
+            Audience::All
+        }
+        To::User(user) => {
+            if !is_user(&user) {
+                wanted("to.user".to_owned(), USER_WANTED.to_owned());
+            }
+            Audience::User(user)
+        }
+        To::Users(users) => {
+            if users.is_empty() || users.len() > MAX_USERS {
+                wanted("to.users".to_owned(), format!("1 to {MAX_USERS} user ids"));
+            }
+            for (index, _) in users.iter().enumerate().filter(|(_, user)| !is_user(user)) {
+                wanted(format!("to.users[{index}]"), USER_WANTED.to_owned());
+            }
+            Audience::Users(users)
+        }
+        To::Tags(text) => {
+            if let Err(error) = Expression::parse(&text) {
+                errors.push(FieldError::new("to.tags", error.wanted).at(error.position));
+            }
+            Audience::Tags(text)
+        }
+        To::Subscriptions(ids) => {
+            if ids.is_empty() || ids.len() > MAX_IDS {
+                wanted("to.subscriptions".to_owned(), format!("1 to {MAX_IDS} ids"));
+            }
+            Audience::Subscriptions(ids)
+        }
+        To::Push(subscriptions) => {
+            if subscriptions.is_empty() || subscriptions.len() > MAX_INLINE {
+                wanted("to.push".to_owned(), format!("1 to {MAX_INLINE} subscriptions"));
+                return (Audience::Inline, Vec::new());
+            }
+            return (Audience::Inline, inline(tools, &subscriptions, errors).await);
+        }
+    };
+    (audience, Vec::new())
+}
+
+/// Checks subscriptions that are not stored, and the addresses of each host once.
+async fn inline(
+    tools: &Tools,
+    subscriptions: &[PushSubscription],
+    errors: &mut Vec<FieldError>,
+) -> Vec<Recipient> {
+    let mut hosts = BTreeMap::new();
+    let mut recipients = Vec::new();
+    for (index, subscription) in subscriptions.iter().enumerate() {
+        let field = format!("to.push[{index}]");
+        if let Some((endpoint, keys)) = check_subscription(tools, &field, subscription, errors) {
+            recipients.push(Recipient { endpoint: endpoint.as_str().to_owned(), keys });
+            hosts.entry(endpoint.host().to_owned()).or_insert((field, endpoint));
+        }
+    }
+    for (field, endpoint) in hosts.into_values() {
+        if let Err(error) = tools.sender.check_addresses(&endpoint).await {
+            errors.push(FieldError::new(format!("{field}.endpoint"), error.to_string()));
+        }
+    }
+    recipients
+}
+
+fn payload(
+    id: Uuid,
+    notification: Option<Map<String, Value>>,
+    payload: Option<Value>,
+    errors: &mut Vec<FieldError>,
+) -> Vec<u8> {
+    let (field, text) = match (notification, payload) {
+        (Some(mut notification), None) => {
+            if notification.get("title").and_then(Value::as_str).is_none_or(str::is_empty) {
+                errors.push(FieldError::new("notification.title", "a text that is not empty"));
+            }
+            // One that is sent twice, after a crash, replaces itself instead of standing there twice.
+            notification.entry("tag").or_insert_with(|| id.to_string().into());
+            ("notification", Value::Object(notification).to_string())
+        }
+        (None, Some(Value::String(text))) => ("payload", text),
+        (None, Some(payload)) => ("payload", payload.to_string()),
+        (None, None) => {
+            errors.push(FieldError::new("notification", "a notification, or a payload"));
+            return Vec::new();
+        }
+        (Some(_), Some(_)) => {
+            errors.push(FieldError::new("payload", "either a notification or a payload"));
+            return Vec::new();
+        }
+    };
+    match Payload::new(text) {
+        Ok(payload) => payload.as_bytes().to_vec(),
+        Err(error) => {
+            errors.push(FieldError::new(field, error.to_string()));
+            Vec::new()
+        }
+    }
+}

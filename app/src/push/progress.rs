@@ -1,0 +1,175 @@
+//! `GET /notifications`: how far they have come.
+
+use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use axum::extract::{Path, State};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize};
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::Tools;
+use super::store::Notification;
+use crate::access::{Authorized, Read};
+use crate::api::{Json, Query, Result, not_found};
+
+/// Over how long the rate of now is measured.
+const WINDOW: Duration = Duration::from_secs(5);
+/// The most notifications in one answer.
+const PAGE: usize = 100;
+
+/// How fast this process decides outcomes. A cheap handle.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Progress(Arc<Mutex<HashMap<Uuid, Recent>>>);
+
+/// What was recorded within [`WINDOW`].
+type Recent = VecDeque<(Instant, usize)>;
+
+impl Progress {
+    pub(crate) fn record(&self, notification: Uuid, count: usize) {
+        let now = Instant::now();
+        let mut meters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        meters.entry(notification).or_default().push_back((now, count));
+        meters.retain(|_, recent| {
+            while recent.front().is_some_and(|(when, _)| now - *when > WINDOW) {
+                recent.pop_front();
+            }
+            !recent.is_empty()
+        });
+    }
+
+    /// Outcomes a second, lately.
+    fn rate(&self, notification: Uuid) -> f64 {
+        let now = Instant::now();
+        let meters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(recent) = meters.get(&notification) else { return 0.0 };
+        let within = recent.iter().filter(|(when, _)| now - *when <= WINDOW);
+        let (count, first) =
+            within.fold((0, now), |(sum, first), (when, count)| (sum + count, first.min(*when)));
+        #[expect(clippy::cast_precision_loss, reason = "a rate")]
+        let rate = count as f64 / (now - first).as_secs_f64().max(0.5);
+        rate
+    }
+}
+
+/// A notification and how far it has come.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct View {
+    id: Uuid,
+    /// queued, sending or done
+    #[schema(example = "sending")]
+    state: String,
+    /// How many subscriptions it is for: an estimate until `audience_final`
+    audience: u64,
+    audience_final: bool,
+    /// How many subscriptions have met which outcome: delivered, gone, rejected, unauthorized, too_large,
+    /// forbidden, unreachable, expired, failed. In the end they add up to the audience.
+    #[schema(example = json!({"delivered": 480, "gone": 20}))]
+    outcomes: BTreeMap<String, u64>,
+    /// The sum of the outcomes
+    decided: u64,
+    /// Outcomes a second over the last five seconds
+    rate: f64,
+    /// How long it will still take at this rate, in seconds
+    #[serde(skip_serializing_if = "Option::is_none")]
+    eta_seconds: Option<u64>,
+    /// Why not everybody could be reached, when that is our fault
+    #[serde(skip_serializing_if = "Option::is_none")]
+    error: Option<String>,
+    #[schema(value_type = String, format = DateTime)]
+    created_at: Timestamp,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    started_at: Option<Timestamp>,
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ended_at: Option<Timestamp>,
+}
+
+impl View {
+    fn of(notification: Notification, progress: &Progress) -> Self {
+        let decided = notification.outcomes.values().sum();
+        let done = notification.state == "done";
+        // Members may have left or joined since it was estimated.
+        let audience = if done { decided } else { notification.estimate.max(decided) };
+        let rate = if done { 0.0 } else { progress.rate(notification.id) };
+        Self {
+            id: notification.id,
+            audience,
+            audience_final: done,
+            outcomes: notification.outcomes,
+            decided,
+            rate: (rate * 10.0).round() / 10.0,
+            eta_seconds: eta(audience - decided, rate),
+            error: notification.error,
+            state: notification.state,
+            created_at: notification.created_at,
+            started_at: notification.started_at,
+            ended_at: notification.ended_at,
+        }
+    }
+}
+
+fn eta(left: u64, rate: f64) -> Option<u64> {
+    #[expect(
+        clippy::cast_precision_loss,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "an estimate"
+    )]
+    let eta = (left as f64 / rate).ceil() as u64;
+    (rate > 0.0 && left > 0).then_some(eta)
+}
+
+/// Which notifications.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Page {
+    /// Older than the one with this id
+    cursor: Option<Uuid>,
+    /// At most so many, up to 100
+    limit: Option<usize>,
+}
+
+/// Notifications, the newest first.
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Notifications {
+    notifications: Vec<View>,
+    /// The `cursor` of the next page, if there may be one
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<Uuid>,
+}
+
+/// One notification
+///
+/// Needs a key with the scope `read`.
+#[utoipa::path(get, path = "/notifications/{id}", params(("id" = Uuid, Path)), responses((status = OK, body = View)))]
+pub(super) async fn one(
+    Authorized { caller, .. }: Authorized<Read>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<Json<View>> {
+    let id = Uuid::parse_str(&id).map_err(|_| not_found("notification"))?;
+    let notification =
+        tools.store.notification(caller.site.0, id).await?.ok_or_else(|| not_found("notification"))?;
+    Ok(Json(View::of(notification, &tools.progress)))
+}
+
+/// All notifications, the newest first
+///
+/// Needs a key with the scope `read`.
+#[utoipa::path(get, path = "/notifications", params(Page), responses((status = OK, body = Notifications)))]
+pub(super) async fn list(
+    Authorized { caller, .. }: Authorized<Read>,
+    State(tools): State<Tools>,
+    Query(page): Query<Page>,
+) -> Result<Json<Notifications>> {
+    let limit = page.limit.unwrap_or(20).clamp(1, PAGE);
+    let cursor = page.cursor.unwrap_or(Uuid::max());
+    let found = tools.store.notifications(caller.site.0, cursor, limit).await?;
+    let next = if found.len() == limit { found.last().map(|last| last.id) } else { None };
+    let notifications = found.into_iter().map(|found| View::of(found, &tools.progress)).collect();
+    Ok(Json(Notifications { notifications, next }))
+}

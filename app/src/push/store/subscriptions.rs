@@ -1,0 +1,236 @@
+//! Browsers that may be sent to.
+
+use aws_lc_rs::digest;
+use jiff::Timestamp;
+use perennial_server::pool::sqlite::Result;
+use perennial_webpush::Keys;
+use rusqlite::{Connection, OptionalExtension, Row};
+
+use super::{Store, now_ms, timestamp};
+
+/// A subscription that is about to be stored.
+#[derive(Clone, Debug)]
+pub(crate) struct NewSubscription {
+    pub(crate) site: i64,
+    pub(crate) vapid_key: i64,
+    pub(crate) endpoint: String,
+    pub(crate) keys: Keys,
+    /// Kept as it was when there is none.
+    pub(crate) user: Option<String>,
+    /// Kept as they were when there are none.
+    pub(crate) tags: Option<Vec<String>>,
+    /// Kept as it was when there is none.
+    pub(crate) metadata: Option<String>,
+    pub(crate) replaces: Option<Replaced>,
+    pub(crate) proof: Proof,
+}
+
+/// The subscription that a browser had before.
+#[derive(Clone, Debug)]
+pub(crate) struct Replaced {
+    pub(crate) endpoint: String,
+    pub(crate) auth: Vec<u8>,
+}
+
+/// What shows that the caller may change a subscription that exists.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Proof {
+    /// An API key.
+    Key,
+    /// Knowing its authentication secret, as the browser does.
+    Auth,
+}
+
+/// What came of storing one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Upserted {
+    Created(i64),
+    Updated(i64),
+    /// The endpoint is known, with another secret.
+    WrongAuth,
+}
+
+/// A stored subscription.
+#[derive(Clone, Debug)]
+pub(crate) struct Subscription {
+    pub(crate) id: i64,
+    pub(crate) endpoint: String,
+    pub(crate) user: Option<String>,
+    pub(crate) tags: Vec<String>,
+    pub(crate) metadata: Option<serde_json::Value>,
+    pub(crate) created_at: Timestamp,
+    pub(crate) updated_at: Timestamp,
+}
+
+/// The columns of [`Subscription`].
+const COLUMNS: &str = "id, endpoint, user, metadata, created_at, updated_at,
+    (SELECT json_group_array(tag) FROM subscription_tags WHERE subscription = subscriptions.id) AS tags";
+
+impl Store {
+    /// Stores a subscription, or brings the one with its endpoint up to date.
+    pub(crate) async fn upsert(&self, new: NewSubscription) -> Result<Upserted> {
+        self.sqlite.write(move |tx| upsert(tx, &new)).await
+    }
+
+    pub(crate) async fn subscription(&self, site: i64, id: i64) -> Result<Option<Subscription>> {
+        let sql = format!("SELECT {COLUMNS} FROM subscriptions WHERE site = ? AND id = ?");
+        self.sqlite.read(move |tx| tx.prepare_cached(&sql)?.query_row((site, id), read).optional()).await
+    }
+
+    /// Subscriptions after `cursor` in the order of their ids.
+    pub(crate) async fn subscriptions(
+        &self,
+        site: i64,
+        user: Option<String>,
+        tag: Option<String>,
+        cursor: i64,
+        limit: usize,
+    ) -> Result<Vec<Subscription>> {
+        let sql = format!(
+            "SELECT {COLUMNS} FROM subscriptions
+             WHERE site = ?1 AND id > ?2 AND (?3 IS NULL OR user = ?3)
+               AND (?4 IS NULL OR id IN (SELECT subscription FROM subscription_tags WHERE site = ?1 AND tag = ?4))
+             ORDER BY id LIMIT ?5"
+        );
+        self.sqlite
+            .read(move |tx| {
+                tx.prepare_cached(&sql)?.query_map((site, cursor, user, tag, limit), read)?.collect()
+            })
+            .await
+    }
+
+    /// Deletes one; false when there is none.
+    pub(crate) async fn delete(&self, site: i64, id: i64) -> Result<bool> {
+        let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ?";
+        self.sqlite.write(move |tx| Ok(tx.execute(sql, (site, id))? == 1)).await
+    }
+
+    /// Deletes the one with this endpoint for somebody who knows its secret; false when there is none such.
+    pub(crate) async fn delete_by_endpoint(&self, site: i64, endpoint: &str, auth: Vec<u8>) -> Result<bool> {
+        let hash = endpoint_hash(endpoint);
+        let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ? AND auth = ?";
+        self.sqlite.write(move |tx| Ok(tx.execute(sql, (site, hash, auth))? == 1)).await
+    }
+}
+
+/// What an endpoint is found by: shorter than itself, and no shorter than it takes to be unique.
+pub(super) fn endpoint_hash(endpoint: &str) -> [u8; 16] {
+    let digest = digest::digest(&digest::SHA256, endpoint.as_bytes());
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&digest.as_ref()[..16]);
+    hash
+}
+
+/// An existing row, and its secret.
+struct Found {
+    id: i64,
+    auth: Vec<u8>,
+}
+
+fn find(tx: &Connection, site: i64, endpoint: &str) -> rusqlite::Result<Option<Found>> {
+    tx.prepare_cached("SELECT id, auth FROM subscriptions WHERE site = ? AND endpoint_hash = ?")?
+        .query_row((site, endpoint_hash(endpoint)), |row| Ok(Found { id: row.get(0)?, auth: row.get(1)? }))
+        .optional()
+}
+
+fn upsert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<Upserted> {
+    let existing = find(tx, new.site, &new.endpoint)?;
+    if let Some(existing) = &existing
+        && new.proof == Proof::Auth
+        && existing.auth != new.keys.auth()
+    {
+        return Ok(Upserted::WrongAuth);
+    }
+    let replaced = match &new.replaces {
+        Some(replaced) => {
+            let found = find(tx, new.site, &replaced.endpoint)?;
+            // A secret that does not fit is no reason to lose the new subscription.
+            found.filter(|found| found.auth == replaced.auth)
+        }
+        None => None,
+    };
+    let upserted = match (replaced, existing) {
+        (Some(replaced), Some(existing)) if replaced.id != existing.id => {
+            // The page and the service worker both reported the new one: the older row has user and tags.
+            tx.prepare_cached("DELETE FROM subscriptions WHERE id = ?")?.execute([existing.id])?;
+            Upserted::Updated(replaced.id)
+        }
+        (Some(found), _) | (None, Some(found)) => Upserted::Updated(found.id),
+        (None, None) => Upserted::Created(insert(tx, new)?),
+    };
+    match upserted {
+        Upserted::Updated(id) => update(tx, new, id)?,
+        Upserted::Created(id) => set_tags(tx, new, id)?,
+        Upserted::WrongAuth => {}
+    }
+    Ok(upserted)
+}
+
+fn insert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<i64> {
+    let now = now_ms();
+    tx.prepare_cached(
+        "INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, user, metadata,
+                                    created_at, updated_at)
+         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+    )?
+    .insert((
+        new.site,
+        new.vapid_key,
+        &new.endpoint,
+        endpoint_hash(&new.endpoint),
+        new.keys.p256dh(),
+        new.keys.auth(),
+        &new.user,
+        &new.metadata,
+        now,
+        now,
+    ))
+}
+
+fn update(tx: &Connection, new: &NewSubscription, id: i64) -> rusqlite::Result<()> {
+    tx.prepare_cached(
+        "UPDATE subscriptions
+         SET vapid_key = ?, endpoint = ?, endpoint_hash = ?, p256dh = ?, auth = ?, user = coalesce(?, user),
+             metadata = coalesce(?, metadata), updated_at = ?
+         WHERE id = ?",
+    )?
+    .execute((
+        new.vapid_key,
+        &new.endpoint,
+        endpoint_hash(&new.endpoint),
+        new.keys.p256dh(),
+        new.keys.auth(),
+        &new.user,
+        &new.metadata,
+        now_ms(),
+        id,
+    ))?;
+    if new.tags.is_some() {
+        tx.prepare_cached("DELETE FROM subscription_tags WHERE subscription = ?")?.execute([id])?;
+    }
+    set_tags(tx, new, id)
+}
+
+fn set_tags(tx: &Connection, new: &NewSubscription, id: i64) -> rusqlite::Result<()> {
+    let sql =
+        "INSERT INTO subscription_tags (site, tag, subscription) VALUES (?, ?, ?) ON CONFLICT DO NOTHING";
+    let mut insert = tx.prepare_cached(sql)?;
+    for tag in new.tags.iter().flatten() {
+        insert.execute((new.site, tag, id))?;
+    }
+    Ok(())
+}
+
+fn read(row: &Row<'_>) -> rusqlite::Result<Subscription> {
+    let tags: String = row.get("tags")?;
+    let metadata: Option<String> = row.get("metadata")?;
+    Ok(Subscription {
+        id: row.get("id")?,
+        endpoint: row.get("endpoint")?,
+        user: row.get("user")?,
+        tags: serde_json::from_str(&tags).unwrap_or_default(),
+        metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
+        created_at: timestamp(row.get("created_at")?),
+        updated_at: timestamp(row.get("updated_at")?),
+    })
+}

@@ -1,0 +1,445 @@
+//! `POST /subscriptions` and its like: browsers come, change and go.
+
+use aws_lc_rs::hmac;
+use axum::extract::{FromRequestParts, Path, State};
+use axum::response::{IntoResponse, Response};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use http::request::Parts;
+use http::uri::Authority;
+use http::{HeaderName, HeaderValue, Method, StatusCode, header};
+use jiff::Timestamp;
+use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::scope::Scope as RequestScope;
+use perennial_webpush::{Endpoint, Keys, KeysError};
+use secrecy::ExposeSecret;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+use tower_http::cors::{AllowOrigin, CorsLayer};
+use utoipa::{IntoParams, ToSchema};
+
+use super::Tools;
+use super::store::{NewSubscription, Proof, Replaced, Subscription, Upserted};
+use super::tags::{TAG_WANTED, is_tag};
+use crate::access::{Authorized, Caller, Read, Scope, SiteId, Subscribe};
+use crate::api::{Json, Query, Result, not_found};
+
+/// The longest user id, in bytes.
+const MAX_USER: usize = 256;
+/// The most tags of one subscription.
+const MAX_TAGS: usize = 64;
+/// The longest metadata, in bytes of JSON.
+const MAX_METADATA: usize = 4096;
+/// The most subscriptions in one answer.
+const PAGE: usize = 1000;
+
+/// A browser's subscription, as `PushSubscription.toJSON()` writes it.
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+pub(super) struct PushSubscription {
+    /// Where to send
+    #[schema(example = "https://updates.push.services.mozilla.com/wpush/v2/gAAAAA")]
+    pub(super) endpoint: String,
+    pub(super) keys: SubscriptionKeys,
+}
+
+/// How to encrypt
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
+pub(super) struct SubscriptionKeys {
+    /// 65 bytes, base64url
+    pub(super) p256dh: String,
+    /// 16 bytes, base64url
+    pub(super) auth: String,
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct SubscribeRequest {
+    subscription: PushSubscription,
+    /// The applicationServerKey that it was made with
+    key: Option<String>,
+    /// Whose it is
+    user: Option<String>,
+    /// Without an API key: base64url of HMAC-SHA256 of the user under the site's secret
+    user_token: Option<String>,
+    tags: Option<Vec<String>>,
+    /// An object of up to 4096 bytes
+    metadata: Option<Map<String, Value>>,
+    /// The subscription that the browser had before: its id, user and tags are kept
+    replaces: Option<Replaces>,
+}
+
+/// A subscription, and the proof of having had it
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Replaces {
+    endpoint: String,
+    auth: String,
+}
+
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Subscribed {
+    id: i64,
+}
+
+/// The key to subscribe with
+///
+/// For pages of the allowed origins.
+#[utoipa::path(get, path = "/push/key", responses((status = OK, description = "{\"key\": applicationServerKey, base64url}")))]
+pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<Response> {
+    visitor.may(Scope::Subscribe)?;
+    let key = json!({ "key": tools.vapid.public_key() });
+    Ok(([(header::CACHE_CONTROL, "no-cache")], axum::Json(key)).into_response())
+}
+
+/// Stores a browser's subscription
+///
+/// For pages of the allowed origins, within limits, or with a key of the scope `subscribe`. The same endpoint
+/// again brings what is stored up to date; without an API key that takes the same `auth`.
+#[utoipa::path(
+    post, path = "/subscriptions", request_body = SubscribeRequest,
+    responses((status = CREATED, body = Subscribed), (status = OK, body = Subscribed, description = "Updated"))
+)]
+pub(super) async fn subscribe(
+    visitor: Visitor,
+    State(tools): State<Tools>,
+    Json(request): Json<SubscribeRequest>,
+) -> Result<Response> {
+    visitor.may(Scope::Subscribe)?;
+    let (endpoint, new) = check(&tools, &visitor, request)?;
+    if let Err(error) = tools.sender.check_addresses(&endpoint).await {
+        return Err(FieldError::new("subscription.endpoint", error.to_string()).into());
+    }
+    Ok(match tools.store.upsert(new).await? {
+        Upserted::Created(id) => {
+            let location = format!("/subscriptions/{id}");
+            (StatusCode::CREATED, [(header::LOCATION, location)], axum::Json(Subscribed { id }))
+                .into_response()
+        }
+        Upserted::Updated(id) => axum::Json(Subscribed { id }).into_response(),
+        Upserted::WrongAuth => {
+            let detail = "this endpoint is stored with another auth secret; changing it takes an API key";
+            return Err(Problem::new(StatusCode::FORBIDDEN, detail).into());
+        }
+    })
+}
+
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct UnsubscribeRequest {
+    endpoint: String,
+    /// Its secret, which only the browser knows
+    auth: String,
+}
+
+/// Deletes a browser's subscription
+///
+/// For the page that has it, by its endpoint and secret.
+#[utoipa::path(
+    delete, path = "/subscriptions", request_body = UnsubscribeRequest, responses((status = NO_CONTENT), (status = NOT_FOUND))
+)]
+pub(super) async fn unsubscribe(
+    visitor: Visitor,
+    State(tools): State<Tools>,
+    Json(request): Json<UnsubscribeRequest>,
+) -> Result<StatusCode> {
+    visitor.may(Scope::Subscribe)?;
+    let auth =
+        Keys::decode_auth(&request.auth).map_err(|error| FieldError::new("auth", error.to_string()))?;
+    if tools.store.delete_by_endpoint(visitor.site().0, &request.endpoint, auth.to_vec()).await? {
+        Ok(StatusCode::NO_CONTENT)
+    } else {
+        Err(not_found("subscription").into())
+    }
+}
+
+/// A stored subscription
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct View {
+    id: i64,
+    endpoint: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<String>,
+    tags: Vec<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    #[schema(value_type = Option<Object>)]
+    metadata: Option<Value>,
+    #[schema(value_type = String, format = DateTime)]
+    created_at: Timestamp,
+    #[schema(value_type = String, format = DateTime)]
+    updated_at: Timestamp,
+}
+
+impl From<Subscription> for View {
+    fn from(stored: Subscription) -> Self {
+        Self {
+            id: stored.id,
+            endpoint: stored.endpoint,
+            user: stored.user,
+            tags: stored.tags,
+            metadata: stored.metadata,
+            created_at: stored.created_at,
+            updated_at: stored.updated_at,
+        }
+    }
+}
+
+/// One subscription
+///
+/// Needs a key with the scope `read`.
+#[utoipa::path(get, path = "/subscriptions/{id}", params(("id" = i64, Path)), responses((status = OK, body = View)))]
+pub(super) async fn one(
+    Authorized { caller, .. }: Authorized<Read>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<Json<View>> {
+    let found = match id.parse() {
+        Ok(id) => tools.store.subscription(caller.site.0, id).await?,
+        Err(_) => None,
+    };
+    found.map(|found| Json(found.into())).ok_or_else(|| not_found("subscription").into())
+}
+
+/// Deletes one subscription
+///
+/// Needs a key with the scope `subscribe`.
+#[utoipa::path(delete, path = "/subscriptions/{id}", params(("id" = i64, Path)), responses((status = NO_CONTENT), (status = NOT_FOUND)))]
+pub(super) async fn delete(
+    Authorized { caller, .. }: Authorized<Subscribe>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<StatusCode> {
+    let deleted = match id.parse() {
+        Ok(id) => tools.store.delete(caller.site.0, id).await?,
+        Err(_) => false,
+    };
+    if deleted { Ok(StatusCode::NO_CONTENT) } else { Err(not_found("subscription").into()) }
+}
+
+/// Which subscriptions.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Filter {
+    /// Of this user
+    user: Option<String>,
+    /// With this tag
+    tag: Option<String>,
+    /// After the one with this id
+    cursor: Option<i64>,
+    /// At most so many, up to 1000
+    limit: Option<usize>,
+}
+
+/// Subscriptions, in the order of their ids
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct Subscriptions {
+    subscriptions: Vec<View>,
+    /// The `cursor` of the next page, if there may be one
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<i64>,
+}
+
+/// Subscriptions of a user, with a tag, or all
+///
+/// Needs a key with the scope `read`.
+#[utoipa::path(get, path = "/subscriptions", params(Filter), responses((status = OK, body = Subscriptions)))]
+pub(super) async fn list(
+    Authorized { caller, .. }: Authorized<Read>,
+    State(tools): State<Tools>,
+    Query(filter): Query<Filter>,
+) -> Result<Json<Subscriptions>> {
+    let limit = filter.limit.unwrap_or(100).clamp(1, PAGE);
+    let cursor = filter.cursor.unwrap_or(0);
+    let found = tools.store.subscriptions(caller.site.0, filter.user, filter.tag, cursor, limit).await?;
+    let next = if found.len() == limit { found.last().map(|last| last.id) } else { None };
+    Ok(Json(Subscriptions { subscriptions: found.into_iter().map(View::from).collect(), next }))
+}
+
+/// Who calls from a page: somebody with a key, or anybody within limits from an allowed origin.
+#[derive(Debug)]
+pub(super) struct Visitor {
+    caller: Option<Caller>,
+}
+
+impl Visitor {
+    fn site(&self) -> SiteId {
+        self.caller.as_ref().map_or(SiteId::DEFAULT, |caller| caller.site)
+    }
+
+    /// Somebody who shows a key must have the right one.
+    fn may(&self, scope: Scope) -> std::result::Result<(), Problem> {
+        match &self.caller {
+            Some(caller) if !caller.may(scope) => {
+                let detail = format!("this key does not have the scope {}", scope.as_str());
+                Err(Problem::new(StatusCode::FORBIDDEN, detail))
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromRequestParts<Tools> for Visitor {
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, tools: &Tools) -> std::result::Result<Self, Problem> {
+        let caller = tools.access.optional(&parts.headers)?;
+        if caller.is_none() {
+            let scope = parts.extensions.get::<RequestScope>();
+            // Reading the key changes nothing and costs nothing: only what is written is limited.
+            if parts.method != Method::GET {
+                tools.limits.check(scope.and_then(|scope| scope.connection().peer.ip()))?;
+            }
+            if !is_allowed_origin(parts, &tools.config.origins) {
+                let detail = "pages of this origin may not subscribe browsers here (sites.default.origins)";
+                return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+            }
+        }
+        Ok(Self { caller })
+    }
+}
+
+/// Pages of this server itself, and of the origins in the list. Whoever sends no origin is no page.
+fn is_allowed_origin(parts: &Parts, origins: &[String]) -> bool {
+    let Some(origin) = parts.headers.get(header::ORIGIN) else { return true };
+    let Ok(origin) = origin.to_str() else { return false };
+    let own = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    let own = own.or_else(|| parts.uri.authority().map(Authority::as_str));
+    let host = origin.split_once("://").map(|(_, host)| host);
+    origins.iter().any(|allowed| allowed == origin) || (host.is_some() && host == own)
+}
+
+/// Lets pages of the allowed origins read the answers.
+pub(super) fn cors(origins: &[String]) -> CorsLayer {
+    let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
+    CorsLayer::new()
+        .allow_origin(AllowOrigin::list(origins))
+        .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, HeaderName::from_static("x-request-id")])
+}
+
+/// Whether a text is an origin as browsers write it.
+pub(super) fn is_origin(text: &str) -> bool {
+    let Ok(uri) = text.parse::<http::Uri>() else { return false };
+    let web = matches!(uri.scheme_str(), Some("http" | "https"));
+    web && uri.authority().is_some_and(|host| !host.as_str().contains('@'))
+        && !text.ends_with('/')
+        && uri.path() == "/"
+}
+
+/// Checks an endpoint and its keys, naming the fields below `field`.
+pub(super) fn check_subscription(
+    tools: &Tools,
+    field: &str,
+    subscription: &PushSubscription,
+    errors: &mut Vec<FieldError>,
+) -> Option<(Endpoint, Keys)> {
+    let endpoint = tools.sender.policy().check(&subscription.endpoint);
+    let keys = Keys::parse(&subscription.keys.p256dh, &subscription.keys.auth);
+    if let Err(error) = &endpoint {
+        errors.push(FieldError::new(format!("{field}.endpoint"), error.to_string()));
+    }
+    if let Err(error) = &keys {
+        let key = if *error == KeysError::Auth { "auth" } else { "p256dh" };
+        errors.push(FieldError::new(format!("{field}.keys.{key}"), error.to_string()));
+    }
+    endpoint.ok().zip(keys.ok())
+}
+
+fn check(
+    tools: &Tools,
+    visitor: &Visitor,
+    request: SubscribeRequest,
+) -> std::result::Result<(Endpoint, NewSubscription), Problem> {
+    let mut errors = Vec::new();
+    let checked = check_subscription(tools, "subscription", &request.subscription, &mut errors);
+    if request.key.is_some_and(|key| key.trim_end_matches('=') != tools.vapid.public_key()) {
+        errors.push(FieldError::new(
+            "key",
+            "the key of GET /push/key: push services accept no other for a subscription",
+        ));
+    }
+    if request.user.as_ref().is_some_and(|user| !is_user(user)) {
+        errors.push(FieldError::new("user", USER_WANTED));
+    }
+    check_tags(tools, visitor, request.tags.as_deref().unwrap_or_default(), &mut errors)?;
+    let metadata = request.metadata.map(|metadata| Value::Object(metadata).to_string());
+    if metadata.as_ref().is_some_and(|metadata| metadata.len() > MAX_METADATA) {
+        errors.push(FieldError::new("metadata", format!("at most {MAX_METADATA} bytes of JSON")));
+    }
+    let replaces = request.replaces.map(|replaces| (Keys::decode_auth(&replaces.auth), replaces.endpoint));
+    let replaces = match replaces {
+        Some((Ok(auth), endpoint)) => Some(Replaced { endpoint, auth: auth.to_vec() }),
+        Some((Err(error), _)) => {
+            errors.push(FieldError::new("replaces.auth", error.to_string()));
+            None
+        }
+        None => None,
+    };
+    let (Some((endpoint, keys)), true) = (checked, errors.is_empty()) else {
+        return Err(Problem::invalid(errors));
+    };
+    if let Some(user) = &request.user
+        && visitor.caller.is_none()
+    {
+        check_user_token(tools, user, request.user_token.as_deref())?;
+    }
+    let new = NewSubscription {
+        site: visitor.site().0,
+        vapid_key: tools.vapid_id,
+        endpoint: endpoint.as_str().to_owned(),
+        keys,
+        user: request.user,
+        tags: request.tags,
+        metadata,
+        replaces,
+        proof: if visitor.caller.is_some() { Proof::Key } else { Proof::Auth },
+    };
+    Ok((endpoint, new))
+}
+
+/// What a user id looks like, in words.
+pub(super) const USER_WANTED: &str = "a user id: 1 to 256 bytes, without control characters";
+
+/// Whether this can be a user id.
+pub(super) fn is_user(text: &str) -> bool {
+    !text.is_empty() && text.len() <= MAX_USER && !text.chars().any(char::is_control)
+}
+
+fn check_tags(
+    tools: &Tools,
+    visitor: &Visitor,
+    tags: &[String],
+    errors: &mut Vec<FieldError>,
+) -> std::result::Result<(), Problem> {
+    if tags.len() > MAX_TAGS {
+        errors.push(FieldError::new("tags", format!("at most {MAX_TAGS} tags")));
+    }
+    for (index, tag) in tags.iter().enumerate().take(MAX_TAGS) {
+        if !is_tag(tag) {
+            errors.push(FieldError::new(format!("tags[{index}]"), TAG_WANTED));
+        } else if visitor.caller.is_none() && !tools.config.public_tags.contains(tag) {
+            let detail =
+                format!("the tag {tag} takes an API key; pages may set those in sites.default.public_tags");
+            return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+        }
+    }
+    Ok(())
+}
+
+/// A page may say whose browser it is only with a word from the backend.
+fn check_user_token(tools: &Tools, user: &str, token: Option<&str>) -> std::result::Result<(), Problem> {
+    let refused = |detail| Err(Problem::new(StatusCode::FORBIDDEN, detail));
+    let Some(secret) = &tools.config.user_secret else {
+        return refused(
+            "naming a user takes an API key (or sites.default.user_secret_file, and a user_token)",
+        );
+    };
+    let Some(token) = token else {
+        return refused("naming a user takes an API key or a user_token");
+    };
+    let key = hmac::Key::new(hmac::HMAC_SHA256, secret.expose_secret().as_bytes());
+    let signature = URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).unwrap_or_default();
+    match hmac::verify(&key, user.as_bytes(), &signature) {
+        Ok(()) => Ok(()),
+        Err(_) => refused("user_token does not fit this user"),
+    }
+}

@@ -1,0 +1,361 @@
+//! Settings: layers of `key = value` over a commented default that is also the schema.
+//!
+//! Reading happens in two steps, and neither touches the world. [`Settings::load`] merges the layers and
+//! refuses keys that do not exist; [`Reader`] turns values into types. Both go on after an error: whoever
+//! starts the program learns of all of them at once.
+
+mod reader;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+use toml::{Table, Value};
+
+pub use reader::{Reader, Setting, Size};
+
+/// The host's settings, commented: the reference is the default.
+pub const DEFAULTS: &str = include_str!("../../config/default.toml");
+
+/// What the environment's variables begin with.
+const PREFIX: &str = "PERENNIAL_";
+
+/// Where settings may come from besides the defaults.
+#[derive(Clone, Debug, Default)]
+pub struct Sources {
+    /// A TOML file.
+    pub file: Option<PathBuf>,
+    /// The environment.
+    pub environment: Vec<(String, String)>,
+    /// `section.key=value`, as on the command line.
+    pub set: Vec<String>,
+}
+
+impl Sources {
+    /// The environment of this process, and nothing else.
+    pub fn from_environment() -> Self {
+        // A variable that is no text cannot be one of ours.
+        let environment = std::env::vars_os()
+            .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
+            .collect();
+        Self { environment, ..Self::default() }
+    }
+}
+
+/// Where a value was found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// In the commented defaults.
+    Default,
+    /// In the file.
+    File(PathBuf),
+    /// In this variable.
+    Environment(String),
+    /// On the command line.
+    Flag,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Default => f.write_str("default"),
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::Environment(name) => f.write_str(name),
+            Self::Flag => f.write_str("--set"),
+        }
+    }
+}
+
+/// One thing that is wrong with the settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problem {
+    /// The key, or what was given for one.
+    pub key: String,
+    /// The value as it was written, if it may be shown.
+    pub value: Option<String>,
+    /// Where it was found.
+    pub source: Source,
+    /// What was wanted instead.
+    pub wanted: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            Some(value) => write!(f, "{} = {value} (from {}): wanted {}", self.key, self.source, self.wanted),
+            None => write!(f, "{} (from {}): {}", self.key, self.source, self.wanted),
+        }
+    }
+}
+
+/// Everything that is wrong with the settings.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Problems(pub Vec<Problem>);
+
+impl std::error::Error for Problems {}
+
+impl fmt::Display for Problems {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "the settings cannot be used:")?;
+        self.0.iter().try_for_each(|problem| write!(f, "\n  {problem}"))
+    }
+}
+
+/// One setting in effect.
+#[derive(Clone, Debug)]
+struct Entry {
+    value: Value,
+    source: Source,
+    default: Value,
+}
+
+/// The settings in effect, by their dotted keys.
+#[derive(Clone, Debug)]
+pub struct Settings(BTreeMap<String, Entry>);
+
+/// One setting as it may be shown to anybody.
+#[derive(Clone, Debug, Serialize)]
+pub struct Shown {
+    /// Its key.
+    pub key: String,
+    /// Its value in TOML, with passwords masked.
+    pub value: String,
+    /// Where it came from.
+    pub source: String,
+}
+
+impl Settings {
+    /// Merges the sources over the `defaults`, which are [`DEFAULTS`] and those of each module.
+    ///
+    /// # Errors
+    /// Everything that is no setting: unknown keys, a file that cannot be read, text that is no TOML.
+    pub fn load(defaults: &[&'static str], sources: &Sources) -> Result<Self, Problems> {
+        let mut settings = Self(BTreeMap::new());
+        for text in defaults {
+            settings.add_defaults(text);
+        }
+        let mut problems = Vec::new();
+        if let Some(file) = &sources.file {
+            settings.add_file(file, &mut problems);
+        }
+        for (name, value) in &sources.environment {
+            settings.add_variable(name, value, &mut problems);
+        }
+        for flag in &sources.set {
+            settings.add_flag(flag, &mut problems);
+        }
+        if problems.is_empty() { Ok(settings) } else { Err(Problems(problems)) }
+    }
+
+    fn add_defaults(&mut self, text: &str) {
+        // They are part of the program: a test reads them all.
+        let table: Table = text.parse().unwrap_or_default();
+        flatten(&table, "", &mut |key, value| {
+            let entry = Entry { value: value.clone(), source: Source::Default, default: value.clone() };
+            self.0.insert(key, entry);
+        });
+    }
+
+    fn add_file(&mut self, file: &Path, problems: &mut Vec<Problem>) {
+        let source = Source::File(file.to_owned());
+        let unreadable =
+            |wanted| Problem { key: "--config".to_owned(), value: None, source: source.clone(), wanted };
+        let text = match std::fs::read_to_string(file) {
+            Ok(text) => text,
+            Err(error) => return problems.push(unreadable(format!("the file cannot be read: {error}"))),
+        };
+        let table: Table = match text.parse() {
+            Ok(table) => table,
+            Err(error) => return problems.push(unreadable(format!("the file is no TOML: {error}"))),
+        };
+        flatten(&table, "", &mut |key, value| self.put(key, value.clone(), source.clone(), problems));
+    }
+
+    fn add_variable(&mut self, name: &str, value: &str, problems: &mut Vec<Problem>) {
+        let Some(key) = name.strip_prefix(PREFIX) else { return };
+        let key = key.to_lowercase().replace("__", ".");
+        // Kubernetes describes a service named "perennial" by PERENNIAL_SERVICE_HOST, PERENNIAL_PORT and so
+        // on: what has no section and is no key is not ours.
+        if !key.contains('.') && !self.0.contains_key(&key) {
+            return;
+        }
+        self.put_text(key, value, Source::Environment(name.to_owned()), problems);
+    }
+
+    fn add_flag(&mut self, flag: &str, problems: &mut Vec<Problem>) {
+        match flag.split_once('=') {
+            Some((key, value)) => self.put_text(key.trim().to_owned(), value, Source::Flag, problems),
+            None => problems.push(Problem {
+                key: flag.to_owned(),
+                value: None,
+                source: Source::Flag,
+                wanted: "wanted section.key=value".to_owned(),
+            }),
+        }
+    }
+
+    /// A value that is given as text has the type of its default.
+    fn put_text(&mut self, key: String, text: &str, source: Source, problems: &mut Vec<Problem>) {
+        let trimmed = text.trim();
+        let value = match self.0.get(&key).map(|entry| &entry.default) {
+            Some(Value::Boolean(_)) => trimmed.parse().map(Value::Boolean).ok(),
+            Some(Value::Integer(_)) => trimmed.parse().map(Value::Integer).ok(),
+            Some(Value::Float(_)) => trimmed.parse().map(Value::Float).ok(),
+            Some(Value::Array(_)) => list(trimmed),
+            _ => None,
+        };
+        self.put(key, value.unwrap_or_else(|| Value::String(text.to_owned())), source, problems);
+    }
+
+    fn put(&mut self, key: String, value: Value, source: Source, problems: &mut Vec<Problem>) {
+        if let Some(entry) = self.0.get_mut(&key) {
+            entry.value = value;
+            entry.source = source;
+            return;
+        }
+        let near = self.0.keys().map(|known| (strsim::jaro_winkler(known, &key), known));
+        let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.85);
+        let wanted = match near {
+            Some((_, known)) => format!("there is no such setting; did you mean {known}?"),
+            None => "there is no such setting".to_owned(),
+        };
+        problems.push(Problem { key, value: None, source, wanted });
+    }
+
+    /// Every setting in effect, as it may be shown.
+    pub fn show(&self) -> Vec<Shown> {
+        let shown = self.0.iter().map(|(key, entry)| Shown {
+            key: key.clone(),
+            value: mask(&entry.value).to_string(),
+            source: entry.source.to_string(),
+        });
+        shown.collect()
+    }
+
+    /// The keys whose values differ from those of `other`.
+    pub fn changed_from(&self, other: &Self) -> Vec<&str> {
+        let differs =
+            |key: &String, entry: &Entry| other.0.get(key).is_none_or(|old| old.value != entry.value);
+        self.0.iter().filter(|(key, entry)| differs(key, entry)).map(|(key, _)| key.as_str()).collect()
+    }
+}
+
+/// Visits every value that is not itself a section, by its dotted key.
+fn flatten(table: &Table, prefix: &str, visit: &mut impl FnMut(String, &Value)) {
+    for (name, value) in table {
+        let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
+        match value {
+            Value::Table(section) => flatten(section, &key, visit),
+            value => visit(key, value),
+        }
+    }
+}
+
+/// A list in one line of text: TOML when it looks like it, else separated by commas.
+fn list(text: &str) -> Option<Value> {
+    if text.starts_with('[') {
+        return format!("list = {text}").parse::<Table>().ok()?.remove("list");
+    }
+    let items = text.split(',').map(str::trim).filter(|item| !item.is_empty());
+    Some(Value::Array(items.map(|item| Value::String(item.to_owned())).collect()))
+}
+
+/// Hides the passwords of URLs. Other secrets are in files, which settings only name.
+fn mask(value: &Value) -> Value {
+    match value {
+        Value::String(text) => Value::String(mask_url(text)),
+        Value::Array(items) => Value::Array(items.iter().map(mask).collect()),
+        other => other.clone(),
+    }
+}
+
+fn mask_url(text: &str) -> String {
+    let masked = || {
+        let (scheme, rest) = text.split_once("://")?;
+        let end = rest.find('/').unwrap_or(rest.len());
+        let (user_info, _) = rest[..end].rsplit_once('@')?;
+        let (user, _) = user_info.split_once(':')?;
+        Some(format!("{scheme}://{user}:***{}", &rest[user_info.len()..]))
+    };
+    masked().unwrap_or_else(|| text.to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SCHEMA: &str = "data_dir = 'd'\n[server]\nlisten = ['a']\nthreads = 0\n[store]\nurl = ''";
+
+    fn load(sources: &Sources) -> Result<Settings, Problems> {
+        Settings::load(&[SCHEMA], sources)
+    }
+
+    fn shown(settings: &Settings, key: &str) -> (String, String) {
+        let shown = settings.show().into_iter().find(|shown| shown.key == key).unwrap();
+        (shown.value, shown.source)
+    }
+
+    fn set(flags: &[&str]) -> Sources {
+        Sources { set: flags.iter().map(|flag| (*flag).to_owned()).collect(), ..Sources::default() }
+    }
+
+    #[test]
+    fn the_last_layer_wins_and_says_so() {
+        let directory = std::env::temp_dir().join(format!("perennial-settings-{}", std::process::id()));
+        std::fs::create_dir_all(&directory).unwrap();
+        let file = directory.join("p.toml");
+        std::fs::write(&file, "data_dir = 'file'\n[server]\nlisten = 'one'\nthreads = 3").unwrap();
+        let environment = [("PERENNIAL_SERVER__THREADS", "4"), ("PERENNIAL_DATA_DIR", "env"), ("HOME", "/")];
+        let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
+        let set = vec!["data_dir=flag".to_owned()];
+        let settings = load(&Sources { file: Some(file.clone()), environment, set }).unwrap();
+        let at = |key| shown(&settings, key);
+        assert_eq!(at("data_dir"), ("\"flag\"".into(), "--set".into()));
+        assert_eq!(at("server.threads"), ("4".into(), "PERENNIAL_SERVER__THREADS".into()));
+        assert_eq!(at("server.listen"), ("\"one\"".into(), file.display().to_string()));
+        assert_eq!(at("store.url"), ("\"\"".into(), "default".into()));
+        std::fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn every_unknown_key_is_reported_at_once_with_a_guess() {
+        let environment = vec![("PERENNIAL_SERVER__TREADS".to_owned(), "4".to_owned())];
+        let sources = Sources { environment, ..set(&["sever.listen=x", "nothing", "zzz=1"]) };
+        let text = load(&sources).unwrap_err().to_string();
+        for part in [
+            "server.treads (from PERENNIAL_SERVER__TREADS): there is no such setting; did you mean server.threads?",
+            "sever.listen (from --set): there is no such setting; did you mean server.listen?",
+            "nothing (from --set): wanted section.key=value",
+            "zzz (from --set): there is no such setting",
+        ] {
+            assert!(text.contains(part), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_variables_of_a_kubernetes_service_are_not_ours() {
+        let environment = ["PERENNIAL_SERVICE_HOST", "PERENNIAL_PORT", "PERENNIAL_PORT_8080_TCP_ADDR"];
+        let environment = environment.map(|name| (name.to_owned(), "10.0.0.1".to_owned())).to_vec();
+        assert!(load(&Sources { environment, ..Sources::default() }).is_ok());
+    }
+
+    #[test]
+    fn passwords_in_urls_are_masked() {
+        let settings = load(&set(&["store.url=postgres://app:s3cret@db:5432/p?x=1"])).unwrap();
+        assert_eq!(shown(&settings, "store.url").0, "\"postgres://app:***@db:5432/p?x=1\"");
+        for same in ["sqlite:perennial.db", "redis://host/1", "https://a/b:c@d"] {
+            assert_eq!(mask_url(same), same);
+        }
+    }
+
+    #[test]
+    fn lists_are_one_value_commas_or_toml() {
+        for (text, list) in
+            [("a", r#"["a"]"#), ("a, b,", r#"["a", "b"]"#), ("[{ host = 'x' }]", r#"[{ host = "x" }]"#)]
+        {
+            let settings = load(&set(&[&format!("server.listen={text}")])).unwrap();
+            assert_eq!(shown(&settings, "server.listen").0, list);
+        }
+    }
+}

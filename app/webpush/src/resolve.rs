@@ -1,0 +1,81 @@
+//! From a name to its addresses: pinned ones first, else DNS by its TTL.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::time::Duration;
+
+use hickory_resolver::TokioResolver;
+use hickory_resolver::config::LookupIpStrategy;
+use tracing::warn;
+
+/// How long one name server may take to answer.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+/// Why a name has no addresses.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ResolveError {
+    /// The name does not exist, or has no addresses.
+    #[error("{0} does not exist")]
+    NotFound(String),
+    /// Nobody could say.
+    #[error("{0} cannot be looked up: {1}")]
+    Failed(String, String),
+}
+
+/// Addresses that stand for a name, whatever DNS says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Pin {
+    /// The name.
+    pub host: String,
+    /// Its addresses.
+    pub addresses: Vec<IpAddr>,
+}
+
+#[derive(Debug)]
+pub(crate) struct Resolver {
+    pins: HashMap<String, Vec<IpAddr>>,
+    dns: Option<TokioResolver>,
+}
+
+impl Resolver {
+    /// Reads the system's configuration; without one, only pinned names have addresses.
+    pub(crate) fn new(pins: Vec<Pin>) -> Self {
+        let dns = TokioResolver::builder_tokio().and_then(|mut builder| {
+            let options = builder.options_mut();
+            options.timeout = TIMEOUT;
+            options.attempts = 2;
+            options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
+            builder.build()
+        });
+        let dns =
+            dns.inspect_err(|error| warn!(%error, "no DNS: only names in push.resolve have addresses")).ok();
+        Self { pins: pins.into_iter().map(|pin| (pin.host, pin.addresses)).collect(), dns }
+    }
+
+    /// All addresses of `host`: at least one.
+    pub(crate) async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, ResolveError> {
+        if let Ok(address) = host.parse() {
+            return Ok(vec![address]);
+        }
+        if let Some(addresses) = self.pins.get(host) {
+            return Ok(addresses.clone());
+        }
+        let failed = |why: String| ResolveError::Failed(host.to_owned(), why);
+        let dns = self.dns.as_ref().ok_or_else(|| failed("there is no name server".to_owned()))?;
+        // With the dot it is absolute: a search domain must not lend it another meaning.
+        match dns.lookup_ip(format!("{}.", host.trim_end_matches('.'))).await {
+            Ok(found) => {
+                let addresses: Vec<IpAddr> = found.iter().collect();
+                if addresses.is_empty() {
+                    Err(ResolveError::NotFound(host.to_owned()))
+                } else {
+                    Ok(addresses)
+                }
+            }
+            Err(error) if error.is_nx_domain() || error.is_no_records_found() => {
+                Err(ResolveError::NotFound(host.to_owned()))
+            }
+            Err(error) => Err(failed(error.to_string())),
+        }
+    }
+}

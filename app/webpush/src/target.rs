@@ -1,0 +1,505 @@
+//! Which endpoints, and which addresses behind them, may be sent to.
+//!
+//! An endpoint is a URL that any visitor may hand in, and we send requests to it from inside our network:
+//! without this file that is a server-side request forgery. The URL is checked when a subscription is made
+//! and again when something is sent to it; the addresses are checked each time a name is resolved, by the
+//! very step that chooses one to connect to, so that a name cannot change its mind in between.
+
+use std::fmt;
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::str::FromStr;
+
+use http::Uri;
+use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+use url::{Host, Url};
+
+/// The push services of the browsers. Each is the only one that its browsers use.
+pub const DEFAULT_HOSTS: [&str; 6] = [
+    // Chrome, Chromium, Opera, Samsung Internet, Brave: Firebase Cloud Messaging.
+    "fcm.googleapis.com",
+    // Chromium without Google Play services, and some of Google's own test traffic.
+    "jmt17.google.com",
+    // Firefox: autopush.
+    "*.push.services.mozilla.com",
+    // Safari on macOS, iOS and iPadOS.
+    "*.push.apple.com",
+    // Edge: Windows Notification Service.
+    "*.notify.windows.com",
+    // Subscriptions of Chrome that are older than FCM's own host.
+    "android.googleapis.com",
+];
+
+/// The longest endpoint that is accepted, in bytes. Those in use have 150 to 500.
+const MAX_ENDPOINT: usize = 2048;
+
+/// What may be sent to.
+#[derive(Clone, Debug)]
+pub struct Policy {
+    /// The hosts of push services.
+    pub hosts: Vec<HostPattern>,
+    /// Networks that may be sent to although they are not on the public internet.
+    pub networks: Vec<IpNet>,
+    /// Whether `http` and ports other than 443 may be used: for development and tests.
+    pub insecure: bool,
+}
+
+impl Default for Policy {
+    /// The push services of the browsers, on the public internet.
+    fn default() -> Self {
+        #[expect(clippy::expect_used, reason = "a test parses them all")]
+        let hosts = DEFAULT_HOSTS.iter().map(|host| host.parse().expect("a pattern")).collect();
+        Self { hosts, networks: Vec::new(), insecure: false }
+    }
+}
+
+/// A host name, `*.` and a suffix, or `*` for any host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum HostPattern {
+    /// Any host whose addresses are allowed.
+    Any,
+    /// Exactly this host.
+    Exact(String),
+    /// Any host below this one.
+    Below(String),
+}
+
+impl FromStr for HostPattern {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if text == "*" {
+            return Ok(Self::Any);
+        }
+        let (below, host) = match text.strip_prefix("*.") {
+            Some(host) => (true, host),
+            None => (false, text),
+        };
+        if host.contains('*') {
+            return Err(());
+        }
+        let host = Host::parse(host).map_err(|_| ())?.to_string();
+        Ok(if below { Self::Below(host) } else { Self::Exact(host) })
+    }
+}
+
+impl fmt::Display for HostPattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Any => f.write_str("*"),
+            Self::Exact(host) => f.write_str(host),
+            Self::Below(host) => write!(f, "*.{host}"),
+        }
+    }
+}
+
+impl HostPattern {
+    fn matches(&self, host: &str) -> bool {
+        match self {
+            Self::Any => true,
+            Self::Exact(exact) => host == exact,
+            Self::Below(suffix) => host
+                .strip_suffix(suffix)
+                .and_then(|rest| rest.strip_suffix('.'))
+                .is_some_and(|label| !label.is_empty()),
+        }
+    }
+}
+
+/// Why an endpoint must not be sent to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TargetError {
+    /// Longer than any push service makes them.
+    #[error("an endpoint has at most {MAX_ENDPOINT} bytes")]
+    Length,
+    /// No URL, or one that is not written as browsers write it: two readers could take it for two hosts.
+    #[error("an endpoint is a URL exactly as the browser gave it")]
+    Form,
+    /// Not `https`.
+    #[error("an endpoint starts with https://")]
+    Scheme,
+    /// A user name or a password in it.
+    #[error("an endpoint has no user name or password")]
+    UserInfo,
+    /// A port other than 443.
+    #[error("an endpoint has no port other than 443")]
+    Port,
+    /// A host that is not in the list of push services.
+    #[error("{0} is not a known push service (push.allow_hosts)")]
+    Host(String),
+    /// An address that is not on the public internet.
+    #[error("{0} is not on the public internet (push.allow_networks)")]
+    Address(IpAddr),
+}
+
+/// A checked endpoint.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Endpoint {
+    url: String,
+    pub(crate) uri: Uri,
+    pub(crate) origin: Origin,
+}
+
+/// Scheme, host and port: what connections and claims belong to.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Origin {
+    pub(crate) tls: bool,
+    /// A name, an IPv4 address, or an IPv6 address without its brackets.
+    pub(crate) host: String,
+    pub(crate) port: u16,
+}
+
+impl fmt::Display for Origin {
+    /// The serialisation of RFC 6454, section 6.2: no slash, no default port.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if self.tls { "https://" } else { "http://" })?;
+        if self.host.contains(':') { write!(f, "[{}]", self.host) } else { f.write_str(&self.host) }?;
+        if self.port != if self.tls { 443 } else { 80 } {
+            write!(f, ":{}", self.port)?;
+        }
+        Ok(())
+    }
+}
+
+impl Endpoint {
+    /// The URL, byte for byte as it was given.
+    pub fn as_str(&self) -> &str {
+        &self.url
+    }
+
+    /// The host, without brackets.
+    pub fn host(&self) -> &str {
+        &self.origin.host
+    }
+}
+
+impl fmt::Debug for Endpoint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Whoever has the whole URL can send to it, at some services.
+        write!(f, "Endpoint({}/…)", self.origin)
+    }
+}
+
+impl Policy {
+    /// Checks a URL, without looking up its host.
+    ///
+    /// # Errors
+    /// [`TargetError`] says which rule it breaks.
+    pub fn check(&self, url: &str) -> Result<Endpoint, TargetError> {
+        if url.len() > MAX_ENDPOINT {
+            return Err(TargetError::Length);
+        }
+        let parsed = Url::parse(url).map_err(|_| TargetError::Form)?;
+        let tls = match parsed.scheme() {
+            "https" => true,
+            "http" if self.insecure => false,
+            _ => return Err(TargetError::Scheme),
+        };
+        if !parsed.username().is_empty() || parsed.password().is_some() {
+            return Err(TargetError::UserInfo);
+        }
+        // Browsers serialise endpoints by the same standard that this parser follows. What comes out
+        // differently (a backslash, a tab, an octal address) was written to be read in two ways.
+        if parsed.as_str() != url || parsed.fragment().is_some() {
+            return Err(TargetError::Form);
+        }
+        let port = parsed.port_or_known_default().ok_or(TargetError::Form)?;
+        if port != 443 && !self.insecure {
+            return Err(TargetError::Port);
+        }
+        let host = match parsed.host().ok_or(TargetError::Form)? {
+            Host::Domain(name) => name.to_owned(),
+            Host::Ipv4(address) => self.check_address(address.into()).map(|()| address.to_string())?,
+            Host::Ipv6(address) => self.check_address(address.into()).map(|()| address.to_string())?,
+        };
+        if !self.hosts.iter().any(|pattern| pattern.matches(&host)) {
+            return Err(TargetError::Host(host));
+        }
+        // What is sent is what was given, byte for byte: some services sign it.
+        let uri: Uri = url.parse().map_err(|_| TargetError::Form)?;
+        Ok(Endpoint { url: url.to_owned(), uri, origin: Origin { tls, host, port } })
+    }
+
+    /// Checks an address that a name was resolved to.
+    ///
+    /// # Errors
+    /// When it is not on the public internet, nor in an allowed network.
+    pub fn check_address(&self, address: IpAddr) -> Result<(), TargetError> {
+        let listed = |address: IpAddr| self.networks.iter().any(|network| network.contains(&address));
+        let allowed = match address {
+            IpAddr::V4(v4) => listed(address) || is_public_v4(v4),
+            IpAddr::V6(v6) => match embedded(v6) {
+                // An IPv6 address that stands for an IPv4 one is as good as both.
+                Some(Embedding::Mapped(v4)) => listed(address) || listed(v4.into()),
+                Some(Embedding::Translated(v4)) => listed(address) && (listed(v4.into()) || is_public_v4(v4)),
+                None => listed(address) || is_public_v6(v6),
+            },
+        };
+        if allowed { Ok(()) } else { Err(TargetError::Address(address)) }
+    }
+}
+
+enum Embedding {
+    /// `::ffff:a.b.c.d`: the same host.
+    Mapped(Ipv4Addr),
+    /// NAT64 and 6to4: a gateway to that host.
+    Translated(Ipv4Addr),
+}
+
+fn embedded(address: Ipv6Addr) -> Option<Embedding> {
+    let octets = address.octets();
+    let v4 = |at: usize| Ipv4Addr::new(octets[at], octets[at + 1], octets[at + 2], octets[at + 3]);
+    if let Some(mapped) = address.to_ipv4_mapped() {
+        return Some(Embedding::Mapped(mapped));
+    }
+    // RFC 6052, section 2.1: the well-known prefix of NAT64.
+    if octets[..12] == [0, 0x64, 0xff, 0x9b, 0, 0, 0, 0, 0, 0, 0, 0] {
+        return Some(Embedding::Translated(v4(12)));
+    }
+    // RFC 3056: 6to4.
+    if octets[..2] == [0x20, 0x02] {
+        return Some(Embedding::Translated(v4(2)));
+    }
+    None
+}
+
+/// What is not globally reachable by the IANA registries of special-purpose addresses, and what is reachable
+/// but answers only from inside a cloud.
+const NOT_PUBLIC_V4: [Ipv4Net; 19] = [
+    v4(0, 0, 0, 0, 8),        // this network
+    v4(10, 0, 0, 0, 8),       // private
+    v4(100, 64, 0, 0, 10),    // carrier-grade NAT; 100.100.100.200 is Alibaba's metadata service
+    v4(127, 0, 0, 0, 8),      // loopback
+    v4(168, 63, 129, 16, 32), // Azure's host agent
+    v4(169, 254, 0, 0, 16),   // link-local; 169.254.169.254 is everybody's metadata service
+    v4(172, 16, 0, 0, 12),    // private
+    v4(192, 0, 0, 0, 24),     // protocol assignments; 192.0.0.192 is Oracle's metadata service
+    v4(192, 0, 2, 0, 24),     // documentation
+    v4(192, 31, 196, 0, 24),  // AS112
+    v4(192, 52, 193, 0, 24),  // AMT
+    v4(192, 88, 99, 0, 24),   // 6to4 relays
+    v4(192, 168, 0, 0, 16),   // private
+    v4(192, 175, 48, 0, 24),  // AS112
+    v4(198, 18, 0, 0, 15),    // benchmarks
+    v4(198, 51, 100, 0, 24),  // documentation
+    v4(203, 0, 113, 0, 24),   // documentation
+    v4(224, 0, 0, 0, 4),      // multicast
+    v4(240, 0, 0, 0, 4),      // reserved, broadcast
+];
+
+const NOT_PUBLIC_V6: [Ipv6Net; 14] = [
+    v6([0, 0, 0, 0, 0, 0, 0, 0], 96), // unspecified, loopback, v4-compatible
+    v6([0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48), // NAT64 of one's own
+    v6([0x100, 0, 0, 0, 0, 0, 0, 0], 64), // discard
+    v6([0x100, 0, 0, 1, 0, 0, 0, 0], 64), // dummy
+    v6([0x2001, 0, 0, 0, 0, 0, 0, 0], 23), // protocol assignments, Teredo among them
+    v6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0], 32), // documentation
+    v6([0x2620, 0x4f, 0x8000, 0, 0, 0, 0, 0], 48), // AS112
+    v6([0x3fff, 0, 0, 0, 0, 0, 0, 0], 20), // documentation
+    v6([0x5f00, 0, 0, 0, 0, 0, 0, 0], 16), // segment routing
+    v6([0xfc00, 0, 0, 0, 0, 0, 0, 0], 7), // unique local; fd00:ec2::254 is AWS's metadata service
+    v6([0xfe80, 0, 0, 0, 0, 0, 0, 0], 10), // link-local
+    v6([0xfec0, 0, 0, 0, 0, 0, 0, 0], 10), // site-local
+    v6([0xff00, 0, 0, 0, 0, 0, 0, 0], 8), // multicast
+    v6([0, 0, 0, 0, 0xffff, 0, 0, 0], 96), // IPv4-translated (RFC 2765)
+];
+
+const fn v4(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Ipv4Net {
+    Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
+}
+
+const fn v6(s: [u16; 8], prefix: u8) -> Ipv6Net {
+    Ipv6Net::new_assert(Ipv6Addr::new(s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7]), prefix)
+}
+
+fn is_public_v4(address: Ipv4Addr) -> bool {
+    !NOT_PUBLIC_V4.iter().any(|network| network.contains(&address))
+}
+
+fn is_public_v6(address: Ipv6Addr) -> bool {
+    !NOT_PUBLIC_V6.iter().any(|network| network.contains(&address))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open() -> Policy {
+        Policy { hosts: vec![HostPattern::Any], ..Policy::default() }
+    }
+
+    #[test]
+    fn the_endpoints_of_the_browsers_are_taken_byte_for_byte() {
+        for url in [
+            "https://fcm.googleapis.com/fcm/send/dNB8:APA91bF",
+            "https://fcm.googleapis.com/wp/dNB8:APA91bF",
+            "https://jmt17.google.com/fcm/send/x",
+            "https://android.googleapis.com/gcm/send/x",
+            "https://updates.push.services.mozilla.com/wpush/v2/gAAAAABk_x-y",
+            "https://web.push.apple.com/QGuQyavXutnMH",
+            "https://wns2-par02p.notify.windows.com/w/?token=BQYAAAC%2b%2fx%3d%3d",
+        ] {
+            let endpoint = Policy::default().check(url).unwrap();
+            assert_eq!(endpoint.as_str(), url);
+            assert_eq!(endpoint.uri.to_string(), url);
+            assert!(!format!("{endpoint:?}").contains("APA91"), "an endpoint is a capability");
+        }
+    }
+
+    #[test]
+    fn an_origin_is_written_as_rfc_6454_says() {
+        let policy = Policy {
+            networks: vec!["127.0.0.0/8".parse().unwrap(), "::1/128".parse().unwrap()],
+            insecure: true,
+            ..open()
+        };
+        for (url, origin) in [
+            ("https://push.example.net/x", "https://push.example.net"),
+            ("https://push.example.net:8443/x", "https://push.example.net:8443"),
+            ("http://127.0.0.1:8080/x?y", "http://127.0.0.1:8080"),
+            ("http://[::1]/x", "http://[::1]"),
+        ] {
+            assert_eq!(policy.check(url).unwrap().origin.to_string(), origin);
+        }
+    }
+
+    #[test]
+    fn hostile_endpoints_are_refused_by_the_default_policy() {
+        use TargetError::{Form, Host, Port, Scheme, UserInfo};
+        let host = |name: &str| Host(name.to_owned());
+        for (url, error) in [
+            ("", Form),
+            ("fcm.googleapis.com/x", Form),
+            ("//fcm.googleapis.com/x", Form),
+            ("https://", Form),
+            ("https:///x", Form),
+            ("https:fcm.googleapis.com/x", Form),
+            ("http://fcm.googleapis.com/x", Scheme),
+            ("ftp://fcm.googleapis.com/x", Scheme),
+            ("file:///etc/passwd", Scheme),
+            ("gopher://fcm.googleapis.com/x", Scheme),
+            ("javascript:alert(1)", Scheme),
+            ("https://user@fcm.googleapis.com/x", UserInfo),
+            ("https://user:pass@fcm.googleapis.com/x", UserInfo),
+            ("https://@fcm.googleapis.com/x", Form),
+            ("https://fcm.googleapis.com@evil.example/x", UserInfo),
+            ("https://fcm.googleapis.com:8443/x", Port),
+            ("https://fcm.googleapis.com:80/x", Port),
+            ("https://fcm.googleapis.com:443/x", Form),
+            ("https://fcm.googleapis.com/x#fragment", Form),
+            ("https://FCM.googleapis.com/x", Form),
+            ("https://fcm.googleapis.com", Form),
+            ("https://fcm.googleapis.com\\@evil.example/x", Form),
+            ("https://fcm.googleapis.com/a/../b", Form),
+            ("https://fcm.googleapis.com/\ta", Form),
+            ("https://fcm.googleapis.com/a\r\nHost: evil", Form),
+            (" https://fcm.googleapis.com/x", Form),
+            ("https://evil.example/fcm.googleapis.com", host("evil.example")),
+            ("https://fcm.googleapis.com.evil.example/x", host("fcm.googleapis.com.evil.example")),
+            ("https://evilfcm.googleapis.com/x", host("evilfcm.googleapis.com")),
+            ("https://fcm.googleapis.com./x", host("fcm.googleapis.com.")),
+            ("https://push.apple.com/x", host("push.apple.com")),
+            ("https://evilpush.apple.com/x", host("evilpush.apple.com")),
+            ("https://.push.apple.com/x", host(".push.apple.com")),
+            ("https://permanently-removed.invalid/x", host("permanently-removed.invalid")),
+            ("https://localhost/x", host("localhost")),
+            ("https://metadata.google.internal/x", host("metadata.google.internal")),
+        ] {
+            assert_eq!(Policy::default().check(url), Err(error), "{url}");
+        }
+        let long = format!("https://fcm.googleapis.com/{}", "x".repeat(MAX_ENDPOINT));
+        assert_eq!(Policy::default().check(&long), Err(TargetError::Length));
+    }
+
+    #[test]
+    fn hostile_addresses_are_refused_although_any_host_is_allowed() {
+        for address in [
+            "0.0.0.0",
+            "10.1.2.3",
+            "100.64.0.1",
+            "100.100.100.200",
+            "127.0.0.1",
+            "127.255.255.254",
+            "168.63.129.16",
+            "169.254.169.254",
+            "172.16.0.1",
+            "172.31.255.255",
+            "192.0.0.192",
+            "192.0.2.1",
+            "192.88.99.1",
+            "192.168.1.1",
+            "198.18.0.1",
+            "198.51.100.7",
+            "203.0.113.9",
+            "224.0.0.1",
+            "239.255.255.255",
+            "240.0.0.1",
+            "255.255.255.255",
+            "::",
+            "::1",
+            "::7f00:1",
+            "::ffff:127.0.0.1",
+            "::ffff:8.8.8.8",
+            "::ffff:0:127.0.0.1",
+            "64:ff9b::7f00:1",
+            "64:ff9b::808:808",
+            "64:ff9b:1::1",
+            "100::1",
+            "2001::1",
+            "2001:db8::1",
+            "2002:7f00:1::",
+            "2002:808:808::",
+            "3fff::1",
+            "5f00::1",
+            "fc00::1",
+            "fd00:ec2::254",
+            "fe80::1",
+            "fec0::1",
+            "ff02::1",
+        ] {
+            let ip: IpAddr = address.parse().unwrap();
+            assert_eq!(open().check_address(ip), Err(TargetError::Address(ip)), "{address}");
+            let url = if ip.is_ipv6() { format!("https://[{ip}]/x") } else { format!("https://{ip}/x") };
+            assert!(open().check(&url).is_err(), "{url}");
+        }
+        // Other spellings of 127.0.0.1.
+        for host in [
+            "2130706433",
+            "0x7f000001",
+            "0177.0.0.1",
+            "127.1",
+            "127.0.1",
+            "0x7f.1",
+            "127.0.0.1.",
+            "①②⑦.0.0.1",
+        ] {
+            assert!(open().check(&format!("https://{host}/x")).is_err(), "{host}");
+        }
+        for address in
+            ["8.8.8.8", "142.250.74.42", "100.128.0.1", "172.32.0.1", "2a00:1450:4001:82a::200a", "2600::1"]
+        {
+            assert_eq!(open().check_address(address.parse().unwrap()), Ok(()), "{address}");
+        }
+    }
+
+    #[test]
+    fn an_allowed_network_opens_only_itself() {
+        let allow = |network: &str| Policy { networks: vec![network.parse().unwrap()], ..open() };
+        let permits = |policy: &Policy, address: &str| policy.check_address(address.parse().unwrap()).is_ok();
+        let loopback = allow("127.0.0.0/8");
+        assert!(permits(&loopback, "127.0.0.1") && permits(&loopback, "::ffff:127.0.0.1"));
+        assert!(!permits(&loopback, "10.0.0.1") && !permits(&loopback, "::1"));
+        let nat64 = allow("64:ff9b::/96");
+        assert!(permits(&nat64, "64:ff9b::808:808"), "IPv6-only networks reach the world like this");
+        assert!(!permits(&nat64, "64:ff9b::7f00:1"), "and their own machines too");
+    }
+
+    #[test]
+    fn patterns_are_names_suffixes_or_everything() {
+        for text in ["*", "push.example.net", "*.push.example.net", "127.0.0.1"] {
+            assert_eq!(text.parse::<HostPattern>().unwrap().to_string(), text);
+        }
+        for text in ["", "*.", "a b", "https://x", "x/y", "*x"] {
+            assert_eq!(text.parse::<HostPattern>(), Err(()), "{text}");
+        }
+    }
+}

@@ -1,0 +1,170 @@
+//! What a push service's answer means for the message and for the subscription: one pure function.
+
+use std::time::{Duration, SystemTime};
+
+use http::header::{HeaderMap, RETRY_AFTER};
+use http::{HeaderName, StatusCode};
+
+/// The longest wait that a service may ask for. One that asks for a day has a fault of its own.
+pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
+
+/// What came of one attempt.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Verdict {
+    /// The push service took the message.
+    Delivered,
+    /// The subscription has ended: forget it.
+    Gone,
+    /// The service does not accept this key for this subscription. Often a fault of the settings, sometimes
+    /// of the service, and then it heals: the subscription stays.
+    Unauthorized,
+    /// The message is too long for this service.
+    TooLarge,
+    /// The service refuses this message; another one may be fine.
+    Rejected,
+    /// The endpoint, or an address behind it, must not be sent to.
+    Forbidden,
+    /// Nothing is decided: try again, not before this wait if there is one.
+    Retry {
+        /// What the service asked for, at most [`MAX_RETRY_AFTER`].
+        after: Option<Duration>,
+        /// Whether the service asked us to slow down, rather than being out of order.
+        throttled: bool,
+    },
+}
+
+const WNS_STATUS: HeaderName = HeaderName::from_static("x-wns-notificationstatus");
+
+/// The verdict on an answer of `host`, at `now`.
+pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Verdict {
+    let wns = host.ends_with(".notify.windows.com");
+    let retry = |throttled| Verdict::Retry { after: retry_after(headers, now), throttled };
+    match status.as_u16() {
+        // Windows says 200 and drops the message all the same.
+        200 if wns && headers.get(WNS_STATUS).is_some_and(|status| status == "dropped") => Verdict::Rejected,
+        200 if wns && headers.get(WNS_STATUS).is_some_and(|status| status == "channelthrottled") => {
+            retry(true)
+        }
+        200..=299 => Verdict::Delivered,
+        404 | 410 => Verdict::Gone,
+        401 | 403 => Verdict::Unauthorized,
+        413 => Verdict::TooLarge,
+        // Windows' way of saying 429.
+        406 if wns => retry(true),
+        429 => retry(true),
+        408 | 500..=599 => retry(false),
+        // Redirects are not followed: the place they name was never checked.
+        _ => Verdict::Rejected,
+    }
+}
+
+/// Delta-seconds or a date (RFC 9110, section 10.2.3).
+fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
+    let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let wait = match text.parse() {
+        Ok(seconds) => Duration::from_secs(seconds),
+        Err(_) => httpdate::parse_http_date(text).ok()?.duration_since(now).unwrap_or_default(),
+    };
+    Some(wait.min(MAX_RETRY_AFTER))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::UNIX_EPOCH;
+
+    use super::*;
+
+    const MOZILLA: &str = "updates.push.services.mozilla.com";
+    const WINDOWS: &str = "wns2-par02p.notify.windows.com";
+
+    fn on(host: &str, status: u16, headers: &[(&'static str, &str)]) -> Verdict {
+        let headers =
+            headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
+        // Sun, 06 Nov 1994 08:49:37 GMT, the date of RFC 9110's examples.
+        verdict(
+            host,
+            StatusCode::from_u16(status).unwrap(),
+            &headers.collect(),
+            UNIX_EPOCH + Duration::from_secs(784_111_777),
+        )
+    }
+
+    fn again(after: Option<u64>, throttled: bool) -> Verdict {
+        Verdict::Retry { after: after.map(Duration::from_secs), throttled }
+    }
+
+    #[test]
+    fn success_is_delivered() {
+        for status in [200, 201, 202, 204] {
+            assert_eq!(on(MOZILLA, status, &[]), Verdict::Delivered, "{status}");
+        }
+    }
+
+    #[test]
+    fn redirects_are_refused() {
+        for status in [301, 302, 303, 307, 308] {
+            assert_eq!(
+                on(MOZILLA, status, &[("location", "http://169.254.169.254/")]),
+                Verdict::Rejected,
+                "{status}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_bad_request_is_permanent_for_the_message() {
+        for status in [400, 402, 405, 406, 415, 422, 451] {
+            assert_eq!(on(MOZILLA, status, &[]), Verdict::Rejected, "{status}");
+        }
+    }
+
+    #[test]
+    fn authentication_failures_keep_the_subscription() {
+        assert_eq!(on(MOZILLA, 401, &[]), Verdict::Unauthorized);
+        assert_eq!(on(MOZILLA, 403, &[]), Verdict::Unauthorized);
+    }
+
+    #[test]
+    fn not_found_and_gone_end_the_subscription() {
+        assert_eq!(on(MOZILLA, 404, &[]), Verdict::Gone);
+        assert_eq!(on(MOZILLA, 410, &[]), Verdict::Gone);
+    }
+
+    #[test]
+    fn timeouts_and_server_errors_are_tried_again() {
+        for status in [408, 500, 502, 503, 504] {
+            assert_eq!(on(MOZILLA, status, &[]), again(None, false), "{status}");
+        }
+        assert_eq!(on(MOZILLA, 503, &[("retry-after", "120")]), again(Some(120), false));
+    }
+
+    #[test]
+    fn too_many_requests_is_throttling() {
+        assert_eq!(on(MOZILLA, 429, &[]), again(None, true));
+        assert_eq!(on(MOZILLA, 429, &[("retry-after", " 7 ")]), again(Some(7), true));
+    }
+
+    #[test]
+    fn a_date_is_a_wait_too_and_no_wait_is_longer_than_an_hour() {
+        let date = |text| on(MOZILLA, 429, &[("retry-after", text)]);
+        assert_eq!(date("Sun, 06 Nov 1994 08:50:07 GMT"), again(Some(30), true));
+        assert_eq!(date("Sun, 06 Nov 1994 08:00:00 GMT"), again(Some(0), true), "a date that has passed");
+        assert_eq!(date("Mon, 07 Nov 1994 08:00:00 GMT"), again(Some(3600), true));
+        assert_eq!(date("86400"), again(Some(3600), true));
+        assert_eq!(date("soon"), again(None, true));
+    }
+
+    #[test]
+    fn windows_throttles_with_406_and_drops_with_200() {
+        assert_eq!(on(WINDOWS, 406, &[("retry-after", "60")]), again(Some(60), true));
+        assert_eq!(on(WINDOWS, 200, &[("x-wns-notificationstatus", "received")]), Verdict::Delivered);
+        assert_eq!(on(WINDOWS, 200, &[("x-wns-notificationstatus", "dropped")]), Verdict::Rejected);
+        assert_eq!(on(WINDOWS, 200, &[("x-wns-notificationstatus", "channelthrottled")]), again(None, true));
+        assert_eq!(on(MOZILLA, 200, &[("x-wns-notificationstatus", "dropped")]), Verdict::Delivered);
+    }
+
+    #[test]
+    fn too_large_is_reported() {
+        assert_eq!(on(MOZILLA, 413, &[]), Verdict::TooLarge);
+    }
+}

@@ -1,0 +1,176 @@
+//! What the probes answer.
+//!
+//! * **Live** means: the main runtime still runs tasks. It never depends on a store or on a peer.
+//! * **Ready** means: every condition that a component registered is met, the heartbeat is fresh, and no drain
+//!   has begun.
+//! * **Started** means: boot has ended once.
+//!
+//! The heartbeat is a task on the main runtime; the probes are answered from another one, so that a main
+//! runtime whose every worker is blocked can still be found out.
+
+use std::collections::BTreeMap;
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::drain::Drain;
+
+/// How often the heartbeat beats.
+const BEAT: Duration = Duration::from_millis(250);
+
+/// When a silent heartbeat counts as what.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// Not ready after this long without a beat.
+    pub unready_after: Duration,
+    /// Not alive after this long without a beat.
+    pub stall_after: Duration,
+}
+
+/// The state behind the probes. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Health(Arc<State>);
+
+#[derive(Debug)]
+struct State {
+    config: Config,
+    born: Instant,
+    last_beat_ms: AtomicU64,
+    started: AtomicBool,
+    draining: AtomicBool,
+    unmet: Mutex<BTreeMap<&'static str, String>>,
+}
+
+impl Health {
+    /// Nothing started, no conditions.
+    pub fn new(config: Config) -> Self {
+        Self(Arc::new(State {
+            config,
+            born: Instant::now(),
+            last_beat_ms: AtomicU64::new(0),
+            started: AtomicBool::new(false),
+            draining: AtomicBool::new(false),
+            unmet: Mutex::default(),
+        }))
+    }
+
+    /// Registers a condition for readiness, unmet until it is said to be met.
+    pub fn condition(&self, name: &'static str, reason: &str) -> Condition {
+        let condition = Condition { health: self.clone(), name };
+        condition.unmet(reason);
+        condition
+    }
+
+    /// Boot has ended.
+    pub fn started(&self) {
+        self.0.started.store(true, Ordering::Release);
+    }
+
+    /// The process is about to leave: not ready from now on.
+    pub fn draining(&self) {
+        self.0.draining.store(true, Ordering::Release);
+    }
+
+    /// Whether boot has ended once.
+    pub fn has_started(&self) -> bool {
+        self.0.started.load(Ordering::Acquire)
+    }
+
+    /// Whether the main runtime still runs tasks.
+    ///
+    /// # Errors
+    /// The reason why it does not seem to.
+    pub fn live(&self) -> Result<(), String> {
+        self.fresh_within(self.0.config.stall_after)
+    }
+
+    /// Whether requests should be sent here.
+    ///
+    /// # Errors
+    /// Every reason why not.
+    pub fn ready(&self) -> Result<(), Vec<String>> {
+        let mut reasons = Vec::new();
+        if self.0.draining.load(Ordering::Acquire) {
+            reasons.push("draining".to_owned());
+        }
+        if !self.has_started() {
+            reasons.push("starting".to_owned());
+        }
+        reasons.extend(self.fresh_within(self.0.config.unready_after).err());
+        let unmet = self.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
+        reasons.extend(unmet.iter().map(|(name, reason)| format!("{name}: {reason}")));
+        if reasons.is_empty() { Ok(()) } else { Err(reasons) }
+    }
+
+    fn fresh_within(&self, limit: Duration) -> Result<(), String> {
+        // Before the first beat there is a boot, which `started` reports.
+        if !self.has_started() {
+            return Ok(());
+        }
+        let last = Duration::from_millis(self.0.last_beat_ms.load(Ordering::Acquire));
+        let age = self.0.born.elapsed().saturating_sub(last);
+        if age <= limit {
+            return Ok(());
+        }
+        Err(format!("the main runtime has run no task for {:.1} s", age.as_secs_f64()))
+    }
+
+    /// Beats on the runtime that it is spawned on, until the very end.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn heartbeat(self, drain: Drain) -> Result<(), Infallible> {
+        loop {
+            let age = u64::try_from(self.0.born.elapsed().as_millis()).unwrap_or(u64::MAX);
+            self.0.last_beat_ms.store(age, Ordering::Release);
+            tokio::select! {
+                () = tokio::time::sleep(BEAT) => {}
+                () = drain.hard() => return Ok(()),
+            }
+        }
+    }
+}
+
+/// One condition for readiness, held by the component that knows.
+#[derive(Clone, Debug)]
+pub struct Condition {
+    health: Health,
+    name: &'static str,
+}
+
+impl Condition {
+    /// It holds.
+    pub fn met(&self) {
+        self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner).remove(self.name);
+    }
+
+    /// It does not hold, for this reason.
+    pub fn unmet(&self, reason: &str) {
+        let mut unmet = self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
+        unmet.insert(self.name, reason.to_owned());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn health() -> Health {
+        Health::new(Config { unready_after: Duration::from_secs(5), stall_after: Duration::from_secs(30) })
+    }
+
+    #[test]
+    fn readiness_names_every_reason() {
+        let health = health();
+        let store = health.condition("store", "opening");
+        assert_eq!(health.ready(), Err(vec!["starting".into(), "store: opening".into()]));
+        health.started();
+        store.met();
+        assert_eq!(health.ready(), Ok(()));
+        store.unmet("disk full");
+        health.draining();
+        assert_eq!(health.ready(), Err(vec!["draining".into(), "store: disk full".into()]));
+        assert_eq!(health.live(), Ok(()), "a store that is away never makes the process unhealthy");
+    }
+}

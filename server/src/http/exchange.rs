@@ -1,0 +1,136 @@
+//! One request and its response, counted while it lasts and logged when the last byte has gone.
+
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::body::Body;
+use bytes::Bytes;
+use http::{Method, StatusCode, Version};
+use http_body::{Body as HttpBody, Frame, SizeHint};
+use pin_project_lite::pin_project;
+use tracing::info;
+
+use super::scope::Scope;
+use crate::metrics::{self, Counted};
+
+/// What nginx made the usual code for "the client left before there was an answer".
+const CLIENT_LEFT: u16 = 499;
+
+/// The guard of one exchange: whatever way it ends, dropping it writes the access log line and the metrics.
+#[derive(Debug)]
+pub(super) struct Exchange {
+    scope: Scope,
+    method: Method,
+    path: String,
+    version: Version,
+    began: Instant,
+    status: Option<StatusCode>,
+    bytes: u64,
+    complete: bool,
+    _counted: Counted,
+}
+
+impl Exchange {
+    pub(super) fn begin(scope: Scope, method: Method, path: &str, version: Version, began: Instant) -> Self {
+        Self {
+            scope,
+            method,
+            path: path.to_owned(),
+            version,
+            began,
+            status: None,
+            bytes: 0,
+            complete: false,
+            _counted: Counted::new(metrics::HTTP_IN_FLIGHT),
+        }
+    }
+
+    /// Follows the response to its last byte.
+    pub(super) fn respond(mut self, response: http::Response<Body>) -> http::Response<FollowedBody> {
+        self.status = Some(response.status());
+        response.map(|body| {
+            self.complete = body.is_end_stream();
+            FollowedBody { body, exchange: self }
+        })
+    }
+}
+
+impl Drop for Exchange {
+    fn drop(&mut self) {
+        let took = self.began.elapsed();
+        let status = self.status.map_or(CLIENT_LEFT, |status| status.as_u16());
+        let route = self.scope.route().unwrap_or("unmatched");
+        metrics::request_ended(route, method_label(&self.method), status, took);
+        info!(
+            target: "access",
+            request_id = self.scope.id().as_str(),
+            method = self.method.as_str(),
+            path = self.path,
+            route,
+            status,
+            bytes = self.bytes,
+            complete = self.complete,
+            took_ms = milliseconds(took),
+            version = ?self.version,
+            peer = %self.scope.connection().peer,
+        );
+    }
+}
+
+/// Milliseconds with three digits after the point.
+fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// Methods are chosen by clients; labels are not.
+fn method_label(method: &Method) -> &'static str {
+    match *method {
+        Method::GET => "GET",
+        Method::HEAD => "HEAD",
+        Method::POST => "POST",
+        Method::PUT => "PUT",
+        Method::PATCH => "PATCH",
+        Method::DELETE => "DELETE",
+        Method::OPTIONS => "OPTIONS",
+        _ => "other",
+    }
+}
+
+pin_project! {
+    /// A response body whose end is the end of its exchange.
+    pub(super) struct FollowedBody {
+        #[pin]
+        body: Body,
+        exchange: Exchange,
+    }
+}
+
+impl HttpBody for FollowedBody {
+    type Data = Bytes;
+    type Error = axum::Error;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
+        let this = self.project();
+        let frame = std::task::ready!(this.body.poll_frame(context));
+        match &frame {
+            Some(Ok(frame)) => {
+                this.exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+            }
+            Some(Err(_)) => {}
+            None => this.exchange.complete = true,
+        }
+        Poll::Ready(frame)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

@@ -1,0 +1,66 @@
+//! Where to listen, as it is written in settings.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+/// One address to listen on: `host:port`, `https://host:port` or `unix:/path`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Listen {
+    /// Plain HTTP on TCP.
+    Http(String),
+    /// HTTP over TLS on TCP.
+    Https(String),
+    /// Plain HTTP on a Unix socket.
+    Unix(PathBuf),
+}
+
+impl FromStr for Listen {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        if let Some(path) = text.strip_prefix("unix:") {
+            return if path.is_empty() { Err(()) } else { Ok(Self::Unix(path.into())) };
+        }
+        let (tls, address) = match text.strip_prefix("https://") {
+            Some(address) => (true, address),
+            None => (false, text.strip_prefix("http://").unwrap_or(text)),
+        };
+        let (host, port) = address.rsplit_once(':').ok_or(())?;
+        port.parse::<u16>().map_err(|_| ())?;
+        let bracketed = host.starts_with('[') && host.ends_with(']');
+        if host.is_empty() || (host.contains(':') && !bracketed) {
+            return Err(());
+        }
+        Ok(if tls { Self::Https(address.to_owned()) } else { Self::Http(address.to_owned()) })
+    }
+}
+
+impl fmt::Display for Listen {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Http(address) => f.write_str(address),
+            Self::Https(address) => write!(f, "https://{address}"),
+            Self::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn three_forms_are_read_and_written() {
+        for text in ["127.0.0.1:8080", "localhost:0", "[::1]:80", "https://0.0.0.0:443", "unix:/run/p.sock"] {
+            assert_eq!(text.parse::<Listen>().unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn anything_else_is_refused() {
+        for text in ["", "8080", ":80", "127.0.0.1", "host:99999", "::1:80", "unix:", "ftp://h:1"] {
+            assert_eq!(text.parse::<Listen>(), Err(()), "{text}");
+        }
+    }
+}

@@ -1,0 +1,104 @@
+//! Errors as `application/problem+json` (RFC 9457): what was wrong, with which field, and what was wanted.
+
+use std::time::Duration;
+
+use axum::response::{IntoResponse, Response};
+use http::{HeaderValue, StatusCode, header};
+use serde::Serialize;
+
+/// The media type of a [`Problem`].
+pub const MEDIA_TYPE: &str = "application/problem+json";
+
+/// An error as a client sees it.
+#[derive(Clone, Debug, Serialize, utoipa::ToSchema)]
+pub struct Problem {
+    /// The HTTP status code.
+    status: u16,
+    /// The kind of problem, the same for every occurrence.
+    title: &'static str,
+    /// What happened this time.
+    #[serde(skip_serializing_if = "String::is_empty")]
+    detail: String,
+    /// The fields of the request that were not as wanted.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    errors: Vec<FieldError>,
+    #[serde(skip)]
+    retry_after: Option<Duration>,
+}
+
+/// One field of a request that was not as wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
+pub struct FieldError {
+    /// Where it stands: `to.tags`, `subscription.keys.auth`.
+    pub field: String,
+    /// What was wanted there.
+    pub wanted: String,
+    /// The character, counted from 0, at which a text stopped making sense.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub position: Option<usize>,
+}
+
+impl FieldError {
+    /// A field and what was wanted in it.
+    pub fn new(field: impl Into<String>, wanted: impl Into<String>) -> Self {
+        Self { field: field.into(), wanted: wanted.into(), position: None }
+    }
+
+    /// The same, with the place in the text.
+    #[must_use]
+    pub fn at(mut self, position: usize) -> Self {
+        self.position = Some(position);
+        self
+    }
+}
+
+impl Problem {
+    /// A problem of this status; `detail` says what happened this time.
+    pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
+        Self {
+            status: status.as_u16(),
+            title: status.canonical_reason().unwrap_or("Error"),
+            detail: detail.into(),
+            errors: Vec::new(),
+            retry_after: None,
+        }
+    }
+
+    /// 422: the request was understood and cannot be done, because of these fields.
+    pub fn invalid(errors: Vec<FieldError>) -> Self {
+        let fields: Vec<&str> = errors.iter().map(|error| error.field.as_str()).collect();
+        let detail = format!("not as wanted: {}", fields.join(", "));
+        Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, detail) }
+    }
+
+    /// The same problem with a hint when to come back.
+    #[must_use]
+    pub fn retry_after(mut self, wait: Duration) -> Self {
+        self.retry_after = Some(wait);
+        self
+    }
+
+    /// The status code.
+    pub fn status(&self) -> StatusCode {
+        StatusCode::from_u16(self.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR)
+    }
+}
+
+impl From<FieldError> for Problem {
+    fn from(error: FieldError) -> Self {
+        Self::invalid(vec![error])
+    }
+}
+
+impl IntoResponse for Problem {
+    fn into_response(self) -> Response {
+        let body = serde_json::to_vec(&self).unwrap_or_default();
+        let mut response = (self.status(), [(header::CONTENT_TYPE, MEDIA_TYPE)], body).into_response();
+        if let Some(wait) = self.retry_after {
+            // Rounded up: a client that comes back a moment early is refused again.
+            let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+            response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
+        }
+        response
+    }
+}

@@ -1,0 +1,26 @@
+//! The host of a long-lived application: everything that an FPM pool, a process supervisor and a web server
+//! used to do around the code that one actually wants to run.
+//!
+//! It knows no queue, no push and no domain. What it offers is one file a noun:
+//!
+//! | module | what it is |
+//! |---|---|
+//! | [`drain`] | the stop signal as a value: phases that every component receives as an argument |
+//! | [`tasks`] | the only way to start a long-lived task: a name, an owner, a stated death |
+//! | [`signal`] | SIGTERM, SIGINT, SIGHUP as a stream |
+//! | [`health`] | readiness conditions, the heartbeat and what the probes answer |
+//! | [`metrics`] | every metric of the host, and the Prometheus recorder |
+//! | [`telemetry`] | logs |
+//! | [`http`] | listeners, connections, the per-request scope, the stack around a router |
+//! | [`pool`] | stores behind bounded waits |
+//! | [`backoff`] | how long to wait before trying again |
+
+pub mod backoff;
+pub mod drain;
+pub mod health;
+pub mod http;
+pub mod metrics;
+pub mod pool;
+pub mod signal;
+pub mod tasks;
+pub mod telemetry;

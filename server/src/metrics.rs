@@ -1,0 +1,158 @@
+//! Every metric of the host, each named once, and the recorder that Prometheus reads.
+//!
+//! Labels are bounded: a route is the pattern that matched (or `unmatched`), never a path.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
+
+use crate::drain::Drain;
+
+/// Counter by `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
+pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
+/// Histogram by `route`, seconds: from the request head to the last byte of the response.
+pub const HTTP_DURATION: &str = "perennial_http_request_duration_seconds";
+/// Gauge: requests between head and last byte.
+pub const HTTP_IN_FLIGHT: &str = "perennial_http_requests_in_flight";
+/// Gauge: open connections.
+pub const HTTP_CONNECTIONS: &str = "perennial_http_connections";
+/// Counter by `reason`: connections that the host ended, or refused.
+pub const HTTP_CONNECTIONS_CUT: &str = "perennial_http_connections_cut_total";
+/// Counter: handlers that panicked.
+pub const HTTP_PANICS: &str = "perennial_http_panics_total";
+/// Counter by `task`: contained tasks that failed and were started again.
+pub const TASK_FAILURES: &str = "perennial_task_failures_total";
+/// Counter: transactions that the SQLite writer committed.
+pub const SQLITE_COMMITS: &str = "perennial_sqlite_commits_total";
+/// Counter: writes inside them.
+pub const SQLITE_WRITES: &str = "perennial_sqlite_writes_total";
+/// Histogram, seconds: from asking for a write to its commit.
+pub const SQLITE_WRITE_DURATION: &str = "perennial_sqlite_write_duration_seconds";
+/// Counter: log lines that were dropped because the log's reader was too slow.
+pub const LOG_LINES_DROPPED: &str = "perennial_log_lines_dropped_total";
+
+/// Upper bounds, in seconds, of the buckets of every histogram of durations.
+const SECONDS: [f64; 14] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+
+/// How often the recorder tidies up, so that histograms do not grow while nobody scrapes.
+const UPKEEP: Duration = Duration::from_secs(5);
+
+/// The process's metrics, as Prometheus text. A cheap handle.
+#[derive(Clone)]
+pub struct Metrics(PrometheusHandle);
+
+impl std::fmt::Debug for Metrics {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Metrics")
+    }
+}
+
+impl Metrics {
+    /// Installs the recorder, once per process.
+    ///
+    /// # Errors
+    /// When another recorder is already installed.
+    pub fn install() -> Result<Self, BuildError> {
+        let handle = PrometheusBuilder::new()
+            .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)?
+            .install_recorder()?;
+        describe();
+        Ok(Self(handle))
+    }
+
+    /// The text exposition format.
+    pub fn render(&self) -> String {
+        self.0.render()
+    }
+
+    /// Tidies up until the end.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn upkeep(self, drain: Drain) -> Result<(), Infallible> {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(UPKEEP) => self.0.run_upkeep(),
+                () = drain.hard() => return Ok(()),
+            }
+        }
+    }
+}
+
+fn describe() {
+    describe_counter!(HTTP_REQUESTS, Unit::Count, "requests answered, by route, method and status");
+    describe_histogram!(HTTP_DURATION, Unit::Seconds, "request head to last byte of the response, by route");
+    describe_gauge!(HTTP_IN_FLIGHT, Unit::Count, "requests between head and last byte");
+    describe_gauge!(HTTP_CONNECTIONS, Unit::Count, "open connections");
+    describe_counter!(
+        HTTP_CONNECTIONS_CUT,
+        Unit::Count,
+        "connections ended or refused by the host, by reason"
+    );
+    describe_counter!(HTTP_PANICS, Unit::Count, "handlers that panicked");
+    describe_counter!(TASK_FAILURES, Unit::Count, "contained tasks that failed and were started again");
+    describe_counter!(SQLITE_COMMITS, Unit::Count, "transactions committed by the SQLite writer");
+    describe_counter!(SQLITE_WRITES, Unit::Count, "writes inside those transactions");
+    describe_histogram!(SQLITE_WRITE_DURATION, Unit::Seconds, "from asking for a write to its commit");
+    describe_counter!(LOG_LINES_DROPPED, Unit::Count, "log lines dropped because their reader was too slow");
+}
+
+/// One answered request.
+pub(crate) fn request_ended(route: &str, method: &'static str, status: u16, took: Duration) {
+    let route = route.to_owned();
+    counter!(HTTP_REQUESTS, "route" => route.clone(), "method" => method, "status" => status.to_string())
+        .increment(1);
+    histogram!(HTTP_DURATION, "route" => route).record(took);
+}
+
+/// One handler that panicked.
+pub(crate) fn handler_panicked() {
+    counter!(HTTP_PANICS).increment(1);
+}
+
+/// One connection that the host ended or refused.
+pub(crate) fn connection_cut(reason: &'static str) {
+    counter!(HTTP_CONNECTIONS_CUT, "reason" => reason).increment(1);
+}
+
+/// One failure of a contained task.
+pub(crate) fn task_failed(task: &'static str) {
+    counter!(TASK_FAILURES, "task" => task).increment(1);
+}
+
+/// One commit of the SQLite writer, with the number of writes in it.
+pub(crate) fn sqlite_committed(writes: usize) {
+    counter!(SQLITE_COMMITS).increment(1);
+    counter!(SQLITE_WRITES).increment(writes as u64);
+}
+
+/// How long a write waited for its commit.
+pub(crate) fn sqlite_write_took(took: Duration) {
+    histogram!(SQLITE_WRITE_DURATION).record(took);
+}
+
+/// The number of log lines dropped so far.
+pub(crate) fn log_lines_dropped(total: u64) {
+    counter!(LOG_LINES_DROPPED).absolute(total);
+}
+
+/// Something that is counted while it exists: the gauge falls when the value drops, by any path.
+#[derive(Debug)]
+pub struct Counted(&'static str);
+
+impl Counted {
+    /// One more of `gauge`.
+    pub fn new(gauge: &'static str) -> Self {
+        gauge!(gauge).increment(1.0);
+        Self(gauge)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        gauge!(self.0).decrement(1.0);
+    }
+}

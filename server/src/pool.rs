@@ -1,0 +1,3 @@
+//! Stores, each behind bounded waits.
+
+pub mod sqlite;

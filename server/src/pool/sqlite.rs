@@ -1,0 +1,487 @@
+//! One SQLite file: one writer, a pool of readers.
+//!
+//! SQLite has one writer at a time whatever one does, so there is one on purpose: a thread that owns its
+//! connection and takes closures from a bounded queue. Everything that waits when it begins a transaction
+//! becomes part of it (group commit), each closure in a savepoint of its own, and each caller is answered
+//! after the commit: with `synchronous=FULL`, what was answered is on the disk.
+//!
+//! Readers are separate connections in a pool; in WAL mode they wait for nobody.
+
+use std::fs::OpenOptions;
+use std::io;
+use std::os::unix::fs::OpenOptionsExt;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use deadpool::managed::{self, Metrics, PoolError, RecycleError, RecycleResult};
+use rusqlite::{Connection, OpenFlags, TransactionBehavior};
+use tokio::sync::{mpsc, oneshot};
+use tokio::task::spawn_blocking;
+use tracing::{error, info};
+
+use crate::metrics;
+use crate::tasks::panic_message;
+
+/// How many writes share one commit at most: it bounds how long the first of them waits for the last.
+const GROUP: usize = 256;
+
+/// How many prepared statements a connection keeps.
+const STATEMENTS: usize = 128;
+
+/// Where the file is, and how long to wait for a turn.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The database file. Made, with mode 0600, when it is missing.
+    pub path: PathBuf,
+    /// How many connections read at once.
+    pub readers: usize,
+    /// How many writes may wait for the writer.
+    pub write_queue: usize,
+    /// How long a caller waits for a reader, or for room in the write queue.
+    pub wait: Duration,
+    /// How long a caller waits for the commit of a write that was taken.
+    pub commit_wait: Duration,
+}
+
+/// Why a read or a write did not happen.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The file cannot be opened or made.
+    #[error("cannot open {}", .path.display())]
+    Open {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// Nobody had time within the wait.
+    #[error("the store is busy: no {0} within the time allowed")]
+    Busy(&'static str),
+    /// The commit did not come in time. The write may still happen.
+    #[error("the store has not committed within the time allowed; the write may still happen")]
+    Slow,
+    /// SQLite refused. What this closure did is undone.
+    #[error("sqlite")]
+    Sql(#[from] rusqlite::Error),
+    /// Another write of the same commit broke the transaction, or the commit failed. Nothing of it happened.
+    #[error("the transaction was lost: {0}")]
+    Lost(String),
+    /// The closure panicked. What it did is undone.
+    #[error("a statement's code panicked: {0}")]
+    Panicked(String),
+    /// The store is closed.
+    #[error("the store is closed")]
+    Closed,
+    /// The store was written by a newer version of the program.
+    #[error("the store is newer than this program: {module} is at version {found}, known here are {known}")]
+    Newer {
+        /// Whose migrations.
+        module: &'static str,
+        /// The version in the store.
+        found: usize,
+        /// The newest version that this program knows.
+        known: usize,
+    },
+}
+
+/// The result of a read or a write.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// The tables of one part of the program, in the steps in which they came to be.
+#[derive(Clone, Copy, Debug)]
+pub struct Migrations {
+    /// Whose tables these are.
+    pub module: &'static str,
+    /// SQL, the oldest first. A step that was ever released is never changed.
+    pub steps: &'static [&'static str],
+}
+
+/// An open store. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Sqlite(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    config: Config,
+    writes: Mutex<Option<mpsc::Sender<Box<dyn Write>>>>,
+    writer: Mutex<Option<thread::JoinHandle<()>>>,
+    readers: managed::Pool<Readers>,
+}
+
+impl Sqlite {
+    /// Opens the file, or makes it, and starts the writer. One reader is opened too, so that a store that
+    /// cannot be read fails here.
+    ///
+    /// # Errors
+    /// When the file cannot be had or is no database.
+    pub async fn open(config: Config) -> Result<Self> {
+        let path = config.path.clone();
+        let connection = blocking(move || open_writer(&path)).await?;
+        let (sender, receiver) = mpsc::channel(config.write_queue);
+        let writer = thread::Builder::new()
+            .name("sqlite-writer".to_owned())
+            .spawn(move || write_loop(connection, receiver))
+            .map_err(|source| Error::Open { path: config.path.clone(), source })?;
+        let readers = managed::Pool::builder(Readers { path: config.path.clone() })
+            .max_size(config.readers)
+            .wait_timeout(Some(config.wait))
+            .create_timeout(Some(config.wait))
+            .recycle_timeout(Some(config.wait))
+            .runtime(deadpool::Runtime::Tokio1)
+            .build()
+            .map_err(|_| Error::Busy("runtime"))?;
+        let shared =
+            Shared { config, writes: Mutex::new(Some(sender)), writer: Mutex::new(Some(writer)), readers };
+        let sqlite = Self(Arc::new(shared));
+        sqlite.read(|connection| connection.query_row("SELECT 1", [], |_| Ok(()))).await?;
+        Ok(sqlite)
+    }
+
+    /// Runs `work` in the next transaction and returns after its commit. When `work` fails, what it did is
+    /// undone and nothing else is.
+    ///
+    /// A caller that goes away does not stop a write that was taken.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn write<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
+        let (reply, answer) = oneshot::channel();
+        let asked = Instant::now();
+        let write = Box::new(Pending { work: Some(work), result: None, reply });
+        let sender = self.0.writes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        match sender.ok_or(Error::Closed)?.send_timeout(write, self.0.config.wait).await {
+            Ok(()) => {}
+            Err(mpsc::error::SendTimeoutError::Timeout(_)) => {
+                return Err(Error::Busy("room in the write queue"));
+            }
+            Err(mpsc::error::SendTimeoutError::Closed(_)) => return Err(Error::Closed),
+        }
+        let answer =
+            tokio::time::timeout(self.0.config.commit_wait, answer).await.map_err(|_| Error::Slow)?;
+        metrics::sqlite_write_took(asked.elapsed());
+        answer.map_err(|_| Error::Closed)?
+    }
+
+    /// Runs `query` on a reader.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn read<T, F>(&self, query: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
+        let reader = match self.0.readers.get().await {
+            Ok(reader) => reader,
+            Err(PoolError::Timeout(_)) => return Err(Error::Busy("free reader")),
+            Err(PoolError::Backend(error)) => return Err(error),
+            Err(_) => return Err(Error::Closed),
+        };
+        blocking(move || Ok(query(&reader)?)).await
+    }
+
+    /// Applies what is missing of each part's migrations, each step in a transaction of its own.
+    ///
+    /// # Errors
+    /// When a step fails, or the store is newer than the program.
+    pub async fn migrate(&self, all: &[Migrations]) -> Result<()> {
+        self.write(|connection| {
+            connection.execute_batch(
+                "CREATE TABLE IF NOT EXISTS migrations (
+                     module     TEXT NOT NULL,
+                     version    INTEGER NOT NULL,
+                     applied_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
+                     PRIMARY KEY (module, version)
+                 ) WITHOUT ROWID",
+            )
+        })
+        .await?;
+        for migrations in all {
+            self.migrate_module(*migrations).await?;
+        }
+        Ok(())
+    }
+
+    async fn migrate_module(&self, Migrations { module, steps }: Migrations) -> Result<()> {
+        let found: usize = self
+            .read(move |connection| {
+                let sql = "SELECT coalesce(max(version), 0) FROM migrations WHERE module = ?";
+                connection.query_row(sql, [module], |row| row.get(0))
+            })
+            .await?;
+        if found > steps.len() {
+            return Err(Error::Newer { module, found, known: steps.len() });
+        }
+        for (version, step) in steps.iter().enumerate().skip(found).map(|(index, step)| (index + 1, *step)) {
+            self.write(move |connection| {
+                connection.execute_batch(step)?;
+                let sql = "INSERT INTO migrations (module, version) VALUES (?, ?)";
+                connection.execute(sql, (module, version)).map(drop)
+            })
+            .await?;
+            info!(module, version, "migrated");
+        }
+        Ok(())
+    }
+
+    /// Takes no more writes, commits those that were taken, and closes every connection.
+    pub async fn close(&self) {
+        drop(self.0.writes.lock().unwrap_or_else(PoisonError::into_inner).take());
+        let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.0.readers.close();
+        if let Some(writer) = writer {
+            let _ = spawn_blocking(move || writer.join()).await;
+        }
+    }
+}
+
+async fn blocking<T, F>(work: F) -> Result<T>
+where
+    T: Send + 'static,
+    F: FnOnce() -> Result<T> + Send + 'static,
+{
+    match spawn_blocking(work).await {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => {
+            Err(Error::Panicked(panic_message(&*error.into_panic()).to_owned()))
+        }
+        Err(_) => Err(Error::Closed),
+    }
+}
+
+fn open_writer(path: &Path) -> Result<Connection> {
+    // SQLite would make the file readable by others; its -wal and -shm take over this one's mode.
+    OpenOptions::new()
+        .create(true)
+        .append(true)
+        .mode(0o600)
+        .open(path)
+        .map_err(|source| Error::Open { path: path.to_owned(), source })?;
+    let connection = Connection::open(path)?;
+    connection.busy_timeout(Duration::from_secs(5))?;
+    connection.set_prepared_statement_cache_capacity(STATEMENTS);
+    connection.pragma_update(None, "journal_mode", "wal")?;
+    connection.pragma_update(None, "synchronous", "full")?;
+    connection.pragma_update(None, "foreign_keys", true)?;
+    connection.pragma_update(None, "temp_store", "memory")?;
+    // A write-ahead log that a burst made long is cut back when it is next begun anew.
+    connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
+    Ok(connection)
+}
+
+/// One queued write: applied in a savepoint, answered after the commit.
+trait Write: Send {
+    /// Runs the closure. False when what it did must be undone.
+    fn apply(&mut self, connection: &Connection) -> bool;
+    /// Tells the caller, and why everything was lost if it was.
+    fn answer(self: Box<Self>, lost: Option<&str>);
+}
+
+struct Pending<F, T> {
+    work: Option<F>,
+    result: Option<Result<T>>,
+    reply: oneshot::Sender<Result<T>>,
+}
+
+impl<F, T> Write for Pending<F, T>
+where
+    T: Send,
+    F: FnOnce(&Connection) -> rusqlite::Result<T> + Send,
+{
+    fn apply(&mut self, connection: &Connection) -> bool {
+        let Some(work) = self.work.take() else { return false };
+        let result = match catch_unwind(AssertUnwindSafe(|| work(connection))) {
+            Ok(result) => result.map_err(Error::Sql),
+            Err(panic) => Err(Error::Panicked(panic_message(&*panic).to_owned())),
+        };
+        self.result.insert(result).is_ok()
+    }
+
+    fn answer(self: Box<Self>, lost: Option<&str>) {
+        let result = match (self.result, lost) {
+            // A closure's own failure says more than that of its transaction.
+            (Some(Err(own)), _) => Err(own),
+            (Some(result), None) => result,
+            (_, lost) => Err(Error::Lost(lost.unwrap_or("it was never begun").to_owned())),
+        };
+        // A caller that has gone away does not need to know.
+        let _ = self.reply.send(result);
+    }
+}
+
+fn write_loop(mut connection: Connection, mut writes: mpsc::Receiver<Box<dyn Write>>) {
+    while let Some(first) = writes.blocking_recv() {
+        let mut group = vec![first];
+        let lost = commit(&mut connection, &mut writes, &mut group).err();
+        if let Some(reason) = &lost {
+            error!(reason, writes = group.len(), "a transaction was lost");
+        }
+        for write in group {
+            write.answer(lost.as_deref());
+        }
+    }
+}
+
+/// Applies `group`, and what joins it meanwhile, in one transaction.
+fn commit(
+    connection: &mut Connection,
+    writes: &mut mpsc::Receiver<Box<dyn Write>>,
+    group: &mut Vec<Box<dyn Write>>,
+) -> std::result::Result<(), String> {
+    let transaction = connection
+        .transaction_with_behavior(TransactionBehavior::Immediate)
+        .map_err(|error| error.to_string())?;
+    let execute = |sql| transaction.prepare_cached(sql)?.execute([]).map(drop);
+    let mut applied = 0;
+    while let Some(write) = group.get_mut(applied) {
+        execute("SAVEPOINT one_write").map_err(|error| error.to_string())?;
+        let kept = write.apply(&transaction);
+        applied += 1;
+        // Some errors (a full disk) make SQLite undo the whole transaction, not just one statement.
+        if transaction.is_autocommit() {
+            return Err("another write of the same commit broke it".to_owned());
+        }
+        if !kept {
+            execute("ROLLBACK TO one_write").map_err(|error| error.to_string())?;
+        }
+        execute("RELEASE one_write").map_err(|error| error.to_string())?;
+        if applied == group.len() && applied < GROUP {
+            group.extend(writes.try_recv());
+        }
+    }
+    transaction.commit().map_err(|error| error.to_string())?;
+    metrics::sqlite_committed(applied);
+    Ok(())
+}
+
+/// Makes the pool's reading connections.
+#[derive(Debug)]
+struct Readers {
+    path: PathBuf,
+}
+
+impl managed::Manager for Readers {
+    type Type = Connection;
+    type Error = Error;
+
+    async fn create(&self) -> Result<Connection> {
+        let path = self.path.clone();
+        blocking(move || {
+            let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+            let connection = Connection::open_with_flags(path, flags)?;
+            connection.busy_timeout(Duration::from_secs(5))?;
+            connection.set_prepared_statement_cache_capacity(STATEMENTS);
+            Ok(connection)
+        })
+        .await
+    }
+
+    async fn recycle(&self, connection: &mut Connection, _: &Metrics) -> RecycleResult<Error> {
+        if connection.is_autocommit() {
+            return Ok(());
+        }
+        // An open snapshot would keep the write-ahead log from ever being cut back.
+        Err(RecycleError::message("a read left its transaction open"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn store(directory: &tempfile::TempDir) -> Sqlite {
+        let config = Config {
+            path: directory.path().join("test.db"),
+            readers: 2,
+            write_queue: 64,
+            wait: Duration::from_secs(5),
+            commit_wait: Duration::from_secs(5),
+        };
+        let store = Sqlite::open(config).await.unwrap();
+        store.write(|tx| tx.execute_batch("CREATE TABLE numbers (n INTEGER PRIMARY KEY)")).await.unwrap();
+        store
+    }
+
+    async fn count(store: &Sqlite) -> i64 {
+        store.read(|tx| tx.query_row("SELECT count(*) FROM numbers", [], |row| row.get(0))).await.unwrap()
+    }
+
+    fn insert(n: i64) -> impl FnOnce(&Connection) -> rusqlite::Result<()> + Send {
+        move |tx| tx.execute("INSERT INTO numbers VALUES (?)", [n]).map(drop)
+    }
+
+    #[tokio::test]
+    async fn a_failed_write_undoes_only_itself() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store(&directory).await;
+        let half = store.write(|tx| insert(2)(tx).and_then(|()| insert(1)(tx)).and_then(|()| insert(1)(tx)));
+        let (one, half, two) = tokio::join!(store.write(insert(0)), half, store.write(insert(2)));
+        assert!(one.is_ok() && two.is_ok());
+        assert!(matches!(half, Err(Error::Sql(_))), "{half:?}");
+        assert_eq!(count(&store).await, 2);
+    }
+
+    #[tokio::test]
+    async fn a_panicking_write_is_an_error_of_its_caller() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store(&directory).await;
+        let panicked = store.write(|tx| insert(1)(tx).map(|()| panic!("bad row"))).await;
+        assert!(matches!(&panicked, Err::<(), _>(Error::Panicked(why)) if why == "bad row"), "{panicked:?}");
+        store.write(insert(1)).await.unwrap();
+        assert_eq!(count(&store).await, 1);
+    }
+
+    #[tokio::test]
+    async fn a_lost_transaction_answers_everybody_in_it() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store(&directory).await;
+        let (started, gate) = std::sync::mpsc::channel();
+        let blocker = store.write(move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
+        // What ROLLBACK does here, SQLite does by itself when the disk is full.
+        let lose = store.write(|tx| tx.execute_batch("ROLLBACK"));
+        let open = async {
+            tokio::task::yield_now().await;
+            started.send(()).unwrap();
+        };
+        let (blocker, lose, after, ()) = tokio::join!(blocker, lose, store.write(insert(1)), open);
+        assert!(matches!(blocker, Err(Error::Lost(_))), "{blocker:?}");
+        assert!(matches!(lose, Err(Error::Lost(_))), "{lose:?}");
+        assert!(after.is_ok() || matches!(after, Err(Error::Lost(_))), "{after:?}");
+        assert_eq!(count(&store).await, i64::from(after.is_ok()));
+    }
+
+    #[tokio::test]
+    async fn a_closed_store_keeps_what_it_took() {
+        let directory = tempfile::tempdir().unwrap();
+        let first = store(&directory).await;
+        let writes = futures_util::future::join_all((0..50).map(|n| first.write(insert(n))));
+        let (written, ()) = tokio::join!(writes, first.close());
+        let kept = written.iter().filter(|result| result.is_ok()).count();
+        assert!(matches!(first.write(insert(99)).await, Err(Error::Closed)));
+        let config = first.0.config.clone();
+        let again = Sqlite::open(config).await.unwrap();
+        assert_eq!(usize::try_from(count(&again).await).unwrap(), kept);
+    }
+
+    #[tokio::test]
+    async fn migrations_run_once_and_a_newer_store_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store(&directory).await;
+        const ONE: Migrations = Migrations { module: "zoo", steps: &["CREATE TABLE lions (id INTEGER)"] };
+        const TWO: Migrations =
+            Migrations { module: "zoo", steps: &[ONE.steps[0], "ALTER TABLE lions ADD COLUMN name TEXT"] };
+        store.migrate(&[ONE]).await.unwrap();
+        store.migrate(&[TWO]).await.unwrap();
+        store.migrate(&[TWO]).await.unwrap();
+        store.write(|tx| tx.execute("INSERT INTO lions VALUES (1, 'Leo')", [])).await.unwrap();
+        let older = store.migrate(&[ONE]).await;
+        assert!(matches!(older, Err(Error::Newer { module: "zoo", found: 2, known: 1 })), "{older:?}");
+    }
+}

@@ -1,0 +1,53 @@
+//! SIGTERM, SIGINT and SIGHUP as a stream of values.
+//!
+//! Installed before anything slow happens: until then SIGTERM kills the process outright, and as PID 1 of a
+//! container it would be ignored altogether.
+
+use std::io;
+
+use futures_util::StreamExt;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+
+/// What somebody outside asked of the process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// SIGTERM: leave, in order.
+    Terminate,
+    /// SIGINT (Ctrl-C): leave, in order, without the notice that load balancers need.
+    Interrupt,
+    /// SIGHUP: read again what can be read again.
+    Reload,
+}
+
+/// The signals that reach this process from now on.
+pub struct Signals(signal_hook_tokio::Signals);
+
+impl std::fmt::Debug for Signals {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Signals")
+    }
+}
+
+impl Signals {
+    /// Installs the handlers. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// When the operating system refuses a handler or the wake-up socket.
+    pub fn install() -> io::Result<Self> {
+        Ok(Self(signal_hook_tokio::Signals::new([SIGTERM, SIGINT, SIGHUP])?))
+    }
+
+    /// The next signal. Signals of one kind that arrive together are one.
+    pub async fn next(&mut self) -> Signal {
+        loop {
+            match self.0.next().await {
+                Some(SIGTERM) => return Signal::Terminate,
+                Some(SIGINT) => return Signal::Interrupt,
+                Some(SIGHUP) => return Signal::Reload,
+                Some(_) => {}
+                // The stream ends only when its handle is closed, and nobody holds one.
+                None => std::future::pending().await,
+            }
+        }
+    }
+}

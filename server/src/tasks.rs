@@ -1,0 +1,263 @@
+//! The only way to start a long-lived task: a name, an owner who awaits it, and a stated death.
+//!
+//! * A **critical** task carries the process: when it ends before the drain has begun, [`Tasks::died`] says so
+//!   and the process leaves with exit code 1.
+//! * A **contained** task may fail: its end by an error or a panic is counted, logged, and followed by a new
+//!   start after a backoff.
+//!
+//! Short-lived work (a connection, a job) lives in a `JoinSet` of the component that started it.
+
+use std::any::Any;
+use std::collections::BTreeMap;
+use std::fmt::Display;
+use std::future::Future;
+use std::panic::AssertUnwindSafe;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::FutureExt;
+use tokio::sync::watch;
+use tokio::task::AbortHandle;
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, error, error_span};
+
+use crate::backoff::Backoff;
+use crate::drain::{Drain, Phase};
+use crate::metrics;
+
+/// Between two starts of a contained task.
+const RESTART: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
+
+/// Why a critical task ended before its time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Death {
+    /// The name that the task was given.
+    pub task: &'static str,
+    /// Its error, its panic message, or that it just returned.
+    pub reason: String,
+}
+
+/// All long-lived tasks of a process. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Tasks(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    tracker: TaskTracker,
+    live: Mutex<BTreeMap<u64, Live>>,
+    death: watch::Sender<Option<Death>>,
+    drain: Drain,
+}
+
+#[derive(Debug)]
+struct Live {
+    name: &'static str,
+    abort: AbortHandle,
+}
+
+impl Tasks {
+    /// No tasks yet. `drain` tells an expected end from a death.
+    pub fn new(drain: Drain) -> Self {
+        Self(Arc::new(Shared {
+            tracker: TaskTracker::new(),
+            live: Mutex::default(),
+            death: watch::Sender::new(None),
+            drain,
+        }))
+    }
+
+    /// Starts a task that the process cannot do without.
+    pub fn critical<F, E>(&self, name: &'static str, future: F)
+    where
+        F: Future<Output = Result<(), E>> + Send + 'static,
+        E: Display,
+    {
+        let shared = Arc::clone(&self.0);
+        self.start(name, async move {
+            let reason = match AssertUnwindSafe(future).catch_unwind().await {
+                Ok(Ok(())) if shared.drain.phase() > Phase::Running => return,
+                Ok(Ok(())) => "it ended by itself".to_owned(),
+                Ok(Err(error)) => format!("{error:#}"),
+                Err(panic) => format!("it panicked: {}", panic_message(&*panic)),
+            };
+            error!(task = name, reason, "a critical task died");
+            shared.death.send_if_modified(|death| {
+                let first = death.is_none();
+                death.get_or_insert(Death { task: name, reason });
+                first
+            });
+        });
+    }
+
+    /// Starts a task that may fail and is then started anew, after a backoff, until the drain begins.
+    /// It ends for good when it returns `Ok`.
+    pub fn contained<M, F, E>(&self, name: &'static str, mut make: M)
+    where
+        M: FnMut() -> F + Send + 'static,
+        F: Future<Output = Result<(), E>> + Send,
+        E: Display + Send,
+    {
+        let drain = self.0.drain.clone();
+        self.start(name, async move {
+            for failures in 1u32.. {
+                let reason = match AssertUnwindSafe(make()).catch_unwind().await {
+                    Ok(Ok(())) => return,
+                    Ok(Err(error)) => format!("{error:#}"),
+                    Err(panic) => format!("it panicked: {}", panic_message(&*panic)),
+                };
+                metrics::task_failed(name);
+                let pause = RESTART.jittered(failures);
+                error!(task = name, reason, restart_in = ?pause, "a contained task failed");
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = drain.soft() => return,
+                }
+            }
+        });
+    }
+
+    fn start(&self, name: &'static str, future: impl Future<Output = ()> + Send + 'static) {
+        let shared = Arc::clone(&self.0);
+        let (named, is_named) = tokio::sync::oneshot::channel::<u64>();
+        let task = self.0.tracker.spawn(
+            async move {
+                let _listed = is_named.await.ok().map(|key| Listed { shared: Arc::clone(&shared), key });
+                future.await;
+            }
+            .instrument(error_span!("task", name)),
+        );
+        let mut live = lock(&self.0.live);
+        let key = live.last_key_value().map_or(0, |(key, _)| key + 1);
+        live.insert(key, Live { name, abort: task.abort_handle() });
+        // The task removes its own entry when it ends by any path, so it starts only after it is listed.
+        let _ = named.send(key);
+    }
+
+    /// Waits for the first critical task that dies. Never returns when none does.
+    pub async fn died(&self) -> Death {
+        let mut death = self.0.death.subscribe();
+        match death.wait_for(Option::is_some).await {
+            Ok(death) => death.clone().unwrap_or(Death { task: "unknown", reason: String::new() }),
+            Err(_) => std::future::pending().await,
+        }
+    }
+
+    /// The first critical task that died, if one did.
+    pub fn death(&self) -> Option<Death> {
+        self.0.death.borrow().clone()
+    }
+
+    /// Waits until every task has ended.
+    pub async fn ended(&self) {
+        self.0.tracker.close();
+        self.0.tracker.wait().await;
+    }
+
+    /// The names of the tasks that run now.
+    pub fn running(&self) -> Vec<&'static str> {
+        lock(&self.0.live).values().map(|live| live.name).collect()
+    }
+
+    /// Aborts what still runs and says what that was.
+    pub fn abort(&self) -> Vec<&'static str> {
+        let live = lock(&self.0.live);
+        live.values()
+            .map(|live| {
+                live.abort.abort();
+                live.name
+            })
+            .collect()
+    }
+}
+
+/// The entry of a running task; gone when it drops.
+struct Listed {
+    shared: Arc<Shared>,
+    key: u64,
+}
+
+impl Drop for Listed {
+    fn drop(&mut self) {
+        lock(&self.shared.live).remove(&self.key);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The text of a panic, as far as it has one.
+pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
+    panic
+        .downcast_ref::<&'static str>()
+        .copied()
+        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
+        .unwrap_or("(a panic without a message)")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::convert::Infallible;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    use super::*;
+    use crate::drain;
+
+    #[tokio::test]
+    async fn a_critical_task_that_panics_is_a_death() {
+        let (_trigger, drain) = drain::channel();
+        let tasks = Tasks::new(drain);
+        tasks.critical("engine", async {
+            if tokio::task::try_id().is_some() {
+                panic!("out of steam");
+            }
+            Ok::<(), Infallible>(())
+        });
+        let death = tasks.died().await;
+        assert_eq!(death, Death { task: "engine", reason: "it panicked: out of steam".into() });
+        tasks.ended().await;
+        assert!(tasks.running().is_empty());
+    }
+
+    #[tokio::test]
+    async fn an_end_during_the_drain_is_no_death() {
+        let (trigger, drain) = drain::channel();
+        let tasks = Tasks::new(drain.clone());
+        tasks.critical("engine", async move {
+            drain.soft().await;
+            Ok::<(), Infallible>(())
+        });
+        trigger.advance(Phase::Soft);
+        tasks.ended().await;
+        assert_eq!(tasks.death(), None);
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_contained_task_is_started_again() {
+        let (_trigger, drain) = drain::channel();
+        let tasks = Tasks::new(drain);
+        let starts = Arc::new(AtomicU32::new(0));
+        let counter = Arc::clone(&starts);
+        tasks.contained("sweeper", move || {
+            let start = counter.fetch_add(1, Ordering::SeqCst);
+            async move {
+                match start {
+                    0 => Err("no broom".to_owned()),
+                    1 => panic!("no floor"),
+                    _ => Ok(()),
+                }
+            }
+        });
+        tasks.ended().await;
+        assert_eq!(starts.load(Ordering::SeqCst), 3);
+    }
+
+    #[tokio::test]
+    async fn abort_names_what_still_ran() {
+        let (_trigger, drain) = drain::channel();
+        let tasks = Tasks::new(drain);
+        tasks.critical("stuck", std::future::pending::<Result<(), Infallible>>());
+        assert_eq!(tasks.abort(), ["stuck"]);
+        tasks.ended().await;
+    }
+}

@@ -1,0 +1,3 @@
+//! The stores of jobs.
+
+pub mod sqlite;
