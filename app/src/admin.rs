@@ -89,7 +89,6 @@ impl Admin {
             .route("/startupz", get(startupz))
             .route("/metrics", get(metrics))
             .merge(guarded)
-            .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "there is nothing at this path") })
             .with_state(self.clone())
     }
 }

@@ -7,11 +7,10 @@ use anyhow::Context as _;
 use axum::Router;
 use axum::routing::get;
 use bytes::Bytes;
-use http::{StatusCode, header};
+use http::header;
 use perennial_server::drain::Drain;
 use perennial_server::health::Health;
 use perennial_server::http::Server;
-use perennial_server::http::problem::Problem;
 use perennial_server::pool::sqlite::{self, Migrations, Sqlite};
 use perennial_server::tasks::Tasks;
 use perennial_workers::store::sqlite::SqliteQueue;
@@ -161,12 +160,7 @@ fn public(routes: OpenApiRouter) -> Router {
     openapi.info = Info::new("Perennial", env!("CARGO_PKG_VERSION"));
     let openapi = Bytes::from(openapi.to_json().unwrap_or_default());
     let openapi = move || std::future::ready(([(header::CONTENT_TYPE, "application/json")], openapi.clone()));
-    router
-        .route("/openapi.json", get(openapi))
-        .fallback(|| async { Problem::new(StatusCode::NOT_FOUND, "there is nothing at this path") })
-        .method_not_allowed_fallback(|| async {
-            Problem::new(StatusCode::METHOD_NOT_ALLOWED, "this path does not have this method")
-        })
+    router.route("/openapi.json", get(openapi))
 }
 
 fn announce(announcements: &[Announcement], addresses: &[String]) -> Vec<String> {

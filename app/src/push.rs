@@ -21,6 +21,8 @@ mod store;
 mod subscriptions;
 mod tags;
 
+use std::net::{AddrParseError, IpAddr};
+use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -279,7 +281,11 @@ fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
     perennial_webpush::Config {
         policy: Policy {
             hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
-            networks: settings.parse_list::<IpNet>("push.allow_networks", "networks such as 10.1.0.0/16"),
+            networks: settings
+                .parse_list::<Network>("push.allow_networks", "networks such as 10.1.0.0/16")
+                .into_iter()
+                .map(|Network(network)| network)
+                .collect(),
             insecure: settings.get("push.allow_insecure"),
         },
         contact,
@@ -302,6 +308,17 @@ fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
         http1_connections: settings.number("push.http1_connections", 1..=10_000),
         connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
         timeout: settings.duration("push.timeout", SECOND..=HOUR),
+    }
+}
+
+/// A network, or one address.
+struct Network(IpNet);
+
+impl FromStr for Network {
+    type Err = AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, AddrParseError> {
+        text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map(Self)
     }
 }
 

@@ -310,6 +310,11 @@ fn refuse(sink: &Sink, refusal: &Refusal) -> Response {
 
 /// A certificate authority, and a certificate for localhost signed by it.
 fn certificate(directory: &Path, names: &[String]) -> anyhow::Result<tls::Config> {
+    let files = tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") };
+    // Whoever trusts the one of last time need not be told again.
+    if files.cert_file.exists() && files.key_file.exists() && directory.join(CA_FILE).exists() {
+        return Ok(files);
+    }
     std::fs::create_dir_all(directory).with_context(|| format!("cannot make {}", directory.display()))?;
     let mut ca = CertificateParams::new(Vec::new())?;
     ca.distinguished_name.push(DnType::CommonName, "Perennial's local push service");
@@ -321,13 +326,11 @@ fn certificate(directory: &Path, names: &[String]) -> anyhow::Result<tls::Config
     let leaf_key = KeyPair::generate()?;
     let leaf =
         CertificateParams::new(names.collect::<Vec<_>>())?.signed_by(&leaf_key, &Issuer::new(ca, ca_key))?;
-    let write = |name: &str, text: String| {
-        let file = directory.join(name);
-        std::fs::write(&file, text).with_context(|| format!("cannot write {}", file.display())).map(|()| file)
+    let write = |file: &Path, text: String| {
+        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
     };
-    write(CA_FILE, ca_certificate.pem())?;
-    Ok(tls::Config {
-        cert_file: write("cert.pem", leaf.pem())?,
-        key_file: write("key.pem", leaf_key.serialize_pem())?,
-    })
+    write(&directory.join(CA_FILE), ca_certificate.pem())?;
+    write(&files.cert_file, leaf.pem())?;
+    write(&files.key_file, leaf_key.serialize_pem())?;
+    Ok(files)
 }

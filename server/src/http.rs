@@ -10,6 +10,7 @@
 //! ```
 
 mod accept;
+mod body;
 mod conn;
 mod exchange;
 mod listen;

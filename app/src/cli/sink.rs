@@ -2,8 +2,9 @@
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::Context;
 use base64::Engine;
@@ -22,6 +23,9 @@ use crate::module::Blueprint;
 use crate::settings::Sources;
 use crate::sink::{self, Behaviour, Push, Refusal};
 
+/// How long to wait for the server that imaginary browsers are to be subscribed at.
+const WAIT: Duration = Duration::from_secs(120);
+
 #[derive(Args, Debug)]
 pub(super) struct Sink {
     /// Where messages are sent to, with TLS
@@ -33,7 +37,7 @@ pub(super) struct Sink {
     /// Where the certificates are put
     #[arg(long, default_value = "./perennial-sink", value_name = "DIRECTORY")]
     directory: PathBuf,
-    /// Subscribe so many imaginary browsers at the server that runs on data_dir
+    /// Subscribe so many imaginary browsers at the server that runs on data_dir, or will in two minutes
     #[arg(long, default_value_t = 0, value_name = "COUNT")]
     subscribers: usize,
 }
@@ -57,6 +61,18 @@ impl Behaviour for Printer {
 
     fn refused(&self, refusal: &Refusal) {
         println!("{}", json!({ "refused": refusal.status.as_u16(), "because": refusal.message }));
+    }
+}
+
+/// The server needs this service's certificate before it starts, and so it often comes second.
+async fn wait_for_server(data_dir: &Path) -> anyhow::Result<String> {
+    let began = Instant::now();
+    loop {
+        match running(data_dir, "server") {
+            Ok(base) => return Ok(base),
+            Err(error) if began.elapsed() > WAIT => return Err(error),
+            Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
+        }
     }
 }
 
@@ -111,9 +127,10 @@ impl Sink {
     ) -> anyhow::Result<()> {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
-        let key =
-            std::fs::read_to_string(config.data_dir.join(API_KEY)).context("the API key cannot be read")?;
-        let client = Client::new(&running(&config.data_dir, "server")?, Some(key.trim().to_owned()))?;
+        let base = wait_for_server(&config.data_dir).await?;
+        let key_file = config.data_dir.join(API_KEY);
+        let key = std::fs::read_to_string(key_file).context("the API key cannot be read")?;
+        let client = Client::new(&base, Some(key.trim().to_owned()))?;
         let vapid = client.call(Method::GET, "/push/key", None).await?;
         let vapid = vapid["key"].as_str().context("the server has no VAPID key")?.to_owned();
         let vapid_bytes =

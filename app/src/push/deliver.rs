@@ -350,7 +350,8 @@ fn age(batch: &Batch) -> Duration {
 fn message(batch: &Batch) -> anyhow::Result<Message> {
     let payload = Payload::new(batch.payload.clone())?;
     let urgency: Urgency = batch.urgency.parse()?;
-    let message = Message::new(payload).ttl(batch.ttl.saturating_sub(age(batch))).urgency(urgency);
+    let waited = Duration::from_secs(age(batch).as_secs());
+    let message = Message::new(payload).ttl(batch.ttl.saturating_sub(waited)).urgency(urgency);
     Ok(match &batch.topic {
         Some(topic) => message.topic(&topic.parse()?),
         None => message,

@@ -23,6 +23,7 @@ use tracing::debug;
 
 use super::Config;
 use super::accept::Tls;
+use super::body::Leftover;
 use super::exchange::FollowedBody;
 use super::stack::Stack;
 use crate::drain::Drain;
@@ -81,6 +82,7 @@ pub struct Connection {
     pub peer: Peer,
     close: CancellationToken,
     abort: CancellationToken,
+    pub(super) leftover: Leftover,
 }
 
 impl Connection {
@@ -176,8 +178,12 @@ async fn run<I>(io: I, protocol: Protocol, peer: Peer, host: Host)
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let connection =
-        Arc::new(Connection { peer, close: CancellationToken::new(), abort: CancellationToken::new() });
+    let connection = Arc::new(Connection {
+        peer,
+        close: CancellationToken::new(),
+        abort: CancellationToken::new(),
+        leftover: Leftover::default(),
+    });
     let service = service_fn({
         let (stack, connection) = (Arc::clone(&host.stack), Arc::clone(&connection));
         move |request| Arc::clone(&stack).handle(request, Arc::clone(&connection))
@@ -190,7 +196,10 @@ where
                 .header_read_timeout(host.config.idle_timeout)
                 .serve_connection(io, service)
                 .with_upgrades();
-            drive(served, protocol, &connection, &host.drain).await;
+            tokio::select! {
+                () = drive(served, protocol, &connection, &host.drain) => {}
+                () = connection.leftover.drop_all() => {}
+            }
         }
         Protocol::Http2 => {
             let streams = Streams::default();

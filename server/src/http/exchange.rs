@@ -114,15 +114,13 @@ impl HttpBody for FollowedBody {
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
-        let this = self.project();
-        let frame = std::task::ready!(this.body.poll_frame(context));
-        match &frame {
-            Some(Ok(frame)) => {
-                this.exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
-            }
-            Some(Err(_)) => {}
-            None => this.exchange.complete = true,
+        let mut this = self.project();
+        let frame = std::task::ready!(this.body.as_mut().poll_frame(context));
+        if let Some(Ok(frame)) = &frame {
+            this.exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
         }
+        // Nobody asks for a frame after the last one of a body that knows its length.
+        this.exchange.complete = frame.is_none() || this.body.is_end_stream();
         Poll::Ready(frame)
     }
 

@@ -13,12 +13,14 @@ use axum::extract::MatchedPath;
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 use http::{HeaderValue, Request, StatusCode, Version, header};
+use http_body::Body as _;
 use http_body_util::Limited;
-use hyper::body::{Body as _, Incoming};
+use hyper::body::Incoming;
 use tower::{Layer, Service};
 use tracing::{Instrument, info_span};
 
 use super::Config;
+use super::body::{Leftover, RequestBody};
 use super::conn::Connection;
 use super::exchange::{Exchange, FollowedBody};
 use super::problem::Problem;
@@ -63,11 +65,13 @@ impl Stack {
 
         // The exchange is counted and logged however the steps below end, and also if they never do.
         let version = request.version();
+        // HTTP/2 resets one stream for a body that nobody reads, and that overtakes nothing.
+        let leftover = (version < Version::HTTP_2).then(|| scope.connection().leftover.clone());
         let method = request.method().clone();
         let exchange = Exchange::begin(scope.clone(), method, request.uri().path(), version, began);
 
         let span = info_span!("request", request_id = scope.id().as_str());
-        let mut response = self.respond(request).instrument(span).await;
+        let mut response = self.respond(request, leftover).instrument(span).await;
         response.headers_mut().insert(REQUEST_ID, scope.id().header());
 
         // A client of a draining process should connect anew, to another one.
@@ -77,13 +81,15 @@ impl Stack {
         Ok(exchange.respond(response))
     }
 
-    async fn respond(&self, request: Request<Incoming>) -> Response {
+    async fn respond(&self, request: Request<Incoming>, leftover: Option<Leftover>) -> Response {
+        let (parts, body) = request.into_parts();
+        let body = RequestBody::new(body, leftover);
         // A body that announces itself as too long is refused before it is read.
-        if request.body().size_hint().lower() > self.body_limit as u64 {
+        if body.size_hint().lower() > self.body_limit as u64 {
             return body_too_long(self.body_limit);
         }
         // One that does not is cut off at the limit; the extractor that reads it answers.
-        let request = request.map(|body| Body::new(Limited::new(body, self.body_limit)));
+        let request = Request::from_parts(parts, Body::new(Limited::new(body, self.body_limit)));
 
         // A panic is the bug of one handler: this request gets a 500, the connection lives on.
         let answer = AssertUnwindSafe(self.router.clone().call(request)).catch_unwind();
@@ -98,7 +104,7 @@ impl Stack {
             },
         };
         match answer {
-            Ok(Ok(response)) => response,
+            Ok(Ok(response)) => explained(response),
             Err(_panic) => {
                 metrics::handler_panicked();
                 Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the handler failed; the log has the reason")
@@ -111,6 +117,27 @@ impl Stack {
 fn body_too_long(limit: usize) -> Response {
     Problem::new(StatusCode::PAYLOAD_TOO_LARGE, format!("the body may have at most {limit} bytes"))
         .into_response()
+}
+
+/// An error without a word becomes a problem: what a router says of a path or a method that it does not have.
+fn explained(response: Response) -> Response {
+    let status = response.status();
+    let silent = response.body().is_end_stream() && !response.headers().contains_key(header::CONTENT_TYPE);
+    if !silent || !(status.is_client_error() || status.is_server_error()) {
+        return response;
+    }
+    let detail = match status {
+        StatusCode::NOT_FOUND => "there is nothing at this path",
+        StatusCode::METHOD_NOT_ALLOWED => "this path does not have this method",
+        _ => "",
+    };
+    // What else it said stays: which methods there are, for one.
+    let (silence, _) = response.into_parts();
+    let mut problem = Problem::new(status, detail).into_response();
+    for (name, value) in silence.headers.iter().filter(|(name, _)| **name != header::CONTENT_LENGTH) {
+        problem.headers_mut().append(name, value.clone());
+    }
+    problem
 }
 
 fn took_too_long(limit: Duration) -> Response {

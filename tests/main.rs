@@ -1,0 +1,15 @@
+//! Perennial as its users meet it: a process on a port, among real peers. A file per promise.
+
+mod api;
+mod boot;
+mod cli;
+mod crash;
+mod delivery;
+mod drain;
+mod host;
+mod jobs;
+mod notify;
+mod page;
+mod settings;
+mod subscriptions;
+mod support;

@@ -1,0 +1,36 @@
+//! What the tests share: the program as a process, a push service that misbehaves on request, a browser.
+
+pub mod double;
+pub mod firefox;
+pub mod http;
+pub mod nginx;
+pub mod process;
+
+use std::future::Future;
+use std::time::Duration;
+
+/// How long anything that should happen soon may take, on a busy machine.
+pub const SOON: Duration = Duration::from_secs(30);
+
+/// Waits until `condition` gives a value; panics with `what` when it does not soon.
+pub async fn eventually<T, F>(what: &str, mut condition: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    let began = std::time::Instant::now();
+    loop {
+        if let Some(value) = condition().await {
+            return value;
+        }
+        assert!(began.elapsed() < SOON, "not within {SOON:?}: {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
+}
+
+/// `value` if it comes soon; panics with `what` otherwise.
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(SOON, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("not within {SOON:?}: {what}"),
+    }
+}

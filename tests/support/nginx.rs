@@ -1,0 +1,69 @@
+//! nginx, as a push service that answers 201 and nothing else: for throughput, and because it closes
+//! connections with GOAWAY after a number of requests, mid-flight, as the big ones do.
+
+use std::net::TcpListener;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+use super::eventually;
+
+/// A running nginx.
+#[derive(Debug)]
+pub struct Nginx {
+    pub port: u16,
+    _directory: TempDir,
+    _child: Child,
+}
+
+impl Nginx {
+    /// Starts it with the certificate in `certificates`, closing each connection after so many requests.
+    pub async fn start(certificates: &Path, keepalive_requests: u32) -> Self {
+        let directory = TempDir::new().unwrap();
+        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let at = directory.path().display();
+        let certificates = certificates.display();
+        let config = format!(
+            "daemon off; pid {at}/pid; error_log {at}/error.log; worker_processes 1;
+             events {{ worker_connections 4096; }}
+             http {{
+                 access_log {at}/access.log; client_body_temp_path {at}; proxy_temp_path {at};
+                 fastcgi_temp_path {at}; uwsgi_temp_path {at}; scgi_temp_path {at};
+                 keepalive_requests {keepalive_requests};
+                 server {{
+                     listen 127.0.0.1:{port} ssl http2;
+                     ssl_certificate {certificates}/cert.pem; ssl_certificate_key {certificates}/key.pem;
+                     location / {{ return 201; }}
+                 }}
+             }}"
+        );
+        let file = directory.path().join("nginx.conf");
+        std::fs::write(&file, config).unwrap();
+        let child = Command::new("nginx")
+            .arg("-c")
+            .arg(&file)
+            .args(["-p", &at.to_string()])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("nginx is installed: tests/run does that");
+        eventually("nginx listens", || async {
+            let connected = tokio::net::TcpStream::connect(("127.0.0.1", port)).await;
+            connected.is_ok().then_some(())
+        })
+        .await;
+        Self { port, _directory: directory, _child: child }
+    }
+
+    /// How many requests it has answered with 201.
+    pub async fn answered(&self) -> usize {
+        // It writes its log as it goes; the last lines may need a moment.
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        let log = std::fs::read_to_string(self._directory.path().join("access.log")).unwrap_or_default();
+        log.lines().filter(|line| line.contains("\" 201 ")).count()
+    }
+}

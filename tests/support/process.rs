@@ -1,0 +1,252 @@
+//! The program as a process: started on free ports in a directory of its own, asked, signalled, killed.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Output, Stdio};
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+
+use super::double::Double;
+use super::http::Client;
+use super::{eventually, soon};
+
+/// The binary, built beside the tests.
+pub fn binary() -> PathBuf {
+    if let Some(path) = std::env::var_os("PERENNIAL_BIN") {
+        return path.into();
+    }
+    let tests = std::env::current_exe().unwrap();
+    let path = tests.parent().and_then(Path::parent).unwrap().join("perennial");
+    assert!(path.exists(), "{} is not there: run tests/run, or cargo build", path.display());
+    path
+}
+
+/// How to start it.
+#[derive(Debug)]
+pub struct Setup {
+    directory: TempDir,
+    set: Vec<String>,
+    environment: Vec<(String, String)>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl Setup {
+    /// On free ports, in a directory of its own.
+    pub fn new() -> Self {
+        let setup = Self { directory: TempDir::new().unwrap(), set: Vec::new(), environment: Vec::new() };
+        setup.set("server.listen=127.0.0.1:0").set("admin.listen=127.0.0.1:0").set("telemetry.format=json")
+    }
+
+    /// Sending to this push service.
+    pub fn sending_to(self, double: &Double) -> Self {
+        self.set("push.allow_insecure=true")
+            .set("push.allow_hosts=127.0.0.1,localhost")
+            .set("push.allow_networks=127.0.0.0/8")
+            .set(&format!("push.extra_ca_file={}", double.ca_file().display()))
+    }
+
+    /// With one more setting.
+    pub fn set(mut self, setting: &str) -> Self {
+        self.set.push(setting.to_owned());
+        self
+    }
+
+    /// With one more variable in the environment.
+    pub fn environment(mut self, name: &str, value: &str) -> Self {
+        self.environment.push((name.to_owned(), value.to_owned()));
+        self
+    }
+
+    /// The data directory.
+    pub fn data_dir(&self) -> PathBuf {
+        self.directory.path().join("data")
+    }
+
+    /// A file beside the data directory.
+    pub fn file(&self, name: &str) -> PathBuf {
+        self.directory.path().join(name)
+    }
+
+    /// The command with these arguments, and everything that was set.
+    pub fn command(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(binary());
+        command
+            .args(arguments)
+            .env_clear()
+            .env("PATH", std::env::var_os("PATH").unwrap_or_default())
+            .env("PERENNIAL_DATA_DIR", self.data_dir())
+            .envs(self.environment.iter().map(|(name, value)| (name, value)))
+            .current_dir(self.directory.path())
+            .kill_on_drop(true)
+            .stdin(Stdio::null());
+        for setting in &self.set {
+            command.args(["--set", setting]);
+        }
+        command
+    }
+
+    /// Runs a command to its end.
+    pub async fn run(&self, arguments: &[&str]) -> Output {
+        soon(&format!("the end of {arguments:?}"), self.command(arguments).output()).await.unwrap()
+    }
+
+    /// Starts it, without waiting for anything.
+    pub fn spawn(self) -> Perennial {
+        let log = self.file("log");
+        let append = || File::options().create(true).append(true).open(&log).unwrap();
+        let child = self.command(&["serve"]).stdout(append()).stderr(append()).spawn().unwrap();
+        Perennial { setup: self, child, client: None, admin: None }
+    }
+
+    /// Starts it and waits until it is ready.
+    pub async fn start(self) -> Perennial {
+        let mut perennial = self.spawn();
+        perennial.ready().await;
+        perennial
+    }
+}
+
+/// A running process.
+#[derive(Debug)]
+pub struct Perennial {
+    pub setup: Setup,
+    child: Child,
+    client: Option<Client>,
+    admin: Option<Client>,
+}
+
+impl Perennial {
+    /// Waits until it is ready.
+    pub async fn ready(&mut self) {
+        let file = self.setup.data_dir().join("addresses.json");
+        let addresses = eventually("the addresses", || {
+            if let Ok(Some(status)) = self.child.try_wait() {
+                panic!("it ended with {status}: {}", self.log());
+            }
+            let text = std::fs::read_to_string(&file).unwrap_or_default();
+            std::future::ready(serde_json::from_str::<Value>(&text).ok())
+        })
+        .await;
+        let base = |listener: &str| format!("http://{}", addresses[listener][0].as_str().unwrap());
+        let key = std::fs::read_to_string(self.setup.data_dir().join("api.key")).unwrap();
+        self.client = Some(Client::new(&base("server")).with_key(key.trim()));
+        self.admin = Some(Client::new(&base("admin")));
+        let admin = self.admin().clone();
+        eventually("readiness", || async { admin.get("/readyz").await.status.is_success().then_some(()) })
+            .await;
+    }
+
+    /// A client of the public listener, with the first API key.
+    pub fn client(&self) -> &Client {
+        self.client.as_ref().expect("it is ready")
+    }
+
+    /// A client of the admin listener.
+    pub fn admin(&self) -> &Client {
+        self.admin.as_ref().expect("it is ready")
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id().expect("it runs")
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&mut self) -> ExitStatus {
+        soon("the end of the process", self.child.wait()).await.unwrap()
+    }
+
+    /// Stops it as an operator does, and returns its exit code.
+    pub async fn stop(&mut self) -> Option<i32> {
+        self.signal(Signal::SIGTERM);
+        self.ended().await.code()
+    }
+
+    /// Kills it, and starts another one on the same data.
+    pub async fn kill_and_start_again(mut self) -> Self {
+        self.signal(Signal::SIGKILL);
+        self.ended().await;
+        self.start_again().await
+    }
+
+    /// Starts another one on the same data, when this one has ended.
+    pub async fn start_again(self) -> Self {
+        let _ = std::fs::remove_file(self.setup.data_dir().join("addresses.json"));
+        self.setup.start().await
+    }
+
+    /// Everything that it has logged, also before it was started again.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.setup.file("log")).unwrap_or_default()
+    }
+
+    /// The lines of the log that are objects.
+    pub fn log_lines(&self) -> Vec<Value> {
+        self.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+    }
+
+    /// The first line of the log with this message, once there is one.
+    pub async fn logged(&self, message: &str) -> Value {
+        let find = || {
+            let lines = self.log_lines();
+            std::future::ready(lines.into_iter().find(|line| line["message"] == message))
+        };
+        eventually(&format!("the log says {message:?}"), find).await
+    }
+
+    /// Stores `count` subscriptions of `double`, and returns their ids.
+    pub async fn subscribe(&self, double: &Double, count: usize) -> Vec<i64> {
+        let mut ids = Vec::with_capacity(count);
+        for _ in 0..count {
+            let subscription = double.mint();
+            let answer = self.client().post("/subscriptions", &json!({ "subscription": subscription })).await;
+            assert_eq!(answer.status, 201, "{}", answer.text());
+            ids.push(answer.json()["id"].as_i64().unwrap());
+        }
+        ids
+    }
+
+    /// Has a notification accepted, and returns its id.
+    pub async fn notify(&self, request: &Value) -> String {
+        let answer = self.client().post("/notify", request).await;
+        assert_eq!(answer.status, 202, "{}", answer.text());
+        answer.json()["id"].as_str().unwrap().to_owned()
+    }
+
+    /// Waits until a notification is done, and returns its progress.
+    pub async fn done(&self, id: &str) -> Value {
+        self.done_within(id, super::SOON).await
+    }
+
+    /// The same with more patience.
+    pub async fn done_within(&self, id: &str, patience: Duration) -> Value {
+        let began = std::time::Instant::now();
+        loop {
+            let progress = self.client().get(&format!("/notifications/{id}")).await.json();
+            if progress["state"] == "done" {
+                return progress;
+            }
+            assert!(began.elapsed() < patience, "not done: {progress}\n{}", self.log());
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+    }
+
+    /// Has a notification accepted and waits until it is done.
+    pub async fn notify_and_wait(&self, request: &Value) -> Value {
+        let id = self.notify(request).await;
+        self.done(&id).await
+    }
+}
