@@ -1,1 +1,106 @@
-//! TODO
+//! The commands.
+
+use serde_json::{Value, json};
+
+use crate::support::double::Double;
+use crate::support::process::Setup;
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+#[tokio::test]
+async fn notify_sends_and_follows_to_the_end() {
+    let double = Double::start().await;
+    let perennial = Setup::new().sending_to(&double).start().await;
+    for tags in [json!(["news"]), json!(["news"]), json!([])] {
+        let request = json!({ "subscription": double.mint(), "tags": tags });
+        perennial.client().post("/subscriptions", &request).await;
+    }
+    let run = async |arguments: &[&str]| {
+        let ended = perennial.setup.run(&[&["notify"], arguments].concat()).await;
+        (ended.status.code(), text(&ended.stdout), text(&ended.stderr))
+    };
+    let (code, out, error) = run(&["--all", "--title", "Hello", "--body", "World"]).await;
+    assert_eq!((code, out.contains("delivered 3")), (Some(0), true), "{out}{error}");
+    let (code, out, _) =
+        run(&["--tags", "news", "--payload", r#"{"a": 1}"#, "--urgency", "low", "--ttl", "60"]).await;
+    assert_eq!((code, out.contains("delivered 2")), (Some(0), true), "{out}");
+    let (code, out, _) = run(&["--user", "nobody", "--title", "Hello"]).await;
+    assert_eq!((code, out.contains("nobody to send to")), (Some(0), true), "{out}");
+
+    let (code, _, error) = run(&["--tags", "news and", "--title", "Hello"]).await;
+    assert_eq!((code, error.contains("to.tags: a tag, not, or (")), (Some(1), true), "{error}");
+    let (code, _, _) = run(&["--title", "to nobody"]).await;
+    assert_eq!(code, Some(2), "whom is it for?");
+    let (code, _, error) = run(&["--all", "--title", "x", "--url", "http://127.0.0.1:1"]).await;
+    assert_eq!((code, error.contains("cannot reach http://127.0.0.1:1")), (Some(1), true), "{error}");
+
+    let taken = double.taken();
+    assert_eq!(taken.len(), 5);
+    let shown: Value = serde_json::from_str(&taken[0].text).unwrap();
+    assert_eq!((shown["title"].as_str(), shown["body"].as_str()), (Some("Hello"), Some("World")));
+    assert_eq!((taken[4].text.as_str(), taken[4].push.ttl), (r#"{"a":1}"#, 60));
+}
+
+#[tokio::test]
+async fn keys_are_made_before_the_first_boot_and_shown_without_their_secrets() {
+    let setup = Setup::new();
+    let show = setup.run(&["keys", "show"]).await;
+    assert!(text(&show.stdout).contains("none yet"), "{}", text(&show.stdout));
+    let generate = setup.run(&["keys", "generate"]).await;
+    assert_eq!(generate.status.code(), Some(0), "{}", text(&generate.stderr));
+    let again = setup.run(&["keys", "generate"]).await;
+    assert_eq!(generate.stdout, again.stdout, "what is there is kept");
+    let said = text(&generate.stdout) + &text(&generate.stderr);
+    for secret in ["api.key", "admin.token"] {
+        let secret = std::fs::read_to_string(setup.data_dir().join(secret)).unwrap();
+        assert!(!said.contains(secret.trim()));
+    }
+    assert!(said.contains("losing it loses them all"), "{said}");
+
+    let perennial = setup.start().await;
+    let key = perennial.client().get("/push/key").await.json()["key"].as_str().unwrap().to_owned();
+    assert!(said.contains(&key), "the public one is shown");
+    assert_eq!(perennial.client().get("/notifications").await.status, 200, "the API key opens");
+    let show = perennial.setup.run(&["keys", "show"]).await;
+    assert_eq!(show.stdout, again.stdout, "also while the server runs");
+}
+
+#[tokio::test]
+async fn health_asks_the_running_server() {
+    let mut perennial = Setup::new().start().await;
+    let health = perennial.setup.run(&["health"]).await;
+    assert_eq!((health.status.code(), text(&health.stdout).trim()), (Some(0), "ok"));
+    assert_eq!(perennial.setup.run(&["health", "--live"]).await.status.code(), Some(0));
+    perennial.stop().await;
+    let health = perennial.setup.run(&["health"]).await;
+    assert_eq!(health.status.code(), Some(1));
+    assert!(text(&health.stderr).contains("no server runs on"), "{}", text(&health.stderr));
+}
+
+#[tokio::test]
+async fn the_sink_subscribes_imaginary_browsers_and_prints_what_they_get() {
+    use tokio::io::{AsyncBufReadExt, BufReader};
+    let setup = Setup::new();
+    let directory = setup.file("sink");
+    let arguments = ["sink", "--listen", "127.0.0.1:0", "--browsers", "127.0.0.1:0", "--subscribers", "2"];
+    let arguments = [&arguments[..], &["--directory", directory.to_str().unwrap()]].concat();
+    let mut sink = setup.command(&arguments).stdout(std::process::Stdio::piped()).spawn().unwrap();
+    let mut lines = BufReader::new(sink.stdout.take().unwrap()).lines();
+    let mut line = async || crate::support::soon("a line", lines.next_line()).await.unwrap().unwrap();
+    assert!(line().await.starts_with("A push service at https://127.0.0.1:"));
+    let setup = setup
+        .set("push.allow_insecure=true")
+        .set("push.allow_hosts=127.0.0.1")
+        .set("push.allow_networks=127.0.0.1")
+        .set(&format!("push.extra_ca_file={}", directory.join("ca.pem").display()));
+    let perennial = setup.start().await;
+    while !line().await.contains("\"subscribed\":\"#2\"") {}
+    perennial.notify_and_wait(&json!({ "to": {"tags": "sink"}, "notification": {"title": "Hi"} })).await;
+    let mut printed: Vec<Value> = vec![serde_json::from_str(&line().await).unwrap()];
+    printed.push(serde_json::from_str(&line().await).unwrap());
+    printed.sort_by_key(|line| line["to"].as_str().unwrap().to_owned());
+    assert_eq!(printed[0]["to"], "#1");
+    assert!(printed[1]["text"].as_str().unwrap().contains("\"title\":\"Hi\""));
+}

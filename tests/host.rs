@@ -1,1 +1,351 @@
-//! TODO
+//! The host by itself: connections, protocols, scopes, panics, limits, and a watchdog that barks.
+
+use std::convert::Infallible;
+use std::future::Future;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::routing::{get, post};
+use bytes::Bytes;
+use http::{Method, Request, StatusCode};
+use http_body_util::Empty;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use perennial_server::drain::{self, Phase, Trigger};
+use perennial_server::health::{self, Health};
+use perennial_server::http::scope::Scope;
+use perennial_server::http::{Config, Listen, Server, tls};
+use perennial_server::tasks::Tasks;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, ServerName};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpStream, UnixStream};
+
+use crate::support::double::Double;
+use crate::support::http::Client;
+use crate::support::{eventually, soon};
+
+/// A server of the test's own.
+struct Host {
+    addresses: Vec<String>,
+    trigger: Trigger,
+    tasks: Tasks,
+}
+
+fn config(listen: &[&str]) -> Config {
+    Config {
+        listen: listen.iter().map(|listen| listen.parse().unwrap()).collect(),
+        tls: None,
+        max_connections: 1000,
+        handshake_timeout: Duration::from_secs(5),
+        idle_timeout: Duration::from_secs(60),
+        request_timeout: Duration::from_secs(30),
+        body_limit: 1000,
+        trust_request_id: false,
+    }
+}
+
+impl Host {
+    async fn start(config: Config, router: Router) -> Self {
+        let server = Server::bind(config).await.unwrap();
+        let addresses = server.addresses();
+        let (trigger, drain) = drain::channel();
+        let tasks = Tasks::new(drain.clone());
+        tasks.critical("http", server.run(router, drain));
+        Self { addresses, trigger, tasks }
+    }
+
+    async fn plain(router: Router) -> (Self, Client) {
+        let host = Self::start(config(&["127.0.0.1:0"]), router).await;
+        let client = Client::new(&format!("http://{}", host.addresses[0]));
+        (host, client)
+    }
+
+    async fn stop(self) {
+        self.trigger.advance(Phase::Soft);
+        soon("the server ends", self.tasks.ended()).await;
+    }
+}
+
+fn echo_id() -> Router {
+    Router::new().route("/id", get(|scope: Scope| async move { scope.id().to_string() }))
+}
+
+#[tokio::test]
+async fn plain_connections_speak_http_1_and_http_2() {
+    let (host, http1) = Host::plain(echo_id()).await;
+    let http2 = Client::http2(http1.base());
+    for client in [http1, http2] {
+        let answer = client.get("/id").await;
+        assert_eq!(
+            answer.header("x-request-id").unwrap(),
+            answer.text(),
+            "the id of the scope is the answer's"
+        );
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn tls_connections_agree_on_a_protocol_by_alpn() {
+    let double = Double::start().await;
+    let directory = double.ca_file().parent().unwrap().to_owned();
+    let tls = tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") };
+    let host = Host::start(Config { tls: Some(tls), ..config(&["https://127.0.0.1:0"]) }, echo_id()).await;
+    let address = host.addresses[0].strip_prefix("https://").unwrap().to_owned();
+    for (offered, expected) in
+        [(&["h2", "http/1.1"][..], Some("h2")), (&["http/1.1"][..], Some("http/1.1")), (&[][..], None)]
+    {
+        let stream = tls_connect(&address, double.ca_file(), offered).await;
+        let agreed =
+            stream.get_ref().1.alpn_protocol().map(|agreed| String::from_utf8(agreed.to_vec()).unwrap());
+        assert_eq!(agreed.as_deref(), expected);
+        let request = Request::get("https://localhost/id")
+            .header("host", "localhost")
+            .body(Empty::<Bytes>::new())
+            .unwrap();
+        let io = TokioIo::new(stream);
+        let response = if expected == Some("h2") {
+            let (mut send, connection) =
+                hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+            drive(connection);
+            send.send_request(request).await.unwrap()
+        } else {
+            let (mut send, connection) = hyper::client::conn::http1::handshake(io).await.unwrap();
+            drive(connection);
+            send.send_request(request).await.unwrap()
+        };
+        assert_eq!(response.status(), 200);
+    }
+    // Somebody who says nothing does not keep others from their handshakes.
+    let _silent = TcpStream::connect(&address).await.unwrap();
+    tls_connect(&address, double.ca_file(), &["h2"]).await;
+    host.stop().await;
+}
+
+#[expect(clippy::disallowed_methods, reason = "the client's side of a connection, which ends with it")]
+fn drive(connection: impl Future<Output = hyper::Result<()>> + Send + 'static) {
+    tokio::spawn(connection);
+}
+
+async fn tls_connect(
+    address: &str,
+    ca: PathBuf,
+    alpn: &[&str],
+) -> tokio_rustls::client::TlsStream<TcpStream> {
+    let mut roots = rustls::RootCertStore::empty();
+    roots.add_parsable_certificates(CertificateDer::pem_file_iter(ca).unwrap().map(Result::unwrap));
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut config = rustls::ClientConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()
+        .unwrap()
+        .with_root_certificates(roots)
+        .with_no_client_auth();
+    config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
+    let stream = TcpStream::connect(address).await.unwrap();
+    let name = ServerName::try_from("localhost").unwrap();
+    tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_unix_socket_is_a_listener_too() {
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("p.sock");
+    // Of a process that was killed: in nobody's way.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    let listen = Listen::Unix(path.clone());
+    let host = Host::start(Config { listen: vec![listen], ..config(&[]) }, echo_id()).await;
+    let mut stream = UnixStream::connect(&path).await.unwrap();
+    stream.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 OK"), "{answer}");
+    host.stop().await;
+    assert!(!path.exists());
+}
+
+#[tokio::test]
+async fn a_request_id_is_taken_over_only_when_it_is_trusted() {
+    let id = "order-42";
+    let (host, client) = Host::plain(echo_id()).await;
+    let own = client.with_header("x-request-id", id).get("/id").await.text();
+    assert_eq!(own.len(), 36, "a UUID of our own: {own}");
+    host.stop().await;
+    let trusting = Config { trust_request_id: true, ..config(&["127.0.0.1:0"]) };
+    let host = Host::start(trusting, echo_id()).await;
+    let client = Client::new(&format!("http://{}", host.addresses[0]));
+    assert_eq!(client.with_header("x-request-id", id).get("/id").await.text(), id);
+    assert_eq!(client.with_header("x-request-id", "a b\tc").get("/id").await.text().len(), 36);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_panic_is_a_500_and_the_connection_lives_on() {
+    let router = echo_id().route("/panic", get(|| async { panic!("a bug") as () }));
+    let (host, _client) = Host::plain(router).await;
+    let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    let mut ask = async |path: &str| {
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = vec![0; 4096];
+        let count = soon("an answer", stream.read(&mut answer)).await.unwrap();
+        String::from_utf8_lossy(&answer[..count]).into_owned()
+    };
+    let answer = ask("/panic").await;
+    assert!(answer.starts_with("HTTP/1.1 500"), "{answer}");
+    assert!(answer.contains("application/problem+json") && !answer.contains("a bug"), "{answer}");
+    assert!(ask("/id").await.starts_with("HTTP/1.1 200"), "on the same connection");
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_handler_that_takes_too_long_is_answered_for() {
+    let router = echo_id().route("/slow", get(|| async { std::future::pending::<()>().await }));
+    let quick = Config { request_timeout: Duration::from_millis(200), ..config(&["127.0.0.1:0"]) };
+    let host = Host::start(quick, router).await;
+    let client = Client::new(&format!("http://{}", host.addresses[0]));
+    let answer = client.get("/slow").await;
+    assert_eq!((answer.status, answer.header("retry-after")), (StatusCode::SERVICE_UNAVAILABLE, Some("1")));
+    assert_eq!(client.get("/id").await.status, 200);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_body_over_the_limit_is_refused_announced_or_not() {
+    let router = Router::new().route("/count", post(|body: Bytes| async move { body.len().to_string() }));
+    let (host, client) = Host::plain(router).await;
+    let send = |length: usize| client.send_bytes(Method::POST, "/count", None, Bytes::from(vec![0; length]));
+    assert_eq!(send(1000).await.text(), "1000");
+    assert_eq!(send(1001).await.status, 413);
+    assert_eq!(send(5_000_000).await.status, 413, "the answer arrives although the body was not read");
+    let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    let head = "POST /count HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let chunk = format!("320\r\n{}\r\n", "x".repeat(800));
+    stream.write_all(format!("{chunk}{chunk}0\r\n\r\n").as_bytes()).await.unwrap();
+    let mut answer = vec![0; 4096];
+    let count = soon("an answer", stream.read(&mut answer)).await.unwrap();
+    assert!(String::from_utf8_lossy(&answer[..count]).starts_with("HTTP/1.1 413"));
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn silence_and_half_a_preface_are_cut_off() {
+    let quick = Config { handshake_timeout: Duration::from_millis(300), ..config(&["127.0.0.1:0"]) };
+    let host = Host::start(quick, echo_id()).await;
+    for beginning in ["", "PRI * HT", "PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
+        let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+        stream.write_all(beginning.as_bytes()).await.unwrap();
+        let mut rest = Vec::new();
+        let closed = soon("the connection is cut", stream.read_to_end(&mut rest)).await;
+        assert!(closed.is_err() || rest.is_empty(), "{beginning:?}");
+    }
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn more_connections_than_allowed_wait_their_turn() {
+    let one = Config { max_connections: 1, ..config(&["127.0.0.1:0"]) };
+    let host = Host::start(one, echo_id()).await;
+    let request = b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n";
+    let mut first = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    let mut second = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    let mut buffer = [0; 1024];
+    first.write_all(request).await.unwrap();
+    assert!(soon("an answer", first.read(&mut buffer)).await.unwrap() > 0);
+    second.write_all(request).await.unwrap();
+    let waits = tokio::time::timeout(Duration::from_millis(200), second.read(&mut buffer)).await;
+    assert!(waits.is_err(), "the first is still there");
+    drop(first);
+    assert!(soon("an answer", second.read(&mut buffer)).await.unwrap() > 0);
+    drop(second);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_in_the_backlog_when_the_listener_closes_is_served() {
+    let one = Config { max_connections: 1, ..config(&["127.0.0.1:0"]) };
+    let host = Host::start(one, echo_id()).await;
+    let first = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    eventually("the first is accepted", || async { Some(()) }).await;
+    let mut waiting = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    waiting.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    host.trigger.advance(Phase::Soft);
+    let mut answer = String::new();
+    soon("an answer", waiting.read_to_string(&mut answer)).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+    assert!(answer.contains("connection: close"), "{answer}");
+    drop(first);
+    host.stop().await;
+}
+
+/// The watchdog: with every worker of the serving runtime blocked, probes on another runtime find out.
+#[test]
+fn blocking_every_worker_turns_the_probes_and_unblocking_turns_them_back() {
+    let serving = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
+    let control = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let limits = health::Config {
+        unready_after: Duration::from_millis(600),
+        stall_after: Duration::from_millis(1500),
+    };
+    let health = Health::new(limits);
+    let (_trigger, drain) = drain::channel();
+    let beats: Tasks = {
+        let _on_serving = serving.enter();
+        let tasks = Tasks::new(drain.clone());
+        tasks.critical("heartbeat", health.clone().heartbeat(drain));
+        tasks
+    };
+    health.started();
+    control.block_on(async {
+        eventually("ready", || async { health.ready().ok() }).await;
+        assert_eq!(health.live(), Ok(()));
+        let (unblock, blocked) = gate(2);
+        for _ in 0..2 {
+            let blocked = blocked.clone();
+            let _on_serving = serving.enter();
+            beats.critical("blocker", async move {
+                blocked.wait();
+                Ok::<(), Infallible>(())
+            });
+        }
+        let began = Instant::now();
+        let reasons = eventually("not ready", || async { health.ready().err() }).await;
+        assert!(reasons[0].contains("has run no task"), "{reasons:?}");
+        assert_eq!(health.live(), Ok(()), "not ready comes before not alive");
+        eventually("not alive", || async { health.live().err() }).await;
+        assert!(began.elapsed() >= Duration::from_secs(1));
+        unblock();
+        eventually("ready again", || async { health.ready().ok() }).await;
+        assert_eq!(health.live(), Ok(()));
+    });
+    serving.shutdown_background();
+}
+
+/// A gate that threads block on, and what opens it.
+fn gate(threads: usize) -> (impl FnOnce(), Arc<std::sync::Barrier>) {
+    let barrier = Arc::new(std::sync::Barrier::new(threads + 1));
+    let opener = Arc::clone(&barrier);
+    (move || drop(opener.wait()), barrier)
+}
+
+#[tokio::test]
+async fn a_connection_may_be_closed_or_aborted_by_its_handler() {
+    let router =
+        echo_id().route("/close", get(|scope: Scope| async move { scope.connection().close() })).route(
+            "/abort",
+            get(|scope: Scope| async move {
+                scope.connection().abort();
+                std::future::pending::<()>().await;
+            }),
+        );
+    let (host, _client) = Host::plain(router).await;
+    for (path, answered) in [("/close", true), ("/abort", false)] {
+        let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nhost: x\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        let _ = soon("the end of the connection", stream.read_to_end(&mut answer)).await;
+        assert_eq!(answer.starts_with(b"HTTP/1.1 200"), answered, "{path}");
+    }
+    host.stop().await;
+}

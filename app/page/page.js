@@ -67,6 +67,15 @@ async function store(subscription, key) {
   show(true);
 }
 
+/** A browser that cannot reach its push service may never answer. */
+function within(seconds, promise) {
+  const late = new Promise((_, reject) => {
+    const text = "The browser's push service does not answer. Please try again.";
+    setTimeout(() => reject(new Error(text)), seconds * 1000);
+  });
+  return Promise.race([promise, late]);
+}
+
 async function subscribe(registration) {
   const { key } = await call("GET", "/push/key");
   let subscription = await registration.pushManager.getSubscription();
@@ -75,7 +84,10 @@ async function subscribe(registration) {
     await subscription.unsubscribe();
     subscription = null;
   }
-  subscription ??= await registration.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
+  subscription ??= await within(15, registration.pushManager.subscribe({
+    userVisibleOnly: true,
+    applicationServerKey: key,
+  }));
   await store(subscription, key);
 }
 

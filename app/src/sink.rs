@@ -34,7 +34,7 @@ use perennial_server::http::{self as server, Listen, Server, tls};
 use perennial_webpush::{Keys, ReceiverKeys};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use serde_json::{Value, json};
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 
 pub use rules::{Push, Refusal};
 
@@ -114,6 +114,7 @@ struct Shared {
     origin: String,
     behaviour: Arc<dyn Behaviour>,
     mailboxes: Mutex<HashMap<String, Mailbox>>,
+    disconnect: Notify,
 }
 
 /// Where the messages of one subscription go.
@@ -171,7 +172,8 @@ pub async fn bind(config: Config, behaviour: Arc<dyn Behaviour>) -> anyhow::Resu
     let addresses = server.addresses();
     let (origin, browsers) = addresses.split_first().context("two addresses were asked for")?;
     let browsers = format!("ws://{}/", browsers.first().context("two addresses were asked for")?);
-    let shared = Shared { origin: origin.clone(), behaviour, mailboxes: Mutex::default() };
+    let shared =
+        Shared { origin: origin.clone(), behaviour, mailboxes: Mutex::default(), disconnect: Notify::new() };
     Ok(Bound { sink: Sink(Arc::new(shared)), browsers, server })
 }
 
@@ -211,6 +213,12 @@ impl Sink {
         if let Some(mailbox) = self.mailboxes().get_mut(token) {
             mailbox.owner = Owner::Gone;
         }
+    }
+
+    /// Cuts the connections of browsers, as a service does that lost its memory: they come again, learn that
+    /// nobody knows them, and subscribe anew.
+    pub fn disconnect_browsers(&self) {
+        self.0.disconnect.notify_waiters();
     }
 
     fn register(&self, owner: Owner, vapid_key: Option<Vec<u8>>) -> String {

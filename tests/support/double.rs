@@ -150,6 +150,11 @@ impl Double {
         self.sink.end(subscription["endpoint"].as_str().unwrap());
     }
 
+    /// Cuts the connections of browsers, and forgets them.
+    pub fn disconnect_browsers(&self) {
+        self.sink.disconnect_browsers();
+    }
+
     /// Everything that was taken.
     pub fn taken(&self) -> Vec<Taken> {
         self.record.taken.lock().unwrap().clone()

@@ -13,6 +13,9 @@
 //! {"messageType":"ack", updates}           ──►
 //! ```
 
+use std::pin::pin;
+use std::sync::Arc;
+
 use axum::extract::State;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::response::Response;
@@ -60,6 +63,8 @@ impl Connection {
     }
 
     async fn serve(mut self, mut socket: WebSocket) {
+        let shared = Arc::clone(&self.sink.0);
+        let mut disconnect = pin!(shared.disconnect.notified());
         loop {
             let reply = tokio::select! {
                 message = socket.recv() => match message {
@@ -68,6 +73,7 @@ impl Connection {
                     Some(Ok(_)) => None,
                 },
                 Some(notice) = self.notices.recv() => Some(notification(&notice)),
+                () = &mut disconnect => break,
             };
             if let Some(reply) = reply
                 && socket.send(Message::text(reply.to_string())).await.is_err()

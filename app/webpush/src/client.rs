@@ -273,7 +273,7 @@ impl Lane {
         let mut state = self.state();
         if state.http1 {
             turn.as_ref()?;
-            state.idle_http1.retain(|idle| idle.sender.is_ready());
+            state.idle_http1.retain(|idle| !idle.sender.is_closed());
             let idle = state.idle_http1.pop()?;
             return Some(Checkout::Http1(Http1 { idle, turn: turn.take() }));
         }
@@ -352,6 +352,10 @@ struct Http1 {
 impl Http1 {
     async fn send(self, request: Request<Body>, lane: &Lane) -> Result<Answer, SendError> {
         let Self { idle: Idle { mut sender, used }, turn } = self;
+        // A new connection is ready once its driver has run; one that was closed meanwhile never is.
+        if sender.ready().await.is_err() {
+            return Err(SendError::NotLookedAt);
+        }
         let response = match sender.try_send_request(request).await {
             Ok(response) => response,
             Err(error) if error.message().is_some() => return Err(SendError::NotLookedAt),
