@@ -7,8 +7,8 @@ use http::Method;
 use perennial_webpush::ReceiverKeys;
 use serde_json::{Value, json};
 
-use crate::support::double::Double;
-use crate::support::process::{Perennial, Setup};
+use support::double::Double;
+use support::process::{Perennial, Setup};
 
 /// How much is stored.
 async fn stored(perennial: &Perennial) -> (usize, usize) {

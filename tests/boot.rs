@@ -8,9 +8,9 @@ use nix::pty::openpty;
 use nix::sys::signal::Signal;
 use serde_json::Value;
 
-use crate::support::double::Double;
-use crate::support::process::Setup;
-use crate::support::{eventually, soon};
+use support::double::Double;
+use support::process::Setup;
+use support::{eventually, soon};
 
 const SECRETS: [&str; 3] = ["api.key", "admin.token", "vapid.pem"];
 
@@ -128,7 +128,7 @@ async fn only_a_terminal_is_told_the_token_of_the_page() {
     .await
     .unwrap();
     let (base, key) = url.split_once("/#key=").unwrap();
-    let page = crate::support::http::Client::new(base).with_key(key);
+    let page = support::http::Client::new(base).with_key(key);
     assert!(page.get("/").await.text().contains("Subscribe"));
     assert!(page.get("/notifications").await.status.is_success(), "it may read");
     let nothing = page.post("/notify", &serde_json::json!({"to": {"all": true}, "payload": ""})).await;
@@ -183,7 +183,7 @@ async fn an_admin_listener_that_others_can_reach_wants_its_token() {
     })
     .await;
     let port = addresses["admin"][0].as_str().unwrap().rsplit(':').next().unwrap().to_owned();
-    let admin = crate::support::http::Client::new(&format!("http://127.0.0.1:{port}"));
+    let admin = support::http::Client::new(&format!("http://127.0.0.1:{port}"));
     let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
     eventually("boot", || async { admin.get("/startupz").await.status.is_success().then_some(()) }).await;
     assert_eq!(admin.get("/settings").await.status, 401);

@@ -2,8 +2,8 @@
 
 use serde_json::{Value, json};
 
-use crate::support::double::Double;
-use crate::support::process::Setup;
+use support::double::Double;
+use support::process::Setup;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -88,7 +88,7 @@ async fn the_sink_subscribes_imaginary_browsers_and_prints_what_they_get() {
     let arguments = [&arguments[..], &["--directory", directory.to_str().unwrap()]].concat();
     let mut sink = setup.command(&arguments).stdout(std::process::Stdio::piped()).spawn().unwrap();
     let mut lines = BufReader::new(sink.stdout.take().unwrap()).lines();
-    let mut line = async || crate::support::soon("a line", lines.next_line()).await.unwrap().unwrap();
+    let mut line = async || support::soon("a line", lines.next_line()).await.unwrap().unwrap();
     assert!(line().await.starts_with("A push service at https://127.0.0.1:"));
     let setup = setup
         .set("push.allow_insecure=true")

@@ -5,9 +5,9 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::support::double::Double;
-use crate::support::eventually;
-use crate::support::process::Setup;
+use support::double::Double;
+use support::eventually;
+use support::process::Setup;
 
 /// Whether the long versions are wanted.
 fn full() -> bool {
@@ -18,10 +18,8 @@ fn full() -> bool {
 async fn a_kill_in_the_middle_of_a_broadcast_loses_nobody() {
     let (audience, kills) = if full() { (50_000, 10) } else { (5_000, 2) };
     let double = Double::start().await;
-    let perennial = Setup::new().sending_to(&double).set("push.checkpoint.every=200ms").start().await;
-    fill(&perennial.setup.data_dir().join("perennial.db"), &double, audience);
-
-    let mut perennial = perennial;
+    let mut perennial = Setup::new().sending_to(&double).set("push.checkpoint.every=200ms").start().await;
+    perennial.fill((0..audience).map(|_| double.mint()));
     let id = perennial.notify(&json!({ "to": {"all": true}, "notification": {"title": "Hello"} })).await;
     for kill in 1..=kills {
         let until = audience * kill / (kills + 1);
@@ -60,27 +58,4 @@ async fn a_killed_process_leaves_no_lock_behind() {
         perennial = perennial.start_again().await;
     }
     assert_eq!(perennial.stop().await, Some(0));
-}
-
-/// Stores many subscriptions at once, as an import would.
-fn fill(store: &std::path::Path, double: &Double, count: usize) {
-    use base64::Engine;
-    use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-    let mut store = rusqlite::Connection::open(store).unwrap();
-    store.busy_timeout(Duration::from_secs(10)).unwrap();
-    let tx = store.transaction().unwrap();
-    let sql = "INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, created_at, updated_at)
-               VALUES (1, (SELECT min(id) FROM vapid_keys), ?, ?, ?, ?, 0, 0)";
-    {
-        let mut insert = tx.prepare(sql).unwrap();
-        for _ in 0..count {
-            let subscription = double.mint();
-            let endpoint = subscription["endpoint"].as_str().unwrap();
-            let hash = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, endpoint.as_bytes());
-            let key =
-                |name: &str| URL_SAFE_NO_PAD.decode(subscription["keys"][name].as_str().unwrap()).unwrap();
-            insert.execute((endpoint, &hash.as_ref()[..16], key("p256dh"), key("auth"))).unwrap();
-        }
-    }
-    tx.commit().unwrap();
 }

@@ -5,9 +5,9 @@ use std::time::{Duration, Instant};
 use perennial::sink::Answer;
 use serde_json::{Value, json};
 
-use crate::support::double::{Double, status_answer};
-use crate::support::nginx::Nginx;
-use crate::support::process::{Perennial, Setup};
+use support::double::{Double, status_answer};
+use support::nginx::Nginx;
+use support::process::{Perennial, Setup};
 
 fn hello() -> Value {
     json!({ "to": {"all": true}, "notification": { "title": "Hello" } })

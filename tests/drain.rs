@@ -11,10 +11,10 @@ use perennial::sink::Answer;
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use crate::support::double::Double;
-use crate::support::eventually;
-use crate::support::http::Client;
-use crate::support::process::Setup;
+use support::double::Double;
+use support::eventually;
+use support::http::Client;
+use support::process::Setup;
 
 /// Clients that ask without a pause, until one of them finds nobody listening any more.
 struct Load {

@@ -22,9 +22,9 @@ use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
-use crate::support::double::Double;
-use crate::support::http::Client;
-use crate::support::{eventually, soon};
+use support::double::Double;
+use support::http::Client;
+use support::{eventually, soon};
 
 /// A server of the test's own.
 struct Host {
@@ -326,7 +326,10 @@ fn blocking_every_worker_turns_the_probes_and_unblocking_turns_them_back() {
 fn gate(threads: usize) -> (impl FnOnce(), Arc<std::sync::Barrier>) {
     let barrier = Arc::new(std::sync::Barrier::new(threads + 1));
     let opener = Arc::clone(&barrier);
-    (move || drop(opener.wait()), barrier)
+    let open = move || {
+        opener.wait();
+    };
+    (open, barrier)
 }
 
 #[tokio::test]

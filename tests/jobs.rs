@@ -17,7 +17,7 @@ use serde::{Deserialize, Serialize};
 use tempfile::TempDir;
 use tokio::sync::{Semaphore, mpsc};
 
-use crate::support::{eventually, soon};
+use support::{eventually, soon};
 
 /// What a job does, as the test says.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -67,12 +67,11 @@ impl Job for Test {
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
         tools.ran.send((self.name.clone(), context.clone())).unwrap();
         match self.act {
-            Act::Done => Ok(Fate::Done),
             Act::Fail => anyhow::bail!("as the test wants"),
             Act::Panic => panic!("as the test wants"),
             Act::Hang => std::future::pending().await,
             Act::Snooze if context.epoch == 1 => Ok(Fate::Snooze(Duration::from_millis(50))),
-            Act::Snooze => Ok(Fate::Done),
+            Act::Done | Act::Snooze => Ok(Fate::Done),
             Act::Wait => tokio::select! {
                 permit = tools.gate.acquire() => {
                     permit.unwrap().forget();

@@ -1,5 +1,7 @@
 //! Perennial as its users meet it: a process on a port, among real peers. A file per promise.
 
+#![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
+
 mod api;
 mod boot;
 mod cli;
@@ -12,4 +14,3 @@ mod notify;
 mod page;
 mod settings;
 mod subscriptions;
-mod support;

@@ -7,9 +7,9 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use perennial::sink::Answer;
 use serde_json::{Value, json};
 
-use crate::support::double::{Double, status_answer};
-use crate::support::eventually;
-use crate::support::process::{Perennial, Setup};
+use support::double::{Double, status_answer};
+use support::eventually;
+use support::process::{Perennial, Setup};
 
 async fn start() -> (Double, Perennial) {
     start_with(|setup| setup).await
@@ -21,7 +21,7 @@ async fn start_with(change: impl FnOnce(Setup) -> Setup) -> (Double, Perennial) 
     (double, perennial)
 }
 
-fn hello(to: Value) -> Value {
+fn hello(to: &Value) -> Value {
     json!({ "to": to, "notification": { "title": "Hello", "body": "World" } })
 }
 
@@ -103,7 +103,7 @@ async fn each_audience_reaches_those_it_names() {
         (json!({"push": [inline]}), vec!["inline"]),
     ] {
         let before = double.taken().len();
-        let progress = perennial.notify_and_wait(&hello(to.clone())).await;
+        let progress = perennial.notify_and_wait(&hello(&to)).await;
         let mut reached: Vec<&str> =
             double.taken()[before..].iter().map(|taken| tokens[&taken.push.token]).collect();
         reached.sort_unstable();
@@ -131,7 +131,7 @@ async fn the_outcomes_add_up_to_the_audience_and_what_has_ended_is_deleted() {
         201 => Answer::Take,
         other => status_answer(other, &[("location", "http://169.254.169.254/")]),
     });
-    let progress = perennial.notify_and_wait(&hello(json!({"all": true}))).await;
+    let progress = perennial.notify_and_wait(&hello(&json!({"all": true}))).await;
     assert_eq!(
         progress["outcomes"],
         json!({ "delivered": 3, "gone": 6, "rejected": 6, "unauthorized": 6, "too_large": 3, "unreachable": 3 })
@@ -160,7 +160,7 @@ async fn one_bad_row_never_stops_a_batch() {
     damage(ids[5], "auth = x''");
     damage(ids[7], "endpoint = 'nonsense'");
     damage(ids[8], "endpoint = 'https://10.1.2.3/x'");
-    let progress = perennial.notify_and_wait(&hello(json!({"all": true}))).await;
+    let progress = perennial.notify_and_wait(&hello(&json!({"all": true}))).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 7, "forbidden": 5 }));
     assert_eq!(double.taken().len(), 7);
 }
@@ -177,7 +177,7 @@ async fn what_may_heal_is_tried_again_within_the_time_to_live() {
         2 => Answer::Cut,
         _ => Answer::Take,
     });
-    let mut request = hello(json!({"all": true}));
+    let mut request = hello(&json!({"all": true}));
     request["ttl"] = 100.into();
     let progress = perennial.notify_and_wait(&request).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 4 }));
@@ -196,7 +196,7 @@ async fn a_message_for_now_or_never_is_not_tried_later() {
     let (double, perennial) = start().await;
     perennial.subscribe(&double, 2).await;
     double.answer(503);
-    let mut request = hello(json!({"all": true}));
+    let mut request = hello(&json!({"all": true}));
     request["ttl"] = 0.into();
     let progress = perennial.notify_and_wait(&request).await;
     assert_eq!(progress["outcomes"], json!({ "expired": 2 }));
@@ -208,7 +208,7 @@ async fn attempts_end_some_time() {
     let (double, perennial) = start_with(|setup| setup.set("push.attempts=2")).await;
     perennial.subscribe(&double, 3).await;
     double.answer(500);
-    let progress = perennial.notify_and_wait(&hello(json!({"all": true}))).await;
+    let progress = perennial.notify_and_wait(&hello(&json!({"all": true}))).await;
     assert_eq!(progress["outcomes"], json!({ "unreachable": 3 }));
     assert_eq!(double.asked(), 6);
 }
@@ -218,19 +218,19 @@ async fn an_idempotency_key_makes_repeating_safe() {
     let (double, perennial) = start().await;
     perennial.subscribe(&double, 1).await;
     let keyed = perennial.client().with_header("idempotency-key", "order-1");
-    let first = keyed.post("/notify", &hello(json!({"all": true}))).await;
+    let first = keyed.post("/notify", &hello(&json!({"all": true}))).await;
     assert_eq!(first.status, 202);
     perennial.done(first.json()["id"].as_str().unwrap()).await;
     let reordered = json!({ "notification": { "body": "World", "title": "Hello" }, "to": {"all": true} });
-    for same in [hello(json!({"all": true})), reordered] {
+    for same in [hello(&json!({"all": true})), reordered] {
         let again = keyed.post("/notify", &same).await;
         assert_eq!((again.status, again.json()), (first.status, first.json()));
         assert_eq!(again.header("location"), first.header("location"));
     }
-    let other = keyed.post("/notify", &hello(json!({"user": "ann"}))).await;
+    let other = keyed.post("/notify", &hello(&json!({"user": "ann"}))).await;
     assert_eq!(other.status, 422, "{}", other.text());
     let fresh = perennial.client().with_header("idempotency-key", "order-2");
-    assert_ne!(fresh.post("/notify", &hello(json!({"all": true}))).await.json()["id"], first.json()["id"]);
+    assert_ne!(fresh.post("/notify", &hello(&json!({"all": true}))).await.json()["id"], first.json()["id"]);
     eventually("two messages", || async { (double.taken().len() == 2).then_some(()) }).await;
 
     // Across a restart too.
@@ -238,7 +238,7 @@ async fn an_idempotency_key_makes_repeating_safe() {
     perennial.stop().await;
     let perennial = perennial.start_again().await;
     let keyed = perennial.client().with_header("idempotency-key", "order-1");
-    assert_eq!(keyed.post("/notify", &hello(json!({"all": true}))).await.json(), first.json());
+    assert_eq!(keyed.post("/notify", &hello(&json!({"all": true}))).await.json(), first.json());
 }
 
 #[tokio::test]
@@ -246,7 +246,7 @@ async fn the_same_request_twice_at_once_is_accepted_once() {
     let (double, perennial) = start().await;
     perennial.subscribe(&double, 1).await;
     let keyed = perennial.client().with_header("idempotency-key", "twice");
-    let request = hello(json!({"all": true}));
+    let request = hello(&json!({"all": true}));
     let answers = futures_util::future::join_all((0..20).map(|_| keyed.post("/notify", &request))).await;
     let mut ids: Vec<Value> = Vec::new();
     for answer in answers {
@@ -270,12 +270,12 @@ async fn a_small_urgent_one_does_not_wait_for_a_big_one() {
     let ids = perennial.subscribe(&double, 300).await;
     // The service answers nothing of the big one.
     double.script(|push| if push.topic.is_some() { Answer::Stall } else { Answer::Take });
-    let mut big = hello(json!({"all": true}));
+    let mut big = hello(&json!({"all": true}));
     big["topic"] = "slow".into();
     let big = perennial.notify(&big).await;
     eventually("the big one is under way", || async { (double.asked() >= 64).then_some(()) }).await;
     for id in &ids[..10] {
-        let mut urgent = hello(json!({"subscriptions": [id]}));
+        let mut urgent = hello(&json!({"subscriptions": [id]}));
         urgent["urgency"] = "high".into();
         let progress = perennial.notify_and_wait(&urgent).await;
         assert_eq!(progress["outcomes"], json!({ "delivered": 1 }));
@@ -299,7 +299,7 @@ async fn a_big_audience_is_sent_page_by_page_to_those_who_were_there() {
     for id in ids.iter().step_by(10) {
         perennial.client().delete(&format!("/subscriptions/{id}"), None).await;
     }
-    let id = perennial.notify(&hello(json!({"all": true}))).await;
+    let id = perennial.notify(&hello(&json!({"all": true}))).await;
     // Whoever comes now has an id above the watermark.
     perennial.subscribe(&double, 5).await;
     let progress = perennial.done(&id).await;
@@ -315,7 +315,7 @@ async fn notifications_are_listed_the_newest_first() {
     let (_double, perennial) = start().await;
     let mut ids = Vec::new();
     for _ in 0..3 {
-        ids.push(perennial.notify(&hello(json!({"all": true}))).await);
+        ids.push(perennial.notify(&hello(&json!({"all": true}))).await);
     }
     let page = perennial.client().get("/notifications?limit=2").await.json();
     let listed: Vec<&str> =

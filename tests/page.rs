@@ -4,10 +4,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::support::double::Double;
-use crate::support::eventually;
-use crate::support::firefox::{self, Firefox};
-use crate::support::process::{Perennial, Setup};
+use support::double::Double;
+use support::eventually;
+use support::firefox::{self, Firefox};
+use support::process::{Perennial, Setup};
 
 /// Presses "Subscribe" until the browser's push service has woken up.
 async fn subscribe(firefox: &Firefox) {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use crate::support::process::Setup;
+use support::process::Setup;
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -122,7 +122,7 @@ async fn sighup_reads_the_log_filter_again_and_says_what_takes_a_restart() {
         .unwrap();
     let said = |what: &'static str| {
         let log = log.clone();
-        crate::support::eventually(what, move || {
+        support::eventually(what, move || {
             std::future::ready(std::fs::read_to_string(&log).unwrap_or_default().contains(what).then_some(()))
         })
     };

@@ -6,8 +6,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::Method;
 use serde_json::{Value, json};
 
-use crate::support::double::Double;
-use crate::support::process::{Perennial, Setup};
+use support::double::Double;
+use support::process::{Perennial, Setup};
 
 async fn start() -> (Double, Perennial) {
     let double = Double::start().await;
@@ -19,7 +19,7 @@ async fn one(perennial: &Perennial, id: i64) -> Value {
     perennial.client().get(&format!("/subscriptions/{id}")).await.json()
 }
 
-fn id(answer: &crate::support::http::Answer) -> i64 {
+fn id(answer: &support::http::Answer) -> i64 {
     answer.json()["id"].as_i64().unwrap_or_else(|| panic!("{}", answer.text()))
 }
 

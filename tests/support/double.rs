@@ -18,6 +18,7 @@ use web_push_native::p256;
 /// A message that was taken.
 #[derive(Clone, Debug)]
 pub struct Taken {
+    /// Its headers.
     pub push: Push,
     /// What the independent decryption made of it.
     pub text: String,
@@ -172,7 +173,7 @@ impl Double {
 
     /// Waits until at least `count` messages were taken.
     pub async fn took(&self, count: usize) {
-        super::soon(&format!("{count} messages"), async {
+        crate::soon(&format!("{count} messages"), async {
             loop {
                 let came = self.record.came.notified();
                 if self.record.taken.lock().unwrap().len() >= count {

@@ -17,7 +17,7 @@ use tokio::sync::Mutex;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
-use super::soon;
+use crate::soon;
 
 /// How long a page may take to do something.
 const PATIENCE: Duration = Duration::from_secs(60);

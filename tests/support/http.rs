@@ -8,7 +8,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
-use super::soon;
+use crate::soon;
 
 /// A client of one server, with or without a key.
 #[derive(Clone, Debug)]
@@ -22,8 +22,11 @@ pub struct Client {
 /// An answer.
 #[derive(Clone, Debug)]
 pub struct Answer {
+    /// Its status.
     pub status: StatusCode,
+    /// Its headers.
     pub headers: HeaderMap,
+    /// Its body, to the end.
     pub body: Bytes,
 }
 
@@ -85,14 +88,17 @@ impl Client {
         &self.base
     }
 
+    /// Asks for something.
     pub async fn get(&self, path: &str) -> Answer {
         self.send(Method::GET, path, None).await
     }
 
+    /// Sends JSON.
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
         self.send(Method::POST, path, Some(body)).await
     }
 
+    /// Has something deleted.
     pub async fn delete(&self, path: &str, body: Option<&Value>) -> Answer {
         self.send(Method::DELETE, path, body).await
     }

@@ -9,28 +9,39 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::eventually;
+use crate::eventually;
 
 /// A running nginx.
 #[derive(Debug)]
 pub struct Nginx {
+    /// Where it listens, on 127.0.0.1.
     pub port: u16,
-    _directory: TempDir,
+    directory: TempDir,
     _child: Child,
 }
 
 impl Nginx {
     /// Starts it with the certificate in `certificates`, closing each connection after so many requests.
     pub async fn start(certificates: &Path, keepalive_requests: u32) -> Self {
+        Self::start_with(certificates, keepalive_requests, true).await
+    }
+
+    /// The same without a log of its requests, for benches.
+    pub async fn start_silent(certificates: &Path, keepalive_requests: u32) -> Self {
+        Self::start_with(certificates, keepalive_requests, false).await
+    }
+
+    async fn start_with(certificates: &Path, keepalive_requests: u32, log: bool) -> Self {
         let directory = TempDir::new().unwrap();
         let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
         let at = directory.path().display();
         let certificates = certificates.display();
+        let log = if log { format!("{at}/access.log") } else { "off".to_owned() };
         let config = format!(
             "daemon off; pid {at}/pid; error_log {at}/error.log; worker_processes 1;
              events {{ worker_connections 4096; }}
              http {{
-                 access_log {at}/access.log; client_body_temp_path {at}; proxy_temp_path {at};
+                 access_log {log}; client_body_temp_path {at}; proxy_temp_path {at};
                  fastcgi_temp_path {at}; uwsgi_temp_path {at}; scgi_temp_path {at};
                  keepalive_requests {keepalive_requests};
                  server {{
@@ -56,14 +67,14 @@ impl Nginx {
             connected.is_ok().then_some(())
         })
         .await;
-        Self { port, _directory: directory, _child: child }
+        Self { port, directory, _child: child }
     }
 
     /// How many requests it has answered with 201.
     pub async fn answered(&self) -> usize {
         // It writes its log as it goes; the last lines may need a moment.
         tokio::time::sleep(Duration::from_millis(100)).await;
-        let log = std::fs::read_to_string(self._directory.path().join("access.log")).unwrap_or_default();
+        let log = std::fs::read_to_string(self.directory.path().join("access.log")).unwrap_or_default();
         log.lines().filter(|line| line.contains("\" 201 ")).count()
     }
 }

@@ -5,15 +5,18 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Output, Stdio};
 use std::time::Duration;
 
+use aws_lc_rs::digest::{SHA256, digest};
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use super::double::Double;
-use super::http::Client;
-use super::{eventually, soon};
+use crate::double::Double;
+use crate::http::Client;
+use crate::{eventually, soon};
 
 /// The binary, built beside the tests.
 pub fn binary() -> PathBuf {
@@ -119,6 +122,7 @@ impl Setup {
 /// A running process.
 #[derive(Debug)]
 pub struct Perennial {
+    /// How it was started.
     pub setup: Setup,
     child: Child,
     client: Option<Client>,
@@ -156,12 +160,33 @@ impl Perennial {
         self.admin.as_ref().expect("it is ready")
     }
 
+    /// Its number.
     pub fn pid(&self) -> u32 {
         self.child.id().expect("it runs")
     }
 
+    /// Sends it a signal.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
+    }
+
+    /// The processor time that it has used, in seconds.
+    pub fn cpu_seconds(&self) -> f64 {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
+        // After the name, which is in parentheses: the 12th and 13th field are user and system time.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
+        let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
+        let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
+        #[expect(clippy::cast_precision_loss, reason = "it is 100")]
+        let per_second = per_second as f64;
+        ticks / per_second
+    }
+
+    /// A line of `/proc/PID/status` in MiB: `VmRSS`, `VmHWM`.
+    pub fn memory_mib(&self, line: &str) -> f64 {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
+        let found = status.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':')).unwrap();
+        found.trim().trim_end_matches(" kB").parse::<f64>().unwrap() / 1024.0
     }
 
     /// Waits for its end.
@@ -219,6 +244,28 @@ impl Perennial {
         ids
     }
 
+    /// Stores many subscriptions at once, past the interface, as an import would.
+    pub fn fill(&self, subscriptions: impl Iterator<Item = Value>) {
+        let mut store = rusqlite::Connection::open(self.setup.data_dir().join("perennial.db")).unwrap();
+        store.busy_timeout(crate::SOON).unwrap();
+        let tx = store.transaction().unwrap();
+        let mut insert = tx
+            .prepare(
+                "INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, created_at, updated_at)
+                 VALUES (1, (SELECT min(id) FROM vapid_keys), ?, ?, ?, ?, 0, 0)",
+            )
+            .unwrap();
+        for subscription in subscriptions {
+            let endpoint = subscription["endpoint"].as_str().unwrap();
+            let hash = digest(&SHA256, endpoint.as_bytes());
+            let key =
+                |name: &str| URL_SAFE_NO_PAD.decode(subscription["keys"][name].as_str().unwrap()).unwrap();
+            insert.execute((endpoint, &hash.as_ref()[..16], key("p256dh"), key("auth"))).unwrap();
+        }
+        drop(insert);
+        tx.commit().unwrap();
+    }
+
     /// Has a notification accepted, and returns its id.
     pub async fn notify(&self, request: &Value) -> String {
         let answer = self.client().post("/notify", request).await;
@@ -228,7 +275,7 @@ impl Perennial {
 
     /// Waits until a notification is done, and returns its progress.
     pub async fn done(&self, id: &str) -> Value {
-        self.done_within(id, super::SOON).await
+        self.done_within(id, crate::SOON).await
     }
 
     /// The same with more patience.

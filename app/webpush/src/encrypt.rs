@@ -11,7 +11,7 @@ use aws_lc_rs::agreement::{self, ECDH_P256, PrivateKey, UnparsedPublicKey};
 use aws_lc_rs::error::Unspecified;
 use aws_lc_rs::{hmac, rand};
 
-use crate::message::MAX_PAYLOAD;
+use crate::message::Payload;
 use crate::subscription::{AUTH, Keys, POINT};
 
 const SALT: usize = 16;
@@ -24,14 +24,26 @@ const DELIMITER: u8 = 2;
 /// RFC 8291, section 4 wants it greater than the plaintext with delimiter and tag: 3993 + 1 + 16.
 const RECORD_SIZE: u32 = 4096;
 
-/// Encrypts `plaintext` for one subscription, with a new key pair and a new salt.
+/// The cryptographic library failed: there is no randomness, or it refuses a point. It does not say which.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the cryptographic library failed")]
+pub struct CryptoError;
+
+impl From<Unspecified> for CryptoError {
+    fn from(_: Unspecified) -> Self {
+        Self
+    }
+}
+
+/// Encrypts a payload for one subscription, with a new key pair and a new salt: the body of a request with
+/// `Content-Encoding: aes128gcm`.
 ///
 /// # Errors
 /// When the system's random generator fails, or the subscription's point is refused by the curve arithmetic.
-pub(crate) fn encrypt(keys: &Keys, plaintext: &[u8]) -> Result<Vec<u8>, Unspecified> {
+pub fn encrypt(keys: &Keys, payload: &Payload) -> Result<Vec<u8>, CryptoError> {
     let mut salt = [0; SALT];
     rand::fill(&mut salt)?;
-    seal(keys, plaintext, &PrivateKey::generate(&ECDH_P256)?, salt)
+    Ok(seal(keys, payload.as_bytes(), &PrivateKey::generate(&ECDH_P256)?, salt)?)
 }
 
 /// The deterministic part. `sender` must never be a VAPID key (RFC 8292, section 3.2).
@@ -41,7 +53,6 @@ fn seal(
     sender: &PrivateKey,
     salt: [u8; SALT],
 ) -> Result<Vec<u8>, Unspecified> {
-    debug_assert!(plaintext.len() <= MAX_PAYLOAD, "a Payload is never longer");
     let sender_public = sender.compute_public_key()?;
     let ikm =
         input_keying_material(sender, keys.p256dh(), keys.auth(), keys.p256dh(), sender_public.as_ref())?;
@@ -118,11 +129,11 @@ impl ReceiverKeys {
     ///
     /// # Errors
     /// When the system's random generator fails.
-    pub fn generate() -> Result<Self, Unspecified> {
+    pub fn generate() -> Result<Self, CryptoError> {
         let mut auth = [0; AUTH];
         rand::fill(&mut auth)?;
         let private = PrivateKey::generate(&ECDH_P256)?;
-        Self::new(private, auth)
+        Ok(Self::new(private, auth)?)
     }
 
     fn new(private: PrivateKey, auth: [u8; AUTH]) -> Result<Self, Unspecified> {
@@ -182,6 +193,7 @@ mod tests {
     use web_push_native::{Auth, p256};
 
     use super::*;
+    use crate::message::MAX_PAYLOAD;
     use crate::subscription::{decode, encode};
 
     /// RFC 8291, section 5 and Appendix A.
@@ -226,7 +238,7 @@ mod tests {
         for size in [0, 1, 100, 2700, MAX_PAYLOAD] {
             let receiver = ReceiverKeys::generate().unwrap();
             let plaintext: Vec<u8> = (0..size).map(|i| u8::try_from(i % 251).unwrap()).collect();
-            let body = encrypt(&receiver.keys(), &plaintext).unwrap();
+            let body = encrypt(&receiver.keys(), &Payload::new(plaintext.clone()).unwrap()).unwrap();
             assert!(body.len() <= 4096, "a push service must take it");
 
             let secret =
@@ -241,7 +253,7 @@ mod tests {
     #[test]
     fn every_message_has_its_own_key_and_salt() {
         let keys = ReceiverKeys::generate().unwrap().keys();
-        let [one, two] = [0, 0].map(|_| encrypt(&keys, b"same").unwrap());
+        let [one, two] = [0, 0].map(|_| encrypt(&keys, &Payload::new("same").unwrap()).unwrap());
         assert_ne!(one[..SALT], two[..SALT]);
         assert_ne!(one[SALT + 5..HEADER], two[SALT + 5..HEADER]);
     }

@@ -12,7 +12,7 @@ mod vapid;
 mod verdict;
 
 pub use connect::HttpVersion;
-pub use encrypt::{DecryptError, ReceiverKeys};
+pub use encrypt::{CryptoError, DecryptError, ReceiverKeys, encrypt};
 pub use message::{MAX_PAYLOAD, Message, MessageError, Payload, Topic, Urgency};
 pub use resolve::{Pin, ResolveError};
 pub use sender::{Config, ConfigError, Report, Sender};

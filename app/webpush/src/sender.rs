@@ -152,11 +152,10 @@ impl Sender {
             Ok(claim) => claim,
             Err(error) => return failed(&error),
         };
-        let plaintext = message.payload.as_bytes();
-        let body = if plaintext.is_empty() {
+        let body = if message.payload.as_bytes().is_empty() {
             Bytes::new()
         } else {
-            match encrypt(keys, plaintext) {
+            match encrypt(keys, &message.payload) {
                 Ok(body) => Bytes::from(body),
                 Err(error) => return failed(&error),
             }

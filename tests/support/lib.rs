@@ -1,5 +1,7 @@
 //! What the tests share: the program as a process, a push service that misbehaves on request, a browser.
 
+#![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
+
 pub mod double;
 pub mod firefox;
 pub mod http;
