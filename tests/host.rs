@@ -298,8 +298,20 @@ fn blocking_every_worker_turns_the_probes_and_unblocking_turns_them_back() {
     };
     health.started();
     control.block_on(async {
-        eventually("ready", || async { health.ready().ok() }).await;
-        assert_eq!(health.live(), Ok(()));
+        let (live, ready) = (health.clone(), health.clone());
+        let probe = |well: bool| if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+        let router = Router::new()
+            .route("/livez", get(move || std::future::ready(probe(live.live().is_ok()))))
+            .route("/readyz", get(move || std::future::ready(probe(ready.ready().is_ok()))));
+        let (_host, client) = Host::plain(router).await;
+        let turns = async |path: &str, status: u16| {
+            eventually(&format!("{path} says {status}"), || async {
+                (client.get(path).await.status == status).then_some(())
+            })
+            .await;
+        };
+        turns("/readyz", 200).await;
+        turns("/livez", 200).await;
         let (unblock, blocked) = gate(2);
         for _ in 0..2 {
             let blocked = blocked.clone();
@@ -310,14 +322,14 @@ fn blocking_every_worker_turns_the_probes_and_unblocking_turns_them_back() {
             });
         }
         let began = Instant::now();
-        let reasons = eventually("not ready", || async { health.ready().err() }).await;
-        assert!(reasons[0].contains("has run no task"), "{reasons:?}");
-        assert_eq!(health.live(), Ok(()), "not ready comes before not alive");
-        eventually("not alive", || async { health.live().err() }).await;
+        turns("/readyz", 503).await;
+        assert!(health.ready().unwrap_err()[0].contains("has run no task"));
+        assert_eq!(client.get("/livez").await.status, 200, "not ready comes before not alive");
+        turns("/livez", 503).await;
         assert!(began.elapsed() >= Duration::from_secs(1));
         unblock();
-        eventually("ready again", || async { health.ready().ok() }).await;
-        assert_eq!(health.live(), Ok(()));
+        turns("/readyz", 200).await;
+        turns("/livez", 200).await;
     });
     serving.shutdown_background();
 }

@@ -43,7 +43,6 @@ async fn every_error_is_reported_at_once_with_key_value_and_what_was_wanted() {
         .set("server.listen=nowhere")
         .set("telemetry.log=info,=")
         .set("push.allow_networks=10.0.0.0/33")
-        .set("push.contact=mailto:me@localhost")
         .set("push.http=3")
         .set("queue.renew_every=10s")
         .set("sites.default.origins=https://shop.example/path")
@@ -59,7 +58,6 @@ async fn every_error_is_reported_at_once_with_key_value_and_what_was_wanted() {
             r#"server.listen = ["nowhere"] (from --set): wanted a list of host:port, https://host:port or unix:/path"#,
             r#"telemetry.log = "info,=" (from --set): wanted a level such as info"#,
             r#"push.allow_networks = ["10.0.0.0/33"] (from --set): wanted a list of networks"#,
-            r#"push.contact = "mailto:me@localhost" (from --set): wanted"#,
             r#"push.http = "3" (from --set): wanted auto, 1 or 2"#,
             "(from default): wanted at least three times queue.renew_every",
             r#"sites.default.origins = ["https://shop.example/path"] (from --set): wanted a list of origins"#,
@@ -96,15 +94,25 @@ async fn production_wants_a_contact_and_nothing_else() {
     let arguments = ["check", "--config", file.to_str().unwrap()];
     let without = Setup::new().run(&arguments).await;
     assert_eq!(without.status.code(), Some(2));
-    assert!(text(&without.stderr).contains("push.contact"), "{}", text(&without.stderr));
+    assert!(text(&without.stderr).contains("push.contact = \"\""), "{}", text(&without.stderr));
+    let unusable = Setup::new().set("push.contact=mailto:me@localhost").run(&arguments).await;
+    assert_eq!(unusable.status.code(), Some(2));
     let with = Setup::new().set("push.contact=mailto:ops@shop.example.com").run(&arguments).await;
     assert_eq!(with.status.code(), Some(0), "{}", text(&with.stderr));
 }
 
 #[tokio::test]
-async fn a_missing_contact_is_a_warning_at_boot() {
+async fn a_contact_that_apple_refuses_is_a_warning_at_boot() {
     let perennial = Setup::new().start().await;
-    perennial.logged("push.contact is not set: Apple refuses messages without one").await;
+    let warning = perennial.logged("Apple refuses messages without a contact").await;
+    assert_eq!(
+        (warning["level"].as_str(), warning["reason"].as_str()),
+        (Some("WARN"), Some("push.contact is not set"))
+    );
+
+    let perennial = Setup::new().set("push.contact=mailto:me@localhost").start().await;
+    let warning = perennial.logged("Apple refuses messages without a contact").await;
+    assert!(warning["reason"].as_str().unwrap().contains("reachable from outside"), "{warning}");
 }
 
 #[tokio::test]

@@ -143,7 +143,8 @@ async fn read(body: Body) -> std::result::Result<bytes::Bytes, Problem> {
     }
 }
 
-fn is_too_long(error: &(dyn StdError + 'static)) -> bool {
+/// Whether a body was cut off at its limit.
+pub(crate) fn is_too_long(error: &(dyn StdError + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
         if error.is::<LengthLimitError>() {

@@ -67,6 +67,7 @@ const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
 #[derive(Debug)]
 pub struct Push {
     config: Config,
+    contact: Result<Contact, String>,
     sender: perennial_webpush::Config,
     limits: limits::Config,
 }
@@ -118,9 +119,11 @@ impl Module for Push {
     const MIGRATIONS: &'static [&'static str] = store::MIGRATIONS;
 
     fn configure(settings: &mut Reader<'_>) -> Self {
+        let contact = contact(settings);
         Self {
             config: config(settings),
-            sender: sender(settings),
+            sender: perennial_webpush::Config { contact: contact.clone().ok(), ..sender(settings) },
+            contact,
             limits: limits::Config {
                 address_burst: settings.number("push.address_burst", 1..=1_000_000),
                 address_per_minute: settings.number("push.address_per_minute", 1..=100_000_000),
@@ -131,8 +134,8 @@ impl Module for Push {
     }
 
     async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
-        if self.sender.contact.is_none() {
-            warn!("push.contact is not set: Apple refuses messages without one");
+        if let Err(reason) = self.contact {
+            warn!(reason, "Apple refuses messages without a contact");
         }
         metrics::describe();
         let store = Store::new(host.store.clone(), host.queue.clone());
@@ -274,10 +277,6 @@ fn config(settings: &mut Reader<'_>) -> Config {
 }
 
 fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
-    let contact = settings.parse_optional::<Contact>("push.contact", &ContactError::Form.to_string());
-    if contact.is_none() && settings.get("push.contact_required") {
-        settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
-    }
     perennial_webpush::Config {
         policy: Policy {
             hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
@@ -288,7 +287,7 @@ fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
                 .collect(),
             insecure: settings.get("push.allow_insecure"),
         },
-        contact,
+        contact: None,
         http: settings.read_with("push.http", "auto, 1 or 2", |value| {
             match value.to_string().trim_matches('"') {
                 "auto" => Some(HttpVersion::Auto),
@@ -309,6 +308,19 @@ fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
         connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
         timeout: settings.duration("push.timeout", SECOND..=HOUR),
     }
+}
+
+/// Whom push services may ask, or why Apple would refuse to deliver.
+fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
+    let text: String = settings.get("push.contact");
+    let contact = match text.as_str() {
+        "" => Err("push.contact is not set".to_owned()),
+        text => text.parse().map_err(|error: ContactError| format!("push.contact cannot be used: {error}")),
+    };
+    if contact.is_err() && settings.get("push.contact_required") {
+        settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
+    }
+    contact
 }
 
 /// A network, or one address.

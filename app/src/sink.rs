@@ -34,8 +34,10 @@ use perennial_server::http::{self as server, Listen, Server, tls};
 use perennial_webpush::{Keys, ReceiverKeys};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use serde_json::{Value, json};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Notify, mpsc};
 
+use crate::api::is_too_long;
 pub use rules::{Push, Refusal};
 
 /// The file of the certificate authority that the service's certificate is signed by.
@@ -271,7 +273,11 @@ async fn take(
     let (parts, body) = request.into_parts();
     let body = match Limited::new(body, rules::MAX_BODY).collect().await {
         Ok(body) => body.to_bytes(),
-        Err(_) => return refuse(&sink, &Refusal::new(413, 104, "the body has more than 4096 bytes")),
+        Err(error) if is_too_long(&*error) => {
+            return refuse(&sink, &Refusal::new(413, 104, "the body has more than 4096 bytes"));
+        }
+        // The sender has gone.
+        Err(_) => return StatusCode::BAD_REQUEST.into_response(),
     };
     let (push, owner, plaintext) = match sink.check(&token, &parts.headers, &body) {
         Ok(checked) => checked,
@@ -297,8 +303,14 @@ async fn take(
     }
     if let Owner::Browser { channel, to } = owner {
         let notice = browser::Notice { channel, body };
-        if to.send(notice).await.is_err() {
-            return refuse(&sink, &Refusal::new(410, 106, "the browser has gone"));
+        match to.try_send(notice) {
+            Ok(()) => {}
+            Err(TrySendError::Full(_)) => {
+                return refuse(&sink, &Refusal::new(503, 202, "the browser is too slow"));
+            }
+            Err(TrySendError::Closed(_)) => {
+                return refuse(&sink, &Refusal::new(410, 106, "the browser has gone"));
+            }
         }
     }
     sink.0.behaviour.taken(&push, plaintext.as_deref());

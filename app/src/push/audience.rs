@@ -24,8 +24,8 @@ pub(crate) enum Audience {
 }
 
 impl Audience {
-    /// A condition on `subscriptions`, its parameters appended to `parameters`.
-    pub(crate) fn to_sql(&self, parameters: &mut Vec<Value>) -> String {
+    /// A condition on `subscriptions` of one site, its parameters appended to `parameters`.
+    pub(crate) fn to_sql(&self, site: i64, parameters: &mut Vec<Value>) -> String {
         match self {
             Self::All => "TRUE".to_owned(),
             Self::User(user) => {
@@ -33,8 +33,10 @@ impl Audience {
                 "user = ?".to_owned()
             }
             Self::Users(users) => {
-                parameters.push(json(users));
-                "user IN (SELECT value FROM json_each(?))".to_owned()
+                parameters.extend([Value::Integer(site), json(users)]);
+                // Found by the index on users first: by that on ids, every row would be looked at.
+                "id IN (SELECT id FROM subscriptions WHERE site = ? AND user IN (SELECT value FROM json_each(?)))"
+                    .to_owned()
             }
             // It was read when the notification was accepted.
             Self::Tags(text) => Expression::parse(text)

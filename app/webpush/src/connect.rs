@@ -93,7 +93,8 @@ impl Connector {
 
     /// The addresses of a host, if every one of them may be sent to.
     pub(crate) async fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, ConnectError> {
-        let addresses = self.resolver.resolve(host).await?;
+        let addresses = timeout(self.timeout, self.resolver.resolve(host)).await;
+        let addresses = addresses.map_err(|_| ConnectError::Timeout(self.timeout))??;
         for address in &addresses {
             self.policy.check_address(*address)?;
         }

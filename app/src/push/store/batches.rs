@@ -145,7 +145,7 @@ impl Store {
             .read(move |tx| {
                 let mut parameters: Vec<Value> =
                     vec![fan_out.site.into(), fan_out.fanned_to.into(), fan_out.watermark.into()];
-                let filter = fan_out.audience.to_sql(&mut parameters);
+                let filter = fan_out.audience.to_sql(fan_out.site, &mut parameters);
                 parameters.push(i64::try_from(size).unwrap_or(i64::MAX).into());
                 let sql = format!(
                     "SELECT max(id) FROM (SELECT id FROM subscriptions
@@ -285,7 +285,7 @@ fn members(tx: &Connection, batch: &Batch) -> rusqlite::Result<Vec<Member>> {
             parameters.push((*upto).into());
             if batch.audience != Audience::Inline {
                 sql.push_str(" AND ");
-                sql.push_str(&batch.audience.to_sql(&mut parameters));
+                sql.push_str(&batch.audience.to_sql(batch.site, &mut parameters));
             }
         }
         // They were members when they were tried first.

@@ -88,7 +88,7 @@ impl Store {
                 let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
                 let watermark = tx.prepare_cached(newest)?.query_row([site], |row| row.get(0))?;
                 let mut parameters = vec![Value::Integer(site)];
-                let filter = audience.to_sql(&mut parameters);
+                let filter = audience.to_sql(site, &mut parameters);
                 let sql = format!("SELECT count(*) FROM subscriptions WHERE site = ? AND {filter}");
                 let count =
                     tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))?;
