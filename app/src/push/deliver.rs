@@ -164,7 +164,11 @@ impl<'a> Round<'a> {
         let mut cut = pin!(sleep(Duration::MAX));
         loop {
             while !stopping && sends.len() < self.tools.config.window && self.unrecorded < limit {
-                self.context.check()?;
+                match self.context.check() {
+                    // It is told below, and what is in flight gets its time.
+                    Err(Stopped::Cancelled) => break,
+                    checked => checked?,
+                }
                 let Some(member) = self.waiting.next() else { break };
                 sends.push(self.begin(member));
             }
@@ -172,9 +176,8 @@ impl<'a> Round<'a> {
             if idle && saving.is_none() && (stopping || self.waiting.len() == 0) {
                 break;
             }
-            let full =
-                self.ended.len() * 2 >= limit || idle || (Instant::now() >= due && !self.ended.is_empty());
-            if full && saving.is_none() {
+            let full = self.ended.len() * 2 >= limit || idle || Instant::now() >= due;
+            if full && saving.is_none() && !self.ended.is_empty() {
                 let (count, checkpoint) = self.checkpoint(false);
                 saving = Some(Box::pin(save(
                     self.tools,
@@ -203,13 +206,14 @@ impl<'a> Round<'a> {
                     stopping = true;
                     cut.set(sleep(LAST_SENDS));
                 }
-                () = cut.as_mut(), if stopping => {
+                () = cut.as_mut(), if stopping && !idle => {
                     // Those in flight may have been taken; nobody knows, and so they are sent again.
                     sends.clear();
                 }
             }
         }
-        self.end(!stopping).await
+        let finished = self.waiting.len() == 0 && self.in_flight.is_empty();
+        self.end(finished).await
     }
 
     /// Begins to send to one member.
