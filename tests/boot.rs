@@ -28,7 +28,7 @@ async fn the_first_boot_makes_private_files_and_the_next_uses_them_again() {
     for file in SECRETS.iter().chain(&["perennial.db", "perennial.db-wal", "perennial.lock"]) {
         assert_eq!(mode(&data_dir.join(file)), 0o600, "{file}");
     }
-    for message in ["made the admin token", "made the first API key"] {
+    for message in ["made the admin token", "made an API key"] {
         perennial.logged(message).await;
     }
     let key = perennial.client().get("/push/key").await.json();
@@ -38,7 +38,7 @@ async fn the_first_boot_makes_private_files_and_the_next_uses_them_again() {
     let perennial = perennial.start_again().await;
     assert_eq!(SECRETS.map(read), first);
     assert_eq!(perennial.client().get("/push/key").await.json(), key);
-    assert_eq!(perennial.log().matches("made the first API key").count(), 1, "said once");
+    assert_eq!(perennial.log().matches("made an API key").count(), 1, "said once");
     let log = perennial.log();
     for secret in &first {
         for line in secret.lines().filter(|line| !line.contains("-----")) {
@@ -152,8 +152,8 @@ async fn probes_metrics_and_pages_for_operators() {
     assert_eq!(metrics.header("content-type"), Some("text/plain; version=0.0.4; charset=utf-8"));
     let metrics = metrics.text();
     for line in [
-        r#"perennial_http_requests_total{route="/push/key",method="GET",status="200"} 1"#,
-        r#"perennial_http_requests_total{route="unmatched",method="GET",status="404"} 1"#,
+        r#"perennial_http_requests_total{listener="public",route="/push/key",method="GET",status="200"} 1"#,
+        r#"perennial_http_requests_total{listener="public",route="unmatched",method="GET",status="404"} 1"#,
         "# HELP perennial_sqlite_commits_total",
     ] {
         assert!(metrics.contains(line), "{line} is not in\n{metrics}");

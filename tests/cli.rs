@@ -48,6 +48,7 @@ async fn keys_are_made_before_the_first_boot_and_shown_without_their_secrets() {
     let setup = Setup::new();
     let show = setup.run(&["keys", "show"]).await;
     assert!(text(&show.stdout).contains("none yet"), "{}", text(&show.stdout));
+    assert!(!setup.data_dir().exists(), "looking makes nothing");
     let generate = setup.run(&["keys", "generate"]).await;
     assert_eq!(generate.status.code(), Some(0), "{}", text(&generate.stderr));
     let again = setup.run(&["keys", "generate"]).await;
@@ -63,8 +64,28 @@ async fn keys_are_made_before_the_first_boot_and_shown_without_their_secrets() {
     let key = perennial.client().get("/push/key").await.json()["key"].as_str().unwrap().to_owned();
     assert!(said.contains(&key), "the public one is shown");
     assert_eq!(perennial.client().get("/notifications").await.status, 200, "the API key opens");
-    let show = perennial.setup.run(&["keys", "show"]).await;
-    assert_eq!(show.stdout, again.stdout, "also while the server runs");
+    let mut perennial = perennial;
+    let while_running = perennial.setup.run(&["keys", "generate"]).await;
+    assert_eq!(while_running.status.code(), Some(0), "there is nothing to make");
+    std::fs::remove_file(perennial.setup.data_dir().join("api.key")).unwrap();
+    let while_running = perennial.setup.run(&["keys", "generate"]).await;
+    assert_eq!(while_running.status.code(), Some(1), "{}", text(&while_running.stderr));
+    perennial.stop().await;
+
+    // A lost API key is made anew; a lost VAPID key would orphan every subscriber.
+    assert_eq!(perennial.setup.run(&["keys", "generate"]).await.status.code(), Some(0));
+    let mut perennial = perennial.start_again().await;
+    assert_eq!(perennial.client().get("/notifications").await.status, 200, "the new API key opens");
+    let double = Double::start().await;
+    perennial.stop().await;
+    perennial.setup = perennial.setup.sending_to(&double);
+    let mut perennial = perennial.start_again().await;
+    perennial.subscribe(&double, 1).await;
+    perennial.stop().await;
+    std::fs::remove_file(perennial.setup.data_dir().join("vapid.pem")).unwrap();
+    let lost = perennial.setup.run(&["keys", "generate"]).await;
+    assert_eq!(lost.status.code(), Some(1));
+    assert!(text(&lost.stderr).contains("restore the file"), "{}", text(&lost.stderr));
 }
 
 #[tokio::test]

@@ -35,6 +35,8 @@ struct Host {
 
 fn config(listen: &[&str]) -> Config {
     Config {
+        name: "test",
+        quiet: false,
         listen: listen.iter().map(|listen| listen.parse().unwrap()).collect(),
         tls: None,
         max_connections: 1000,

@@ -140,6 +140,14 @@ impl Engine {
         }
     }
 
+    /// For a worker after the drain of the last one.
+    fn again(mut self) -> Self {
+        let (trigger, drain) = drain::channel();
+        self.tasks = Tasks::new(drain);
+        self.trigger = trigger;
+        self
+    }
+
     async fn start() -> Self {
         Self::start_with(4, Duration::from_secs(4)).await
     }
@@ -333,7 +341,12 @@ async fn a_crash_is_noticed_within_two_leases_and_has_its_own_budget() {
         registry.register::<Test>(engine.tools.clone());
         engine.queue.rescue(Arc::new(registry)).await.unwrap();
     }
+    let mut engine = engine.again();
+    engine.work(1, Duration::from_secs(4));
+    let reason = soon("giving up", engine.gave_up.recv()).await.unwrap();
+    assert_eq!(reason, "its worker crashed 3 times");
     engine.until(State::Dead, 1).await;
+    assert!(engine.ran.try_recv().is_err(), "it is not run again");
 }
 
 #[tokio::test]

@@ -118,14 +118,11 @@ impl Access {
         Ok(Self(Arc::new(Keys { api, tokens: Mutex::default(), admin })))
     }
 
-    /// A token of this process, for `scopes` of the default site, that ends after `life`.
-    pub fn issue(&self, scopes: &[Scope], life: Duration) -> SecretString {
+    /// A token of this process called `name`, for `scopes` of the default site, that ends after `life`.
+    pub fn issue(&self, name: &str, scopes: &[Scope], life: Duration) -> SecretString {
         let token = random_key();
-        let caller = Caller {
-            site: SiteId::DEFAULT,
-            key: "page".to_owned(),
-            scopes: scopes.iter().copied().collect(),
-        };
+        let caller =
+            Caller { site: SiteId::DEFAULT, key: name.to_owned(), scopes: scopes.iter().copied().collect() };
         let mut tokens = self.0.tokens.lock().unwrap_or_else(PoisonError::into_inner);
         tokens.insert(hash(token.expose_secret()), Token { caller, ends: Instant::now() + life });
         token

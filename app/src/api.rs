@@ -12,6 +12,7 @@ use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::pool::sqlite;
+use perennial_workers::queue;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
@@ -49,6 +50,15 @@ impl From<sqlite::Error> for Error {
     }
 }
 
+impl From<queue::Error> for Error {
+    fn from(error: queue::Error) -> Self {
+        match error {
+            queue::Error::Sqlite(error) => Self::Store(error),
+            error @ queue::Error::Payload { .. } => Self::Bug(error.into()),
+        }
+    }
+}
+
 impl From<anyhow::Error> for Error {
     fn from(error: anyhow::Error) -> Self {
         Self::Bug(error)
@@ -60,8 +70,7 @@ impl IntoResponse for Error {
         let error = match self {
             Self::Problem(problem) => return problem.into_response(),
             Self::Store(error) => {
-                let away =
-                    matches!(error, sqlite::Error::Busy(_) | sqlite::Error::Slow | sqlite::Error::Closed);
+                let away = error.is_passing();
                 let error = anyhow::Error::from(error);
                 if away {
                     error!(error = format!("{error:#}"), "the store is not available");
@@ -77,6 +86,18 @@ impl IntoResponse for Error {
         Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; the log has the reason")
             .into_response()
     }
+}
+
+/// How many to list: `limit`, or `usual` if there is none.
+///
+/// # Errors
+/// 422 for nothing, and for more than `most`.
+pub fn within_page(limit: Option<usize>, usual: usize, most: usize) -> std::result::Result<usize, Problem> {
+    let limit = limit.unwrap_or(usual);
+    if (1..=most).contains(&limit) {
+        return Ok(limit);
+    }
+    Err(FieldError::new("limit", format!("a whole number from 1 to {most}")).into())
 }
 
 /// 404 for something with an id.
@@ -127,9 +148,10 @@ where
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> std::result::Result<Self, Problem> {
         let query = axum::extract::Query::try_from_uri(&parts.uri);
-        query
-            .map(|axum::extract::Query(query)| Self(query))
-            .map_err(|rejection| Problem::new(StatusCode::UNPROCESSABLE_ENTITY, rejection.body_text()))
+        query.map(|axum::extract::Query(query)| Self(query)).map_err(|rejection| {
+            // The library names the parameter in its text.
+            FieldError::new("query", rejection.body_text()).into()
+        })
     }
 }
 

@@ -11,26 +11,32 @@ use http::header;
 use perennial_server::drain::Drain;
 use perennial_server::health::Health;
 use perennial_server::http::Server;
+use perennial_server::http::problem::{FieldError, MEDIA_TYPE, Problem};
 use perennial_server::pool::sqlite::{self, Migrations, Sqlite};
 use perennial_server::tasks::Tasks;
+use perennial_workers::job::DEFAULT_QUEUE;
 use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::worker::{self, Worker};
 use perennial_workers::{Registry, rescue, store};
 use secrecy::{ExposeSecret, SecretString};
-use serde_json::json;
 use tracing::info;
-use utoipa::openapi::{Info, OpenApi};
+use utoipa::PartialSchema;
+use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
+use utoipa::openapi::{ContentBuilder, Info, OpenApi, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::access::{self, Access};
+use crate::addresses::{Addresses, url};
 use crate::config::Config;
 use crate::data_dir::{self, DataDir};
-use crate::module::{Announcement, Closer, Configured, Host, StatusFn};
+use crate::module::{Closer, Configured, Host, StatusFn};
 
 /// How many writes may wait for the store's writer.
 const WRITE_QUEUE: usize = 4096;
 /// How long a caller waits for a commit: a disk that takes longer is out of order.
 const COMMIT_WAIT: Duration = Duration::from_secs(60);
+/// How long closing one thing may take at the very end.
+const CLOSE: Duration = Duration::from_secs(5);
 /// How often lapsed leases are looked for.
 const RESCUE_EVERY: Duration = Duration::from_secs(3);
 
@@ -64,6 +70,8 @@ pub(crate) async fn boot(
 
     let tasks = Tasks::new(drain.clone());
     let queue = SqliteQueue::new(store.clone());
+    let mut registry = Registry::new();
+    registry.serve(DEFAULT_QUEUE, config.slots);
     let mut host = Host {
         store: store.clone(),
         queue: queue.clone(),
@@ -73,7 +81,7 @@ pub(crate) async fn boot(
         health: health.clone(),
         tasks: tasks.clone(),
         routes: OpenApiRouter::new(),
-        registry: Registry::new(),
+        registry,
         status: Vec::new(),
         announcements: Vec::new(),
         closers: Vec::new(),
@@ -85,7 +93,9 @@ pub(crate) async fn boot(
     }
     let Host { routes, registry, status, announcements, closers, .. } = host;
 
+    let server = Server::bind(config.server).await.context("the public listener cannot be opened")?;
     // The lock says that no other process works on this store: what was running, was running in one that died.
+    registry.check()?;
     let registry = Arc::new(registry);
     let rescued =
         queue.rescue_all(&registry).await.context("the jobs of the last process cannot be taken over")?;
@@ -94,29 +104,33 @@ pub(crate) async fn boot(
     }
     let worker = Worker::new(queue.clone(), Arc::clone(&registry), config.worker)?;
     let workers = worker.status();
+    let addresses = Addresses { server: server.addresses(), admin: admin_addresses };
+    data_dir.write(data_dir::ADDRESSES, &format!("{}\n", serde_json::to_string(&addresses)?))?;
+
+    // Nothing below can fail: a job that is begun is not cut off by a boot that is not finished.
     tasks.critical("workers", worker.run(drain.clone()));
     tasks.critical("rescue", rescue::run(queue, registry, RESCUE_EVERY, drain.clone()));
-
-    let server = Server::bind(config.server).await.context("the public listener cannot be opened")?;
-    let addresses = server.addresses();
-    let listed = json!({ "server": addresses, "admin": admin_addresses });
-    data_dir.write(data_dir::ADDRESSES, &format!("{listed}\n"))?;
     tasks.critical("http", server.run(public(routes), drain));
     health.started();
-    info!(server = addresses.join(", "), admin = admin_addresses.join(", "), "ready");
+    info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
 
-    let announcements = announce(&announcements, &addresses);
+    let announcements = match url(&addresses.server) {
+        Some(base) => announcements.iter().map(|line| line(&base)).collect(),
+        None => Vec::new(),
+    };
     Ok(App { tasks, access, workers, status, announcements, closers, store, data_dir })
 }
 
 impl App {
-    /// Closes what serves nobody any more.
-    pub(crate) async fn close(self) {
+    /// Closes what serves nobody any more, and says whether it closed in time. It does not if every thread of
+    /// the serving runtime is blocked.
+    pub(crate) async fn close(self) -> bool {
         self.data_dir.remove(data_dir::ADDRESSES);
+        let mut in_time = true;
         for close in self.closers {
-            close().await;
+            in_time &= tokio::time::timeout(CLOSE, close()).await.is_ok();
         }
-        self.store.close().await;
+        in_time & tokio::time::timeout(CLOSE, self.store.close()).await.is_ok()
     }
 }
 
@@ -145,30 +159,48 @@ pub(crate) async fn first_keys(data_dir: &DataDir, store: &Sqlite) -> anyhow::Re
         info!(file = %data_dir.join(data_dir::ADMIN_TOKEN).display(), "made the admin token");
     }
     if !store.read(access::has_keys).await? {
-        let (key, made) = data_dir.secret(data_dir::API_KEY, random)?;
-        store.write(move |tx| access::insert_key(tx, "first", &key)).await?;
-        if made {
-            info!(file = %data_dir.join(data_dir::API_KEY).display(), "made the first API key");
-        }
+        make_api_key(data_dir, store).await?;
     }
     Ok(token.into())
 }
 
+/// Makes an API key with every scope, or takes the one whose file is there already.
+pub(crate) async fn make_api_key(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<()> {
+    let (key, made) =
+        data_dir.secret(data_dir::API_KEY, || access::random_key().expose_secret().to_owned())?;
+    store.write(move |tx| access::insert_key(tx, data_dir::API_KEY, &key)).await?;
+    if made {
+        info!(file = %data_dir.join(data_dir::API_KEY).display(), "made an API key");
+    }
+    Ok(())
+}
+
 /// The modules' routes, and what all of them share.
 fn public(routes: OpenApiRouter) -> Router {
-    let (router, mut openapi): (Router, OpenApi) = routes.split_for_parts();
-    openapi.info = Info::new("Perennial", env!("CARGO_PKG_VERSION"));
+    let (router, openapi) = routes.split_for_parts();
+    let openapi = described(openapi);
     let openapi = Bytes::from(openapi.to_json().unwrap_or_default());
     let openapi = move || std::future::ready(([(header::CONTENT_TYPE, "application/json")], openapi.clone()));
     router.route("/openapi.json", get(openapi))
 }
 
-fn announce(announcements: &[Announcement], addresses: &[String]) -> Vec<String> {
-    let Some(address) = addresses.iter().find(|address| !address.starts_with("unix:")) else {
-        return Vec::new();
-    };
-    let base = if address.contains("://") { address.clone() } else { format!("http://{address}") };
-    // Nobody can open "any address"; on this machine it is this one.
-    let base = base.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:");
-    announcements.iter().map(|line| line(&base)).collect()
+/// What every description of the interface says: who may call, and what an error looks like.
+fn described(mut openapi: OpenApi) -> OpenApi {
+    openapi.info = Info::new("Perennial", env!("CARGO_PKG_VERSION"));
+    let components = openapi.components.get_or_insert_default();
+    components.add_security_scheme("key", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
+    for (name, schema) in [("Problem", Problem::schema()), ("FieldError", FieldError::schema())] {
+        components.schemas.insert(name.to_owned(), schema);
+    }
+    let problem = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
+    let error = ResponseBuilder::new().description("What was wrong").content(MEDIA_TYPE, problem).build();
+    for item in openapi.paths.paths.values_mut() {
+        let operations = [&mut item.get, &mut item.post, &mut item.put, &mut item.patch, &mut item.delete];
+        for operation in operations.into_iter().flatten() {
+            operation.responses.responses.insert("default".to_owned(), error.clone().into());
+            let key = SecurityRequirement::new("key", std::iter::empty::<String>());
+            operation.security.get_or_insert_default().push(key);
+        }
+    }
+    openapi
 }

@@ -50,7 +50,8 @@ enum Command {
     Keys(keys::Keys),
     /// Ask the running server whether it is ready; the exit code says it
     Health(health::Health),
-    /// Send a notification through the running server, and follow it to the last delivery
+    /// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
+    /// of its audience could be delivered to
     Notify(notify::Notify),
     /// A local push service: gives out subscriptions, and prints what it decrypts
     Sink(sink::Sink),

@@ -24,6 +24,8 @@ pub(crate) struct Config {
     pub(crate) health: health::Config,
     pub(crate) store: Store,
     pub(crate) worker: worker::Config,
+    /// How many jobs of the default queue run at once.
+    pub(crate) slots: usize,
     pub(crate) phases: Phases,
     pub(crate) telemetry: telemetry::Config,
 }
@@ -51,6 +53,7 @@ impl Config {
             },
             store: store(settings),
             worker: worker(settings),
+            slots: settings.number("queue.slots", 1..=10_000),
             phases: Phases {
                 notice: settings.get("drain.notice"),
                 soft: settings.get("drain.soft"),
@@ -78,8 +81,8 @@ fn threads(settings: &mut Reader<'_>) -> usize {
 
 fn server(settings: &mut Reader<'_>) -> http::Config {
     let listen = listen(settings, "server.listen");
-    let cert_file: Option<PathBuf> = settings.get("server.tls.cert_file");
-    let key_file: Option<PathBuf> = settings.get("server.tls.key_file");
+    let cert_file = settings.file("server.tls.cert_file");
+    let key_file = settings.file("server.tls.key_file");
     let tls = match (cert_file, key_file) {
         (Some(cert_file), Some(key_file)) => Some(tls::Config { cert_file, key_file }),
         (None, None) => {
@@ -95,6 +98,8 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         (None, Some(_)) => settings.refuse("server.tls.cert_file", "the certificate of the key"),
     };
     http::Config {
+        name: "public",
+        quiet: false,
         listen,
         tls,
         max_connections: settings.number("server.max_connections", 1..=1_000_000),
@@ -112,7 +117,7 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
         settings.refuse::<()>("admin.listen", "addresses without https://");
     }
-    http::Config { listen, tls: None, max_connections: 256, ..server.clone() }
+    http::Config { name: "admin", quiet: true, listen, tls: None, max_connections: 256, ..server.clone() }
 }
 
 fn listen(settings: &mut Reader<'_>, key: &str) -> Vec<Listen> {

@@ -2,11 +2,11 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
-/// The embedded store.
-pub const STORE: &str = "perennial.db";
+use tracing::warn;
+
 /// The first API key.
 pub const API_KEY: &str = "api.key";
 /// The token of the admin listener.
@@ -28,6 +28,9 @@ pub enum Error {
         /// The process, if it left its number.
         pid: String,
     },
+    /// A secret that is nobody's.
+    #[error("{} is empty; remove it to have a new one made", .0.display())]
+    Empty(PathBuf),
     /// A file in it cannot be read or written.
     #[error("cannot use {}", .path.display())]
     File {
@@ -77,7 +80,10 @@ impl DataDir {
         // Only for the message above: the lock itself is the kernel's, and ends with the process.
         let number = format!("{}\n", std::process::id());
         lock.set_len(0).and_then(|()| lock.write_all(number.as_bytes())).map_err(at(&lock_path))?;
-        Ok(Self { path: path.to_owned(), _lock: lock })
+        let data_dir = Self { path: path.to_owned(), _lock: lock };
+        // Left behind by a process that was killed.
+        data_dir.remove(ADDRESSES);
+        Ok(data_dir)
     }
 
     /// The path of a file in it.
@@ -92,7 +98,11 @@ impl DataDir {
     pub fn secret(&self, name: &str, make: impl FnOnce() -> String) -> Result<(String, bool), Error> {
         let path = self.join(name);
         match fs::read_to_string(&path) {
-            Ok(text) => Ok((text.trim_end().to_owned(), false)),
+            Ok(text) if text.trim().is_empty() => Err(Error::Empty(path)),
+            Ok(text) => {
+                warn_if_others_can_read(&path);
+                Ok((text.trim_end().to_owned(), false))
+            }
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let text = make();
                 self.write(name, &format!("{}\n", text.trim_end()))?;
@@ -124,6 +134,19 @@ impl DataDir {
     /// Removes a file if it is there.
     pub fn remove(&self, name: &str) {
         let _ = fs::remove_file(self.join(name));
+    }
+}
+
+/// Whether a process holds the lock on a data directory.
+pub fn is_locked(path: &Path) -> bool {
+    let lock = File::open(path.join(LOCK));
+    lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+fn warn_if_others_can_read(path: &Path) {
+    let mode = fs::metadata(path).map_or(0, |file| file.permissions().mode());
+    if mode & 0o077 != 0 {
+        warn!(file = %path.display(), mode = format!("{:o}", mode & 0o777), "others can read this secret");
     }
 }
 

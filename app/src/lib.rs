@@ -7,6 +7,7 @@
 //! ARCHITECTURE.md in the repository has the map and the walk of one push and of one SIGTERM.
 
 pub mod access;
+mod addresses;
 mod admin;
 pub mod api;
 mod boot;
@@ -20,6 +21,11 @@ pub mod sink;
 mod stop;
 
 use std::process::ExitCode;
+
+// What a module is written with, in the versions that the host has.
+pub use perennial_server as server;
+pub use perennial_workers as workers;
+pub use {anyhow, axum, rusqlite};
 
 use module::{Blueprint, Module};
 

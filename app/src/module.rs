@@ -30,7 +30,6 @@
 //! # let _ = perennial::Perennial::new().host::<Hello>();
 //! ```
 
-use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
@@ -59,6 +58,15 @@ pub trait Module: Sized + Send + 'static {
 
     /// Its tables: SQL, the oldest step first. A step that was ever released is never changed.
     const MIGRATIONS: &'static [&'static str] = &[];
+
+    /// Makes the keys that it needs and that are missing: before the first start, or when one was lost. What
+    /// it returns is shown: each a label and something that is no secret.
+    fn keys(
+        _data_dir: &DataDir,
+        _store: &Sqlite,
+    ) -> impl Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send {
+        async { Ok(Vec::new()) }
+    }
 
     /// Reads its settings. Nothing is touched yet; what does not fit is noted in `settings`.
     fn configure(settings: &mut Reader<'_>) -> Self;
@@ -138,7 +146,7 @@ impl Host {
     pub fn task<M, F>(&self, name: &'static str, make: M)
     where
         M: FnMut() -> F + Send + 'static,
-        F: Future<Output = Result<(), Infallible>> + Send,
+        F: Future<Output = anyhow::Result<()>> + Send,
     {
         self.tasks.contained(name, make);
     }
@@ -162,8 +170,12 @@ pub(crate) struct Blueprint {
     pub(crate) name: &'static str,
     pub(crate) defaults: &'static str,
     pub(crate) migrations: Migrations,
+    pub(crate) keys: for<'a> fn(&'a DataDir, &'a Sqlite) -> MadeKeys<'a>,
     configure: fn(&mut Reader<'_>) -> Mount,
 }
+
+pub(crate) type MadeKeys<'a> =
+    Pin<Box<dyn Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send + 'a>>;
 
 impl fmt::Debug for Blueprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -177,6 +189,7 @@ impl Blueprint {
             name: M::NAME,
             defaults: M::DEFAULTS,
             migrations: Migrations { module: M::NAME, steps: M::MIGRATIONS },
+            keys: |data_dir, store| Box::pin(M::keys(data_dir, store)),
             configure: |settings| {
                 let module = M::configure(settings);
                 Box::new(move |host| Box::pin(module.mount(host)))

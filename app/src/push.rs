@@ -29,12 +29,14 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::extract::FromRef;
 use ipnet::IpNet;
+use perennial_server::pool::sqlite::Sqlite;
 use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Sender, VapidKey};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
-use tracing::warn;
+use tracing::{info, warn};
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
+use uuid::Uuid;
 
 use crate::access::{Access, Scope, SiteId};
 use crate::data_dir::{DataDir, VAPID_KEY};
@@ -48,12 +50,12 @@ use store::Store;
 const FAN_OUT_QUEUE: &str = "push-fan-out";
 /// Sends the batches of big notifications.
 const BULK_QUEUE: &str = "push";
-/// Sends small notifications, and what is tried again: never behind a big one.
+/// Sends small notifications: never behind a big one.
 const SMALL_QUEUE: &str = "push-small";
+/// Sends what is tried again, and takes no place of what is tried first.
+const RETRY_QUEUE: &str = "push-retry";
 /// How many audiences are cut at once.
 const FAN_OUTS: usize = 4;
-/// What is tried again goes after what is tried first.
-const RETRY_PRIORITY: i16 = 100;
 /// How long the page's token is good for.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
@@ -86,6 +88,9 @@ struct Config {
     batches: usize,
     small_batches: usize,
     small_audience: u64,
+    retry_batches: usize,
+    /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
+    last_sends: Duration,
     checkpoint_every: Duration,
     checkpoint_sends: usize,
 }
@@ -118,6 +123,11 @@ impl Module for Push {
     const DEFAULTS: &'static str = include_str!("../../config/push.toml");
     const MIGRATIONS: &'static [&'static str] = store::MIGRATIONS;
 
+    async fn keys(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<Vec<(&'static str, String)>> {
+        let key = vapid_key(data_dir, store).await?;
+        Ok(vec![("VAPID public key", key.public_key())])
+    }
+
     fn configure(settings: &mut Reader<'_>) -> Self {
         let contact = contact(settings);
         Self {
@@ -139,7 +149,7 @@ impl Module for Push {
         }
         metrics::describe();
         let store = Store::new(host.store.clone(), host.queue.clone());
-        let vapid = vapid_key(&host.data_dir, &store).await?;
+        let vapid = vapid_key(&host.data_dir, &host.store).await?;
         let vapid_id = store.vapid_key(SiteId::DEFAULT.0, *vapid.public_bytes()).await?;
         let orphans = store.made_with_other_keys(vapid_id).await?;
         if orphans > 0 {
@@ -148,7 +158,7 @@ impl Module for Push {
                 "made with another VAPID key: push services will refuse ours for them"
             );
         }
-        let sender = Sender::new(self.sender).context("the sender cannot be made")?;
+        let sender = Sender::new(self.sender).context("the sender cannot be made (push.extra_ca_file)")?;
         let application = Arc::new(Application {
             config: self.config,
             store,
@@ -165,6 +175,7 @@ impl Module for Push {
         host.serve_queue(FAN_OUT_QUEUE, FAN_OUTS);
         host.serve_queue(BULK_QUEUE, application.config.batches);
         host.serve_queue(SMALL_QUEUE, application.config.small_batches);
+        host.serve_queue(RETRY_QUEUE, application.config.retry_batches);
         host.job::<fanout::FanOut>(Arc::clone(&application));
         host.job::<deliver::Deliver>(Arc::clone(&application));
         host.task("push limits", {
@@ -176,7 +187,8 @@ impl Module for Push {
             move || json!({ "vapid_key": application.vapid.public_key(), "addresses_limited": application.limits.len() })
         });
         if application.config.page {
-            let token = host.access.issue(&[Scope::Subscribe, Scope::Notify, Scope::Read], PAGE_TOKEN);
+            let token =
+                host.access.issue("page", &[Scope::Subscribe, Scope::Notify, Scope::Read], PAGE_TOKEN);
             host.announce(move |base| {
                 format!(
                     "Open this page, good for an hour, and send yourself a notification:\n  {base}/#key={}",
@@ -190,11 +202,17 @@ impl Module for Push {
 }
 
 impl Application {
+    /// Says in the log how a notification went.
+    async fn ended(&self, notification: Uuid, site: i64) {
+        let Ok(Some(ended)) = self.store.notification(site, notification).await else { return };
+        let outcomes = ended.outcomes.iter().map(|(outcome, count)| format!("{outcome} {count}"));
+        let outcomes = outcomes.collect::<Vec<_>>().join(", ");
+        let took = ended.ended_at.unwrap_or(ended.created_at).duration_since(ended.created_at);
+        info!(%notification, outcomes, took_ms = took.as_millis(), "notification done");
+    }
+
     /// Forgets the addresses that have kept within their limits, until nothing new is taken.
-    async fn forget_limits(
-        self: Arc<Self>,
-        drain: perennial_server::drain::Drain,
-    ) -> Result<(), std::convert::Infallible> {
+    async fn forget_limits(self: Arc<Self>, drain: perennial_server::drain::Drain) -> anyhow::Result<()> {
         loop {
             tokio::select! {
                 () = tokio::time::sleep(limits::FORGET_EVERY) => self.limits.forget(),
@@ -223,25 +241,19 @@ fn routes(application: &Tools) -> OpenApiRouter {
 
 /// The key pair in the data directory. A first one is made, but never a second: whoever lost the first has
 /// lost its subscribers, and should hear of it.
-async fn vapid_key(data_dir: &DataDir, store: &Store) -> anyhow::Result<VapidKey> {
+async fn vapid_key(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<VapidKey> {
     let file = data_dir.join(VAPID_KEY);
-    if !file.exists() && store.has_subscriptions().await? {
+    if !file.exists() && store::has_subscriptions(store).await? {
         anyhow::bail!(
             "{} is missing, and the stored subscriptions were made with it: restore the file, \
              or delete the subscriptions with the store",
             file.display()
         );
     }
-    ensure_vapid_key(data_dir)
-}
-
-/// Reads the key pair, or makes it.
-pub(crate) fn ensure_vapid_key(data_dir: &DataDir) -> anyhow::Result<VapidKey> {
-    let file = data_dir.join(VAPID_KEY);
     let new = VapidKey::generate()?.to_pem()?;
     let (pem, made) = data_dir.secret(VAPID_KEY, || new)?;
     if made {
-        tracing::info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
+        info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
     }
     VapidKey::from_pem(&pem).with_context(|| format!("{} cannot be used", file.display()))
 }
@@ -271,6 +283,9 @@ fn config(settings: &mut Reader<'_>) -> Config {
         batches: settings.number("push.batches", 1..=1000),
         small_batches: settings.number("push.small_batches", 1..=1000),
         small_audience: settings.number("push.small_audience", 0..=10_000),
+        retry_batches: settings.number("push.retry_batches", 1..=1000),
+        // The rest of that phase is for writing down what they were.
+        last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
         checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
     }
@@ -296,7 +311,7 @@ fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
                 _ => None,
             }
         }),
-        extra_ca_file: settings.get("push.extra_ca_file"),
+        extra_ca_file: settings.file("push.extra_ca_file"),
         resolve: settings.read_with(
             "push.resolve",
             "a list of { host = \"name\", addresses = [\"192.0.2.7\"] }",

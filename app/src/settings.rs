@@ -132,10 +132,10 @@ impl Settings {
     /// Everything that is no setting: unknown keys, a file that cannot be read, text that is no TOML.
     pub fn load(defaults: &[&'static str], sources: &Sources) -> Result<Self, Problems> {
         let mut settings = Self(BTreeMap::new());
-        for text in defaults {
-            settings.add_defaults(text);
-        }
         let mut problems = Vec::new();
+        for text in defaults {
+            settings.add_defaults(text, &mut problems);
+        }
         if let Some(file) = &sources.file {
             settings.add_file(file, &mut problems);
         }
@@ -148,12 +148,20 @@ impl Settings {
         if problems.is_empty() { Ok(settings) } else { Err(Problems(problems)) }
     }
 
-    fn add_defaults(&mut self, text: &str) {
-        // They are part of the program: a test reads them all.
-        let table: Table = text.parse().unwrap_or_default();
+    /// Those of a module are as good as its author.
+    fn add_defaults(&mut self, text: &str, problems: &mut Vec<Problem>) {
+        let wrong =
+            |key: &str, wanted| Problem { key: key.to_owned(), value: None, source: Source::Default, wanted };
+        let table: Table = match text.parse() {
+            Ok(table) => table,
+            Err(error) => return problems.push(wrong("defaults", format!("they are no TOML: {error}"))),
+        };
         flatten(&table, "", &mut |key, value| {
             let entry = Entry { value: value.clone(), source: Source::Default, default: value.clone() };
-            self.0.insert(key, entry);
+            if self.0.insert(key.clone(), entry).is_some() {
+                problems
+                    .push(wrong(&key, "it has a default already: a module's keys are its own".to_owned()));
+            }
         });
     }
 

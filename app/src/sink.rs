@@ -2,7 +2,7 @@
 //!
 //! It is what `perennial sink` runs for developers, and what the tests send to. Subscriptions are had in two
 //! ways: minted here, with keys that this process holds and decrypts with; or by a Firefox that is told to use
-//! this service instead of Mozilla's, and decrypts itself (see [`browser`]).
+//! this service instead of Mozilla's, and decrypts itself (see `sink/browser.rs`).
 //!
 //! | route | what |
 //! |---|---|
@@ -160,6 +160,8 @@ pub struct Bound {
 pub async fn bind(config: Config, behaviour: Arc<dyn Behaviour>) -> anyhow::Result<Bound> {
     let tls = certificate(&config.directory, &config.names)?;
     let server = Server::bind(server::Config {
+        name: "sink",
+        quiet: true,
         listen: vec![Listen::Https(config.push.to_string()), Listen::Http(config.browsers.to_string())],
         tls: Some(tls),
         max_connections: 10_000,

@@ -1,5 +1,6 @@
 //! The stop, top to bottom: the one place that knows the order.
 
+use std::fmt;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -11,6 +12,8 @@ use tracing::{error, info, warn};
 
 use crate::boot::App;
 
+/// How often to say what is waited for.
+const TELL: Duration = Duration::from_secs(3);
 /// How soon after the first a second signal is the same one, sent twice.
 const ECHO: Duration = Duration::from_millis(300);
 
@@ -34,7 +37,19 @@ pub(crate) enum Reason {
     Death(Death),
 }
 
-/// Leaves, and says with which exit code: 0, or 1 when a critical task died or something had to be aborted.
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Signal(Signal::Terminate) => f.write_str("SIGTERM"),
+            Self::Signal(Signal::Interrupt) => f.write_str("SIGINT"),
+            Self::Signal(Signal::Reload) => f.write_str("SIGHUP"),
+            Self::Death(death) => write!(f, "{} died: {}", death.task, death.reason),
+        }
+    }
+}
+
+/// Leaves, and says with which exit code: 0, or 1 when a critical task died, or something had to be aborted or
+/// did not close.
 pub(crate) async fn stop(
     app: App,
     phases: Phases,
@@ -44,7 +59,13 @@ pub(crate) async fn stop(
     reason: Reason,
 ) -> ExitCode {
     let began = Instant::now();
-    info!(?reason, ?phases, "draining");
+    info!(
+        reason = %reason,
+        notice_s = phases.notice.as_secs_f64(),
+        soft_s = phases.soft.as_secs_f64(),
+        hard_s = phases.hard.as_secs_f64(),
+        "draining"
+    );
     health.draining();
     trigger.advance(Phase::Notice);
     // Nobody waits for load balancers when a developer presses Ctrl-C, or when nothing can be served any more.
@@ -60,23 +81,25 @@ pub(crate) async fn stop(
     let finished = patient
         && tokio::select! {
             () = app.tasks.ended() => true,
+            () = tell(&app) => false,
             () = tokio::time::sleep(phases.soft) => false,
             () = impatience(signals, began) => false,
         };
     if !finished {
-        warn!(tasks = ?app.tasks.running(), "cancelling what still runs");
+        warn!(tasks = app.tasks.running().join(", "), "cancelling what still runs");
     }
     trigger.advance(Phase::Hard);
     let finished = tokio::time::timeout(phases.hard, app.tasks.ended()).await.is_ok();
     let aborted = if finished { Vec::new() } else { abort(&app.tasks).await };
 
-    app.close().await;
-    let died = matches!(reason, Reason::Death(_));
-    if aborted.is_empty() && !died {
+    // Also one that died on the way.
+    let death = app.tasks.death();
+    let closed = app.close().await;
+    if aborted.is_empty() && death.is_none() && closed {
         info!("stopped");
         ExitCode::SUCCESS
     } else {
-        error!(?aborted, ?reason, "stopped, but not as it should be");
+        error!(aborted = aborted.join(", "), ?death, closed, "stopped, but not as it should be");
         ExitCode::FAILURE
     }
 }
@@ -86,6 +109,16 @@ async fn impatience(signals: &mut Signals, began: Instant) {
     // Some senders signal the process and its group, which is the process again.
     while signals.next().await == Signal::Reload || began.elapsed() < ECHO {}
     warn!("a second signal: not waiting any longer");
+}
+
+/// Says what is still waited for, every few seconds. Never returns.
+async fn tell(app: &App) {
+    loop {
+        tokio::time::sleep(TELL).await;
+        let jobs: Vec<String> =
+            app.workers.busy().iter().map(|busy| format!("{} {}", busy.kind, busy.id)).collect();
+        info!(tasks = app.tasks.running().join(", "), jobs = jobs.join(", "), "waiting for what still runs");
+    }
 }
 
 async fn abort(tasks: &Tasks) -> Vec<&'static str> {

@@ -35,6 +35,10 @@ use stack::Stack;
 /// How to listen and what one client may ask for.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// What the listener is called in metrics: `public`, `admin`.
+    pub name: &'static str,
+    /// Whether its access log is only for debugging.
+    pub quiet: bool,
     /// Where to listen.
     pub listen: Vec<Listen>,
     /// Certificate and key, needed by `https` addresses.

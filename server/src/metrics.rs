@@ -5,18 +5,18 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{Gauge, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::drain::Drain;
 
-/// Counter by `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
+/// Counter by `listener`, `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
 pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
-/// Histogram by `route`, seconds: from the request head to the last byte of the response.
+/// Histogram by `listener`, `route`, seconds: from the request head to the last byte of the response.
 pub const HTTP_DURATION: &str = "perennial_http_request_duration_seconds";
-/// Gauge: requests between head and last byte.
+/// Gauge by `listener`: requests between head and last byte.
 pub const HTTP_IN_FLIGHT: &str = "perennial_http_requests_in_flight";
-/// Gauge: open connections.
+/// Gauge by `listener`: open connections.
 pub const HTTP_CONNECTIONS: &str = "perennial_http_connections";
 /// Counter by `reason`: connections that the host ended, or refused.
 pub const HTTP_CONNECTIONS_CUT: &str = "perennial_http_connections_cut_total";
@@ -28,6 +28,8 @@ pub const TASK_FAILURES: &str = "perennial_task_failures_total";
 pub const SQLITE_COMMITS: &str = "perennial_sqlite_commits_total";
 /// Counter: writes inside them.
 pub const SQLITE_WRITES: &str = "perennial_sqlite_writes_total";
+/// Counter: transactions that were lost, with every write in them.
+pub const SQLITE_LOST: &str = "perennial_sqlite_lost_total";
 /// Histogram, seconds: from asking for a write to its commit.
 pub const SQLITE_WRITE_DURATION: &str = "perennial_sqlite_write_duration_seconds";
 /// Counter: log lines that were dropped because the log's reader was too slow.
@@ -96,16 +98,38 @@ fn describe() {
     describe_counter!(TASK_FAILURES, Unit::Count, "contained tasks that failed and were started again");
     describe_counter!(SQLITE_COMMITS, Unit::Count, "transactions committed by the SQLite writer");
     describe_counter!(SQLITE_WRITES, Unit::Count, "writes inside those transactions");
+    describe_counter!(SQLITE_LOST, Unit::Count, "transactions that were lost, with every write in them");
     describe_histogram!(SQLITE_WRITE_DURATION, Unit::Seconds, "from asking for a write to its commit");
     describe_counter!(LOG_LINES_DROPPED, Unit::Count, "log lines dropped because their reader was too slow");
 }
 
 /// One answered request.
-pub(crate) fn request_ended(route: &str, method: &'static str, status: u16, took: Duration) {
-    let route = route.to_owned();
-    counter!(HTTP_REQUESTS, "route" => route.clone(), "method" => method, "status" => status.to_string())
-        .increment(1);
-    histogram!(HTTP_DURATION, "route" => route).record(took);
+pub(crate) fn request_ended(
+    listener: &'static str,
+    route: &str,
+    method: &'static str,
+    status: u16,
+    took: Duration,
+) {
+    let (route, status) = (route.to_owned(), status.to_string());
+    let labels = [
+        ("listener", listener.into()),
+        ("route", route.clone()),
+        ("method", method.into()),
+        ("status", status),
+    ];
+    counter!(HTTP_REQUESTS, &labels).increment(1);
+    histogram!(HTTP_DURATION, "listener" => listener, "route" => route).record(took);
+}
+
+/// The gauge of requests of a listener.
+pub(crate) fn requests_in_flight(listener: &'static str) -> Gauge {
+    gauge!(HTTP_IN_FLIGHT, "listener" => listener)
+}
+
+/// The gauge of connections of a listener.
+pub(crate) fn connections(listener: &'static str) -> Gauge {
+    gauge!(HTTP_CONNECTIONS, "listener" => listener)
 }
 
 /// One handler that panicked.
@@ -129,6 +153,11 @@ pub(crate) fn sqlite_committed(writes: usize) {
     counter!(SQLITE_WRITES).increment(writes as u64);
 }
 
+/// One transaction that was lost.
+pub(crate) fn sqlite_lost() {
+    counter!(SQLITE_LOST).increment(1);
+}
+
 /// How long a write waited for its commit.
 pub(crate) fn sqlite_write_took(took: Duration) {
     histogram!(SQLITE_WRITE_DURATION).record(took);
@@ -140,19 +169,24 @@ pub(crate) fn log_lines_dropped(total: u64) {
 }
 
 /// Something that is counted while it exists: the gauge falls when the value drops, by any path.
-#[derive(Debug)]
-pub struct Counted(&'static str);
+pub struct Counted(Gauge);
 
 impl Counted {
-    /// One more of `gauge`.
-    pub fn new(gauge: &'static str) -> Self {
-        gauge!(gauge).increment(1.0);
+    /// One more.
+    pub fn new(gauge: Gauge) -> Self {
+        gauge.increment(1.0);
         Self(gauge)
     }
 }
 
 impl Drop for Counted {
     fn drop(&mut self) {
-        gauge!(self.0).decrement(1.0);
+        self.0.decrement(1.0);
+    }
+}
+
+impl std::fmt::Debug for Counted {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Counted")
     }
 }

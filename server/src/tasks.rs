@@ -124,7 +124,7 @@ impl Tasks {
                 let _listed = is_named.await.ok().map(|key| Listed { shared: Arc::clone(&shared), key });
                 future.await;
             }
-            .instrument(error_span!("task", name)),
+            .instrument(error_span!("task", task = name)),
         );
         let mut live = lock(&self.0.live);
         let key = live.last_key_value().map_or(0, |(key, _)| key + 1);

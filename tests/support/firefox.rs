@@ -1,4 +1,4 @@
-//! A real Firefox, headless, driven by its own WebDriver BiDi (https://w3c.github.io/webdriver-bidi/).
+//! A real Firefox, headless, driven by its own WebDriver BiDi (<https://w3c.github.io/webdriver-bidi/>).
 
 use std::path::Path;
 use std::process::Stdio;

@@ -26,6 +26,11 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
     /// What it needs to run: handles, made once at boot.
     type Tools: Clone + Send + Sync + 'static;
 
+    /// What it is about, for those who read logs: the id of a notification, say.
+    fn subject(&self) -> Option<String> {
+        None
+    }
+
     /// How it is queued and how much may go wrong.
     fn options() -> Options {
         Options::default()
@@ -34,8 +39,8 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
     /// Does the work. An error is a failure, to be tried again as the options say.
     fn run(&self, context: Context, tools: Self::Tools) -> impl Future<Output = anyhow::Result<Fate>> + Send;
 
-    /// Called before the job is given up for dead, so that whoever waits for it can be told.
-    /// An error leaves the job as it is, to be given up again later.
+    /// Called before the job is given up for dead, so that whoever waits for it can be told, within five
+    /// seconds. An error leaves the job as it is, to be given up again later.
     fn give_up(
         &self,
         _context: Context,
@@ -70,10 +75,13 @@ pub struct Options {
     pub budget: Budget,
 }
 
+/// The queue of jobs that name none.
+pub const DEFAULT_QUEUE: &str = "default";
+
 impl Default for Options {
     fn default() -> Self {
         Self {
-            queue: "default",
+            queue: DEFAULT_QUEUE,
             priority: 0,
             timeout: Duration::from_secs(300),
             budget: Budget {
@@ -132,59 +140,64 @@ impl Context {
 
 type Running<T> = Pin<Box<dyn Future<Output = anyhow::Result<T>> + Send>>;
 
+/// A job of any kind, read from its payload.
+pub(crate) trait Runnable: Send + Sync {
+    fn subject(&self) -> Option<String>;
+    fn run(self: Arc<Self>, context: Context) -> Running<Fate>;
+    fn give_up(self: Arc<Self>, context: Context, reason: String) -> Running<()>;
+}
+
+struct WithTools<J: Job> {
+    job: J,
+    tools: J::Tools,
+}
+
+impl<J: Job> Runnable for WithTools<J> {
+    fn subject(&self) -> Option<String> {
+        self.job.subject()
+    }
+
+    fn run(self: Arc<Self>, context: Context) -> Running<Fate> {
+        Box::pin(async move { self.job.run(context, self.tools.clone()).await })
+    }
+
+    fn give_up(self: Arc<Self>, context: Context, reason: String) -> Running<()> {
+        Box::pin(async move { self.job.give_up(context, self.tools.clone(), reason).await })
+    }
+}
+
 /// One kind of job, with its type taken off.
 pub(crate) struct Kind {
     pub(crate) name: &'static str,
     pub(crate) options: Options,
-    runner: Box<dyn Runner>,
+    read: Box<Reader>,
 }
 
-trait Runner: Send + Sync {
-    fn run(&self, payload: &str, context: Context) -> Result<Running<Fate>, serde_json::Error>;
-    fn give_up(
-        &self,
-        payload: &str,
-        context: Context,
-        reason: String,
-    ) -> Result<Running<()>, serde_json::Error>;
-}
-
-struct Typed<J: Job> {
-    tools: J::Tools,
-}
-
-impl<J: Job> Runner for Typed<J> {
-    fn run(&self, payload: &str, context: Context) -> Result<Running<Fate>, serde_json::Error> {
-        let job: J = serde_json::from_str(payload)?;
-        let tools = self.tools.clone();
-        Ok(Box::pin(async move { job.run(context, tools).await }))
-    }
-
-    fn give_up(
-        &self,
-        payload: &str,
-        context: Context,
-        reason: String,
-    ) -> Result<Running<()>, serde_json::Error> {
-        let job: J = serde_json::from_str(payload)?;
-        let tools = self.tools.clone();
-        Ok(Box::pin(async move { job.give_up(context, tools, reason).await }))
-    }
-}
+type Reader = dyn Fn(&str) -> Result<Arc<dyn Runnable>, serde_json::Error> + Send + Sync;
 
 impl Kind {
-    pub(crate) fn run(&self, payload: &str, context: Context) -> Result<Running<Fate>, serde_json::Error> {
-        self.runner.run(payload, context)
+    fn of<J: Job>(tools: J::Tools) -> Self {
+        let read = move |payload: &str| {
+            let job: J = serde_json::from_str(payload)?;
+            Ok(Arc::new(WithTools { job, tools: tools.clone() }) as Arc<dyn Runnable>)
+        };
+        Self { name: J::KIND, options: J::options(), read: Box::new(read) }
     }
 
-    pub(crate) fn give_up(
-        &self,
-        payload: &str,
-        context: Context,
-        reason: String,
-    ) -> Result<Running<()>, serde_json::Error> {
-        self.runner.give_up(payload, context, reason)
+    /// Reads a payload.
+    pub(crate) fn read(&self, payload: &str) -> Result<Arc<dyn Runnable>, serde_json::Error> {
+        (self.read)(payload)
     }
+}
+
+/// Jobs that are waited for by nobody: see [`Registry::check`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("jobs of the kind {kind} wait in the queue {queue}, which nobody serves")]
+pub struct Unserved {
+    /// The kind.
+    pub kind: &'static str,
+    /// Its queue.
+    pub queue: &'static str,
 }
 
 /// The kinds of jobs that this process can run, and how many of each queue at once.
@@ -205,15 +218,32 @@ impl Registry {
     /// # Panics
     /// When the kind is there already: that is a mistake in the program.
     pub fn register<J: Job>(&mut self, tools: J::Tools) {
-        let kind = Kind { name: J::KIND, options: J::options(), runner: Box::new(Typed::<J> { tools }) };
-        let twice = self.kinds.insert(J::KIND, Arc::new(kind)).is_some();
+        let twice = self.kinds.insert(J::KIND, Arc::new(Kind::of::<J>(tools))).is_some();
         assert!(!twice, "the job kind {} is registered twice", J::KIND);
     }
 
     /// Runs up to `slots` jobs of a queue at once.
+    ///
+    /// # Panics
+    /// When the queue is served already: that is a mistake in the program.
     pub fn serve(&mut self, queue: &'static str, slots: usize) {
-        self.slots.retain(|(name, _)| *name != queue);
+        let twice = self.slots.iter().any(|(name, _)| *name == queue);
+        assert!(!twice, "the queue {queue} is served twice");
         self.slots.push((queue, slots));
+    }
+
+    /// Whether the queue of every kind is served.
+    ///
+    /// # Errors
+    /// The first that is not: its jobs would never run, and nothing would say so.
+    pub fn check(&self) -> Result<(), Unserved> {
+        for kind in self.kinds.values() {
+            let queue = kind.options.queue;
+            if !self.slots.iter().any(|(name, _)| *name == queue) {
+                return Err(Unserved { kind: kind.name, queue });
+            }
+        }
+        Ok(())
     }
 
     pub(crate) fn kind(&self, name: &str) -> Option<Arc<Kind>> {

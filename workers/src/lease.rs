@@ -28,6 +28,11 @@ impl BootTime {
         Self(self.0 + wait)
     }
 
+    /// In milliseconds.
+    pub fn millis(self) -> i64 {
+        i64::try_from(self.0.as_millis()).unwrap_or(i64::MAX)
+    }
+
     fn nanos(self) -> u64 {
         u64::try_from(self.0.as_nanos()).unwrap_or(u64::MAX)
     }

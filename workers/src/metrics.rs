@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use metrics::{Unit, counter, describe_counter, describe_gauge, describe_histogram, histogram};
+use metrics::{Gauge, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
 /// Counter by `kind`, `outcome`: runs of jobs that ended. Outcomes: done, snoozed, handed-back, failed,
 /// timed-out, panicked, dead.
@@ -26,6 +26,11 @@ pub fn describe() {
     describe_gauge!(JOBS_RUNNING, Unit::Count, "jobs that run now");
     describe_counter!(JOBS_STALE, Unit::Count, "settlements that came too late and changed nothing, by kind");
     describe_counter!(JOBS_RESCUED, Unit::Count, "leases that lapsed and were taken from their worker");
+}
+
+/// The gauge of jobs that run.
+pub(crate) fn running() -> Gauge {
+    gauge!(JOBS_RUNNING)
 }
 
 pub(crate) fn ended(kind: &'static str, outcome: &'static str, took: Duration) {

@@ -30,6 +30,13 @@ pub enum Error {
     },
 }
 
+impl Error {
+    /// The error with its causes, in one line.
+    pub(crate) fn in_one_line(self) -> String {
+        format!("{:#}", anyhow::Error::from(self))
+    }
+}
+
 /// The result of asking a store.
 pub type Result<T> = std::result::Result<T, Error>;
 
@@ -64,13 +71,6 @@ impl NewJob {
         let options = J::options();
         let (queue, priority) = (options.queue, options.priority);
         Ok(Self { id: Uuid::now_v7(), kind: J::KIND, queue, priority, payload, run_at: None })
-    }
-
-    /// Under this id.
-    #[must_use]
-    pub fn id(mut self, id: Uuid) -> Self {
-        self.id = id;
-        self
     }
 
     /// In another queue than its options say.
@@ -159,9 +159,6 @@ pub trait Queue: Clone + Send + Sync + 'static {
 
     /// Takes jobs from workers that have not renewed their leases, and returns how many.
     fn rescue(&self, registry: Arc<Registry>) -> impl Future<Output = Result<usize>> + Send;
-
-    /// The time by the store's clock.
-    fn now(&self) -> impl Future<Output = Result<Timestamp>> + Send;
 
     /// Returns when there may be something to claim. It may be wrong either way: workers also poll.
     fn woken(&self) -> impl Future<Output = ()> + Send;

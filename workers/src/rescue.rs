@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use perennial_server::drain::Drain;
-use tracing::{info, warn};
+use tracing::warn;
 
 use crate::job::Registry;
 use crate::metrics;
@@ -30,9 +30,9 @@ pub async fn run<Q: Queue>(
             Ok(0) => {}
             Ok(jobs) => {
                 metrics::rescued(jobs);
-                info!(jobs, "jobs taken from workers that did not renew their leases");
+                warn!(jobs, "jobs taken from workers that did not renew their leases");
             }
-            Err(error) => warn!(%error, "lapsed leases could not be looked for"),
+            Err(error) => warn!(error = error.in_one_line(), "lapsed leases could not be looked for"),
         }
     }
 }

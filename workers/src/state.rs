@@ -6,18 +6,24 @@
 //!     ▲                  ▲                          │ │ │
 //!     │                  └── handed back, lapsed ───┘ │ │
 //!     └────────────── snoozed, failed ────────────────┘ │
-//!                            failures or recoveries spent
 //!                                                       └────────────► Dead
+//!                            failures or recoveries spent, and given up
 //! ```
 //!
-//! Three budgets are kept apart. *Failures* are errors, panics and timeouts of the job itself. *Recoveries*
-//! are crashes of its worker: the lease lapsed and nobody settled. Handing back at a drain and snoozing cost
-//! nothing.
+//! Three budgets are kept apart. *Failures* are errors, panics and timeouts of the job itself, in a row.
+//! *Recoveries* are crashes of its worker, in a row: the lease lapsed and nobody settled. Handing back at a
+//! drain and snoozing cost nothing, and show that the job gets on.
+//!
+//! A job whose recoveries are spent goes to a worker once more, not to run but to be given up there
+//! ([`spent_by_crashes`]): whoever waits for it must be told, and only a worker can.
 
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
 use perennial_server::backoff::Backoff;
+
+/// How many crashes while it is given up are the end.
+const GIVING_UP: u32 = 3;
 
 /// Where a job stands. One that is done is not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -108,8 +114,12 @@ pub enum Transition {
 pub fn next(budget: &Budget, spent: Spent, event: Event, now: Timestamp, random: f64) -> Transition {
     match event {
         Event::Done => Transition::Finished,
-        Event::Snoozed(wait) => Transition::Again { at: later(now, wait), spent, error: None },
-        Event::HandedBack => Transition::Again { at: now, spent, error: None },
+        Event::Snoozed(wait) => {
+            Transition::Again { at: later(now, wait), spent: Spent::default(), error: None }
+        }
+        Event::HandedBack => {
+            Transition::Again { at: now, spent: Spent { recoveries: 0, ..spent }, error: None }
+        }
         Event::Hopeless(reason) => Transition::Dead { reason, spent },
         Event::Failed(error) => {
             let spent = Spent { failures: spent.failures + 1, ..spent };
@@ -121,13 +131,20 @@ pub fn next(budget: &Budget, spent: Spent, event: Event, now: Timestamp, random:
         }
         Event::Lapsed => {
             let spent = Spent { recoveries: spent.recoveries + 1, ..spent };
-            if spent.recoveries >= budget.recoveries {
-                let reason = format!("its worker crashed {} times", spent.recoveries);
-                return Transition::Dead { reason, spent };
+            match spent_by_crashes(budget, spent) {
+                // Even giving it up crashes the process: then nobody is told.
+                Some(reason) if spent.recoveries >= budget.recoveries + GIVING_UP => {
+                    Transition::Dead { reason, spent }
+                }
+                _ => Transition::Again { at: now, spent, error: None },
             }
-            Transition::Again { at: now, spent, error: None }
         }
     }
+}
+
+/// Why a job must be given up instead of run, if its workers have crashed too often.
+pub fn spent_by_crashes(budget: &Budget, spent: Spent) -> Option<String> {
+    (spent.recoveries >= budget.recoveries).then(|| format!("its worker crashed {} times", spent.recoveries))
 }
 
 fn later(now: Timestamp, wait: Duration) -> Timestamp {
@@ -167,23 +184,27 @@ mod tests {
     }
 
     #[test]
-    fn crashes_have_a_budget_of_their_own() {
+    fn crashes_have_a_budget_of_their_own_and_then_it_is_given_up() {
         let spent = |recoveries| Spent { failures: 2, recoveries };
-        let again = Transition::Again { at: at(0), spent: spent(1), error: None };
-        assert_eq!(step(spent(0), Event::Lapsed), again);
-        let dead = Transition::Dead { reason: "its worker crashed 2 times".into(), spent: spent(2) };
-        assert_eq!(step(spent(1), Event::Lapsed), dead);
+        let again = |recoveries| Transition::Again { at: at(0), spent: spent(recoveries), error: None };
+        assert_eq!(step(spent(0), Event::Lapsed), again(1));
+        assert_eq!(spent_by_crashes(&BUDGET, spent(1)), None);
+        assert_eq!(step(spent(1), Event::Lapsed), again(2), "to be given up");
+        assert_eq!(spent_by_crashes(&BUDGET, spent(2)).unwrap(), "its worker crashed 2 times");
+        assert_eq!(step(spent(3), Event::Lapsed), again(4));
+        let dead = Transition::Dead { reason: "its worker crashed 5 times".into(), spent: spent(5) };
+        assert_eq!(step(spent(4), Event::Lapsed), dead, "when even that crashes");
     }
 
     #[test]
     fn handing_back_and_snoozing_cost_nothing() {
         let spent = Spent { failures: 2, recoveries: 1 };
-        let again = |seconds| Transition::Again { at: at(seconds), spent, error: None };
-        assert_eq!(step(spent, Event::HandedBack), again(0));
-        assert_eq!(step(spent, Event::Snoozed(Duration::from_secs(7))), again(7));
+        let again = |seconds, spent| Transition::Again { at: at(seconds), spent, error: None };
+        assert_eq!(step(spent, Event::HandedBack), again(0, Spent { failures: 2, recoveries: 0 }));
+        assert_eq!(step(spent, Event::Snoozed(Duration::from_secs(7))), again(7, Spent::default()));
         assert_eq!(
             step(spent, Event::Snoozed(Duration::MAX)),
-            Transition::Again { at: Timestamp::MAX, spent, error: None }
+            Transition::Again { at: Timestamp::MAX, spent: Spent::default(), error: None }
         );
     }
 

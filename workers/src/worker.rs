@@ -20,17 +20,19 @@ use perennial_server::tasks::panic_message;
 use serde::Serialize;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
-use tracing::{Instrument, error, info, info_span, warn};
+use tracing::{Instrument, debug, error, info, info_span, warn};
 use uuid::Uuid;
 
-use crate::job::{Context, Fate, Kind, Registry, Stopped};
+use crate::job::{Context, Fate, Kind, Registry, Runnable, Stopped};
 use crate::lease::{BootTime, Lease};
 use crate::metrics;
-use crate::queue::{self, Claim, Claimed, Held, Queue};
-use crate::state::{Event, Spent, Transition, next};
+use crate::queue::{Claim, Claimed, Held, Queue};
+use crate::state::{Event, Spent, Transition, next, spent_by_crashes};
 
 /// A job of a kind that this process does not know belongs to another version of it: left alone for so long.
 const UNKNOWN_KIND: Duration = Duration::from_secs(60);
+/// How long giving up a job may take: less than a lease, which is not renewed after the job's deadline.
+const GIVE_UP: Duration = Duration::from_secs(5);
 /// Between two attempts to settle while the store is away.
 const SETTLE: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
 
@@ -70,6 +72,11 @@ pub struct Busy {
     pub kind: &'static str,
     /// Its queue.
     pub queue: &'static str,
+    /// What it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// The claim's number.
+    pub epoch: i64,
     /// For how long.
     pub for_ms: u64,
 }
@@ -86,6 +93,8 @@ impl Status {
             id: held.id,
             kind: slot.kind,
             queue: slot.queue,
+            subject: slot.subject.clone(),
+            epoch: held.epoch,
             for_ms: u64::try_from(slot.since.elapsed().as_millis()).unwrap_or(u64::MAX),
         });
         busy.collect()
@@ -100,6 +109,7 @@ struct Running(Arc<Mutex<HashMap<Held, Slot>>>);
 struct Slot {
     kind: &'static str,
     queue: &'static str,
+    subject: Option<String>,
     since: Instant,
     deadline: Instant,
     lease: Lease,
@@ -197,7 +207,7 @@ impl<Q: Queue> Worker<Q> {
                         self.start(jobs, queue, claimed, Lease::until(lease_end));
                     }
                 }
-                Err(error) => warn!(error = %line(error), queue, "no jobs could be claimed"),
+                Err(error) => warn!(error = error.in_one_line(), queue, "no jobs could be claimed"),
             }
         }
         pause
@@ -223,9 +233,12 @@ impl<Q: Queue> Worker<Q> {
             cancel: CancellationToken::new(),
             lease,
         };
+        let job = kind.read(&claimed.payload);
+        let subject = job.as_ref().ok().and_then(|job| job.subject());
         let slot = Slot {
             kind: kind.name,
             queue,
+            subject: subject.clone(),
             since: now,
             deadline: context.deadline,
             lease: context.lease.clone(),
@@ -233,11 +246,11 @@ impl<Q: Queue> Worker<Q> {
         };
         self.running.lock().insert(held, slot);
         let in_hand =
-            InHand { running: self.running.clone(), held, _counted: Counted::new(metrics::JOBS_RUNNING) };
-        let span = info_span!("job", id = %claimed.id, kind = kind.name, epoch = claimed.epoch);
+            InHand { running: self.running.clone(), held, _counted: Counted::new(metrics::running()) };
+        let span = info_span!("job", id = %claimed.id, kind = kind.name, epoch = claimed.epoch, subject);
         jobs.spawn(
             async move {
-                execute(&store, &kind, claimed, context).await;
+                execute(&store, &kind, claimed, job, context).await;
                 drop(in_hand);
             }
             .instrument(span),
@@ -246,20 +259,24 @@ impl<Q: Queue> Worker<Q> {
 }
 
 /// Runs one job and settles it.
-async fn execute<Q: Queue>(queue: &Q, kind: &Kind, claimed: Claimed, context: Context) {
+async fn execute<Q: Queue>(queue: &Q, kind: &Kind, claimed: Claimed, job: Readable, context: Context) {
     let began = Instant::now();
-    info!(failures = claimed.spent.failures, recoveries = claimed.spent.recoveries, "job started");
-    let (event, outcome) = attempt(kind, &claimed.payload, context.clone()).await;
+    let spent = claimed.spent;
+    // A run after a snooze is the same piece of work going on.
+    if claimed.epoch == 1 || spent != Spent::default() {
+        info!(failures = spent.failures, recoveries = spent.recoveries, "job started");
+    }
+    let (event, outcome) = attempt(kind, &job, context.clone()).await;
     let error = match &event {
         Event::Failed(error) | Event::Hopeless(error) => Some(error.clone()),
         _ => None,
     };
-    let mut transition = next(&kind.options.budget, claimed.spent, event, Timestamp::now(), fastrand::f64());
+    let mut transition = next(&kind.options.budget, spent, event, Timestamp::now(), fastrand::f64());
     if let Transition::Dead { reason, spent } = &transition
-        && !gave_up(kind, &claimed.payload, context.clone(), reason).await
+        && !gave_up(&job, context.clone(), reason).await
     {
-        let (spent, error) =
-            (Spent { failures: spent.failures.saturating_sub(1), ..*spent }, Some(reason.clone()));
+        let spent = Spent { failures: spent.failures.saturating_sub(1), ..*spent };
+        let error = Some(reason.clone());
         transition = Transition::Again { at: soon(kind.options.budget.backoff.cap), spent, error };
     }
     let outcome = if matches!(transition, Transition::Dead { .. }) { "dead" } else { outcome };
@@ -270,22 +287,30 @@ async fn execute<Q: Queue>(queue: &Q, kind: &Kind, claimed: Claimed, context: Co
     if !settled {
         metrics::stale(kind.name);
     }
-    info!(
-        outcome,
-        error,
-        settled,
-        took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX),
-        "job ended"
-    );
+    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    match outcome {
+        "snoozed" => debug!(outcome, settled, took_ms, "job ended"),
+        "dead" => error!(outcome, error, settled, took_ms, "job ended"),
+        "failed" | "timed-out" | "panicked" => warn!(outcome, error, settled, took_ms, "job ended"),
+        _ => info!(outcome, settled, took_ms, "job ended"),
+    }
 }
 
+/// A job, or why its payload cannot be read.
+type Readable = Result<Arc<dyn Runnable>, serde_json::Error>;
+
 /// Runs one job: how it ended, and the word for it.
-async fn attempt(kind: &Kind, payload: &str, context: Context) -> (Event, &'static str) {
-    let running = match kind.run(payload, context.clone()) {
-        Ok(running) => AssertUnwindSafe(running).catch_unwind(),
+async fn attempt(kind: &Kind, job: &Readable, context: Context) -> (Event, &'static str) {
+    if let Some(reason) = spent_by_crashes(&kind.options.budget, context.spent) {
+        return (Event::Hopeless(reason), "dead");
+    }
+    let job = match job {
+        Ok(job) => Arc::clone(job),
         Err(error) => return (Event::Hopeless(format!("its payload cannot be read: {error}")), "dead"),
     };
-    match tokio::time::timeout_at(context.deadline.into(), running).await {
+    let deadline = context.deadline;
+    let running = AssertUnwindSafe(job.run(context)).catch_unwind();
+    match tokio::time::timeout_at(deadline.into(), running).await {
         Ok(Ok(Ok(Fate::Done))) => (Event::Done, "done"),
         Ok(Ok(Ok(Fate::Snooze(wait)))) => (Event::Snoozed(wait), "snoozed"),
         Ok(Ok(Ok(Fate::HandBack))) => (Event::HandedBack, "handed-back"),
@@ -303,19 +328,17 @@ async fn attempt(kind: &Kind, payload: &str, context: Context) -> (Event, &'stat
 }
 
 /// Lets the job know that it is given up. False when that failed, too.
-async fn gave_up(kind: &Kind, payload: &str, context: Context, reason: &str) -> bool {
-    let Ok(told) = kind.give_up(payload, context, reason.to_owned()) else {
-        // A payload that cannot be read has nobody to tell.
-        return true;
-    };
-    match AssertUnwindSafe(told).catch_unwind().await {
-        Ok(Ok(())) => true,
-        Ok(Err(error)) => {
-            error!(error = format!("{error:#}"), "a job could not be given up");
-            false
-        }
-        Err(_panic) => false,
+async fn gave_up(job: &Readable, context: Context, reason: &str) -> bool {
+    // A payload that cannot be read has nobody to tell.
+    let Ok(job) = job else { return true };
+    let told = Arc::clone(job).give_up(context, reason.to_owned());
+    match tokio::time::timeout(GIVE_UP, AssertUnwindSafe(told).catch_unwind()).await {
+        Ok(Ok(Ok(()))) => return true,
+        Ok(Ok(Err(error))) => error!(error = format!("{error:#}"), "a job could not be given up"),
+        Ok(Err(_panic)) => error!("giving up a job panicked"),
+        Err(_elapsed) => error!(within = ?GIVE_UP, "a job could not be given up in time"),
     }
+    false
 }
 
 /// Settles, again and again while the store is away, as long as the lease is held.
@@ -324,11 +347,11 @@ async fn settle<Q: Queue>(queue: &Q, held: Held, lease: &Lease, transition: Tran
         match queue.settle(held, transition.clone()).await {
             Ok(settled) => return settled,
             Err(error) if lease.is_held() => {
-                warn!(error = %line(error), "a job could not be settled yet");
+                warn!(error = error.in_one_line(), "a job could not be settled yet");
                 tokio::time::sleep(SETTLE.jittered(failures)).await;
             }
             Err(error) => {
-                error!(error = %line(error), "a job was not settled; it will run again");
+                error!(error = error.in_one_line(), "a job was not settled; it will run again");
                 return false;
             }
         }
@@ -357,7 +380,7 @@ async fn renew<Q: Queue>(queue: Q, running: Running, config: Config) {
                     if kept.contains(&held) { slot.lease.extend(lease_end) } else { slot.cancel.cancel() }
                 }
             }
-            Ok(Err(error)) => warn!(error = %line(error), "leases could not be renewed"),
+            Ok(Err(error)) => warn!(error = error.in_one_line(), "leases could not be renewed"),
             Err(_elapsed) => warn!("leases could not be renewed in time"),
         }
         running.values().filter(|slot| !slot.lease.is_held()).for_each(|slot| slot.cancel.cancel());
@@ -370,9 +393,4 @@ async fn all(jobs: &mut JoinSet<()>) {
 
 fn soon(wait: Duration) -> Timestamp {
     Timestamp::now() + wait
-}
-
-/// A store's error with its causes, in one line.
-fn line(error: queue::Error) -> String {
-    format!("{:#}", anyhow::Error::from(error))
 }

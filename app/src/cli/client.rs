@@ -1,6 +1,5 @@
 //! The running server, as commands talk to it.
 
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -13,16 +12,13 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
-use crate::data_dir::ADDRESSES;
-
-/// How long one request may take.
-const TIMEOUT: Duration = Duration::from_secs(30);
 /// The longest answer.
 const MAX_ANSWER: usize = 16 << 20;
 
 /// A client of one server.
 #[derive(Clone, Debug)]
 pub(super) struct Client {
+    timeout: Duration,
     base: String,
     key: Option<String>,
     http: HttpClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
@@ -36,13 +32,13 @@ pub(super) struct Answer {
 }
 
 impl Client {
-    /// A client of the server at `base`, such as `http://127.0.0.1:8080`.
-    pub(super) fn new(base: &str, key: Option<String>) -> anyhow::Result<Self> {
+    /// A client of the server at `base`, such as `http://127.0.0.1:8080`, which has `timeout` for each answer.
+    pub(super) fn new(base: &str, key: Option<String>, timeout: Duration) -> anyhow::Result<Self> {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let tls = HttpsConnectorBuilder::new().with_provider_and_native_roots(provider);
         let connector = tls.context("no certificate authorities")?.https_or_http().enable_http1().build();
         let http = HttpClient::builder(TokioExecutor::new()).build(connector);
-        Ok(Self { base: base.trim_end_matches('/').to_owned(), key, http })
+        Ok(Self { timeout, base: base.trim_end_matches('/').to_owned(), key, http })
     }
 
     /// Asks, and takes any answer.
@@ -67,7 +63,7 @@ impl Client {
         }
         let body = body.map(Value::to_string).unwrap_or_default();
         let request = request.body(Full::new(Bytes::from(body)))?;
-        tokio::time::timeout(TIMEOUT, self.send(request))
+        tokio::time::timeout(self.timeout, self.send(request))
             .await
             .with_context(|| format!("{} does not answer", self.base))?
     }
@@ -111,20 +107,4 @@ impl Client {
         }
         bail!(text)
     }
-}
-
-/// An address of the server that runs on this data directory.
-pub(super) fn running(data_dir: &Path, listener: &str) -> anyhow::Result<String> {
-    let file = data_dir.join(ADDRESSES);
-    let not_running =
-        || format!("no server runs on {} ({} is not there)", data_dir.display(), file.display());
-    let addresses = std::fs::read_to_string(&file).with_context(not_running)?;
-    let addresses: Value =
-        serde_json::from_str(&addresses).with_context(|| format!("{} is no JSON", file.display()))?;
-    let listed = addresses[listener].as_array().into_iter().flatten().filter_map(Value::as_str);
-    let address = listed.filter(|address| !address.starts_with("unix:")).map(str::to_owned).next();
-    let address =
-        address.with_context(|| format!("the server has no {listener} address that this command can use"))?;
-    let address = if address.contains("://") { address } else { format!("http://{address}") };
-    Ok(address.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
 }

@@ -1,13 +1,19 @@
 //! `perennial health`.
 
-use anyhow::bail;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
 use clap::Args;
 use http::Method;
 
-use super::client::{Client, running};
+use super::client::Client;
 use super::{block_on, load, read};
+use crate::addresses::{Addresses, url};
 use crate::module::Blueprint;
 use crate::settings::Sources;
+
+/// Probes are answered at once, or the process is in trouble.
+const TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Args, Debug)]
 pub(super) struct Health {
@@ -20,7 +26,10 @@ impl Health {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
-        let client = Client::new(&running(&config.data_dir, "admin")?, None)?;
+        let addresses = Addresses::of_running(&config.data_dir)?;
+        let base = url(&addresses.admin)
+            .context("this command cannot use a Unix socket, and the server has no other admin address")?;
+        let client = Client::new(&base, None, TIMEOUT)?;
         let path = if self.live { "/livez" } else { "/readyz" };
         let answer = block_on(client.ask(Method::GET, path, None, None))??;
         if answer.status.is_success() {

@@ -2,21 +2,21 @@
 
 use std::path::Path;
 
+use anyhow::bail;
 use clap::Subcommand;
-use perennial_webpush::VapidKey;
 
 use super::{block_on, load, read};
 use crate::boot;
-use crate::data_dir::{ADMIN_TOKEN, API_KEY, DataDir, VAPID_KEY};
+use crate::config::Config;
+use crate::data_dir::{self, ADMIN_TOKEN, API_KEY, DataDir, VAPID_KEY};
 use crate::module::Blueprint;
-use crate::push;
 use crate::settings::Sources;
 
 #[derive(Clone, Copy, Debug, Subcommand)]
 pub(super) enum Keys {
-    /// Make the keys that are missing: what a first start would do
+    /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
     Generate,
-    /// Print the public VAPID key, and where the secret ones are
+    /// Say where the keys are
     Show,
 }
 
@@ -24,34 +24,48 @@ impl Keys {
     pub(super) fn run(self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
-        if matches!(self, Self::Generate) {
-            let migrations = boot::migrations(modules.iter().map(|module| module.migrations));
-            block_on(async {
-                let data_dir = DataDir::lock(&config.data_dir)?;
-                let store = boot::open_store(&data_dir, &config).await?;
-                store.migrate(&migrations).await?;
-                boot::first_keys(&data_dir, &store).await?;
-                push::ensure_vapid_key(&data_dir)?;
-                store.close().await;
-                anyhow::Ok(())
-            })??;
+        match self {
+            Self::Show => show(&config.data_dir),
+            Self::Generate if data_dir::is_locked(&config.data_dir) => {
+                show(&config.data_dir);
+                let missing =
+                    [VAPID_KEY, API_KEY, ADMIN_TOKEN].map(|file| config.data_dir.join(file).exists());
+                if missing.contains(&false) {
+                    bail!("a server runs on {}; stop it to have a key made", config.data_dir.display());
+                }
+            }
+            Self::Generate => block_on(generate(&config, modules))??,
         }
-        show(&config.data_dir)
+        Ok(())
     }
 }
 
-/// Never the secrets themselves.
-fn show(data_dir: &Path) -> anyhow::Result<()> {
-    let place = |name: &str| {
-        let file = data_dir.join(name);
-        if file.exists() { file.display().to_string() } else { format!("none yet ({})", file.display()) }
-    };
-    if let Ok(pem) = std::fs::read_to_string(data_dir.join(VAPID_KEY)) {
-        println!("VAPID public key  {}", VapidKey::from_pem(&pem)?.public_key());
+async fn generate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+    let data_dir = DataDir::lock(&config.data_dir)?;
+    let store = boot::open_store(&data_dir, config).await?;
+    store.migrate(&boot::migrations(modules.iter().map(|module| module.migrations))).await?;
+    boot::first_keys(&data_dir, &store).await?;
+    if !data_dir.join(API_KEY).exists() {
+        boot::make_api_key(&data_dir, &store).await?;
     }
-    println!("VAPID key pair    {}", place(VAPID_KEY));
-    println!("first API key     {}", place(API_KEY));
-    println!("admin token       {}", place(ADMIN_TOKEN));
-    println!("Keep a copy of {VAPID_KEY}: every subscription is bound to it, and losing it loses them all.");
+    let mut shown = Vec::new();
+    for module in modules {
+        shown.extend((module.keys)(&data_dir, &store).await?);
+    }
+    store.close().await;
+    for (label, value) in shown {
+        println!("{label:<18}{value}");
+    }
+    show(&config.data_dir);
     Ok(())
+}
+
+/// Never the secrets themselves.
+fn show(data_dir: &Path) {
+    for (label, name) in [("VAPID key pair", VAPID_KEY), ("API key", API_KEY), ("admin token", ADMIN_TOKEN)] {
+        let file = data_dir.join(name);
+        let place = if file.exists() { "" } else { "none yet: " };
+        println!("{label:<18}{place}{}", file.display());
+    }
+    println!("Keep a copy of {VAPID_KEY}: every subscription is bound to it, and losing it loses them all.");
 }

@@ -1,7 +1,7 @@
 //! `perennial notify`.
 
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use clap::Args;
@@ -9,14 +9,20 @@ use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::client::{Client, running};
+use super::client::Client;
 use super::{block_on, load, read};
+use crate::addresses::{Addresses, url};
 use crate::data_dir::API_KEY;
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
-/// How often to ask how far it has come.
+/// How long one answer may take.
+const TIMEOUT: Duration = Duration::from_secs(30);
+/// How often to ask how far it has come: small ones are done at once, big ones are not watched so closely.
 const POLL: Duration = Duration::from_millis(200);
+const POLL_SLOWLY: Duration = Duration::from_secs(1);
+/// For how long a server that does not answer may be restarting.
+const AWAY: Duration = Duration::from_secs(60);
 
 #[derive(Args, Debug)]
 pub(super) struct Notify {
@@ -81,9 +87,10 @@ impl Notify {
             .with_context(|| format!("the API key in {} cannot be read", key_file.display()))?;
         let base = match &self.url {
             Some(url) => url.clone(),
-            None => running(&config.data_dir, "server")?,
+            None => url(&Addresses::of_running(&config.data_dir)?.server)
+                .context("the server has only a Unix socket; give --url")?,
         };
-        let client = Client::new(&base, Some(key.trim().to_owned()))?;
+        let client = Client::new(&base, Some(key.trim().to_owned()), TIMEOUT)?;
         block_on(self.send(&client))?
     }
 
@@ -92,10 +99,16 @@ impl Notify {
         let idempotency_key = self.idempotency_key.as_deref().map(|key| ("idempotency-key", key));
         let accepted = client.call_with(Method::POST, "/notify", Some(&request), idempotency_key).await?;
         let id = accepted["id"].as_str().context("the answer has no id")?;
+        eprintln!("accepted as {id}");
         let progress = follow(client, id).await?;
         println!("{id} {}", outcomes(&progress));
         if let Some(error) = progress["error"].as_str() {
             bail!("not everybody could be sent to: {error}");
+        }
+        let audience = progress["audience"].as_u64().unwrap_or_default();
+        let delivered = progress["outcomes"]["delivered"].as_u64().unwrap_or_default();
+        if audience > 0 && delivered == 0 {
+            bail!("nobody could be delivered to");
         }
         Ok(())
     }
@@ -130,18 +143,33 @@ impl Notify {
 async fn follow(client: &Client, id: &str) -> anyhow::Result<Value> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}")?;
     let bar = ProgressBar::new(0).with_style(style);
+    let began = Instant::now();
+    let mut answered = Instant::now();
     loop {
-        let progress = client.call(Method::GET, &format!("/notifications/{id}"), None).await?;
-        bar.set_length(progress["audience"].as_u64().unwrap_or_default());
-        bar.set_position(progress["decided"].as_u64().unwrap_or_default());
-        let eta = progress["eta_seconds"].as_u64().map(|eta| format!(", {eta} s left")).unwrap_or_default();
-        bar.set_message(format!("{:.0}/s{eta}", progress["rate"].as_f64().unwrap_or_default()));
-        if progress["state"] == "done" {
-            bar.finish_and_clear();
-            return Ok(progress);
+        match client.call(Method::GET, &format!("/notifications/{id}"), None).await {
+            Ok(progress) => {
+                answered = Instant::now();
+                show(&bar, &progress);
+                if progress["state"] == "done" {
+                    bar.finish_and_clear();
+                    return Ok(progress);
+                }
+            }
+            Err(error) if answered.elapsed() > AWAY => return Err(error),
+            // It goes on sending when it is back.
+            Err(error) => bar.set_message(format!("{error:#}")),
         }
-        tokio::time::sleep(POLL).await;
+        tokio::time::sleep(if began.elapsed() < POLL_SLOWLY { POLL } else { POLL_SLOWLY }).await;
     }
+}
+
+fn show(bar: &ProgressBar, progress: &Value) {
+    bar.set_length(progress["audience"].as_u64().unwrap_or_default());
+    bar.set_position(progress["decided"].as_u64().unwrap_or_default());
+    let eta = progress["eta_seconds"].as_u64().map(|eta| format!(", {eta} s left")).unwrap_or_default();
+    let retrying = progress["retrying"].as_u64().filter(|count| *count > 0);
+    let retrying = retrying.map(|count| format!(", {count} to be tried again")).unwrap_or_default();
+    bar.set_message(format!("{:.0}/s{eta}{retrying}", progress["rate"].as_f64().unwrap_or_default()));
 }
 
 fn outcomes(progress: &Value) -> String {

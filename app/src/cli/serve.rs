@@ -95,7 +95,7 @@ impl Prepared {
         let admin =
             match Server::bind(config.admin.clone()).await.context("the admin listener cannot be opened") {
                 Ok(admin) => admin,
-                Err(error) => return (report(&error), Some(serving)),
+                Err(error) => return (failed(&error), Some(serving)),
             };
         let admin_addresses = admin.addresses();
         let known = Admin::new(
@@ -132,11 +132,8 @@ impl Prepared {
                 booting.abort();
                 ExitCode::SUCCESS
             }
-            Some(Err(panic)) => report(&anyhow::Error::from(panic)),
-            Some(Ok(Err(error))) => {
-                error!(error = format!("{error:#}"), "boot failed");
-                ExitCode::FAILURE
-            }
+            Some(Err(panic)) => failed(&panic.into()),
+            Some(Ok(Err(error))) => failed(&error),
             Some(Ok(Ok(app))) => {
                 known.booted(Booted {
                     access: app.access.clone(),
@@ -145,7 +142,7 @@ impl Prepared {
                 });
                 greet(&app);
                 let reload = || reload(&sources, &modules, &settings, &telemetry);
-                let reason = serve_until(&app, &mut signals, reload).await;
+                let reason = serve_until(&app, &attendants, &mut signals, reload).await;
                 stop(app, phases, &health, &trigger, &mut signals, reason).await
             }
         };
@@ -157,16 +154,41 @@ impl Prepared {
     }
 }
 
+/// Boot could not be finished.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    error!(error = format!("{error:#}"), "boot failed");
+    ExitCode::FAILURE
+}
+
 /// Waits for a reason to leave.
-async fn serve_until(app: &App, signals: &mut Signals, reload: impl Fn()) -> Reason {
+async fn serve_until(app: &App, attendants: &Tasks, signals: &mut Signals, reload: impl Fn()) -> Reason {
+    let terminal = Terminal::now();
     loop {
         tokio::select! {
             death = app.tasks.died() => return Reason::Death(death),
+            death = attendants.died() => return Reason::Death(death),
             signal = signals.next() => match signal {
+                // The terminal that it was started on has been closed.
+                Signal::Reload if terminal.has_gone() => return Reason::Signal(Signal::Interrupt),
                 Signal::Reload => reload(),
                 signal => return Reason::Signal(signal),
             },
         }
+    }
+}
+
+/// Whether there is a person at standard error.
+#[derive(Clone, Copy, Debug)]
+struct Terminal(bool);
+
+impl Terminal {
+    fn now() -> Self {
+        Self(std::io::stderr().is_terminal())
+    }
+
+    /// Whether there was one and is none any more: a terminal that is closed sends SIGHUP, too.
+    fn has_gone(self) -> bool {
+        self.0 && !std::io::stderr().is_terminal()
     }
 }
 

@@ -16,8 +16,9 @@ use perennial_server::signal::{Signal, Signals};
 use perennial_webpush::ReceiverKeys;
 use serde_json::{Value, json};
 
-use super::client::{Client, running};
+use super::client::Client;
 use super::{block_on, load, read};
+use crate::addresses::{Addresses, url};
 use crate::data_dir::API_KEY;
 use crate::module::Blueprint;
 use crate::settings::Sources;
@@ -68,7 +69,10 @@ impl Behaviour for Printer {
 async fn wait_for_server(data_dir: &Path) -> anyhow::Result<String> {
     let began = Instant::now();
     loop {
-        match running(data_dir, "server") {
+        let running = Addresses::of_running(data_dir);
+        match running
+            .and_then(|addresses| url(&addresses.server).context("the server has only a Unix socket"))
+        {
             Ok(base) => return Ok(base),
             Err(error) if began.elapsed() > WAIT => return Err(error),
             Err(_) => tokio::time::sleep(Duration::from_millis(200)).await,
@@ -130,7 +134,7 @@ impl Sink {
         let base = wait_for_server(&config.data_dir).await?;
         let key_file = config.data_dir.join(API_KEY);
         let key = std::fs::read_to_string(key_file).context("the API key cannot be read")?;
-        let client = Client::new(&base, Some(key.trim().to_owned()))?;
+        let client = Client::new(&base, Some(key.trim().to_owned()), Duration::from_secs(30))?;
         let vapid = client.call(Method::GET, "/push/key", None).await?;
         let vapid = vapid["key"].as_str().context("the server has no VAPID key")?.to_owned();
         let vapid_bytes =

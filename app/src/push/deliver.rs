@@ -24,30 +24,31 @@ use perennial_server::backoff::Backoff;
 use perennial_server::pool::sqlite;
 use perennial_webpush::{Keys, Message, Payload, Report, Urgency, Verdict};
 use perennial_workers::job::Stopped;
-use perennial_workers::{Context, Fate, Job, NewJob, Options};
+use perennial_workers::{Context, Fate, Job, NewJob, Options, queue};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
+use uuid::Uuid;
 
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
-use super::store::{Batch, Checkpoint, Deferred, Member, Part};
+use super::store::{Batch, Checkpoint, Deferred, Member, Part, Recorded};
 use super::{Tools, metrics};
 
 /// Between two attempts for one subscription, unless its push service says otherwise.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(900));
-/// How long sends that are in flight may take when the job must stop. What is cut off is sent again.
-const LAST_SENDS: Duration = Duration::from_secs(2);
 /// Between two attempts to record while the store is busy.
 const BUSY: Duration = Duration::from_millis(100);
 
 /// See the module. The batch has the id of its job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub(crate) struct Deliver {}
+pub(crate) struct Deliver {
+    pub(crate) notification: Uuid,
+}
 
 impl Deliver {
-    pub(crate) fn job(queue: &'static str, priority: i16) -> perennial_workers::queue::Result<NewJob> {
-        Ok(NewJob::new(&Self {})?.queue(queue).priority(priority))
+    pub(crate) fn job(notification: Uuid, queue: &'static str, priority: i16) -> queue::Result<NewJob> {
+        Ok(NewJob::new(&Self { notification })?.queue(queue).priority(priority))
     }
 }
 
@@ -65,20 +66,29 @@ impl Job for Deliver {
         }
     }
 
+    fn subject(&self) -> Option<String> {
+        Some(format!("notification {}", self.notification))
+    }
+
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
         let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else {
             return Ok(Fate::Done);
         };
         let members = tools.store.members(&batch).await?;
-        Round::new(&tools, &context, batch, members)?.run().await
+        let round = Round::new(&tools, &context, batch, members)?;
+        if round.is_too_late() { round.expire().await } else { round.run().await }
     }
 
     async fn give_up(&self, context: Context, tools: Tools, _reason: String) -> anyhow::Result<()> {
         let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else { return Ok(()) };
-        let left = tools.store.members(&batch).await?.len();
+        let left = match &batch.part {
+            Part::Range { .. } => tools.store.members(&batch).await?.len(),
+            // Whether they still exist or not.
+            Part::Ids(ids) => ids.iter().filter(|id| !batch.is_recorded(**id)).count(),
+        };
         let checkpoint =
             Checkpoint { outcomes: vec![(Outcome::Failed, left)], finished: true, ..Checkpoint::default() };
-        tools.store.checkpoint(&batch, context.epoch, checkpoint).await?;
+        save(&tools, &context, Arc::new(batch), checkpoint, 0).await?;
         Ok(())
     }
 }
@@ -100,6 +110,17 @@ struct Round<'a> {
     /// Begun, and in no checkpoint that was committed.
     unrecorded: usize,
     totals: BTreeMap<Outcome, usize>,
+    /// How many are to be tried again.
+    again: usize,
+    /// The last send that was not delivered, although its subscription has not ended.
+    failure: Option<Failure>,
+}
+
+/// Why a message was not delivered.
+struct Failure {
+    host: String,
+    status: Option<u16>,
+    detail: String,
 }
 
 /// What came of one send.
@@ -110,7 +131,7 @@ struct Ended {
 }
 
 /// What becomes of one member.
-enum Result {
+enum Next {
     Decided(Outcome),
     Later(Duration),
 }
@@ -125,13 +146,15 @@ impl<'a> Round<'a> {
         let mut round = Self {
             tools,
             context,
-            message: Arc::new(message(&batch)?),
+            message: Arc::new(message(tools, &batch)?),
             newest: batch.low_id,
             above: batch.above.iter().copied().collect(),
             in_flight: BTreeSet::new(),
             ended: Vec::new(),
             unrecorded: 0,
             totals: BTreeMap::new(),
+            again: 0,
+            failure: None,
             waiting: Vec::new().into_iter(),
             batch: Arc::new(batch),
         };
@@ -144,14 +167,26 @@ impl<'a> Round<'a> {
     fn note_deleted(&mut self, members: &[Member]) {
         let Part::Ids(ids) = &self.batch.part else { return };
         let found: BTreeSet<i64> = members.iter().map(|member| member.id).collect();
-        let deleted = ids.iter().filter(|id| **id > self.batch.low_id && !found.contains(id));
-        for id in deleted.copied().collect::<Vec<_>>() {
-            if self.above.insert(id) {
-                let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
-                self.ended.push(Ended { id, endpoint: String::new(), report });
-                self.unrecorded += 1;
-            }
+        for id in ids.iter().filter(|id| !self.batch.is_recorded(**id) && !found.contains(id)) {
+            let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
+            self.above.insert(*id);
+            self.ended.push(Ended { id: *id, endpoint: String::new(), report });
+            self.unrecorded += 1;
         }
+    }
+
+    /// Whether the time to live ended while the batch waited. A message for now or never is always tried once.
+    fn is_too_late(&self) -> bool {
+        !self.batch.ttl.is_zero() && age(&self.batch) >= self.batch.ttl
+    }
+
+    async fn expire(mut self) -> anyhow::Result<Fate> {
+        let late = self.waiting.len();
+        let (_, mut checkpoint) = self.checkpoint(true);
+        checkpoint.outcomes.push((Outcome::Expired, late));
+        save(self.tools, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
+        info!(notification = %self.batch.notification, expired = late, "the time to live has ended");
+        Ok(Fate::Done)
     }
 
     async fn run(mut self) -> anyhow::Result<Fate> {
@@ -204,7 +239,7 @@ impl<'a> Round<'a> {
                 () = sleep_until(due), if timed => {}
                 () = self.context.cancel.cancelled(), if !stopping => {
                     stopping = true;
-                    cut.set(sleep(LAST_SENDS));
+                    cut.set(sleep(self.tools.config.last_sends));
                 }
                 () = cut.as_mut(), if stopping && !idle => {
                     // Those in flight may have been taken; nobody knows, and so they are sent again.
@@ -229,6 +264,11 @@ impl<'a> Round<'a> {
     }
 
     fn note(&mut self, ended: Ended) {
+        if !matches!(ended.report.verdict, Verdict::Delivered | Verdict::Gone) {
+            let host = ended.endpoint.split('/').nth(2).unwrap_or_default().to_owned();
+            let (status, detail) = (ended.report.status, ended.report.detail.clone());
+            self.failure = Some(Failure { host, status, detail });
+        }
         self.in_flight.remove(&ended.id);
         self.above.insert(ended.id);
         self.ended.push(ended);
@@ -246,60 +286,68 @@ impl<'a> Round<'a> {
         let usual = RETRY.jittered(self.batch.attempt + 1);
         for Ended { id, endpoint, report } in std::mem::take(&mut self.ended) {
             match self.decide(&report, usual) {
-                Result::Decided(outcome) => {
+                Next::Decided(outcome) => {
                     *outcomes.entry(outcome).or_default() += 1;
                     if outcome == Outcome::Gone && !endpoint.is_empty() {
                         gone.push((id, endpoint));
                     }
                 }
-                Result::Later(wait) => later.entry(wait.as_secs() + 1).or_default().push(id),
+                Next::Later(wait) => later.entry(wait.as_secs() + 1).or_default().push(id),
             }
         }
         for (outcome, count) in &outcomes {
             *self.totals.entry(*outcome).or_default() += count;
         }
+        self.again += later.values().map(Vec::len).sum::<usize>();
         let deferred = later.into_iter().filter_map(|(seconds, ids)| self.defer(seconds, ids)).collect();
         let above = self.above.iter().copied().collect();
         let outcomes = outcomes.into_iter().collect();
         (count, Checkpoint { low_id, above, outcomes, ended: gone, deferred, finished })
     }
 
-    fn decide(&self, report: &Report, usual: Duration) -> Result {
+    fn decide(&self, report: &Report, usual: Duration) -> Next {
         if let Some(outcome) = Outcome::of(report.verdict) {
-            return Result::Decided(outcome);
+            return Next::Decided(outcome);
         }
         if self.batch.attempt + 1 >= self.tools.config.attempts {
-            return Result::Decided(Outcome::Unreachable);
+            return Next::Decided(Outcome::Unreachable);
         }
         let wait = match report.verdict {
             Verdict::Retry { after: Some(after), .. } => after.max(RETRY.base),
             _ => usual,
         };
-        if self.age() + wait > self.batch.ttl {
-            return Result::Decided(Outcome::Expired);
+        if age(&self.batch) + wait >= self.batch.ttl {
+            return Next::Decided(Outcome::Expired);
         }
-        Result::Later(wait)
-    }
-
-    /// Since the members were tried first.
-    fn age(&self) -> Duration {
-        age(&self.batch)
+        Next::Later(wait)
     }
 
     fn defer(&self, seconds: u64, ids: Vec<i64>) -> Option<Deferred> {
-        let job = Deliver::job(super::SMALL_QUEUE, super::RETRY_PRIORITY).ok()?;
+        let job = Deliver::job(self.batch.notification, super::RETRY_QUEUE, 0).ok()?;
         let job = job.at(Timestamp::now() + Duration::from_secs(seconds));
-        Some(Deferred { ids, job, attempt: self.batch.attempt + 1, first_sent_at: self.batch.first_sent_at })
+        Some(Deferred { ids, job, attempt: self.batch.attempt + 1 })
     }
 
     /// Records the rest, and that the batch is finished if it is.
     async fn end(mut self, finished: bool) -> anyhow::Result<Fate> {
         let (_, checkpoint) = self.checkpoint(finished);
         save(self.tools, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
-        let totals: Vec<_> =
-            self.totals.iter().map(|(outcome, count)| format!("{} {count}", outcome.as_str())).collect();
-        info!(notification = %self.batch.notification, outcomes = totals.join(", "), finished, "batch sent");
+        self.log(finished);
         Ok(if finished { Fate::Done } else { Fate::HandBack })
+    }
+}
+
+impl Round<'_> {
+    fn log(&self, finished: bool) {
+        let totals = self.totals.iter().map(|(outcome, count)| format!("{} {count}", outcome.as_str()));
+        let outcomes = totals.collect::<Vec<_>>().join(", ");
+        let (notification, again) = (self.batch.notification, self.again);
+        match &self.failure {
+            None => info!(%notification, outcomes, again, finished, "batch sent"),
+            Some(Failure { host, status, detail }) => {
+                warn!(%notification, outcomes, again, finished, host, status, detail, "batch sent, with failures");
+            }
+        }
     }
 }
 
@@ -331,31 +379,42 @@ async fn save(
     count: usize,
 ) -> anyhow::Result<usize> {
     loop {
-        match tools.store.checkpoint(&batch, context.epoch, checkpoint.clone()).await {
-            Ok(true) => {
-                let decided: usize = checkpoint.outcomes.iter().map(|(_, count)| count).sum();
-                tools.progress.record(batch.notification, decided);
-                return Ok(count);
+        let recorded = match tools.store.checkpoint(&batch, context.epoch, checkpoint.clone()).await {
+            Ok(recorded) => recorded,
+            // Nothing of it has happened.
+            Err(sqlite::Error::Busy(_) | sqlite::Error::Lost(_)) if context.lease.is_held() => {
+                sleep(BUSY).await;
+                continue;
             }
-            Ok(false) => return Err(Stopped::Lapsed.into()),
-            Err(sqlite::Error::Busy(_)) if context.lease.is_held() => sleep(BUSY).await,
             // It may have been written or not: the next run reads which.
             Err(error) => return Err(error.into()),
+        };
+        if recorded == Recorded::TooLate {
+            return Err(Stopped::Lapsed.into());
         }
+        metrics::decided(&checkpoint.outcomes);
+        tools.progress.record(batch.notification, checkpoint.outcomes.iter().map(|(_, count)| count).sum());
+        if recorded == Recorded::Last {
+            tools.ended(batch.notification, batch.site).await;
+        }
+        return Ok(count);
     }
 }
 
+/// Since the notification was accepted.
 fn age(batch: &Batch) -> Duration {
-    let age = Timestamp::now().as_millisecond() - batch.first_sent_at;
+    let age = Timestamp::now().as_millisecond() - batch.created_at;
     Duration::from_millis(u64::try_from(age).unwrap_or_default())
 }
 
 /// The message, its time to live shortened by the time that its members have waited.
-fn message(batch: &Batch) -> anyhow::Result<Message> {
+fn message(tools: &Tools, batch: &Batch) -> anyhow::Result<Message> {
     let payload = Payload::new(batch.payload.clone())?;
     let urgency: Urgency = batch.urgency.parse()?;
     let waited = Duration::from_secs(age(batch).as_secs());
     let message = Message::new(payload).ttl(batch.ttl.saturating_sub(waited)).urgency(urgency);
+    let bulk = batch.attempt > 0 || batch.estimate > tools.config.small_audience;
+    let message = message.bulk(bulk);
     Ok(match &batch.topic {
         Some(topic) => message.topic(&topic.parse()?),
         None => message,

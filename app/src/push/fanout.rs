@@ -12,6 +12,7 @@ use uuid::Uuid;
 
 use super::Tools;
 use super::deliver::Deliver;
+use super::store::Added;
 
 /// How many batches of one notification may wait or run, for each that can run at once.
 const AHEAD: usize = 4;
@@ -39,26 +40,35 @@ impl Job for FanOut {
         }
     }
 
+    fn subject(&self) -> Option<String> {
+        Some(format!("notification {}", self.notification))
+    }
+
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
         let store = &tools.store;
         let Some(mut fan_out) = store.open_fan_out(self.notification, context.epoch).await? else {
             return Ok(Fate::Done);
         };
         let ahead = AHEAD * tools.config.batches;
-        while fan_out.outstanding < ahead {
+        while fan_out.ahead < ahead {
             context.check()?;
             let page = store.next_page(&fan_out, tools.config.batch).await?;
-            let from = fan_out.fanned_to;
-            let batches = match page {
-                Some(upto) => vec![(upto, Deliver::job(super::BULK_QUEUE, self.priority)?)],
-                None => Vec::new(),
+            let next = match page {
+                Some(upto) => {
+                    Some((upto, Deliver::job(self.notification, super::BULK_QUEUE, self.priority)?))
+                }
+                None => None,
             };
-            let last = page.is_none();
-            if !store.add_batches(self.notification, context.epoch, from, batches, last).await? || last {
-                return Ok(Fate::Done);
+            match store.add_batch(self.notification, context.epoch, fan_out.fanned_to, next).await? {
+                Added::One => {}
+                Added::NoMore => return Ok(Fate::Done),
+                Added::Last => {
+                    tools.ended(self.notification, fan_out.site).await;
+                    return Ok(Fate::Done);
+                }
             }
-            fan_out.fanned_to = page.unwrap_or(from);
-            fan_out.outstanding += 1;
+            fan_out.fanned_to = page.unwrap_or(fan_out.fanned_to);
+            fan_out.ahead += 1;
         }
         Ok(Fate::Snooze(PAUSE))
     }

@@ -5,8 +5,12 @@ use std::time::Duration;
 use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
 use perennial_webpush::Verdict;
 
+use super::outcome::Outcome;
+
 /// Counter by `verdict`: attempts to send.
 pub(crate) const SENDS: &str = "perennial_push_sends_total";
+/// Counter by `outcome`: what finally became of notifications for their subscriptions.
+pub(crate) const OUTCOMES: &str = "perennial_push_outcomes_total";
 /// Histogram, seconds: one attempt, its wait for a turn included.
 pub(crate) const SEND_DURATION: &str = "perennial_push_send_duration_seconds";
 /// Counter: notifications that were accepted.
@@ -16,6 +20,7 @@ pub(crate) const LIMITED: &str = "perennial_push_limited_total";
 
 pub(crate) fn describe() {
     describe_counter!(SENDS, Unit::Count, "attempts to send, by verdict");
+    describe_counter!(OUTCOMES, Unit::Count, "what finally became of notifications for their subscriptions");
     describe_histogram!(SEND_DURATION, Unit::Seconds, "one attempt to send, its wait for a turn included");
     describe_counter!(NOTIFICATIONS, Unit::Count, "notifications that were accepted");
     describe_counter!(LIMITED, Unit::Count, "requests without a key that were over a limit, by limit");
@@ -34,6 +39,13 @@ pub(crate) fn sent(verdict: Verdict, took: Duration) {
     };
     counter!(SENDS, "verdict" => verdict).increment(1);
     histogram!(SEND_DURATION).record(took);
+}
+
+/// Outcomes that were recorded.
+pub(crate) fn decided(outcomes: &[(Outcome, usize)]) {
+    for (outcome, count) in outcomes {
+        counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(*count as u64);
+    }
 }
 
 pub(crate) fn accepted() {

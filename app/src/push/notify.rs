@@ -7,6 +7,7 @@ use std::time::Duration;
 use aws_lc_rs::digest;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use futures_util::StreamExt;
 use http::{HeaderMap, StatusCode, header};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_webpush::{Payload, Topic, Urgency};
@@ -33,6 +34,8 @@ const MAX_USERS: usize = 1000;
 const MAX_IDS: usize = 10_000;
 /// The most subscriptions that come with a notification.
 const MAX_INLINE: usize = 1000;
+/// How many hosts of them are looked up at once.
+const LOOKUPS: usize = 32;
 /// How many errors of one request are listed.
 const MAX_ERRORS: usize = 20;
 /// The longest idempotency key.
@@ -105,6 +108,14 @@ pub(super) async fn notify(
         Some(promise) => Some(tools.in_flight.enter(&promise.api_key, &promise.key)?),
         None => None,
     };
+    if let Some(promise) = &idempotency {
+        // Before anything is checked: what was fine then need not be now.
+        match tools.store.accepted_before(promise.clone()).await? {
+            Some(Accepted::Before(id, estimate)) => return Ok(accepted(id, estimate)),
+            Some(Accepted::Conflict) => return Err(conflict().into()),
+            Some(Accepted::Now) | None => {}
+        }
+    }
     let id = Uuid::now_v7();
     let Checked { audience, recipients, payload, ttl, urgency, topic } = check(&tools, id, request).await?;
 
@@ -116,12 +127,14 @@ pub(super) async fn notify(
     let direct = audience == Audience::Inline || estimate <= tools.config.small_audience;
     let priority = priority(urgency);
     let job = if estimate <= tools.config.small_audience {
-        Deliver::job(SMALL_QUEUE, priority)
+        Deliver::job(id, SMALL_QUEUE, priority)
     } else if direct {
-        Deliver::job(BULK_QUEUE, priority)
+        Deliver::job(id, BULK_QUEUE, priority)
     } else {
         NewJob::new(&FanOut { notification: id, priority }).map(|job| job.priority(priority))
     };
+    let new_job = job?;
+    let job = new_job.id;
     let new = NewNotification {
         id,
         site: caller.site.0,
@@ -133,22 +146,23 @@ pub(super) async fn notify(
         topic,
         estimate,
         watermark,
-        job: job.map_err(anyhow::Error::from)?,
+        job: new_job,
         direct,
         idempotency,
     };
     match tools.store.accept(new).await? {
         Accepted::Now => {
             metrics::accepted();
-            info!(notification = %id, audience = estimate, "accepted");
+            info!(notification = %id, %job, audience = estimate, "accepted");
             Ok(accepted(id, estimate))
         }
         Accepted::Before(id, estimate) => Ok(accepted(id, estimate)),
-        Accepted::Conflict => {
-            let detail = "this Idempotency-Key was used for another request";
-            Err(Problem::new(StatusCode::UNPROCESSABLE_ENTITY, detail).into())
-        }
+        Accepted::Conflict => Err(conflict().into()),
     }
+}
+
+fn conflict() -> Problem {
+    Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "this Idempotency-Key was used for another request")
 }
 
 fn accepted(id: Uuid, audience: u64) -> Response {
@@ -319,11 +333,12 @@ async fn inline(
             hosts.entry(endpoint.host().to_owned()).or_insert((field, endpoint));
         }
     }
-    for (field, endpoint) in hosts.into_values() {
-        if let Err(error) = tools.sender.check_addresses(&endpoint).await {
-            errors.push(FieldError::new(format!("{field}.endpoint"), error.to_string()));
-        }
-    }
+    let looked_up = futures_util::stream::iter(hosts.into_values().map(async |(field, endpoint)| {
+        let checked = tools.sender.check_addresses(&endpoint).await;
+        checked.err().map(|error| FieldError::new(format!("{field}.endpoint"), error.to_string()))
+    }));
+    let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).filter_map(std::future::ready).collect().await;
+    errors.extend(found);
     recipients
 }
 

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::Tools;
 use super::store::Notification;
 use crate::access::{Authorized, Read};
-use crate::api::{Json, Query, Result, not_found};
+use crate::api::{Json, Query, Result, not_found, within_page};
 
 /// Over how long the rate of now is measured.
 const WINDOW: Duration = Duration::from_secs(5);
@@ -56,7 +56,7 @@ impl Progress {
 
 /// A notification and how far it has come.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct View {
+pub(crate) struct NotificationView {
     id: Uuid,
     /// queued, sending or done
     #[schema(example = "sending")]
@@ -70,6 +70,8 @@ pub(crate) struct View {
     outcomes: BTreeMap<String, u64>,
     /// The sum of the outcomes
     decided: u64,
+    /// How many wait to be tried again
+    retrying: u64,
     /// Outcomes a second over the last five seconds
     rate: f64,
     /// How long it will still take at this rate, in seconds
@@ -88,7 +90,7 @@ pub(crate) struct View {
     ended_at: Option<Timestamp>,
 }
 
-impl View {
+impl NotificationView {
     fn of(notification: Notification, progress: &Progress) -> Self {
         let decided = notification.outcomes.values().sum();
         let done = notification.state == "done";
@@ -101,6 +103,7 @@ impl View {
             audience_final: done,
             outcomes: notification.outcomes,
             decided,
+            retrying: notification.again,
             rate: (rate * 10.0).round() / 10.0,
             eta_seconds: eta(audience - decided, rate),
             error: notification.error,
@@ -136,7 +139,7 @@ pub(crate) struct Page {
 /// Notifications, the newest first.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Notifications {
-    notifications: Vec<View>,
+    notifications: Vec<NotificationView>,
     /// The `cursor` of the next page, if there may be one
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<Uuid>,
@@ -145,16 +148,16 @@ pub(crate) struct Notifications {
 /// One notification
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/notifications/{id}", params(("id" = Uuid, Path)), responses((status = OK, body = View)))]
+#[utoipa::path(get, path = "/notifications/{id}", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(super) async fn one(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,
     Path(id): Path<String>,
-) -> Result<Json<View>> {
+) -> Result<Json<NotificationView>> {
     let id = Uuid::parse_str(&id).map_err(|_| not_found("notification"))?;
     let notification =
         tools.store.notification(caller.site.0, id).await?.ok_or_else(|| not_found("notification"))?;
-    Ok(Json(View::of(notification, &tools.progress)))
+    Ok(Json(NotificationView::of(notification, &tools.progress)))
 }
 
 /// All notifications, the newest first
@@ -166,10 +169,10 @@ pub(super) async fn list(
     State(tools): State<Tools>,
     Query(page): Query<Page>,
 ) -> Result<Json<Notifications>> {
-    let limit = page.limit.unwrap_or(20).clamp(1, PAGE);
+    let limit = within_page(page.limit, 20, PAGE)?;
     let cursor = page.cursor.unwrap_or(Uuid::max());
     let found = tools.store.notifications(caller.site.0, cursor, limit).await?;
     let next = if found.len() == limit { found.last().map(|last| last.id) } else { None };
-    let notifications = found.into_iter().map(|found| View::of(found, &tools.progress)).collect();
+    let notifications = found.into_iter().map(|found| NotificationView::of(found, &tools.progress)).collect();
     Ok(Json(Notifications { notifications, next }))
 }

@@ -19,7 +19,7 @@ use perennial_workers::store::sqlite::SqliteQueue;
 use rusqlite::Connection;
 use uuid::Uuid;
 
-pub(crate) use batches::{Batch, Checkpoint, Deferred, Member, Part};
+pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Member, Part, Recorded};
 pub(crate) use notifications::{Accepted, Idempotency, NewNotification, Notification, Recipient};
 pub(crate) use subscriptions::{NewSubscription, Proof, Replaced, Subscription, Upserted};
 
@@ -97,18 +97,18 @@ pub(crate) const MIGRATIONS: &[&str] = &["
     ) WITHOUT ROWID;
 
     CREATE TABLE batches (
-        id            BLOB PRIMARY KEY,        -- the id of the job that sends it
-        notification  BLOB NOT NULL REFERENCES notifications (id) ON DELETE CASCADE,
-        after_id      INTEGER NOT NULL,        -- members with after_id < id <= upto_id,
-        upto_id       INTEGER NOT NULL,
-        ids           TEXT,                    -- or, when some are tried again, those in this JSON list
-        attempt       INTEGER NOT NULL DEFAULT 0,
-        first_sent_at INTEGER,                 -- when those were tried first
-        epoch         INTEGER NOT NULL DEFAULT 0,
-        low_id        INTEGER NOT NULL,        -- the outcomes of members up to it are recorded,
-        above         TEXT NOT NULL DEFAULT '[]'   -- and of those in this JSON list
+        id           BLOB PRIMARY KEY,         -- the id of the job that sends it
+        notification BLOB NOT NULL REFERENCES notifications (id) ON DELETE CASCADE,
+        after_id     INTEGER NOT NULL,         -- members with after_id < id <= upto_id,
+        upto_id      INTEGER NOT NULL,
+        ids          TEXT,                     -- or, when some are tried again, those in this JSON list,
+        again        INTEGER NOT NULL DEFAULT 0,   -- and how many they are
+        attempt      INTEGER NOT NULL DEFAULT 0,
+        epoch        INTEGER NOT NULL DEFAULT 0,
+        low_id       INTEGER NOT NULL,         -- the outcomes of members up to it are recorded,
+        above        TEXT NOT NULL DEFAULT '[]'    -- and of those in this JSON list
     ) WITHOUT ROWID;
-    CREATE INDEX batches_notification ON batches (notification);
+    CREATE INDEX batches_notification ON batches (notification, ids IS NULL);
 
     CREATE TABLE idempotency_keys (
         api_key      TEXT NOT NULL,
@@ -151,12 +151,12 @@ impl Store {
         let sql = "SELECT count(*) FROM subscriptions WHERE vapid_key <> ?";
         self.sqlite.read(move |tx| tx.query_row(sql, [vapid_key], |row| row.get(0))).await
     }
+}
 
-    /// Whether there is any subscription at all.
-    pub(crate) async fn has_subscriptions(&self) -> Result<bool> {
-        let sql = "SELECT EXISTS (SELECT 1 FROM subscriptions)";
-        self.sqlite.read(move |tx| tx.query_row(sql, [], |row| row.get(0))).await
-    }
+/// Whether there is any subscription at all.
+pub(crate) async fn has_subscriptions(store: &Sqlite) -> Result<bool> {
+    let sql = "SELECT EXISTS (SELECT 1 FROM subscriptions)";
+    store.read(move |tx| tx.query_row(sql, [], |row| row.get(0))).await
 }
 
 fn now_ms() -> i64 {

@@ -14,7 +14,7 @@ use perennial_server::http::scope::Scope as RequestScope;
 use perennial_webpush::{Endpoint, Keys, KeysError};
 use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};
-use serde_json::{Map, Value, json};
+use serde_json::{Map, Value};
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use utoipa::{IntoParams, ToSchema};
 
@@ -22,7 +22,7 @@ use super::Tools;
 use super::store::{NewSubscription, Proof, Replaced, Subscription, Upserted};
 use super::tags::{TAG_WANTED, is_tag};
 use crate::access::{Authorized, Caller, Read, Scope, SiteId, Subscribe};
-use crate::api::{Json, Query, Result, not_found};
+use crate::api::{Json, Query, Result, not_found, within_page};
 
 /// The longest user id, in bytes.
 const MAX_USER: usize = 256;
@@ -76,6 +76,13 @@ pub(super) struct Replaces {
     auth: String,
 }
 
+/// The key that pages subscribe with
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct KeyView {
+    /// The `applicationServerKey`: 65 bytes, base64url
+    key: String,
+}
+
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Subscribed {
     id: i64,
@@ -84,10 +91,10 @@ pub(super) struct Subscribed {
 /// The key to subscribe with
 ///
 /// For pages of the allowed origins.
-#[utoipa::path(get, path = "/push/key", responses((status = OK, description = "{\"key\": applicationServerKey, base64url}")))]
+#[utoipa::path(get, path = "/push/key", responses((status = OK, body = KeyView)))]
 pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
-    let key = json!({ "key": tools.vapid.public_key() });
+    let key = KeyView { key: tools.vapid.public_key() };
     Ok(([(header::CACHE_CONTROL, "no-cache")], axum::Json(key)).into_response())
 }
 
@@ -154,7 +161,7 @@ pub(super) async fn unsubscribe(
 
 /// A stored subscription
 #[derive(Debug, Serialize, ToSchema)]
-pub(super) struct View {
+pub(super) struct SubscriptionView {
     id: i64,
     endpoint: String,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -169,7 +176,7 @@ pub(super) struct View {
     updated_at: Timestamp,
 }
 
-impl From<Subscription> for View {
+impl From<Subscription> for SubscriptionView {
     fn from(stored: Subscription) -> Self {
         Self {
             id: stored.id,
@@ -186,12 +193,12 @@ impl From<Subscription> for View {
 /// One subscription
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/subscriptions/{id}", params(("id" = i64, Path)), responses((status = OK, body = View)))]
+#[utoipa::path(get, path = "/subscriptions/{id}", params(("id" = i64, Path)), responses((status = OK, body = SubscriptionView)))]
 pub(super) async fn one(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,
     Path(id): Path<String>,
-) -> Result<Json<View>> {
+) -> Result<Json<SubscriptionView>> {
     let found = match id.parse() {
         Ok(id) => tools.store.subscription(caller.site.0, id).await?,
         Err(_) => None,
@@ -232,7 +239,7 @@ pub(super) struct Filter {
 /// Subscriptions, in the order of their ids
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Subscriptions {
-    subscriptions: Vec<View>,
+    subscriptions: Vec<SubscriptionView>,
     /// The `cursor` of the next page, if there may be one
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<i64>,
@@ -247,11 +254,11 @@ pub(super) async fn list(
     State(tools): State<Tools>,
     Query(filter): Query<Filter>,
 ) -> Result<Json<Subscriptions>> {
-    let limit = filter.limit.unwrap_or(100).clamp(1, PAGE);
+    let limit = within_page(filter.limit, 100, PAGE)?;
     let cursor = filter.cursor.unwrap_or(0);
     let found = tools.store.subscriptions(caller.site.0, filter.user, filter.tag, cursor, limit).await?;
     let next = if found.len() == limit { found.last().map(|last| last.id) } else { None };
-    Ok(Json(Subscriptions { subscriptions: found.into_iter().map(View::from).collect(), next }))
+    Ok(Json(Subscriptions { subscriptions: found.into_iter().map(SubscriptionView::from).collect(), next }))
 }
 
 /// Who calls from a page: somebody with a key, or anybody within limits from an allowed origin.
@@ -389,6 +396,8 @@ fn check(
         keys,
         user: request.user,
         tags: request.tags,
+        // What the backend has set is not the page's to take away.
+        own_tags: visitor.caller.is_none().then(|| tools.config.public_tags.clone()),
         metadata,
         replaces,
         proof: if visitor.caller.is_some() { Proof::Key } else { Proof::Auth },

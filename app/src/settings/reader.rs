@@ -85,6 +85,15 @@ impl<'a> Reader<'a> {
         self.read(key, wanted, read)
     }
 
+    /// A file that is there and can be read; none when none is named.
+    pub fn file(&mut self, key: &str) -> Option<PathBuf> {
+        let file: PathBuf = self.get::<Option<PathBuf>>(key)?;
+        match std::fs::File::open(&file) {
+            Ok(_) => Some(file),
+            Err(error) => self.refuse(key, &format!("a file that can be read: {error}")),
+        }
+    }
+
     /// The secret in the file that a setting names, without the line break at its end; none when no file is
     /// named.
     pub fn secret_file(&mut self, key: &str) -> Option<SecretString> {

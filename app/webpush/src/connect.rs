@@ -19,6 +19,10 @@ use tokio_rustls::client::TlsStream;
 use crate::resolve::{ResolveError, Resolver};
 use crate::target::{Origin, Policy, TargetError};
 
+/// After this long without an acknowledgement a connection is dead, in milliseconds.
+#[cfg(target_os = "linux")]
+const SILENCE_MS: u32 = 20_000;
+
 /// Which versions of HTTP are offered to push services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum HttpVersion {
@@ -128,6 +132,7 @@ impl Connector {
         let failed = |error| ConnectError::Dial(address, error);
         let tcp = TcpStream::connect(address).await.map_err(failed)?;
         tcp.set_nodelay(true).map_err(failed)?;
+        notice_silence(&tcp);
         if !origin.tls {
             return Ok(Connected { stream: Stream::Plain(tcp), http2: self.http == HttpVersion::Two });
         }
@@ -141,6 +146,17 @@ impl Connector {
         Ok(Connected { stream: Stream::Tls(Box::new(tls)), http2 })
     }
 }
+
+/// Has the kernel end a connection whose peer has not acknowledged anything for a while, instead of sending
+/// again for a quarter of an hour.
+#[cfg(target_os = "linux")]
+fn notice_silence(tcp: &TcpStream) {
+    // Without it the service is still asked, by pings and timeouts.
+    let _ = rustix::net::sockopt::set_tcp_user_timeout(tcp, SILENCE_MS);
+}
+
+#[cfg(not(target_os = "linux"))]
+fn notice_silence(_tcp: &TcpStream) {}
 
 /// A connection with or without TLS.
 #[derive(Debug)]

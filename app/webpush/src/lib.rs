@@ -3,6 +3,7 @@
 mod client;
 mod connect;
 mod encrypt;
+mod lane;
 mod message;
 mod resolve;
 mod sender;

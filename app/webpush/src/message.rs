@@ -122,12 +122,13 @@ pub struct Message {
     pub(crate) ttl: u32,
     pub(crate) urgency: Urgency,
     pub(crate) topic: Option<HeaderValue>,
+    pub(crate) bulk: bool,
 }
 
 impl Message {
     /// A message of normal urgency that the push service need not keep: TTL 0.
     pub fn new(payload: Payload) -> Self {
-        Self { payload, ttl: 0, urgency: Urgency::default(), topic: None }
+        Self { payload, ttl: 0, urgency: Urgency::default(), topic: None, bulk: false }
     }
 
     /// How long the push service keeps it for a device that is away, in whole seconds.
@@ -141,6 +142,13 @@ impl Message {
     #[must_use]
     pub fn urgency(mut self, urgency: Urgency) -> Self {
         self.urgency = urgency;
+        self
+    }
+
+    /// Whether it is one of many, and leaves a quarter of a push service's connections to others.
+    #[must_use]
+    pub fn bulk(mut self, bulk: bool) -> Self {
+        self.bulk = bulk;
         self
     }
 

@@ -75,8 +75,11 @@ impl Default for Config {
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The extra certificate authorities cannot be read.
-    #[error("{}: no certificates can be read", .0.display())]
+    #[error("cannot read certificates from {}", .0.display())]
     ExtraCa(PathBuf, #[source] rustls_pki_types::pem::Error),
+    /// There are none in that file.
+    #[error("there is no certificate in {}", .0.display())]
+    NoExtraCa(PathBuf),
     /// No certificate authority at all: every service would be refused.
     #[error("the system has no certificate authorities (Debian: install ca-certificates)")]
     NoRoots,
@@ -161,7 +164,7 @@ impl Sender {
             }
         };
         let make = |version| request(version, endpoint, message, claim.clone(), body.clone());
-        match self.0.client.send(&endpoint.origin, make).await {
+        match self.0.client.send(&endpoint.origin, message.bulk, make).await {
             Ok(answer) => {
                 let verdict = verdict(endpoint.host(), answer.status, &answer.headers, SystemTime::now());
                 let detail =
@@ -246,7 +249,9 @@ fn roots(extra: Option<PathBuf>) -> Result<RootCertStore, ConfigError> {
     if let Some(file) = extra {
         let read = CertificateDer::pem_file_iter(&file).and_then(Iterator::collect::<Result<Vec<_>, _>>);
         let certificates = read.map_err(|error| ConfigError::ExtraCa(file.clone(), error))?;
-        roots.add_parsable_certificates(certificates);
+        if roots.add_parsable_certificates(certificates).0 == 0 {
+            return Err(ConfigError::NoExtraCa(file));
+        }
     }
     if roots.is_empty() { Err(ConfigError::NoRoots) } else { Ok(roots) }
 }

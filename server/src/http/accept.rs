@@ -2,6 +2,7 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::Arc;
@@ -87,7 +88,8 @@ async fn tcp(name: &str, tls: Option<Tls>) -> io::Result<Vec<Listener>> {
 
 fn unix(path: &Path) -> io::Result<Listener> {
     // The file of a process that was killed is in the way; that of one that listens is its own.
-    if path.exists() && StdUnixStream::connect(path).is_err() {
+    let is_socket = path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket());
+    if is_socket && StdUnixStream::connect(path).is_err() {
         std::fs::remove_file(path)?;
     }
     let socket = UnixListener::bind(path)?;
@@ -150,7 +152,8 @@ pub(super) async fn run(listener: Listener, host: Host, slots: Arc<Semaphore>) {
     let mut connections = JoinSet::new();
     let tls = listener.tls();
     let mut failures = 0;
-    while let Some(slot) = free_slot(&slots, &host, &mut connections).await {
+    loop {
+        while connections.try_join_next().is_some() {}
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
             () = host.drain.soft() => break,
@@ -158,7 +161,12 @@ pub(super) async fn run(listener: Listener, host: Host, slots: Arc<Semaphore>) {
         match accepted {
             Ok(accepted) => {
                 failures = 0;
-                connections.spawn(serve(accepted, tls.clone(), host.clone(), Some(slot)));
+                // At the limit this one waits here, and the ones behind it in the kernel's queue.
+                let slot = tokio::select! {
+                    slot = Arc::clone(&slots).acquire_owned() => slot.ok(),
+                    () = host.drain.soft() => None,
+                };
+                connections.spawn(serve(accepted, tls.clone(), host.clone(), slot));
             }
             Err(error) => {
                 failures += 1;
@@ -179,19 +187,6 @@ pub(super) async fn run(listener: Listener, host: Host, slots: Arc<Semaphore>) {
         Err(error) => warn!(%error, address, "the listener's backlog was lost"),
     }
     while connections.join_next().await.is_some() {}
-}
-
-/// Waits for room for one more connection, and clears away those that have ended. `None` when draining.
-async fn free_slot(
-    slots: &Arc<Semaphore>,
-    host: &Host,
-    connections: &mut JoinSet<()>,
-) -> Option<OwnedSemaphorePermit> {
-    while connections.try_join_next().is_some() {}
-    tokio::select! {
-        slot = Arc::clone(slots).acquire_owned() => slot.ok(),
-        () = host.drain.soft() => None,
-    }
 }
 
 async fn serve(accepted: Accepted, tls: Option<Tls>, host: Host, _slot: Option<OwnedSemaphorePermit>) {

@@ -7,6 +7,7 @@ use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use hyper::body::Incoming;
@@ -76,13 +77,32 @@ impl fmt::Display for Peer {
 }
 
 /// The connection that a request came on, as its handler may see it.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Connection {
     /// Who is at the other end.
     pub peer: Peer,
     close: CancellationToken,
     abort: CancellationToken,
     pub(super) leftover: Leftover,
+    /// Between their heads and the last bytes of their responses.
+    requests: AtomicUsize,
+}
+
+/// One request on a connection, counted while it lasts.
+#[derive(Debug)]
+pub(super) struct OnConnection(Arc<Connection>);
+
+impl OnConnection {
+    pub(super) fn new(connection: Arc<Connection>) -> Self {
+        connection.requests.fetch_add(1, Ordering::AcqRel);
+        Self(connection)
+    }
+}
+
+impl Drop for OnConnection {
+    fn drop(&mut self) {
+        self.0.requests.fetch_sub(1, Ordering::AcqRel);
+    }
 }
 
 impl Connection {
@@ -124,7 +144,7 @@ impl Socket for UnixStream {
 
 /// Serves one connection to its end.
 pub(super) async fn serve<S: Socket>(socket: S, peer: Peer, tls: Option<Tls>, host: Host) {
-    let _counted = Counted::new(metrics::HTTP_CONNECTIONS);
+    let _counted = Counted::new(metrics::connections(host.config.name));
     let limit = host.config.handshake_timeout;
     let opened = async {
         let Some(Tls(acceptor)) = tls else {
@@ -136,7 +156,8 @@ pub(super) async fn serve<S: Socket>(socket: S, peer: Peer, tls: Option<Tls>, ho
     };
     let opened: io::Result<Opened<S>> = tokio::select! {
         opened = tokio::time::timeout(limit, opened) => opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
-        () = host.drain.hard() => return,
+        // Somebody who has not said anything yet is not waited for.
+        () = lingered(&host.drain) => return,
     };
     match opened {
         Ok(Opened::Plain(protocol, stream)) => run(stream, protocol, peer, host).await,
@@ -183,6 +204,7 @@ where
         close: CancellationToken::new(),
         abort: CancellationToken::new(),
         leftover: Leftover::default(),
+        requests: AtomicUsize::new(0),
     });
     let service = service_fn({
         let (stack, connection) = (Arc::clone(&host.stack), Arc::clone(&connection));
@@ -214,31 +236,47 @@ where
     }
 }
 
+/// The end of the time that a connection without a request is given once the drain has begun.
+async fn lingered(drain: &Drain) {
+    drain.soft().await;
+    tokio::select! {
+        () = tokio::time::sleep(LINGER) => {}
+        () = drain.hard() => {}
+    }
+}
+
 /// Runs a connection until it ends by itself, or until it is told to.
 async fn drive<C>(served: C, protocol: Protocol, connection: &Connection, drain: &Drain)
 where
     C: Served,
 {
     let mut served = pin!(served);
-    let told = tokio::select! {
+    let asked = tokio::select! {
         end = served.as_mut() => return ended(end, connection.peer),
         () = connection.abort.cancelled() => return,
         () = connection.close.cancelled() => true,
         () = drain.soft() => false,
     };
-    if protocol == Protocol::Http1 && !told {
+    if protocol == Protocol::Http1 && !asked {
         // The stack now answers with `Connection: close`.
         tokio::select! {
             end = served.as_mut() => return ended(end, connection.peer),
             () = connection.abort.cancelled() => return,
-            () = tokio::time::sleep(LINGER) => {}
-            () = drain.hard() => {}
+            () = lingered(drain) => {}
         }
     }
     served.as_mut().tell();
+    // Half a request head is not a request: hyper would wait for the other half.
+    let half = async {
+        tokio::time::sleep(LINGER).await;
+        if connection.requests.load(Ordering::Acquire) > 0 {
+            std::future::pending::<()>().await;
+        }
+    };
     tokio::select! {
         end = served.as_mut() => ended(end, connection.peer),
         () = connection.abort.cancelled() => {}
+        () = half => metrics::connection_cut("drain"),
         () = drain.hard() => metrics::connection_cut("drain"),
     }
 }

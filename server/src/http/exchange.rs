@@ -9,17 +9,26 @@ use bytes::Bytes;
 use http::{Method, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tracing::info;
+use tracing::{debug, info};
 
+use super::conn::OnConnection;
 use super::scope::Scope;
 use crate::metrics::{self, Counted};
 
 /// What nginx made the usual code for "the client left before there was an answer".
 const CLIENT_LEFT: u16 = 499;
 
+/// The listener that a request came to.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Listener {
+    pub(super) name: &'static str,
+    pub(super) quiet: bool,
+}
+
 /// The guard of one exchange: whatever way it ends, dropping it writes the access log line and the metrics.
 #[derive(Debug)]
 pub(super) struct Exchange {
+    listener: Listener,
     scope: Scope,
     method: Method,
     path: String,
@@ -29,11 +38,21 @@ pub(super) struct Exchange {
     bytes: u64,
     complete: bool,
     _counted: Counted,
+    _on_connection: OnConnection,
 }
 
 impl Exchange {
-    pub(super) fn begin(scope: Scope, method: Method, path: &str, version: Version, began: Instant) -> Self {
+    pub(super) fn begin(
+        listener: Listener,
+        scope: Scope,
+        method: Method,
+        path: &str,
+        version: Version,
+        began: Instant,
+    ) -> Self {
         Self {
+            _on_connection: OnConnection::new(scope.shared_connection()),
+            listener,
             scope,
             method,
             path: path.to_owned(),
@@ -42,7 +61,7 @@ impl Exchange {
             status: None,
             bytes: 0,
             complete: false,
-            _counted: Counted::new(metrics::HTTP_IN_FLIGHT),
+            _counted: Counted::new(metrics::requests_in_flight(listener.name)),
         }
     }
 
@@ -61,20 +80,27 @@ impl Drop for Exchange {
         let took = self.began.elapsed();
         let status = self.status.map_or(CLIENT_LEFT, |status| status.as_u16());
         let route = self.scope.route().unwrap_or("unmatched");
-        metrics::request_ended(route, method_label(&self.method), status, took);
-        info!(
-            target: "access",
-            request_id = self.scope.id().as_str(),
-            method = self.method.as_str(),
-            path = self.path,
-            route,
-            status,
-            bytes = self.bytes,
-            complete = self.complete,
-            took_ms = milliseconds(took),
-            version = ?self.version,
-            peer = %self.scope.connection().peer,
-        );
+        metrics::request_ended(self.listener.name, route, method_label(&self.method), status, took);
+        // The level of an event is part of the program, and so there are two.
+        macro_rules! line {
+            ($level:ident) => {
+                $level!(
+                    target: "access",
+                    request_id = self.scope.id().as_str(),
+                    method = self.method.as_str(),
+                    path = self.path,
+                    route,
+                    status,
+                    bytes = self.bytes,
+                    complete = self.complete,
+                    took_ms = milliseconds(took),
+                    version = ?self.version,
+                    peer = %self.scope.connection().peer,
+                    "request"
+                )
+            };
+        }
+        if self.listener.quiet { line!(debug) } else { line!(info) }
     }
 }
 

@@ -94,6 +94,10 @@ impl IntoResponse for Problem {
     fn into_response(self) -> Response {
         let body = serde_json::to_vec(&self).unwrap_or_default();
         let mut response = (self.status(), [(header::CONTENT_TYPE, MEDIA_TYPE)], body).into_response();
+        if self.status() == StatusCode::UNAUTHORIZED {
+            // RFC 9110, section 11.6.1: a 401 says how to authenticate.
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
         if let Some(wait) = self.retry_after {
             // Rounded up: a client that comes back a moment early is refused again.
             let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);

@@ -49,6 +49,10 @@ impl Scope {
         &self.0.connection
     }
 
+    pub(super) fn shared_connection(&self) -> Arc<Connection> {
+        Arc::clone(&self.0.connection)
+    }
+
     /// The pattern of the route that matched, once it has.
     pub fn route(&self) -> Option<&str> {
         self.0.route.get().map(MatchedPath::as_str)

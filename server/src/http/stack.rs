@@ -22,7 +22,7 @@ use tracing::{Instrument, info_span};
 use super::Config;
 use super::body::{Leftover, RequestBody};
 use super::conn::Connection;
-use super::exchange::{Exchange, FollowedBody};
+use super::exchange::{Exchange, FollowedBody, Listener};
 use super::problem::Problem;
 use super::scope::{REQUEST_ID, RequestId, Scope};
 use crate::drain::{Drain, Phase};
@@ -35,6 +35,7 @@ pub(super) struct Stack {
     request_timeout: Duration,
     body_limit: usize,
     trust_request_id: bool,
+    listener: Listener,
     drain: Drain,
 }
 
@@ -46,6 +47,7 @@ impl Stack {
             request_timeout: config.request_timeout,
             body_limit: config.body_limit,
             trust_request_id: config.trust_request_id,
+            listener: Listener { name: config.name, quiet: config.quiet },
             drain,
         }
     }
@@ -68,7 +70,8 @@ impl Stack {
         // HTTP/2 resets one stream for a body that nobody reads, and that overtakes nothing.
         let leftover = (version < Version::HTTP_2).then(|| scope.connection().leftover.clone());
         let method = request.method().clone();
-        let exchange = Exchange::begin(scope.clone(), method, request.uri().path(), version, began);
+        let exchange =
+            Exchange::begin(self.listener, scope.clone(), method, request.uri().path(), version, began);
 
         let span = info_span!("request", request_id = scope.id().as_str());
         let mut response = self.respond(request, leftover).instrument(span).await;

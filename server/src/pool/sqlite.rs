@@ -20,7 +20,7 @@ use deadpool::managed::{self, Metrics, PoolError, RecycleError, RecycleResult};
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
-use tracing::{error, info};
+use tracing::info;
 
 use crate::metrics;
 use crate::tasks::panic_message;
@@ -57,6 +57,14 @@ pub enum Error {
         /// What the operating system said.
         source: io::Error,
     },
+    /// The file is there and is no store, or a damaged one.
+    #[error("{} cannot be used as a store; if it was damaged, restore a backup", .path.display())]
+    NoStore {
+        /// The file.
+        path: PathBuf,
+        /// What SQLite said.
+        source: rusqlite::Error,
+    },
     /// Nobody had time within the wait.
     #[error("the store is busy: no {0} within the time allowed")]
     Busy(&'static str),
@@ -85,6 +93,21 @@ pub enum Error {
         /// The newest version that this program knows.
         known: usize,
     },
+}
+
+impl Error {
+    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    pub fn is_passing(&self) -> bool {
+        use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
+        match self {
+            Self::Busy(_) | Self::Slow | Self::Lost(_) | Self::Closed => true,
+            Self::Sql(error) => matches!(
+                error.sqlite_error_code(),
+                Some(DatabaseBusy | DatabaseLocked | DiskFull | SystemIoFailure)
+            ),
+            _ => false,
+        }
+    }
 }
 
 /// The result of a read or a write.
@@ -119,7 +142,11 @@ impl Sqlite {
     /// When the file cannot be had or is no database.
     pub async fn open(config: Config) -> Result<Self> {
         let path = config.path.clone();
-        let connection = blocking(move || open_writer(&path)).await?;
+        let connection = blocking(move || open_writer(&path)).await;
+        let connection = connection.map_err(|error| match error {
+            Error::Sql(source) => Error::NoStore { path: config.path.clone(), source },
+            other => other,
+        })?;
         let (sender, receiver) = mpsc::channel(config.write_queue);
         let writer = thread::Builder::new()
             .name("sqlite-writer".to_owned())
@@ -320,8 +347,9 @@ fn write_loop(mut connection: Connection, mut writes: mpsc::Receiver<Box<dyn Wri
     while let Some(first) = writes.blocking_recv() {
         let mut group = vec![first];
         let lost = commit(&mut connection, &mut writes, &mut group).err();
-        if let Some(reason) = &lost {
-            error!(reason, writes = group.len(), "a transaction was lost");
+        if lost.is_some() {
+            // Why, each caller is told.
+            metrics::sqlite_lost();
         }
         for write in group {
             write.answer(lost.as_deref());

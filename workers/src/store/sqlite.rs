@@ -13,6 +13,7 @@ use tokio::sync::Notify;
 use uuid::Uuid;
 
 use crate::job::Registry;
+use crate::lease::BootTime;
 use crate::queue::{Claim, Claimed, Claims, Held, NewJob, Queue, Result};
 use crate::state::{Event, Spent, State, Transition, next};
 
@@ -29,7 +30,7 @@ pub const MIGRATIONS: Migrations = Migrations {
         run_at      INTEGER NOT NULL,       -- milliseconds since 1970: when it is due
         epoch       INTEGER NOT NULL DEFAULT 0,
         worker      TEXT,
-        lease_until INTEGER,
+        lease_until INTEGER,                -- milliseconds since the machine was started
         failures    INTEGER NOT NULL DEFAULT 0,
         recoveries  INTEGER NOT NULL DEFAULT 0,
         error       TEXT,
@@ -120,7 +121,7 @@ impl Queue for SqliteQueue {
             let mut update = tx.prepare_cached(
                 "UPDATE jobs SET lease_until = ? WHERE id = ? AND epoch = ? AND state = 'running'",
             )?;
-            let until = now_ms().saturating_add(millis(lease));
+            let until = lease_end(lease);
             let mut kept = Vec::with_capacity(held.len());
             for held in held {
                 if update.execute((until, held.id.as_bytes(), held.epoch))? == 1 {
@@ -142,16 +143,12 @@ impl Queue for SqliteQueue {
     }
 
     async fn rescue(&self, registry: Arc<Registry>) -> Result<usize> {
-        let rescued = self.store.write(move |tx| rescue(tx, now_ms(), &registry)).await?;
+        let now = BootTime::now().millis();
+        let rescued = self.store.write(move |tx| rescue(tx, now, &registry)).await?;
         if rescued > 0 {
             self.wake();
         }
         Ok(rescued)
-    }
-
-    async fn now(&self) -> Result<Timestamp> {
-        // The store is in the process: they have one clock.
-        Ok(Timestamp::now())
     }
 
     async fn woken(&self) {
@@ -172,7 +169,7 @@ fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
          RETURNING id, kind, payload, epoch, failures, recoveries, run_at",
     )?;
     let parameters = named_params! {
-        ":worker": claim.worker, ":until": now.saturating_add(millis(claim.lease)),
+        ":worker": claim.worker, ":until": lease_end(claim.lease),
         ":queue": claim.queue, ":limit": claim.limit,
     };
     let jobs =
@@ -253,12 +250,15 @@ pub fn count(tx: &Connection, queue: &str, state: State) -> rusqlite::Result<usi
         .map(Option::unwrap_or_default)
 }
 
-fn now_ms() -> i64 {
-    Timestamp::now().as_millisecond()
+/// When a lease that begins now ends. By the clock that leases are measured by everywhere: a step of the wall
+/// clock takes no job from a worker. Boot takes them all ([`SqliteQueue::rescue_all`]), so that it does not
+/// matter that this clock begins anew with the machine.
+fn lease_end(lease: Duration) -> i64 {
+    BootTime::now().after(lease).millis()
 }
 
-fn millis(duration: Duration) -> i64 {
-    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+fn now_ms() -> i64 {
+    Timestamp::now().as_millisecond()
 }
 
 /// From `earlier` to `later`, both in milliseconds; nothing when they are the other way round.

@@ -24,8 +24,10 @@ pub(crate) struct Batch {
     pub(crate) notification: Uuid,
     pub(crate) part: Part,
     pub(crate) attempt: u32,
-    /// When its members were tried first, in milliseconds since 1970.
-    pub(crate) first_sent_at: i64,
+    /// When the notification was accepted, in milliseconds since 1970.
+    pub(crate) created_at: i64,
+    /// How many the notification is for, as far as was known when it was accepted.
+    pub(crate) estimate: u64,
     /// The outcomes of members up to it are recorded,
     pub(crate) low_id: i64,
     /// and those of these.
@@ -36,6 +38,13 @@ pub(crate) struct Batch {
     pub(crate) ttl: Duration,
     pub(crate) urgency: String,
     pub(crate) topic: Option<String>,
+}
+
+impl Batch {
+    /// Whether the outcome of a member is recorded.
+    pub(crate) fn is_recorded(&self, id: i64) -> bool {
+        id <= self.low_id || self.above.binary_search(&id).is_ok()
+    }
 }
 
 /// Which members.
@@ -70,13 +79,34 @@ pub(crate) struct Checkpoint {
     pub(crate) finished: bool,
 }
 
+/// What came of a checkpoint.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Recorded {
+    /// It is written.
+    Kept,
+    /// It is written, and it was the last of its notification.
+    Last,
+    /// The batch is in other hands by now: nothing has changed.
+    TooLate,
+}
+
 /// Members to be tried again later, by a job of their own.
 #[derive(Clone, Debug)]
 pub(crate) struct Deferred {
     pub(crate) ids: Vec<i64>,
     pub(crate) job: NewJob,
     pub(crate) attempt: u32,
-    pub(crate) first_sent_at: i64,
+}
+
+/// What came of adding a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Added {
+    /// There may be more.
+    One,
+    /// There are no more, or the cutting is in other hands by now.
+    NoMore,
+    /// There are no more, and all batches have finished already.
+    Last,
 }
 
 /// How far an audience has been cut into batches.
@@ -86,7 +116,8 @@ pub(crate) struct FanOut {
     pub(crate) audience: Audience,
     pub(crate) watermark: i64,
     pub(crate) fanned_to: i64,
-    pub(crate) outstanding: usize,
+    /// How many of its batches are not finished, besides those that are to be tried again.
+    pub(crate) ahead: usize,
 }
 
 impl Store {
@@ -101,8 +132,13 @@ impl Store {
         self.sqlite.read(move |tx| members(tx, &batch)).await
     }
 
-    /// Records what a batch has done. False when the batch is in other hands by now: nothing has changed.
-    pub(crate) async fn checkpoint(&self, batch: &Batch, epoch: i64, checkpoint: Checkpoint) -> Result<bool> {
+    /// Records what a batch has done.
+    pub(crate) async fn checkpoint(
+        &self,
+        batch: &Batch,
+        epoch: i64,
+        checkpoint: Checkpoint,
+    ) -> Result<Recorded> {
         let (id, notification, site) = (batch.id, batch.notification, batch.site);
         let wakes = !checkpoint.deferred.is_empty();
         let recorded =
@@ -119,7 +155,9 @@ impl Store {
             .write(move |tx| {
                 tx.prepare_cached(
                     "UPDATE notifications SET fanout_epoch = ?2 WHERE id = ?1 AND fanout_epoch <= ?2
-                     RETURNING site, audience, watermark, fanned_to, outstanding, fanned_out",
+                     RETURNING site, audience, watermark, fanned_to, fanned_out,
+                         (SELECT count(*) FROM batches
+                          WHERE notification = notifications.id AND (ids IS NULL) = TRUE) AS ahead",
                 )?
                 .query_row((notification.as_bytes(), epoch), |row| {
                     let fanned_out: bool = row.get("fanned_out")?;
@@ -128,7 +166,7 @@ impl Store {
                         audience: audience(row)?,
                         watermark: row.get("watermark")?,
                         fanned_to: row.get("fanned_to")?,
-                        outstanding: row.get("outstanding")?,
+                        ahead: row.get("ahead")?,
                     };
                     Ok((!fanned_out).then_some(fan_out))
                 })
@@ -138,7 +176,7 @@ impl Store {
             .await
     }
 
-    /// The end of the next `size` members after where the cutting stands, and whether those are the last.
+    /// The id at which the next `size` members end; none when there is nobody left.
     pub(crate) async fn next_page(&self, fan_out: &FanOut, size: usize) -> Result<Option<i64>> {
         let fan_out = fan_out.clone();
         self.sqlite
@@ -156,50 +194,74 @@ impl Store {
             .await
     }
 
-    /// Adds batches with these ends, and the jobs that send them. False when the cutting is in other hands.
-    pub(crate) async fn add_batches(
+    /// Adds the next batch, which ends at an id, and the job that sends it; none when there is nobody left.
+    pub(crate) async fn add_batch(
         &self,
         notification: Uuid,
         epoch: i64,
         from: i64,
-        batches: Vec<(i64, NewJob)>,
-        last: bool,
-    ) -> Result<bool> {
+        next: Option<(i64, NewJob)>,
+    ) -> Result<Added> {
         let add = move |tx: &Connection| {
-            let to = batches.last().map_or(from, |(upto, _)| *upto);
-            let changed = tx
+            let Some((upto, job)) = next else {
+                let held = tx
+                    .prepare_cached(
+                        "UPDATE notifications SET fanned_out = TRUE
+                         WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out",
+                    )?
+                    .execute((notification.as_bytes(), epoch))?;
+                let last = held == 1 && end_if_done(tx, notification)?;
+                return Ok(if last { Added::Last } else { Added::NoMore });
+            };
+            let held = tx
                 .prepare_cached(
-                    "UPDATE notifications
-                     SET fanned_to = ?, outstanding = outstanding + ?, fanned_out = ?
+                    "UPDATE notifications SET fanned_to = ?, outstanding = outstanding + 1
                      WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out",
                 )?
-                .execute((to, batches.len(), last, notification.as_bytes(), epoch))?;
-            if changed == 0 {
-                return Ok(false);
+                .execute((upto, notification.as_bytes(), epoch))?;
+            if held == 0 {
+                return Ok(Added::NoMore);
             }
-            let mut after = from;
-            for (upto, job) in &batches {
-                insert_batch(tx, job.id, notification, after, *upto)?;
-                insert_jobs(tx, std::slice::from_ref(job))?;
-                after = *upto;
-            }
-            end_if_done(tx, notification)?;
-            Ok(true)
+            insert_batch(tx, job.id, notification, from, upto)?;
+            insert_jobs(tx, &[job])?;
+            Ok(Added::One)
         };
         let added = self.sqlite.write(add).await?;
         self.queue.wake();
         Ok(added)
     }
 
-    /// Gives up cutting an audience: those who have no batch by now are never sent to.
+    /// Gives up cutting an audience: those who have no batch by now have failed.
     pub(crate) async fn give_up_fan_out(&self, notification: Uuid, epoch: i64, reason: String) -> Result<()> {
+        let Some(fan_out) = self.open_fan_out(notification, epoch).await? else { return Ok(()) };
+        let left = self.count_left(&fan_out).await?;
         self.sqlite
             .write(move |tx| {
-                tx.prepare_cached(
-                    "UPDATE notifications SET fanned_out = TRUE, error = ? WHERE id = ? AND fanout_epoch <= ?",
-                )?
-                .execute((reason, notification.as_bytes(), epoch))?;
-                end_if_done(tx, notification)
+                let changed = tx
+                    .prepare_cached(
+                        "UPDATE notifications SET fanned_out = TRUE, error = ?
+                         WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out",
+                    )?
+                    .execute((reason, notification.as_bytes(), epoch))?;
+                if changed == 1 && left > 0 {
+                    add_outcome(tx, notification, Outcome::Failed.as_str(), left)?;
+                }
+                end_if_done(tx, notification).map(drop)
+            })
+            .await
+    }
+
+    async fn count_left(&self, fan_out: &FanOut) -> Result<usize> {
+        let fan_out = fan_out.clone();
+        self.sqlite
+            .read(move |tx| {
+                let mut parameters: Vec<Value> =
+                    vec![fan_out.site.into(), fan_out.fanned_to.into(), fan_out.watermark.into()];
+                let filter = fan_out.audience.to_sql(fan_out.site, &mut parameters);
+                let sql = format!(
+                    "SELECT count(*) FROM subscriptions WHERE site = ? AND id > ? AND id <= ? AND {filter}"
+                );
+                tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))
             })
             .await
     }
@@ -219,11 +281,8 @@ pub(super) fn insert_batch(
 fn open_batch(tx: &Connection, id: Uuid, epoch: i64) -> rusqlite::Result<Option<Batch>> {
     let now = now_ms();
     let taken = tx
-        .prepare_cached(
-            "UPDATE batches SET epoch = ?2, first_sent_at = coalesce(first_sent_at, ?3)
-             WHERE id = ?1 AND epoch <= ?2",
-        )?
-        .execute((id.as_bytes(), epoch, now))?;
+        .prepare_cached("UPDATE batches SET epoch = ?2 WHERE id = ?1 AND epoch <= ?2")?
+        .execute((id.as_bytes(), epoch))?;
     if taken == 0 {
         return Ok(None);
     }
@@ -232,7 +291,7 @@ fn open_batch(tx: &Connection, id: Uuid, epoch: i64) -> rusqlite::Result<Option<
          WHERE id = (SELECT notification FROM batches WHERE id = ?1) AND state = 'queued'",
     )?
     .execute((id.as_bytes(), now))?;
-    let sql = "SELECT batches.*, site, audience, payload, ttl, urgency, topic
+    let sql = "SELECT batches.*, site, audience, payload, ttl, urgency, topic, created_at, estimate
                FROM batches JOIN notifications ON notifications.id = notification WHERE batches.id = ?";
     tx.prepare_cached(sql)?.query_row([id.as_bytes()], read).optional()
 }
@@ -249,7 +308,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Batch> {
         notification: Uuid::from_bytes(row.get("notification")?),
         part,
         attempt: row.get("attempt")?,
-        first_sent_at: row.get("first_sent_at")?,
+        created_at: row.get("created_at")?,
+        estimate: row.get("estimate")?,
         low_id: row.get("low_id")?,
         above: serde_json::from_str(&above).unwrap_or_default(),
         site: row.get("site")?,
@@ -305,7 +365,7 @@ fn members(tx: &Connection, batch: &Batch) -> rusqlite::Result<Vec<Member>> {
         })
     })?;
     let members: Vec<Member> = members.collect::<rusqlite::Result<_>>()?;
-    Ok(members.into_iter().filter(|member| batch.above.binary_search(&member.id).is_err()).collect())
+    Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
 }
 
 fn record(
@@ -315,13 +375,13 @@ fn record(
     site: i64,
     epoch: i64,
     checkpoint: &Checkpoint,
-) -> rusqlite::Result<bool> {
+) -> rusqlite::Result<Recorded> {
     let above = serde_json::to_string(&checkpoint.above).unwrap_or_default();
     let held = tx
         .prepare_cached("UPDATE batches SET low_id = ?, above = ? WHERE id = ? AND epoch = ?")?
         .execute((checkpoint.low_id, above, id.as_bytes(), epoch))?;
     if held == 0 {
-        return Ok(false);
+        return Ok(Recorded::TooLate);
     }
     for (outcome, count) in &checkpoint.outcomes {
         add_outcome(tx, notification, outcome.as_str(), *count)?;
@@ -338,23 +398,25 @@ fn record(
         tx.prepare_cached("DELETE FROM batches WHERE id = ?")?.execute([id.as_bytes()])?;
         tx.prepare_cached("UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?")?
             .execute([notification.as_bytes()])?;
-        end_if_done(tx, notification)?;
+        if end_if_done(tx, notification)? {
+            return Ok(Recorded::Last);
+        }
     }
-    Ok(true)
+    Ok(Recorded::Kept)
 }
 
 fn insert_deferred(tx: &Connection, notification: Uuid, deferred: &Deferred) -> rusqlite::Result<()> {
     let ids = serde_json::to_string(&deferred.ids).unwrap_or_default();
     tx.prepare_cached(
-        "INSERT INTO batches (id, notification, after_id, upto_id, ids, attempt, first_sent_at, low_id)
+        "INSERT INTO batches (id, notification, after_id, upto_id, ids, again, attempt, low_id)
          VALUES (?, ?, 0, 0, ?, ?, ?, 0)",
     )?
     .execute((
         deferred.job.id.as_bytes(),
         notification.as_bytes(),
         ids,
+        deferred.ids.len(),
         deferred.attempt,
-        deferred.first_sent_at,
     ))?;
     tx.prepare_cached("UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?")?
         .execute([notification.as_bytes()])?;
@@ -362,7 +424,7 @@ fn insert_deferred(tx: &Connection, notification: Uuid, deferred: &Deferred) -> 
 }
 
 /// A notification whose last batch has finished is done, and its own recipients are not needed any more.
-fn end_if_done(tx: &Connection, notification: Uuid) -> rusqlite::Result<()> {
+fn end_if_done(tx: &Connection, notification: Uuid) -> rusqlite::Result<bool> {
     let ended = tx
         .prepare_cached(
             "UPDATE notifications SET state = 'done', ended_at = ?
@@ -373,5 +435,5 @@ fn end_if_done(tx: &Connection, notification: Uuid) -> rusqlite::Result<()> {
         tx.prepare_cached("DELETE FROM recipients WHERE notification = ?")?
             .execute([notification.as_bytes()])?;
     }
-    Ok(())
+    Ok(ended == 1)
 }

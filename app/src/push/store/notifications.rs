@@ -74,6 +74,8 @@ pub(crate) struct Notification {
     pub(crate) state: String,
     pub(crate) estimate: u64,
     pub(crate) outcomes: BTreeMap<String, u64>,
+    /// How many wait to be tried again.
+    pub(crate) again: u64,
     pub(crate) error: Option<String>,
     pub(crate) created_at: Timestamp,
     pub(crate) started_at: Option<Timestamp>,
@@ -81,7 +83,8 @@ pub(crate) struct Notification {
 }
 
 impl Store {
-    /// How many subscriptions an audience has now, and the highest id among all of the site.
+    /// How many subscriptions an audience has now, and the highest id among all of the site: members are those
+    /// up to it. Whoever comes between this and the acceptance was not there when it was asked for.
     pub(crate) async fn estimate(&self, site: i64, audience: Audience) -> Result<(u64, i64)> {
         self.sqlite
             .read(move |tx| {
@@ -95,6 +98,11 @@ impl Store {
                 Ok((count, watermark))
             })
             .await
+    }
+
+    /// What the same request was answered before.
+    pub(crate) async fn accepted_before(&self, promise: Idempotency) -> Result<Option<Accepted>> {
+        self.sqlite.read(move |tx| earlier(tx, &promise, now_ms())).await
     }
 
     /// Stores a notification and the job that begins it, in one transaction.
@@ -136,7 +144,7 @@ fn accept(tx: &Connection, new: &NewNotification) -> rusqlite::Result<Accepted> 
     if let Some(promise) = &new.idempotency {
         tx.prepare_cached("DELETE FROM idempotency_keys WHERE created_at < ?")?
             .execute([now - IDEMPOTENCY_MS])?;
-        if let Some(before) = earlier(tx, promise)? {
+        if let Some(before) = earlier(tx, promise, now)? {
             return Ok(before);
         }
         tx.prepare_cached(
@@ -178,12 +186,12 @@ fn accept(tx: &Connection, new: &NewNotification) -> rusqlite::Result<Accepted> 
     Ok(Accepted::Now)
 }
 
-fn earlier(tx: &Connection, promise: &Idempotency) -> rusqlite::Result<Option<Accepted>> {
+fn earlier(tx: &Connection, promise: &Idempotency, now: i64) -> rusqlite::Result<Option<Accepted>> {
     let sql = "SELECT fingerprint, notification, estimate
                FROM idempotency_keys JOIN notifications ON notifications.id = notification
-               WHERE api_key = ? AND key = ?";
+               WHERE api_key = ? AND key = ? AND idempotency_keys.created_at >= ?";
     tx.prepare_cached(sql)?
-        .query_row((&promise.api_key, &promise.key), |row| {
+        .query_row((&promise.api_key, &promise.key, now - IDEMPOTENCY_MS), |row| {
             let fingerprint: [u8; 32] = row.get(0)?;
             if fingerprint != promise.fingerprint {
                 return Ok(Accepted::Conflict);
@@ -194,6 +202,8 @@ fn earlier(tx: &Connection, promise: &Idempotency) -> rusqlite::Result<Option<Ac
 }
 
 const COLUMNS: &str = "id, state, estimate, error, created_at, started_at, ended_at,
+    (SELECT coalesce(sum(again), 0) FROM batches WHERE notification = notifications.id AND (ids IS NULL) = FALSE)
+        AS again,
     (SELECT json_group_object(outcome, count) FROM notification_outcomes WHERE notification = notifications.id)
         AS outcomes";
 
@@ -204,6 +214,7 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Notification> {
         state: row.get("state")?,
         estimate: row.get("estimate")?,
         outcomes: serde_json::from_str(&outcomes).unwrap_or_default(),
+        again: row.get("again")?,
         error: row.get("error")?,
         created_at: timestamp(row.get("created_at")?),
         started_at: row.get::<_, Option<i64>>("started_at")?.map(timestamp),

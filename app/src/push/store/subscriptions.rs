@@ -19,6 +19,8 @@ pub(crate) struct NewSubscription {
     pub(crate) user: Option<String>,
     /// Kept as they were when there are none.
     pub(crate) tags: Option<Vec<String>>,
+    /// The only tags that may be taken away; any, if there is no such list.
+    pub(crate) own_tags: Option<Vec<String>>,
     /// Kept as it was when there is none.
     pub(crate) metadata: Option<String>,
     pub(crate) replaces: Option<Replaced>,
@@ -206,7 +208,12 @@ fn update(tx: &Connection, new: &NewSubscription, id: i64) -> rusqlite::Result<(
         id,
     ))?;
     if new.tags.is_some() {
-        tx.prepare_cached("DELETE FROM subscription_tags WHERE subscription = ?")?.execute([id])?;
+        let own = new.own_tags.as_ref().and_then(|tags| serde_json::to_string(tags).ok());
+        tx.prepare_cached(
+            "DELETE FROM subscription_tags
+             WHERE subscription = ?1 AND (?2 IS NULL OR tag IN (SELECT value FROM json_each(?2)))",
+        )?
+        .execute((id, own))?;
     }
     set_tags(tx, new, id)
 }

@@ -1,0 +1,73 @@
+//! An application of one's own: a setting, a route, a table, a job, a condition for readiness, a status.
+//!
+//! `cargo run --example hello`, then `curl -X POST http://127.0.0.1:8080/hello/world`.
+
+use std::process::ExitCode;
+
+use perennial::Perennial;
+use perennial::anyhow;
+use perennial::api::{Json, Result};
+use perennial::axum::Router;
+use perennial::axum::extract::{Path, State};
+use perennial::axum::routing::post;
+use perennial::module::{Host, Module};
+use perennial::server::pool::sqlite::Sqlite;
+use perennial::settings::Reader;
+use perennial::workers::store::sqlite::SqliteQueue;
+use perennial::workers::{Context, Fate, Job, NewJob, Queue};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+struct Hello {
+    greeting: String,
+}
+
+impl Module for Hello {
+    const NAME: &'static str = "hello";
+    const DEFAULTS: &'static str = "[hello]\n# How visitors are greeted.\ngreeting = \"Hello\"";
+    const MIGRATIONS: &'static [&'static str] =
+        &["CREATE TABLE greeted (name TEXT PRIMARY KEY, times INTEGER NOT NULL)"];
+
+    fn configure(settings: &mut Reader<'_>) -> Self {
+        Self { greeting: settings.get("hello.greeting") }
+    }
+
+    async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+        let ready = host.readiness("hello", "warming up");
+        host.job::<Count>(host.store.clone());
+        let greeting = self.greeting.clone();
+        host.status(Self::NAME, move || json!({ "greeting": greeting }));
+        let state = (self.greeting, host.queue.clone());
+        let greet = async |State((greeting, queue)): State<(String, SqliteQueue)>,
+                           Path(name): Path<String>|
+               -> Result<Json<Value>> {
+            queue.enqueue(vec![NewJob::new(&Count { name: name.clone() })?]).await?;
+            Ok(Json(json!({ "said": format!("{greeting}, {name}") })))
+        };
+        host.routes(Router::new().route("/hello/{name}", post(greet)).with_state(state));
+        ready.met();
+        Ok(())
+    }
+}
+
+/// Counts a greeting, after the answer has gone out.
+#[derive(Serialize, Deserialize)]
+struct Count {
+    name: String,
+}
+
+impl Job for Count {
+    const KIND: &'static str = "hello.count";
+    type Tools = Sqlite;
+
+    async fn run(&self, _context: Context, store: Sqlite) -> anyhow::Result<Fate> {
+        let name = self.name.clone();
+        let sql = "INSERT INTO greeted VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET times = times + 1";
+        store.write(move |tx| tx.execute(sql, [name]).map(drop)).await?;
+        Ok(Fate::Done)
+    }
+}
+
+fn main() -> ExitCode {
+    Perennial::new().host::<Hello>().main()
+}

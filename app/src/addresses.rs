@@ -1,0 +1,55 @@
+//! Where the running server listens: `addresses.json` in the data directory, for scripts and for our own
+//! commands.
+
+use std::fs::File;
+use std::path::Path;
+
+use anyhow::{Context, bail};
+use serde::{Deserialize, Serialize};
+
+use crate::data_dir::{self, ADDRESSES};
+
+/// The addresses of both listeners, as they are written in settings.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Addresses {
+    pub(crate) server: Vec<String>,
+    pub(crate) admin: Vec<String>,
+}
+
+impl Addresses {
+    /// Those of the server that runs on this data directory.
+    pub(crate) fn of_running(path: &Path) -> anyhow::Result<Self> {
+        let file = path.join(ADDRESSES);
+        // One that was killed leaves its file behind, and by now somebody else may listen there.
+        if !data_dir::is_locked(path) {
+            bail!("no server runs on {}", path.display());
+        }
+        let opened = File::open(&file)
+            .with_context(|| format!("the server on {} has not opened its listeners yet", path.display()))?;
+        serde_json::from_reader(opened).with_context(|| format!("{} is no JSON", file.display()))
+    }
+}
+
+/// The URL of the first of these addresses that a client on this machine can open; none for Unix sockets.
+pub(crate) fn url(addresses: &[String]) -> Option<String> {
+    let address = addresses.iter().find(|address| !address.starts_with("unix:"))?;
+    let url = if address.contains("://") { address.clone() } else { format!("http://{address}") };
+    // Nobody can open "any address"; on this machine it is this one.
+    Some(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_one_that_can_be_opened_here() {
+        let of = |addresses: &[&str]| {
+            url(&addresses.iter().map(|address| (*address).to_owned()).collect::<Vec<_>>())
+        };
+        assert_eq!(of(&["unix:/run/p.sock", "0.0.0.0:8080"]).unwrap(), "http://127.0.0.1:8080");
+        assert_eq!(of(&["https://[::]:443"]).unwrap(), "https://[::1]:443");
+        assert_eq!(of(&["10.0.0.1:80", "127.0.0.1:81"]).unwrap(), "http://10.0.0.1:80");
+        assert_eq!(of(&["unix:/run/p.sock"]), None);
+    }
+}
