@@ -6,6 +6,7 @@ use std::process::Stdio;
 
 use nix::pty::openpty;
 use nix::sys::signal::Signal;
+use perennial::sink::Answer;
 use serde_json::Value;
 
 use support::double::Double;
@@ -196,4 +197,37 @@ async fn an_admin_listener_that_others_can_reach_wants_its_token() {
     assert!(let_in.json().is_array());
     assert_eq!(admin.get("/metrics").await.status, 200, "metrics are open");
     assert_eq!(perennial.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_boot_that_fails_has_begun_no_job() {
+    let double = Double::start().await;
+    let mut perennial = Setup::new().sending_to(&double).start().await;
+    perennial.subscribe(&double, 3).await;
+    double.script(|_| Answer::Stall);
+    let id = perennial
+        .notify(&serde_json::json!({ "to": {"all": true}, "notification": {"title": "Hello"} }))
+        .await;
+    eventually("it is being sent", || async { (double.asked() == 3).then_some(()) }).await;
+    perennial.signal(Signal::SIGKILL);
+    perennial.ended().await;
+    double.script(|_| Answer::Take);
+
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let listen = format!("server.listen={}", taken.local_addr().unwrap());
+    perennial.setup = perennial.setup.set(&listen);
+    let failed = perennial.setup.run(&["serve"]).await;
+    assert_eq!(failed.status.code(), Some(1), "{}", String::from_utf8_lossy(&failed.stderr));
+    assert_eq!(double.asked(), 3);
+
+    perennial.setup = perennial.setup.set("server.listen=127.0.0.1:0");
+    let perennial = perennial.start_again().await;
+    assert_eq!(perennial.done(&id).await["outcomes"], serde_json::json!({ "delivered": 3 }));
+    let recoveries: Vec<Value> = perennial
+        .log_lines()
+        .into_iter()
+        .filter(|line| line["message"] == "job started")
+        .map(|line| line["recoveries"].clone())
+        .collect();
+    assert_eq!(recoveries, [0, 1], "one crash is one recovery");
 }

@@ -2,8 +2,9 @@
 
 use serde_json::{Value, json};
 
+use nix::sys::signal::Signal;
 use support::double::Double;
-use support::process::Setup;
+use support::process::{Perennial, Setup};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -95,9 +96,17 @@ async fn health_asks_the_running_server() {
     assert_eq!((health.status.code(), text(&health.stdout).trim()), (Some(0), "ok"));
     assert_eq!(perennial.setup.run(&["health", "--live"]).await.status.code(), Some(0));
     perennial.stop().await;
-    let health = perennial.setup.run(&["health"]).await;
-    assert_eq!(health.status.code(), Some(1));
-    assert!(text(&health.stderr).contains("no server runs on"), "{}", text(&health.stderr));
+    let refused = async |perennial: &Perennial| {
+        let health = perennial.setup.run(&["health"]).await;
+        assert_eq!(health.status.code(), Some(1));
+        assert!(text(&health.stderr).contains("no server runs on"), "{}", text(&health.stderr));
+    };
+    refused(&perennial).await;
+    let mut perennial = perennial.start_again().await;
+    perennial.signal(Signal::SIGKILL);
+    perennial.ended().await;
+    assert!(perennial.setup.data_dir().join("addresses.json").exists(), "left behind, and not believed");
+    refused(&perennial).await;
 }
 
 #[tokio::test]

@@ -268,10 +268,12 @@ async fn more_connections_than_allowed_wait_their_turn() {
 async fn what_is_in_the_backlog_when_the_listener_closes_is_served() {
     let one = Config { max_connections: 1, ..config(&["127.0.0.1:0"]) };
     let host = Host::start(one, echo_id()).await;
-    let first = TcpStream::connect(&host.addresses[0]).await.unwrap();
-    eventually("the first is accepted", || async { Some(()) }).await;
+    let mut first = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    let request = b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n";
+    first.write_all(request).await.unwrap();
+    assert!(soon("an answer", first.read(&mut [0; 1024])).await.unwrap() > 0, "the first is accepted");
     let mut waiting = TcpStream::connect(&host.addresses[0]).await.unwrap();
-    waiting.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    waiting.write_all(request).await.unwrap();
     host.trigger.advance(Phase::Soft);
     let mut answer = String::new();
     soon("an answer", waiting.read_to_string(&mut answer)).await.unwrap();

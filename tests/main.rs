@@ -10,6 +10,7 @@ mod delivery;
 mod drain;
 mod host;
 mod jobs;
+mod module;
 mod notify;
 mod page;
 mod settings;

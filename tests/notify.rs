@@ -183,12 +183,9 @@ async fn what_may_heal_is_tried_again_within_the_time_to_live() {
     assert_eq!(progress["outcomes"], json!({ "delivered": 4 }));
     assert_eq!(double.reached_and_repeats(), (4, 0));
     let ttls: Vec<u32> = double.taken().iter().map(|taken| taken.push.ttl).collect();
-    assert_eq!(ttls.iter().filter(|ttl| **ttl == 100).count(), 1);
-    assert_eq!(
-        ttls.iter().filter(|ttl| (80..100).contains(*ttl)).count(),
-        3,
-        "the wait is taken off: {ttls:?}"
-    );
+    // A cut takes along what else was on the connection.
+    let later = ttls.iter().filter(|ttl| (80..100).contains(*ttl)).count();
+    assert!(later >= 3 && ttls.iter().all(|ttl| (80..=100).contains(ttl)), "the wait is taken off: {ttls:?}");
 }
 
 #[tokio::test]
@@ -325,4 +322,59 @@ async fn notifications_are_listed_the_newest_first() {
     let page = perennial.client().get(&format!("/notifications?cursor={next}")).await.json();
     assert_eq!(page["notifications"][0]["id"], *ids[0]);
     assert_eq!(page["notifications"].as_array().unwrap().len(), 1);
+}
+
+#[tokio::test]
+async fn those_that_are_asked_to_wait_hold_up_nobody() {
+    let (double, perennial) = start_with(|setup| {
+        setup.set("push.small_audience=1").set("push.batch=20").set("push.retry_batches=1")
+    })
+    .await;
+    let ids = perennial.subscribe(&double, 200).await;
+    // Every other one, and each asks for another wait.
+    let asked = AtomicUsize::new(0);
+    double.script(move |_| match asked.fetch_add(1, Ordering::SeqCst) {
+        count if count < 200 && count % 2 == 0 => {
+            status_answer(429, &[("retry-after", &(3600 + count).to_string())])
+        }
+        _ => Answer::Take,
+    });
+    let big = perennial.notify(&hello(&json!({"all": true}))).await;
+    let path = format!("/notifications/{big}");
+    eventually("the others have got it", || async {
+        let progress = perennial.client().get(&path).await.json();
+        let (outcomes, retrying) = (&progress["outcomes"], &progress["retrying"]);
+        (*outcomes == json!({ "delivered": 100 }) && *retrying == 100).then_some(())
+    })
+    .await;
+    let progress = perennial.notify_and_wait(&hello(&json!({"subscriptions": [ids[0]]}))).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 1 }));
+    let progress = perennial.notify_and_wait(&hello(&json!({"all": true}))).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 200 }));
+    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
+    let jobs: usize = store.query_row("SELECT count(*) FROM jobs", [], |row| row.get(0)).unwrap();
+    assert!(jobs <= 20, "those of one batch wait together: {jobs}");
+}
+
+#[tokio::test]
+async fn the_log_follows_a_notification_from_its_request_to_its_end() {
+    let (double, perennial) = start().await;
+    perennial.subscribe(&double, 2).await;
+    let answer = perennial.client().post("/notify", &hello(&json!({"all": true}))).await;
+    let id = answer.json()["id"].as_str().unwrap().to_owned();
+    perennial.done(&id).await;
+    let done = perennial.logged("notification done").await;
+    assert_eq!(done["notification"], id.as_str(), "{done}");
+    let lines = perennial.log_lines();
+    let of = |what: &str, key: &str, value: &str| {
+        lines.iter().filter(|line| line["message"] == what && line[key] == value).count()
+    };
+    let request = answer.header("x-request-id").unwrap();
+    assert_eq!(of("request", "request_id", request), 1);
+    assert_eq!(of("batch sent", "notification", &id), 1);
+    let accepted: Vec<_> = lines.iter().filter(|line| line["notification"] == id.as_str()).collect();
+    assert!(
+        accepted.iter().any(|line| line["span"]["request_id"] == request),
+        "a line with both: {accepted:?}"
+    );
 }

@@ -96,7 +96,7 @@ async fn a_page_names_a_user_only_with_a_word_from_the_backend() {
     let double = Double::start().await;
     let setup = Setup::new().sending_to(&double);
     let secret = setup.file("user.secret");
-    std::fs::write(&secret, "correct horse\n").unwrap();
+    std::fs::write(&secret, "correct horse battery\n").unwrap();
     let perennial = setup.set(&format!("sites.default.user_secret_file={}", secret.display())).start().await;
     let anybody = perennial.client().without_key();
     let subscribe = |user: &str, token: Option<String>| {
@@ -107,7 +107,7 @@ async fn a_page_names_a_user_only_with_a_word_from_the_backend() {
         let anybody = anybody.clone();
         async move { anybody.post("/subscriptions", &request).await }
     };
-    let key = hmac::Key::new(hmac::HMAC_SHA256, b"correct horse");
+    let key = hmac::Key::new(hmac::HMAC_SHA256, b"correct horse battery");
     let token = |user: &str| Some(URL_SAFE_NO_PAD.encode(hmac::sign(&key, user.as_bytes())));
     assert_eq!(subscribe("ann", None).await.status, 403);
     assert_eq!(subscribe("ann", Some("AAAA".into())).await.status, 403);
@@ -115,7 +115,7 @@ async fn a_page_names_a_user_only_with_a_word_from_the_backend() {
     assert_eq!(subscribe("ann", token("ann")).await.status, 201);
     let listed = perennial.client().get("/subscriptions?user=ann").await.json();
     assert_eq!(listed["subscriptions"].as_array().unwrap().len(), 1);
-    assert!(!perennial.log().contains("correct horse"));
+    assert!(!perennial.log().contains("correct horse battery"));
 }
 
 #[tokio::test]

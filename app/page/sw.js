@@ -34,7 +34,8 @@ self.addEventListener("notificationclick", (event) => {
   const url = event.notification.data?.url;
   if (!url) return;
   const open = async () => {
-    const target = new URL(url, self.location.origin).href;
+    const { href: target, protocol } = new URL(url, self.location.origin);
+    if (protocol !== "https:" && protocol !== "http:") return;
     const pages = await self.clients.matchAll({ type: "window", includeUncontrolled: true });
     const there = pages.find((page) => page.url === target);
     await (there ? there.focus() : self.clients.openWindow(target));

@@ -19,7 +19,7 @@ use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::worker::{self, Worker};
 use perennial_workers::{Registry, rescue, store};
 use secrecy::{ExposeSecret, SecretString};
-use tracing::info;
+use tracing::{info, warn};
 use utoipa::PartialSchema;
 use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
 use utoipa::openapi::{ContentBuilder, Info, OpenApi, Ref, ResponseBuilder};
@@ -67,6 +67,10 @@ pub(crate) async fn boot(
     store.migrate(&migrations).await.context("the store cannot be brought up to date")?;
     let admin_token = first_keys(&data_dir, &store).await?;
     let access = Access::open(&store, admin_token).await.context("the API keys cannot be read")?;
+    if data_dir.read(data_dir::API_KEY).is_some_and(|key| access.caller(&key).is_none()) {
+        let file = data_dir.join(data_dir::API_KEY);
+        warn!(file = %file.display(), "this API key is not in the store, and opens nothing");
+    }
 
     let tasks = Tasks::new(drain.clone());
     let queue = SqliteQueue::new(store.clone());

@@ -112,6 +112,11 @@ impl DataDir {
         }
     }
 
+    /// The text of a file, if it is there and can be read.
+    pub fn read(&self, name: &str) -> Option<String> {
+        Some(fs::read_to_string(self.join(name)).ok()?.trim_end().to_owned())
+    }
+
     /// Writes a file, readable for its owner only, so that it is there whole or not at all.
     ///
     /// # Errors

@@ -258,6 +258,11 @@ async fn vapid_key(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<VapidKe
     VapidKey::from_pem(&pem).with_context(|| format!("{} cannot be used", file.display()))
 }
 
+/// What pages' user tokens are made with.
+const USER_SECRET: &str = "sites.default.user_secret_file";
+/// The shortest secret for it, in bytes.
+const MIN_USER_SECRET: usize = 16;
+
 fn config(settings: &mut Reader<'_>) -> Config {
     let origins = settings.read_with(
         "sites.default.origins",
@@ -271,11 +276,18 @@ fn config(settings: &mut Reader<'_>) -> Config {
         let tags = <Vec<String> as crate::settings::Setting>::read(value)?;
         tags.iter().all(|tag| tags::is_tag(tag)).then_some(tags)
     });
+    let user_secret = settings.secret_file(USER_SECRET);
+    if user_secret.as_ref().is_some_and(|secret| secret.expose_secret().len() < MIN_USER_SECRET) {
+        settings.refuse::<()>(
+            USER_SECRET,
+            "a file with a secret of at least 16 bytes; this one is guessed in no time",
+        );
+    }
     Config {
         page: settings.get("push.page"),
         origins,
         public_tags,
-        user_secret: settings.secret_file("sites.default.user_secret_file"),
+        user_secret,
         ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
         attempts: settings.number("push.attempts", 1..=100),
         batch: settings.number("push.batch", 1..=100_000),
@@ -358,4 +370,16 @@ fn pins(value: &toml::Value) -> Option<Vec<Pin>> {
         (!addresses.is_empty()).then_some(Pin { host, addresses })
     };
     value.as_array()?.iter().map(pin).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_hosts_in_the_settings_are_those_of_the_library() {
+        let defaults: toml::Table = Push::DEFAULTS.parse().unwrap();
+        let listed = defaults["push"]["allow_hosts"].as_array().unwrap();
+        assert!(listed.iter().filter_map(|host| host.as_str()).eq(perennial_webpush::DEFAULT_HOSTS));
+    }
 }

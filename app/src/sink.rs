@@ -13,20 +13,28 @@ mod browser;
 mod rules;
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::fmt;
+use std::fs::OpenOptions;
+use std::io::Write;
 use std::net::SocketAddr;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Path as PathParameter, Request, State};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
-use http::{HeaderMap, StatusCode, header};
+use bytes::Bytes;
+use futures_util::stream;
+use http::request::Parts;
+use http::{StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use perennial_server::drain::Drain;
 use perennial_server::http::scope::Scope;
@@ -90,6 +98,8 @@ pub enum Answer {
     TakeAndClose,
     /// The connection is cut.
     Cut,
+    /// 201, and a body that never ends.
+    TakeEndless,
     /// None, ever.
     Stall,
 }
@@ -247,13 +257,12 @@ impl Sink {
     fn check(
         &self,
         token: &str,
-        headers: &HeaderMap,
+        head: &Parts,
         body: &[u8],
     ) -> Result<(Push, Owner, Option<Vec<u8>>), Refusal> {
         let (owner, vapid_key) =
             self.find(token).ok_or_else(|| Refusal::new(404, 102, "no such subscription"))?;
-        let push =
-            rules::check(token, headers, body, self.origin(), vapid_key.as_deref(), SystemTime::now())?;
+        let push = rules::check(token, head, body, self.origin(), vapid_key.as_deref(), SystemTime::now())?;
         match owner {
             Owner::Gone => Err(Refusal::new(410, 106, "the subscription has ended")),
             Owner::Minted(ref receiver) if !body.is_empty() => {
@@ -272,7 +281,7 @@ async fn take(
     scope: Scope,
     request: Request,
 ) -> Response {
-    let (parts, body) = request.into_parts();
+    let (head, body) = request.into_parts();
     let body = match Limited::new(body, rules::MAX_BODY).collect().await {
         Ok(body) => body.to_bytes(),
         Err(error) if is_too_long(&*error) => {
@@ -281,12 +290,14 @@ async fn take(
         // The sender has gone.
         Err(_) => return StatusCode::BAD_REQUEST.into_response(),
     };
-    let (push, owner, plaintext) = match sink.check(&token, &parts.headers, &body) {
+    let (push, owner, plaintext) = match sink.check(&token, &head, &body) {
         Ok(checked) => checked,
         Err(refusal) => return refuse(&sink, &refusal),
     };
+    let mut endless = false;
     match sink.0.behaviour.answer(&push) {
         Answer::Take => {}
+        Answer::TakeEndless => endless = true,
         Answer::TakeAndClose => scope.connection().close(),
         Answer::Status(status, headers) => {
             let mut response = status.into_response();
@@ -317,11 +328,14 @@ async fn take(
     }
     sink.0.behaviour.taken(&push, plaintext.as_deref());
     let location = format!("{}/m/{}", sink.origin(), uuid::Uuid::now_v7().simple());
-    (
-        StatusCode::CREATED,
-        [(header::LOCATION, location), (header::HeaderName::from_static("ttl"), push.ttl.to_string())],
-    )
-        .into_response()
+    let headers =
+        [(header::LOCATION, location), (header::HeaderName::from_static("ttl"), push.ttl.to_string())];
+    let body = if endless {
+        Body::from_stream(stream::repeat(Ok::<_, Infallible>(Bytes::from_static(b"and so on "))))
+    } else {
+        Body::empty()
+    };
+    (StatusCode::CREATED, headers, body).into_response()
 }
 
 fn refuse(sink: &Sink, refusal: &Refusal) -> Response {
@@ -349,7 +363,11 @@ fn certificate(directory: &Path, names: &[String]) -> anyhow::Result<tls::Config
     let leaf =
         CertificateParams::new(names.collect::<Vec<_>>())?.signed_by(&leaf_key, &Issuer::new(ca, ca_key))?;
     let write = |file: &Path, text: String| {
-        std::fs::write(file, text).with_context(|| format!("cannot write {}", file.display()))
+        let mut options = OpenOptions::new();
+        let opened = options.create(true).truncate(true).write(true).mode(0o600).open(file);
+        opened
+            .and_then(|mut opened| opened.write_all(text.as_bytes()))
+            .with_context(|| format!("cannot write {}", file.display()))
     };
     write(&directory.join(CA_FILE), ca_certificate.pem())?;
     write(&files.cert_file, leaf.pem())?;

@@ -1,7 +1,7 @@
 //! A push service for the tests: the product's own strict one, with a script for its failures, a record of
 //! what came, and a decryption that is not ours.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashSet;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -11,7 +11,6 @@ use perennial_server::drain::{self, Trigger};
 use perennial_webpush::Keys;
 use serde_json::Value;
 use tempfile::TempDir;
-use tokio::sync::Notify;
 use tokio::task::JoinSet;
 use web_push_native::p256;
 
@@ -41,7 +40,6 @@ struct Record {
     taken: Mutex<Vec<Taken>>,
     refused: Mutex<Vec<Refusal>>,
     asked: AtomicUsize,
-    came: Notify,
 }
 
 impl Behaviour for Record {
@@ -53,7 +51,6 @@ impl Behaviour for Record {
     fn taken(&self, push: &Push, plaintext: Option<&[u8]>) {
         let text = String::from_utf8_lossy(plaintext.unwrap_or_default()).into_owned();
         self.taken.lock().unwrap().push(Taken { push: push.clone(), text });
-        self.came.notify_waiters();
     }
 
     fn refused(&self, refusal: &Refusal) {
@@ -99,7 +96,6 @@ impl Double {
             taken: Mutex::default(),
             refused: Mutex::default(),
             asked: AtomicUsize::new(0),
-            came: Notify::new(),
         });
         let any = "127.0.0.1:0".parse().unwrap();
         let config = sink::Config {
@@ -146,11 +142,6 @@ impl Double {
         self.sink.mint(Arc::new(Independent::new()), None)
     }
 
-    /// Ends one: it is answered with 410 from now on.
-    pub fn end(&self, subscription: &Value) {
-        self.sink.end(subscription["endpoint"].as_str().unwrap());
-    }
-
     /// Cuts the connections of browsers, and forgets them.
     pub fn disconnect_browsers(&self) {
         self.sink.disconnect_browsers();
@@ -171,35 +162,11 @@ impl Double {
         self.record.refused.lock().unwrap().clone()
     }
 
-    /// Waits until at least `count` messages were taken.
-    pub async fn took(&self, count: usize) {
-        crate::soon(&format!("{count} messages"), async {
-            loop {
-                let came = self.record.came.notified();
-                if self.record.taken.lock().unwrap().len() >= count {
-                    return;
-                }
-                // A message between the look and the wait is seen at the next look.
-                let _ = tokio::time::timeout(std::time::Duration::from_millis(50), came).await;
-            }
-        })
-        .await;
-    }
-
     /// How many subscriptions took a message, and how many messages were repeats.
     pub fn reached_and_repeats(&self) -> (usize, usize) {
         let taken = self.taken();
         let distinct: HashSet<&str> = taken.iter().map(|taken| taken.push.token.as_str()).collect();
         (distinct.len(), taken.len() - distinct.len())
-    }
-
-    /// How many messages each subscription took.
-    pub fn per_subscription(&self) -> HashMap<String, usize> {
-        let mut counts = HashMap::new();
-        for taken in self.taken() {
-            *counts.entry(taken.push.token).or_default() += 1;
-        }
-        counts
     }
 }
 

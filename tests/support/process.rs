@@ -8,6 +8,8 @@ use std::time::Duration;
 use aws_lc_rs::digest::{SHA256, digest};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use bytes::Bytes;
+use http::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::{Value, json};
@@ -20,18 +22,25 @@ use crate::{eventually, soon};
 
 /// The binary, built beside the tests.
 pub fn binary() -> PathBuf {
-    if let Some(path) = std::env::var_os("PERENNIAL_BIN") {
-        return path.into();
-    }
+    std::env::var_os("PERENNIAL_BIN").map_or_else(|| built("perennial"), PathBuf::from)
+}
+
+/// An example, built beside the tests.
+pub fn example(name: &str) -> PathBuf {
+    built(&format!("examples/{name}"))
+}
+
+fn built(name: &str) -> PathBuf {
     let tests = std::env::current_exe().unwrap();
-    let path = tests.parent().and_then(Path::parent).unwrap().join("perennial");
-    assert!(path.exists(), "{} is not there: run tests/run, or cargo build", path.display());
+    let path = tests.parent().and_then(Path::parent).unwrap().join(name);
+    assert!(path.exists(), "{} is not there: run tests/run", path.display());
     path
 }
 
 /// How to start it.
 #[derive(Debug)]
 pub struct Setup {
+    program: PathBuf,
     directory: TempDir,
     set: Vec<String>,
     environment: Vec<(String, String)>,
@@ -46,8 +55,18 @@ impl Default for Setup {
 impl Setup {
     /// On free ports, in a directory of its own.
     pub fn new() -> Self {
-        let setup = Self { directory: TempDir::new().unwrap(), set: Vec::new(), environment: Vec::new() };
+        let setup = Self {
+            program: binary(),
+            directory: TempDir::new().unwrap(),
+            set: Vec::new(),
+            environment: Vec::new(),
+        };
         setup.set("server.listen=127.0.0.1:0").set("admin.listen=127.0.0.1:0").set("telemetry.format=json")
+    }
+
+    /// Another program than ours, with the same command line.
+    pub fn program(self, program: PathBuf) -> Self {
+        Self { program, ..self }
     }
 
     /// Sending to this push service.
@@ -82,7 +101,7 @@ impl Setup {
 
     /// The command with these arguments, and everything that was set.
     pub fn command(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(binary());
+        let mut command = Command::new(&self.program);
         command
             .args(arguments)
             .env_clear()
@@ -133,21 +152,25 @@ impl Perennial {
     /// Waits until it is ready.
     pub async fn ready(&mut self) {
         let file = self.setup.data_dir().join("addresses.json");
-        let addresses = eventually("the addresses", || {
+        let (server, admin) = eventually("readiness", || {
             if let Ok(Some(status)) = self.child.try_wait() {
                 panic!("it ended with {status}: {}", self.log());
             }
             let text = std::fs::read_to_string(&file).unwrap_or_default();
-            std::future::ready(serde_json::from_str::<Value>(&text).ok())
+            async move {
+                let addresses: Value = serde_json::from_str(&text).ok()?;
+                let of = |listener: &str| {
+                    Client::new(&format!("http://{}", addresses[listener][0].as_str().unwrap()))
+                };
+                // Nobody is there if the file is that of a process that was killed.
+                let ready = of("admin").try_send(Method::GET, "/readyz", None, Bytes::new()).await.ok()?;
+                ready.status.is_success().then(|| (of("server"), of("admin")))
+            }
         })
         .await;
-        let base = |listener: &str| format!("http://{}", addresses[listener][0].as_str().unwrap());
         let key = std::fs::read_to_string(self.setup.data_dir().join("api.key")).unwrap();
-        self.client = Some(Client::new(&base("server")).with_key(key.trim()));
-        self.admin = Some(Client::new(&base("admin")));
-        let admin = self.admin().clone();
-        eventually("readiness", || async { admin.get("/readyz").await.status.is_success().then_some(()) })
-            .await;
+        self.client = Some(server.with_key(key.trim()));
+        self.admin = Some(admin);
     }
 
     /// A client of the public listener, with the first API key.
@@ -209,7 +232,6 @@ impl Perennial {
 
     /// Starts another one on the same data, when this one has ended.
     pub async fn start_again(self) -> Self {
-        let _ = std::fs::remove_file(self.setup.data_dir().join("addresses.json"));
         self.setup.start().await
     }
 

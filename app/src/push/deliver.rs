@@ -292,7 +292,7 @@ impl<'a> Round<'a> {
                         gone.push((id, endpoint));
                     }
                 }
-                Next::Later(wait) => later.entry(wait.as_secs() + 1).or_default().push(id),
+                Next::Later(wait) => later.entry(wait.as_secs().max(1)).or_default().push(id),
             }
         }
         for (outcome, count) in &outcomes {
@@ -313,7 +313,7 @@ impl<'a> Round<'a> {
             return Next::Decided(Outcome::Unreachable);
         }
         let wait = match report.verdict {
-            Verdict::Retry { after: Some(after), .. } => after.max(RETRY.base),
+            Verdict::Retry { after: Some(after), .. } => coarse(after.max(RETRY.base)),
             _ => usual,
         };
         if age(&self.batch) + wait >= self.batch.ttl {
@@ -349,6 +349,14 @@ impl Round<'_> {
             }
         }
     }
+}
+
+/// A wait rounded up by at most an eighth: a service that asks each subscription for another wait makes a few
+/// jobs, not one for each.
+fn coarse(wait: Duration) -> Duration {
+    let seconds = wait.as_secs() + u64::from(wait.subsec_nanos() > 0);
+    let step = (seconds / 8 + 1).next_power_of_two().div_ceil(2).max(1);
+    Duration::from_secs(seconds.next_multiple_of(step))
 }
 
 /// Sends to one member.
@@ -419,4 +427,21 @@ fn message(tools: &Tools, batch: &Batch) -> anyhow::Result<Message> {
         Some(topic) => message.topic(&topic.parse()?),
         None => message,
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn waits_are_lengthened_by_at_most_an_eighth_to_few_values() {
+        let coarse = |seconds| coarse(Duration::from_secs(seconds)).as_secs();
+        assert_eq!([1, 2, 15, 17, 63, 65, 3600, 3601].map(coarse), [1, 2, 15, 18, 64, 72, 3840, 3840]);
+        for seconds in 0..100_000 {
+            let waits = coarse(seconds);
+            assert!((seconds..=seconds + seconds / 8).contains(&waits), "{seconds}: {waits}");
+        }
+        let distinct: BTreeSet<u64> = (0..86_400).map(coarse).collect();
+        assert!(distinct.len() < 120, "{}", distinct.len());
+    }
 }

@@ -14,6 +14,9 @@ use super::metrics;
 /// How often addresses that have kept within their limits are forgotten.
 pub(super) const FORGET_EVERY: Duration = Duration::from_secs(60);
 
+/// From how many remembered addresses on the site's limit comes first, and so bounds how many more there are.
+const MANY: usize = 100_000;
+
 /// So many at once, and so many a minute.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Config {
@@ -51,19 +54,23 @@ impl Limits {
 
     /// Counts one call from `address`. A caller without one is on this machine.
     ///
-    /// The site's limit comes second, so that one address cannot use it up; it also bounds how many addresses
-    /// are remembered, as the first call of a new address always passes the first.
+    /// The site's limit comes second, so that one address cannot use it up, unless [`MANY`] are remembered.
     pub(super) fn check(&self, address: Option<IpAddr>) -> Result<(), Problem> {
         let over = |what, wait: Duration| {
             metrics::limited(what);
             let detail = format!("too many requests without an API key from this {what}");
             Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait)
         };
+        let site = || self.site.check().map_err(|until| over("site", until.wait_time_from(self.clock.now())));
+        let many = self.addresses.len() >= MANY;
+        if many {
+            site()?;
+        }
         if let Some(address) = address {
             let allowed = self.addresses.check_key(&network(address));
             allowed.map_err(|until| over("address", until.wait_time_from(self.clock.now())))?;
         }
-        self.site.check().map_err(|until| over("site", until.wait_time_from(self.clock.now())))
+        if many { Ok(()) } else { site() }
     }
 
     /// Forgets the addresses that have kept within their limits.

@@ -16,6 +16,7 @@ use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tower_http::cors::{AllowOrigin, CorsLayer};
+use tracing::debug;
 use utoipa::{IntoParams, ToSchema};
 
 use super::Tools;
@@ -114,7 +115,13 @@ pub(super) async fn subscribe(
     visitor.may(Scope::Subscribe)?;
     let (endpoint, new) = check(&tools, &visitor, request)?;
     if let Err(error) = tools.sender.check_addresses(&endpoint).await {
-        return Err(FieldError::new("subscription.endpoint", error.to_string()).into());
+        debug!(%error, "refused an endpoint");
+        // What our name servers answer is nothing to tell a stranger.
+        let detail = match visitor.caller {
+            Some(_) => error.to_string(),
+            None => "not at a public address of a push service".to_owned(),
+        };
+        return Err(FieldError::new("subscription.endpoint", detail).into());
     }
     Ok(match tools.store.upsert(new).await? {
         Upserted::Created(id) => {
@@ -291,13 +298,14 @@ impl FromRequestParts<Tools> for Visitor {
         let caller = tools.access.optional(&parts.headers)?;
         if caller.is_none() {
             let scope = parts.extensions.get::<RequestScope>();
-            // Reading the key changes nothing and costs nothing: only what is written is limited.
-            if parts.method != Method::GET {
-                tools.limits.check(scope.and_then(|scope| scope.connection().peer.ip()))?;
-            }
+            // Before it is counted: a page elsewhere must not use up what its visitors' networks may do here.
             if !is_allowed_origin(parts, &tools.config.origins) {
                 let detail = "pages of this origin may not subscribe browsers here (sites.default.origins)";
                 return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+            }
+            // Reading the key changes nothing and costs nothing: only what is written is limited.
+            if parts.method != Method::GET {
+                tools.limits.check(scope.and_then(|scope| scope.connection().peer.ip()))?;
             }
         }
         Ok(Self { caller })

@@ -12,6 +12,8 @@ use rusqlite::types::Value;
 const MAX_TAG: usize = 64;
 /// The longest expression, in characters.
 const MAX_EXPRESSION: usize = 1000;
+/// The most tags in one expression: each is a lookup for every subscription.
+const MAX_TERMS: usize = 32;
 /// How deep parentheses and `not` may be nested.
 const MAX_DEPTH: usize = 32;
 
@@ -54,7 +56,7 @@ impl Expression {
             let wanted = format!("at most {MAX_EXPRESSION} characters");
             return Err(SyntaxError { position: MAX_EXPRESSION, wanted });
         }
-        let mut parser = Parser { tokens: tokens(text), next: 0, end: length };
+        let mut parser = Parser { tokens: tokens(text), next: 0, terms: 0, end: length };
         let expression = parser.expression(0)?;
         match parser.peek() {
             None => Ok(expression),
@@ -110,6 +112,7 @@ fn tokens(text: &str) -> Vec<Token<'_>> {
 struct Parser<'a> {
     tokens: Vec<Token<'a>>,
     next: usize,
+    terms: usize,
     end: usize,
 }
 
@@ -157,6 +160,10 @@ impl<'a> Parser<'a> {
             return if self.take(")") { Ok(inner) } else { Err(self.wanted("and, or, or )")) };
         }
         let tag = self.peek().filter(|text| is_tag(text)).ok_or_else(|| self.wanted("a tag, not, or ("))?;
+        self.terms += 1;
+        if self.terms > MAX_TERMS {
+            return Err(self.wanted(&format!("at most {MAX_TERMS} tags")));
+        }
         self.next += 1;
         Ok(Expression::Tag(tag.to_owned()))
     }
@@ -191,6 +198,7 @@ mod tests {
     fn an_error_names_its_place() {
         let deep = format!("{}a", "not ".repeat(40));
         let long = "a".repeat(1001);
+        let many = ["a"; 33].join(" or ");
         for (text, position, wanted) in [
             ("", 0, "a tag, not, or ("),
             ("   ", 3, "a tag, not, or ("),
@@ -203,6 +211,7 @@ mod tests {
             ("a and b!", 6, "a tag, not, or ("),
             (&deep, 132, "less nesting"),
             (&long, 1000, "at most 1000 characters"),
+            (&many, 160, "at most 32 tags"),
         ] {
             if text.starts_with('é') {
                 assert_eq!(Expression::parse(text).unwrap_err().position, 0, "é is no tag");

@@ -3,7 +3,8 @@
 
 use std::time::SystemTime;
 
-use http::{HeaderMap, HeaderName, StatusCode, header};
+use http::request::Parts;
+use http::{HeaderMap, HeaderName, StatusCode, Version, header};
 use perennial_webpush::{Keys, Topic, Urgency, verify};
 
 /// RFC 8030, section 7.2: the size that every service must take, and that some take no more than.
@@ -28,6 +29,8 @@ pub struct Push {
     pub authorization: String,
     /// The length of the body.
     pub bytes: usize,
+    /// The version of HTTP that it came over.
+    pub version: Version,
 }
 
 /// A message that does not.
@@ -51,12 +54,13 @@ impl Refusal {
 /// Checks a message to `token` at `origin`, where only `vapid_key` may send if there is one.
 pub(super) fn check(
     token: &str,
-    headers: &HeaderMap,
+    head: &Parts,
     body: &[u8],
     origin: &str,
     vapid_key: Option<&[u8]>,
     now: SystemTime,
 ) -> Result<Push, Refusal> {
+    let headers = &head.headers;
     let authorization = single(headers, &header::AUTHORIZATION)
         .map_err(|many| Refusal::new(401, 109, many))?
         .ok_or_else(|| Refusal::new(401, 109, "no Authorization"))?;
@@ -73,6 +77,7 @@ pub(super) fn check(
         authorization: authorization.to_owned(),
         bytes: body.len(),
         vapid_key: claims.key,
+        version: head.version,
     };
     encoding(headers, body, &push.vapid_key)?;
     Ok(push)

@@ -22,8 +22,11 @@ use crate::target::Origin;
 
 pub(crate) type Body = Full<Bytes>;
 
-/// How often a request that was certainly not looked at is sent again.
-const RESENDS: usize = 5;
+/// How often a request that was certainly not looked at is sent again, within its time.
+const RESENDS: u32 = 20;
+/// So many of these at once; then there are pauses, which double from the first to the last.
+const AT_ONCE: u32 = 3;
+const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 /// How many origins are known at once.
 const MAX_ORIGINS: usize = 1024;
 
@@ -50,7 +53,7 @@ pub(crate) enum ClientError {
     #[error("the connection failed: {0}")]
     Broken(String),
     #[error("the service gave the request back {0} times")]
-    Refused(usize),
+    Refused(u32),
     #[error("too many different push services at once")]
     TooManyOrigins,
 }
@@ -125,7 +128,11 @@ impl Client {
         make: impl Fn(Version) -> Request<Body> + Send + Sync,
     ) -> Result<Answer, ClientError> {
         let _turn = lane.turn(bulk).await;
-        for _ in 0..=RESENDS {
+        for resends in 0..=RESENDS {
+            if resends > AT_ONCE {
+                let (first, last) = PAUSES;
+                tokio::time::sleep((first * 2_u32.pow(resends - AT_ONCE - 1)).min(last)).await;
+            }
             let checkout = lane.checkout(bulk, &self.connector, &self.drivers).await?;
             let request = make(checkout.version());
             match checkout.send(request).await {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
-use http::{Request, Response, Version};
+use http::{Request, Response, Version, header};
 use http_body_util::{BodyExt, Limited};
 use hyper::body::Incoming;
 use hyper::client::conn::{http1, http2};
@@ -355,12 +355,16 @@ impl Http1<'_> {
             Err(error) if error.message().is_some() => return Err(SendError::NotLookedAt),
             // It was closed while idle, and what we sent crossed that on the way.
             Err(error) if used && error.error().is_incomplete_message() => {
+                // Whoever closes one without a word may have closed the others.
+                self.lane.state().idle.retain(|idle| !idle.used);
                 return Err(SendError::NotLookedAt);
             }
             Err(error) => return Err(classify(error.error())),
         };
+        let closing = is_closing(&response);
         let answer = read(response).await;
         if let Some(Idle { mut sender, .. }) = idle
+            && !closing
             && sender.ready().await.is_ok()
         {
             self.lane.state().idle.push(Idle { sender, used: true, since: Instant::now() });
@@ -377,6 +381,15 @@ impl Drop for Http1<'_> {
         }
         self.lane.room.notify_one();
     }
+}
+
+/// Whether this is the last answer on an HTTP/1.1 connection. It may look usable until the end arrives.
+fn is_closing(response: &Response<Incoming>) -> bool {
+    let options = response.headers().get_all(header::CONNECTION).iter();
+    options
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|option| option.trim().eq_ignore_ascii_case("close"))
 }
 
 /// Reads an answer, and as much of its body as comes at once.

@@ -33,8 +33,12 @@ use crate::metrics::{self, Counted};
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How often a connection that has sent the beginning of [`PREFACE`] is looked at again.
-const PREFACE_POLL: Duration = Duration::from_millis(5);
+/// How long until a connection that has sent the beginning of [`PREFACE`] is looked at again: at first, and
+/// at last, since the pause doubles.
+const PREFACE_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
+
+/// How much of a request head is held in memory at most.
+const HEAD_LIMIT: usize = 64 * 1024;
 
 /// How long an idle HTTP/1.1 connection stays open once the drain has begun: a request that is on its way
 /// is answered, with `Connection: close`, and not cut off.
@@ -111,6 +115,10 @@ impl Connection {
         self.close.cancel();
     }
 
+    pub(super) fn is_closing(&self) -> bool {
+        self.close.is_cancelled()
+    }
+
     /// Ends the connection now, with no answer to anything.
     pub fn abort(&self) {
         self.abort.cancel();
@@ -179,6 +187,7 @@ enum Opened<S> {
 /// Tells HTTP/2 with prior knowledge from HTTP/1.1 by the first bytes, which stay in the socket.
 async fn detect<S: Socket>(socket: &S) -> io::Result<Protocol> {
     let mut first = [0; PREFACE.len()];
+    let (mut pause, longest) = PREFACE_POLL;
     loop {
         let length = socket.peek(&mut first).await?;
         if length == 0 {
@@ -191,7 +200,8 @@ async fn detect<S: Socket>(socket: &S) -> io::Result<Protocol> {
             return Ok(Protocol::Http2);
         }
         // The socket stays readable, so waiting for readability would spin.
-        tokio::time::sleep(PREFACE_POLL).await;
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(longest);
     }
 }
 
@@ -216,6 +226,7 @@ where
             let served = http1::Builder::new()
                 .timer(TokioTimer::new())
                 .header_read_timeout(host.config.idle_timeout)
+                .max_buf_size(HEAD_LIMIT)
                 .serve_connection(io, service)
                 .with_upgrades();
             tokio::select! {

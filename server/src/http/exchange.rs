@@ -18,6 +18,9 @@ use crate::metrics::{self, Counted};
 /// What nginx made the usual code for "the client left before there was an answer".
 const CLIENT_LEFT: u16 = 499;
 
+/// The longest path in the access log, in bytes: clients choose it, and a log is not theirs to fill.
+const LOGGED_PATH: usize = 512;
+
 /// The listener that a request came to.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Listener {
@@ -55,7 +58,7 @@ impl Exchange {
             listener,
             scope,
             method,
-            path: path.to_owned(),
+            path: logged(path),
             version,
             began,
             status: None,
@@ -87,7 +90,7 @@ impl Drop for Exchange {
                 $level!(
                     target: "access",
                     request_id = self.scope.id().as_str(),
-                    method = self.method.as_str(),
+                    method = method_label(&self.method),
                     path = self.path,
                     route,
                     status,
@@ -104,12 +107,20 @@ impl Drop for Exchange {
     }
 }
 
+/// As much of a path as is logged.
+fn logged(path: &str) -> String {
+    match path.get(..path.floor_char_boundary(LOGGED_PATH)) {
+        Some(start) if start.len() < path.len() => format!("{start}…"),
+        _ => path.to_owned(),
+    }
+}
+
 /// Milliseconds with three digits after the point.
 fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// Methods are chosen by clients; labels are not.
+/// Methods are chosen by clients; labels and log lines are not.
 fn method_label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",

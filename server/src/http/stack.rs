@@ -77,8 +77,10 @@ impl Stack {
         let mut response = self.respond(request, leftover).instrument(span).await;
         response.headers_mut().insert(REQUEST_ID, scope.id().header());
 
-        // A client of a draining process should connect anew, to another one.
-        if version < Version::HTTP_2 && self.drain.phase() >= Phase::Soft {
+        // A client of a draining process should connect anew, to another one; and one whose connection the
+        // handler has closed should not find that out by its next request.
+        let closing = self.drain.phase() >= Phase::Soft || scope.connection().is_closing();
+        if version < Version::HTTP_2 && closing {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(exchange.respond(response))
