@@ -15,7 +15,8 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use perennial_server::drain::{self, Phase, Trigger};
 use perennial_server::health::{self, Health};
 use perennial_server::http::scope::Scope;
-use perennial_server::http::{Config, Listen, Server, tls};
+use perennial_server::http::{Config, Server};
+use perennial_server::net::{self, Inherited, Listen, tls};
 use perennial_server::tasks::Tasks;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
@@ -34,27 +35,24 @@ struct Host {
 }
 
 fn config(listen: &[&str]) -> Config {
-    Config {
-        name: "test",
-        quiet: false,
-        listen: listen.iter().map(|listen| listen.parse().unwrap()).collect(),
-        tls: None,
-        max_connections: 1000,
-        handshake_timeout: Duration::from_secs(5),
-        idle_timeout: Duration::from_secs(60),
-        request_timeout: Duration::from_secs(30),
-        body_limit: 1000,
-        trust_request_id: false,
-    }
+    let listen = listen.iter().map(|listen| listen.parse().unwrap()).collect();
+    Config { body_limit: 1000, ..Config::new(net::Config::new("test", listen)) }
+}
+
+/// The defaults, with something else about sockets and connections.
+fn net(change: impl FnOnce(&mut net::Config)) -> Config {
+    let mut config = config(&["127.0.0.1:0"]);
+    change(&mut config.net);
+    config
 }
 
 impl Host {
     async fn start(config: Config, router: Router) -> Self {
-        let server = Server::bind(config).await.unwrap();
+        let server = Server::bind(config, &Inherited::default()).await.unwrap();
         let addresses = server.addresses();
         let (trigger, drain) = drain::channel();
         let tasks = Tasks::new(drain.clone());
-        tasks.critical("http", server.run(router, drain));
+        tasks.critical("http", server.run(router, None, drain));
         Self { addresses, trigger, tasks }
     }
 
@@ -94,7 +92,14 @@ async fn tls_connections_agree_on_a_protocol_by_alpn() {
     let double = Double::start().await;
     let directory = double.ca_file().parent().unwrap().to_owned();
     let tls = tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") };
-    let host = Host::start(Config { tls: Some(tls), ..config(&["https://127.0.0.1:0"]) }, echo_id()).await;
+    let host = Host::start(
+        net(|net| {
+            net.listen = vec!["https://127.0.0.1:0".parse().unwrap()];
+            net.tls = Some(tls);
+        }),
+        echo_id(),
+    )
+    .await;
     let address = host.addresses[0].strip_prefix("https://").unwrap().to_owned();
     for (offered, expected) in
         [(&["h2", "http/1.1"][..], Some("h2")), (&["http/1.1"][..], Some("http/1.1")), (&[][..], None)]
@@ -157,7 +162,7 @@ async fn a_unix_socket_is_a_listener_too() {
     // Of a process that was killed: in nobody's way.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let listen = Listen::Unix(path.clone());
-    let host = Host::start(Config { listen: vec![listen], ..config(&[]) }, echo_id()).await;
+    let host = Host::start(net(|net| net.listen = vec![listen]), echo_id()).await;
     let mut stream = UnixStream::connect(&path).await.unwrap();
     stream.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
     let mut answer = String::new();
@@ -233,7 +238,7 @@ async fn a_body_over_the_limit_is_refused_announced_or_not() {
 
 #[tokio::test]
 async fn silence_and_half_a_preface_are_cut_off() {
-    let quick = Config { handshake_timeout: Duration::from_millis(300), ..config(&["127.0.0.1:0"]) };
+    let quick = net(|net| net.timeouts.handshake = Duration::from_millis(300));
     let host = Host::start(quick, echo_id()).await;
     for beginning in ["", "PRI * HT", "PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
         let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
@@ -247,7 +252,7 @@ async fn silence_and_half_a_preface_are_cut_off() {
 
 #[tokio::test]
 async fn more_connections_than_allowed_wait_their_turn() {
-    let one = Config { max_connections: 1, ..config(&["127.0.0.1:0"]) };
+    let one = net(|net| net.max_connections = 1);
     let host = Host::start(one, echo_id()).await;
     let request = b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n";
     let mut first = TcpStream::connect(&host.addresses[0]).await.unwrap();
@@ -266,7 +271,7 @@ async fn more_connections_than_allowed_wait_their_turn() {
 
 #[tokio::test]
 async fn what_is_in_the_backlog_when_the_listener_closes_is_served() {
-    let one = Config { max_connections: 1, ..config(&["127.0.0.1:0"]) };
+    let one = net(|net| net.max_connections = 1);
     let host = Host::start(one, echo_id()).await;
     let mut first = TcpStream::connect(&host.addresses[0]).await.unwrap();
     let request = b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n";

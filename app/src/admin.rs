@@ -8,6 +8,8 @@
 //! | `GET /metrics` | open | Prometheus |
 //! | `GET /build` | token* | what this binary is |
 //! | `GET /settings` | token* | every setting in effect, masked, and where it came from |
+//! | `GET /requests` | token* | which requests run, what they wait for, since when |
+//! | `GET /connections` | token* | which connections are open, and what they do |
 //! | `GET /workers` | token* | what the workers are busy with |
 //! | `GET /modules` | token* | what each module says of itself |
 //!
@@ -29,8 +31,9 @@ use http::uri::Authority;
 use http::{HeaderMap, StatusCode, Uri, header};
 use perennial_server::health::Health;
 use perennial_server::http::problem::Problem;
-use perennial_server::http::{Listen, Peer, scope::Scope};
+use perennial_server::http::scope::{RequestView, Scope};
 use perennial_server::metrics::Metrics;
+use perennial_server::net::{ConnectionView, Connections, Listen, Peer};
 use perennial_server::telemetry::Telemetry;
 use perennial_workers::worker;
 use serde_json::{Map, Value, json};
@@ -49,7 +52,15 @@ struct Known {
     telemetry: Arc<Telemetry>,
     settings: Settings,
     loopback: bool,
+    connections: Connections,
     booted: OnceLock<Booted>,
+}
+
+impl Known {
+    /// The connections of both listeners, the public one first.
+    fn listeners(&self) -> impl Iterator<Item = &Connections> {
+        self.booted.get().map(|booted| &booted.connections).into_iter().chain([&self.connections])
+    }
 }
 
 /// What is known once boot has ended.
@@ -57,6 +68,7 @@ pub(crate) struct Booted {
     pub(crate) access: Access,
     pub(crate) workers: worker::Status,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
+    pub(crate) connections: Connections,
 }
 
 impl Admin {
@@ -66,9 +78,11 @@ impl Admin {
         telemetry: Arc<Telemetry>,
         settings: Settings,
         listen: &[Listen],
+        connections: Connections,
     ) -> Self {
         let loopback = listen.iter().all(is_loopback);
-        Self(Arc::new(Known { health, metrics, telemetry, settings, loopback, booted: OnceLock::new() }))
+        let booted = OnceLock::new();
+        Self(Arc::new(Known { health, metrics, telemetry, settings, loopback, connections, booted }))
     }
 
     /// Boot has ended.
@@ -80,6 +94,8 @@ impl Admin {
         let guarded = Router::new()
             .route("/build", get(build))
             .route("/settings", get(settings))
+            .route("/requests", get(requests))
+            .route("/connections", get(connections))
             .route("/workers", get(workers))
             .route("/modules", get(modules))
             .layer(from_fn_with_state(self.clone(), guard));
@@ -132,6 +148,14 @@ async fn settings(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(known.settings.show()).into_response()
 }
 
+async fn requests(State(Admin(known)): State<Admin>) -> axum::Json<Vec<RequestView>> {
+    axum::Json(known.listeners().flat_map(Connections::requests).collect())
+}
+
+async fn connections(State(Admin(known)): State<Admin>) -> axum::Json<Vec<ConnectionView>> {
+    axum::Json(known.listeners().flat_map(Connections::view).collect())
+}
+
 async fn workers(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(known.booted.get().map(|booted| booted.workers.busy()).unwrap_or_default()).into_response()
 }
@@ -145,7 +169,7 @@ async fn modules(State(Admin(known)): State<Admin>) -> Response {
 
 /// Lets operators in, and nobody else.
 async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request, next: Next) -> Response {
-    if !is_own_name(request.headers(), request.uri(), scope.connection().peer) {
+    if !is_own_name(request.headers(), request.uri(), scope.connection().socket_peer) {
         let detail = "wanted a Host header that names this machine: an address, or localhost";
         return Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response();
     }

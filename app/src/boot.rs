@@ -8,10 +8,12 @@ use axum::Router;
 use axum::routing::get;
 use bytes::Bytes;
 use http::header;
+use perennial_server::cpu::Cpu;
 use perennial_server::drain::Drain;
 use perennial_server::health::Health;
 use perennial_server::http::Server;
 use perennial_server::http::problem::{FieldError, MEDIA_TYPE, Problem};
+use perennial_server::net::{Connections, Sockets};
 use perennial_server::pool::sqlite::{self, Migrations, Sqlite};
 use perennial_server::tasks::Tasks;
 use perennial_workers::job::DEFAULT_QUEUE;
@@ -30,6 +32,7 @@ use crate::addresses::{Addresses, url};
 use crate::config::Config;
 use crate::data_dir::{self, DataDir};
 use crate::module::{Closer, Configured, Host, StatusFn};
+use crate::succession::Inheritance;
 
 /// How many writes may wait for the store's writer.
 const WRITE_QUEUE: usize = 4096;
@@ -37,6 +40,8 @@ const WRITE_QUEUE: usize = 4096;
 const COMMIT_WAIT: Duration = Duration::from_secs(60);
 /// How long closing one thing may take at the very end.
 const CLOSE: Duration = Duration::from_secs(5);
+/// How long a predecessor may take, besides its drain, until it has closed everything.
+const CLOSING: Duration = Duration::from_secs(30);
 /// How often lapsed leases are looked for.
 const RESCUE_EVERY: Duration = Duration::from_secs(3);
 
@@ -45,6 +50,8 @@ pub(crate) struct App {
     pub(crate) tasks: Tasks,
     pub(crate) access: Access,
     pub(crate) workers: worker::Status,
+    pub(crate) connections: Connections,
+    pub(crate) sockets: Sockets,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     /// Lines for whoever started the program on a terminal.
     pub(crate) announcements: Vec<String>,
@@ -56,13 +63,15 @@ pub(crate) struct App {
 /// Makes everything and opens the public listener. Runs on the runtime that serves.
 pub(crate) async fn boot(
     config: Config,
+    mut inheritance: Inheritance,
     modules: Vec<Configured>,
     migrations: Vec<Migrations>,
     admin_addresses: Vec<String>,
     health: Health,
     drain: Drain,
 ) -> anyhow::Result<App> {
-    let data_dir = Arc::new(DataDir::lock(&config.data_dir)?);
+    let patience = config.phases.soft + config.phases.hard + CLOSING;
+    let data_dir = Arc::new(inheritance.lock(&config.data_dir, patience).await?);
     let store = open_store(&data_dir, &config).await?;
     store.migrate(&migrations).await.context("the store cannot be brought up to date")?;
     let admin_token = first_keys(&data_dir, &store).await?;
@@ -97,7 +106,12 @@ pub(crate) async fn boot(
     }
     let Host { routes, registry, status, announcements, closers, .. } = host;
 
-    let server = Server::bind(config.server).await.context("the public listener cannot be opened")?;
+    let cpu = Cpu::start(config.cpu).context("the threads for the processor cannot be started")?;
+    let server = Server::bind(config.server, &inheritance.sockets)
+        .await
+        .context("the public listener cannot be opened")?;
+    inheritance.warn_of_the_rest();
+    let (connections, sockets) = (server.connections(), server.sockets());
     // The lock says that no other process works on this store: what was running, was running in one that died.
     registry.check()?;
     let registry = Arc::new(registry);
@@ -114,7 +128,7 @@ pub(crate) async fn boot(
     // Nothing below can fail: a job that is begun is not cut off by a boot that is not finished.
     tasks.critical("workers", worker.run(drain.clone()));
     tasks.critical("rescue", rescue::run(queue, registry, RESCUE_EVERY, drain.clone()));
-    tasks.critical("http", server.run(public(routes), drain));
+    tasks.critical("http", server.run(public(routes), Some(cpu), drain));
     health.started();
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
 
@@ -122,7 +136,7 @@ pub(crate) async fn boot(
         Some(base) => announcements.iter().map(|line| line(&base)).collect(),
         None => Vec::new(),
     };
-    Ok(App { tasks, access, workers, status, announcements, closers, store, data_dir })
+    Ok(App { tasks, access, workers, connections, sockets, status, announcements, closers, store, data_dir })
 }
 
 impl App {

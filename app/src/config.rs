@@ -1,14 +1,17 @@
 //! The host's settings as the types that its components want.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use perennial_server::cpu;
 use perennial_server::health;
-use perennial_server::http::{self, Listen, tls};
+use perennial_server::http;
+use perennial_server::net::{self, Listen, Timeouts, tls};
 use perennial_server::telemetry;
 use perennial_workers::worker;
 
-use crate::settings::{Reader, Size};
+use crate::settings::{Network, Reader, Size};
 use crate::stop::Phases;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -21,6 +24,7 @@ pub(crate) struct Config {
     pub(crate) threads: usize,
     pub(crate) server: http::Config,
     pub(crate) admin: http::Config,
+    pub(crate) cpu: cpu::Config,
     pub(crate) health: health::Config,
     pub(crate) store: Store,
     pub(crate) worker: worker::Config,
@@ -47,6 +51,7 @@ impl Config {
             threads: threads(settings),
             admin: admin(settings, &server),
             server,
+            cpu: cpu(settings),
             health: health::Config {
                 stall_after: settings.duration("admin.stall_after", MILLISECOND..=DAY),
                 unready_after: settings.duration("admin.unready_after", MILLISECOND..=DAY),
@@ -97,17 +102,47 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         (Some(_), None) => settings.refuse("server.tls.key_file", "the key of the certificate"),
         (None, Some(_)) => settings.refuse("server.tls.cert_file", "the certificate of the key"),
     };
+    let timeout = |settings: &mut Reader<'_>, key| settings.duration(key, MILLISECOND..=DAY);
     http::Config {
-        name: "public",
+        net: net::Config {
+            name: "public",
+            listen,
+            tls,
+            reuse_port: settings.get("server.reuse_port"),
+            max_connections: settings.number("server.max_connections", 1..=1_000_000),
+            max_per_address: settings.number("server.max_per_address", 0..=1_000_000),
+            at_limit: settings.parse("server.at_limit", "queue or reject"),
+            proxy_protocol: settings.get("server.proxy_protocol"),
+            trusted_proxies: settings
+                .parse_list::<Network>("server.trusted_proxies", "networks such as 10.1.0.0/16")
+                .into_iter()
+                .map(|network| network.0)
+                .collect(),
+            timeouts: Timeouts {
+                handshake: timeout(settings, "server.handshake_timeout"),
+                head: timeout(settings, "server.head_timeout"),
+                idle: timeout(settings, "server.idle_timeout"),
+                write: timeout(settings, "server.write_timeout"),
+                age: settings.duration("server.max_age", Duration::ZERO..=30 * DAY),
+            },
+        },
         quiet: false,
-        listen,
-        tls,
-        max_connections: settings.number("server.max_connections", 1..=1_000_000),
-        handshake_timeout: settings.duration("server.handshake_timeout", MILLISECOND..=DAY),
-        idle_timeout: settings.duration("server.idle_timeout", MILLISECOND..=DAY),
-        request_timeout: settings.duration("server.request_timeout", MILLISECOND..=DAY),
+        max_requests: settings.number("server.max_requests", 1..=10_000_000),
+        request_timeout: timeout(settings, "server.request_timeout"),
+        body_idle_timeout: timeout(settings, "server.body_idle_timeout"),
+        body_timeout: timeout(settings, "server.body_timeout"),
         body_limit: settings.get::<Size>("server.body_limit").0,
         trust_request_id: settings.get("server.trust_request_id"),
+        slow_after: timeout(settings, "server.slow_after"),
+        slow_poll: timeout(settings, "server.slow_poll"),
+        http2: http::Http2 {
+            streams: settings.number("server.http2.streams", 1..=10_000),
+            header_list: u32::try_from(settings.get::<Size>("server.http2.header_list").0)
+                .unwrap_or(u32::MAX),
+            send_buffer: settings.get::<Size>("server.http2.send_buffer").0,
+            ping_every: timeout(settings, "server.http2.ping_every"),
+            ping_timeout: timeout(settings, "server.http2.ping_timeout"),
+        },
     }
 }
 
@@ -117,7 +152,26 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
         settings.refuse::<()>("admin.listen", "addresses without https://");
     }
-    http::Config { name: "admin", quiet: true, listen, tls: None, max_connections: 256, ..server.clone() }
+    let net = net::Config {
+        name: "admin",
+        listen,
+        tls: None,
+        max_connections: 256,
+        max_per_address: 0,
+        proxy_protocol: false,
+        ..server.net.clone()
+    };
+    // Probes are never sent away.
+    http::Config { net, quiet: true, max_requests: usize::MAX, ..server.clone() }
+}
+
+fn cpu(settings: &mut Reader<'_>) -> cpu::Config {
+    let threads: usize = settings.number("server.cpu.threads", 0..=1024);
+    let all = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    cpu::Config {
+        threads: NonZeroUsize::new(threads).unwrap_or_else(all),
+        queue: settings.number("server.cpu.queue", 1..=1_000_000),
+    }
 }
 
 fn listen(settings: &mut Reader<'_>, key: &str) -> Vec<Listen> {

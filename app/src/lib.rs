@@ -19,6 +19,7 @@ pub mod push;
 pub mod settings;
 pub mod sink;
 mod stop;
+mod succession;
 
 use std::process::ExitCode;
 

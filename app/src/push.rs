@@ -21,14 +21,12 @@ mod store;
 mod subscriptions;
 mod tags;
 
-use std::net::{AddrParseError, IpAddr};
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::extract::FromRef;
-use ipnet::IpNet;
+use perennial_server::http::detach::Detach;
 use perennial_server::pool::sqlite::Sqlite;
 use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Sender, VapidKey};
 use secrecy::{ExposeSecret, SecretString};
@@ -41,7 +39,7 @@ use uuid::Uuid;
 use crate::access::{Access, Scope, SiteId};
 use crate::data_dir::{DataDir, VAPID_KEY};
 use crate::module::{Host, Module};
-use crate::settings::Reader;
+use crate::settings::{Network, Reader};
 use limits::Limits;
 use progress::Progress;
 use store::Store;
@@ -230,7 +228,8 @@ fn routes(application: &Tools) -> OpenApiRouter {
     let mut routes = OpenApiRouter::new()
         .merge(from_pages)
         .routes(routes!(subscriptions::one, subscriptions::delete))
-        .routes(routes!(notify::notify))
+        // Whoever leaves early has sent all the same, and may ask again with the same Idempotency-Key.
+        .merge(OpenApiRouter::new().routes(routes!(notify::notify)).layer(Detach))
         .routes(routes!(progress::list))
         .routes(routes!(progress::one));
     if application.config.page {
@@ -348,17 +347,6 @@ fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
         settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
     }
     contact
-}
-
-/// A network, or one address.
-struct Network(IpNet);
-
-impl FromStr for Network {
-    type Err = AddrParseError;
-
-    fn from_str(text: &str) -> Result<Self, AddrParseError> {
-        text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map(Self)
-    }
 }
 
 fn pins(value: &toml::Value) -> Option<Vec<Pin>> {

@@ -13,7 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use toml::{Table, Value};
 
-pub use reader::{Reader, Setting, Size};
+pub use reader::{Network, Reader, Setting, Size};
 
 /// The host's settings, commented: the reference is the default.
 pub const DEFAULTS: &str = include_str!("../../config/default.toml");

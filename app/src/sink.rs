@@ -38,7 +38,8 @@ use http::{StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use perennial_server::drain::Drain;
 use perennial_server::http::scope::Scope;
-use perennial_server::http::{self as server, Listen, Server, tls};
+use perennial_server::http::{self as server, Server};
+use perennial_server::net::{self, Inherited, Listen, tls};
 use perennial_webpush::{Keys, ReceiverKeys};
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose};
 use serde_json::{Value, json};
@@ -169,20 +170,17 @@ pub struct Bound {
 /// When a certificate cannot be written, or an address cannot be had.
 pub async fn bind(config: Config, behaviour: Arc<dyn Behaviour>) -> anyhow::Result<Bound> {
     let tls = certificate(&config.directory, &config.names)?;
-    let server = Server::bind(server::Config {
-        name: "sink",
+    let listen = vec![Listen::Https(config.push.to_string()), Listen::Http(config.browsers.to_string())];
+    let net = net::Config { tls: Some(tls), ..net::Config::new("sink", listen) };
+    // A service that stalls does so for longer than any client waits.
+    let patient = Duration::from_secs(3600);
+    let server = server::Config {
         quiet: true,
-        listen: vec![Listen::Https(config.push.to_string()), Listen::Http(config.browsers.to_string())],
-        tls: Some(tls),
-        max_connections: 10_000,
-        handshake_timeout: Duration::from_secs(10),
-        idle_timeout: Duration::from_secs(3600),
-        // A service that stalls does so for longer than any client waits.
-        request_timeout: Duration::from_secs(3600),
-        body_limit: 64 * 1024,
-        trust_request_id: false,
-    })
-    .await?;
+        request_timeout: patient,
+        slow_after: patient,
+        ..server::Config::new(net)
+    };
+    let server = Server::bind(server, &Inherited::default()).await?;
     let addresses = server.addresses();
     let (origin, browsers) = addresses.split_first().context("two addresses were asked for")?;
     let browsers = format!("ws://{}/", browsers.first().context("two addresses were asked for")?);
@@ -199,7 +197,7 @@ impl Bound {
             .route("/", get(browser::connect))
             .with_state(self.sink);
         // It cannot fail.
-        let _ = self.server.run(router, drain).await;
+        let _ = self.server.run(router, None, drain).await;
     }
 }
 

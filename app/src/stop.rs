@@ -33,6 +33,8 @@ pub(crate) struct Phases {
 pub(crate) enum Reason {
     /// Somebody asked it to.
     Signal(Signal),
+    /// A successor has the sockets and waits for the lock.
+    Succession,
     /// It cannot go on.
     Death(Death),
 }
@@ -43,6 +45,8 @@ impl fmt::Display for Reason {
             Self::Signal(Signal::Terminate) => f.write_str("SIGTERM"),
             Self::Signal(Signal::Interrupt) => f.write_str("SIGINT"),
             Self::Signal(Signal::Reload) => f.write_str("SIGHUP"),
+            Self::Signal(Signal::Succeed) => f.write_str("SIGUSR2"),
+            Self::Succession => f.write_str("succession"),
             Self::Death(death) => write!(f, "{} died: {}", death.task, death.reason),
         }
     }
@@ -68,7 +72,8 @@ pub(crate) async fn stop(
     );
     health.draining();
     trigger.advance(Phase::Notice);
-    // Nobody waits for load balancers when a developer presses Ctrl-C, or when nothing can be served any more.
+    // Nobody waits for load balancers when a developer presses Ctrl-C, when a successor has the sockets, or when
+    // nothing can be served any more.
     let notice = if reason == Reason::Signal(Signal::Terminate) { phases.notice } else { Duration::ZERO };
     let patient = tokio::select! {
         () = tokio::time::sleep(notice) => true,
@@ -107,7 +112,13 @@ pub(crate) async fn stop(
 /// A second signal does not wait for anybody.
 async fn impatience(signals: &mut Signals, began: Instant) {
     // Some senders signal the process and its group, which is the process again.
-    while signals.next().await == Signal::Reload || began.elapsed() < ECHO {}
+    loop {
+        let signal = signals.next().await;
+        let stops = matches!(signal, Signal::Terminate | Signal::Interrupt);
+        if stops && began.elapsed() >= ECHO {
+            break;
+        }
+    }
     warn!("a second signal: not waiting any longer");
 }
 

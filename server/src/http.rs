@@ -1,117 +1,156 @@
-//! The HTTP server: bind first, then serve until drained.
+//! The HTTP server: bind first, then serve until drained. Its sockets are those of [`crate::net`].
 //!
 //! ```text
-//! accept.rs   sockets, one task a connection, the backlog at the end
-//!   tls.rs      handshake and ALPN, inside the connection's task
-//!   conn.rs     HTTP/1.1 or HTTP/2 on one connection, told to leave when the drain says so
-//!     stack.rs    what surrounds every request: scope, log, panic, deadline, body limit
-//!       scope.rs    what lives for one request
-//!       router        axum: routing and extraction
+//! conn.rs     HTTP/1.1 or HTTP/2 on one connection
+//!   stack.rs    what surrounds every request: shedding, scope, log, panic, deadline, body limit
+//!     scope.rs    what lives for one request
+//!     body.rs     the request's body       exchange.rs  the response's, and the access log
+//!     timed.rs    how long a handler keeps its thread
+//!     detach.rs   routes that go on without their client
+//!     router      axum: routing and extraction
+//! problem.rs  errors as RFC 9457
 //! ```
 
-mod accept;
 mod body;
 mod conn;
+pub mod detach;
 mod exchange;
-mod listen;
 pub mod problem;
 pub mod scope;
 mod stack;
-pub mod tls;
+mod timed;
 
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::Semaphore;
+use tokio_util::task::TaskTracker;
 
+use crate::cpu::Cpu;
 use crate::drain::Drain;
+use crate::net::{self, BindError, Connections, Inherited, Sockets};
 
-use accept::Listener;
-pub use conn::Peer;
-pub use listen::Listen;
+use conn::Http;
+use scope::Services;
 use stack::Stack;
 
 /// How to listen and what one client may ask for.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What the listener is called in metrics: `public`, `admin`.
-    pub name: &'static str,
-    /// Whether its access log is only for debugging.
+    /// Sockets and connections.
+    pub net: net::Config,
+    /// Whether the access log is only for debugging.
     pub quiet: bool,
-    /// Where to listen.
-    pub listen: Vec<Listen>,
-    /// Certificate and key, needed by `https` addresses.
-    pub tls: Option<tls::Config>,
-    /// How many connections may be open at once. More wait in the kernel's backlog.
-    pub max_connections: usize,
-    /// How long a new connection may stay silent, and how long a TLS handshake may take.
-    pub handshake_timeout: Duration,
-    /// How long a request head may take, and how long a connection may be idle before the next one.
-    pub idle_timeout: Duration,
+    /// How many requests may run at once. More are answered with 503.
+    pub max_requests: usize,
     /// How long a handler may take until it has a response.
     pub request_timeout: Duration,
+    /// How long a handler may have to wait for a part of a request body.
+    pub body_idle_timeout: Duration,
+    /// How long it may take, from the first wait, until a request body is there.
+    pub body_timeout: Duration,
     /// The longest request body, in bytes.
     pub body_limit: usize,
     /// Whether a client's `X-Request-Id` is taken over.
     pub trust_request_id: bool,
+    /// After how long a request is worth a line that says where its time went.
+    pub slow_after: Duration,
+    /// How long a handler may keep its thread without a word about it.
+    pub slow_poll: Duration,
+    /// What one HTTP/2 connection may take.
+    pub http2: Http2,
 }
 
-/// Why a server could not be bound.
-#[derive(Debug, thiserror::Error)]
-pub enum BindError {
-    /// The address cannot be had.
-    #[error("cannot listen on {address}")]
-    Address {
-        /// The address as it was written.
-        address: String,
-        /// What the operating system said.
-        source: std::io::Error,
-    },
-    /// The certificate or the key cannot be used.
-    #[error("cannot serve https")]
-    Tls(#[from] tls::Error),
+impl Config {
+    /// The defaults, on these sockets.
+    pub fn new(net: net::Config) -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            net,
+            quiet: false,
+            max_requests: 10_000,
+            request_timeout: seconds(30),
+            body_idle_timeout: seconds(15),
+            body_timeout: seconds(60),
+            body_limit: 1 << 20,
+            trust_request_id: false,
+            slow_after: seconds(1),
+            slow_poll: Duration::from_millis(100),
+            http2: Http2 {
+                streams: 100,
+                header_list: 16 << 10,
+                send_buffer: 64 << 10,
+                ping_every: seconds(20),
+                ping_timeout: seconds(20),
+            },
+        }
+    }
+}
+
+/// What one HTTP/2 connection may take.
+#[derive(Clone, Copy, Debug)]
+pub struct Http2 {
+    /// How many streams at once.
+    pub streams: u32,
+    /// How much of request headers, in bytes.
+    pub header_list: u32,
+    /// How much of one response waits in memory for the client, in bytes.
+    pub send_buffer: usize,
+    /// How often a silent client is asked whether it is there.
+    pub ping_every: Duration,
+    /// How long it may take to say so.
+    pub ping_timeout: Duration,
 }
 
 /// A server whose sockets are open, so that its addresses are known and a bad port has failed already.
 #[derive(Debug)]
 pub struct Server {
-    listeners: Vec<Listener>,
+    sockets: net::Bound,
+    connections: Connections,
     config: Config,
 }
 
 impl Server {
-    /// Opens the sockets and reads the certificate.
+    /// Opens the sockets, or takes those of `inherited` that have the same addresses, and reads the certificate.
     ///
     /// # Errors
     /// When an address cannot be had, or `https` lacks a usable certificate.
-    pub async fn bind(config: Config) -> Result<Self, BindError> {
-        let tls = config.tls.as_ref().map(tls::acceptor).transpose()?;
-        let mut listeners = Vec::new();
-        for listen in &config.listen {
-            listeners.extend(accept::bind(listen, tls.as_ref()).await?);
-        }
-        Ok(Self { listeners, config })
+    pub async fn bind(config: Config, inherited: &Inherited) -> Result<Self, BindError> {
+        let sockets = net::bind(&config.net, inherited).await?;
+        Ok(Self { connections: Connections::new(&config.net), sockets, config })
     }
 
     /// The addresses in use, in the form in which they are written in settings.
     pub fn addresses(&self) -> Vec<String> {
-        self.listeners.iter().map(Listener::address).collect()
+        self.sockets.addresses()
     }
 
-    /// Serves `router` until the drain has begun and every connection has ended.
+    /// Its connections, and the requests on them.
+    pub fn connections(&self) -> Connections {
+        self.connections.clone()
+    }
+
+    /// Its sockets, to be handed over, and the certificate, to be read anew.
+    pub fn sockets(&self) -> Sockets {
+        self.sockets.sockets()
+    }
+
+    /// Serves `router` until the drain has begun and every connection has ended. `cpu` is what
+    /// [`scope::Scope::cpu`] uses.
     ///
     /// # Errors
     /// Never: the type is that of a task.
-    pub async fn run(self, router: axum::Router, drain: Drain) -> Result<(), Infallible> {
-        let stack = Arc::new(Stack::new(router, &self.config, drain.clone()));
-        let slots = Arc::new(Semaphore::new(self.config.max_connections));
+    pub async fn run(self, router: axum::Router, cpu: Option<Cpu>, drain: Drain) -> Result<(), Infallible> {
         let config = Arc::new(self.config);
-        let loops = self.listeners.into_iter().map(|listener| {
-            let host = conn::Host { stack: stack.clone(), config: Arc::clone(&config), drain: drain.clone() };
-            accept::run(listener, host, Arc::clone(&slots))
-        });
-        futures_util::future::join_all(loops).await;
+        let detached = TaskTracker::new();
+        let services =
+            Services { drain: drain.clone(), cpu, detached: detached.clone(), slow_poll: config.slow_poll };
+        let stack = Arc::new(Stack::new(router, &config, Arc::new(services)));
+        let protocol = Http { stack, config: Arc::clone(&config) };
+        net::serve(self.sockets, self.connections, Arc::new(config.net.clone()), protocol, &drain).await;
+        // Nothing new is detached without a connection.
+        detached.close();
+        detached.wait().await;
         Ok(())
     }
 }

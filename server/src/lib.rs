@@ -11,15 +11,19 @@
 //! | [`health`] | readiness conditions, the heartbeat and what the probes answer |
 //! | [`metrics`] | every metric of the host, and the Prometheus recorder |
 //! | [`telemetry`] | logs |
-//! | [`http`] | listeners, connections, the per-request scope, the stack around a router |
+//! | [`net`] | sockets: where to listen, who may connect, how many, and for how long |
+//! | [`http`] | HTTP on them: the per-request scope, the stack around a router |
+//! | [`cpu`] | work for the processor, off the threads that serve |
 //! | [`pool`] | stores behind bounded waits |
 //! | [`backoff`] | how long to wait before trying again |
 
 pub mod backoff;
+pub mod cpu;
 pub mod drain;
 pub mod health;
 pub mod http;
 pub mod metrics;
+pub mod net;
 pub mod pool;
 pub mod signal;
 pub mod tasks;

@@ -2,10 +2,15 @@
 //!
 //! Labels are bounded: a route is the pattern that matched (or `unmatched`), never a path.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
+use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
-use metrics::{Gauge, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
+};
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::drain::Drain;
@@ -14,12 +19,22 @@ use crate::drain::Drain;
 pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
 /// Histogram by `listener`, `route`, seconds: from the request head to the last byte of the response.
 pub const HTTP_DURATION: &str = "perennial_http_request_duration_seconds";
-/// Gauge by `listener`: requests between head and last byte.
+/// Gauge by `listener`: requests between head and last byte, but for those that are shed.
 pub const HTTP_IN_FLIGHT: &str = "perennial_http_requests_in_flight";
 /// Gauge by `listener`: open connections.
 pub const HTTP_CONNECTIONS: &str = "perennial_http_connections";
 /// Counter by `reason`: connections that the host ended, or refused.
 pub const HTTP_CONNECTIONS_CUT: &str = "perennial_http_connections_cut_total";
+/// Counter by `listener`: requests that were sent away because too many ran.
+pub const HTTP_SHED: &str = "perennial_http_requests_shed_total";
+/// Counter by `route`: polls of a handler that kept their thread for longer than `server.slow_poll`.
+pub const HTTP_SLOW_POLLS: &str = "perennial_http_slow_polls_total";
+/// Gauge: work that waits for one of the threads of `server.cpu`.
+pub const CPU_WAITING: &str = "perennial_cpu_waiting";
+/// Gauge: work that they do.
+pub const CPU_RUNNING: &str = "perennial_cpu_running";
+/// Counter: work that found the queue full.
+pub const CPU_REFUSED: &str = "perennial_cpu_refused_total";
 /// Counter: handlers that panicked.
 pub const HTTP_PANICS: &str = "perennial_http_panics_total";
 /// Counter by `task`: contained tasks that failed and were started again.
@@ -94,6 +109,11 @@ fn describe() {
         Unit::Count,
         "connections ended or refused by the host, by reason"
     );
+    describe_counter!(HTTP_SHED, Unit::Count, "requests sent away because too many ran");
+    describe_counter!(HTTP_SLOW_POLLS, Unit::Count, "polls of a handler that kept their thread for too long");
+    describe_gauge!(CPU_WAITING, Unit::Count, "work that waits for a processor thread");
+    describe_gauge!(CPU_RUNNING, Unit::Count, "work that processor threads do");
+    describe_counter!(CPU_REFUSED, Unit::Count, "work that found the queue of the processor threads full");
     describe_counter!(HTTP_PANICS, Unit::Count, "handlers that panicked");
     describe_counter!(TASK_FAILURES, Unit::Count, "contained tasks that failed and were started again");
     describe_counter!(SQLITE_COMMITS, Unit::Count, "transactions committed by the SQLite writer");
@@ -103,28 +123,82 @@ fn describe() {
     describe_counter!(LOG_LINES_DROPPED, Unit::Count, "log lines dropped because their reader was too slow");
 }
 
-/// One answered request.
-pub(crate) fn request_ended(
+/// The metrics of a listener's requests. What the recorder finds by labels is looked up once.
+pub(crate) struct Requests {
     listener: &'static str,
-    route: &str,
-    method: &'static str,
-    status: u16,
-    took: Duration,
-) {
-    let (route, status) = (route.to_owned(), status.to_string());
-    let labels = [
-        ("listener", listener.into()),
-        ("route", route.clone()),
-        ("method", method.into()),
-        ("status", status),
-    ];
-    counter!(HTTP_REQUESTS, &labels).increment(1);
-    histogram!(HTTP_DURATION, "listener" => listener, "route" => route).record(took);
+    in_flight: Gauge,
+    routes: RwLock<HashMap<Box<str>, Route>>,
 }
 
-/// The gauge of requests of a listener.
-pub(crate) fn requests_in_flight(listener: &'static str) -> Gauge {
-    gauge!(HTTP_IN_FLIGHT, "listener" => listener)
+#[derive(Default)]
+struct Route(HashMap<(&'static str, u16), (Counter, Histogram)>);
+
+impl std::fmt::Debug for Requests {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Requests").field("listener", &self.listener).finish_non_exhaustive()
+    }
+}
+
+impl Requests {
+    pub(crate) fn new(listener: &'static str) -> Self {
+        let in_flight = gauge!(HTTP_IN_FLIGHT, "listener" => listener);
+        Self { listener, in_flight, routes: RwLock::default() }
+    }
+
+    /// One more that runs.
+    pub(crate) fn count(&self) -> Counted {
+        Counted::new(self.in_flight.clone())
+    }
+
+    /// One that was answered.
+    pub(crate) fn ended(&self, route: &str, method: &'static str, status: u16, took: Duration) {
+        let record = |(requests, duration): &(Counter, Histogram)| {
+            requests.increment(1);
+            duration.record(took);
+        };
+        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        if let Some(known) = routes.get(route).and_then(|route| route.0.get(&(method, status))) {
+            return record(known);
+        }
+        drop(routes);
+        let labels = [
+            ("listener", self.listener.to_owned()),
+            ("route", route.to_owned()),
+            ("method", method.to_owned()),
+            ("status", status.to_string()),
+        ];
+        let duration = histogram!(HTTP_DURATION, "listener" => self.listener, "route" => route.to_owned());
+        let new = (counter!(HTTP_REQUESTS, &labels), duration);
+        record(&new);
+        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        routes.entry(route.into()).or_default().0.insert((method, status), new);
+    }
+
+    /// One that was sent away at once.
+    pub(crate) fn shed(&self, method: &'static str) {
+        self.ended("shed", method, 503, Duration::ZERO);
+        counter!(HTTP_SHED, "listener" => self.listener).increment(1);
+    }
+}
+
+/// One poll of a handler that took too long.
+pub(crate) fn slow_poll(route: &str) {
+    counter!(HTTP_SLOW_POLLS, "route" => route.to_owned()).increment(1);
+}
+
+/// The gauge of work that waits for a processor thread.
+pub(crate) fn cpu_waiting() -> Gauge {
+    gauge!(CPU_WAITING)
+}
+
+/// The gauge of work that a processor thread does.
+pub(crate) fn cpu_running() -> Gauge {
+    gauge!(CPU_RUNNING)
+}
+
+/// Work that found the queue full.
+pub(crate) fn cpu_refused() {
+    counter!(CPU_REFUSED).increment(1);
 }
 
 /// The gauge of connections of a listener.

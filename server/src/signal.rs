@@ -1,4 +1,4 @@
-//! SIGTERM, SIGINT and SIGHUP as a stream of values.
+//! SIGTERM, SIGINT, SIGHUP and SIGUSR2 as a stream of values.
 //!
 //! Installed before anything slow happens: until then SIGTERM kills the process outright, and as PID 1 of a
 //! container it would be ignored altogether.
@@ -6,7 +6,7 @@
 use std::io;
 
 use futures_util::StreamExt;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
 
 /// What somebody outside asked of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,6 +17,8 @@ pub enum Signal {
     Interrupt,
     /// SIGHUP: read again what can be read again.
     Reload,
+    /// SIGUSR2: start a successor, and leave the sockets to it.
+    Succeed,
 }
 
 /// The signals that reach this process from now on.
@@ -34,7 +36,7 @@ impl Signals {
     /// # Errors
     /// When the operating system refuses a handler or the wake-up socket.
     pub fn install() -> io::Result<Self> {
-        Ok(Self(signal_hook_tokio::Signals::new([SIGTERM, SIGINT, SIGHUP])?))
+        Ok(Self(signal_hook_tokio::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR2])?))
     }
 
     /// The next signal. Signals of one kind that arrive together are one.
@@ -44,6 +46,7 @@ impl Signals {
                 Some(SIGTERM) => return Signal::Terminate,
                 Some(SIGINT) => return Signal::Interrupt,
                 Some(SIGHUP) => return Signal::Reload,
+                Some(SIGUSR2) => return Signal::Succeed,
                 Some(_) => {}
                 // The stream ends only when its handle is closed, and nobody holds one.
                 None => std::future::pending().await,

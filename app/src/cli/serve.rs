@@ -14,6 +14,7 @@ use perennial_server::drain::{self, Phase};
 use perennial_server::health::Health;
 use perennial_server::http::Server;
 use perennial_server::metrics::Metrics;
+use perennial_server::net::Sockets;
 use perennial_server::signal::{Signal, Signals};
 use perennial_server::tasks::Tasks;
 use perennial_server::telemetry::Telemetry;
@@ -27,6 +28,7 @@ use crate::config::{self, Config};
 use crate::module::{Blueprint, Configured};
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
+use crate::succession::{self, Inheritance};
 
 /// How long the threads of the serving runtime may take to end after everything on them has.
 const THREADS: Duration = Duration::from_secs(1);
@@ -86,26 +88,34 @@ impl Prepared {
     /// Serves until somebody says stop. Returns the runtime too: it must not be dropped in here.
     async fn run(self, mut signals: Signals) -> (ExitCode, Option<Runtime>) {
         let Self { sources, modules, settings, config, configured, telemetry, metrics, serving } = self;
+        let inheritance = match Inheritance::take() {
+            Ok(inheritance) => inheritance,
+            Err(error) => return (failed(&error), Some(serving)),
+        };
         let health = Health::new(config.health);
         let (trigger, drain) = drain::channel();
         // What must go on while everything else stops.
         let (last, at_last) = drain::channel();
         let attendants = Tasks::new(at_last.clone());
 
-        let admin =
-            match Server::bind(config.admin.clone()).await.context("the admin listener cannot be opened") {
-                Ok(admin) => admin,
-                Err(error) => return (failed(&error), Some(serving)),
-            };
+        let admin = match Server::bind(config.admin.clone(), &inheritance.sockets)
+            .await
+            .context("the admin listener cannot be opened")
+        {
+            Ok(admin) => admin,
+            Err(error) => return (failed(&error), Some(serving)),
+        };
+        let admin_sockets = admin.sockets();
         let admin_addresses = admin.addresses();
         let known = Admin::new(
             health.clone(),
             metrics.clone(),
             Arc::clone(&telemetry),
             settings.clone(),
-            &config.admin.listen,
+            &config.admin.net.listen,
+            admin.connections(),
         );
-        attendants.critical("admin", admin.run(known.router(), at_last.clone()));
+        attendants.critical("admin", admin.run(known.router(), None, at_last.clone()));
         attendants.contained("metrics upkeep", {
             let at_last = at_last.clone();
             move || metrics.clone().upkeep(at_last.clone())
@@ -118,8 +128,9 @@ impl Prepared {
 
         let phases = config.phases;
         let migrations = boot::migrations(modules.iter().map(|module| module.migrations));
-        let mut booting =
-            serving.spawn(boot::boot(config, configured, migrations, admin_addresses, health.clone(), drain));
+        let boot =
+            boot::boot(config, inheritance, configured, migrations, admin_addresses, health.clone(), drain);
+        let mut booting = serving.spawn(boot);
         let booted = tokio::select! {
             booted = &mut booting => Some(booted),
             signal = first_stop(&mut signals) => {
@@ -139,10 +150,18 @@ impl Prepared {
                     access: app.access.clone(),
                     workers: app.workers.clone(),
                     status: app.status.clone(),
+                    connections: app.connections.clone(),
                 });
                 greet(&app);
-                let reload = || reload(&sources, &modules, &settings, &telemetry);
-                let reason = serve_until(&app, &attendants, &mut signals, reload).await;
+                let reload = || {
+                    app.sockets.renew_certificate();
+                    reload(&sources, &modules, &settings, &telemetry);
+                };
+                let sockets = [app.sockets.clone(), admin_sockets];
+                let reason = serve_until(&app, &attendants, &sockets, &mut signals, reload).await;
+                if reason == Reason::Succession {
+                    sockets.iter().for_each(Sockets::handed_over);
+                }
                 stop(app, phases, &health, &trigger, &mut signals, reason).await
             }
         };
@@ -161,7 +180,13 @@ fn failed(error: &anyhow::Error) -> ExitCode {
 }
 
 /// Waits for a reason to leave.
-async fn serve_until(app: &App, attendants: &Tasks, signals: &mut Signals, reload: impl Fn()) -> Reason {
+async fn serve_until(
+    app: &App,
+    attendants: &Tasks,
+    sockets: &[Sockets],
+    signals: &mut Signals,
+    reload: impl Fn(),
+) -> Reason {
     let terminal = Terminal::now();
     loop {
         tokio::select! {
@@ -171,6 +196,10 @@ async fn serve_until(app: &App, attendants: &Tasks, signals: &mut Signals, reloa
                 // The terminal that it was started on has been closed.
                 Signal::Reload if terminal.has_gone() => return Reason::Signal(Signal::Interrupt),
                 Signal::Reload => reload(),
+                Signal::Succeed => match succession::begin(sockets).await {
+                    Ok(()) => return Reason::Succession,
+                    Err(error) => error!(error = format!("{error:#}"), "no successor; going on"),
+                },
                 signal => return Reason::Signal(signal),
             },
         }
@@ -195,7 +224,7 @@ impl Terminal {
 async fn first_stop(signals: &mut Signals) -> Signal {
     loop {
         match signals.next().await {
-            Signal::Reload => info!("nothing to reload while booting"),
+            Signal::Reload | Signal::Succeed => info!("nothing to reload or to hand over while booting"),
             signal => return signal,
         }
     }

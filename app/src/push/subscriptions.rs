@@ -305,7 +305,7 @@ impl FromRequestParts<Tools> for Visitor {
             }
             // Reading the key changes nothing and costs nothing: only what is written is limited.
             if parts.method != Method::GET {
-                tools.limits.check(scope.and_then(|scope| scope.connection().peer.ip()))?;
+                tools.limits.check(scope.and_then(RequestScope::client))?;
             }
         }
         Ok(Self { caller })

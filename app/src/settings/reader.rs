@@ -1,11 +1,13 @@
 //! From values to types, noting everything that does not fit.
 
 use std::fmt;
+use std::net::{AddrParseError, IpAddr};
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
+use ipnet::IpNet;
 use jiff::SignedDuration;
 use secrecy::SecretString;
 use toml::Value;
@@ -189,6 +191,18 @@ impl Setting for Duration {
         // The library also reads ISO 8601 and clock times, which would be a surprise here.
         let friendly = text.starts_with(|c: char| c.is_ascii_digit()) && !text.contains(':');
         Self::try_from(text.parse::<SignedDuration>().ok().filter(|_| friendly)?).ok()
+    }
+}
+
+/// A network, or one address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Network(pub IpNet);
+
+impl FromStr for Network {
+    type Err = AddrParseError;
+
+    fn from_str(text: &str) -> Result<Self, AddrParseError> {
+        text.parse().or_else(|_| text.parse::<IpAddr>().map(IpNet::from)).map(Self)
     }
 }
 

@@ -1,4 +1,7 @@
-//! A request body that is not read to its end.
+//! A request body: one that comes too slowly, and one that is not read to its end.
+//!
+//! A body that has come in with its head is read without a clock. Whoever has to wait for a part of it does so
+//! for `body_idle` at most, and until `body_total` has passed since the first wait.
 //!
 //! When a request is answered before its body has come in (it is too long, or of the wrong type), a closed
 //! connection with unread bytes in it is reset, and the reset overtakes the answer: the client learns
@@ -7,13 +10,16 @@
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use tokio::sync::Notify;
+use tokio::time::Sleep;
+
+use super::scope::{Scope, Stage};
 
 /// For how long, and how much of, a body is dropped that nobody reads.
 const LINGER: Duration = Duration::from_secs(2);
@@ -30,6 +36,14 @@ struct Shared {
 }
 
 impl Leftover {
+    /// Has a body dropped as it comes.
+    pub(super) fn drop_later(&self, body: Incoming) {
+        if !body.is_end_stream() {
+            *self.0.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
+            self.0.came.notify_one();
+        }
+    }
+
     /// Reads and drops what is left of bodies, as it comes. Never returns.
     pub(super) async fn drop_all(&self) {
         loop {
@@ -52,33 +66,106 @@ async fn drop_one(mut body: Incoming) {
     }
 }
 
+/// How slowly a body may come.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Pace {
+    /// Between two parts.
+    pub(super) idle: Duration,
+    /// From the first wait to the end.
+    pub(super) total: Duration,
+}
+
+/// Why a part of a body cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum BodyError {
+    #[error(transparent)]
+    Broken(#[from] hyper::Error),
+    #[error("the body came too slowly")]
+    TooSlow,
+}
+
 /// A request body that gives what is left of it to its connection.
 #[derive(Debug)]
 pub(super) struct RequestBody {
     body: Option<Incoming>,
     ended: bool,
     leftover: Option<Leftover>,
+    scope: Scope,
+    pace: Pace,
+    wait: Option<Wait>,
+}
+
+/// A wait for a part, and the ones before it.
+#[derive(Debug)]
+struct Wait {
+    first: Instant,
+    /// Since when, if it is being waited for now.
+    since: Option<Instant>,
+    limit: Pin<Box<Sleep>>,
 }
 
 impl RequestBody {
-    pub(super) fn new(body: Incoming, leftover: Option<Leftover>) -> Self {
-        Self { ended: body.is_end_stream(), body: Some(body), leftover }
+    pub(super) fn new(body: Incoming, leftover: Option<Leftover>, scope: Scope, pace: Pace) -> Self {
+        Self { ended: body.is_end_stream(), body: Some(body), leftover, scope, pace, wait: None }
+    }
+
+    /// Nothing has come: whether that is for too long.
+    fn poll_limit(&mut self, context: &mut Context<'_>) -> Poll<()> {
+        let (pace, now) = (self.pace, Instant::now());
+        let wait = self.wait.get_or_insert_with(|| Wait {
+            first: now,
+            since: None,
+            limit: Box::pin(tokio::time::sleep(Duration::ZERO)),
+        });
+        if wait.since.is_none() {
+            wait.since = Some(now);
+            wait.limit.as_mut().reset((now + pace.idle).min(wait.first + pace.total).into());
+            self.scope.set_stage(Stage::Body);
+        }
+        wait.limit.as_mut().poll(context)
+    }
+
+    /// Something has come.
+    fn came(&mut self) {
+        self.scope.connection().useful();
+        if let Some(since) = self.wait.as_mut().and_then(|wait| wait.since.take()) {
+            self.scope.spent().body += since.elapsed();
+            self.scope.set_stage(Stage::Handler);
+        }
+    }
+
+    /// Which limit it was that was reached.
+    fn cut(&mut self) -> BodyError {
+        let idle = self
+            .wait
+            .as_ref()
+            .and_then(|wait| wait.since)
+            .is_some_and(|since| since.elapsed() >= self.pace.idle);
+        // What is still to come is nothing to wait for.
+        self.ended = true;
+        self.scope.give_up_body(if idle { "body idle" } else { "body timeout" });
+        BodyError::TooSlow
     }
 }
 
 impl Body for RequestBody {
     type Data = Bytes;
-    type Error = hyper::Error;
+    type Error = BodyError;
 
     fn poll_frame(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, hyper::Error>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
         let Some(body) = &mut self.body else { return Poll::Ready(None) };
-        let frame = std::task::ready!(Pin::new(&mut *body).poll_frame(context));
+        let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(context) else {
+            std::task::ready!(self.poll_limit(context));
+            return Poll::Ready(Some(Err(self.cut())));
+        };
+        self.came();
+        let Some(body) = &self.body else { return Poll::Ready(None) };
         let ended = !matches!(frame, Some(Ok(_))) || body.is_end_stream();
         self.ended = ended;
-        Poll::Ready(frame)
+        Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
     }
 
     fn is_end_stream(&self) -> bool {
@@ -92,11 +179,11 @@ impl Body for RequestBody {
 
 impl Drop for RequestBody {
     fn drop(&mut self) {
-        if let Some(Leftover(shared)) = &self.leftover
+        if let Some(leftover) = &self.leftover
             && !self.ended
+            && let Some(body) = self.body.take()
         {
-            *shared.body.lock().unwrap_or_else(PoisonError::into_inner) = self.body.take();
-            shared.came.notify_one();
+            leftover.drop_later(body);
         }
     }
 }

@@ -1,14 +1,11 @@
-//! One connection: find out the protocol, serve requests, leave when the drain says so.
+//! HTTP on one connection: find out the version, serve requests, leave when it is told to.
 
 use std::error::Error;
-use std::fmt;
-use std::future::Future;
+use std::future::poll_fn;
 use std::io;
-use std::net::{IpAddr, SocketAddr};
 use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::task::Poll;
 
 use hyper::body::Incoming;
 use hyper::rt::bounds::Http2ServerConnExec;
@@ -16,279 +13,166 @@ use hyper::rt::{Read, Write};
 use hyper::server::conn::{http1, http2};
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncWrite, Interest};
-use tokio::net::{TcpStream, UnixStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tracing::debug;
 
 use super::Config;
-use super::accept::Tls;
 use super::body::Leftover;
 use super::exchange::FollowedBody;
 use super::stack::Stack;
-use crate::drain::Drain;
-use crate::metrics::{self, Counted};
+use crate::net::Protocol;
+use crate::net::connection::{Connection, Peek, Phase, Socket, Spoken, Told};
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How long until a connection that has sent the beginning of [`PREFACE`] is looked at again: at first, and
-/// at last, since the pause doubles.
-const PREFACE_POLL: (Duration, Duration) = (Duration::from_millis(5), Duration::from_millis(500));
-
-/// How much of a request head is held in memory at most.
+/// How much of a request head is held in memory at most, in bytes.
 const HEAD_LIMIT: usize = 64 * 1024;
 
-/// How long an idle HTTP/1.1 connection stays open once the drain has begun: a request that is on its way
-/// is answered, with `Connection: close`, and not cut off.
-const LINGER: Duration = Duration::from_millis(500);
+/// How many HTTP/2 streams a client may reset before they are looked at, and how many of its errors are
+/// answered, until its connection ends (CVE-2023-44487, CVE-2025-8671).
+const MAX_RESETS: usize = 20;
+const MAX_ERRORS: usize = 128;
 
-/// What all connections of a server share.
+/// HTTP as a protocol of [`crate::net`].
 #[derive(Clone, Debug)]
-pub(super) struct Host {
+pub(super) struct Http {
     pub(super) stack: Arc<Stack>,
     pub(super) config: Arc<Config>,
-    pub(super) drain: Drain,
 }
 
-/// Who is at the other end.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Peer {
-    /// A TCP client.
-    Tcp(SocketAddr),
-    /// A client on the same machine, through a Unix socket.
-    Unix,
-}
-
-impl Peer {
-    /// The client's address, if it has one.
-    pub fn ip(&self) -> Option<IpAddr> {
-        match self {
-            Self::Tcp(address) => Some(address.ip().to_canonical()),
-            Self::Unix => None,
-        }
-    }
-}
-
-impl fmt::Display for Peer {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Tcp(address) => address.fmt(f),
-            Self::Unix => f.write_str("unix"),
-        }
-    }
-}
-
-/// The connection that a request came on, as its handler may see it.
-#[derive(Debug)]
-pub struct Connection {
-    /// Who is at the other end.
-    pub peer: Peer,
-    close: CancellationToken,
-    abort: CancellationToken,
-    pub(super) leftover: Leftover,
-    /// Between their heads and the last bytes of their responses.
-    requests: AtomicUsize,
-}
-
-/// One request on a connection, counted while it lasts.
-#[derive(Debug)]
-pub(super) struct OnConnection(Arc<Connection>);
-
-impl OnConnection {
-    pub(super) fn new(connection: Arc<Connection>) -> Self {
-        connection.requests.fetch_add(1, Ordering::AcqRel);
-        Self(connection)
-    }
-}
-
-impl Drop for OnConnection {
-    fn drop(&mut self) {
-        self.0.requests.fetch_sub(1, Ordering::AcqRel);
-    }
-}
-
-impl Connection {
-    /// Ends the connection once its running requests are answered: `Connection: close`, or GOAWAY.
-    pub fn close(&self) {
-        self.close.cancel();
-    }
-
-    pub(super) fn is_closing(&self) -> bool {
-        self.close.is_cancelled()
-    }
-
-    /// Ends the connection now, with no answer to anything.
-    pub fn abort(&self) {
-        self.abort.cancel();
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Protocol {
-    Http1,
-    Http2,
-}
-
-/// A socket whose first bytes can be looked at without taking them.
-pub(super) trait Socket: AsyncRead + AsyncWrite + Send + Unpin + 'static {
-    /// Copies what has arrived into `buffer`, waiting for the first byte. 0 is the end of the stream.
-    fn peek(&self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send;
-}
-
-impl Socket for TcpStream {
-    fn peek(&self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send {
-        Self::peek(self, buffer)
-    }
-}
-
-impl Socket for UnixStream {
-    async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
-        let peek = || Ok(rustix::net::recv(self, &mut *buffer, rustix::net::RecvFlags::PEEK)?.1);
-        self.async_io(Interest::READABLE, peek).await
-    }
-}
-
-/// Serves one connection to its end.
-pub(super) async fn serve<S: Socket>(socket: S, peer: Peer, tls: Option<Tls>, host: Host) {
-    let _counted = Counted::new(metrics::connections(host.config.name));
-    let limit = host.config.handshake_timeout;
-    let opened = async {
-        let Some(Tls(acceptor)) = tls else {
-            return Ok(Opened::Plain(detect(&socket).await?, socket));
-        };
-        let stream = acceptor.accept(socket).await?;
-        let h2 = stream.get_ref().1.alpn_protocol() == Some(b"h2");
-        Ok(Opened::Tls(if h2 { Protocol::Http2 } else { Protocol::Http1 }, Box::new(stream)))
-    };
-    let opened: io::Result<Opened<S>> = tokio::select! {
-        opened = tokio::time::timeout(limit, opened) => opened.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into())),
-        // Somebody who has not said anything yet is not waited for.
-        () = lingered(&host.drain) => return,
-    };
-    match opened {
-        Ok(Opened::Plain(protocol, stream)) => run(stream, protocol, peer, host).await,
-        Ok(Opened::Tls(protocol, stream)) => run(stream, protocol, peer, host).await,
-        Err(error) => {
-            if error.kind() == io::ErrorKind::TimedOut {
-                metrics::connection_cut("handshake timeout");
+impl Protocol for Http {
+    async fn plain<S: Peek>(&self, mut socket: Socket<S>) {
+        let connection = Arc::clone(socket.connection());
+        match connection.unless_cut(detect(&mut socket)).await {
+            Some(Ok(Spoken::Http2)) => self.http2(socket, &connection).await,
+            Some(Ok(_)) => self.http1(socket, &connection, Phase::Head).await,
+            Some(Err(error)) => {
+                debug!(peer = %connection.peer(), %error, "no request came on this connection");
             }
-            debug!(%peer, %error, "no request came on this connection");
+            None => {}
         }
+    }
+
+    async fn secure<S>(&self, stream: Box<TlsStream<Socket<S>>>)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let (socket, tls) = stream.get_ref();
+        let connection = Arc::clone(socket.connection());
+        // What came so far was the handshake.
+        connection.useful();
+        if tls.alpn_protocol() == Some(b"h2") {
+            self.http2(stream, &connection).await;
+        } else {
+            self.http1(stream, &connection, Phase::Idle).await;
+        }
+    }
+
+    fn refusal(&self) -> &'static [u8] {
+        b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
     }
 }
 
-enum Opened<S> {
-    Plain(Protocol, S),
-    Tls(Protocol, Box<tokio_rustls::server::TlsStream<S>>),
-}
-
-/// Tells HTTP/2 with prior knowledge from HTTP/1.1 by the first bytes, which stay in the socket.
-async fn detect<S: Socket>(socket: &S) -> io::Result<Protocol> {
+/// Tells HTTP/2 with prior knowledge from HTTP/1.1 by the first bytes. They stay in the socket, unless it takes
+/// more than one look: then they are put back.
+async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<Spoken> {
     let mut first = [0; PREFACE.len()];
-    let (mut pause, longest) = PREFACE_POLL;
-    loop {
-        let length = socket.peek(&mut first).await?;
-        if length == 0 {
-            return Err(io::ErrorKind::UnexpectedEof.into());
-        }
-        if first[..length] != PREFACE[..length] {
-            return Ok(Protocol::Http1);
-        }
-        if length == PREFACE.len() {
-            return Ok(Protocol::Http2);
-        }
-        // The socket stays readable, so waiting for readability would spin.
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(longest);
-    }
-}
-
-async fn run<I>(io: I, protocol: Protocol, peer: Peer, host: Host)
-where
-    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let connection = Arc::new(Connection {
-        peer,
-        close: CancellationToken::new(),
-        abort: CancellationToken::new(),
-        leftover: Leftover::default(),
-        requests: AtomicUsize::new(0),
-    });
-    let service = service_fn({
-        let (stack, connection) = (Arc::clone(&host.stack), Arc::clone(&connection));
-        move |request| Arc::clone(&stack).handle(request, Arc::clone(&connection))
-    });
-    let io = TokioIo::new(io);
-    match protocol {
-        Protocol::Http1 => {
-            let served = http1::Builder::new()
-                .timer(TokioTimer::new())
-                .header_read_timeout(host.config.idle_timeout)
-                .max_buf_size(HEAD_LIMIT)
-                .serve_connection(io, service)
-                .with_upgrades();
-            tokio::select! {
-                () = drive(served, protocol, &connection, &host.drain) => {}
-                () = connection.leftover.drop_all() => {}
+    let mut length = socket.peek(&mut first).await?;
+    if length > 0 && length < PREFACE.len() && first[..length] == PREFACE[..length] {
+        // It stays readable, so that looking again would spin.
+        length = 0;
+        while length < PREFACE.len() && first[..length] == PREFACE[..length] {
+            let more = socket.read(&mut first[length..]).await?;
+            if more == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
             }
+            length += more;
         }
-        Protocol::Http2 => {
-            let streams = Streams::default();
-            let served = http2::Builder::new(streams.clone())
-                .timer(TokioTimer::new())
-                .keep_alive_interval(host.config.idle_timeout)
-                .keep_alive_timeout(host.config.handshake_timeout)
-                .serve_connection(io, service);
-            drive(served, protocol, &connection, &host.drain).await;
-            streams.end().await;
-        }
+        socket.put_back(&first[..length]);
+    }
+    match length {
+        0 => Err(io::ErrorKind::UnexpectedEof.into()),
+        _ if first[..length] == *PREFACE => Ok(Spoken::Http2),
+        _ => Ok(Spoken::Http1),
     }
 }
 
-/// The end of the time that a connection without a request is given once the drain has begun.
-async fn lingered(drain: &Drain) {
-    drain.soft().await;
-    tokio::select! {
-        () = tokio::time::sleep(LINGER) => {}
-        () = drain.hard() => {}
+impl Http {
+    async fn http1<I>(&self, io: I, connection: &Arc<Connection>, phase: Phase)
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        connection.speak(Spoken::Http1);
+        connection.enter(phase);
+        let leftover = Leftover::default();
+        let service = service_fn(|request| {
+            let (stack, connection) = (Arc::clone(&self.stack), Arc::clone(connection));
+            stack.handle(request, connection, Some(leftover.clone()))
+        });
+        let served = http1::Builder::new()
+            // The watch has a deadline for it.
+            .header_read_timeout(None)
+            .max_buf_size(HEAD_LIMIT)
+            .serve_connection(TokioIo::new(io), service)
+            .with_upgrades();
+        tokio::select! {
+            () = drive(served, connection) => {}
+            () = leftover.drop_all() => {}
+        }
+        // Its bytes belong to somebody else now.
+        if connection.phase() != Phase::Closed {
+            connection.enter(Phase::Upgraded);
+        }
+    }
+
+    async fn http2<I>(&self, io: I, connection: &Arc<Connection>)
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        connection.speak(Spoken::Http2);
+        let service = service_fn(|request| {
+            let (stack, connection) = (Arc::clone(&self.stack), Arc::clone(connection));
+            stack.handle(request, connection, None)
+        });
+        let limits = &self.config.http2;
+        let streams = Streams::default();
+        let served = http2::Builder::new(streams.clone())
+            .timer(TokioTimer::new())
+            .keep_alive_interval(limits.ping_every)
+            .keep_alive_timeout(limits.ping_timeout)
+            .max_concurrent_streams(limits.streams)
+            .max_header_list_size(limits.header_list)
+            .max_send_buf_size(limits.send_buffer)
+            .max_pending_accept_reset_streams(MAX_RESETS)
+            .max_local_error_reset_streams(MAX_ERRORS)
+            .serve_connection(TokioIo::new(io), service);
+        drive(served, connection).await;
+        streams.end().await;
     }
 }
 
 /// Runs a connection until it ends by itself, or until it is told to.
-async fn drive<C>(served: C, protocol: Protocol, connection: &Connection, drain: &Drain)
-where
-    C: Served,
-{
+async fn drive<C: Served>(served: C, connection: &Connection) {
     let mut served = pin!(served);
-    let asked = tokio::select! {
-        end = served.as_mut() => return ended(end, connection.peer),
-        () = connection.abort.cancelled() => return,
-        () = connection.close.cancelled() => true,
-        () = drain.soft() => false,
-    };
-    if protocol == Protocol::Http1 && !asked {
-        // The stack now answers with `Connection: close`.
-        tokio::select! {
-            end = served.as_mut() => return ended(end, connection.peer),
-            () = connection.abort.cancelled() => return,
-            () = lingered(drain) => {}
+    let mut leaving = false;
+    let end = poll_fn(|context| {
+        let told = connection.poll_told(context);
+        if told == Told::Leave && !leaving {
+            leaving = true;
+            served.as_mut().tell();
         }
-    }
-    served.as_mut().tell();
-    // Half a request head is not a request: hyper would wait for the other half.
-    let half = async {
-        tokio::time::sleep(LINGER).await;
-        if connection.requests.load(Ordering::Acquire) > 0 {
-            std::future::pending::<()>().await;
+        // What has been answered already is on its way before a cut.
+        match served.as_mut().poll(context) {
+            Poll::Pending if told == Told::Cut => Poll::Ready(Ok(())),
+            polled => polled,
         }
-    };
-    tokio::select! {
-        end = served.as_mut() => ended(end, connection.peer),
-        () = connection.abort.cancelled() => {}
-        () = half => metrics::connection_cut("drain"),
-        () = drain.hard() => metrics::connection_cut("drain"),
+    });
+    if let Err(error) = end.await {
+        debug!(peer = %connection.peer(), %error, "the connection ended with an error");
     }
 }
 
@@ -316,7 +200,7 @@ impl Streams {
     }
 }
 
-/// A connection of either protocol.
+/// A connection of either version.
 trait Served: Future<Output = hyper::Result<()>> {
     /// Says to the peer that there will be no further answers: `Connection: close`, or GOAWAY.
     fn tell(self: Pin<&mut Self>);
@@ -342,11 +226,5 @@ where
 {
     fn tell(self: Pin<&mut Self>) {
         self.graceful_shutdown();
-    }
-}
-
-fn ended(end: hyper::Result<()>, peer: Peer) {
-    if let Err(error) = end {
-        debug!(%peer, %error, "the connection ended with an error");
     }
 }

@@ -1,6 +1,7 @@
 //! One request and its response, counted while it lasts and logged when the last byte has gone.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -9,11 +10,12 @@ use bytes::Bytes;
 use http::{Method, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tracing::{debug, info};
+use tracing::{debug, info, warn};
 
-use super::conn::OnConnection;
-use super::scope::Scope;
-use crate::metrics::{self, Counted};
+use super::scope::{Scope, Stage, milliseconds};
+use super::stack::InFlight;
+use crate::metrics::{Counted, Requests};
+use crate::net::connection::Running;
 
 /// What nginx made the usual code for "the client left before there was an answer".
 const CLIENT_LEFT: u16 = 499;
@@ -21,107 +23,124 @@ const CLIENT_LEFT: u16 = 499;
 /// The longest path in the access log, in bytes: clients choose it, and a log is not theirs to fill.
 const LOGGED_PATH: usize = 512;
 
-/// The listener that a request came to.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Listener {
-    pub(super) name: &'static str,
+/// How the exchanges of a server are counted and logged.
+#[derive(Debug)]
+pub(super) struct Ledger {
+    pub(super) requests: Requests,
+    /// Whether the access log is only for debugging.
     pub(super) quiet: bool,
+    /// How long a request may take without a word about where its time went.
+    pub(super) slow_after: Duration,
 }
 
 /// The guard of one exchange: whatever way it ends, dropping it writes the access log line and the metrics.
 #[derive(Debug)]
 pub(super) struct Exchange {
-    listener: Listener,
+    ledger: Arc<Ledger>,
     scope: Scope,
-    method: Method,
-    path: String,
     version: Version,
-    began: Instant,
     status: Option<StatusCode>,
     bytes: u64,
     complete: bool,
+    running: Running,
+    _in_flight: InFlight,
     _counted: Counted,
-    _on_connection: OnConnection,
 }
 
 impl Exchange {
-    pub(super) fn begin(
-        listener: Listener,
-        scope: Scope,
-        method: Method,
-        path: &str,
-        version: Version,
-        began: Instant,
-    ) -> Self {
+    pub(super) fn begin(ledger: Arc<Ledger>, scope: Scope, version: Version, in_flight: InFlight) -> Self {
         Self {
-            _on_connection: OnConnection::new(scope.shared_connection()),
-            listener,
+            running: Running::on(scope.connection(), &scope),
+            _counted: ledger.requests.count(),
+            _in_flight: in_flight,
+            ledger,
             scope,
-            method,
-            path: logged(path),
             version,
-            began,
             status: None,
             bytes: 0,
             complete: false,
-            _counted: Counted::new(metrics::requests_in_flight(listener.name)),
         }
     }
 
     /// Follows the response to its last byte.
     pub(super) fn respond(mut self, response: http::Response<Body>) -> http::Response<FollowedBody> {
         self.status = Some(response.status());
+        self.running.answered();
+        self.scope.set_stage(Stage::Response);
+        self.scope.spent().response = self.scope.began().elapsed();
         response.map(|body| {
             self.complete = body.is_end_stream();
-            FollowedBody { body, exchange: self }
+            FollowedBody { body, exchange: Some(self), given: None }
         })
+    }
+
+    /// Where the time went, for a request that took too long.
+    fn log_slow(&self, took: Duration, route: &str) {
+        let spent = self.scope.spent();
+        let waits: Vec<String> =
+            spent.waits.iter().map(|(what, took)| format!("{what} {} ms", milliseconds(*took))).collect();
+        let waited = spent.body + spent.waits.iter().map(|(_, took)| *took).sum::<Duration>();
+        warn!(
+            request_id = self.scope.id().as_str(),
+            route,
+            took_ms = milliseconds(took),
+            body_ms = milliseconds(spent.body),
+            waits = waits.join(", "),
+            handler_ms = milliseconds(spent.response.saturating_sub(waited)),
+            client_ms = milliseconds(spent.client),
+            answered = self.status.is_some(),
+            "slow request"
+        );
     }
 }
 
 impl Drop for Exchange {
     fn drop(&mut self) {
-        let took = self.began.elapsed();
+        let took = self.scope.began().elapsed();
         let status = self.status.map_or(CLIENT_LEFT, |status| status.as_u16());
         let route = self.scope.route().unwrap_or("unmatched");
-        metrics::request_ended(self.listener.name, route, method_label(&self.method), status, took);
+        self.ledger.requests.ended(route, self.scope.method(), status, took);
         // The level of an event is part of the program, and so there are two.
         macro_rules! line {
             ($level:ident) => {
                 $level!(
                     target: "access",
                     request_id = self.scope.id().as_str(),
-                    method = method_label(&self.method),
-                    path = self.path,
+                    method = self.scope.method(),
+                    path = self.scope.path(),
                     route,
                     status,
                     bytes = self.bytes,
                     complete = self.complete,
                     took_ms = milliseconds(took),
                     version = ?self.version,
-                    peer = %self.scope.connection().peer,
+                    peer = %self.scope.connection().peer(),
+                    client = self.scope.forwarded_client().map(tracing::field::display),
                     "request"
                 )
             };
         }
-        if self.listener.quiet { line!(debug) } else { line!(info) }
+        if self.ledger.quiet {
+            line!(debug);
+        } else {
+            line!(info);
+        }
+        if took >= self.ledger.slow_after {
+            self.log_slow(took, route);
+        }
     }
 }
 
 /// As much of a path as is logged.
-fn logged(path: &str) -> String {
+pub(super) fn logged(path: &str) -> String {
     match path.get(..path.floor_char_boundary(LOGGED_PATH)) {
         Some(start) if start.len() < path.len() => format!("{start}…"),
         _ => path.to_owned(),
     }
 }
 
-/// Milliseconds with three digits after the point.
-fn milliseconds(duration: Duration) -> f64 {
-    (duration.as_secs_f64() * 1e6).round() / 1e3
-}
-
 /// Methods are chosen by clients; labels and log lines are not.
-fn method_label(method: &Method) -> &'static str {
+pub(super) fn method_label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
         Method::HEAD => "HEAD",
@@ -139,7 +158,17 @@ pin_project! {
     pub(super) struct FollowedBody {
         #[pin]
         body: Body,
-        exchange: Exchange,
+        // None for a response that is nobody's: one that was shed.
+        exchange: Option<Exchange>,
+        // When the last part was given away that nobody has asked behind yet.
+        given: Option<Instant>,
+    }
+}
+
+impl FollowedBody {
+    /// The body of a response that is not followed.
+    pub(super) fn plain(body: Body) -> Self {
+        Self { body, exchange: None, given: None }
     }
 }
 
@@ -152,12 +181,22 @@ impl HttpBody for FollowedBody {
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let mut this = self.project();
+        let Some(exchange) = this.exchange else { return this.body.poll_frame(context) };
+        // Whoever asks for the next part has room for it: the client has taken the last one, or the kernel.
+        if let Some(given) = this.given.take() {
+            exchange.scope.set_stalled(false);
+            exchange.scope.spent().client += given.elapsed();
+        }
         let frame = std::task::ready!(this.body.as_mut().poll_frame(context));
         if let Some(Ok(frame)) = &frame {
-            this.exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
+            exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
         }
         // Nobody asks for a frame after the last one of a body that knows its length.
-        this.exchange.complete = frame.is_none() || this.body.is_end_stream();
+        exchange.complete = frame.is_none() || this.body.is_end_stream();
+        if !exchange.complete {
+            *this.given = Some(Instant::now());
+            exchange.scope.set_stalled(true);
+        }
         Poll::Ready(frame)
     }
 

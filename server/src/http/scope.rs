@@ -2,14 +2,24 @@
 
 use std::convert::Infallible;
 use std::fmt;
-use std::sync::{Arc, OnceLock};
-use std::time::Instant;
+use std::future::Future;
+use std::net::IpAddr;
+use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use axum::extract::{FromRequestParts, MatchedPath};
 use http::{HeaderMap, HeaderName, HeaderValue, request::Parts};
+use serde::Serialize;
+use tokio_util::task::TaskTracker;
+use tracing::{Instrument, Span};
 use uuid::Uuid;
 
-use super::conn::Connection;
+use super::timed::Timed;
+use crate::cpu::{Cpu, CpuError};
+use crate::drain::Drain;
+use crate::net::Connection;
 
 /// The header that carries a request id, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
@@ -24,14 +34,89 @@ pub struct Scope(Arc<State>);
 #[derive(Debug)]
 struct State {
     id: RequestId,
+    began: Instant,
     deadline: Instant,
+    method: &'static str,
+    path: String,
     connection: Arc<Connection>,
+    client: Option<IpAddr>,
+    services: Arc<Services>,
     route: OnceLock<MatchedPath>,
+    stage: AtomicU8,
+    /// Why its body was given up.
+    no_body: OnceLock<&'static str>,
+    /// Since when a part of the response waits for the client, by the connection's clock; 0 if none does.
+    stalled: AtomicU64,
+    spent: Mutex<Spent>,
+}
+
+/// What all requests of a server share.
+#[derive(Debug)]
+pub(super) struct Services {
+    pub(super) drain: Drain,
+    pub(super) cpu: Option<Cpu>,
+    /// Work that goes on without its client.
+    pub(super) detached: TaskTracker,
+    pub(super) slow_poll: Duration,
+}
+
+/// Where the time of a request went.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Spent {
+    /// Waiting for parts of the body.
+    pub(super) body: Duration,
+    /// Waiting for the client to take parts of the response.
+    pub(super) client: Duration,
+    /// Until there was a response.
+    pub(super) response: Duration,
+    /// What the handler said that it waited for.
+    pub(super) waits: Vec<(&'static str, Duration)>,
+    waiting: Vec<(&'static str, Instant)>,
+}
+
+/// What a request is doing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(u8)]
+pub enum Stage {
+    /// Its handler runs, or waits.
+    Handler,
+    /// Its handler waits for a part of the body.
+    Body,
+    /// Its response is on the way.
+    Response,
+}
+
+/// What a request is begun with.
+pub(super) struct Begun {
+    pub(super) id: RequestId,
+    pub(super) began: Instant,
+    pub(super) deadline: Instant,
+    pub(super) method: &'static str,
+    pub(super) path: String,
+    pub(super) connection: Arc<Connection>,
+    pub(super) client: Option<IpAddr>,
+    pub(super) services: Arc<Services>,
 }
 
 impl Scope {
-    pub(super) fn new(id: RequestId, deadline: Instant, connection: Arc<Connection>) -> Self {
-        Self(Arc::new(State { id, deadline, connection, route: OnceLock::new() }))
+    pub(super) fn new(begun: Begun) -> Self {
+        let Begun { id, began, deadline, method, path, connection, client, services } = begun;
+        Self(Arc::new(State {
+            id,
+            began,
+            deadline,
+            method,
+            path,
+            connection,
+            client,
+            services,
+            route: OnceLock::new(),
+            stage: AtomicU8::new(Stage::Handler as u8),
+            no_body: OnceLock::new(),
+            stalled: AtomicU64::new(0),
+            spent: Mutex::default(),
+        }))
     }
 
     /// The id that stands in the log, in the response and, if it is trusted, in the request.
@@ -49,8 +134,14 @@ impl Scope {
         &self.0.connection
     }
 
-    pub(super) fn shared_connection(&self) -> Arc<Connection> {
-        Arc::clone(&self.0.connection)
+    /// The client's address: what trusted proxies say it is, else that of the peer. None for Unix sockets.
+    pub fn client(&self) -> Option<IpAddr> {
+        self.0.client.or_else(|| self.0.connection.peer().ip())
+    }
+
+    /// What trusted proxies say of who the client is.
+    pub(super) fn forwarded_client(&self) -> Option<IpAddr> {
+        self.0.client
     }
 
     /// The pattern of the route that matched, once it has.
@@ -58,9 +149,186 @@ impl Scope {
         self.0.route.get().map(MatchedPath::as_str)
     }
 
+    /// The stop signal: a response without an end should end when it comes.
+    pub fn drain(&self) -> &Drain {
+        &self.0.services.drain
+    }
+
+    /// Says what the handler waits for, until the guard drops: for `/requests` and for the log of slow requests.
+    pub fn waiting(&self, what: &'static str) -> Waiting {
+        self.spent().waiting.push((what, Instant::now()));
+        Waiting { scope: self.clone(), what }
+    }
+
+    /// Does work for the processor on threads that serve no requests, until the request's deadline.
+    ///
+    /// # Errors
+    /// When too much of it is waiting, and when it is not done in time.
+    pub async fn cpu<T, F>(&self, work: F) -> Result<T, CpuError>
+    where
+        T: Send + 'static,
+        F: FnOnce() -> T + Send + 'static,
+    {
+        let _waiting = self.waiting("cpu");
+        match &self.0.services.cpu {
+            Some(cpu) => cpu.run(self.0.deadline, work).await,
+            None => Err(CpuError::Full),
+        }
+    }
+
+    /// Runs `work` to its end even if the client leaves and this future is dropped; the drain waits for it. Its
+    /// panic is the caller's. For a whole route see [`super::detach::Detach`].
+    pub async fn detach<F>(&self, work: F) -> F::Output
+    where
+        F: Future<Output: Send + 'static> + Send + 'static,
+    {
+        let timed = Timed::new(self.clone(), work).instrument(Span::current());
+        match self.0.services.detached.spawn(timed).await {
+            Ok(output) => output,
+            Err(failed) => match failed.try_into_panic() {
+                Ok(panic) => resume_unwind(panic),
+                // The runtime itself ends.
+                Err(_) => std::future::pending().await,
+            },
+        }
+    }
+
+    /// What an operator sees of it.
+    pub fn view(&self) -> RequestView {
+        let spent = self.spent();
+        let waiting = spent.waiting.last();
+        RequestView {
+            id: self.0.id.to_string(),
+            listener: self.0.connection.listener,
+            connection: self.0.connection.id,
+            method: self.0.method,
+            path: self.0.path.clone(),
+            route: self.route().map(str::to_owned),
+            peer: self.0.connection.peer().to_string(),
+            client: self.0.client.map(|client| client.to_string()),
+            age_ms: milliseconds(self.0.began.elapsed()),
+            stage: self.stage(),
+            waiting: waiting.map(|(what, _)| *what),
+            waiting_ms: waiting.map(|(_, since)| milliseconds(since.elapsed())),
+        }
+    }
+
+    pub(crate) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// For how long a part of the response has waited for the client, in milliseconds.
+    pub(crate) fn stalled_for(&self, now: u64) -> u64 {
+        match self.0.stalled.load(Ordering::Relaxed) {
+            0 => 0,
+            since => now.saturating_sub(since),
+        }
+    }
+
+    pub(super) fn set_stalled(&self, stalled: bool) {
+        let since = if stalled { self.0.connection.clock().now() } else { 0 };
+        self.0.stalled.store(since, Ordering::Relaxed);
+    }
+
+    /// The body comes too slowly, and is not waited for any more.
+    pub(super) fn give_up_body(&self, reason: &'static str) {
+        if self.0.no_body.set(reason).is_ok() {
+            crate::metrics::connection_cut(reason);
+        }
+    }
+
+    pub(super) fn has_given_up_body(&self) -> bool {
+        self.0.no_body.get().is_some()
+    }
+
+    pub(super) fn services(&self) -> &Services {
+        &self.0.services
+    }
+
     pub(super) fn set_route(&self, route: MatchedPath) {
         let _ = self.0.route.set(route);
     }
+
+    pub(super) fn set_stage(&self, stage: Stage) {
+        self.0.stage.store(stage as u8, Ordering::Relaxed);
+    }
+
+    fn stage(&self) -> Stage {
+        match self.0.stage.load(Ordering::Relaxed) {
+            1 => Stage::Body,
+            2 => Stage::Response,
+            _ => Stage::Handler,
+        }
+    }
+
+    pub(super) fn method(&self) -> &'static str {
+        self.0.method
+    }
+
+    pub(super) fn path(&self) -> &str {
+        &self.0.path
+    }
+
+    pub(super) fn began(&self) -> Instant {
+        self.0.began
+    }
+
+    pub(super) fn spent(&self) -> MutexGuard<'_, Spent> {
+        self.0.spent.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Milliseconds with three digits after the point.
+pub(super) fn milliseconds(duration: Duration) -> f64 {
+    (duration.as_secs_f64() * 1e6).round() / 1e3
+}
+
+/// What a handler waits for, until this drops.
+#[derive(Debug)]
+pub struct Waiting {
+    scope: Scope,
+    what: &'static str,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        let mut spent = self.scope.spent();
+        let Some(index) = spent.waiting.iter().rposition(|(what, _)| *what == self.what) else { return };
+        let (what, since) = spent.waiting.remove(index);
+        match spent.waits.iter_mut().find(|(known, _)| *known == what) {
+            Some((_, total)) => *total += since.elapsed(),
+            None => spent.waits.push((what, since.elapsed())),
+        }
+    }
+}
+
+/// What an operator sees of a request that runs.
+#[derive(Clone, Debug, Serialize)]
+pub struct RequestView {
+    /// Its id.
+    pub id: String,
+    /// The listener that it came to.
+    pub listener: &'static str,
+    /// The number of its connection.
+    pub connection: u64,
+    /// `other` for methods that are none of HTTP's own.
+    pub method: &'static str,
+    /// The path, cut to what is logged of it.
+    pub path: String,
+    /// The pattern that matched.
+    pub route: Option<String>,
+    /// Who is at the other end of the connection.
+    pub peer: String,
+    /// Who a trusted proxy says the client is.
+    pub client: Option<String>,
+    /// How long ago its head came, in milliseconds.
+    pub age_ms: f64,
+    /// What it does.
+    pub stage: Stage,
+    /// What its handler says that it waits for.
+    pub waiting: Option<&'static str>,
+    /// For how long, in milliseconds.
+    pub waiting_ms: Option<f64>,
 }
 
 impl<S: Sync> FromRequestParts<S> for Scope {

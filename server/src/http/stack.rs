@@ -1,9 +1,11 @@
 //! What surrounds every request, in order, with the reason beside each step.
 
 use std::convert::Infallible;
+use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -16,17 +18,21 @@ use http::{HeaderValue, Request, StatusCode, Version, header};
 use http_body::Body as _;
 use http_body_util::Limited;
 use hyper::body::Incoming;
+use ipnet::IpNet;
 use tower::{Layer, Service};
 use tracing::{Instrument, info_span};
 
 use super::Config;
-use super::body::{Leftover, RequestBody};
-use super::conn::Connection;
-use super::exchange::{Exchange, FollowedBody, Listener};
+use super::body::{Leftover, Pace, RequestBody};
+use super::exchange::{Exchange, FollowedBody, Ledger, logged, method_label};
 use super::problem::Problem;
-use super::scope::{REQUEST_ID, RequestId, Scope};
-use crate::drain::{Drain, Phase};
-use crate::metrics;
+use super::scope::{Begun, REQUEST_ID, RequestId, Scope, Services};
+use super::timed::Timed;
+use crate::drain::Phase;
+use crate::metrics::{self, Requests};
+use crate::net::Connection;
+use crate::net::connection::Told;
+use crate::net::proxy::{forwarded_for, is_trusted};
 
 /// The steps around a router.
 #[derive(Debug)]
@@ -34,21 +40,43 @@ pub(super) struct Stack {
     router: Router,
     request_timeout: Duration,
     body_limit: usize,
+    pace: Pace,
     trust_request_id: bool,
-    listener: Listener,
-    drain: Drain,
+    trusted_proxies: Arc<[IpNet]>,
+    max_requests: usize,
+    in_flight: Arc<AtomicUsize>,
+    ledger: Arc<Ledger>,
+    services: Arc<Services>,
+}
+
+/// One request among those that run, counted while it lasts.
+#[derive(Debug)]
+pub(super) struct InFlight(Arc<AtomicUsize>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
 }
 
 impl Stack {
-    pub(super) fn new(router: Router, config: &Config, drain: Drain) -> Self {
+    pub(super) fn new(router: Router, config: &Config, services: Arc<Services>) -> Self {
         Self {
             // The only step inside the router: which pattern matched is known nowhere else.
             router: router.layer(RouteLabel),
             request_timeout: config.request_timeout,
             body_limit: config.body_limit,
+            pace: Pace { idle: config.body_idle_timeout, total: config.body_timeout },
             trust_request_id: config.trust_request_id,
-            listener: Listener { name: config.name, quiet: config.quiet },
-            drain,
+            trusted_proxies: Arc::clone(&config.net.trusted_proxies),
+            max_requests: config.max_requests,
+            in_flight: Arc::default(),
+            ledger: Arc::new(Ledger {
+                requests: Requests::new(config.net.name),
+                quiet: config.quiet,
+                slow_after: config.slow_after,
+            }),
+            services,
         }
     }
 
@@ -57,38 +85,82 @@ impl Stack {
         self: Arc<Self>,
         mut request: Request<Incoming>,
         connection: Arc<Connection>,
+        leftover: Option<Leftover>,
     ) -> Result<http::Response<FollowedBody>, Infallible> {
-        // The scope comes first: everything after it may say which request it speaks of.
+        // Shedding comes before everything that costs anything: a queue would only make all of them late.
+        let Some(in_flight) = self.enter() else { return Ok(self.shed(request, &connection, leftover)) };
+
+        // The scope comes next: everything after it may say which request it speaks of.
         let began = Instant::now();
         let id = if self.trust_request_id { RequestId::from_client(request.headers()) } else { None };
-        let id = id.unwrap_or_default();
-        let scope = Scope::new(id, began + self.request_timeout, connection);
+        let version = request.version();
+        let scope = Scope::new(Begun {
+            id: id.unwrap_or_default(),
+            began,
+            deadline: began + self.request_timeout,
+            method: method_label(request.method()),
+            path: logged(request.uri().path()),
+            client: self.forwarded(&request, &connection),
+            connection: Arc::clone(&connection),
+            services: Arc::clone(&self.services),
+        });
         request.extensions_mut().insert(scope.clone());
 
         // The exchange is counted and logged however the steps below end, and also if they never do.
-        let version = request.version();
-        // HTTP/2 resets one stream for a body that nobody reads, and that overtakes nothing.
-        let leftover = (version < Version::HTTP_2).then(|| scope.connection().leftover.clone());
-        let method = request.method().clone();
-        let exchange =
-            Exchange::begin(self.listener, scope.clone(), method, request.uri().path(), version, began);
+        let exchange = Exchange::begin(Arc::clone(&self.ledger), scope.clone(), version, in_flight);
 
         let span = info_span!("request", request_id = scope.id().as_str());
-        let mut response = self.respond(request, leftover).instrument(span).await;
+        let mut response = self.respond(request, leftover, &scope).instrument(span).await;
         response.headers_mut().insert(REQUEST_ID, scope.id().header());
 
-        // A client of a draining process should connect anew, to another one; and one whose connection the
-        // handler has closed should not find that out by its next request.
-        let closing = self.drain.phase() >= Phase::Soft || scope.connection().is_closing();
-        if version < Version::HTTP_2 && closing {
+        // A client of a draining process should connect anew, to another one; and one whose connection is to
+        // end should not find that out by its next request.
+        let ending = connection.told() >= Told::Last || self.services.drain.phase() >= Phase::Soft;
+        if version < Version::HTTP_2 && ending {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(exchange.respond(response))
     }
 
-    async fn respond(&self, request: Request<Incoming>, leftover: Option<Leftover>) -> Response {
+    /// The right to be one of those that run.
+    fn enter(&self) -> Option<InFlight> {
+        let in_flight = InFlight(Arc::clone(&self.in_flight));
+        (self.in_flight.fetch_add(1, Ordering::Relaxed) < self.max_requests).then_some(in_flight)
+    }
+
+    /// Sends a request away, as cheaply as can be.
+    fn shed(
+        &self,
+        request: Request<Incoming>,
+        connection: &Connection,
+        leftover: Option<Leftover>,
+    ) -> http::Response<FollowedBody> {
+        connection.useful();
+        self.ledger.requests.shed(method_label(request.method()));
+        if let Some(leftover) = leftover {
+            leftover.drop_later(request.into_body());
+        }
+        let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests are running")
+            .retry_after(Duration::from_secs(1));
+        problem.into_response().map(FollowedBody::plain)
+    }
+
+    /// The client that a trusted proxy names.
+    fn forwarded(&self, request: &Request<Incoming>, connection: &Connection) -> Option<IpAddr> {
+        let trusted = &*self.trusted_proxies;
+        (!trusted.is_empty() && is_trusted(trusted, connection.peer()))
+            .then(|| forwarded_for(trusted, request.headers()))
+            .flatten()
+    }
+
+    async fn respond(
+        &self,
+        request: Request<Incoming>,
+        leftover: Option<Leftover>,
+        scope: &Scope,
+    ) -> Response {
         let (parts, body) = request.into_parts();
-        let body = RequestBody::new(body, leftover);
+        let body = RequestBody::new(body, leftover, scope.clone(), self.pace);
         // A body that announces itself as too long is refused before it is read.
         if body.size_hint().lower() > self.body_limit as u64 {
             return body_too_long(self.body_limit);
@@ -98,17 +170,19 @@ impl Stack {
 
         // A panic is the bug of one handler: this request gets a 500, the connection lives on.
         let answer = AssertUnwindSafe(self.router.clone().call(request)).catch_unwind();
-        let mut answer = pin!(answer);
+        let mut answer = pin!(Timed::new(scope.clone(), answer));
 
         // Most handlers never wait, and a timer costs more than they do: it is armed at the first pause.
         let answer = match futures_util::poll!(answer.as_mut()) {
             Poll::Ready(answer) => answer,
-            Poll::Pending => match tokio::time::timeout(self.request_timeout, answer).await {
+            Poll::Pending => match tokio::time::timeout_at(scope.deadline().into(), answer).await {
                 Ok(answer) => answer,
                 Err(_elapsed) => return took_too_long(self.request_timeout),
             },
         };
         match answer {
+            // Whatever the handler made of a body that did not come.
+            Ok(Ok(_)) if scope.has_given_up_body() => body_too_slow(scope.connection()),
             Ok(Ok(response)) => explained(response),
             Err(_panic) => {
                 metrics::handler_panicked();
@@ -117,6 +191,12 @@ impl Stack {
             }
         }
     }
+}
+
+/// The rest of the body may still come, and would be taken for the next request.
+fn body_too_slow(connection: &Connection) -> Response {
+    connection.close();
+    Problem::new(StatusCode::REQUEST_TIMEOUT, "the body came too slowly").into_response()
 }
 
 fn body_too_long(limit: usize) -> Response {

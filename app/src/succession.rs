@@ -1,0 +1,151 @@
+//! Replacing the running process by a newer one without a refused connection: SIGUSR2.
+//!
+//! ```text
+//! predecessor                                successor
+//! SIGUSR2: starts its own program again,
+//!   with the listening sockets and a line
+//!   to speak on                        ───►  settings, admin listener
+//!                                      ◄───  "at the lock"
+//! stops accepting, sockets stay open;
+//! drains, closes the store, ends       ───►  gets the lock, boots on, accepts
+//! ```
+//!
+//! From the first arrow to the last nobody's connection is refused: those that come wait in the kernel's
+//! backlog. A successor that fails before it is at the lock changes nothing: its predecessor goes on.
+
+use std::ffi::OsString;
+use std::io::Write;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::process::{Child, Command};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use command_fds::{CommandFdExt, FdMapping};
+use perennial_server::net::{Inherited, Sockets};
+use tokio::io::AsyncReadExt;
+use tracing::{info, warn};
+
+use crate::data_dir::{self, DataDir};
+
+/// The name of the line to the predecessor among the inherited descriptors.
+const LINE: &str = "predecessor";
+/// Where inherited descriptors begin (`sd_listen_fds(3)`).
+const FIRST: i32 = 3;
+/// How long a successor may take until it is at the lock.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// How often a successor tries the lock.
+const TRY_EVERY: Duration = Duration::from_millis(5);
+
+/// Starts a successor with these sockets, and returns when it waits for the lock.
+///
+/// # Errors
+/// When it cannot be started, ends, or takes too long: then nothing has changed.
+pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
+    let (ours, theirs) = UnixStream::pair().context("no line to a successor")?;
+    let mut names = Vec::new();
+    let mut mappings = Vec::new();
+    let mut hand = |name: &'static str, parent_fd: OwnedFd| -> anyhow::Result<()> {
+        let child_fd = FIRST + i32::try_from(mappings.len())?;
+        names.push(name);
+        mappings.push(FdMapping { parent_fd, child_fd });
+        Ok(())
+    };
+    for sockets in sockets {
+        for (name, descriptor) in sockets.share().context("the sockets cannot be shared")? {
+            hand(name, descriptor)?;
+        }
+    }
+    hand(LINE, theirs.into())?;
+
+    let program = std::env::current_exe().context("the program cannot be found")?;
+    let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
+    let mut command = Command::new(replaced(&program));
+    command
+        .args(arguments)
+        .env("LISTEN_FDS", names.len().to_string())
+        .env("LISTEN_FDNAMES", names.join(":"))
+        .env_remove("LISTEN_PID")
+        .env_remove("LISTEN_FDS_FIRST_FD")
+        .fd_mappings(mappings)
+        .context("the sockets cannot be shared")?;
+    let child = command.spawn().context("the successor cannot be started")?;
+    // Its end of the line: with it open here, the successor's end would not be noticed.
+    drop(command);
+    info!(pid = child.id(), "a successor is starting");
+    match at_the_lock(ours).await {
+        Ok(()) => Ok(()),
+        Err(error) => {
+            give_up(child);
+            Err(error)
+        }
+    }
+}
+
+/// The file that the program was started from, also if another one has been put in its place since.
+fn replaced(program: &Path) -> &Path {
+    program.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(program, Path::new)
+}
+
+async fn at_the_lock(line: UnixStream) -> anyhow::Result<()> {
+    line.set_nonblocking(true)?;
+    let mut line = tokio::net::UnixStream::from_std(line)?;
+    let mut word = [0];
+    match tokio::time::timeout(PATIENCE, line.read(&mut word)).await {
+        Ok(Ok(1)) => Ok(()),
+        Ok(_) => bail!("the successor ended before it could take over; its log says why"),
+        Err(_) => bail!("the successor did not get as far as the lock within {} s", PATIENCE.as_secs()),
+    }
+}
+
+fn give_up(mut child: Child) {
+    let _ = child.kill();
+    let _ = child.wait();
+}
+
+/// What a process begins with that was started by its predecessor, by systemd or by a person.
+#[derive(Debug)]
+pub(crate) struct Inheritance {
+    pub(crate) sockets: Inherited,
+    predecessor: Option<UnixStream>,
+}
+
+impl Inheritance {
+    /// Takes the descriptors that the environment tells of.
+    pub(crate) fn take() -> anyhow::Result<Self> {
+        let sockets = Inherited::from_environment().context("LISTEN_FDS does not say what was inherited")?;
+        let predecessor = sockets.take_unix(LINE).map(line);
+        Ok(Self { sockets, predecessor })
+    }
+
+    /// Locks the data directory, for which a predecessor is asked to leave.
+    pub(crate) async fn lock(&mut self, path: &Path, patience: Duration) -> anyhow::Result<DataDir> {
+        let Some(mut line) = self.predecessor.take() else { return Ok(DataDir::lock(path)?) };
+        line.write_all(b".").context("the predecessor has gone")?;
+        let began = tokio::time::Instant::now();
+        loop {
+            match DataDir::lock(path) {
+                Err(data_dir::Error::InUse { .. }) if began.elapsed() < patience => {
+                    tokio::time::sleep(TRY_EVERY).await;
+                }
+                locked => {
+                    info!(waited_ms = u64::try_from(began.elapsed().as_millis())?, "taken over");
+                    return Ok(locked?);
+                }
+            }
+        }
+    }
+
+    /// Says which sockets nobody wanted.
+    pub(crate) fn warn_of_the_rest(&self) {
+        for socket in self.sockets.left() {
+            warn!(socket, "an inherited socket is not among server.listen and admin.listen, and is not used");
+        }
+    }
+}
+
+/// A descriptor that was taken for a listening socket; to the kernel it is a stream all the same.
+fn line(socket: UnixListener) -> UnixStream {
+    UnixStream::from(OwnedFd::from(socket))
+}

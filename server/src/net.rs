@@ -1,0 +1,173 @@
+//! Sockets: where to listen, who may connect, how many, and for how long.
+//!
+//! ```text
+//! listen.rs       addresses as settings
+//! bind.rs         open sockets, or take over those of a predecessor
+//! accept.rs       one task a connection, the limits, the backlog at the end
+//!   proxy.rs        whom a proxy speaks for
+//!   tls.rs          handshake, ALPN, certificates that are renewed
+//!   connection.rs   one connection: what it does, since when, and its end
+//!   watch.rs        all of them: every deadline, by one task that looks around
+//! ```
+//!
+//! What is spoken on a connection is a [`Protocol`]: HTTP in [`crate::http`], anything in [`crate::tcp`].
+
+mod accept;
+mod bind;
+pub(crate) mod connection;
+mod listen;
+pub(crate) mod proxy;
+pub mod tls;
+pub(crate) mod watch;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use ipnet::IpNet;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio_rustls::server::TlsStream;
+use tracing::{info, warn};
+
+use crate::drain::Drain;
+
+pub use accept::AtLimit;
+use accept::Host;
+pub use bind::{BindError, Inherited, InheritedError, Sockets};
+pub(crate) use bind::{Bound, bind};
+pub use connection::{Connection, Peer};
+use connection::{Peek, Socket};
+pub use listen::Listen;
+pub use watch::{ConnectionView, Connections};
+
+/// Where to listen, and what one client may take.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// What the listener is called in metrics: `public`, `admin`.
+    pub name: &'static str,
+    /// Where to listen.
+    pub listen: Vec<Listen>,
+    /// Certificate and key, needed by `https` addresses.
+    pub tls: Option<tls::Config>,
+    /// Whether other processes may listen on the same addresses (`SO_REUSEPORT`).
+    pub reuse_port: bool,
+    /// How many connections may be open at once.
+    pub max_connections: usize,
+    /// How many of them from one address; 0 is no limit. Trusted proxies have none.
+    pub max_per_address: usize,
+    /// What happens to one more than `max_connections`.
+    pub at_limit: AtLimit,
+    /// Whether a proxy in `trusted_proxies` begins each connection with a PROXY protocol header, version 2.
+    pub proxy_protocol: bool,
+    /// Networks whose word on who the client is counts.
+    pub trusted_proxies: Arc<[IpNet]>,
+    /// How long a connection may take for what.
+    pub timeouts: Timeouts,
+}
+
+impl Config {
+    /// The defaults, for a listener called `name`.
+    pub fn new(name: &'static str, listen: Vec<Listen>) -> Self {
+        let seconds = Duration::from_secs;
+        Self {
+            name,
+            listen,
+            tls: None,
+            reuse_port: false,
+            max_connections: 10_000,
+            max_per_address: 0,
+            at_limit: AtLimit::Queue,
+            proxy_protocol: false,
+            trusted_proxies: Arc::default(),
+            timeouts: Timeouts {
+                handshake: seconds(10),
+                head: seconds(15),
+                idle: seconds(75),
+                write: seconds(30),
+                age: seconds(3600),
+            },
+        }
+    }
+}
+
+/// How long a connection may take for what.
+#[derive(Clone, Copy, Debug)]
+pub struct Timeouts {
+    /// Until the first request may begin: a PROXY header, TLS, the first byte, an HTTP/2 preface.
+    pub handshake: Duration,
+    /// For a request head, from its first byte.
+    pub head: Duration,
+    /// Between two requests.
+    pub idle: Duration,
+    /// Without taking any of the bytes that are there for it.
+    pub write: Duration,
+    /// From its beginning, give or take a tenth, until it is asked to end; zero is for ever.
+    pub age: Duration,
+}
+
+/// What is spoken on connections.
+pub(crate) trait Protocol: Clone + Send + Sync + 'static {
+    /// Serves a connection whose first bytes are still in the socket, to its end.
+    fn plain<S: Peek>(&self, socket: Socket<S>) -> impl Future<Output = ()> + Send;
+
+    /// Serves a connection after the handshake, to its end.
+    fn secure<S>(&self, stream: Box<TlsStream<Socket<S>>>) -> impl Future<Output = ()> + Send
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+
+    /// What is said to a client that is turned away at the limit.
+    fn refusal(&self) -> &'static [u8];
+}
+
+/// How often the files of a certificate are looked at.
+const RENEW_EVERY: Duration = Duration::from_secs(10);
+
+/// Serves all sockets until the drain has begun and every connection has ended.
+pub(crate) async fn serve<P: Protocol>(
+    bound: Bound,
+    connections: Connections,
+    config: Arc<Config>,
+    protocol: P,
+    drain: &Drain,
+) {
+    let sockets = bound.sockets();
+    let loops = bound.into_listeners().into_iter().map(|listener| {
+        let host = Host {
+            config: Arc::clone(&config),
+            connections: connections.clone(),
+            drain: drain.clone(),
+            protocol: protocol.clone(),
+            sockets: sockets.clone(),
+        };
+        accept::run(listener, host)
+    });
+    let ended = async {
+        futures_util::future::join_all(loops).await;
+        // Those that were upgraded are in nobody's loop.
+        connections.emptied().await;
+    };
+    let renewed = async {
+        loop {
+            tokio::time::sleep(RENEW_EVERY).await;
+            sockets.renew_certificate();
+        }
+    };
+    tokio::select! {
+        () = connections.watch(drain, ended) => {}
+        () = renewed => {}
+    }
+}
+
+impl Sockets {
+    /// Reads the certificate again if its files have changed. One that cannot be used changes nothing.
+    pub fn renew_certificate(&self) {
+        match self.identity().map(tls::Identity::refresh) {
+            Some(Ok(true)) => info!("the certificate was read again, for new connections"),
+            Some(Err(error)) => {
+                let error = std::error::Error::source(&error)
+                    .map_or_else(|| error.to_string(), |why| format!("{error}: {why}"));
+                warn!(error, "the new certificate cannot be used; the old one stays");
+            }
+            Some(Ok(false)) | None => {}
+        }
+    }
+}

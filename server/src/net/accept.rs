@@ -1,0 +1,211 @@
+//! Accepting: one task a connection, the limits, and at the end what the kernel still holds.
+
+use std::io;
+use std::str::FromStr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
+use tracing::{debug, warn};
+
+use super::bind::{Accepted, Listener};
+use super::connection::Peek;
+use super::proxy::{self, is_trusted};
+use super::{Config, Connections, Peer, Protocol, Socket, Sockets, tls};
+use crate::backoff::Backoff;
+use crate::drain::Drain;
+use crate::metrics;
+
+/// After a failed accept (no file descriptor left, say): the condition lasts, a busy loop would not help.
+const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
+
+/// How many clients are told at once that there is no room; more are turned away without a word.
+const REFUSALS: usize = 64;
+/// For how long one is told so.
+const REFUSAL: Duration = Duration::from_secs(1);
+
+/// What happens to a connection over the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AtLimit {
+    /// It waits in the kernel's queue until another one ends.
+    Queue,
+    /// It is told so, and closed.
+    Reject,
+}
+
+impl FromStr for AtLimit {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "queue" => Ok(Self::Queue),
+            "reject" => Ok(Self::Reject),
+            _ => Err(()),
+        }
+    }
+}
+
+/// What all listeners of a server share.
+#[derive(Clone, Debug)]
+pub(crate) struct Host<P> {
+    pub(crate) config: Arc<Config>,
+    pub(crate) connections: Connections,
+    pub(crate) drain: Drain,
+    pub(crate) protocol: P,
+    pub(crate) sockets: Sockets,
+}
+
+/// Accepts until the drain says stop, then waits for every connection to end.
+pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
+    let mut running = JoinSet::new();
+    let refusals = Arc::new(Semaphore::new(REFUSALS));
+    let mut failures = 0;
+    loop {
+        while running.try_join_next().is_some() {}
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            () = host.drain.soft() => break,
+        };
+        match accepted {
+            Ok(accepted) => {
+                failures = 0;
+                match slot(&host).await {
+                    Slot::Taken(slot) => host.begin(&mut running, accepted, listener.tls(), slot, &refusals),
+                    Slot::None => host.refuse(&mut running, accepted, listener.tls(), &refusals, "limit"),
+                }
+            }
+            Err(error) => {
+                failures += 1;
+                let pause = RETRY.jittered(failures);
+                warn!(%error, address = listener.address(), ?pause, "accept failed");
+                tokio::time::sleep(pause).await;
+            }
+        }
+    }
+    let (address, tls) = (listener.address(), listener.tls().cloned());
+    host.sockets.close();
+    match listener.close(host.sockets.are_handed_over()) {
+        Ok(backlog) => {
+            for accepted in backlog {
+                // Taken whatever the limit says: these clients were told that they are connected.
+                host.begin(&mut running, accepted, tls.as_ref(), None, &refusals);
+            }
+        }
+        Err(error) => warn!(%error, address, "the listener's backlog was lost"),
+    }
+    while running.join_next().await.is_some() {}
+}
+
+enum Slot {
+    Taken(Option<OwnedSemaphorePermit>),
+    None,
+}
+
+/// The right to one more connection.
+async fn slot<P>(host: &Host<P>) -> Slot {
+    let slots = Arc::clone(host.connections.slots());
+    match host.config.at_limit {
+        AtLimit::Reject => match slots.try_acquire_owned() {
+            Ok(slot) => Slot::Taken(Some(slot)),
+            Err(_) => Slot::None,
+        },
+        // This one waits here, and the ones behind it in the kernel's queue.
+        AtLimit::Queue => tokio::select! {
+            slot = slots.acquire_owned() => Slot::Taken(slot.ok()),
+            () = host.drain.soft() => Slot::Taken(None),
+        },
+    }
+}
+
+impl<P: Protocol> Host<P> {
+    fn begin(
+        &self,
+        running: &mut JoinSet<()>,
+        accepted: Accepted,
+        tls: Option<&tls::Identity>,
+        slot: Option<OwnedSemaphorePermit>,
+        refusals: &Arc<Semaphore>,
+    ) {
+        let peer = match &accepted {
+            Accepted::Tcp(_, peer) => Peer::Tcp(*peer),
+            Accepted::Unix(_) => Peer::Unix,
+        };
+        let limited = !is_trusted(&self.config.trusted_proxies, peer);
+        let Ok(seat) = self.connections.seat(peer, tls.is_some(), limited, slot) else {
+            return self.refuse(running, accepted, tls, refusals, "address limit");
+        };
+        match accepted {
+            Accepted::Tcp(stream, _) => {
+                // Answers are written whole; waiting for more to send would only delay them.
+                let _ = stream.set_nodelay(true);
+                // What a peer that has vanished leaves behind, when nothing of ours is on its way to it.
+                let _ = rustix::net::sockopt::set_socket_keepalive(&stream, true);
+                running.spawn(self.clone().serve(Socket::new(stream, seat), tls.cloned()));
+            }
+            Accepted::Unix(stream) => {
+                running.spawn(self.clone().serve(Socket::new(stream, seat), None));
+            }
+        }
+    }
+
+    /// Turns a client away.
+    fn refuse(
+        &self,
+        running: &mut JoinSet<()>,
+        accepted: Accepted,
+        tls: Option<&tls::Identity>,
+        refusals: &Arc<Semaphore>,
+        reason: &'static str,
+    ) {
+        metrics::connection_cut(reason);
+        let words = self.protocol.refusal();
+        // Over TLS nothing can be said without a handshake.
+        if let (Accepted::Tcp(stream, _), None) = (accepted, tls)
+            && let Ok(turn) = Arc::clone(refusals).try_acquire_owned()
+        {
+            running.spawn(async move {
+                let _ = tokio::time::timeout(REFUSAL, say(stream, words)).await;
+                drop(turn);
+            });
+        }
+    }
+
+    /// Serves one connection to its end.
+    async fn serve<S: Peek>(self, mut socket: Socket<S>, tls: Option<tls::Identity>) {
+        let connection = Arc::clone(socket.connection());
+        let opened = async {
+            if self.config.proxy_protocol && is_trusted(&self.config.trusted_proxies, connection.socket_peer)
+            {
+                let peer = proxy::read_header(&mut socket).await?;
+                connection.set_proxied(peer);
+            }
+            match tls {
+                None => Ok(Opened::Plain(socket)),
+                Some(identity) => Ok(Opened::Secure(Box::new(identity.acceptor().accept(socket).await?))),
+            }
+        };
+        let opened: Option<io::Result<Opened<S>>> = connection.unless_cut(opened).await;
+        match opened {
+            Some(Ok(Opened::Plain(socket))) => self.protocol.plain(socket).await,
+            Some(Ok(Opened::Secure(stream))) => self.protocol.secure(stream).await,
+            Some(Err(error)) => debug!(peer = %connection.peer(), %error, "nothing came on this connection"),
+            None => {}
+        }
+    }
+}
+
+enum Opened<S> {
+    Plain(Socket<S>),
+    Secure(Box<tokio_rustls::server::TlsStream<Socket<S>>>),
+}
+
+/// Says something and closes, without a reset that would overtake what was said.
+async fn say(mut stream: TcpStream, words: &[u8]) -> io::Result<()> {
+    stream.write_all(words).await?;
+    stream.shutdown().await?;
+    while stream.read(&mut [0; 1024]).await? > 0 {}
+    Ok(())
+}

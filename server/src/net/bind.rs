@@ -1,0 +1,368 @@
+//! Open sockets: bound here, or taken over from a predecessor or from systemd.
+
+use std::collections::VecDeque;
+use std::io;
+use std::net::SocketAddr;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::UnixStream as StdUnixStream;
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+
+use super::{Config, Listen, tls};
+
+/// How many connections the kernel holds for us.
+const BACKLOG: u32 = 4096;
+
+/// Why a server could not be bound.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The address cannot be had.
+    #[error("cannot listen on {address}")]
+    Address {
+        /// The address as it was written.
+        address: String,
+        /// What the operating system said.
+        source: io::Error,
+    },
+    /// The certificate or the key cannot be used.
+    #[error("cannot serve https")]
+    Tls(#[from] tls::Error),
+}
+
+/// An open socket.
+#[derive(Debug)]
+pub(super) enum Listener {
+    Tcp { socket: TcpListener, address: SocketAddr, tls: Option<tls::Identity> },
+    Unix { socket: UnixListener, address: String },
+}
+
+/// A connection that nothing has been read from yet.
+pub(super) enum Accepted {
+    Tcp(TcpStream, SocketAddr),
+    Unix(UnixStream),
+}
+
+/// The descriptors in the environment do not fit what it says of them.
+#[derive(Debug, thiserror::Error)]
+#[error("the inherited descriptor {index} is no listening socket")]
+pub struct InheritedError {
+    /// Counted from 0.
+    pub index: usize,
+    source: io::Error,
+}
+
+/// Listening sockets that were open when the process began (`LISTEN_FDS`, see `sd_listen_fds(3)`). A cheap
+/// handle.
+///
+/// An address in the settings that one of them has is not bound anew. A port 0 in the settings is that of a
+/// socket that has the name of the listener in `LISTEN_FDNAMES`.
+#[derive(Clone, Debug, Default)]
+pub struct Inherited(Arc<Mutex<VecDeque<(String, Socket)>>>);
+
+#[derive(Debug)]
+enum Socket {
+    Tcp(std::net::TcpListener),
+    Unix(std::os::unix::net::UnixListener),
+}
+
+impl Inherited {
+    /// Those that the environment tells of.
+    ///
+    /// # Errors
+    /// When a descriptor is no listening socket.
+    pub fn from_environment() -> Result<Self, InheritedError> {
+        let mut descriptors = listenfd::ListenFd::from_env();
+        let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
+        let mut names = names.split(':').map(str::to_owned);
+        let mut sockets = VecDeque::new();
+        for index in 0..descriptors.len() {
+            let name = names.next().unwrap_or_default();
+            let failed = |source| InheritedError { index, source };
+            let tcp = match descriptors.take_tcp_listener(index) {
+                Ok(tcp) => tcp.map(Socket::Tcp),
+                // Not TCP.
+                Err(_) => descriptors.take_unix_listener(index).map_err(failed)?.map(Socket::Unix),
+            };
+            sockets.extend(tcp.map(|socket| (name, socket)));
+        }
+        Ok(Self(Arc::new(Mutex::new(sockets))))
+    }
+
+    /// The names and addresses of those that no listener has taken.
+    pub fn left(&self) -> Vec<String> {
+        let sockets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        sockets
+            .iter()
+            .map(|(name, socket)| match socket {
+                Socket::Tcp(socket) => {
+                    format!(
+                        "{name} {}",
+                        socket.local_addr().map_or_else(|error| error.to_string(), |at| at.to_string())
+                    )
+                }
+                Socket::Unix(socket) => format!("{name} {:?}", socket.local_addr()),
+            })
+            .collect()
+    }
+
+    fn take(&self, fits: impl Fn(&str, &Socket) -> bool) -> Option<Socket> {
+        let mut sockets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let index = sockets.iter().position(|(name, socket)| fits(name, socket))?;
+        sockets.remove(index).map(|(_, socket)| socket)
+    }
+
+    /// The Unix socket with this name, listening or not.
+    pub fn take_unix(&self, name: &str) -> Option<std::os::unix::net::UnixListener> {
+        match self.take(|given, socket| given == name && matches!(socket, Socket::Unix(_)))? {
+            Socket::Unix(socket) => Some(socket),
+            Socket::Tcp(_) => None,
+        }
+    }
+
+    fn tcp(&self, listener: &str, address: SocketAddr) -> Option<std::net::TcpListener> {
+        let socket = self.take(|name, socket| match socket {
+            Socket::Tcp(socket) => socket.local_addr().is_ok_and(|at| {
+                at == address || (address.port() == 0 && at.ip() == address.ip() && name == listener)
+            }),
+            Socket::Unix(_) => false,
+        });
+        match socket {
+            Some(Socket::Tcp(socket)) => Some(socket),
+            _ => None,
+        }
+    }
+
+    fn unix(&self, path: &Path) -> Option<std::os::unix::net::UnixListener> {
+        let socket = self.take(|_, socket| match socket {
+            Socket::Unix(socket) => socket.local_addr().is_ok_and(|at| at.as_pathname() == Some(path)),
+            Socket::Tcp(_) => false,
+        });
+        match socket {
+            Some(Socket::Unix(socket)) => Some(socket),
+            _ => None,
+        }
+    }
+}
+
+/// The open sockets of a server.
+#[derive(Debug)]
+pub(crate) struct Bound {
+    listeners: Vec<Listener>,
+    sockets: Sockets,
+}
+
+impl Bound {
+    pub(crate) fn addresses(&self) -> Vec<String> {
+        self.listeners.iter().map(Listener::address).collect()
+    }
+
+    pub(crate) fn sockets(&self) -> Sockets {
+        self.sockets.clone()
+    }
+
+    pub(super) fn into_listeners(self) -> Vec<Listener> {
+        self.listeners
+    }
+}
+
+/// What a successor needs of a server's sockets, and its certificate. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Sockets(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    name: &'static str,
+    descriptors: Mutex<Vec<OwnedFd>>,
+    handed_over: AtomicBool,
+    identity: Option<tls::Identity>,
+}
+
+impl Sockets {
+    /// Descriptors of the listening sockets, each with the listener's name, for a successor to inherit.
+    ///
+    /// # Errors
+    /// When the system has no more descriptors.
+    pub fn share(&self) -> io::Result<Vec<(&'static str, OwnedFd)>> {
+        let descriptors = self.0.descriptors.lock().unwrap_or_else(PoisonError::into_inner);
+        descriptors.iter().map(|descriptor| Ok((self.0.name, descriptor.try_clone()?))).collect()
+    }
+
+    /// A successor accepts from these sockets: what waits in their backlog is the successor's.
+    pub fn handed_over(&self) {
+        self.0.handed_over.store(true, Ordering::Release);
+    }
+
+    pub(super) fn are_handed_over(&self) -> bool {
+        self.0.handed_over.load(Ordering::Acquire)
+    }
+
+    /// Gives up the descriptors: a socket is open for as long as anybody has one.
+    pub(super) fn close(&self) {
+        self.0.descriptors.lock().unwrap_or_else(PoisonError::into_inner).clear();
+    }
+
+    pub(super) fn identity(&self) -> Option<&tls::Identity> {
+        self.0.identity.as_ref()
+    }
+}
+
+/// Opens the sockets of a server.
+pub(crate) async fn bind(config: &Config, inherited: &Inherited) -> Result<Bound, BindError> {
+    let identity = config.tls.clone().map(tls::Identity::read).transpose()?;
+    let listeners = listeners(config, inherited, identity.as_ref()).await?;
+    let share = |listener: &Listener| {
+        let address = listener.address();
+        listener.share().map_err(|source| BindError::Address { address, source })
+    };
+    let descriptors = Mutex::new(listeners.iter().map(share).collect::<Result<_, _>>()?);
+    let shared = Shared { name: config.name, descriptors, handed_over: AtomicBool::new(false), identity };
+    Ok(Bound { listeners, sockets: Sockets(Arc::new(shared)) })
+}
+
+/// A name may stand for several addresses.
+async fn listeners(
+    config: &Config,
+    inherited: &Inherited,
+    identity: Option<&tls::Identity>,
+) -> Result<Vec<Listener>, BindError> {
+    let mut listeners = Vec::new();
+    for listen in &config.listen {
+        let failed = |source| BindError::Address { address: listen.to_string(), source };
+        match listen {
+            Listen::Http(address) => {
+                listeners.extend(tcp(config, inherited, address, None).await.map_err(failed)?);
+            }
+            Listen::Https(address) => {
+                let missing = || {
+                    io::Error::new(
+                        io::ErrorKind::InvalidInput,
+                        "https needs server.tls.cert_file and key_file",
+                    )
+                };
+                let identity = identity.cloned().ok_or_else(missing).map_err(failed)?;
+                listeners.extend(tcp(config, inherited, address, Some(identity)).await.map_err(failed)?);
+            }
+            Listen::Unix(path) => listeners.push(unix(inherited, path).map_err(failed)?),
+        }
+    }
+    Ok(listeners)
+}
+
+async fn tcp(
+    config: &Config,
+    inherited: &Inherited,
+    name: &str,
+    tls: Option<tls::Identity>,
+) -> io::Result<Vec<Listener>> {
+    let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host(name).await?.collect();
+    addresses.sort_unstable();
+    addresses.dedup();
+    if name.ends_with(":0") {
+        // Each would get a port of its own; whoever asks for any port wants one.
+        addresses.truncate(1);
+    }
+    addresses
+        .into_iter()
+        .map(|address| {
+            let socket = match inherited.tcp(config.name, address) {
+                Some(socket) => {
+                    socket.set_nonblocking(true)?;
+                    TcpListener::from_std(socket)?
+                }
+                None => open(address, config.reuse_port)?,
+            };
+            Ok(Listener::Tcp { address: socket.local_addr()?, socket, tls: tls.clone() })
+        })
+        .collect()
+}
+
+fn open(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    // A restart must not wait for the last one's connections in TIME_WAIT.
+    socket.set_reuseaddr(true)?;
+    if reuse_port {
+        socket.set_reuseport(true)?;
+    }
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
+
+fn unix(inherited: &Inherited, path: &Path) -> io::Result<Listener> {
+    let address = Listen::Unix(path.to_owned()).to_string();
+    if let Some(socket) = inherited.unix(path) {
+        socket.set_nonblocking(true)?;
+        return Ok(Listener::Unix { socket: UnixListener::from_std(socket)?, address });
+    }
+    // The file of a process that was killed is in the way; that of one that listens is its own.
+    let is_socket = path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket());
+    if is_socket && StdUnixStream::connect(path).is_err() {
+        std::fs::remove_file(path)?;
+    }
+    Ok(Listener::Unix { socket: UnixListener::bind(path)?, address })
+}
+
+impl Listener {
+    /// The address in use, in the form in which it is written in settings.
+    pub(super) fn address(&self) -> String {
+        match self {
+            Self::Tcp { address, tls: Some(_), .. } => format!("https://{address}"),
+            Self::Tcp { address, tls: None, .. } => address.to_string(),
+            Self::Unix { address, .. } => address.clone(),
+        }
+    }
+
+    pub(super) async fn accept(&self) -> io::Result<Accepted> {
+        match self {
+            Self::Tcp { socket, .. } => {
+                socket.accept().await.map(|(stream, peer)| Accepted::Tcp(stream, peer))
+            }
+            Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| Accepted::Unix(stream)),
+        }
+    }
+
+    pub(super) fn tls(&self) -> Option<&tls::Identity> {
+        match self {
+            Self::Tcp { tls, .. } => tls.as_ref(),
+            Self::Unix { .. } => None,
+        }
+    }
+
+    /// Another descriptor of the socket, for a successor.
+    fn share(&self) -> io::Result<OwnedFd> {
+        match self {
+            Self::Tcp { socket, .. } => socket.as_fd().try_clone_to_owned(),
+            Self::Unix { socket, .. } => socket.as_fd().try_clone_to_owned(),
+        }
+    }
+
+    /// Closes the socket after taking what the kernel has already accepted for us: closing it first would
+    /// reset those connections. If a successor has it, they are the successor's.
+    pub(super) fn close(self, handed_over: bool) -> io::Result<Vec<Accepted>> {
+        let mut backlog = Vec::new();
+        if handed_over {
+            return Ok(backlog);
+        }
+        match self {
+            Self::Tcp { socket, .. } => {
+                let socket = socket.into_std()?;
+                while let Ok((stream, peer)) = socket.accept() {
+                    stream.set_nonblocking(true)?;
+                    backlog.push(Accepted::Tcp(TcpStream::from_std(stream)?, peer));
+                }
+            }
+            Self::Unix { socket, address } => {
+                let socket = socket.into_std()?;
+                while let Ok((stream, _)) = socket.accept() {
+                    stream.set_nonblocking(true)?;
+                    backlog.push(Accepted::Unix(UnixStream::from_std(stream)?));
+                }
+                let _ = std::fs::remove_file(address.trim_start_matches("unix:"));
+            }
+        }
+        Ok(backlog)
+    }
+}

@@ -1,0 +1,478 @@
+//! One connection: what it does, since when, and how it is told to end.
+//!
+//! The connection writes down what it does in a few atomic words; whether that takes too long is found out by
+//! [`super::watch`], which looks around several times a second. So no connection and no request arms a timer
+//! of its own, and a deadline costs a store.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::io;
+use std::net::{IpAddr, SocketAddr};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Instant;
+
+use futures_util::task::AtomicWaker;
+use serde::Serialize;
+use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
+use tokio::net::{TcpStream, UnixStream};
+
+use super::watch::{Clock, Seat};
+use crate::http::scope::Scope;
+
+/// The bytes of an HTTP/2 preface and the empty SETTINGS behind it (RFC 9113, section 3.4).
+const PREFACE: u64 = 24 + 9;
+
+/// Who is at the other end.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Peer {
+    /// A TCP client.
+    Tcp(SocketAddr),
+    /// A client on the same machine, through a Unix socket.
+    Unix,
+}
+
+impl Peer {
+    /// The client's address, if it has one.
+    pub fn ip(&self) -> Option<IpAddr> {
+        match self {
+            Self::Tcp(address) => Some(address.ip().to_canonical()),
+            Self::Unix => None,
+        }
+    }
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Tcp(address) => address.fmt(f),
+            Self::Unix => f.write_str("unix"),
+        }
+    }
+}
+
+/// What is spoken on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(u8)]
+pub enum Spoken {
+    /// Not known yet.
+    Unknown,
+    /// HTTP/1.1.
+    Http1,
+    /// HTTP/2.
+    Http2,
+    /// Something else.
+    Tcp,
+}
+
+/// What a connection does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+#[repr(u8)]
+pub enum Phase {
+    /// Before the first request could have come.
+    Opening,
+    /// Between two requests.
+    Idle,
+    /// Part of a request head has come.
+    Head,
+    /// At least one request is running.
+    Busy,
+    /// It is somebody else's now: a WebSocket, say, or a protocol beside HTTP.
+    Upgraded,
+    /// It has ended.
+    Closed,
+}
+
+impl Phase {
+    fn of(word: u8) -> Self {
+        [Self::Opening, Self::Idle, Self::Head, Self::Busy, Self::Upgraded, Self::Closed][usize::from(word)]
+    }
+}
+
+/// What a connection was told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(u8)]
+pub(crate) enum Told {
+    /// Nothing.
+    Stay,
+    /// To end with the next answer.
+    Last,
+    /// To end when what runs has been answered: `Connection: close`, or GOAWAY.
+    Leave,
+    /// To end now.
+    Cut,
+}
+
+impl Told {
+    fn of(word: u8) -> Self {
+        [Self::Stay, Self::Last, Self::Leave, Self::Cut][usize::from(word)]
+    }
+}
+
+/// A connection, as requests and operators see it.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its number in this process.
+    pub id: u64,
+    /// The listener that it came to.
+    pub listener: &'static str,
+    /// When it was accepted.
+    pub opened: Instant,
+    /// Who connected: the client, or a proxy.
+    pub socket_peer: Peer,
+    /// Whether it is encrypted.
+    pub tls: bool,
+    proxied: OnceLock<Peer>,
+    clock: Arc<Clock>,
+    spoken: AtomicU8,
+    phase: AtomicU8,
+    /// When the phase began, by the clock.
+    since: AtomicU64,
+    /// Since when bytes wait that the client does not take; 0 if there are none.
+    blocked: AtomicU64,
+    /// Bytes read since something useful came of any.
+    useless: AtomicU64,
+    told: AtomicU8,
+    reason: OnceLock<&'static str>,
+    /// Of the task that drives it.
+    waker: AtomicWaker,
+    answered: AtomicU64,
+    /// Requests that the client left before they were answered.
+    left: AtomicU32,
+    requests: Mutex<Vec<Scope>>,
+}
+
+impl Connection {
+    pub(super) fn new(
+        id: u64,
+        listener: &'static str,
+        socket_peer: Peer,
+        tls: bool,
+        clock: Arc<Clock>,
+    ) -> Self {
+        Self {
+            id,
+            listener,
+            opened: Instant::now(),
+            socket_peer,
+            tls,
+            proxied: OnceLock::new(),
+            spoken: AtomicU8::new(Spoken::Unknown as u8),
+            phase: AtomicU8::new(Phase::Opening as u8),
+            since: AtomicU64::new(clock.now()),
+            blocked: AtomicU64::new(0),
+            useless: AtomicU64::new(0),
+            told: AtomicU8::new(Told::Stay as u8),
+            reason: OnceLock::new(),
+            waker: AtomicWaker::new(),
+            answered: AtomicU64::new(0),
+            left: AtomicU32::new(0),
+            requests: Mutex::default(),
+            clock,
+        }
+    }
+
+    /// Who is at the other end: the client that a trusted proxy speaks for, or whoever connected.
+    pub fn peer(&self) -> Peer {
+        self.proxied.get().copied().unwrap_or(self.socket_peer)
+    }
+
+    pub(super) fn set_proxied(&self, peer: Peer) {
+        let _ = self.proxied.set(peer);
+    }
+
+    /// Ends the connection once its running requests are answered: `Connection: close`, or GOAWAY.
+    pub fn close(&self) {
+        self.tell(Told::Leave);
+    }
+
+    /// Ends the connection now, with no answer to anything.
+    pub fn abort(&self) {
+        self.tell(Told::Cut);
+    }
+
+    /// Ends it now, for a reason that is counted.
+    pub(crate) fn cut(&self, reason: &'static str) {
+        if self.reason.set(reason).is_ok() {
+            crate::metrics::connection_cut(reason);
+        }
+        self.tell(Told::Cut);
+    }
+
+    pub(crate) fn tell(&self, told: Told) {
+        if self.told.fetch_max(told as u8, Ordering::AcqRel) < told as u8 {
+            self.waker.wake();
+        }
+    }
+
+    pub(crate) fn told(&self) -> Told {
+        Told::of(self.told.load(Ordering::Acquire))
+    }
+
+    /// What it was told; the task in `context` is woken when that changes.
+    pub(crate) fn poll_told(&self, context: &Context<'_>) -> Told {
+        self.waker.register(context.waker());
+        self.told()
+    }
+
+    /// The value of `future`, unless the connection is cut before.
+    pub(crate) async fn unless_cut<T>(&self, future: impl Future<Output = T>) -> Option<T> {
+        let cut = poll_fn(|context| match self.poll_told(context) {
+            Told::Cut => Poll::Ready(()),
+            _ => Poll::Pending,
+        });
+        tokio::select! {
+            value = future => Some(value),
+            () = cut => None,
+        }
+    }
+
+    /// What is spoken.
+    pub fn spoken(&self) -> Spoken {
+        match self.spoken.load(Ordering::Relaxed) {
+            1 => Spoken::Http1,
+            2 => Spoken::Http2,
+            3 => Spoken::Tcp,
+            _ => Spoken::Unknown,
+        }
+    }
+
+    pub(crate) fn speak(&self, spoken: Spoken) {
+        self.spoken.store(spoken as u8, Ordering::Relaxed);
+    }
+
+    pub(crate) fn enter(&self, phase: Phase) {
+        self.since.store(self.clock.now(), Ordering::Relaxed);
+        self.phase.store(phase as u8, Ordering::Release);
+    }
+
+    /// What it does.
+    pub fn phase(&self) -> Phase {
+        Phase::of(self.phase.load(Ordering::Acquire))
+    }
+
+    /// For how long it has done so, in milliseconds.
+    pub(super) fn phase_lasts(&self, now: u64) -> u64 {
+        now.saturating_sub(self.since.load(Ordering::Relaxed))
+    }
+
+    /// For how long bytes have waited that the client does not take, in milliseconds.
+    pub(super) fn blocked_for(&self, now: u64) -> u64 {
+        match self.blocked.load(Ordering::Relaxed) {
+            0 => 0,
+            since => now.saturating_sub(since),
+        }
+    }
+
+    /// How many bytes have come since one was useful.
+    pub(super) fn useless(&self) -> u64 {
+        self.useless.load(Ordering::Relaxed)
+    }
+
+    /// Something useful has come: a request, a part of a body.
+    pub(crate) fn useful(&self) {
+        self.useless.store(0, Ordering::Relaxed);
+    }
+
+    /// How many requests were answered, and how many their client left before.
+    pub(super) fn answered_and_left(&self) -> (u64, u32) {
+        (self.answered.load(Ordering::Relaxed), self.left.load(Ordering::Relaxed))
+    }
+
+    /// The requests that run on it.
+    pub(crate) fn requests(&self) -> MutexGuard<'_, Vec<Scope>> {
+        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    fn has_read(&self, bytes: usize) {
+        let useless = self.useless.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
+        if useless >= PREFACE
+            && self.phase.load(Ordering::Relaxed) == Phase::Opening as u8
+            && self.spoken.load(Ordering::Relaxed) == Spoken::Http2 as u8
+        {
+            self.enter(Phase::Idle);
+        }
+        if self.spoken.load(Ordering::Relaxed) == Spoken::Http1 as u8
+            && self.phase.load(Ordering::Relaxed) == Phase::Idle as u8
+        {
+            self.enter(Phase::Head);
+        }
+    }
+
+    fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
+        if written.is_ready() {
+            if self.blocked.load(Ordering::Relaxed) != 0 {
+                self.blocked.store(0, Ordering::Relaxed);
+            }
+        } else if self.blocked.load(Ordering::Relaxed) == 0 {
+            self.blocked.store(self.clock.now(), Ordering::Relaxed);
+        }
+    }
+}
+
+/// One request on a connection, listed while it lasts.
+#[derive(Debug)]
+pub(crate) struct Running {
+    scope: Scope,
+    answered: bool,
+}
+
+impl Running {
+    pub(crate) fn on(connection: &Connection, scope: &Scope) -> Self {
+        let mut requests = connection.requests();
+        requests.push(scope.clone());
+        connection.useful();
+        connection.enter(Phase::Busy);
+        Self { scope: scope.clone(), answered: false }
+    }
+
+    pub(crate) fn answered(&mut self) {
+        self.answered = true;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let connection = self.scope.connection();
+        let mut requests = connection.requests();
+        requests.retain(|other| !other.is(&self.scope));
+        if self.answered {
+            connection.answered.fetch_add(1, Ordering::Relaxed);
+        } else {
+            connection.left.fetch_add(1, Ordering::Relaxed);
+        }
+        if requests.is_empty() && connection.phase() == Phase::Busy {
+            connection.enter(Phase::Idle);
+        }
+    }
+}
+
+/// A socket whose first bytes can be looked at without taking them.
+pub(crate) trait Peek: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static {
+    /// Copies what has arrived into `buffer`, waiting for the first byte. 0 is the end of the stream.
+    fn peek(&self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send;
+}
+
+impl Peek for TcpStream {
+    fn peek(&self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send {
+        Self::peek(self, buffer)
+    }
+}
+
+impl Peek for UnixStream {
+    async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        let peek = || Ok(rustix::net::recv(self, &mut *buffer, rustix::net::RecvFlags::PEEK)?.1);
+        self.async_io(Interest::READABLE, peek).await
+    }
+}
+
+/// The bytes of a connection. Its seat at the table is free again when this drops, wherever that is: a socket
+/// that was upgraded is counted for as long as its new owner has it.
+#[derive(Debug)]
+pub(crate) struct Socket<S> {
+    io: S,
+    /// Bytes that were taken to find out the protocol, the next last.
+    taken: Vec<u8>,
+    seat: Seat,
+}
+
+impl<S> Socket<S> {
+    pub(super) fn new(io: S, seat: Seat) -> Self {
+        Self { io, taken: Vec::new(), seat }
+    }
+
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        self.seat.connection()
+    }
+
+    /// Puts bytes back that were read, before what comes next.
+    pub(crate) fn put_back(&mut self, bytes: &[u8]) {
+        self.taken.extend(bytes.iter().rev());
+    }
+}
+
+impl<S: Peek> Socket<S> {
+    pub(crate) async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.io.peek(buffer).await
+    }
+}
+
+fn was_cut() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionAborted, "cut by the host")
+}
+
+impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        while buffer.remaining() > 0
+            && let Some(byte) = self.taken.pop()
+        {
+            buffer.put_slice(&[byte]);
+        }
+        let before = buffer.filled().len();
+        if before > 0 {
+            return Poll::Ready(Ok(()));
+        }
+        let this = &mut *self;
+        let connection = this.seat.connection();
+        if connection.phase() == Phase::Upgraded && connection.poll_told(context) == Told::Cut {
+            return Poll::Ready(Err(was_cut()));
+        }
+        std::task::ready!(Pin::new(&mut this.io).poll_read(context, buffer))?;
+        connection.has_read(buffer.filled().len() - before);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write(context, bytes);
+        let connection = self.connection();
+        connection.has_written(&written);
+        if written.is_pending() && connection.told() == Told::Cut {
+            return Poll::Ready(Err(was_cut()));
+        }
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffers: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.io).poll_write_vectored(context, buffers);
+        let connection = self.connection();
+        connection.has_written(&written);
+        if written.is_pending() && connection.told() == Told::Cut {
+            return Poll::Ready(Err(was_cut()));
+        }
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.io.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.io).poll_shutdown(context)
+    }
+}

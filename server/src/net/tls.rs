@@ -1,0 +1,107 @@
+//! TLS for listeners: certificate, key, ALPN, and certificates that are renewed while we serve.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::SystemTime;
+
+use rustls::ServerConfig;
+use rustls_pki_types::pem::PemObject;
+use rustls_pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::TlsAcceptor;
+
+/// The files of a server's identity.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// PEM: the certificate, then its chain.
+    pub cert_file: PathBuf,
+    /// PEM: the private key (PKCS#8, PKCS#1 or SEC1).
+    pub key_file: PathBuf,
+}
+
+/// Why a server's identity cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A file cannot be read, or holds no such PEM block.
+    #[error("{}: no usable {wanted}", .file.display())]
+    Pem {
+        /// The file.
+        file: PathBuf,
+        /// What was looked for in it.
+        wanted: &'static str,
+        /// What the reader said.
+        source: rustls_pki_types::pem::Error,
+    },
+    /// Certificate and key do not fit each other, or rustls cannot use them.
+    #[error("the certificate and key cannot be used")]
+    Identity(#[from] rustls::Error),
+}
+
+/// A server's identity, as of the last time that its files were read. A cheap handle.
+#[derive(Clone)]
+pub(crate) struct Identity(Arc<Files>);
+
+struct Files {
+    config: Config,
+    current: RwLock<(Stamp, TlsAcceptor)>,
+}
+
+/// When the files were changed.
+type Stamp = [Option<SystemTime>; 2];
+
+impl std::fmt::Debug for Identity {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("Identity").field(&self.0.config.cert_file).finish()
+    }
+}
+
+impl Identity {
+    /// Reads the files.
+    pub(crate) fn read(config: Config) -> Result<Self, Error> {
+        let current = (stamp(&config), acceptor(&config)?);
+        Ok(Self(Arc::new(Files { config, current: RwLock::new(current) })))
+    }
+
+    /// What new connections are accepted with.
+    pub(crate) fn acceptor(&self) -> TlsAcceptor {
+        self.0.current.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+    }
+
+    /// Reads the files again if they have changed since; whether they had. On an error the old ones stay.
+    ///
+    /// # Errors
+    /// When the new files cannot be used.
+    pub(crate) fn refresh(&self) -> Result<bool, Error> {
+        let Files { config, current } = &*self.0;
+        let stamp = stamp(config);
+        if stamp == current.read().unwrap_or_else(PoisonError::into_inner).0 {
+            return Ok(false);
+        }
+        let acceptor = acceptor(config)?;
+        *current.write().unwrap_or_else(PoisonError::into_inner) = (stamp, acceptor);
+        Ok(true)
+    }
+}
+
+fn stamp(config: &Config) -> Stamp {
+    let changed = |file: &Path| std::fs::metadata(file).and_then(|file| file.modified()).ok();
+    [changed(&config.cert_file), changed(&config.key_file)]
+}
+
+/// Reads the files and offers HTTP/2 before HTTP/1.1.
+fn acceptor(config: &Config) -> Result<TlsAcceptor, Error> {
+    let pem = |file: &PathBuf, wanted| {
+        let file = file.clone();
+        move |source| Error::Pem { file, wanted, source }
+    };
+    let chain = CertificateDer::pem_file_iter(&config.cert_file)
+        .and_then(Iterator::collect::<Result<Vec<_>, _>>)
+        .map_err(pem(&config.cert_file, "certificate"))?;
+    let key = PrivateKeyDer::from_pem_file(&config.key_file).map_err(pem(&config.key_file, "private key"))?;
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let mut server = ServerConfig::builder_with_provider(provider)
+        .with_safe_default_protocol_versions()?
+        .with_no_client_auth()
+        .with_single_cert(chain, key)?;
+    server.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    Ok(TlsAcceptor::from(Arc::new(server)))
+}

@@ -1,0 +1,383 @@
+//! All connections of a server: how many there are, and whether any of them takes too long.
+//!
+//! One task looks at every connection several times a second. A look costs some nanoseconds; a timer for each
+//! deadline of each request would cost more than the rest of the host together.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use serde::Serialize;
+use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
+
+use super::connection::{Connection, Peer, Phase, Spoken, Told};
+use super::{Config, Timeouts};
+use crate::drain::{self, Drain};
+use crate::http::scope::{RequestView, Scope};
+use crate::metrics::{self, Counted};
+
+/// How long an idle connection stays open once the drain has begun: a request that is on its way is answered,
+/// with `Connection: close`, and not cut off. Then, how long one that was told to leave may take if it has no
+/// request.
+const LINGER: Duration = Duration::from_millis(500);
+
+/// How many bytes an HTTP/2 connection may send of which nothing comes: pings, settings, window updates.
+const MAX_USELESS: u64 = 1 << 20;
+
+/// How many requests a client may leave before they are answered, beyond those that it waited for.
+const MAX_LEFT: u32 = 200;
+
+/// Parts of the table, so that connections that come and go do not wait for each other.
+const SHARDS: usize = 16;
+
+/// Between two looks: an eighth of the shortest deadline, within these.
+const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
+
+/// Milliseconds, as of the last look: reading it costs nothing.
+#[derive(Debug)]
+pub(crate) struct Clock {
+    began: Instant,
+    now: AtomicU64,
+}
+
+impl Clock {
+    fn new() -> Self {
+        // Zero means never.
+        Self { began: Instant::now(), now: AtomicU64::new(1) }
+    }
+
+    pub(crate) fn now(&self) -> u64 {
+        self.now.load(Ordering::Relaxed)
+    }
+
+    fn tick(&self) -> u64 {
+        let now = milliseconds(self.began.elapsed()) + 1;
+        self.now.store(now, Ordering::Relaxed);
+        now
+    }
+}
+
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// The connections of one server. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Connections(Arc<Table>);
+
+#[derive(Debug)]
+struct Table {
+    name: &'static str,
+    slots: Arc<Semaphore>,
+    max_per_address: usize,
+    timeouts: Timeouts,
+    clock: Arc<Clock>,
+    next: AtomicU64,
+    shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
+    addresses: Mutex<HashMap<IpAddr, usize>>,
+    open: AtomicUsize,
+    emptied: Notify,
+}
+
+/// A connection's place in the table, and what is counted for it.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    connection: Arc<Connection>,
+    table: Arc<Table>,
+    address: Option<IpAddr>,
+    _slot: Option<OwnedSemaphorePermit>,
+    _counted: Counted,
+}
+
+impl Seat {
+    pub(crate) fn connection(&self) -> &Arc<Connection> {
+        &self.connection
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        self.connection.enter(Phase::Closed);
+        self.table.shard(self.connection.id).remove(&self.connection.id);
+        if let Some(address) = self.address {
+            self.table.leave(address);
+        }
+        if self.table.open.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.table.emptied.notify_waiters();
+        }
+    }
+}
+
+impl Table {
+    fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
+        let shard = usize::try_from(id % SHARDS as u64).unwrap_or_default();
+        self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn addresses(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
+        self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn leave(&self, address: IpAddr) {
+        let mut addresses = self.addresses();
+        if let Some(count) = addresses.get_mut(&address) {
+            *count -= 1;
+            if *count == 0 {
+                addresses.remove(&address);
+            }
+        }
+    }
+}
+
+/// One connection from an address that has too many of them.
+#[derive(Debug)]
+pub(crate) struct TooMany;
+
+impl Connections {
+    pub(crate) fn new(config: &Config) -> Self {
+        Self(Arc::new(Table {
+            name: config.name,
+            slots: Arc::new(Semaphore::new(config.max_connections)),
+            max_per_address: config.max_per_address,
+            timeouts: config.timeouts,
+            clock: Arc::new(Clock::new()),
+            next: AtomicU64::new(1),
+            shards: std::array::from_fn(|_| Mutex::default()),
+            addresses: Mutex::default(),
+            open: AtomicUsize::new(0),
+            emptied: Notify::new(),
+        }))
+    }
+
+    pub(crate) fn slots(&self) -> &Arc<Semaphore> {
+        &self.0.slots
+    }
+
+    /// A seat for a new connection; `limited` if its address has a limit.
+    pub(crate) fn seat(
+        &self,
+        peer: Peer,
+        tls: bool,
+        limited: bool,
+        slot: Option<OwnedSemaphorePermit>,
+    ) -> Result<Seat, TooMany> {
+        let table = &self.0;
+        let address = peer.ip().filter(|_| limited && table.max_per_address > 0);
+        if let Some(address) = address {
+            let mut addresses = table.addresses();
+            let count = addresses.entry(address).or_default();
+            if *count >= table.max_per_address {
+                return Err(TooMany);
+            }
+            *count += 1;
+        }
+        let id = table.next.fetch_add(1, Ordering::Relaxed);
+        let connection = Arc::new(Connection::new(id, table.name, peer, tls, Arc::clone(&table.clock)));
+        table.shard(id).insert(id, Arc::clone(&connection));
+        table.open.fetch_add(1, Ordering::AcqRel);
+        Ok(Seat {
+            connection,
+            table: Arc::clone(table),
+            address,
+            _slot: slot,
+            _counted: Counted::new(metrics::connections(table.name)),
+        })
+    }
+
+    /// How many there are.
+    pub fn count(&self) -> usize {
+        self.0.open.load(Ordering::Acquire)
+    }
+
+    /// Returns when there is none.
+    pub(crate) async fn emptied(&self) {
+        loop {
+            let emptied = self.0.emptied.notified();
+            if self.count() == 0 {
+                return;
+            }
+            emptied.await;
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<Connection>> {
+        let shards = self.0.shards.iter();
+        shards
+            .flat_map(|shard| {
+                let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                shard.values().cloned().collect::<Vec<_>>()
+            })
+            .collect()
+    }
+
+    /// What the connections do, the oldest first.
+    pub fn view(&self) -> Vec<ConnectionView> {
+        let now = self.0.clock.now();
+        let mut views: Vec<_> = self.all().iter().map(|open| ConnectionView::of(open, now)).collect();
+        views.sort_by_key(|view| view.id);
+        views
+    }
+
+    /// The requests that run, the oldest first.
+    pub fn requests(&self) -> Vec<RequestView> {
+        let mut views = Vec::new();
+        for connection in self.all() {
+            views.extend(connection.requests().iter().map(Scope::view));
+        }
+        views.sort_by(|a, b| b.age_ms.total_cmp(&a.age_ms));
+        views
+    }
+
+    /// Looks around until `over`: cuts what takes too long, and tells all to leave when the drain begins.
+    pub(crate) async fn watch(&self, drain: &Drain, over: impl Future<Output = ()>) {
+        let timeouts = &self.0.timeouts;
+        let shortest = timeouts.handshake.min(timeouts.head).min(timeouts.idle).min(timeouts.write);
+        let look = (shortest / 8).clamp(LOOK.0, LOOK.1);
+        let mut over = std::pin::pin!(over);
+        let mut softened = None;
+        loop {
+            let phase = drain.phase();
+            let pause = if phase >= drain::Phase::Soft { LOOK.0 } else { look };
+            let changed = async {
+                match phase {
+                    drain::Phase::Running | drain::Phase::Notice => drain.soft().await,
+                    drain::Phase::Soft => drain.hard().await,
+                    drain::Phase::Hard => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                () = over.as_mut() => return,
+                () = tokio::time::sleep(pause) => {}
+                () = changed => {}
+            }
+            let now = self.0.clock.tick();
+            let phase = drain.phase();
+            if phase >= drain::Phase::Soft && softened.is_none() {
+                softened = Some(now);
+            }
+            let drained = softened.map(|began| (now - began, phase == drain::Phase::Hard));
+            // A store is as old as the last look when it is written.
+            let slack = milliseconds(pause);
+            for shard in &self.0.shards {
+                let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                for connection in shard.values() {
+                    look_at(connection, timeouts, now, slack, drained);
+                }
+            }
+        }
+    }
+}
+
+/// One look at one connection. `drained`: how long ago the drain began, and whether nothing is waited for.
+fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, drained: Option<(u64, bool)>) {
+    let over = |lasts: u64, limit: Duration| lasts > milliseconds(limit) + slack;
+    let phase = connection.phase();
+    let lasts = connection.phase_lasts(now);
+    let http2 = connection.spoken() == Spoken::Http2;
+    let linger = milliseconds(LINGER);
+    let told = connection.told();
+    if told == Told::Cut || phase == Phase::Closed {
+        return;
+    }
+    if over(connection.blocked_for(now), timeouts.write) {
+        return connection.cut("write timeout");
+    }
+    match phase {
+        Phase::Opening if over(lasts, timeouts.handshake) => return connection.cut("handshake timeout"),
+        Phase::Head if over(lasts, timeouts.head) => return connection.cut("head timeout"),
+        // GOAWAY first: a request that is on its way is told to go elsewhere, and not lost.
+        Phase::Idle if http2 && told < Told::Leave && over(lasts, timeouts.idle) => {
+            connection.tell(Told::Leave);
+        }
+        Phase::Idle if over(lasts, timeouts.idle + LINGER) || (!http2 && over(lasts, timeouts.idle)) => {
+            return connection.cut("idle timeout");
+        }
+        Phase::Busy => {
+            let stalled =
+                connection.requests().iter().any(|scope| over(scope.stalled_for(now), timeouts.write));
+            if stalled {
+                return connection.cut("write timeout");
+            }
+        }
+        _ => {}
+    }
+    if http2 {
+        let (answered, left) = connection.answered_and_left();
+        if connection.useless() > MAX_USELESS {
+            return connection.cut("flood");
+        }
+        if u64::from(left) > u64::from(MAX_LEFT) + answered {
+            return connection.cut("resets");
+        }
+    }
+    if !timeouts.age.is_zero() && connection.opened.elapsed() > aged(timeouts.age, connection.id) {
+        // HTTP/1.1 ends with its next answer; an idle one has the idle timeout.
+        connection.tell(if http2 { Told::Leave } else { Told::Last });
+    }
+    let Some((since, hard)) = drained else { return };
+    if hard {
+        return connection.cut("drain");
+    }
+    match phase {
+        // Somebody who has not said anything yet is not waited for.
+        Phase::Opening if since > linger => connection.cut("drain"),
+        Phase::Upgraded | Phase::Closed => {}
+        _ if http2 || since > linger => connection.tell(Told::Leave),
+        _ => connection.tell(Told::Last),
+    }
+    // Half a request head is not a request: hyper would wait for the other half.
+    if since > 2 * linger && matches!(phase, Phase::Idle | Phase::Head) && lasts > linger {
+        connection.cut("drain");
+    }
+}
+
+/// The age of this connection's end: within a tenth of `age`, so that not all of them end at once.
+fn aged(age: Duration, id: u64) -> Duration {
+    // Fibonacci hashing spreads consecutive numbers.
+    let spread = id.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
+    age.mul_f64(0.9 + f64::from(u8::try_from(spread).unwrap_or_default()) / 1280.0)
+}
+
+/// What an operator sees of a connection.
+#[derive(Clone, Debug, Serialize)]
+pub struct ConnectionView {
+    /// Its number in this process.
+    pub id: u64,
+    /// The listener that it came to.
+    pub listener: &'static str,
+    /// Who is at the other end.
+    pub peer: String,
+    /// What is spoken.
+    pub protocol: Spoken,
+    /// Whether it is encrypted.
+    pub tls: bool,
+    /// What it does.
+    pub phase: Phase,
+    /// For how long, in milliseconds.
+    pub phase_ms: u64,
+    /// How long ago it was accepted, in milliseconds.
+    pub age_ms: u64,
+    /// How many requests it has been answered.
+    pub answered: u64,
+    /// How many run.
+    pub requests: usize,
+}
+
+impl ConnectionView {
+    fn of(connection: &Connection, now: u64) -> Self {
+        Self {
+            id: connection.id,
+            listener: connection.listener,
+            peer: connection.peer().to_string(),
+            protocol: connection.spoken(),
+            tls: connection.tls,
+            phase: connection.phase(),
+            phase_ms: connection.phase_lasts(now),
+            age_ms: milliseconds(connection.opened.elapsed()),
+            answered: connection.answered_and_left().0,
+            requests: connection.requests().len(),
+        }
+    }
+}
