@@ -10,14 +10,9 @@ use support::double::Double;
 use support::eventually;
 use support::process::Setup;
 
-/// Whether the long versions are wanted.
-fn full() -> bool {
-    std::env::var_os("PERENNIAL_FULL").is_some()
-}
-
 #[tokio::test]
 async fn a_kill_in_the_middle_of_a_broadcast_loses_nobody() {
-    let (audience, kills) = if full() { (50_000, 10) } else { (5_000, 2) };
+    let (audience, kills) = if support::full() { (50_000, 10) } else { (5_000, 2) };
     let double = Double::start().await;
     let mut perennial = Setup::new().sending_to(&double).set("push.checkpoint.sends=50").start().await;
     perennial.fill((0..audience).map(|_| double.mint()));

@@ -2,7 +2,6 @@
 
 use std::convert::Infallible;
 use std::future::Future;
-use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -12,61 +11,19 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::Empty;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use perennial_server::drain::{self, Phase, Trigger};
+use perennial_server::drain::{self, Phase};
 use perennial_server::health::{self, Health};
+use perennial_server::http::Config;
 use perennial_server::http::scope::Scope;
-use perennial_server::http::{Config, Server};
-use perennial_server::net::{self, Inherited, Listen, tls};
+use perennial_server::net::{Listen, tls};
 use perennial_server::tasks::Tasks;
-use rustls_pki_types::pem::PemObject;
-use rustls_pki_types::{CertificateDer, ServerName};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 
 use support::double::Double;
-use support::http::Client;
+use support::host::{Host, config, net};
+use support::http::{Client, tls_connect};
 use support::{eventually, soon};
-
-/// A server of the test's own.
-struct Host {
-    addresses: Vec<String>,
-    trigger: Trigger,
-    tasks: Tasks,
-}
-
-fn config(listen: &[&str]) -> Config {
-    let listen = listen.iter().map(|listen| listen.parse().unwrap()).collect();
-    Config { body_limit: 1000, ..Config::new(net::Config::new("test", listen)) }
-}
-
-/// The defaults, with something else about sockets and connections.
-fn net(change: impl FnOnce(&mut net::Config)) -> Config {
-    let mut config = config(&["127.0.0.1:0"]);
-    change(&mut config.net);
-    config
-}
-
-impl Host {
-    async fn start(config: Config, router: Router) -> Self {
-        let server = Server::bind(config, &Inherited::default()).await.unwrap();
-        let addresses = server.addresses();
-        let (trigger, drain) = drain::channel();
-        let tasks = Tasks::new(drain.clone());
-        tasks.critical("http", server.run(router, None, drain));
-        Self { addresses, trigger, tasks }
-    }
-
-    async fn plain(router: Router) -> (Self, Client) {
-        let host = Self::start(config(&["127.0.0.1:0"]), router).await;
-        let client = Client::new(&format!("http://{}", host.addresses[0]));
-        (host, client)
-    }
-
-    async fn stop(self) {
-        self.trigger.advance(Phase::Soft);
-        soon("the server ends", self.tasks.ended()).await;
-    }
-}
 
 fn echo_id() -> Router {
     Router::new().route("/id", get(|scope: Scope| async move { scope.id().to_string() }))
@@ -104,7 +61,8 @@ async fn tls_connections_agree_on_a_protocol_by_alpn() {
     for (offered, expected) in
         [(&["h2", "http/1.1"][..], Some("h2")), (&["http/1.1"][..], Some("http/1.1")), (&[][..], None)]
     {
-        let stream = tls_connect(&address, double.ca_file(), offered).await;
+        let stream = TcpStream::connect(&address).await.unwrap();
+        let stream = tls_connect(stream, double.ca_file(), offered).await;
         let agreed =
             stream.get_ref().1.alpn_protocol().map(|agreed| String::from_utf8(agreed.to_vec()).unwrap());
         assert_eq!(agreed.as_deref(), expected);
@@ -127,32 +85,13 @@ async fn tls_connections_agree_on_a_protocol_by_alpn() {
     }
     // Somebody who says nothing does not keep others from their handshakes.
     let _silent = TcpStream::connect(&address).await.unwrap();
-    tls_connect(&address, double.ca_file(), &["h2"]).await;
+    tls_connect(TcpStream::connect(&address).await.unwrap(), double.ca_file(), &["h2"]).await;
     host.stop().await;
 }
 
 #[expect(clippy::disallowed_methods, reason = "the client's side of a connection, which ends with it")]
 fn drive(connection: impl Future<Output = hyper::Result<()>> + Send + 'static) {
     tokio::spawn(connection);
-}
-
-async fn tls_connect(
-    address: &str,
-    ca: PathBuf,
-    alpn: &[&str],
-) -> tokio_rustls::client::TlsStream<TcpStream> {
-    let mut roots = rustls::RootCertStore::empty();
-    roots.add_parsable_certificates(CertificateDer::pem_file_iter(ca).unwrap().map(Result::unwrap));
-    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-    let mut config = rustls::ClientConfig::builder_with_provider(provider)
-        .with_safe_default_protocol_versions()
-        .unwrap()
-        .with_root_certificates(roots)
-        .with_no_client_auth();
-    config.alpn_protocols = alpn.iter().map(|protocol| protocol.as_bytes().to_vec()).collect();
-    let stream = TcpStream::connect(address).await.unwrap();
-    let name = ServerName::try_from("localhost").unwrap();
-    tokio_rustls::TlsConnector::from(Arc::new(config)).connect(name, stream).await.unwrap()
 }
 
 #[tokio::test]
@@ -233,20 +172,6 @@ async fn a_body_over_the_limit_is_refused_announced_or_not() {
     let mut answer = vec![0; 4096];
     let count = soon("an answer", stream.read(&mut answer)).await.unwrap();
     assert!(String::from_utf8_lossy(&answer[..count]).starts_with("HTTP/1.1 413"));
-    host.stop().await;
-}
-
-#[tokio::test]
-async fn silence_and_half_a_preface_are_cut_off() {
-    let quick = net(|net| net.timeouts.handshake = Duration::from_millis(300));
-    let host = Host::start(quick, echo_id()).await;
-    for beginning in ["", "PRI * HT", "PRI * HTTP/2.0\r\n\r\nSM\r\n"] {
-        let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
-        stream.write_all(beginning.as_bytes()).await.unwrap();
-        let mut rest = Vec::new();
-        let closed = soon("the connection is cut", stream.read_to_end(&mut rest)).await;
-        assert!(closed.is_err() || rest.is_empty(), "{beginning:?}");
-    }
     host.stop().await;
 }
 

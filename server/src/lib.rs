@@ -13,6 +13,7 @@
 //! | [`telemetry`] | logs |
 //! | [`net`] | sockets: where to listen, who may connect, how many, and for how long |
 //! | [`http`] | HTTP on them: the per-request scope, the stack around a router |
+//! | [`tcp`] | protocols beside HTTP on them |
 //! | [`cpu`] | work for the processor, off the threads that serve |
 //! | [`pool`] | stores behind bounded waits |
 //! | [`backoff`] | how long to wait before trying again |
@@ -27,4 +28,5 @@ pub mod net;
 pub mod pool;
 pub mod signal;
 pub mod tasks;
+pub mod tcp;
 pub mod telemetry;

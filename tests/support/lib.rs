@@ -4,6 +4,7 @@
 
 pub mod double;
 pub mod firefox;
+pub mod host;
 pub mod http;
 pub mod nginx;
 pub mod process;
@@ -13,6 +14,11 @@ use std::time::Duration;
 
 /// How long anything that should happen soon may take, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
+
+/// Whether the long versions are wanted: `tests/run --full`.
+pub fn full() -> bool {
+    std::env::var_os("PERENNIAL_FULL").is_some()
+}
 
 /// Waits until `condition` gives a value; panics with `what` when it does not soon.
 pub async fn eventually<T, F>(what: &str, mut condition: impl FnMut() -> F) -> T

@@ -44,6 +44,7 @@ pub struct Setup {
     directory: TempDir,
     set: Vec<String>,
     environment: Vec<(String, String)>,
+    config: Option<String>,
 }
 
 impl Default for Setup {
@@ -60,6 +61,7 @@ impl Setup {
             directory: TempDir::new().unwrap(),
             set: Vec::new(),
             environment: Vec::new(),
+            config: None,
         };
         setup.set("server.listen=127.0.0.1:0").set("admin.listen=127.0.0.1:0").set("telemetry.format=json")
     }
@@ -81,6 +83,11 @@ impl Setup {
     pub fn set(mut self, setting: &str) -> Self {
         self.set.push(setting.to_owned());
         self
+    }
+
+    /// With a file of settings.
+    pub fn config(self, file: &str) -> Self {
+        Self { config: Some(file.to_owned()), ..self }
     }
 
     /// With one more variable in the environment.
@@ -111,6 +118,9 @@ impl Setup {
             .current_dir(self.directory.path())
             .kill_on_drop(true)
             .stdin(Stdio::null());
+        if let Some(config) = &self.config {
+            command.args(["--config", config]);
+        }
         for setting in &self.set {
             command.args(["--set", setting]);
         }
@@ -171,6 +181,16 @@ impl Perennial {
         let key = std::fs::read_to_string(self.setup.data_dir().join("api.key")).unwrap();
         self.client = Some(server.with_key(key.trim()));
         self.admin = Some(admin);
+    }
+
+    /// Waits until another process, which has taken over from it, is ready.
+    pub async fn ready_again(&self) {
+        let admin = self.admin().clone();
+        eventually("readiness", || async {
+            let ready = admin.try_send(Method::GET, "/readyz", None, Bytes::new()).await.ok()?;
+            ready.status.is_success().then_some(())
+        })
+        .await;
     }
 
     /// A client of the public listener, with the first API key.

@@ -183,8 +183,8 @@ impl HttpBody for FollowedBody {
         let mut this = self.project();
         let Some(exchange) = this.exchange else { return this.body.poll_frame(context) };
         // Whoever asks for the next part has room for it: the client has taken the last one, or the kernel.
+        exchange.scope.set_stalled(false);
         if let Some(given) = this.given.take() {
-            exchange.scope.set_stalled(false);
             exchange.scope.spent().client += given.elapsed();
         }
         let frame = std::task::ready!(this.body.as_mut().poll_frame(context));
@@ -195,8 +195,9 @@ impl HttpBody for FollowedBody {
         exchange.complete = frame.is_none() || this.body.is_end_stream();
         if !exchange.complete {
             *this.given = Some(Instant::now());
-            exchange.scope.set_stalled(true);
         }
+        // Also the last part waits for room, in HTTP/2 in the hands of whoever asked for it.
+        exchange.scope.set_stalled(frame.is_some());
         Poll::Ready(frame)
     }
 

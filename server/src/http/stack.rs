@@ -31,7 +31,7 @@ use super::timed::Timed;
 use crate::drain::Phase;
 use crate::metrics::{self, Requests};
 use crate::net::Connection;
-use crate::net::connection::Told;
+use crate::net::connection::{Spoken, Told};
 use crate::net::proxy::{forwarded_for, is_trusted};
 
 /// The steps around a router.
@@ -193,9 +193,11 @@ impl Stack {
     }
 }
 
-/// The rest of the body may still come, and would be taken for the next request.
+/// In HTTP/1.1 the rest of the body may still come, and would be taken for the next request.
 fn body_too_slow(connection: &Connection) -> Response {
-    connection.close();
+    if connection.spoken() == Spoken::Http1 {
+        connection.close();
+    }
     Problem::new(StatusCode::REQUEST_TIMEOUT, "the body came too slowly").into_response()
 }
 

@@ -300,15 +300,20 @@ impl Connection {
         {
             self.enter(Phase::Idle);
         }
-        if self.spoken.load(Ordering::Relaxed) == Spoken::Http1 as u8
-            && self.phase.load(Ordering::Relaxed) == Phase::Idle as u8
-        {
+        let spoken = self.spoken.load(Ordering::Relaxed);
+        if spoken == Spoken::Tcp as u8 {
+            self.since.store(self.clock.now(), Ordering::Relaxed);
+        }
+        if spoken == Spoken::Http1 as u8 && self.phase.load(Ordering::Relaxed) == Phase::Idle as u8 {
             self.enter(Phase::Head);
         }
     }
 
     fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
         if written.is_ready() {
+            if self.spoken.load(Ordering::Relaxed) == Spoken::Tcp as u8 {
+                self.since.store(self.clock.now(), Ordering::Relaxed);
+            }
             if self.blocked.load(Ordering::Relaxed) != 0 {
                 self.blocked.store(0, Ordering::Relaxed);
             }

@@ -294,6 +294,10 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
         Phase::Idle if over(lasts, timeouts.idle + LINGER) || (!http2 && over(lasts, timeouts.idle)) => {
             return connection.cut("idle timeout");
         }
+        // Somebody else's bytes are silent for too long only where somebody said what that is.
+        Phase::Upgraded if connection.spoken() == Spoken::Tcp && over(lasts, timeouts.idle) => {
+            return connection.cut("idle timeout");
+        }
         Phase::Busy => {
             let stalled =
                 connection.requests().iter().any(|scope| over(scope.stalled_for(now), timeouts.write));
@@ -323,6 +327,9 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
     match phase {
         // Somebody who has not said anything yet is not waited for.
         Phase::Opening if since > linger => connection.cut("drain"),
+        Phase::Upgraded if connection.spoken() == Spoken::Tcp && lasts > linger && since > linger => {
+            connection.cut("drain");
+        }
         Phase::Upgraded | Phase::Closed => {}
         _ if http2 || since > linger => connection.tell(Told::Leave),
         _ => connection.tell(Told::Last),

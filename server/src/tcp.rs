@@ -1,0 +1,168 @@
+//! Protocols beside HTTP: a handler gets the bytes, the host keeps the rest of its promises.
+//!
+//! Limits, counts, TLS, the PROXY protocol, the deadlines for opening, for silence and for a client that takes
+//! nothing, and the drain are those of [`crate::net`]. What is different: some servers speak first, so that
+//! nothing is expected of a client when it has connected.
+
+use std::convert::Infallible;
+use std::io;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio_rustls::server::TlsStream;
+use tracing::debug;
+
+use crate::drain::Drain;
+use crate::net::connection::{Peek, Phase, Socket, Spoken};
+use crate::net::{self, BindError, Connection, Connections, Inherited, Protocol, Sockets};
+
+/// What is spoken on the connections of a [`Server`].
+pub trait TcpHandler: Send + Sync + 'static {
+    /// Serves one connection to its end.
+    ///
+    /// When `drain` says soft, no further conversation should be begun; at hard, and when the connection has been
+    /// silent for too long, reading and writing are errors.
+    ///
+    /// # Errors
+    /// Whatever reading and writing said: it is logged for debugging.
+    fn serve(&self, stream: Stream, drain: Drain) -> impl Future<Output = io::Result<()>> + Send;
+}
+
+trait Bytes: AsyncRead + AsyncWrite + Send + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Bytes for T {}
+
+/// The bytes of one connection.
+pub struct Stream {
+    bytes: Box<dyn Bytes>,
+    connection: Arc<Connection>,
+}
+
+impl std::fmt::Debug for Stream {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Stream").field("connection", &self.connection).finish_non_exhaustive()
+    }
+}
+
+impl Stream {
+    /// The connection, with the client's address.
+    pub fn connection(&self) -> &Connection {
+        &self.connection
+    }
+}
+
+impl AsyncRead for Stream {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.bytes).poll_read(context, buffer)
+    }
+}
+
+impl AsyncWrite for Stream {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        context: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.bytes).poll_write(context, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.bytes).poll_flush(context)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.bytes).poll_shutdown(context)
+    }
+}
+
+/// A server whose sockets are open.
+#[derive(Debug)]
+pub struct Server {
+    sockets: net::Bound,
+    connections: Connections,
+    config: net::Config,
+}
+
+impl Server {
+    /// Opens the sockets, or takes those of `inherited` that have the same addresses.
+    ///
+    /// # Errors
+    /// When an address cannot be had, or TLS lacks a usable certificate.
+    pub async fn bind(config: net::Config, inherited: &Inherited) -> Result<Self, BindError> {
+        let sockets = net::bind(&config, inherited).await?;
+        Ok(Self { connections: Connections::new(&config), sockets, config })
+    }
+
+    /// The addresses in use, in the form in which they are written in settings.
+    pub fn addresses(&self) -> Vec<String> {
+        self.sockets.addresses()
+    }
+
+    /// Its connections.
+    pub fn connections(&self) -> Connections {
+        self.connections.clone()
+    }
+
+    /// Its sockets, to be handed over, and the certificate, to be read anew.
+    pub fn sockets(&self) -> Sockets {
+        self.sockets.sockets()
+    }
+
+    /// Serves until the drain has begun and every connection has ended.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn run<H: TcpHandler>(self, handler: H, drain: Drain) -> Result<(), Infallible> {
+        let protocol = Tcp { handler: Arc::new(handler), drain: drain.clone() };
+        net::serve(self.sockets, self.connections, Arc::new(self.config), protocol, &drain).await;
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Tcp<H> {
+    handler: Arc<H>,
+    drain: Drain,
+}
+
+impl<H> Clone for Tcp<H> {
+    fn clone(&self) -> Self {
+        Self { handler: Arc::clone(&self.handler), drain: self.drain.clone() }
+    }
+}
+
+impl<H: TcpHandler> Tcp<H> {
+    async fn serve(&self, bytes: impl Bytes + 'static, connection: Arc<Connection>) {
+        connection.speak(Spoken::Tcp);
+        connection.enter(Phase::Upgraded);
+        let stream = Stream { bytes: Box::new(bytes), connection: Arc::clone(&connection) };
+        let served = self.handler.serve(stream, self.drain.clone());
+        if let Some(Err(error)) = connection.unless_cut(served).await {
+            debug!(peer = %connection.peer(), %error, "the connection ended with an error");
+        }
+    }
+}
+
+impl<H: TcpHandler> Protocol for Tcp<H> {
+    async fn plain<S: Peek>(&self, socket: Socket<S>) {
+        let connection = Arc::clone(socket.connection());
+        self.serve(socket, connection).await;
+    }
+
+    async fn secure<S>(&self, stream: Box<TlsStream<Socket<S>>>)
+    where
+        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let connection = Arc::clone(stream.get_ref().0.connection());
+        self.serve(stream, connection).await;
+    }
+
+    fn refusal(&self) -> &'static [u8] {
+        b""
+    }
+}

@@ -1,0 +1,107 @@
+//! SIGUSR2: one process after the other on the same sockets, and nobody is refused.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+use http::Method;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tokio::task::JoinSet;
+
+use support::eventually;
+use support::http::Client;
+use support::process::Setup;
+
+/// The process that has the lock now.
+fn holder(setup: &Setup) -> Option<i32> {
+    let text = std::fs::read_to_string(setup.data_dir().join("perennial.lock")).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Asks without a pause until it is told to stop; returns what failed.
+async fn load(client: Client, stop: Arc<AtomicBool>, answered: Arc<AtomicUsize>) -> Vec<String> {
+    let mut failures = Vec::new();
+    while !stop.load(Ordering::SeqCst) {
+        match client.try_send(Method::GET, "/push/key", None, Bytes::new()).await {
+            Ok(answer) if answer.status.is_success() => {
+                answered.fetch_add(1, Ordering::SeqCst);
+            }
+            Ok(answer) => failures.push(answer.status.to_string()),
+            Err(error) => failures.push(format!("{error:#}: {:?}", error.source())),
+        }
+    }
+    failures
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn successors_take_over_without_a_refused_connection() {
+    let (successions, requests) = if support::full() { (10, 200_000) } else { (2, 4000) };
+    let mut perennial = Setup::new().start().await;
+    let base = perennial.client().base().to_owned();
+    let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
+    let mut clients = JoinSet::new();
+    for number in 0..8 {
+        let client = if number % 2 == 0 { Client::new(&base) } else { Client::http2(&base) };
+        clients.spawn(load(client, Arc::clone(&stop), Arc::clone(&answered)));
+    }
+    let mut pauses = Vec::new();
+    for number in 0..successions {
+        let due = requests * (number + 1) / (successions + 1);
+        eventually("requests are answered", || async {
+            (answered.load(Ordering::SeqCst) >= due).then_some(())
+        })
+        .await;
+        let before = holder(&perennial.setup).unwrap();
+        let began = Instant::now();
+        kill(Pid::from_raw(before), Signal::SIGUSR2).unwrap();
+        eventually("another process has the lock", || async {
+            holder(&perennial.setup).is_some_and(|now| now != before).then_some(())
+        })
+        .await;
+        pauses.push(began.elapsed());
+        perennial.ready_again().await;
+    }
+    eventually("requests are answered", || async {
+        (answered.load(Ordering::SeqCst) >= requests).then_some(())
+    })
+    .await;
+    stop.store(true, Ordering::SeqCst);
+    let failures: Vec<String> = clients.join_all().await.into_iter().flatten().collect();
+    println!(
+        "{successions} successions, {} requests, {} failed, from signal to lock {pauses:?}",
+        answered.load(Ordering::SeqCst),
+        failures.len()
+    );
+    assert!(failures.is_empty(), "{} failed: {:?}", failures.len(), failures.first());
+    let last = holder(&perennial.setup).unwrap();
+    kill(Pid::from_raw(last), Signal::SIGTERM).unwrap();
+    eventually("the last one ends", || async { perennial_is_gone(last).then_some(()) }).await;
+    assert_eq!(perennial.ended().await.code(), Some(0), "the first one left in order");
+}
+
+fn perennial_is_gone(pid: i32) -> bool {
+    // It is nobody's child any more, or a zombie of the test's own.
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
+#[tokio::test]
+async fn a_successor_that_cannot_start_changes_nothing() {
+    let setup = Setup::new();
+    let file = setup.file("settings.toml");
+    std::fs::write(&file, "").unwrap();
+    let environment = file.display().to_string();
+    let perennial = setup.config(&environment).start().await;
+    std::fs::write(&file, "[server]\nnonsense = 1\n").unwrap();
+    perennial.signal(Signal::SIGUSR2);
+    let failed = perennial.logged("no successor; going on").await;
+    assert!(
+        failed["error"].as_str().unwrap().contains("the successor ended before it could take over"),
+        "{failed}"
+    );
+    assert_eq!(perennial.client().get("/push/key").await.status, 200);
+    let mut perennial = perennial;
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    assert_eq!(perennial.stop().await, Some(0));
+}
