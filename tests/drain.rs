@@ -1,18 +1,31 @@
 //! SIGTERM: in order, on time, and without a failed request while anybody is listening.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use axum::Router;
+use axum::body::Body;
+use axum::routing::get;
 use bytes::Bytes;
-use http::Method;
+use futures_util::StreamExt;
+use http::{Method, Request};
+use http_body_util::StreamBody;
+use hyper::body::Frame;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use nix::sys::signal::Signal;
 use perennial::sink::Answer;
+use perennial_server::drain::Phase;
+use perennial_server::http::scope::Scope;
 use serde_json::json;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use support::double::Double;
 use support::eventually;
+use support::host::{Host, net};
 use support::http::Client;
 use support::process::Setup;
 
@@ -166,4 +179,101 @@ async fn what_is_in_flight_at_the_end_of_the_drain_is_recorded_and_not_repeated(
     let progress = perennial.done(&id).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 4000 }));
     assert_eq!(double.reached_and_repeats(), (4000, 0));
+}
+
+/// What a client may have left standing when the signal comes.
+const STANDING: [(&str, &str); 4] = [
+    ("silent", ""),
+    ("idle", "GET /push/key HTTP/1.1\r\nhost: x\r\n\r\n"),
+    ("half a head", "GET /push/key HT"),
+    (
+        "half a body",
+        "POST /subscriptions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 90\r\n\r\n{",
+    ),
+];
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_that_a_client_leaves_standing_holds_the_drain_and_admin_answers_to_the_end() {
+    let mut perennial =
+        Setup::new().set("drain.notice=1s").set("drain.soft=2s").set("drain.hard=2s").start().await;
+    let base = perennial.client().base().to_owned();
+    let address = base.trim_start_matches("http://").to_owned();
+    let mut standing = Vec::new();
+    for (what, bytes) in STANDING {
+        let mut stream = TcpStream::connect(&address).await.unwrap();
+        stream.write_all(bytes.as_bytes()).await.unwrap();
+        standing.push((what, stream));
+    }
+    // HTTP/2 with a stream that stays open: its body never comes.
+    let io = TokioIo::new(TcpStream::connect(&address).await.unwrap());
+    let (mut send, http2) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
+    let stalled = StreamBody::new(futures_util::stream::pending::<Result<Frame<Bytes>, Infallible>>());
+    let request = Request::post(format!("{base}/subscriptions")).header("content-type", "application/json");
+    let request = request.body(stalled).unwrap();
+    let mut others = JoinSet::new();
+    others.spawn(async move {
+        let answer = send.send_request(request).await;
+        drop(answer);
+    });
+    others.spawn(async move { drop(http2.await) });
+
+    let mut clients: Vec<Client> = (0..3).map(|_| Client::new(&base)).collect();
+    clients.push(Client::http2(&base));
+    let load = Load::start(&clients, "/push/key");
+    load.at_least(50).await;
+    let (admin, last) = (perennial.admin().clone(), Arc::new(std::sync::Mutex::new(Instant::now())));
+    let probing = {
+        let last = Arc::clone(&last);
+        async move {
+            while admin.try_send(Method::GET, "/livez", None, Bytes::new()).await.is_ok() {
+                *last.lock().unwrap() = Instant::now();
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        }
+    };
+    let mut prober = JoinSet::new();
+    prober.spawn(probing);
+
+    let began = Instant::now();
+    perennial.signal(Signal::SIGTERM);
+    let code = perennial.ended().await.code();
+    let (took, silent_for) = (began.elapsed(), last.lock().unwrap().elapsed());
+    assert_eq!(code, Some(0), "{}", perennial.log());
+    assert!(took >= Duration::from_secs(1) && took < Duration::from_secs(6), "{took:?}");
+    assert!(silent_for < Duration::from_secs(1), "the last probe was answered {silent_for:?} before the end");
+    let failures = load.failures().await;
+    assert!(failures.is_empty(), "{} failed: {:?}", failures.len(), failures.first());
+    for (what, mut stream) in standing {
+        let mut rest = Vec::new();
+        let _ = support::soon(what, stream.read_to_end(&mut rest)).await;
+    }
+    support::soon("HTTP/2 has ended", others.join_all()).await;
+}
+
+#[tokio::test]
+async fn a_response_without_an_end_may_watch_for_the_drain() {
+    let events = |scope: Scope| async move {
+        let soft = scope.drain().clone();
+        let ticks = futures_util::stream::unfold(0, |tick: u64| async move {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            Some((Ok::<_, Infallible>(format!("data: {tick}\n\n")), tick + 1))
+        });
+        Body::from_stream(ticks.take_until(async move { soft.soft().await }))
+    };
+    let router = Router::new().route("/events", get(events)).route(
+        "/for-ever",
+        get(|| async { Body::from_stream(futures_util::stream::pending::<Result<Bytes, Infallible>>()) }),
+    );
+    let host = Host::start(net(|_| {}), router).await;
+    let mut polite = host.connect().await;
+    let mut stubborn = host.connect().await;
+    polite.write_all(b"GET /events HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    stubborn.write_all(b"GET /for-ever HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    eventually("both run", || async { (host.connections.requests().len() == 2).then_some(()) }).await;
+    host.trigger.advance(Phase::Soft);
+    let (events, _) = support::host::until_closed(&mut polite, b"").await;
+    assert!(events.ends_with("0\r\n\r\n"), "to its last chunk");
+    assert_eq!(host.connections.count(), 1, "the other one may go on for now");
+    host.trigger.advance(Phase::Hard);
+    support::soon("the server ends", host.tasks.ended()).await;
 }
