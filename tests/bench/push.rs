@@ -7,6 +7,8 @@
 
 use std::time::{Duration, Instant};
 
+use support::figures::line;
+
 use perennial_webpush::{Keys, Payload, ReceiverKeys, encrypt};
 use serde_json::{Value, json};
 use support::double::Double;
@@ -26,12 +28,6 @@ fn main() {
         boot().await;
         broadcast().await;
     });
-}
-
-fn line(what: &str, mut values: Vec<f64>, unit: &str) {
-    values.sort_by(f64::total_cmp);
-    let (low, middle, high) = (values[0], values[values.len() / 2], values[values.len() - 1]);
-    println!("{what:<58} {middle:>10.1} {unit:<8} ({low:.1} to {high:.1})");
 }
 
 async fn boot() {
