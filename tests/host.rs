@@ -298,3 +298,56 @@ async fn a_connection_may_be_closed_or_aborted_by_its_handler() {
     }
     host.stop().await;
 }
+
+/// One that has been idle for a while keeps nothing but its socket; nobody can tell.
+#[tokio::test]
+async fn a_connection_that_has_rested_goes_on_as_before() {
+    const REST: Duration = Duration::from_millis(1500);
+    let router = echo_id().route("/count", post(|body: Bytes| async move { body.len().to_string() }));
+    let (host, _client) = Host::plain(router).await;
+    let request = "GET /id HTTP/1.1\r\nhost: x\r\n\r\n";
+    let body = "POST /count HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n12345";
+    let too_long =
+        format!("POST /count HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\n{}", "x".repeat(2000));
+    // What comes after the rest, in which parts, and how often it is answered.
+    let cases: [(&[&str], usize); 5] = [
+        (&[request], 1),
+        (&["GET /id HT", "TP/1.1\r\nhost: x\r\n\r\n"], 1),
+        (&[&request.repeat(3)], 3),
+        (&[body], 1),
+        (&[&too_long], 1),
+    ];
+    let mut streams = Vec::new();
+    for _ in &cases {
+        let mut stream = host.connect().await;
+        stream.write_all(request.as_bytes()).await.unwrap();
+        assert!(soon("an answer", stream.read(&mut [0; 1024])).await.unwrap() > 0);
+        streams.push(stream);
+    }
+    for round in 0..2 {
+        tokio::time::sleep(REST).await;
+        for ((parts, answers), stream) in cases.iter().zip(&mut streams) {
+            for part in *parts {
+                stream.write_all(part.as_bytes()).await.unwrap();
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+            let mut answer = String::new();
+            while answer.matches("HTTP/1.1 ").count() < *answers {
+                let mut buffer = [0; 4096];
+                let count = soon("an answer", stream.read(&mut buffer)).await.unwrap();
+                assert!(count > 0, "round {round}, {parts:?}: {answer}");
+                answer.push_str(&String::from_utf8_lossy(&buffer[..count]));
+            }
+        }
+    }
+    assert_eq!(host.connections.count(), cases.len());
+    // At rest they leave with the drain, and one that ends is noticed.
+    tokio::time::sleep(REST).await;
+    drop(streams.pop());
+    host.open(cases.len() - 1).await;
+    host.trigger.advance(Phase::Soft);
+    for mut stream in streams {
+        assert_eq!(soon("the end", stream.read(&mut [0; 16])).await.unwrap_or(0), 0);
+    }
+    soon("the end", host.tasks.ended()).await;
+}

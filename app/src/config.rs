@@ -127,6 +127,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
             },
         },
         quiet: false,
+        access_log: None,
         max_requests: settings.number("server.max_requests", 1..=10_000_000),
         request_timeout: timeout(settings, "server.request_timeout"),
         body_idle_timeout: timeout(settings, "server.body_idle_timeout"),

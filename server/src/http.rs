@@ -29,6 +29,7 @@ use tokio_util::task::TaskTracker;
 use crate::cpu::Cpu;
 use crate::drain::Drain;
 use crate::net::{self, BindError, Connections, Inherited, Sockets};
+use crate::telemetry::AccessLog;
 
 use conn::Http;
 use scope::Services;
@@ -41,6 +42,8 @@ pub struct Config {
     pub net: net::Config,
     /// Whether the access log is only for debugging.
     pub quiet: bool,
+    /// Where the access log goes directly; to the events of `tracing` if nowhere.
+    pub access_log: Option<AccessLog>,
     /// How many requests may run at once. More are answered with 503.
     pub max_requests: usize,
     /// How long a handler may take until it has a response.
@@ -68,6 +71,7 @@ impl Config {
         Self {
             net,
             quiet: false,
+            access_log: None,
             max_requests: 10_000,
             request_timeout: seconds(30),
             body_idle_timeout: seconds(15),

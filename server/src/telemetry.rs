@@ -1,19 +1,33 @@
 //! Logs: one line an event, to standard error, without ever making a request wait for the log's reader.
 
+mod access;
+mod writer;
+
 use std::io::{self, IsTerminal};
 use std::str::FromStr;
 
 use tracing::error;
-use tracing_appender::non_blocking::{ErrorCounter, NonBlockingBuilder, WorkerGuard};
 use tracing_subscriber::filter::ParseError;
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
+pub(crate) use access::Access;
+pub use access::AccessLog;
+use writer::{Lines, Writer};
+
 use crate::metrics;
 
-/// How many lines may wait for the reader of standard error before lines are dropped (and counted).
-const LINES_IN_FLIGHT: usize = 64 * 1024;
+/// Why there is no log.
+#[derive(Debug, thiserror::Error)]
+pub enum InstallError {
+    /// The thread that writes cannot be started.
+    #[error("the log's thread cannot be started")]
+    Thread(#[from] io::Error),
+    /// A log is already installed.
+    #[error(transparent)]
+    Installed(#[from] TryInitError),
+}
 
 /// What is logged and how it looks.
 #[derive(Clone, Debug)]
@@ -69,8 +83,9 @@ impl Filter {
 /// The installed log. What was logged is written out when it drops.
 pub struct Telemetry {
     filter: reload::Handle<EnvFilter, Registry>,
-    dropped: ErrorCounter,
-    _writer: WorkerGuard,
+    lines: Lines,
+    access: Option<AccessLog>,
+    _writer: Writer,
 }
 
 impl std::fmt::Debug for Telemetry {
@@ -83,26 +98,27 @@ impl Telemetry {
     /// Installs the log, once per process, and sends panics to it.
     ///
     /// # Errors
-    /// When a log is already installed.
-    pub fn install(config: &Config) -> Result<Self, TryInitError> {
-        let (writer, guard) = NonBlockingBuilder::default()
-            .lossy(true)
-            .buffered_lines_limit(LINES_IN_FLIGHT)
-            .thread_name("log-writer")
-            .finish(io::stderr());
-        let dropped = writer.error_counter();
+    /// When a log is already installed, or the system has no more threads.
+    pub fn install(config: &Config) -> Result<Self, InstallError> {
+        let (lines, writer) = Lines::start(io::stderr())?;
         let (filter, handle) = reload::Layer::new(config.filter.directives());
         let terminal = io::stderr().is_terminal();
-        let lines = tracing_subscriber::fmt::layer().with_writer(writer).with_ansi(terminal);
+        let events = tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(terminal);
         let json = config.format == Format::Json || (config.format == Format::Auto && !terminal);
-        let lines = if json {
-            lines.json().flatten_event(true).with_span_list(false).boxed()
+        let events = if json {
+            events.json().flatten_event(true).with_span_list(false).boxed()
         } else {
-            lines.with_target(false).boxed()
+            events.with_target(false).boxed()
         };
-        tracing_subscriber::registry().with(filter).with(lines).try_init()?;
+        tracing_subscriber::registry().with(filter).with(events).try_init()?;
         std::panic::set_hook(Box::new(log_panic));
-        Ok(Self { filter: handle, dropped, _writer: guard })
+        let access = json.then(|| AccessLog(lines.clone()));
+        Ok(Self { filter: handle, lines, access, _writer: writer })
+    }
+
+    /// Where a server's access log goes directly, if its lines are JSON.
+    pub fn access_log(&self) -> Option<AccessLog> {
+        self.access.clone()
     }
 
     /// Replaces the filter while running.
@@ -114,7 +130,7 @@ impl Telemetry {
 
     /// Publishes how many lines were dropped so far.
     pub fn publish(&self) {
-        metrics::log_lines_dropped(self.dropped.dropped_lines() as u64);
+        metrics::log_lines_dropped(self.lines.dropped());
     }
 }
 

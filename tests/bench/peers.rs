@@ -44,6 +44,7 @@ fn main() {
             "axum" => axum_serve().await,
             "host" => host("info,access=off").await,
             "host-log" => host("info").await,
+            "host-off" => host("off").await,
             _ => panic!("{name} is none of the peers"),
         }
     });
@@ -80,11 +81,11 @@ async fn axum_serve() {
 
 async fn host(filter: &str) {
     let config = telemetry::Config { filter: filter.parse().unwrap(), format: Format::Json };
-    let _telemetry = Telemetry::install(&config).unwrap();
+    let telemetry = Telemetry::install(&config).unwrap();
     let _metrics = Metrics::install().unwrap();
     let mut net = net::Config::new("public", vec!["127.0.0.1:0".parse().unwrap()]);
     net.max_connections = 100_000;
-    let config = Config { max_requests: 100_000, ..Config::new(net) };
+    let config = Config { max_requests: 100_000, access_log: telemetry.access_log(), ..Config::new(net) };
     let server = Server::bind(config, &Inherited::default()).await.unwrap();
     println!("{}", server.addresses()[0]);
     let threads = std::thread::available_parallelism().unwrap();

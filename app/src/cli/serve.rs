@@ -69,8 +69,9 @@ struct Prepared {
 
 fn prepare(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Prepared> {
     let settings = load(sources, modules)?;
-    let (config, configured) = read(&settings, modules)?;
+    let (mut config, configured) = read(&settings, modules)?;
     let telemetry = Arc::new(Telemetry::install(&config.telemetry)?);
+    config.server.access_log = telemetry.access_log();
     let metrics = Metrics::install()?;
     perennial_workers::metrics::describe();
     raise_file_limit();

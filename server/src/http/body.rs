@@ -8,6 +8,7 @@
 //! nothing. So what is left of the body goes back to its connection, which reads and drops it for a moment.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -33,12 +34,19 @@ pub(super) struct Leftover(Arc<Shared>);
 struct Shared {
     body: Mutex<Option<Incoming>>,
     came: Notify,
+    dropping: AtomicBool,
 }
 
 impl Leftover {
+    /// Whether the connection is still reading what nobody wants.
+    pub(super) fn is_dropping(&self) -> bool {
+        self.0.dropping.load(Ordering::Acquire)
+    }
+
     /// Has a body dropped as it comes.
     pub(super) fn drop_later(&self, body: Incoming) {
         if !body.is_end_stream() {
+            self.0.dropping.store(true, Ordering::Release);
             *self.0.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
             self.0.came.notify_one();
         }
@@ -52,6 +60,7 @@ impl Leftover {
             if let Some(body) = body {
                 let _ = tokio::time::timeout(LINGER, drop_one(body)).await;
             }
+            self.0.dropping.store(false, Ordering::Release);
         }
     }
 }

@@ -3,7 +3,7 @@
 use std::error::Error;
 use std::future::poll_fn;
 use std::io;
-use std::pin::{Pin, pin};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
 
@@ -24,7 +24,7 @@ use super::body::Leftover;
 use super::exchange::FollowedBody;
 use super::stack::Stack;
 use crate::net::Protocol;
-use crate::net::connection::{Connection, Peek, Phase, Socket, Spoken, Told};
+use crate::net::connection::{Connection, Peek, Phase, Rest, Socket, Spoken, Told};
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -48,8 +48,9 @@ impl Protocol for Http {
     async fn plain<S: Peek>(&self, mut socket: Socket<S>) {
         let connection = Arc::clone(socket.connection());
         match connection.unless_cut(detect(&mut socket)).await {
-            Some(Ok(Spoken::Http2)) => self.http2(socket, &connection).await,
-            Some(Ok(_)) => self.http1(socket, &connection, Phase::Head).await,
+            // Boxed, since a future is as large as the largest that it may be.
+            Some(Ok(Spoken::Http2)) => Box::pin(self.http2(socket, &connection)).await,
+            Some(Ok(_)) => Box::pin(self.http1(socket, &connection, Phase::Head)).await,
             Some(Err(error)) => {
                 debug!(peer = %connection.peer(), %error, "no request came on this connection");
             }
@@ -66,9 +67,9 @@ impl Protocol for Http {
         // What came so far was the handshake.
         connection.useful();
         if tls.alpn_protocol() == Some(b"h2") {
-            self.http2(stream, &connection).await;
+            Box::pin(self.http2(stream, &connection)).await;
         } else {
-            self.http1(stream, &connection, Phase::Idle).await;
+            Box::pin(self.http1(stream, &connection, Phase::Idle)).await;
         }
     }
 
@@ -102,12 +103,23 @@ async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<Spoken> {
 }
 
 impl Http {
-    async fn http1<I>(&self, io: I, connection: &Arc<Connection>, phase: Phase)
-    where
-        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    async fn http1<I: Rest>(&self, mut io: I, connection: &Arc<Connection>, phase: Phase) {
         connection.speak(Spoken::Http1);
         connection.enter(phase);
+        loop {
+            match self.requests(io, connection).await {
+                Http1End::Closed => return,
+                // Nothing of hyper's is kept for one that says nothing: its buffers are most of what a connection is.
+                Http1End::Resting(rested) => io = rested,
+            }
+            if !arrival(&mut io, connection).await {
+                return;
+            }
+        }
+    }
+
+    /// Serves requests until the connection ends, or rests.
+    async fn requests<I: Rest>(&self, io: I, connection: &Arc<Connection>) -> Http1End<I> {
         let leftover = Leftover::default();
         let service = service_fn(|request| {
             let (stack, connection) = (Arc::clone(&self.stack), Arc::clone(connection));
@@ -119,14 +131,27 @@ impl Http {
             .max_buf_size(HEAD_LIMIT)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
-        tokio::select! {
-            () = drive(served, connection) => {}
-            () = leftover.drop_all() => {}
+        let mut served = Box::new(served);
+        let may_rest = || I::CAN && connection.is_resting() && !leftover.is_dropping();
+        let driven = tokio::select! {
+            driven = drive(Pin::new(&mut *served), connection, may_rest) => driven,
+            () = leftover.drop_all() => Driven::Ended,
+        };
+        match driven {
+            Driven::Ended => drop(served),
+            Driven::Resting => {
+                if let Some(parts) = served.into_parts() {
+                    let mut io = parts.io.into_inner();
+                    io.put_back(&parts.read_buf);
+                    return Http1End::Resting(io);
+                }
+            }
         }
         // Its bytes belong to somebody else now.
         if connection.phase() != Phase::Closed {
             connection.enter(Phase::Upgraded);
         }
+        Http1End::Closed
     }
 
     async fn http2<I>(&self, io: I, connection: &Arc<Connection>)
@@ -150,14 +175,43 @@ impl Http {
             .max_pending_accept_reset_streams(MAX_RESETS)
             .max_local_error_reset_streams(MAX_ERRORS)
             .serve_connection(TokioIo::new(io), service);
-        drive(served, connection).await;
+        let mut served = Box::pin(served);
+        drive(served.as_mut(), connection, || false).await;
+        drop(served);
         streams.end().await;
     }
 }
 
-/// Runs a connection until it ends by itself, or until it is told to.
-async fn drive<C: Served>(served: C, connection: &Connection) {
-    let mut served = pin!(served);
+/// What became of an HTTP/1.1 connection.
+enum Http1End<I> {
+    Closed,
+    Resting(I),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Driven {
+    Ended,
+    Resting,
+}
+
+/// Waits for the next request of a connection that rests. False if there will be none.
+async fn arrival<I: Rest>(io: &mut I, connection: &Connection) -> bool {
+    let leaving = poll_fn(|context| match connection.poll_told(context) {
+        Told::Leave | Told::Cut => Poll::Ready(()),
+        Told::Stay | Told::Last => Poll::Pending,
+    });
+    tokio::select! {
+        arrived = io.arrival() => arrived,
+        () = leaving => false,
+    }
+}
+
+/// Runs a connection until it ends by itself, until it is told to, or until it may rest.
+async fn drive<C: Served>(
+    mut served: Pin<&mut C>,
+    connection: &Connection,
+    may_rest: impl Fn() -> bool,
+) -> Driven {
     let mut leaving = false;
     let end = poll_fn(|context| {
         let told = connection.poll_told(context);
@@ -167,13 +221,15 @@ async fn drive<C: Served>(served: C, connection: &Connection) {
         }
         // What has been answered already is on its way before a cut.
         match served.as_mut().poll(context) {
-            Poll::Pending if told == Told::Cut => Poll::Ready(Ok(())),
-            polled => polled,
+            Poll::Pending if told == Told::Cut => Poll::Ready(Ok(Driven::Ended)),
+            Poll::Pending if told < Told::Leave && may_rest() => Poll::Ready(Ok(Driven::Resting)),
+            polled => polled.map_ok(|()| Driven::Ended),
         }
     });
-    if let Err(error) = end.await {
+    end.await.unwrap_or_else(|error| {
         debug!(peer = %connection.peer(), %error, "the connection ended with an error");
-    }
+        Driven::Ended
+    })
 }
 
 /// The tasks of one HTTP/2 connection, one a stream: they end with it.

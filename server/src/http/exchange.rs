@@ -10,12 +10,13 @@ use bytes::Bytes;
 use http::{Method, StatusCode, Version};
 use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
-use tracing::{debug, info, warn};
+use tracing::{Level, debug, enabled, info, warn};
 
 use super::scope::{Scope, Stage, milliseconds};
 use super::stack::InFlight;
 use crate::metrics::{Counted, Requests};
 use crate::net::connection::Running;
+use crate::telemetry::{Access, AccessLog};
 
 /// What nginx made the usual code for "the client left before there was an answer".
 const CLIENT_LEFT: u16 = 499;
@@ -29,6 +30,7 @@ pub(super) struct Ledger {
     pub(super) requests: Requests,
     /// Whether the access log is only for debugging.
     pub(super) quiet: bool,
+    pub(super) access_log: Option<AccessLog>,
     /// How long a request may take without a word about where its time went.
     pub(super) slow_after: Duration,
 }
@@ -120,10 +122,23 @@ impl Drop for Exchange {
                 )
             };
         }
-        if self.ledger.quiet {
-            line!(debug);
-        } else {
-            line!(info);
+        match &self.ledger.access_log {
+            _ if self.ledger.quiet => line!(debug),
+            None => line!(info),
+            Some(log) if enabled!(target: "access", Level::INFO) => log.write(&Access {
+                request_id: self.scope.id().as_str(),
+                method: self.scope.method(),
+                path: self.scope.path(),
+                route,
+                status,
+                bytes: self.bytes,
+                complete: self.complete,
+                took,
+                version: self.version,
+                peer: self.scope.connection().peer().to_string(),
+                client: self.scope.forwarded_client().map(|client| client.to_string()),
+            }),
+            Some(_) => {}
         }
         if took >= self.ledger.slow_after {
             self.log_slow(took, route);

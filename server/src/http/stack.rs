@@ -74,6 +74,7 @@ impl Stack {
             ledger: Arc::new(Ledger {
                 requests: Requests::new(config.net.name),
                 quiet: config.quiet,
+                access_log: config.access_log.clone(),
                 slow_after: config.slow_after,
             }),
             services,
@@ -166,7 +167,9 @@ impl Stack {
             return body_too_long(self.body_limit);
         }
         // One that does not is cut off at the limit; the extractor that reads it answers.
-        let request = Request::from_parts(parts, Body::new(Limited::new(body, self.body_limit)));
+        let body =
+            if body.is_end_stream() { Body::empty() } else { Body::new(Limited::new(body, self.body_limit)) };
+        let request = Request::from_parts(parts, body);
 
         // A panic is the bug of one handler: this request gets a 500, the connection lives on.
         let answer = AssertUnwindSafe(self.router.clone().call(request)).catch_unwind();

@@ -187,10 +187,11 @@ impl<P: Protocol> Host<P> {
                 Some(identity) => Ok(Opened::Secure(Box::new(identity.acceptor().accept(socket).await?))),
             }
         };
-        let opened: Option<io::Result<Opened<S>>> = connection.unless_cut(opened).await;
+        // Boxed, since a future is as large as the largest that it may be, for as long as the connection lasts.
+        let opened: Option<io::Result<Opened<S>>> = Box::pin(connection.unless_cut(opened)).await;
         match opened {
             Some(Ok(Opened::Plain(socket))) => self.protocol.plain(socket).await,
-            Some(Ok(Opened::Secure(stream))) => self.protocol.secure(stream).await,
+            Some(Ok(Opened::Secure(stream))) => Box::pin(self.protocol.secure(stream)).await,
             Some(Err(error)) => debug!(peer = %connection.peer(), %error, "nothing came on this connection"),
             None => {}
         }

@@ -9,7 +9,7 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::task::{Context, Poll};
 use std::time::Instant;
@@ -18,6 +18,7 @@ use futures_util::task::AtomicWaker;
 use serde::Serialize;
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
+use tokio_rustls::server::TlsStream;
 
 use super::watch::{Clock, Seat};
 use crate::http::scope::Scope;
@@ -137,6 +138,8 @@ pub struct Connection {
     /// Bytes read since something useful came of any.
     useless: AtomicU64,
     told: AtomicU8,
+    /// Whether it has been idle for so long that nothing should be kept for its next request.
+    resting: AtomicBool,
     reason: OnceLock<&'static str>,
     /// Of the task that drives it.
     waker: AtomicWaker,
@@ -167,6 +170,7 @@ impl Connection {
             blocked: AtomicU64::new(0),
             useless: AtomicU64::new(0),
             told: AtomicU8::new(Told::Stay as u8),
+            resting: AtomicBool::new(false),
             reason: OnceLock::new(),
             waker: AtomicWaker::new(),
             answered: AtomicU64::new(0),
@@ -283,6 +287,20 @@ impl Connection {
         (self.answered.load(Ordering::Relaxed), self.left.load(Ordering::Relaxed))
     }
 
+    /// It has been idle for a while.
+    pub(super) fn rest(&self) {
+        if !self.resting.swap(true, Ordering::AcqRel) {
+            self.waker.wake();
+        }
+    }
+
+    /// Whether nothing happens on it, and nothing has for a while.
+    pub(crate) fn is_resting(&self) -> bool {
+        self.resting.load(Ordering::Acquire)
+            && self.phase() == Phase::Idle
+            && self.blocked.load(Ordering::Relaxed) == 0
+    }
+
     /// The requests that run on it.
     pub(crate) fn requests(&self) -> MutexGuard<'_, Vec<Scope>> {
         self.requests.lock().unwrap_or_else(PoisonError::into_inner)
@@ -335,6 +353,7 @@ impl Running {
         let mut requests = connection.requests();
         requests.push(scope.clone());
         connection.useful();
+        connection.resting.store(false, Ordering::Relaxed);
         connection.enter(Phase::Busy);
         Self { scope: scope.clone(), answered: false }
     }
@@ -377,6 +396,41 @@ impl Peek for UnixStream {
         let peek = || Ok(rustix::net::recv(self, &mut *buffer, rustix::net::RecvFlags::PEEK)?.1);
         self.async_io(Interest::READABLE, peek).await
     }
+}
+
+/// Bytes that may be waited for without a buffer.
+pub(crate) trait Rest: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+    /// Whether they may.
+    const CAN: bool;
+
+    /// Waits until something has arrived, or the end has. True if it is not the end.
+    fn arrival(&mut self) -> impl Future<Output = bool> + Send;
+
+    /// Puts bytes back that were read, before what comes next.
+    fn put_back(&mut self, bytes: &[u8]);
+}
+
+impl<S: Peek> Rest for Socket<S> {
+    const CAN: bool = true;
+
+    async fn arrival(&mut self) -> bool {
+        self.io.peek(&mut [0]).await.is_ok_and(|length| length > 0)
+    }
+
+    fn put_back(&mut self, bytes: &[u8]) {
+        self.put_back(bytes);
+    }
+}
+
+/// Behind the encryption nobody can look, and what it keeps is more than what could be spared.
+impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Rest for Box<TlsStream<Socket<S>>> {
+    const CAN: bool = false;
+
+    async fn arrival(&mut self) -> bool {
+        true
+    }
+
+    fn put_back(&mut self, _bytes: &[u8]) {}
 }
 
 /// The bytes of a connection. Its seat at the table is free again when this drops, wherever that is: a socket

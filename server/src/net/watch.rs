@@ -29,6 +29,9 @@ const MAX_USELESS: u64 = 1 << 20;
 /// How many requests a client may leave before they are answered, beyond those that it waited for.
 const MAX_LEFT: u32 = 200;
 
+/// After how long an idle connection keeps nothing for its next request.
+const REST_AFTER: Duration = Duration::from_millis(500);
+
 /// Parts of the table, so that connections that come and go do not wait for each other.
 const SHARDS: usize = 16;
 
@@ -298,6 +301,7 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
         Phase::Upgraded if connection.spoken() == Spoken::Tcp && over(lasts, timeouts.idle) => {
             return connection.cut("idle timeout");
         }
+        Phase::Idle if lasts > milliseconds(REST_AFTER) => connection.rest(),
         Phase::Busy => {
             let stalled =
                 connection.requests().iter().any(|scope| over(scope.stalled_for(now), timeouts.write));

@@ -1,0 +1,192 @@
+//! Lines on their way to standard error: gathered, and written by a thread of their own.
+//!
+//! A request never waits for whoever reads the log. What waits is bounded in bytes; one line more is dropped, and
+//! counted. Gathering for some milliseconds makes one system call of thousands of lines.
+
+use std::io::{self, Write};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Receiver, sync_channel};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tracing_subscriber::fmt::MakeWriter;
+
+/// How many bytes may wait for the reader of standard error.
+const MOST: usize = 8 << 20;
+/// For how long lines are gathered.
+const GATHER: Duration = Duration::from_millis(10);
+/// How long the last lines may take at the end.
+const LAST: Duration = Duration::from_secs(1);
+
+/// Where lines go. A cheap handle.
+#[derive(Clone, Debug)]
+pub(super) struct Lines(Arc<Shared>);
+
+#[derive(Debug, Default)]
+struct Shared {
+    state: Mutex<State>,
+    came: Condvar,
+    dropped: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    waiting: Vec<u8>,
+    closed: bool,
+}
+
+/// The thread that writes: what was logged before this drops is written out.
+#[derive(Debug)]
+pub(super) struct Writer {
+    lines: Lines,
+    ended: Mutex<Receiver<()>>,
+}
+
+impl Lines {
+    /// Starts the thread.
+    pub(super) fn start(out: impl Write + Send + 'static) -> io::Result<(Self, Writer)> {
+        let lines = Self(Arc::default());
+        let (end, ended) = sync_channel(1);
+        let to_write = lines.clone();
+        std::thread::Builder::new().name("log-writer".to_owned()).spawn(move || {
+            to_write.write_to(out);
+            let _ = end.send(());
+        })?;
+        Ok((lines.clone(), Writer { lines, ended: Mutex::new(ended) }))
+    }
+
+    /// Appends a line, if there is room for it.
+    pub(super) fn append(&self, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut state = self.state();
+        if state.waiting.len() >= MOST {
+            self.0.dropped.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        let first = state.waiting.is_empty();
+        write(&mut state.waiting);
+        if first {
+            self.0.came.notify_one();
+        }
+    }
+
+    /// How many lines found no room.
+    pub(super) fn dropped(&self) -> u64 {
+        self.0.dropped.load(Ordering::Relaxed)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_to(&self, mut out: impl Write) {
+        let mut writing = Vec::new();
+        loop {
+            let mut state = self.state();
+            while state.waiting.is_empty() {
+                if state.closed {
+                    return;
+                }
+                state = self.0.came.wait(state).unwrap_or_else(PoisonError::into_inner);
+            }
+            let closed = state.closed;
+            drop(state);
+            if !closed {
+                std::thread::sleep(GATHER);
+            }
+            std::mem::swap(&mut self.state().waiting, &mut writing);
+            // Nobody can be told that standard error is closed.
+            let _ = out.write_all(&writing).and_then(|()| out.flush());
+            writing.clear();
+        }
+    }
+}
+
+impl Drop for Writer {
+    fn drop(&mut self) {
+        self.lines.state().closed = true;
+        self.lines.0.came.notify_one();
+        // A reader that has stopped reading does not keep the process.
+        let _ = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST);
+    }
+}
+
+impl<'a> MakeWriter<'a> for Lines {
+    type Writer = Line<'a>;
+
+    fn make_writer(&'a self) -> Line<'a> {
+        Line(self)
+    }
+}
+
+/// What the subscriber writes one event to: it does so in one piece.
+#[derive(Debug)]
+pub(super) struct Line<'a>(&'a Lines);
+
+impl Write for Line<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.0.append(|waiting| waiting.extend_from_slice(bytes));
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Barrier;
+
+    use super::*;
+
+    /// Standard error, read by somebody who has to be told to.
+    #[derive(Clone, Default)]
+    struct Out {
+        written: Arc<Mutex<Vec<u8>>>,
+        gate: Option<Arc<Barrier>>,
+    }
+
+    impl Write for Out {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if let Some(gate) = self.gate.take() {
+                gate.wait();
+            }
+            self.written.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn every_line_is_written_whole_and_in_order_before_the_end() {
+        let out = Out::default();
+        let (lines, writer) = Lines::start(out.clone()).unwrap();
+        for number in 0..10_000 {
+            lines.append(|waiting| waiting.extend(format!("{number}\n").bytes()));
+        }
+        drop(writer);
+        let written = String::from_utf8(out.written.lock().unwrap().clone()).unwrap();
+        assert!(written.lines().map(|line| line.parse::<usize>().unwrap()).eq(0..10_000));
+        assert_eq!(lines.dropped(), 0);
+    }
+
+    #[test]
+    fn a_reader_that_does_not_read_costs_lines_and_nobody_any_time() {
+        let gate = Arc::new(Barrier::new(2));
+        let out = Out { gate: Some(Arc::clone(&gate)), ..Out::default() };
+        let (lines, writer) = Lines::start(out.clone()).unwrap();
+        let line = vec![b'x'; 1 << 10];
+        // What is being written, what waits, and more.
+        for _ in 0..(3 * MOST / line.len()) {
+            lines.append(|waiting| waiting.extend(&line));
+        }
+        assert!(lines.dropped() > 0);
+        gate.wait();
+        drop(writer);
+        let written = out.written.lock().unwrap().len() / line.len();
+        assert_eq!(u64::try_from(written).unwrap() + lines.dropped(), 3 * (MOST / line.len()) as u64);
+    }
+}
