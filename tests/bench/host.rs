@@ -9,6 +9,7 @@ use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use support::figures::{line, median};
@@ -26,6 +27,7 @@ fn main() {
     requests();
     idle_connections();
     mixed();
+    shared_port();
 }
 
 /// A server under test.
@@ -275,4 +277,82 @@ fn mixed() {
     line("alone", idle, "ms");
     line("beside 4 x fib(30) through scope.cpu", pooled, "ms");
     line("beside 4 x fib(30) in the handler itself", inline, "ms");
+}
+
+/// Two processes on one port, of which one leaves: `SO_REUSEPORT` has already given it connections.
+fn shared_port() {
+    const STOPS: usize = 10;
+    const CLIENTS: usize = 8;
+    println!(
+        "\nSO_REUSEPORT: requests that failed when one of two processes left, {CLIENTS} clients that connect anew"
+    );
+    let (mut lost, mut asked) = (Vec::new(), 0);
+    for _ in 0..STOPS {
+        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let address = format!("127.0.0.1:{port}");
+        let mut both: Vec<Sharing> = (0..2).map(|_| Sharing::start(&address)).collect();
+        let over = AtomicBool::new(false);
+        let counts = std::thread::scope(|scope| {
+            let asking = || {
+                let (mut asked, mut failed) = (0, 0);
+                while !over.load(Ordering::Relaxed) {
+                    asked += 1;
+                    failed += usize::from(ask(&address).is_err());
+                }
+                (asked, failed)
+            };
+            let clients: Vec<_> = (0..CLIENTS).map(|_| scope.spawn(asking)).collect();
+            std::thread::sleep(Duration::from_millis(300));
+            both.pop();
+            std::thread::sleep(Duration::from_millis(300));
+            over.store(true, Ordering::Relaxed);
+            clients.into_iter().map(|client| client.join().unwrap()).collect::<Vec<(usize, usize)>>()
+        });
+        asked += counts.iter().map(|(asked, _)| asked).sum::<usize>();
+        lost.push(counts.iter().map(|(_, failed)| failed).sum::<usize>() as f64);
+    }
+    line(&format!("each time, of {} requests", asked / STOPS), lost, "");
+}
+
+/// A server that shares its port, and is told to leave when this drops.
+struct Sharing {
+    child: Child,
+    _directory: TempDir,
+}
+
+impl Sharing {
+    fn start(address: &str) -> Self {
+        let directory = TempDir::new().unwrap();
+        let child = Command::new(support::process::binary())
+            .env("PERENNIAL_DATA_DIR", directory.path().join("data"))
+            .args(["--set", "server.reuse_port=true", "--set", &format!("server.listen={address}")])
+            .args(["--set", "admin.listen=127.0.0.1:0"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null())
+            .spawn()
+            .unwrap();
+        let began = Instant::now();
+        while !directory.path().join("data/addresses.json").exists() || ask(address).is_err() {
+            assert!(began.elapsed() < Duration::from_secs(20), "it does not start");
+            std::thread::sleep(Duration::from_millis(10));
+        }
+        Self { child, _directory: directory }
+    }
+}
+
+impl Drop for Sharing {
+    fn drop(&mut self) {
+        let pid = nix::unistd::Pid::from_raw(i32::try_from(self.child.id()).unwrap());
+        let _ = nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM);
+        let _ = self.child.wait();
+    }
+}
+
+fn ask(address: &str) -> std::io::Result<()> {
+    let mut stream = TcpStream::connect(address)?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    stream.write_all(b"GET /push/key HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    if answer.starts_with(b"HTTP/1.1 200") { Ok(()) } else { Err(std::io::ErrorKind::UnexpectedEof.into()) }
 }
