@@ -10,7 +10,7 @@
 //!   watch.rs        all of them: every deadline, by one task that looks around
 //! ```
 //!
-//! What is spoken on a connection is a [`Protocol`]: HTTP in [`crate::http`], anything in [`crate::tcp`].
+//! What is spoken on a connection is a `Protocol`: HTTP in [`crate::http`], anything in [`crate::tcp`].
 
 mod accept;
 mod bind;
