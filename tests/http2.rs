@@ -197,3 +197,25 @@ async fn a_window_of_zero_holds_no_more_than_its_share_and_ends() {
     drop(attackers);
     host.stop().await;
 }
+
+#[tokio::test]
+async fn a_client_that_does_not_answer_pings_is_given_up() {
+    let mut config = net(|_| {});
+    config.http2.ping_every = Duration::from_millis(200);
+    config.http2.ping_timeout = Duration::from_millis(200);
+    let host = Host::start(config, router()).await;
+    let mut stream = open(&host).await;
+    // It waits for an answer, and so the connection is not idle.
+    stream.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 1, &get_request("/never"))).await.unwrap();
+    let (began, mut pings, mut buffer) = (Instant::now(), 0, vec![0; 4096]);
+    while let Ok(count) = soon("pings, and then the end", stream.read(&mut buffer)).await
+        && count > 0
+    {
+        let ping = frame(PING, 0, 0, &[])[3..5].to_vec();
+        pings += buffer[..count].windows(2).filter(|bytes| *bytes == ping).count();
+    }
+    assert!(pings > 0, "it was asked");
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    host.open(0).await;
+    host.stop().await;
+}
