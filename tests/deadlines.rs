@@ -321,3 +321,110 @@ async fn cuts_are_counted_by_their_reason() {
     }
     assert!(metrics.contains(r#"perennial_http_connections{listener="public"} 0"#), "{metrics}");
 }
+
+#[tokio::test]
+async fn what_is_left_of_a_body_is_no_request_head() {
+    let config = only(|config| {
+        config.net.timeouts.head = SHORT;
+        config.body_limit = 10;
+    });
+    let host = Host::start(config, router()).await;
+    let mut stream = host.connect().await;
+    stream.write_all(b"POST /count HTTP/1.1\r\nhost: x\r\ncontent-length: 100\r\n\r\n12345").await.unwrap();
+    assert!(soon("413", stream.read(&mut [0; 1024])).await.unwrap() > 0);
+    for part in [50, 45] {
+        stream.write_all(&vec![b'x'; part]).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    tokio::time::sleep(SHORT * 3).await;
+    stream.write_all(REQUEST).await.unwrap();
+    assert!(soon("it goes on", stream.read(&mut [0; 1024])).await.unwrap() > 0);
+    drop(stream);
+    host.stop().await;
+}
+
+#[tokio::test]
+async fn a_client_that_is_sent_away_again_and_again_keeps_its_connection() {
+    let config = only(|config| {
+        config.net.timeouts.head = SHORT;
+        config.max_requests = 0;
+    });
+    let host = Host::start(config, router()).await;
+    let mut stream = host.connect().await;
+    for _ in 0..10 {
+        stream.write_all(REQUEST).await.unwrap();
+        let mut buffer = [0; 1024];
+        let count = soon("503", stream.read(&mut buffer)).await.unwrap();
+        assert!(buffer[..count].starts_with(b"HTTP/1.1 503"));
+        tokio::time::sleep(SHORT / 3).await;
+    }
+    drop(stream);
+    host.stop().await;
+}
+
+/// An owner of an upgraded connection that only writes, and a client that never reads.
+#[tokio::test]
+async fn whoever_writes_to_an_upgraded_connection_is_told_of_its_end() {
+    let (ended, mut end) = tokio::sync::mpsc::unbounded_channel();
+    let upgrade = move |request: axum::extract::Request| {
+        let ended = ended.clone();
+        async move {
+            let upgrade = hyper::upgrade::on(request);
+            let mut owner = tokio::task::JoinSet::new();
+            owner.spawn(async move {
+                let mut io = TokioIo::new(upgrade.await.unwrap());
+                while io.write_all(&[0; 4096]).await.is_ok() {}
+                let _ = ended.send(());
+            });
+            owner.detach_all();
+            (http::StatusCode::SWITCHING_PROTOCOLS, [("upgrade", "bytes"), ("connection", "upgrade")])
+        }
+    };
+    let config = only(|config| config.net.timeouts.write = SHORT);
+    let host = Host::start(config, Router::new().route("/bytes", get(upgrade))).await;
+    let mut stream = host.connect().await;
+    stream
+        .write_all(b"GET /bytes HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: bytes\r\n\r\n")
+        .await
+        .unwrap();
+    soon("the end", end.recv()).await.unwrap();
+    host.open(0).await;
+    drop(stream);
+    host.stop().await;
+}
+
+/// Slower than every deadline, but never idle.
+#[tokio::test]
+async fn a_slow_download_is_neither_idle_nor_cut_off_by_the_drain() {
+    const LENGTH: usize = 200_000;
+    let config = only(|config| {
+        config.net.timeouts.idle = SHORT;
+        config.net.timeouts.write = Duration::from_secs(5);
+    });
+    let file = Router::new().route("/file", get(|| async { vec![b'x'; LENGTH] }));
+    let host = Host::start(config, file).await;
+    let io = TokioIo::new(host.connect().await);
+    let (mut send, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
+        .initial_stream_window_size(5000)
+        .initial_connection_window_size(5000)
+        .handshake(io)
+        .await
+        .unwrap();
+    let request = Request::get("http://x/file").body(Empty::<Bytes>::new()).unwrap();
+    let downloading = async {
+        let mut body = send.send_request(request).await.unwrap().into_body();
+        let mut received = 0;
+        while let Some(frame) = body.frame().await {
+            received += frame.expect("not cut off").into_data().unwrap().len();
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            if received > LENGTH / 4 {
+                host.trigger.advance(Phase::Soft);
+            }
+        }
+        received
+    };
+    // The client's future ends with GOAWAY; the bytes go on.
+    let (received, _end) = soon("all of it", futures_util::future::join(downloading, connection)).await;
+    assert_eq!(received, LENGTH);
+    soon("the server ends", host.tasks.ended()).await;
+}

@@ -351,3 +351,28 @@ async fn a_connection_that_has_rested_goes_on_as_before() {
     }
     soon("the end", host.tasks.ended()).await;
 }
+
+/// A handler may have given the body to somebody who still has it when the request has been answered.
+#[tokio::test]
+async fn a_body_that_is_still_to_come_is_never_the_next_request() {
+    let kept = Arc::new(std::sync::Mutex::new(Vec::new()));
+    let keep = {
+        let kept = Arc::clone(&kept);
+        post(move |body: axum::body::Body| async move { kept.lock().unwrap().push(body) })
+    };
+    let (host, _client) = Host::plain(echo_id().route("/keep", keep)).await;
+    let mut stream = host.connect().await;
+    stream.write_all(b"POST /keep HTTP/1.1\r\nhost: x\r\ncontent-length: 500\r\n\r\nbegin").await.unwrap();
+    let mut buffer = [0; 1024];
+    let count = soon("an answer", stream.read(&mut buffer)).await.unwrap();
+    assert!(buffer[..count].starts_with(b"HTTP/1.1 200"));
+    // Long enough for it to rest, if it were idle.
+    tokio::time::sleep(Duration::from_millis(1500)).await;
+    stream.write_all(b"GET /id HTTP/1.1\r\nhost: smuggled\r\n\r\n").await.unwrap();
+    let more = tokio::time::timeout(Duration::from_millis(500), stream.read(&mut buffer)).await;
+    assert!(more.is_err() || more.unwrap().unwrap_or(0) == 0, "it was taken for a request");
+    assert!(host.connections.requests().is_empty());
+    kept.lock().unwrap().clear();
+    drop(stream);
+    host.stop().await;
+}

@@ -9,10 +9,10 @@ use axum::Router;
 use axum::routing::get;
 use command_fds::{CommandFdExt, FdMapping};
 use perennial_server::http::scope::Scope;
-use perennial_server::net::tls;
+use perennial_server::net::{ForwardedHeader, tls};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
-use tokio::io::AsyncWriteExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use support::double::Double;
@@ -157,19 +157,52 @@ async fn the_proxy_protocol_is_believed_of_trusted_networks() {
 
 #[tokio::test]
 async fn headers_of_proxies_are_believed_of_trusted_networks() {
-    let trusted =
-        Host::start(net(|net| net.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()].into()), who())
-            .await;
+    let believing = |header: ForwardedHeader| {
+        net(|net| {
+            net.trusted_proxies = vec!["127.0.0.1/32".parse().unwrap()].into();
+            net.forwarded_header = header;
+        })
+    };
     let anybody = Host::start(net(|_| {}), who()).await;
-    for (name, value) in
-        [("x-forwarded-for", "6.6.6.6, 192.0.2.7"), ("forwarded", "for=192.0.2.7;proto=https")]
-    {
+    let headers = [("x-forwarded-for", "6.6.6.6, 192.0.2.7"), ("forwarded", "for=192.0.2.7;proto=https")];
+    let kinds = [ForwardedHeader::XForwardedFor, ForwardedHeader::Forwarded];
+    for ((name, value), kind) in headers.into_iter().zip(kinds) {
+        let trusting = Host::start(believing(kind), who()).await;
         let ask = async |host: &Host| host.client().with_header(name, value).get("/who").await.text();
-        assert!(ask(&trusted).await.ends_with(" 192.0.2.7"), "{name}");
+        assert!(ask(&trusting).await.ends_with(" 192.0.2.7"), "{name}");
         assert!(ask(&anybody).await.ends_with(" 127.0.0.1"), "{name}");
+        // The other header is whatever the client wrote.
+        let other = headers.iter().find(|(other, _)| *other != name).unwrap();
+        let spoofed = trusting.client().with_header(other.0, other.1).get("/who").await.text();
+        assert!(spoofed.ends_with(" 127.0.0.1"), "{name}");
+        trusting.stop().await;
     }
-    trusted.stop().await;
     anybody.stop().await;
+}
+
+#[tokio::test]
+async fn the_limit_of_one_address_is_that_of_the_client_in_the_proxy_header() {
+    let config = net(|net| {
+        net.proxy_protocol = true;
+        net.trusted_proxies = vec!["127.0.0.0/8".parse().unwrap()].into();
+        net.max_per_address = 1;
+    });
+    let host = Host::start(config, who()).await;
+    let mut first = host.connect().await;
+    let request = b"GET /who HTTP/1.1\r\nhost: x\r\n\r\n";
+    first.write_all(&[proxy_header([192, 0, 2, 7]), request.to_vec()].concat()).await.unwrap();
+    assert!(support::soon("an answer", first.read(&mut [0; 1024])).await.unwrap() > 0);
+    for (client, served) in [([192, 0, 2, 7], false), ([192, 0, 2, 8], true)] {
+        let request = [proxy_header(client), REQUEST.to_vec()].concat();
+        let (answer, _) = until_closed(&mut host.connect().await, &request).await;
+        assert_eq!(answer.starts_with("HTTP/1.1 200"), served, "{client:?}: {answer}");
+    }
+    // A proxy that says that it speaks for somebody, but not for whom.
+    let mut nobody = b"\r\n\r\n\0\r\nQUIT\n\x21\x00\x00\x00".to_vec();
+    nobody.extend(REQUEST);
+    assert_eq!(until_closed(&mut host.connect().await, &nobody).await.0, "");
+    drop(first);
+    host.stop().await;
 }
 
 #[tokio::test]

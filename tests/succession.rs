@@ -8,6 +8,7 @@ use bytes::Bytes;
 use http::Method;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
 use support::eventually;
@@ -114,20 +115,52 @@ fn perennial_is_gone(pid: i32) -> bool {
 
 #[tokio::test]
 async fn a_successor_that_cannot_start_changes_nothing() {
-    let setup = Setup::new();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let unusable = [
+        "[server]\nnonsense = 1\n".to_owned(),
+        format!("[server]\nlisten = \"{}\"\n", taken.local_addr().unwrap()),
+    ];
+    let setup = Setup::listening_as_configured();
     let file = setup.file("settings.toml");
-    std::fs::write(&file, "").unwrap();
-    let environment = file.display().to_string();
-    let perennial = setup.config(&environment).start().await;
-    std::fs::write(&file, "[server]\nnonsense = 1\n").unwrap();
-    perennial.signal(Signal::SIGUSR2);
-    let failed = perennial.logged("no successor; going on").await;
-    assert!(
-        failed["error"].as_str().unwrap().contains("the successor ended before it could take over"),
-        "{failed}"
-    );
-    assert_eq!(perennial.client().get("/push/key").await.status, 200);
-    let mut perennial = perennial;
-    tokio::time::sleep(Duration::from_millis(50)).await;
+    std::fs::write(&file, "[server]\nlisten = \"127.0.0.1:0\"\n").unwrap();
+    let path = file.display().to_string();
+    let mut perennial = setup.config(&path).start().await;
+    for (number, settings) in unusable.into_iter().enumerate() {
+        std::fs::write(&file, settings).unwrap();
+        perennial.signal(Signal::SIGUSR2);
+        eventually("it says so", || async {
+            (perennial.log().matches("no successor; going on").count() > number).then_some(())
+        })
+        .await;
+        assert_eq!(perennial.client().get("/push/key").await.status, 200);
+    }
+    assert!(perennial.log().contains("the successor ended before it could take over"));
     assert_eq!(perennial.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn a_client_that_is_slow_holds_up_a_successor_for_a_bounded_time() {
+    let mut perennial = Setup::new().set("drain.succession=500ms").start().await;
+    let address = perennial.client().base().trim_start_matches("http://").to_owned();
+    let mut slow = tokio::net::TcpStream::connect(&address).await.unwrap();
+    let head = "POST /subscriptions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{";
+    slow.write_all(head.as_bytes()).await.unwrap();
+    let admin = perennial.admin().clone();
+    eventually("it runs", || async {
+        (admin.get("/requests").await.text().contains("/subscriptions")).then_some(())
+    })
+    .await;
+    let before = perennial.pid();
+    perennial.signal(Signal::SIGUSR2);
+    // It connects at once, and waits in the backlog.
+    let began = Instant::now();
+    eventually("the successor has the lock", || async {
+        holder(&perennial.setup).is_some_and(|now| now != i32::try_from(before).unwrap()).then_some(())
+    })
+    .await;
+    let client = Client::new(perennial.client().base());
+    assert_eq!(client.get("/push/key").await.status, 200);
+    assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
+    perennial.ended().await;
+    kill(Pid::from_raw(holder(&perennial.setup).unwrap()), Signal::SIGTERM).unwrap();
 }

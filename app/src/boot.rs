@@ -63,14 +63,21 @@ pub(crate) struct App {
 /// Makes everything and opens the public listener. Runs on the runtime that serves.
 pub(crate) async fn boot(
     config: Config,
-    mut inheritance: Inheritance,
+    inheritance: Inheritance,
     modules: Vec<Configured>,
     migrations: Vec<Migrations>,
     admin_addresses: Vec<String>,
     health: Health,
     drain: Drain,
 ) -> anyhow::Result<App> {
-    let patience = config.phases.soft + config.phases.hard + CLOSING;
+    // A predecessor is asked to leave only when there is nothing left that the settings could have wrong.
+    let open = async || {
+        Server::bind(config.server.clone(), &inheritance.sockets)
+            .await
+            .context("the public listener cannot be opened")
+    };
+    let early = if inheritance.succeeds() { Some(open().await?) } else { None };
+    let patience = config.phases.succession + config.phases.hard + CLOSING;
     let data_dir = Arc::new(inheritance.lock(&config.data_dir, patience).await?);
     let store = open_store(&data_dir, &config).await?;
     store.migrate(&migrations).await.context("the store cannot be brought up to date")?;
@@ -107,9 +114,10 @@ pub(crate) async fn boot(
     let Host { routes, registry, status, announcements, closers, .. } = host;
 
     let cpu = Cpu::start(config.cpu).context("the threads for the processor cannot be started")?;
-    let server = Server::bind(config.server, &inheritance.sockets)
-        .await
-        .context("the public listener cannot be opened")?;
+    let server = match early {
+        Some(server) => server,
+        None => open().await?,
+    };
     inheritance.warn_of_the_rest();
     let (connections, sockets) = (server.connections(), server.sockets());
     // The lock says that no other process works on this store: what was running, was running in one that died.

@@ -62,6 +62,7 @@ impl Config {
             phases: Phases {
                 notice: settings.get("drain.notice"),
                 soft: settings.get("drain.soft"),
+                succession: settings.get("drain.succession"),
                 hard: settings.get("drain.hard"),
             },
             telemetry: telemetry(settings),
@@ -118,6 +119,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
                 .into_iter()
                 .map(|network| network.0)
                 .collect(),
+            forwarded_header: settings.parse("server.forwarded_header", "x-forwarded-for or forwarded"),
             timeouts: Timeouts {
                 handshake: timeout(settings, "server.handshake_timeout"),
                 head: timeout(settings, "server.head_timeout"),

@@ -24,6 +24,8 @@ pub(crate) struct Phases {
     pub(crate) notice: Duration,
     /// What runs may finish.
     pub(crate) soft: Duration,
+    /// The same while a successor waits.
+    pub(crate) succession: Duration,
     /// What was cancelled may hand back its work.
     pub(crate) hard: Duration,
 }
@@ -83,11 +85,12 @@ pub(crate) async fn stop(
         info!("closing the listeners");
         trigger.advance(Phase::Soft);
     }
+    let soft = if reason == Reason::Succession { phases.succession } else { phases.soft };
     let finished = patient
         && tokio::select! {
             () = app.tasks.ended() => true,
             () = tell(&app) => false,
-            () = tokio::time::sleep(phases.soft) => false,
+            () = tokio::time::sleep(soft) => false,
             () = impatience(signals, began) => false,
         };
     if !finished {

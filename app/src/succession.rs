@@ -17,8 +17,9 @@ use std::ffi::OsString;
 use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
@@ -59,9 +60,9 @@ pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
     }
     hand(LINE, theirs.into())?;
 
-    let program = std::env::current_exe().context("the program cannot be found")?;
+    let program = program()?;
     let arguments: Vec<OsString> = std::env::args_os().skip(1).collect();
-    let mut command = Command::new(replaced(&program));
+    let mut command = Command::new(&program);
     command
         .args(arguments)
         .env("LISTEN_FDS", names.len().to_string())
@@ -70,22 +71,42 @@ pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
         .env_remove("LISTEN_FDS_FIRST_FD")
         .fd_mappings(mappings)
         .context("the sockets cannot be shared")?;
-    let child = command.spawn().context("the successor cannot be started")?;
+    let successor = Successor(Some(command.spawn().context("the successor cannot be started")?));
     // Its end of the line: with it open here, the successor's end would not be noticed.
     drop(command);
-    info!(pid = child.id(), "a successor is starting");
-    match at_the_lock(ours).await {
-        Ok(()) => Ok(()),
-        Err(error) => {
-            give_up(child);
-            Err(error)
-        }
+    info!(program = %program.display(), "a successor is starting");
+    at_the_lock(ours).await?;
+    successor.release();
+    Ok(())
+}
+
+/// The file that the program was started as: what stands there now may be a newer one.
+fn program() -> anyhow::Result<PathBuf> {
+    let named = std::env::args_os().next().map(PathBuf::from);
+    if let Some(named) = named.filter(|named| named.components().count() > 1 && named.exists()) {
+        return Ok(named);
+    }
+    let resolved = std::env::current_exe().context("the program cannot be found")?;
+    let replaced = resolved.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map(PathBuf::from);
+    Ok(replaced.unwrap_or(resolved))
+}
+
+/// A process that is not needed until it has said that it is at the lock.
+struct Successor(Option<Child>);
+
+impl Successor {
+    fn release(mut self) {
+        self.0 = None;
     }
 }
 
-/// The file that the program was started from, also if another one has been put in its place since.
-fn replaced(program: &Path) -> &Path {
-    program.to_str().and_then(|path| path.strip_suffix(" (deleted)")).map_or(program, Path::new)
+impl Drop for Successor {
+    fn drop(&mut self) {
+        if let Some(mut child) = self.0.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
 }
 
 async fn at_the_lock(line: UnixStream) -> anyhow::Result<()> {
@@ -99,29 +120,34 @@ async fn at_the_lock(line: UnixStream) -> anyhow::Result<()> {
     }
 }
 
-fn give_up(mut child: Child) {
-    let _ = child.kill();
-    let _ = child.wait();
-}
-
 /// What a process begins with that was started by its predecessor, by systemd or by a person.
 #[derive(Debug)]
 pub(crate) struct Inheritance {
     pub(crate) sockets: Inherited,
-    predecessor: Option<UnixStream>,
+    predecessor: Mutex<Option<UnixStream>>,
 }
 
 impl Inheritance {
     /// Takes the descriptors that the environment tells of.
     pub(crate) fn take() -> anyhow::Result<Self> {
         let sockets = Inherited::from_environment().context("LISTEN_FDS does not say what was inherited")?;
-        let predecessor = sockets.take_unix(LINE).map(line);
+        let predecessor = Mutex::new(sockets.take_unix(LINE).map(line));
         Ok(Self { sockets, predecessor })
     }
 
+    fn predecessor(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.predecessor.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether there is a predecessor.
+    pub(crate) fn succeeds(&self) -> bool {
+        self.predecessor().is_some()
+    }
+
     /// Locks the data directory, for which a predecessor is asked to leave.
-    pub(crate) async fn lock(&mut self, path: &Path, patience: Duration) -> anyhow::Result<DataDir> {
-        let Some(mut line) = self.predecessor.take() else { return Ok(DataDir::lock(path)?) };
+    pub(crate) async fn lock(&self, path: &Path, patience: Duration) -> anyhow::Result<DataDir> {
+        let predecessor = self.predecessor().take();
+        let Some(mut line) = predecessor else { return Ok(DataDir::lock(path)?) };
         line.write_all(b".").context("the predecessor has gone")?;
         let began = tokio::time::Instant::now();
         loop {

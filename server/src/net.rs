@@ -37,7 +37,8 @@ pub(crate) use bind::{Bound, bind};
 pub use connection::{Connection, Peer};
 use connection::{Peek, Socket};
 pub use listen::Listen;
-pub use watch::{ConnectionView, Connections};
+pub use proxy::ForwardedHeader;
+pub use watch::{ConnectionView, Connections, network};
 
 /// Where to listen, and what one client may take.
 #[derive(Clone, Debug)]
@@ -60,6 +61,8 @@ pub struct Config {
     pub proxy_protocol: bool,
     /// Networks whose word on who the client is counts.
     pub trusted_proxies: Arc<[IpNet]>,
+    /// The header that they say it in.
+    pub forwarded_header: ForwardedHeader,
     /// How long a connection may take for what.
     pub timeouts: Timeouts,
 }
@@ -78,6 +81,7 @@ impl Config {
             at_limit: AtLimit::Queue,
             proxy_protocol: false,
             trusted_proxies: Arc::default(),
+            forwarded_header: ForwardedHeader::XForwardedFor,
             timeouts: Timeouts {
                 handshake: seconds(10),
                 head: seconds(15),

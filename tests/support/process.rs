@@ -66,6 +66,13 @@ impl Setup {
         setup.set("server.listen=127.0.0.1:0").set("admin.listen=127.0.0.1:0").set("telemetry.format=json")
     }
 
+    /// On a free port for operators; where the public listens is for a file of settings to say.
+    pub fn listening_as_configured() -> Self {
+        let mut setup = Self::new();
+        setup.set.retain(|set| !set.starts_with("server.listen"));
+        setup
+    }
+
     /// Another program than ours, with the same command line.
     pub fn program(self, program: PathBuf) -> Self {
         Self { program, ..self }

@@ -197,10 +197,19 @@ async fn serve_until(
                 // The terminal that it was started on has been closed.
                 Signal::Reload if terminal.has_gone() => return Reason::Signal(Signal::Interrupt),
                 Signal::Reload => reload(),
-                Signal::Succeed => match succession::begin(sockets).await {
-                    Ok(()) => return Reason::Succession,
-                    Err(error) => error!(error = format!("{error:#}"), "no successor; going on"),
-                },
+                Signal::Succeed => {
+                    // Whoever wants it to stop does not wait for a successor, which then ends, too.
+                    let begun = tokio::select! {
+                        begun = succession::begin(sockets) => begun,
+                        signal = first_stop(signals) => return Reason::Signal(signal),
+                        death = app.tasks.died() => return Reason::Death(death),
+                        death = attendants.died() => return Reason::Death(death),
+                    };
+                    match begun {
+                        Ok(()) => return Reason::Succession,
+                        Err(error) => error!(error = format!("{error:#}"), "no successor; going on"),
+                    }
+                }
                 signal => return Reason::Signal(signal),
             },
         }
@@ -225,7 +234,7 @@ impl Terminal {
 async fn first_stop(signals: &mut Signals) -> Signal {
     loop {
         match signals.next().await {
-            Signal::Reload | Signal::Succeed => info!("nothing to reload or to hand over while booting"),
+            Signal::Reload | Signal::Succeed => info!("nothing can be reloaded or handed over now"),
             signal => return signal,
         }
     }

@@ -1,6 +1,6 @@
 //! How often callers without a key may call: per address, and all of them together.
 
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::time::Duration;
 
@@ -8,6 +8,7 @@ use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::StatusCode;
 use perennial_server::http::problem::Problem;
+use perennial_server::net::network;
 
 use super::metrics;
 
@@ -82,17 +83,6 @@ impl Limits {
     /// How many addresses are remembered.
     pub(super) fn len(&self) -> usize {
         self.addresses.len()
-    }
-}
-
-/// Whoever has one IPv6 address has its whole /64.
-fn network(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V6(v6) => {
-            let [a, b, c, d, ..] = v6.segments();
-            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
-        }
-        v4 @ IpAddr::V4(_) => v4,
     }
 }
 

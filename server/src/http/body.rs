@@ -8,7 +8,6 @@
 //! nothing. So what is left of the body goes back to its connection, which reads and drops it for a moment.
 
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -21,6 +20,7 @@ use tokio::sync::Notify;
 use tokio::time::Sleep;
 
 use super::scope::{Scope, Stage};
+use crate::net::connection::OpenBody;
 
 /// For how long, and how much of, a body is dropped that nobody reads.
 const LINGER: Duration = Duration::from_secs(2);
@@ -32,22 +32,15 @@ pub(super) struct Leftover(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
-    body: Mutex<Option<Incoming>>,
+    body: Mutex<Option<(Incoming, OpenBody)>>,
     came: Notify,
-    dropping: AtomicBool,
 }
 
 impl Leftover {
-    /// Whether the connection is still reading what nobody wants.
-    pub(super) fn is_dropping(&self) -> bool {
-        self.0.dropping.load(Ordering::Acquire)
-    }
-
     /// Has a body dropped as it comes.
-    pub(super) fn drop_later(&self, body: Incoming) {
+    pub(super) fn drop_later(&self, body: Incoming, open: OpenBody) {
         if !body.is_end_stream() {
-            self.0.dropping.store(true, Ordering::Release);
-            *self.0.body.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
+            *self.0.body.lock().unwrap_or_else(PoisonError::into_inner) = Some((body, open));
             self.0.came.notify_one();
         }
     }
@@ -57,10 +50,10 @@ impl Leftover {
         loop {
             self.0.came.notified().await;
             let body = self.0.body.lock().unwrap_or_else(PoisonError::into_inner).take();
-            if let Some(body) = body {
+            if let Some((body, open)) = body {
                 let _ = tokio::time::timeout(LINGER, drop_one(body)).await;
+                drop(open);
             }
-            self.0.dropping.store(false, Ordering::Release);
         }
     }
 }
@@ -97,7 +90,8 @@ pub(super) enum BodyError {
 #[derive(Debug)]
 pub(super) struct RequestBody {
     body: Option<Incoming>,
-    ended: bool,
+    /// Until its end has come.
+    open: Option<OpenBody>,
     leftover: Option<Leftover>,
     scope: Scope,
     pace: Pace,
@@ -115,7 +109,8 @@ struct Wait {
 
 impl RequestBody {
     pub(super) fn new(body: Incoming, leftover: Option<Leftover>, scope: Scope, pace: Pace) -> Self {
-        Self { ended: body.is_end_stream(), body: Some(body), leftover, scope, pace, wait: None }
+        let open = (!body.is_end_stream()).then(|| OpenBody::on(scope.shared_connection()));
+        Self { open, body: Some(body), leftover, scope, pace, wait: None }
     }
 
     /// Nothing has come: whether that is for too long.
@@ -151,7 +146,7 @@ impl RequestBody {
             .and_then(|wait| wait.since)
             .is_some_and(|since| since.elapsed() >= self.pace.idle);
         // What is still to come is nothing to wait for.
-        self.ended = true;
+        self.open = None;
         self.scope.give_up_body(if idle { "body idle" } else { "body timeout" });
         BodyError::TooSlow
     }
@@ -172,8 +167,9 @@ impl Body for RequestBody {
         };
         self.came();
         let Some(body) = &self.body else { return Poll::Ready(None) };
-        let ended = !matches!(frame, Some(Ok(_))) || body.is_end_stream();
-        self.ended = ended;
+        if !matches!(frame, Some(Ok(_))) || body.is_end_stream() {
+            self.open = None;
+        }
         Poll::Ready(frame.map(|frame| frame.map_err(BodyError::from)))
     }
 
@@ -189,10 +185,10 @@ impl Body for RequestBody {
 impl Drop for RequestBody {
     fn drop(&mut self) {
         if let Some(leftover) = &self.leftover
-            && !self.ended
+            && let Some(open) = self.open.take()
             && let Some(body) = self.body.take()
         {
-            leftover.drop_later(body);
+            leftover.drop_later(body, open);
         }
     }
 }

@@ -115,6 +115,7 @@ impl Http {
             if !arrival(&mut io, connection).await {
                 return;
             }
+            connection.has_rested();
         }
     }
 
@@ -132,7 +133,7 @@ impl Http {
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         let mut served = Box::new(served);
-        let may_rest = || I::CAN && connection.is_resting() && !leftover.is_dropping();
+        let may_rest = || I::CAN && connection.is_resting();
         let driven = tokio::select! {
             driven = drive(Pin::new(&mut *served), connection, may_rest) => driven,
             () = leftover.drop_all() => Driven::Ended,

@@ -24,6 +24,10 @@ const CLIENT_LEFT: u16 = 499;
 /// The longest path in the access log, in bytes: clients choose it, and a log is not theirs to fill.
 const LOGGED_PATH: usize = 512;
 
+/// How much of a response is given away at once, in bytes: an exchange has ended when its last piece is on its
+/// way, and not when all of it waits in a buffer.
+const PIECE: usize = 64 << 10;
+
 /// How the exchanges of a server are counted and logged.
 #[derive(Debug)]
 pub(super) struct Ledger {
@@ -72,7 +76,7 @@ impl Exchange {
         self.scope.spent().response = self.scope.began().elapsed();
         response.map(|body| {
             self.complete = body.is_end_stream();
-            FollowedBody { body, exchange: Some(self), given: None }
+            FollowedBody { body, exchange: Some(self), given: None, rest: Bytes::new() }
         })
     }
 
@@ -177,13 +181,28 @@ pin_project! {
         exchange: Option<Exchange>,
         // When the last part was given away that nobody has asked behind yet.
         given: Option<Instant>,
+        // What is left of a part that was given in pieces.
+        rest: Bytes,
+    }
+}
+
+/// The beginning of a frame; what is left of it is put into `rest`.
+fn piece(frame: Frame<Bytes>, rest: &mut Bytes) -> Frame<Bytes> {
+    match frame.into_data() {
+        Ok(mut data) => {
+            if data.len() > PIECE {
+                *rest = data.split_off(PIECE);
+            }
+            Frame::data(data)
+        }
+        Err(trailers) => trailers,
     }
 }
 
 impl FollowedBody {
     /// The body of a response that is not followed.
     pub(super) fn plain(body: Body) -> Self {
-        Self { body, exchange: None, given: None }
+        Self { body, exchange: None, given: None, rest: Bytes::new() }
     }
 }
 
@@ -202,12 +221,17 @@ impl HttpBody for FollowedBody {
         if let Some(given) = this.given.take() {
             exchange.scope.spent().client += given.elapsed();
         }
-        let frame = std::task::ready!(this.body.as_mut().poll_frame(context));
+        let frame = if this.rest.is_empty() {
+            std::task::ready!(this.body.as_mut().poll_frame(context))
+        } else {
+            Some(Ok(Frame::data(std::mem::take(this.rest))))
+        };
+        let frame = frame.map(|frame| frame.map(|frame| piece(frame, this.rest)));
         if let Some(Ok(frame)) = &frame {
             exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
         }
         // Nobody asks for a frame after the last one of a body that knows its length.
-        exchange.complete = frame.is_none() || this.body.is_end_stream();
+        exchange.complete = frame.is_none() || (this.rest.is_empty() && this.body.is_end_stream());
         if !exchange.complete {
             *this.given = Some(Instant::now());
         }
@@ -217,10 +241,18 @@ impl HttpBody for FollowedBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
+        self.rest.is_empty() && self.body.is_end_stream()
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
+        let (mut hint, rest) = (self.body.size_hint(), self.rest.len() as u64);
+        if rest > 0 {
+            let upper = hint.upper();
+            hint.set_lower(hint.lower() + rest);
+            if let Some(upper) = upper {
+                hint.set_upper(upper + rest);
+            }
+        }
+        hint
     }
 }

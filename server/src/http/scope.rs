@@ -133,6 +133,10 @@ impl Scope {
         &self.0.connection
     }
 
+    pub(super) fn shared_connection(&self) -> &Arc<Connection> {
+        &self.0.connection
+    }
+
     /// The client's address: what trusted proxies say it is, else that of the peer. None for Unix sockets.
     pub fn client(&self) -> Option<IpAddr> {
         self.0.client.or_else(|| self.0.connection.peer().ip())

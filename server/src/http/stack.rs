@@ -31,8 +31,8 @@ use super::timed::Timed;
 use crate::drain::Phase;
 use crate::metrics::{self, Requests};
 use crate::net::Connection;
-use crate::net::connection::{Spoken, Told};
-use crate::net::proxy::{forwarded_for, is_trusted};
+use crate::net::connection::{OpenBody, Spoken, Told};
+use crate::net::proxy::{ForwardedHeader, forwarded_for, is_trusted};
 
 /// The steps around a router.
 #[derive(Debug)]
@@ -43,6 +43,7 @@ pub(super) struct Stack {
     pace: Pace,
     trust_request_id: bool,
     trusted_proxies: Arc<[IpNet]>,
+    forwarded_header: ForwardedHeader,
     max_requests: usize,
     in_flight: Arc<AtomicUsize>,
     ledger: Arc<Ledger>,
@@ -69,6 +70,7 @@ impl Stack {
             pace: Pace { idle: config.body_idle_timeout, total: config.body_timeout },
             trust_request_id: config.trust_request_id,
             trusted_proxies: Arc::clone(&config.net.trusted_proxies),
+            forwarded_header: config.net.forwarded_header,
             max_requests: config.max_requests,
             in_flight: Arc::default(),
             ledger: Arc::new(Ledger {
@@ -117,7 +119,9 @@ impl Stack {
         // A client of a draining process should connect anew, to another one; and one whose connection is to
         // end should not find that out by its next request.
         let ending = connection.told() >= Told::Last || self.services.drain.phase() >= Phase::Soft;
-        if version < Version::HTTP_2 && ending {
+        // An upgrade has another word in its place.
+        let upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
+        if version < Version::HTTP_2 && ending && !upgrade {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
         Ok(exchange.respond(response))
@@ -133,13 +137,13 @@ impl Stack {
     fn shed(
         &self,
         request: Request<Incoming>,
-        connection: &Connection,
+        connection: &Arc<Connection>,
         leftover: Option<Leftover>,
     ) -> http::Response<FollowedBody> {
-        connection.useful();
+        connection.turned_away();
         self.ledger.requests.shed(method_label(request.method()));
         if let Some(leftover) = leftover {
-            leftover.drop_later(request.into_body());
+            leftover.drop_later(request.into_body(), OpenBody::on(connection));
         }
         let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests are running")
             .retry_after(Duration::from_secs(1));
@@ -150,7 +154,7 @@ impl Stack {
     fn forwarded(&self, request: &Request<Incoming>, connection: &Connection) -> Option<IpAddr> {
         let trusted = &*self.trusted_proxies;
         (!trusted.is_empty() && is_trusted(trusted, connection.peer()))
-            .then(|| forwarded_for(trusted, request.headers()))
+            .then(|| forwarded_for(trusted, self.forwarded_header, request.headers()))
             .flatten()
     }
 

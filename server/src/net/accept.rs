@@ -179,8 +179,13 @@ impl<P: Protocol> Host<P> {
         let opened = async {
             if self.config.proxy_protocol && is_trusted(&self.config.trusted_proxies, connection.socket_peer)
             {
-                let peer = proxy::read_header(&mut socket).await?;
-                connection.set_proxied(peer);
+                let client = proxy::read_header(&mut socket).await?;
+                if let Some(client) = client
+                    && socket.set_client(client).is_err()
+                {
+                    metrics::connection_cut("address limit");
+                    return Err(io::Error::other("too many connections from this address"));
+                }
             }
             match tls {
                 None => Ok(Opened::Plain(socket)),

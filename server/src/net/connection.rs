@@ -20,7 +20,7 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
-use super::watch::{Clock, Seat};
+use super::watch::{Clock, Seat, TooMany};
 use crate::http::scope::Scope;
 
 /// The bytes of an HTTP/2 preface and the empty SETTINGS behind it (RFC 9113, section 3.4).
@@ -141,8 +141,14 @@ pub struct Connection {
     /// Whether it has been idle for so long that nothing should be kept for its next request.
     resting: AtomicBool,
     reason: OnceLock<&'static str>,
-    /// Of the task that drives it.
-    waker: AtomicWaker,
+    /// Of the task that drives it, and of whoever has its bytes once they are somebody else's.
+    driver: AtomicWaker,
+    reader: AtomicWaker,
+    writer: AtomicWaker,
+    /// When bytes were written last, by the clock.
+    wrote: AtomicU64,
+    /// Request bodies that have not come to their ends.
+    bodies: AtomicU32,
     answered: AtomicU64,
     /// Requests that the client left before they were answered.
     left: AtomicU32,
@@ -172,7 +178,11 @@ impl Connection {
             told: AtomicU8::new(Told::Stay as u8),
             resting: AtomicBool::new(false),
             reason: OnceLock::new(),
-            waker: AtomicWaker::new(),
+            driver: AtomicWaker::new(),
+            reader: AtomicWaker::new(),
+            writer: AtomicWaker::new(),
+            wrote: AtomicU64::new(0),
+            bodies: AtomicU32::new(0),
             answered: AtomicU64::new(0),
             left: AtomicU32::new(0),
             requests: Mutex::default(),
@@ -209,7 +219,9 @@ impl Connection {
 
     pub(crate) fn tell(&self, told: Told) {
         if self.told.fetch_max(told as u8, Ordering::AcqRel) < told as u8 {
-            self.waker.wake();
+            self.driver.wake();
+            self.reader.wake();
+            self.writer.wake();
         }
     }
 
@@ -219,7 +231,7 @@ impl Connection {
 
     /// What it was told; the task in `context` is woken when that changes.
     pub(crate) fn poll_told(&self, context: &Context<'_>) -> Told {
-        self.waker.register(context.waker());
+        self.driver.register(context.waker());
         self.told()
     }
 
@@ -264,6 +276,11 @@ impl Connection {
         now.saturating_sub(self.since.load(Ordering::Relaxed))
     }
 
+    /// How long ago it was busy, or bytes were written, in milliseconds: what was answered may still be on its way.
+    pub(super) fn quiet_for(&self, now: u64) -> u64 {
+        self.phase_lasts(now).min(now.saturating_sub(self.wrote.load(Ordering::Relaxed)))
+    }
+
     /// For how long bytes have waited that the client does not take, in milliseconds.
     pub(super) fn blocked_for(&self, now: u64) -> u64 {
         match self.blocked.load(Ordering::Relaxed) {
@@ -290,15 +307,30 @@ impl Connection {
     /// It has been idle for a while.
     pub(super) fn rest(&self) {
         if !self.resting.swap(true, Ordering::AcqRel) {
-            self.waker.wake();
+            self.driver.wake();
         }
+    }
+
+    /// Something has arrived after a rest.
+    pub(crate) fn has_rested(&self) {
+        self.resting.store(false, Ordering::Release);
     }
 
     /// Whether nothing happens on it, and nothing has for a while.
     pub(crate) fn is_resting(&self) -> bool {
         self.resting.load(Ordering::Acquire)
             && self.phase() == Phase::Idle
+            && self.bodies.load(Ordering::Acquire) == 0
             && self.blocked.load(Ordering::Relaxed) == 0
+    }
+
+    /// A request was answered without having run.
+    pub(crate) fn turned_away(&self) {
+        let requests = self.requests();
+        self.useful();
+        if requests.is_empty() {
+            self.enter(Phase::Idle);
+        }
     }
 
     /// The requests that run on it.
@@ -322,13 +354,34 @@ impl Connection {
         if spoken == Spoken::Tcp as u8 {
             self.since.store(self.clock.now(), Ordering::Relaxed);
         }
-        if spoken == Spoken::Http1 as u8 && self.phase.load(Ordering::Relaxed) == Phase::Idle as u8 {
+        // What comes while a body is open is of the body.
+        if spoken == Spoken::Http1 as u8
+            && self.phase.load(Ordering::Relaxed) == Phase::Idle as u8
+            && self.bodies.load(Ordering::Relaxed) == 0
+        {
             self.enter(Phase::Head);
         }
     }
 
+    /// What became of a write; an error if it waits and the connection was cut.
+    fn unless_stuck(
+        &self,
+        written: Poll<io::Result<usize>>,
+        context: &Context<'_>,
+    ) -> Poll<io::Result<usize>> {
+        self.has_written(&written);
+        if written.is_pending() {
+            self.writer.register(context.waker());
+            if self.told() == Told::Cut {
+                return Poll::Ready(Err(was_cut()));
+            }
+        }
+        written
+    }
+
     fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
         if written.is_ready() {
+            self.wrote.store(self.clock.now(), Ordering::Relaxed);
             if self.spoken.load(Ordering::Relaxed) == Spoken::Tcp as u8 {
                 self.since.store(self.clock.now(), Ordering::Relaxed);
             }
@@ -338,6 +391,23 @@ impl Connection {
         } else if self.blocked.load(Ordering::Relaxed) == 0 {
             self.blocked.store(self.clock.now(), Ordering::Relaxed);
         }
+    }
+}
+
+/// A request body that has not come to its end, counted until it has, or nobody waits for it any more.
+#[derive(Debug)]
+pub(crate) struct OpenBody(Arc<Connection>);
+
+impl OpenBody {
+    pub(crate) fn on(connection: &Arc<Connection>) -> Self {
+        connection.bodies.fetch_add(1, Ordering::AcqRel);
+        Self(Arc::clone(connection))
+    }
+}
+
+impl Drop for OpenBody {
+    fn drop(&mut self) {
+        self.0.bodies.fetch_sub(1, Ordering::AcqRel);
     }
 }
 
@@ -414,7 +484,7 @@ impl<S: Peek> Rest for Socket<S> {
     const CAN: bool = true;
 
     async fn arrival(&mut self) -> bool {
-        self.io.peek(&mut [0]).await.is_ok_and(|length| length > 0)
+        !self.taken.is_empty() || self.io.peek(&mut [0]).await.is_ok_and(|length| length > 0)
     }
 
     fn put_back(&mut self, bytes: &[u8]) {
@@ -452,6 +522,13 @@ impl<S> Socket<S> {
         self.seat.connection()
     }
 
+    /// A proxy has said who the client is.
+    pub(super) fn set_client(&mut self, client: Peer) -> Result<(), TooMany> {
+        self.seat.limit(client)?;
+        self.connection().set_proxied(client);
+        Ok(())
+    }
+
     /// Puts bytes back that were read, before what comes next.
     pub(crate) fn put_back(&mut self, bytes: &[u8]) {
         self.taken.extend(bytes.iter().rev());
@@ -460,6 +537,10 @@ impl<S> Socket<S> {
 
 impl<S: Peek> Socket<S> {
     pub(crate) async fn peek(&self, buffer: &mut [u8]) -> io::Result<usize> {
+        if !self.taken.is_empty() {
+            let bytes = buffer.iter_mut().zip(self.taken.iter().rev());
+            return Ok(bytes.map(|(to, from)| *to = *from).count());
+        }
         self.io.peek(buffer).await
     }
 }
@@ -485,8 +566,11 @@ impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
         }
         let this = &mut *self;
         let connection = this.seat.connection();
-        if connection.phase() == Phase::Upgraded && connection.poll_told(context) == Told::Cut {
-            return Poll::Ready(Err(was_cut()));
+        if connection.phase() == Phase::Upgraded {
+            connection.reader.register(context.waker());
+            if connection.told() == Told::Cut {
+                return Poll::Ready(Err(was_cut()));
+            }
         }
         std::task::ready!(Pin::new(&mut this.io).poll_read(context, buffer))?;
         connection.has_read(buffer.filled().len() - before);
@@ -501,12 +585,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
         bytes: &[u8],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write(context, bytes);
-        let connection = self.connection();
-        connection.has_written(&written);
-        if written.is_pending() && connection.told() == Told::Cut {
-            return Poll::Ready(Err(was_cut()));
-        }
-        written
+        self.connection().unless_stuck(written, context)
     }
 
     fn poll_write_vectored(
@@ -515,12 +594,7 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
         buffers: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
         let written = Pin::new(&mut self.io).poll_write_vectored(context, buffers);
-        let connection = self.connection();
-        connection.has_written(&written);
-        if written.is_pending() && connection.told() == Told::Cut {
-            return Poll::Ready(Err(was_cut()));
-        }
-        written
+        self.connection().unless_stuck(written, context)
     }
 
     fn is_write_vectored(&self) -> bool {

@@ -4,6 +4,7 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
+use std::str::FromStr;
 
 use http::{HeaderMap, HeaderName, header};
 use ipnet::IpNet;
@@ -15,7 +16,11 @@ use super::connection::{Peek, Peer, Socket};
 /// The longest PROXY header that is read, in bytes: addresses take 52, what else may stand in it is short.
 const MAX_HEADER: usize = 1024;
 
-/// Not yet in the registry of names that the crate `http` has.
+/// The byte of a header that says whether the proxy speaks for a client or for itself, and the latter.
+const COMMAND: usize = 12;
+const LOCAL: u8 = 0;
+
+/// The crate `http` has no name for it.
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
 /// Whether a peer's word counts. Who connects through a Unix socket has been let in by the file's mode.
@@ -30,20 +35,24 @@ fn contains(networks: &[IpNet], address: IpAddr) -> bool {
     networks.iter().any(|network| network.contains(&address))
 }
 
-/// Reads a PROXY protocol header, version 2, and returns the client that it names.
+/// Reads a PROXY protocol header, version 2, and returns the client that it names: none if the proxy speaks for
+/// itself, as for a health check.
 ///
 /// Nothing behind it is read: the rest of the connection is the client's.
-pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<Peer> {
+pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<Option<Peer>> {
     let config = ParseConfig { include_tlvs: false, allow_v1: false, allow_v2: true };
     let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
     let mut header = Vec::with_capacity(64);
     loop {
         match ProxyHeader::parse(&header, config) {
             Ok((parsed, length)) => {
+                let client = parsed.proxied_address().map(|proxied| Peer::Tcp(proxied.source));
+                if client.is_none() && header[COMMAND] & 0xf != LOCAL {
+                    // Taken for the proxy itself, it would be believed like the proxy.
+                    return Err(invalid("a PROXY header that names no address".to_owned()));
+                }
                 socket.put_back(&header[length..]);
-                let source = parsed.proxied_address().map(|proxied| proxied.source);
-                // Without an address it is the proxy's own health check.
-                return Ok(source.map_or(socket.connection().socket_peer, Peer::Tcp));
+                return Ok(client);
             }
             Err(Error::BufferTooShort) if header.len() < MAX_HEADER => {
                 if socket.read_buf(&mut header).await? == 0 {
@@ -55,32 +64,78 @@ pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<P
     }
 }
 
-/// The client that trusted proxies name in their headers: the last address that is none of theirs.
-pub(crate) fn forwarded_for(trusted: &[IpNet], headers: &HeaderMap) -> Option<IpAddr> {
-    let forwarded = headers.get_all(header::FORWARDED);
-    let mut addresses: Vec<Option<IpAddr>> = Vec::new();
-    if forwarded.iter().next().is_some() {
-        let elements = forwarded.iter().filter_map(|value| value.to_str().ok());
-        for element in elements.flat_map(|value| value.split(',')) {
-            let pairs = element.split(';').filter_map(|pair| pair.split_once('='));
-            let found = pairs.into_iter().find(|(name, _)| name.trim().eq_ignore_ascii_case("for"));
-            addresses.push(found.and_then(|(_, node)| address(node)));
+/// The header that trusted proxies name their clients in.
+///
+/// Only one counts: a proxy that writes one of them passes on what a client wrote into the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ForwardedHeader {
+    /// `X-Forwarded-For`.
+    XForwardedFor,
+    /// `Forwarded` (RFC 7239).
+    Forwarded,
+}
+
+impl FromStr for ForwardedHeader {
+    type Err = ();
+
+    fn from_str(text: &str) -> Result<Self, ()> {
+        match text {
+            "x-forwarded-for" => Ok(Self::XForwardedFor),
+            "forwarded" => Ok(Self::Forwarded),
+            _ => Err(()),
         }
-    } else {
-        let values = headers.get_all(X_FORWARDED_FOR);
-        let values = values.iter().filter_map(|value| value.to_str().ok());
-        addresses.extend(values.flat_map(|value| value.split(',')).map(address));
     }
+}
+
+/// The client that trusted proxies name in their headers: the last address that is none of theirs.
+pub(crate) fn forwarded_for(
+    trusted: &[IpNet],
+    header: ForwardedHeader,
+    headers: &HeaderMap,
+) -> Option<IpAddr> {
+    let name = match header {
+        ForwardedHeader::XForwardedFor => X_FORWARDED_FOR,
+        ForwardedHeader::Forwarded => header::FORWARDED,
+    };
     let mut client = None;
-    for address in addresses.into_iter().rev() {
+    for value in headers.get_all(name).iter().rev() {
         // What stands before something that cannot be read was written by nobody knows whom.
-        let Some(address) = address else { break };
-        client = Some(address);
-        if !contains(trusted, address) {
-            break;
+        let Ok(value) = value.to_str() else { break };
+        for element in split(value, ',').into_iter().rev() {
+            let named = match header {
+                ForwardedHeader::XForwardedFor => address(element),
+                ForwardedHeader::Forwarded => for_node(element).and_then(address),
+            };
+            let Some(named) = named else { return client };
+            client = Some(named);
+            if !contains(trusted, named) {
+                return client;
+            }
         }
     }
     client
+}
+
+/// The node in the parameter `for` of one element of `Forwarded`.
+fn for_node(element: &str) -> Option<&str> {
+    let pairs = split(element, ';').into_iter().filter_map(|pair| pair.split_once('='));
+    pairs.into_iter().find(|(name, _)| name.trim().eq_ignore_ascii_case("for")).map(|(_, node)| node)
+}
+
+/// Splits at a separator, but not within quotes (RFC 9110, section 5.6.4).
+fn split(text: &str, separator: char) -> Vec<&str> {
+    let (mut quoted, mut escaped) = (false, false);
+    let parts = text.split(|c: char| {
+        let splits = c == separator && !quoted;
+        match c {
+            _ if escaped => escaped = false,
+            '\\' if quoted => escaped = true,
+            '"' => quoted = !quoted,
+            _ => {}
+        }
+        splits
+    });
+    parts.collect()
 }
 
 /// An address as RFC 7239, section 6 writes it, with or without a port.
@@ -102,9 +157,10 @@ mod tests {
 
     fn client(header: &'static str, values: &[&'static str]) -> Option<String> {
         let name = HeaderName::from_static(header);
-        let headers = values.iter().map(|value| (name.clone(), HeaderValue::from_static(value))).collect();
+        let value = |text: &&'static str| HeaderValue::from_bytes(text.as_bytes()).unwrap();
+        let headers = values.iter().map(|text| (name.clone(), value(text))).collect();
         let trusted = ["10.0.0.0/8".parse().unwrap(), "fd00::/8".parse().unwrap()];
-        forwarded_for(&trusted, &headers).map(|address| address.to_string())
+        forwarded_for(&trusted, header.parse().unwrap(), &headers).map(|address| address.to_string())
     }
 
     #[test]
@@ -123,6 +179,10 @@ mod tests {
             ("forwarded", &["for=6.6.6.6, for=192.0.2.1;host=x, for=10.1.1.1"], Some("192.0.2.1")),
             ("forwarded", &["for=6.6.6.6, proto=https, for=10.1.1.1"], Some("10.1.1.1")),
             ("forwarded", &["for=_hidden"], None),
+            // What the client wrote itself is behind something that is no address, or inside quotes.
+            ("x-forwarded-for", &["6.6.6.6", "\u{ff}, 10.1.1.1"], None),
+            ("forwarded", &["for=192.0.2.1;host=\"evil,for=6.6.6.6\""], Some("192.0.2.1")),
+            ("forwarded", &["for=192.0.2.1;host=\"a\\\",for=6.6.6.6\""], Some("192.0.2.1")),
         ] {
             assert_eq!(client(header, values).as_deref(), expected, "{header}: {values:?}");
         }

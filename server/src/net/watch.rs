@@ -4,7 +4,7 @@
 //! deadline of each request would cost more than the rest of the host together.
 
 use std::collections::HashMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -98,6 +98,16 @@ impl Seat {
     pub(crate) fn connection(&self) -> &Arc<Connection> {
         &self.connection
     }
+
+    /// Counts it for the client that a proxy speaks for.
+    pub(super) fn limit(&mut self, client: Peer) -> Result<(), TooMany> {
+        if let Some(address) = self.table.enter(client)?
+            && let Some(before) = self.address.replace(address)
+        {
+            self.table.leave(before);
+        }
+        Ok(())
+    }
 }
 
 impl Drop for Seat {
@@ -123,6 +133,20 @@ impl Table {
         self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
+    /// Counts a connection from this client, if there is a limit.
+    fn enter(&self, peer: Peer) -> Result<Option<IpAddr>, TooMany> {
+        let Some(address) = peer.ip().filter(|_| self.max_per_address > 0).map(network) else {
+            return Ok(None);
+        };
+        let mut addresses = self.addresses();
+        let count = addresses.entry(address).or_default();
+        if *count >= self.max_per_address {
+            return Err(TooMany);
+        }
+        *count += 1;
+        Ok(Some(address))
+    }
+
     fn leave(&self, address: IpAddr) {
         let mut addresses = self.addresses();
         if let Some(count) = addresses.get_mut(&address) {
@@ -137,6 +161,17 @@ impl Table {
 /// One connection from an address that has too many of them.
 #[derive(Debug)]
 pub(crate) struct TooMany;
+
+/// What a limit for one address is for: whoever has one IPv6 address has its whole /64.
+pub fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V6(v6) => {
+            let [a, b, c, d, ..] = v6.segments();
+            Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0).into()
+        }
+        v4 @ IpAddr::V4(_) => v4,
+    }
+}
 
 impl Connections {
     pub(crate) fn new(config: &Config) -> Self {
@@ -167,15 +202,7 @@ impl Connections {
         slot: Option<OwnedSemaphorePermit>,
     ) -> Result<Seat, TooMany> {
         let table = &self.0;
-        let address = peer.ip().filter(|_| limited && table.max_per_address > 0);
-        if let Some(address) = address {
-            let mut addresses = table.addresses();
-            let count = addresses.entry(address).or_default();
-            if *count >= table.max_per_address {
-                return Err(TooMany);
-            }
-            *count += 1;
-        }
+        let address = if limited { table.enter(peer)? } else { None };
         let id = table.next.fetch_add(1, Ordering::Relaxed);
         let connection = Arc::new(Connection::new(id, table.name, peer, tls, Arc::clone(&table.clock)));
         table.shard(id).insert(id, Arc::clone(&connection));
@@ -278,6 +305,9 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
     let over = |lasts: u64, limit: Duration| lasts > milliseconds(limit) + slack;
     let phase = connection.phase();
     let lasts = connection.phase_lasts(now);
+    let quiet = connection.quiet_for(now);
+    // What is blocked has a deadline of its own.
+    let blocked = connection.blocked_for(now) > 0;
     let http2 = connection.spoken() == Spoken::Http2;
     let linger = milliseconds(LINGER);
     let told = connection.told();
@@ -291,10 +321,11 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
         Phase::Opening if over(lasts, timeouts.handshake) => return connection.cut("handshake timeout"),
         Phase::Head if over(lasts, timeouts.head) => return connection.cut("head timeout"),
         // GOAWAY first: a request that is on its way is told to go elsewhere, and not lost.
-        Phase::Idle if http2 && told < Told::Leave && over(lasts, timeouts.idle) => {
+        Phase::Idle if blocked => {}
+        Phase::Idle if http2 && told < Told::Leave && over(quiet, timeouts.idle) => {
             connection.tell(Told::Leave);
         }
-        Phase::Idle if over(lasts, timeouts.idle + LINGER) || (!http2 && over(lasts, timeouts.idle)) => {
+        Phase::Idle if over(quiet, timeouts.idle + LINGER) || (!http2 && over(quiet, timeouts.idle)) => {
             return connection.cut("idle timeout");
         }
         // Somebody else's bytes are silent for too long only where somebody said what that is.
@@ -339,7 +370,8 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
         _ => connection.tell(Told::Last),
     }
     // Half a request head is not a request: hyper would wait for the other half.
-    if since > 2 * linger && matches!(phase, Phase::Idle | Phase::Head) && lasts > linger {
+    let resting = matches!(phase, Phase::Idle | Phase::Head) && quiet > linger && !blocked;
+    if since > 2 * linger && resting {
         connection.cut("drain");
     }
 }
