@@ -110,3 +110,31 @@ async fn a_panic_ends_its_own_connection_and_is_counted_off() {
     soon("the end", tasks.ended()).await;
     assert_eq!(connections.count(), 0);
 }
+
+/// Wants ten bytes, however they come.
+struct Exactly;
+
+impl TcpHandler for Exactly {
+    async fn serve(&self, mut stream: Stream, _drain: Drain) -> std::io::Result<()> {
+        let mut ten = [0; 10];
+        stream.read_exact(&mut ten).await?;
+        stream.write_all(&ten).await
+    }
+}
+
+#[tokio::test]
+async fn bytes_that_come_in_parts_are_read_as_one() {
+    let (server, address) = start(|_| {}).await;
+    let (trigger, drain) = drain::channel();
+    let tasks = Tasks::new(drain.clone());
+    tasks.critical("exactly", server.run(Exactly, drain));
+    let mut stream = TcpStream::connect(&address).await.unwrap();
+    for part in [b"01234", b"56789"] {
+        stream.write_all(part).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    let (answer, _) = until_closed(&mut stream, b"").await;
+    assert_eq!(answer, "0123456789");
+    trigger.advance(Phase::Soft);
+    soon("the end", tasks.ended()).await;
+}

@@ -7,6 +7,7 @@
 //!   proxy.rs        whom a proxy speaks for
 //!   tls.rs          handshake, ALPN, certificates that are renewed
 //!   connection.rs   one connection: what it does, since when, and its end
+//!   socket.rs       its bytes
 //!   watch.rs        all of them: every deadline, by one task that looks around
 //! ```
 //!
@@ -17,6 +18,7 @@ mod bind;
 pub(crate) mod connection;
 mod listen;
 pub(crate) mod proxy;
+pub(crate) mod socket;
 pub mod tls;
 pub(crate) mod watch;
 
@@ -35,9 +37,9 @@ use accept::Host;
 pub use bind::{BindError, Inherited, InheritedError, Sockets};
 pub(crate) use bind::{Bound, bind};
 pub use connection::{Connection, Peer};
-use connection::{Peek, Socket};
 pub use listen::Listen;
 pub use proxy::ForwardedHeader;
+use socket::{Peek, Socket};
 pub use watch::{ConnectionView, Connections, network};
 
 /// Where to listen, and what one client may take.

@@ -15,7 +15,8 @@ use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
 use crate::drain::Drain;
-use crate::net::connection::{Peek, Phase, Socket, Spoken};
+use crate::net::connection::{Phase, Spoken};
+use crate::net::socket::{Peek, Socket};
 use crate::net::{self, BindError, Connection, Connections, Inherited, Protocol, Sockets};
 
 /// What is spoken on the connections of a [`Server`].

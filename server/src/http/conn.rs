@@ -24,7 +24,8 @@ use super::body::Leftover;
 use super::exchange::FollowedBody;
 use super::stack::Stack;
 use crate::net::Protocol;
-use crate::net::connection::{Connection, Peek, Phase, Rest, Socket, Spoken, Told};
+use crate::net::connection::{Connection, Phase, Spoken, Told};
+use crate::net::socket::{Peek, Rest, Socket};
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -12,8 +12,8 @@ use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
 use super::bind::{Accepted, Listener};
-use super::connection::Peek;
 use super::proxy::{self, is_trusted};
+use super::socket::Peek;
 use super::{Config, Connections, Peer, Protocol, Socket, Sockets, tls};
 use crate::backoff::Backoff;
 use crate::drain::Drain;

@@ -11,7 +11,8 @@ use ipnet::IpNet;
 use proxy_header::{Error, ParseConfig, ProxyHeader};
 use tokio::io::AsyncReadExt;
 
-use super::connection::{Peek, Peer, Socket};
+use super::connection::Peer;
+use super::socket::{Peek, Socket};
 
 /// The longest PROXY header that is read, in bytes: addresses take 52, what else may stand in it is short.
 const MAX_HEADER: usize = 1024;
