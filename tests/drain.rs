@@ -26,7 +26,7 @@ use tokio::task::JoinSet;
 use support::double::Double;
 use support::eventually;
 use support::host::{Host, net};
-use support::http::Client;
+use support::http::{Client, crossed_goaway};
 use support::process::Setup;
 
 /// Clients that ask without a pause, until one of them finds nobody listening any more.
@@ -50,6 +50,7 @@ impl Load {
                             answered.fetch_add(1, Ordering::SeqCst);
                         }
                         Ok(answer) => failures.push(answer.status.to_string()),
+                        Err(error) if crossed_goaway(&error) => {}
                         Err(error) => {
                             // No connection: the listener is closed, in order. A cut one is a failure.
                             if error.downcast_ref().is_some_and(hyper_util::client::legacy::Error::is_connect)

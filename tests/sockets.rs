@@ -39,7 +39,7 @@ async fn one_process_listens_on_several_addresses() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("p.sock");
     let config = net(|net| {
-        net.listen = ["127.0.0.1:0", "[::1]:0", &format!("unix:{}", path.display())]
+        net.listen = ["127.0.0.1:0", "127.0.0.2:0", &format!("unix:{}", path.display())]
             .map(|listen| listen.parse().unwrap())
             .to_vec();
     });

@@ -12,7 +12,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::task::JoinSet;
 
 use support::eventually;
-use support::http::Client;
+use support::http::{Client, crossed_goaway};
 use support::process::Setup;
 
 /// The process that has the lock now.
@@ -24,10 +24,8 @@ fn holder(setup: &Setup) -> Option<i32> {
 /// What browsers and proxies send again by themselves: the connection, which had been used before, ended before
 /// any byte of an answer came back.
 fn may_be_sent_again(error: &anyhow::Error) -> bool {
-    let chain: Vec<String> = error.chain().map(ToString::to_string).collect();
-    ["closed before message completed", "not a result of an error"]
-        .iter()
-        .any(|end| chain.iter().any(|why| why.contains(end)))
+    crossed_goaway(error)
+        || error.chain().any(|why| why.to_string().contains("closed before message completed"))
 }
 
 /// Asks without a pause until it is told to stop; returns what failed.

@@ -157,6 +157,12 @@ impl Client {
     }
 }
 
+/// Whether a request was not looked at, for the server had said that it leaves: GOAWAY was on its way when the
+/// client chose that connection. It may be sent again (RFC 9113, section 6.8), and every client does.
+pub fn crossed_goaway(error: &anyhow::Error) -> bool {
+    error.chain().any(|why| why.to_string().contains("not a result of an error"))
+}
+
 /// A TLS handshake with `localhost`, whose certificate is signed by the authority in `ca`.
 pub async fn tls_connect(
     stream: TcpStream,
