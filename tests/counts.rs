@@ -8,7 +8,7 @@ use axum::body::Bytes;
 use axum::routing::{get, post};
 use perennial_server::http::Config;
 use perennial_server::http::scope::Scope;
-use perennial_server::net::{AtLimit, tls};
+use perennial_server::net::AtLimit;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
@@ -74,11 +74,9 @@ async fn after_many_connections_cut_anywhere_every_count_is_zero_and_the_limit_i
     const LIMIT: usize = 200;
     let total = if support::full() { 100_000 } else { 10_000 };
     let double = Double::start().await;
-    let directory = double.ca_file().parent().unwrap().to_owned();
     let config = net(|net| {
         net.listen = ["127.0.0.1:0", "https://127.0.0.1:0"].map(|listen| listen.parse().unwrap()).to_vec();
-        net.tls =
-            Some(tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") });
+        net.tls = Some(double.identity());
         net.max_connections = LIMIT;
         net.max_per_address = 3;
     });

@@ -15,7 +15,6 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use perennial_server::drain::Phase;
 use perennial_server::http::Config;
 use perennial_server::http::scope::Scope;
-use perennial_server::net::tls;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -94,11 +93,9 @@ async fn silence_and_half_a_preface_are_cut_off() {
 #[tokio::test]
 async fn a_slow_handshake_delays_nobody_else_and_has_an_end() {
     let double = Double::start().await;
-    let directory = double.ca_file().parent().unwrap().to_owned();
-    let files = tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") };
     let tls = |config: &mut Config| {
         config.net.listen = vec!["https://127.0.0.1:0".parse().unwrap()];
-        config.net.tls = Some(files);
+        config.net.tls = Some(double.identity());
         config.net.timeouts.handshake = SHORT;
     };
     let host = Host::start(only(tls), router()).await;

@@ -15,7 +15,7 @@ use perennial_server::drain::{self, Phase};
 use perennial_server::health::{self, Health};
 use perennial_server::http::Config;
 use perennial_server::http::scope::Scope;
-use perennial_server::net::{Listen, tls};
+use perennial_server::net::Listen;
 use perennial_server::tasks::Tasks;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -47,12 +47,10 @@ async fn plain_connections_speak_http_1_and_http_2() {
 #[tokio::test]
 async fn tls_connections_agree_on_a_protocol_by_alpn() {
     let double = Double::start().await;
-    let directory = double.ca_file().parent().unwrap().to_owned();
-    let tls = tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") };
     let host = Host::start(
         net(|net| {
             net.listen = vec!["https://127.0.0.1:0".parse().unwrap()];
-            net.tls = Some(tls);
+            net.tls = Some(double.identity());
         }),
         echo_id(),
     )

@@ -80,8 +80,7 @@ fn servers(directory: &Path) -> Vec<Server> {
         BufReader::new(child.stdout.take().unwrap()).read_line(&mut address).unwrap();
         Server { name, address: address.trim().to_owned(), child }
     };
-    let bench = std::env::current_exe().unwrap();
-    let mut myecho = Command::new(bench.parent().and_then(Path::parent).unwrap().join("examples/myecho"));
+    let mut myecho = Command::new(support::process::example("myecho"));
     myecho.arg("127.0.0.1:0");
     let mut servers = vec![
         printing("a process for each connection (C)", Command::new(compiled("fork"))),

@@ -7,12 +7,12 @@
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::TcpStream;
-use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use support::figures::{line, median};
+use support::process::{binary, cpu_seconds, example, memory_kib};
 use tempfile::TempDir;
 
 const ROUNDS: usize = 5;
@@ -49,11 +49,6 @@ impl Drop for Peer {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
-}
-
-fn example(name: &str) -> PathBuf {
-    let bench = std::env::current_exe().unwrap();
-    bench.parent().and_then(Path::parent).unwrap().join("examples").join(name)
 }
 
 impl Peer {
@@ -137,21 +132,12 @@ impl Peer {
     }
 
     fn cpu_seconds(&self) -> f64 {
-        self.pids().into_iter().map(cpu_seconds).sum()
+        self.pids().into_iter().filter_map(cpu_seconds).sum()
     }
 
     fn memory_kib(&self) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child.id())).unwrap();
-        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-        line.trim().trim_end_matches(" kB").parse().unwrap()
+        memory_kib(self.child.id(), "VmRSS").unwrap()
     }
-}
-
-fn cpu_seconds(pid: u32) -> f64 {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |index: usize| fields.get(index).and_then(|field| field.parse::<f64>().ok()).unwrap_or(0.0);
-    (ticks(11) + ticks(12)) / 100.0
 }
 
 /// What wrk measured.
@@ -323,7 +309,7 @@ struct Sharing {
 impl Sharing {
     fn start(address: &str) -> Self {
         let directory = TempDir::new().unwrap();
-        let child = Command::new(support::process::binary())
+        let child = Command::new(binary())
             .env("PERENNIAL_DATA_DIR", directory.path().join("data"))
             .args(["--set", "server.reuse_port=true", "--set", &format!("server.listen={address}")])
             .args(["--set", "admin.listen=127.0.0.1:0"])

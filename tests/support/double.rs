@@ -8,6 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use perennial::sink::{self, Answer, Behaviour, Push, Receiver, Refusal, Sink};
 use perennial_server::drain::{self, Trigger};
+use perennial_server::net::tls;
 use perennial_webpush::Keys;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -125,6 +126,12 @@ impl Double {
     /// The authority that its certificate is signed by.
     pub fn ca_file(&self) -> PathBuf {
         self.directory.path().join(sink::CA_FILE)
+    }
+
+    /// Its own certificate and key, which are good for any name of this machine.
+    pub fn identity(&self) -> tls::Config {
+        let file = |name: &str| self.directory.path().join(name);
+        tls::Config { cert_file: file("cert.pem"), key_file: file("key.pem") }
     }
 
     /// Where endpoints begin.

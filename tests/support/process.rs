@@ -37,6 +37,25 @@ fn built(name: &str) -> PathBuf {
     path
 }
 
+/// The processor time that a process has used, in seconds, while there is one.
+pub fn cpu_seconds(pid: u32) -> Option<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // After the name, which is in parentheses: the 12th and 13th field are user and system time.
+    let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
+    let ticks: f64 = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
+    let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
+    #[expect(clippy::cast_precision_loss, reason = "it is 100")]
+    let per_second = per_second as f64;
+    Some(ticks / per_second)
+}
+
+/// A line of `/proc/PID/status` in KiB: `VmRSS`, `VmHWM`.
+pub fn memory_kib(pid: u32, line: &str) -> Option<f64> {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let found = status.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'))?;
+    found.trim().trim_end_matches(" kB").parse().ok()
+}
+
 /// How to start it.
 #[derive(Debug)]
 pub struct Setup {
@@ -222,21 +241,12 @@ impl Perennial {
 
     /// The processor time that it has used, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid())).unwrap();
-        // After the name, which is in parentheses: the 12th and 13th field are user and system time.
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap().split_whitespace().collect();
-        let ticks: f64 = fields[11].parse::<f64>().unwrap() + fields[12].parse::<f64>().unwrap();
-        let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).unwrap().unwrap();
-        #[expect(clippy::cast_precision_loss, reason = "it is 100")]
-        let per_second = per_second as f64;
-        ticks / per_second
+        cpu_seconds(self.pid()).unwrap()
     }
 
     /// A line of `/proc/PID/status` in MiB: `VmRSS`, `VmHWM`.
     pub fn memory_mib(&self, line: &str) -> f64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid())).unwrap();
-        let found = status.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':')).unwrap();
-        found.trim().trim_end_matches(" kB").parse::<f64>().unwrap() / 1024.0
+        memory_kib(self.pid(), line).unwrap() / 1024.0
     }
 
     /// Waits for its end.

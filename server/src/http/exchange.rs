@@ -137,10 +137,10 @@ impl Drop for Exchange {
                 status,
                 bytes: self.bytes,
                 complete: self.complete,
-                took,
+                took_ms: milliseconds(took),
                 version: self.version,
-                peer: self.scope.connection().peer().to_string(),
-                client: self.scope.forwarded_client().map(|client| client.to_string()),
+                peer: self.scope.connection().peer(),
+                client: self.scope.forwarded_client(),
             }),
             Some(_) => {}
         }

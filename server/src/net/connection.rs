@@ -65,6 +65,12 @@ pub enum Spoken {
     Tcp,
 }
 
+impl Spoken {
+    fn of(word: u8) -> Self {
+        [Self::Unknown, Self::Http1, Self::Http2, Self::Tcp][usize::from(word)]
+    }
+}
+
 /// What a connection does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -245,12 +251,7 @@ impl Connection {
 
     /// What is spoken.
     pub fn spoken(&self) -> Spoken {
-        match self.spoken.load(Ordering::Relaxed) {
-            1 => Spoken::Http1,
-            2 => Spoken::Http2,
-            3 => Spoken::Tcp,
-            _ => Spoken::Unknown,
-        }
+        Spoken::of(self.spoken.load(Ordering::Relaxed))
     }
 
     pub(crate) fn speak(&self, spoken: Spoken) {
@@ -340,22 +341,14 @@ impl Connection {
 
     pub(super) fn has_read(&self, bytes: usize) {
         let useless = self.useless.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
-        if useless >= PREFACE
-            && self.phase.load(Ordering::Relaxed) == Phase::Opening as u8
-            && self.spoken.load(Ordering::Relaxed) == Spoken::Http2 as u8
-        {
-            self.enter(Phase::Idle);
-        }
-        let spoken = self.spoken.load(Ordering::Relaxed);
-        if spoken == Spoken::Tcp as u8 {
-            self.since.store(self.clock.now(), Ordering::Relaxed);
-        }
-        // What comes while a body is open is of the body.
-        if spoken == Spoken::Http1 as u8
-            && self.phase.load(Ordering::Relaxed) == Phase::Idle as u8
-            && self.bodies.load(Ordering::Relaxed) == 0
-        {
-            self.enter(Phase::Head);
+        match self.spoken() {
+            Spoken::Http2 if useless >= PREFACE && self.phase() == Phase::Opening => self.enter(Phase::Idle),
+            // What comes while a body is open is of the body.
+            Spoken::Http1 if self.phase() == Phase::Idle && self.bodies.load(Ordering::Relaxed) == 0 => {
+                self.enter(Phase::Head);
+            }
+            Spoken::Tcp => self.since.store(self.clock.now(), Ordering::Relaxed),
+            _ => {}
         }
     }
 
@@ -389,7 +382,7 @@ impl Connection {
     fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
         if written.is_ready() {
             self.wrote.store(self.clock.now(), Ordering::Relaxed);
-            if self.spoken.load(Ordering::Relaxed) == Spoken::Tcp as u8 {
+            if self.spoken() == Spoken::Tcp {
                 self.since.store(self.clock.now(), Ordering::Relaxed);
             }
             if self.blocked.load(Ordering::Relaxed) != 0 {

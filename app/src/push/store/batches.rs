@@ -120,6 +120,15 @@ pub(crate) struct FanOut {
     pub(crate) ahead: usize,
 }
 
+impl FanOut {
+    /// A condition for those who are in no batch yet, and its parameters.
+    fn left_to_sql(&self) -> (String, Vec<Value>) {
+        let mut parameters = vec![self.site.into(), self.fanned_to.into(), self.watermark.into()];
+        let filter = self.audience.to_sql(self.site, &mut parameters);
+        (format!("site = ? AND id > ? AND id <= ? AND {filter}"), parameters)
+    }
+}
+
 impl Store {
     /// Takes a batch for the claim `epoch`, from any earlier one. None when there is nothing left to do.
     pub(crate) async fn open_batch(&self, id: Uuid, epoch: i64) -> Result<Option<Batch>> {
@@ -181,13 +190,11 @@ impl Store {
         let fan_out = fan_out.clone();
         self.sqlite
             .read(move |tx| {
-                let mut parameters: Vec<Value> =
-                    vec![fan_out.site.into(), fan_out.fanned_to.into(), fan_out.watermark.into()];
-                let filter = fan_out.audience.to_sql(fan_out.site, &mut parameters);
+                let (left, mut parameters) = fan_out.left_to_sql();
                 parameters.push(i64::try_from(size).unwrap_or(i64::MAX).into());
                 let sql = format!(
                     "SELECT max(id) FROM (SELECT id FROM subscriptions
-                     WHERE site = ? AND id > ? AND id <= ? AND {filter} ORDER BY id LIMIT ?)"
+                     WHERE {left} ORDER BY id LIMIT ?)"
                 );
                 tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))
             })
@@ -255,12 +262,8 @@ impl Store {
         let fan_out = fan_out.clone();
         self.sqlite
             .read(move |tx| {
-                let mut parameters: Vec<Value> =
-                    vec![fan_out.site.into(), fan_out.fanned_to.into(), fan_out.watermark.into()];
-                let filter = fan_out.audience.to_sql(fan_out.site, &mut parameters);
-                let sql = format!(
-                    "SELECT count(*) FROM subscriptions WHERE site = ? AND id > ? AND id <= ? AND {filter}"
-                );
+                let (left, parameters) = fan_out.left_to_sql();
+                let sql = format!("SELECT count(*) FROM subscriptions WHERE {left}");
                 tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))
             })
             .await
