@@ -109,8 +109,7 @@ pub struct Http2 {
 /// A server whose sockets are open, so that its addresses are known and a bad port has failed already.
 #[derive(Debug)]
 pub struct Server {
-    sockets: net::Bound,
-    connections: Connections,
+    bound: net::Bound,
     config: Config,
 }
 
@@ -120,23 +119,22 @@ impl Server {
     /// # Errors
     /// When an address cannot be had, or `https` lacks a usable certificate.
     pub async fn bind(config: Config, inherited: &Inherited) -> Result<Self, BindError> {
-        let sockets = net::bind(&config.net, inherited).await?;
-        Ok(Self { connections: Connections::new(&config.net), sockets, config })
+        Ok(Self { bound: net::bind(config.net.clone(), inherited).await?, config })
     }
 
     /// The addresses in use, in the form in which they are written in settings.
     pub fn addresses(&self) -> Vec<String> {
-        self.sockets.addresses()
+        self.bound.addresses()
     }
 
     /// Its connections, and the requests on them.
     pub fn connections(&self) -> Connections {
-        self.connections.clone()
+        self.bound.connections()
     }
 
     /// Its sockets, to be handed over, and the certificate, to be read anew.
     pub fn sockets(&self) -> Sockets {
-        self.sockets.sockets()
+        self.bound.sockets()
     }
 
     /// Serves `router` until the drain has begun and every connection has ended. `cpu` is what
@@ -151,7 +149,7 @@ impl Server {
             Services { drain: drain.clone(), cpu, detached: detached.clone(), slow_poll: config.slow_poll };
         let stack = Arc::new(Stack::new(router, &config, Arc::new(services)));
         let protocol = Http { stack, config: Arc::clone(&config) };
-        net::serve(self.sockets, self.connections, Arc::new(config.net.clone()), protocol, &drain).await;
+        net::serve(self.bound, protocol, &drain).await;
         // Nothing new is detached without a connection.
         detached.close();
         detached.wait().await;

@@ -128,15 +128,10 @@ pub(crate) trait Protocol: Clone + Send + Sync + 'static {
 const RENEW_EVERY: Duration = Duration::from_secs(10);
 
 /// Serves all sockets until the drain has begun and every connection has ended.
-pub(crate) async fn serve<P: Protocol>(
-    bound: Bound,
-    connections: Connections,
-    config: Arc<Config>,
-    protocol: P,
-    drain: &Drain,
-) {
-    let sockets = bound.sockets();
-    let loops = bound.into_listeners().into_iter().map(|listener| {
+pub(crate) async fn serve<P: Protocol>(bound: Bound, protocol: P, drain: &Drain) {
+    let (sockets, connections) = (bound.sockets(), bound.connections());
+    let config = Arc::new(bound.config);
+    let loops = bound.listeners.into_iter().map(|listener| {
         let host = Host {
             config: Arc::clone(&config),
             connections: connections.clone(),

@@ -83,11 +83,7 @@ impl AsyncWrite for Stream {
 
 /// A server whose sockets are open.
 #[derive(Debug)]
-pub struct Server {
-    sockets: net::Bound,
-    connections: Connections,
-    config: net::Config,
-}
+pub struct Server(net::Bound);
 
 impl Server {
     /// Opens the sockets, or takes those of `inherited` that have the same addresses.
@@ -95,23 +91,22 @@ impl Server {
     /// # Errors
     /// When an address cannot be had, or TLS lacks a usable certificate.
     pub async fn bind(config: net::Config, inherited: &Inherited) -> Result<Self, BindError> {
-        let sockets = net::bind(&config, inherited).await?;
-        Ok(Self { connections: Connections::new(&config), sockets, config })
+        Ok(Self(net::bind(config, inherited).await?))
     }
 
     /// The addresses in use, in the form in which they are written in settings.
     pub fn addresses(&self) -> Vec<String> {
-        self.sockets.addresses()
+        self.0.addresses()
     }
 
     /// Its connections.
     pub fn connections(&self) -> Connections {
-        self.connections.clone()
+        self.0.connections()
     }
 
     /// Its sockets, to be handed over, and the certificate, to be read anew.
     pub fn sockets(&self) -> Sockets {
-        self.sockets.sockets()
+        self.0.sockets()
     }
 
     /// Serves until the drain has begun and every connection has ended.
@@ -120,7 +115,7 @@ impl Server {
     /// Never: the type is that of a task.
     pub async fn run<H: TcpHandler>(self, handler: H, drain: Drain) -> Result<(), Infallible> {
         let protocol = Tcp { handler: Arc::new(handler), drain: drain.clone() };
-        net::serve(self.sockets, self.connections, Arc::new(self.config), protocol, &drain).await;
+        net::serve(self.0, protocol, &drain).await;
         Ok(())
     }
 }

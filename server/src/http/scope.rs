@@ -32,14 +32,7 @@ pub struct Scope(Arc<State>);
 
 #[derive(Debug)]
 struct State {
-    id: RequestId,
-    began: Instant,
-    deadline: Instant,
-    method: &'static str,
-    path: String,
-    connection: Arc<Connection>,
-    client: Option<IpAddr>,
-    services: Arc<Services>,
+    begun: Begun,
     route: OnceLock<MatchedPath>,
     stage: AtomicU8,
     /// Why its body was given up.
@@ -87,6 +80,7 @@ pub enum Stage {
 }
 
 /// What a request is begun with.
+#[derive(Debug)]
 pub(super) struct Begun {
     pub(super) id: RequestId,
     pub(super) began: Instant,
@@ -100,16 +94,8 @@ pub(super) struct Begun {
 
 impl Scope {
     pub(super) fn new(begun: Begun) -> Self {
-        let Begun { id, began, deadline, method, path, connection, client, services } = begun;
         Self(Arc::new(State {
-            id,
-            began,
-            deadline,
-            method,
-            path,
-            connection,
-            client,
-            services,
+            begun,
             route: OnceLock::new(),
             stage: AtomicU8::new(Stage::Handler as u8),
             no_body: OnceLock::new(),
@@ -120,31 +106,31 @@ impl Scope {
 
     /// The id that stands in the log, in the response and, if it is trusted, in the request.
     pub fn id(&self) -> &RequestId {
-        &self.0.id
+        &self.0.begun.id
     }
 
     /// When the request is answered with 503 if it has no response yet.
     pub fn deadline(&self) -> Instant {
-        self.0.deadline
+        self.0.begun.deadline
     }
 
     /// The connection that the request came on.
     pub fn connection(&self) -> &Connection {
-        &self.0.connection
+        &self.0.begun.connection
     }
 
     pub(super) fn shared_connection(&self) -> &Arc<Connection> {
-        &self.0.connection
+        &self.0.begun.connection
     }
 
     /// The client's address: what trusted proxies say it is, else that of the peer. None for Unix sockets.
     pub fn client(&self) -> Option<IpAddr> {
-        self.0.client.or_else(|| self.0.connection.peer().ip())
+        self.0.begun.client.or_else(|| self.0.begun.connection.peer().ip())
     }
 
     /// What trusted proxies say of who the client is.
     pub(super) fn forwarded_client(&self) -> Option<IpAddr> {
-        self.0.client
+        self.0.begun.client
     }
 
     /// The pattern of the route that matched, once it has.
@@ -154,7 +140,7 @@ impl Scope {
 
     /// The stop signal: a response without an end should end when it comes.
     pub fn drain(&self) -> &Drain {
-        &self.0.services.drain
+        &self.0.begun.services.drain
     }
 
     /// Says what the handler waits for, until the guard drops: for `/requests` and for the log of slow requests.
@@ -173,8 +159,8 @@ impl Scope {
         F: FnOnce() -> T + Send + 'static,
     {
         let _waiting = self.waiting("cpu");
-        match &self.0.services.cpu {
-            Some(cpu) => cpu.run(self.0.deadline, work).await,
+        match &self.0.begun.services.cpu {
+            Some(cpu) => cpu.run(self.0.begun.deadline, work).await,
             None => Err(CpuError::Full),
         }
     }
@@ -186,7 +172,7 @@ impl Scope {
         F: Future<Output: Send + 'static> + Send + 'static,
     {
         let timed = Timed::new(self.clone(), work).instrument(Span::current());
-        match self.0.services.detached.spawn(timed).await {
+        match self.0.begun.services.detached.spawn(timed).await {
             Ok(output) => output,
             Err(failed) => match failed.try_into_panic() {
                 Ok(panic) => resume_unwind(panic),
@@ -201,15 +187,15 @@ impl Scope {
         let spent = self.spent();
         let waiting = spent.waiting.last();
         RequestView {
-            id: self.0.id.to_string(),
-            listener: self.0.connection.listener,
-            connection: self.0.connection.id,
-            method: self.0.method,
-            path: self.0.path.clone(),
+            id: self.0.begun.id.to_string(),
+            listener: self.0.begun.connection.listener,
+            connection: self.0.begun.connection.id,
+            method: self.0.begun.method,
+            path: self.0.begun.path.clone(),
             route: self.route().map(str::to_owned),
-            peer: self.0.connection.peer().to_string(),
-            client: self.0.client.map(|client| client.to_string()),
-            age_ms: milliseconds(self.0.began.elapsed()),
+            peer: self.0.begun.connection.peer().to_string(),
+            client: self.0.begun.client.map(|client| client.to_string()),
+            age_ms: milliseconds(self.0.begun.began.elapsed()),
             stage: self.stage(),
             waiting: waiting.map(|(what, _)| *what),
             waiting_ms: waiting.map(|(_, since)| milliseconds(since.elapsed())),
@@ -229,7 +215,7 @@ impl Scope {
     }
 
     pub(super) fn set_stalled(&self, stalled: bool) {
-        let since = if stalled { self.0.connection.clock().now() } else { 0 };
+        let since = if stalled { self.0.begun.connection.clock().now() } else { 0 };
         self.0.stalled.store(since, Ordering::Relaxed);
     }
 
@@ -245,7 +231,7 @@ impl Scope {
     }
 
     pub(super) fn services(&self) -> &Services {
-        &self.0.services
+        &self.0.begun.services
     }
 
     pub(super) fn set_route(&self, route: MatchedPath) {
@@ -265,15 +251,15 @@ impl Scope {
     }
 
     pub(super) fn method(&self) -> &'static str {
-        self.0.method
+        self.0.begun.method
     }
 
     pub(super) fn path(&self) -> &str {
-        &self.0.path
+        &self.0.begun.path
     }
 
     pub(super) fn began(&self) -> Instant {
-        self.0.began
+        self.0.begun.began
     }
 
     pub(super) fn spent(&self) -> MutexGuard<'_, Spent> {

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
-use super::{Config, Listen, tls};
+use super::{Config, Connections, Listen, tls};
 
 /// How many connections the kernel holds for us.
 const BACKLOG: u32 = 4096;
@@ -117,10 +117,7 @@ impl Inherited {
 
     /// The Unix socket with this name, listening or not.
     pub fn take_unix(&self, name: &str) -> Option<std::os::unix::net::UnixListener> {
-        match self.take(|given, socket| given == name && matches!(socket, Socket::Unix(_)))? {
-            Socket::Unix(socket) => Some(socket),
-            Socket::Tcp(_) => None,
-        }
+        self.unix(|given, _| given == name)
     }
 
     fn tcp(&self, listener: &str, address: SocketAddr) -> Option<std::net::TcpListener> {
@@ -136,14 +133,14 @@ impl Inherited {
         }
     }
 
-    fn unix(&self, path: &Path) -> Option<std::os::unix::net::UnixListener> {
-        let socket = self.take(|_, socket| match socket {
-            Socket::Unix(socket) => socket.local_addr().is_ok_and(|at| at.as_pathname() == Some(path)),
-            Socket::Tcp(_) => false,
-        });
-        match socket {
-            Some(Socket::Unix(socket)) => Some(socket),
-            _ => None,
+    fn unix(
+        &self,
+        fits: impl Fn(&str, &std::os::unix::net::UnixListener) -> bool,
+    ) -> Option<std::os::unix::net::UnixListener> {
+        let taken = self.take(|name, socket| matches!(socket, Socket::Unix(socket) if fits(name, socket)));
+        match taken? {
+            Socket::Unix(socket) => Some(socket),
+            Socket::Tcp(_) => None,
         }
     }
 }
@@ -151,7 +148,9 @@ impl Inherited {
 /// The open sockets of a server.
 #[derive(Debug)]
 pub(crate) struct Bound {
-    listeners: Vec<Listener>,
+    pub(super) listeners: Vec<Listener>,
+    pub(super) config: Config,
+    connections: Connections,
     sockets: Sockets,
 }
 
@@ -164,8 +163,8 @@ impl Bound {
         self.sockets.clone()
     }
 
-    pub(super) fn into_listeners(self) -> Vec<Listener> {
-        self.listeners
+    pub(crate) fn connections(&self) -> Connections {
+        self.connections.clone()
     }
 }
 
@@ -211,16 +210,17 @@ impl Sockets {
 }
 
 /// Opens the sockets of a server.
-pub(crate) async fn bind(config: &Config, inherited: &Inherited) -> Result<Bound, BindError> {
+pub(crate) async fn bind(config: Config, inherited: &Inherited) -> Result<Bound, BindError> {
     let identity = config.tls.clone().map(tls::Identity::read).transpose()?;
-    let listeners = listeners(config, inherited, identity.as_ref()).await?;
+    let listeners = listeners(&config, inherited, identity.as_ref()).await?;
     let share = |listener: &Listener| {
         let address = listener.address();
         listener.share().map_err(|source| BindError::Address { address, source })
     };
     let descriptors = Mutex::new(listeners.iter().map(share).collect::<Result<_, _>>()?);
     let shared = Shared { name: config.name, descriptors, handed_over: AtomicBool::new(false), identity };
-    Ok(Bound { listeners, sockets: Sockets(Arc::new(shared)) })
+    let connections = Connections::new(&config);
+    Ok(Bound { listeners, config, connections, sockets: Sockets(Arc::new(shared)) })
 }
 
 /// A name may stand for several addresses.
@@ -293,7 +293,10 @@ fn open(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
 
 fn unix(inherited: &Inherited, path: &Path) -> io::Result<Listener> {
     let address = Listen::Unix(path.to_owned()).to_string();
-    if let Some(socket) = inherited.unix(path) {
+    let is_there = |socket: &std::os::unix::net::UnixListener| {
+        socket.local_addr().is_ok_and(|at| at.as_pathname() == Some(path))
+    };
+    if let Some(socket) = inherited.unix(|_, socket| is_there(socket)) {
         socket.set_nonblocking(true)?;
         return Ok(Listener::Unix { socket: UnixListener::from_std(socket)?, address });
     }
