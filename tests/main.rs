@@ -15,6 +15,7 @@ mod http2;
 mod jobs;
 mod module;
 mod notify;
+mod operators;
 mod page;
 mod scope;
 mod settings;

@@ -13,8 +13,7 @@ use perennial::axum::routing::post;
 use perennial::module::{Host, Module};
 use perennial::server::pool::sqlite::Sqlite;
 use perennial::settings::Reader;
-use perennial::workers::store::sqlite::SqliteQueue;
-use perennial::workers::{Context, Fate, Job, NewJob, Queue};
+use perennial::workers::{Context, Fate, Job, Jobs, NewJob, Options};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -37,11 +36,11 @@ impl Module for Hello {
         host.job::<Count>(host.store.clone());
         let greeting = self.greeting.clone();
         host.status(Self::NAME, move || json!({ "greeting": greeting }));
-        let state = (self.greeting, host.queue.clone());
-        let greet = async |State((greeting, queue)): State<(String, SqliteQueue)>,
+        let state = (self.greeting, host.jobs.clone());
+        let greet = async |State((greeting, jobs)): State<(String, Jobs)>,
                            Path(name): Path<String>|
                -> Result<Json<Value>> {
-            queue.enqueue(vec![NewJob::new(&Count { name: name.clone() })?]).await?;
+            jobs.enqueue(NewJob::new(&Count { name: name.clone() })?).await?;
             Ok(Json(json!({ "said": format!("{greeting}, {name}") })))
         };
         host.routes(Router::new().route("/hello/{name}", post(greet)).with_state(state));
@@ -52,6 +51,7 @@ impl Module for Hello {
 
 /// Counts a greeting, after the answer has gone out.
 #[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Count {
     name: String,
 }
@@ -59,6 +59,11 @@ struct Count {
 impl Job for Count {
     const KIND: &'static str = "hello.count";
     type Tools = Sqlite;
+
+    fn options() -> Options {
+        // Others may enqueue it, too: POST /jobs/hello.count {"payload": {"name": "Ada"}}
+        Options { public: true, ..Options::default() }
+    }
 
     async fn run(&self, _context: Context, store: Sqlite) -> anyhow::Result<Fate> {
         let name = self.name.clone();

@@ -12,12 +12,16 @@
 //! | `GET /connections` | token* | which connections are open, and what they do |
 //! | `GET /workers` | token* | what the workers are busy with |
 //! | `GET /modules` | token* | what each module says of itself |
+//! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
+//! | `POST ..` | token | whatever changes something; a page elsewhere may not (`Origin`) |
 //!
 //! \* or anybody, when the listener is bound to loopback. The `Host` header is checked on these, so that a
 //! web page cannot reach them by a name of its own (DNS rebinding).
 //!
 //! It runs on the runtime that also stops the process: it answers to the very end, also when the runtime that
 //! serves does not run any more.
+
+pub(crate) mod jobs;
 
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
@@ -41,6 +45,7 @@ use serde_json::{Map, Value, json};
 use crate::access::{Access, bearer};
 use crate::module::StatusFn;
 use crate::settings::Settings;
+use jobs::Books;
 
 /// What the admin listener knows. A cheap handle.
 #[derive(Clone)]
@@ -69,6 +74,7 @@ pub(crate) struct Booted {
     pub(crate) workers: worker::Status,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) connections: Connections,
+    pub(crate) books: Books,
 }
 
 impl Admin {
@@ -98,13 +104,18 @@ impl Admin {
             .route("/connections", get(connections))
             .route("/workers", get(workers))
             .route("/modules", get(modules))
+            .merge(jobs::looking().layer(from_fn_with_state(self.clone(), open_books)))
             .layer(from_fn_with_state(self.clone(), guard));
+        let acting = jobs::acting()
+            .layer(from_fn_with_state(self.clone(), open_books))
+            .layer(from_fn_with_state(self.clone(), guard_change));
         Router::new()
             .route("/livez", get(livez))
             .route("/readyz", get(readyz))
             .route("/startupz", get(startupz))
             .route("/metrics", get(metrics))
             .merge(guarded)
+            .merge(acting)
             .with_state(self.clone())
     }
 }
@@ -167,6 +178,15 @@ async fn modules(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(status).into_response()
 }
 
+/// Hands over the jobs, once boot has ended.
+async fn open_books(State(Admin(known)): State<Admin>, mut request: Request, next: Next) -> Response {
+    let Some(booted) = known.booted.get() else {
+        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response();
+    };
+    request.extensions_mut().insert(booted.books.clone());
+    next.run(request).await
+}
+
 /// Lets operators in, and nobody else.
 async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request, next: Next) -> Response {
     if !is_own_name(request.headers(), request.uri(), scope.connection().socket_peer) {
@@ -176,6 +196,32 @@ async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request
     if known.loopback {
         return next.run(request).await;
     }
+    let_in(&known, request, next).await
+}
+
+/// Lets operators in who show their token, and no pages of other origins.
+async fn guard_change(
+    State(Admin(known)): State<Admin>,
+    scope: Scope,
+    request: Request,
+    next: Next,
+) -> Response {
+    let own = is_own_name(request.headers(), request.uri(), scope.connection().socket_peer);
+    if !own || !is_own_origin(request.headers()) {
+        let detail = "wanted a Host header that names this machine, and no Origin but this one";
+        return Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response();
+    }
+    let_in(&known, request, next).await
+}
+
+/// Whether no page sends this, or one of our own.
+fn is_own_origin(headers: &HeaderMap) -> bool {
+    let Some(origin) = headers.get(header::ORIGIN) else { return true };
+    let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, host)| host);
+    origin.is_some() && origin == headers.get(header::HOST).and_then(|host| host.to_str().ok())
+}
+
+async fn let_in(known: &Known, request: Request, next: Next) -> Response {
     let Some(booted) = known.booted.get() else {
         return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response();
     };

@@ -8,15 +8,19 @@ use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
-use http::{StatusCode, header};
+use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::scope::Scope;
 use perennial_server::pool::sqlite;
 use perennial_workers::queue;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::error::Category;
 use tracing::error;
+
+/// How soon to come back to a queue that is full.
+const FULL: Duration = Duration::from_secs(5);
 
 /// The result of a handler.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -54,7 +58,14 @@ impl From<queue::Error> for Error {
     fn from(error: queue::Error) -> Self {
         match error {
             queue::Error::Sqlite(error) => Self::Store(error),
-            error @ queue::Error::Payload { .. } => Self::Bug(error.into()),
+            queue::Error::Misfit { field, reason, .. } => {
+                let field = if field == "." { "payload".to_owned() } else { format!("payload.{field}") };
+                FieldError::new(field, reason).into()
+            }
+            queue::Error::Full { .. } => {
+                Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
+            }
+            error @ (queue::Error::Payload { .. } | queue::Error::Unreadable(_)) => Self::Bug(error.into()),
         }
     }
 }
@@ -98,6 +109,17 @@ pub fn within_page(limit: Option<usize>, usual: usize, most: usize) -> std::resu
         return Ok(limit);
     }
     Err(FieldError::new("limit", format!("a whole number from 1 to {most}")).into())
+}
+
+/// What joins a job to the request that enqueued it: the caller's trace (`traceparent`, W3C Trace Context, section
+/// 3.2), or the request's id.
+pub fn trace(headers: &HeaderMap, scope: &Scope) -> String {
+    let parent = headers.get("traceparent").and_then(|value| value.to_str().ok());
+    let is_trace = |text: &&str| {
+        let lengths = text.split('-').map(str::len);
+        lengths.eq([2, 32, 16, 2]) && text.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit())
+    };
+    parent.filter(is_trace).map_or_else(|| scope.id().to_string(), str::to_owned)
 }
 
 /// 404 for something with an id.

@@ -1,6 +1,6 @@
 //! Boot, top to bottom: everything that serves is made here, by hand.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,10 +16,12 @@ use perennial_server::http::problem::{FieldError, MEDIA_TYPE, Problem};
 use perennial_server::net::{Connections, Sockets};
 use perennial_server::pool::sqlite::{self, Migrations, Sqlite};
 use perennial_server::tasks::Tasks;
+use perennial_workers::admission::Admission;
 use perennial_workers::job::DEFAULT_QUEUE;
+use perennial_workers::limits::Limits;
 use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::worker::{self, Worker};
-use perennial_workers::{Registry, rescue, store};
+use perennial_workers::{Jobs, Queue as _, Registry, store, upkeep};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
 use utoipa::PartialSchema;
@@ -29,6 +31,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::access::{self, Access};
 use crate::addresses::{Addresses, url};
+use crate::admin::jobs::Books;
 use crate::config::Config;
 use crate::data_dir::{self, DataDir};
 use crate::module::{Closer, Configured, Host, StatusFn};
@@ -42,14 +45,14 @@ const COMMIT_WAIT: Duration = Duration::from_secs(60);
 const CLOSE: Duration = Duration::from_secs(5);
 /// How long a predecessor may take, besides its drain, until it has closed everything.
 const CLOSING: Duration = Duration::from_secs(30);
-/// How often lapsed leases are looked for.
-const RESCUE_EVERY: Duration = Duration::from_secs(3);
 
 /// What serves, and what is needed to stop it.
 pub(crate) struct App {
     pub(crate) tasks: Tasks,
     pub(crate) access: Access,
     pub(crate) workers: worker::Status,
+    pub(crate) books: Books,
+    pub(crate) limits: Limits,
     pub(crate) connections: Connections,
     pub(crate) sockets: Sockets,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
@@ -90,11 +93,13 @@ pub(crate) async fn boot(
 
     let tasks = Tasks::new(drain.clone());
     let queue = SqliteQueue::new(store.clone());
+    let admission = Admission::new(config.bounds);
+    let jobs = Jobs::new(store::Store::Sqlite(queue.clone()), admission.clone());
     let mut registry = Registry::new();
     registry.serve(DEFAULT_QUEUE, config.slots);
     let mut host = Host {
         store: store.clone(),
-        queue: queue.clone(),
+        jobs: jobs.clone(),
         access: access.clone(),
         data_dir: Arc::clone(&data_dir),
         drain: drain.clone(),
@@ -112,6 +117,8 @@ pub(crate) async fn boot(
         info!(module = name, "mounted");
     }
     let Host { routes, registry, status, announcements, closers, .. } = host;
+    let kinds = Arc::new(OnceLock::new());
+    let routes = routes.merge(crate::jobs::routes(jobs.clone(), access.clone(), Arc::clone(&kinds)));
 
     let cpu = Cpu::start(config.cpu).context("the threads for the processor cannot be started")?;
     let server = match early {
@@ -123,19 +130,30 @@ pub(crate) async fn boot(
     // The lock says that no other process works on this store: what was running, was running in one that died.
     registry.check()?;
     let registry = Arc::new(registry);
-    let rescued =
-        queue.rescue_all(&registry).await.context("the jobs of the last process cannot be taken over")?;
-    if rescued > 0 {
-        info!(jobs = rescued, "taken over from a process that did not stop in order");
+    if queue.end_leases().await.context("the jobs of the last process cannot be taken over")? > 0 {
+        info!("the last process did not stop in order: taking over its jobs");
+        let rescued = upkeep::rescue(&queue, &registry, config.worker.lease).await;
+        rescued.context("the jobs of the last process cannot be taken over")?;
     }
-    let worker = Worker::new(queue.clone(), Arc::clone(&registry), config.worker)?;
+    let worker = Worker::new(jobs.store().clone(), Arc::clone(&registry), config.worker)?;
     let workers = worker.status();
+    let _ = kinds.set(Arc::clone(&registry));
+    let books = Books { jobs: jobs.clone(), registry: Arc::clone(&registry), worker: Some(workers.clone()) };
     let addresses = Addresses { server: server.addresses(), admin: admin_addresses };
     data_dir.write(data_dir::ADDRESSES, &format!("{}\n", serde_json::to_string(&addresses)?))?;
 
     // Nothing below can fail: a job that is begun is not cut off by a boot that is not finished.
     tasks.critical("workers", worker.run(drain.clone()));
-    tasks.critical("rescue", rescue::run(queue, registry, RESCUE_EVERY, drain.clone()));
+    let upkeep =
+        upkeep::run(jobs.store().clone(), Arc::clone(&registry), admission, config.upkeep, drain.clone());
+    tasks.critical("upkeep of jobs", upkeep);
+    tasks.contained("wake-ups", {
+        let (store, drain) = (jobs.store().clone(), drain.clone());
+        move || {
+            let (store, drain) = (store.clone(), drain.clone());
+            async move { store.listen(drain).await }
+        }
+    });
     tasks.critical("http", server.run(public(routes), Some(cpu), drain));
     health.started();
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
@@ -144,7 +162,20 @@ pub(crate) async fn boot(
         Some(base) => announcements.iter().map(|line| line(&base)).collect(),
         None => Vec::new(),
     };
-    Ok(App { tasks, access, workers, connections, sockets, status, announcements, closers, store, data_dir })
+    Ok(App {
+        tasks,
+        access,
+        workers,
+        books,
+        limits: config.limits,
+        connections,
+        sockets,
+        status,
+        announcements,
+        closers,
+        store,
+        data_dir,
+    })
 }
 
 impl App {

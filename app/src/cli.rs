@@ -3,6 +3,7 @@
 mod check;
 mod client;
 mod health;
+mod jobs;
 mod keys;
 mod notify;
 mod serve;
@@ -39,7 +40,6 @@ struct SettingsArgs {
 }
 
 #[derive(Debug, Subcommand)]
-#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
 enum Command {
     /// Serve until SIGTERM or Ctrl-C (what happens without a command)
     Serve,
@@ -50,6 +50,9 @@ enum Command {
     Keys(keys::Keys),
     /// Ask the running server whether it is ready; the exit code says it
     Health(health::Health),
+    /// Jobs: look at them, and act on those that have ended
+    #[command(subcommand)]
+    Jobs(jobs::Jobs),
     /// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
     /// of its audience could be delivered to
     Notify(notify::Notify),
@@ -66,6 +69,7 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         Command::Check => check::check(&sources, modules),
         Command::Keys(keys) => keys.run(&sources, modules),
         Command::Health(health) => health.run(&sources, modules),
+        Command::Jobs(jobs) => jobs.run(&sources, modules),
         Command::Notify(notify) => notify.run(&sources, modules),
         Command::Sink(sink) => sink.run(&sources, modules),
     };

@@ -9,13 +9,18 @@ use perennial_server::health;
 use perennial_server::http;
 use perennial_server::net::{self, Listen, Timeouts, tls};
 use perennial_server::telemetry;
-use perennial_workers::worker;
+use perennial_workers::admission::Bounds;
+use perennial_workers::limits::Limits;
+use perennial_workers::{upkeep, worker};
 
 use crate::settings::{Network, Reader, Size};
 use crate::stop::Phases;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
+const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(24 * 3600);
+/// How often lapsed leases are looked for.
+const RESCUE_EVERY: Duration = Duration::from_secs(3);
 
 /// Everything that boot needs to know, besides what modules need.
 #[derive(Debug)]
@@ -28,6 +33,11 @@ pub(crate) struct Config {
     pub(crate) health: health::Config,
     pub(crate) store: Store,
     pub(crate) worker: worker::Config,
+    pub(crate) upkeep: upkeep::Config,
+    /// How much may wait in one queue.
+    pub(crate) bounds: Bounds,
+    /// When the process has done enough.
+    pub(crate) limits: Limits,
     /// How many jobs of the default queue run at once.
     pub(crate) slots: usize,
     pub(crate) phases: Phases,
@@ -58,6 +68,16 @@ impl Config {
             },
             store: store(settings),
             worker: worker(settings),
+            upkeep: upkeep::Config {
+                rescue_every: RESCUE_EVERY,
+                lease: settings.get("queue.lease"),
+                retention: settings.duration("queue.retention", SECOND..=400 * DAY),
+            },
+            bounds: Bounds {
+                jobs: settings.number("queue.max_jobs", 1..=u64::MAX),
+                bytes: settings.get::<Size>("queue.max_bytes").0 as u64,
+            },
+            limits: limits(settings),
             slots: settings.number("queue.slots", 1..=10_000),
             phases: Phases {
                 notice: settings.get("drain.notice"),
@@ -198,12 +218,25 @@ fn store(settings: &mut Reader<'_>) -> Store {
     }
 }
 
+/// Nothing is enough where the setting is zero.
+fn limits(settings: &mut Reader<'_>) -> Limits {
+    let age = settings.duration("process.max_age", Duration::ZERO..=400 * DAY);
+    let memory = settings.get::<Size>("process.max_memory").0 as u64;
+    let jobs = settings.number("process.max_jobs", 0..=u64::MAX);
+    Limits {
+        jobs: (jobs > 0).then_some(jobs),
+        age: (!age.is_zero()).then_some(age),
+        memory: (memory > 0).then_some(memory),
+    }
+}
+
 fn worker(settings: &mut Reader<'_>) -> worker::Config {
     let config = worker::Config {
         name: format!("{}@{}", std::process::id(), rustix::system::uname().nodename().to_string_lossy()),
         lease: settings.duration("queue.lease", MILLISECOND..=DAY),
         renew_every: settings.duration("queue.renew_every", MILLISECOND..=DAY),
         poll: settings.duration("queue.poll", MILLISECOND..=DAY),
+        payload_bytes: settings.get::<Size>("queue.payload_bytes").0,
     };
     if config.renew_every * 3 > config.lease {
         settings.refuse::<()>("queue.lease", "at least three times queue.renew_every");

@@ -14,6 +14,7 @@ mod boot;
 mod cli;
 mod config;
 pub mod data_dir;
+mod jobs;
 pub mod module;
 pub mod push;
 pub mod settings;

@@ -39,8 +39,7 @@ use perennial_server::drain::Drain;
 use perennial_server::health::{Condition, Health};
 use perennial_server::pool::sqlite::{Migrations, Sqlite};
 use perennial_server::tasks::Tasks;
-use perennial_workers::store::sqlite::SqliteQueue;
-use perennial_workers::{Job, Registry};
+use perennial_workers::{Job, Jobs, Registry};
 use serde_json::Value;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -83,8 +82,8 @@ pub type StatusFn = Arc<dyn Fn() -> Value + Send + Sync>;
 pub struct Host {
     /// The store.
     pub store: Sqlite,
-    /// The queue of jobs.
-    pub queue: SqliteQueue,
+    /// The jobs.
+    pub jobs: Jobs,
     /// Who may call.
     pub access: Access,
     /// The directory of keys and other files, locked by this process.

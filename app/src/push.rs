@@ -146,7 +146,7 @@ impl Module for Push {
             warn!(reason, "Apple refuses messages without a contact");
         }
         metrics::describe();
-        let store = Store::new(host.store.clone(), host.queue.clone());
+        let store = Store::new(host.store.clone(), host.jobs.clone());
         let vapid = vapid_key(&host.data_dir, &host.store).await?;
         let vapid_id = store.vapid_key(SiteId::DEFAULT.0, *vapid.public_bytes()).await?;
         let orphans = store.made_with_other_keys(vapid_id).await?;

@@ -8,6 +8,7 @@ use perennial_server::drain::{Phase, Trigger};
 use perennial_server::health::Health;
 use perennial_server::signal::{Signal, Signals};
 use perennial_server::tasks::{Death, Tasks};
+use perennial_workers::limits::Reached;
 use tracing::{error, info, warn};
 
 use crate::boot::App;
@@ -37,6 +38,8 @@ pub(crate) enum Reason {
     Signal(Signal),
     /// A successor has the sockets and waits for the lock.
     Succession,
+    /// It has done enough (`process.max_*`).
+    Limit(Reached),
     /// It cannot go on.
     Death(Death),
 }
@@ -49,6 +52,7 @@ impl fmt::Display for Reason {
             Self::Signal(Signal::Reload) => f.write_str("SIGHUP"),
             Self::Signal(Signal::Succeed) => f.write_str("SIGUSR2"),
             Self::Succession => f.write_str("succession"),
+            Self::Limit(reached) => write!(f, "process.max_* reached: {reached}"),
             Self::Death(death) => write!(f, "{} died: {}", death.task, death.reason),
         }
     }
@@ -76,7 +80,10 @@ pub(crate) async fn stop(
     trigger.advance(Phase::Notice);
     // Nobody waits for load balancers when a developer presses Ctrl-C, when a successor has the sockets, or when
     // nothing can be served any more.
-    let notice = if reason == Reason::Signal(Signal::Terminate) { phases.notice } else { Duration::ZERO };
+    let notice = match reason {
+        Reason::Signal(Signal::Terminate) | Reason::Limit(_) => phases.notice,
+        _ => Duration::ZERO,
+    };
     let patient = tokio::select! {
         () = tokio::time::sleep(notice) => true,
         () = impatience(signals, began) => false,

@@ -17,8 +17,10 @@
 //! | [`cpu`] | work for the processor, off the threads that serve |
 //! | [`pool`] | stores behind bounded waits |
 //! | [`backoff`] | how long to wait before trying again |
+//! | [`breaker`] | not asking, for a while, a dependency that fails again and again |
 
 pub mod backoff;
+pub mod breaker;
 pub mod cpu;
 pub mod drain;
 pub mod health;

@@ -39,6 +39,8 @@ pub const CPU_REFUSED: &str = "perennial_cpu_refused_total";
 pub const HTTP_PANICS: &str = "perennial_http_panics_total";
 /// Counter by `task`: contained tasks that failed and were started again.
 pub const TASK_FAILURES: &str = "perennial_task_failures_total";
+/// Gauge by `dependency`: 1 while its circuit breaker is open.
+pub const BREAKER_OPEN: &str = "perennial_breaker_open";
 /// Counter: transactions that the SQLite writer committed.
 pub const SQLITE_COMMITS: &str = "perennial_sqlite_commits_total";
 /// Counter: writes inside them.
@@ -100,6 +102,7 @@ impl Metrics {
 }
 
 fn describe() {
+    describe_gauge!(BREAKER_OPEN, Unit::Count, "1 while the circuit breaker of a dependency is open");
     describe_counter!(HTTP_REQUESTS, Unit::Count, "requests answered, by route, method and status");
     describe_histogram!(HTTP_DURATION, Unit::Seconds, "request head to last byte of the response, by route");
     describe_gauge!(HTTP_IN_FLIGHT, Unit::Count, "requests between head and last byte");
@@ -233,6 +236,10 @@ pub(crate) fn sqlite_lost() {
 }
 
 /// How long a write waited for its commit.
+pub(crate) fn breaker_open(dependency: &'static str, open: bool) {
+    gauge!(BREAKER_OPEN, "dependency" => dependency).set(f64::from(u8::from(open)));
+}
+
 pub(crate) fn sqlite_write_took(took: Duration) {
     histogram!(SQLITE_WRITE_DURATION).record(took);
 }

@@ -1,12 +1,14 @@
 //! A job is a type.
 
-use std::collections::HashMap;
+use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -14,6 +16,7 @@ use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
 use crate::lease::Lease;
+use crate::queue::{self, Held, NewJob, Progress};
 use crate::state::{Budget, Spent};
 
 /// Work that can be written down, and done later, by whoever has it in hand.
@@ -36,6 +39,11 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
         Options::default()
     }
 
+    /// Under which key no second one is wanted, and for how long.
+    fn unique(&self) -> Option<Unique> {
+        None
+    }
+
     /// Does the work. An error is a failure, to be tried again as the options say.
     fn run(&self, context: Context, tools: Self::Tools) -> impl Future<Output = anyhow::Result<Fate>> + Send;
 
@@ -51,15 +59,36 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
     }
 }
 
-/// How a run ended, when it did not fail.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// How a run ended, when it did not fail by an error.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Fate {
     /// It did what it had to.
     Done,
+    /// There was nothing to do, for this reason. Counted apart from what was done.
+    Skipped(String),
     /// It wants to run again after this long; that is no failure.
     Snooze(Duration),
+    /// It failed, and knows when to try again: what `Retry-After` is for.
+    Retry {
+        /// After this long, instead of its backoff.
+        after: Duration,
+        /// What was wrong.
+        reason: String,
+    },
+    /// It must not go on: it ends without being dead.
+    Cancel(String),
+    /// It can never succeed: it ends at once, whatever attempts are left.
+    Dead(String),
     /// It was told to stop, and what is left should be done by another.
     HandBack,
+}
+
+impl Fate {
+    /// To run again at a time by this machine's clock.
+    pub fn snooze_until(time: Timestamp) -> Self {
+        let wait = time.duration_since(Timestamp::now());
+        Self::Snooze(if wait.is_negative() { Duration::ZERO } else { wait.unsigned_abs() })
+    }
 }
 
 /// How a kind of job is queued and how much may go wrong.
@@ -73,6 +102,22 @@ pub struct Options {
     pub timeout: Duration,
     /// How much may go wrong, and how long to wait after a failure.
     pub budget: Budget,
+    /// How many run at once in a process, if that is not for the queue's slots to say. Such a kind waits in a
+    /// lane of its own: it never keeps others of its queue waiting.
+    pub concurrency: Option<usize>,
+    /// How many may start in a while, in a process. Such a kind has a lane of its own, too.
+    pub rate: Option<Rate>,
+    /// Whether strangers with a key may enqueue it by `POST /jobs/{kind}`.
+    pub public: bool,
+}
+
+/// So many in so long, evenly.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Rate {
+    /// How many may start,
+    pub jobs: u32,
+    /// in this time.
+    pub per: Duration,
 }
 
 /// The queue of jobs that name none.
@@ -86,14 +131,49 @@ impl Default for Options {
             timeout: Duration::from_secs(300),
             budget: Budget {
                 failures: 20,
-                recoveries: 5,
+                recoveries: 3,
+                window: Duration::from_secs(72 * 3600),
                 backoff: Backoff::new(Duration::from_secs(1), Duration::from_secs(600)),
             },
+            concurrency: None,
+            rate: None,
+            public: false,
         }
     }
 }
 
-/// What a run knows about itself.
+impl Options {
+    /// The queue that jobs of this kind wait in: its own lane `queue/kind` when it has limits of its own.
+    pub fn lane(&self, kind: &str) -> Cow<'static, str> {
+        if self.concurrency.is_some() || self.rate.is_some() {
+            format!("{}/{kind}", self.queue).into()
+        } else {
+            self.queue.into()
+        }
+    }
+}
+
+/// A key that no two jobs of a kind have at once.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Unique {
+    /// The key, within the kind.
+    pub key: String,
+    /// For how long it is taken.
+    pub until: UniqueUntil,
+}
+
+/// For how long a unique key is taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UniqueUntil {
+    /// Until the job is claimed for the first time: what changes while it runs is worth another job.
+    Started,
+    /// Until the job has ended.
+    Ended,
+    /// For so long, whatever becomes of the job.
+    Window(Duration),
+}
+
+/// What a run knows about itself. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Context {
     /// The job's id.
@@ -105,16 +185,49 @@ pub struct Context {
     pub spent: Spent,
     /// When this run counts as failed.
     pub deadline: Instant,
-    /// Cancelled when the run should stop soon and hand back, or when it has lost its lease.
+    /// Cancelled when the run should stop soon and hand back, when somebody cancelled the job, or when it has
+    /// lost its lease.
     pub cancel: CancellationToken,
     /// The right to go on.
     pub lease: Lease,
+    /// What joins the job to whatever enqueued it: a W3C `traceparent`, or a request's id.
+    pub trace: Option<Arc<str>>,
+    pub(crate) queue: Arc<str>,
+    pub(crate) saved: Option<Arc<str>>,
+    pub(crate) advance: Arc<Advance>,
+    pub(crate) recorder: Arc<dyn Recorder>,
 }
+
+/// How far a run has come.
+#[derive(Debug, Default)]
+pub(crate) struct Advance {
+    advanced: AtomicBool,
+    done: AtomicU64,
+    total: AtomicU64,
+}
+
+impl Advance {
+    pub(crate) fn has_advanced(&self) -> bool {
+        self.advanced.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn progress(&self) -> Option<Progress> {
+        let total = self.total.load(Ordering::Acquire);
+        (total > 0).then(|| Progress { done: self.done.load(Ordering::Acquire), total })
+    }
+}
+
+/// Writes checkpoints for a run.
+pub(crate) trait Recorder: Send + Sync + fmt::Debug {
+    fn record(&self, held: Held, queue: Arc<str>, checkpoint: String) -> Recording<'_>;
+}
+
+pub(crate) type Recording<'a> = Pin<Box<dyn Future<Output = queue::Result<bool>> + Send + 'a>>;
 
 /// The run must not go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Stopped {
-    /// It was asked to hand back.
+    /// It was asked to stop.
     #[error("the run was asked to stop")]
     Cancelled,
     /// Another worker may have taken the job.
@@ -123,6 +236,11 @@ pub enum Stopped {
 }
 
 impl Context {
+    /// Which attempt this is: 1 is the first. Snoozes and hand-backs are none.
+    pub fn attempt(&self) -> u32 {
+        self.spent.failures + self.spent.recoveries + 1
+    }
+
     /// To be asked before each side effect.
     ///
     /// # Errors
@@ -136,133 +254,47 @@ impl Context {
             Ok(())
         }
     }
-}
 
-type Running<T> = Pin<Box<dyn Future<Output = anyhow::Result<T>> + Send>>;
-
-/// A job of any kind, read from its payload.
-pub(crate) trait Runnable: Send + Sync {
-    fn subject(&self) -> Option<String>;
-    fn run(self: Arc<Self>, context: Context) -> Running<Fate>;
-    fn give_up(self: Arc<Self>, context: Context, reason: String) -> Running<()>;
-}
-
-struct WithTools<J: Job> {
-    job: J,
-    tools: J::Tools,
-}
-
-impl<J: Job> Runnable for WithTools<J> {
-    fn subject(&self) -> Option<String> {
-        self.job.subject()
-    }
-
-    fn run(self: Arc<Self>, context: Context) -> Running<Fate> {
-        Box::pin(async move { self.job.run(context, self.tools.clone()).await })
-    }
-
-    fn give_up(self: Arc<Self>, context: Context, reason: String) -> Running<()> {
-        Box::pin(async move { self.job.give_up(context, self.tools.clone(), reason).await })
-    }
-}
-
-/// One kind of job, with its type taken off.
-pub(crate) struct Kind {
-    pub(crate) name: &'static str,
-    pub(crate) options: Options,
-    read: Box<Reader>,
-}
-
-type Reader = dyn Fn(&str) -> Result<Arc<dyn Runnable>, serde_json::Error> + Send + Sync;
-
-impl Kind {
-    fn of<J: Job>(tools: J::Tools) -> Self {
-        let read = move |payload: &str| {
-            let job: J = serde_json::from_str(payload)?;
-            Ok(Arc::new(WithTools { job, tools: tools.clone() }) as Arc<dyn Runnable>)
-        };
-        Self { name: J::KIND, options: J::options(), read: Box::new(read) }
-    }
-
-    /// Reads a payload.
-    pub(crate) fn read(&self, payload: &str) -> Result<Arc<dyn Runnable>, serde_json::Error> {
-        (self.read)(payload)
-    }
-}
-
-/// Jobs that are waited for by nobody: see [`Registry::check`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("jobs of the kind {kind} wait in the queue {queue}, which nobody serves")]
-pub struct Unserved {
-    /// The kind.
-    pub kind: &'static str,
-    /// Its queue.
-    pub queue: &'static str,
-}
-
-/// The kinds of jobs that this process can run, and how many of each queue at once.
-#[derive(Default)]
-pub struct Registry {
-    kinds: HashMap<&'static str, Arc<Kind>>,
-    slots: Vec<(&'static str, usize)>,
-}
-
-impl Registry {
-    /// Nothing yet.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Adds a kind of job, and what it needs to run.
-    ///
-    /// # Panics
-    /// When the kind is there already: that is a mistake in the program.
-    pub fn register<J: Job>(&mut self, tools: J::Tools) {
-        let twice = self.kinds.insert(J::KIND, Arc::new(Kind::of::<J>(tools))).is_some();
-        assert!(!twice, "the job kind {} is registered twice", J::KIND);
-    }
-
-    /// Runs up to `slots` jobs of a queue at once.
-    ///
-    /// # Panics
-    /// When the queue is served already: that is a mistake in the program.
-    pub fn serve(&mut self, queue: &'static str, slots: usize) {
-        let twice = self.slots.iter().any(|(name, _)| *name == queue);
-        assert!(!twice, "the queue {queue} is served twice");
-        self.slots.push((queue, slots));
-    }
-
-    /// Whether the queue of every kind is served.
+    /// What the last [`Context::save`] of an earlier run wrote.
     ///
     /// # Errors
-    /// The first that is not: its jobs would never run, and nothing would say so.
-    pub fn check(&self) -> Result<(), Unserved> {
-        for kind in self.kinds.values() {
-            let queue = kind.options.queue;
-            if !self.slots.iter().any(|(name, _)| *name == queue) {
-                return Err(Unserved { kind: kind.name, queue });
-            }
+    /// When it does not fit the type.
+    pub fn saved<T: DeserializeOwned>(&self) -> Result<Option<T>, serde_json::Error> {
+        self.saved.as_deref().map(serde_json::from_str).transpose()
+    }
+
+    /// Writes down how far the run has come, for a later one that must go on from there. What went wrong
+    /// before is forgiven: the job gets on.
+    ///
+    /// # Errors
+    /// [`Stopped::Lapsed`] when the job is in other hands by now, and when the store fails.
+    pub async fn save<T: Serialize + Sync>(&self, checkpoint: &T) -> anyhow::Result<()> {
+        let held = Held { id: self.id, epoch: self.epoch };
+        let checkpoint = serde_json::to_string(checkpoint)?;
+        if !self.recorder.record(held, Arc::clone(&self.queue), checkpoint).await? {
+            return Err(Stopped::Lapsed.into());
         }
+        self.advanced();
         Ok(())
     }
 
-    pub(crate) fn kind(&self, name: &str) -> Option<Arc<Kind>> {
-        self.kinds.get(name).cloned()
+    /// Says that this run gets on, whatever becomes of it: failures and crashes are counted anew. For jobs
+    /// that write their checkpoints into tables of their own.
+    pub fn advanced(&self) {
+        self.advance.advanced.store(true, Ordering::Release);
     }
 
-    pub(crate) fn slots(&self) -> &[(&'static str, usize)] {
-        &self.slots
+    /// Says how far the run has come, for those who look. It is written down with the next renewal.
+    pub fn progress(&self, done: u64, total: u64) {
+        self.advance.done.store(done, Ordering::Release);
+        self.advance.total.store(total, Ordering::Release);
     }
 
-    /// How much may go wrong with jobs of a kind; the default for kinds that are not known here.
-    pub(crate) fn budget(&self, kind: &str) -> Budget {
-        self.kinds.get(kind).map_or_else(|| Options::default().budget, |kind| kind.options.budget)
-    }
-}
-
-impl fmt::Debug for Registry {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let kinds: Vec<_> = self.kinds.keys().collect();
-        f.debug_struct("Registry").field("kinds", &kinds).field("slots", &self.slots).finish()
+    /// A job that follows from this one, and carries its trace.
+    ///
+    /// # Errors
+    /// When the payload cannot be written: see [`NewJob::new`].
+    pub fn follow_up<J: Job>(&self, job: &J) -> queue::Result<NewJob> {
+        Ok(NewJob { trace: self.trace.as_deref().map(str::to_owned), ..NewJob::new(job)? })
     }
 }

@@ -4,8 +4,9 @@ use std::time::Duration;
 
 use metrics::{Gauge, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
 
-/// Counter by `kind`, `outcome`: runs of jobs that ended. Outcomes: done, snoozed, handed-back, failed,
-/// timed-out, panicked, dead.
+use crate::queue::Depth;
+
+/// Counter by `kind`, `outcome`: runs of jobs that ended, by [`Outcome`].
 pub const JOBS: &str = "perennial_jobs_total";
 /// Histogram by `kind`, seconds: how long a run took.
 pub const JOB_DURATION: &str = "perennial_job_duration_seconds";
@@ -13,10 +14,59 @@ pub const JOB_DURATION: &str = "perennial_job_duration_seconds";
 pub const JOB_WAIT: &str = "perennial_job_wait_seconds";
 /// Gauge: jobs that run now.
 pub const JOBS_RUNNING: &str = "perennial_jobs_running";
+/// Gauge by `queue`, `state` (ready, scheduled, running, dead): how many jobs there are. Dead are those that
+/// have ended and are kept, the cancelled among them.
+pub const QUEUE_DEPTH: &str = "perennial_queue_depth";
+/// Gauge by `queue`, bytes: the length of all payloads in it.
+pub const QUEUE_BYTES: &str = "perennial_queue_bytes";
+/// Gauge by `queue`, seconds: for how long the oldest job has been due.
+pub const QUEUE_AGE: &str = "perennial_queue_oldest_seconds";
 /// Counter by `kind`: settlements that came too late and changed nothing.
 pub const JOBS_STALE: &str = "perennial_jobs_stale_total";
 /// Counter: leases that lapsed and were taken from their worker.
 pub const JOBS_RESCUED: &str = "perennial_jobs_rescued_total";
+/// Histogram, seconds: how much later than wanted leases were renewed.
+pub const RENEWAL_LAG: &str = "perennial_lease_renewal_lag_seconds";
+
+/// How a run ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// It did what it had to.
+    Done,
+    /// There was nothing to do.
+    Skipped,
+    /// It runs again later, without having failed.
+    Snoozed,
+    /// Another worker goes on with it.
+    HandedBack,
+    /// An error.
+    Failed,
+    /// It took longer than it may.
+    TimedOut,
+    /// It panicked.
+    Panicked,
+    /// It was given up.
+    Dead,
+    /// It must not go on.
+    Cancelled,
+}
+
+impl Outcome {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Skipped => "skipped",
+            Self::Snoozed => "snoozed",
+            Self::HandedBack => "handed-back",
+            Self::Failed => "failed",
+            Self::TimedOut => "timed-out",
+            Self::Panicked => "panicked",
+            Self::Dead => "dead",
+            Self::Cancelled => "cancelled",
+        }
+    }
+}
 
 /// Describes them to the recorder.
 pub fn describe() {
@@ -24,8 +74,12 @@ pub fn describe() {
     describe_histogram!(JOB_DURATION, Unit::Seconds, "how long a run took, by kind");
     describe_histogram!(JOB_WAIT, Unit::Seconds, "from when a job was due to its claim, by queue");
     describe_gauge!(JOBS_RUNNING, Unit::Count, "jobs that run now");
+    describe_gauge!(QUEUE_DEPTH, Unit::Count, "jobs by queue and state");
+    describe_gauge!(QUEUE_BYTES, Unit::Bytes, "the length of all payloads, by queue");
+    describe_gauge!(QUEUE_AGE, Unit::Seconds, "for how long the oldest job has been due, by queue");
     describe_counter!(JOBS_STALE, Unit::Count, "settlements that came too late and changed nothing, by kind");
     describe_counter!(JOBS_RESCUED, Unit::Count, "leases that lapsed and were taken from their worker");
+    describe_histogram!(RENEWAL_LAG, Unit::Seconds, "how much later than wanted leases were renewed");
 }
 
 /// The gauge of jobs that run.
@@ -33,13 +87,26 @@ pub(crate) fn running() -> Gauge {
     gauge!(JOBS_RUNNING)
 }
 
-pub(crate) fn ended(kind: &'static str, outcome: &'static str, took: Duration) {
-    counter!(JOBS, "kind" => kind, "outcome" => outcome).increment(1);
+pub(crate) fn ended(kind: &'static str, outcome: Outcome, took: Duration) {
+    counter!(JOBS, "kind" => kind, "outcome" => outcome.as_str()).increment(1);
     histogram!(JOB_DURATION, "kind" => kind).record(took);
 }
 
 pub(crate) fn waited(queue: &str, wait: Duration) {
     histogram!(JOB_WAIT, "queue" => queue.to_owned()).record(wait);
+}
+
+pub(crate) fn depth(queue: &str, depth: Depth) {
+    for (state, count) in [("ready", depth.ready), ("scheduled", depth.scheduled), ("running", depth.running)]
+    {
+        gauge!(QUEUE_DEPTH, "queue" => queue.to_owned(), "state" => state).set(number(count));
+    }
+    gauge!(QUEUE_BYTES, "queue" => queue.to_owned()).set(number(depth.bytes));
+    gauge!(QUEUE_AGE, "queue" => queue.to_owned()).set(number(depth.oldest_ms) / 1000.0);
+}
+
+pub(crate) fn kept(queue: &str, jobs: u64) {
+    gauge!(QUEUE_DEPTH, "queue" => queue.to_owned(), "state" => "dead").set(number(jobs));
 }
 
 pub(crate) fn stale(kind: &'static str) {
@@ -48,4 +115,13 @@ pub(crate) fn stale(kind: &'static str) {
 
 pub(crate) fn rescued(jobs: usize) {
     counter!(JOBS_RESCUED).increment(jobs as u64);
+}
+
+pub(crate) fn renewal_lag(lag: Duration) {
+    histogram!(RENEWAL_LAG).record(lag);
+}
+
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats, and nobody counts 2^52 jobs")]
+fn number(count: u64) -> f64 {
+    count as f64
 }

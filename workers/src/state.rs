@@ -1,32 +1,37 @@
 //! A job's life as one pure function.
 //!
 //! ```text
-//!              due                claim (epoch + 1)            done
-//! Scheduled ─────────► Ready ───────────────────► Running ───────────► (gone)
+//!              due                claim (epoch rises)          done, skipped
+//! Scheduled ─────────► Ready ───────────────────► Running ─────────────────► (gone)
 //!     ▲                  ▲                          │ │ │
-//!     │                  └── handed back, lapsed ───┘ │ │
-//!     └────────────── snoozed, failed ────────────────┘ │
-//!                                                       └────────────► Dead
-//!                            failures or recoveries spent, and given up
+//!     │                  └── handed back, lapsed ───┘ │ ├──► Dead        failures or recoveries spent,
+//!     └────────────── snoozed, failed ────────────────┘ │                 or hopeless, and given up
+//!                                                       └──► Cancelled   somebody asked for it
 //! ```
 //!
 //! Three budgets are kept apart. *Failures* are errors, panics and timeouts of the job itself, in a row.
-//! *Recoveries* are crashes of its worker, in a row: the lease lapsed and nobody settled. Handing back at a
-//! drain and snoozing cost nothing, and show that the job gets on.
+//! *Recoveries* are crashes of its worker within a window: the lease lapsed and nobody settled. A run that
+//! gets on ([`Context::advanced`](crate::Context::advanced)) begins both anew. Handing back at a drain and
+//! snoozing cost nothing.
 //!
 //! A job whose recoveries are spent goes to a worker once more, not to run but to be given up there
 //! ([`spent_by_crashes`]): whoever waits for it must be told, and only a worker can.
+//!
+//! Waits are lengths, not times: the store that keeps the job adds them to its own clock.
 
+use std::str::FromStr;
 use std::time::Duration;
 
-use jiff::{SignedDuration, Timestamp};
+use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
+use serde::{Deserialize, Serialize};
 
 /// How many crashes while it is given up are the end.
 const GIVING_UP: u32 = 3;
 
 /// Where a job stands. One that is done is not kept.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum State {
     /// Not before a certain time.
     Scheduled,
@@ -36,6 +41,8 @@ pub enum State {
     Running,
     /// Given up: kept until somebody looks.
     Dead,
+    /// Ended because somebody asked for it: kept like the dead.
+    Cancelled,
 }
 
 impl State {
@@ -46,7 +53,22 @@ impl State {
             Self::Ready => "ready",
             Self::Running => "running",
             Self::Dead => "dead",
+            Self::Cancelled => "cancelled",
         }
+    }
+}
+
+/// A word that names no state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("wanted scheduled, ready, running, dead or cancelled")]
+pub struct NoState;
+
+impl FromStr for State {
+    type Err = NoState;
+
+    fn from_str(word: &str) -> Result<Self, NoState> {
+        let all = [Self::Scheduled, Self::Ready, Self::Running, Self::Dead, Self::Cancelled];
+        all.into_iter().find(|state| state.as_str() == word).ok_or(NoState)
     }
 }
 
@@ -55,8 +77,10 @@ impl State {
 pub struct Budget {
     /// How many runs may fail; the last failure is the end.
     pub failures: u32,
-    /// How many times its worker may crash; the last crash is the end.
+    /// How many times its worker may crash within `window`; the last crash is the end.
     pub recoveries: u32,
+    /// After this long since the first of them, crashes are counted anew.
+    pub window: Duration,
     /// How long to wait after a failure.
     pub backoff: Backoff,
 }
@@ -68,21 +92,30 @@ pub struct Spent {
     pub failures: u32,
     /// Workers that crashed.
     pub recoveries: u32,
+    /// When the first of them did, by the store's clock.
+    pub since: Option<Timestamp>,
 }
 
 /// How a run ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// It did what it had to.
+    /// It did what it had to, or found that there is nothing to do.
     Done,
     /// It wants to run again after this long.
     Snoozed(Duration),
     /// Its worker leaves, and others should take it.
     HandedBack,
     /// It failed: an error, a panic, its timeout.
-    Failed(String),
+    Failed {
+        /// What was wrong.
+        error: String,
+        /// How long to wait, if it knows better than its backoff.
+        after: Option<Duration>,
+    },
     /// It cannot ever succeed.
     Hopeless(String),
+    /// It must not go on: somebody, or the job itself, said so.
+    Cancelled(String),
     /// Nobody renewed or settled it: its worker crashed.
     Lapsed,
 }
@@ -92,17 +125,17 @@ pub enum Event {
 pub enum Transition {
     /// It is done.
     Finished,
-    /// It runs again, not before this time.
+    /// It runs again.
     Again {
-        /// When.
-        at: Timestamp,
+        /// Not before this long.
+        wait: Duration,
         /// What has gone wrong so far.
         spent: Spent,
-        /// The last failure.
-        error: Option<String>,
     },
-    /// It is given up.
-    Dead {
+    /// It is over, and kept for those who look.
+    Ended {
+        /// [`State::Dead`] or [`State::Cancelled`].
+        state: State,
         /// Why.
         reason: String,
         /// What has gone wrong so far.
@@ -110,45 +143,49 @@ pub enum Transition {
     },
 }
 
-/// What becomes of a running job by `event` at `now`. `random` in `0.0..1.0` is for the jitter.
+/// What becomes of a running job by `event` at `now`, by the store's clock. `random` in `0.0..1.0` is for the
+/// jitter.
 pub fn next(budget: &Budget, spent: Spent, event: Event, now: Timestamp, random: f64) -> Transition {
     match event {
         Event::Done => Transition::Finished,
-        Event::Snoozed(wait) => {
-            Transition::Again { at: later(now, wait), spent: Spent::default(), error: None }
-        }
+        Event::Snoozed(wait) => Transition::Again { wait, spent },
         Event::HandedBack => {
-            Transition::Again { at: now, spent: Spent { recoveries: 0, ..spent }, error: None }
+            Transition::Again { wait: Duration::ZERO, spent: Spent { recoveries: 0, since: None, ..spent } }
         }
-        Event::Hopeless(reason) => Transition::Dead { reason, spent },
-        Event::Failed(error) => {
+        Event::Hopeless(reason) => Transition::Ended { state: State::Dead, reason, spent },
+        Event::Cancelled(reason) => Transition::Ended { state: State::Cancelled, reason, spent },
+        Event::Failed { error, after } => {
             let spent = Spent { failures: spent.failures + 1, ..spent };
             if spent.failures >= budget.failures {
-                return Transition::Dead { reason: error, spent };
+                return Transition::Ended { state: State::Dead, reason: error, spent };
             }
             let wait = budget.backoff.delay(spent.failures, random);
-            Transition::Again { at: later(now, wait), spent, error: Some(error) }
+            Transition::Again { wait: after.unwrap_or(wait), spent }
         }
         Event::Lapsed => {
-            let spent = Spent { recoveries: spent.recoveries + 1, ..spent };
+            let spent = crashed_again(budget, spent, now);
             match spent_by_crashes(budget, spent) {
                 // Even giving it up crashes the process: then nobody is told.
                 Some(reason) if spent.recoveries >= budget.recoveries + GIVING_UP => {
-                    Transition::Dead { reason, spent }
+                    Transition::Ended { state: State::Dead, reason, spent }
                 }
-                _ => Transition::Again { at: now, spent, error: None },
+                _ => Transition::Again { wait: Duration::ZERO, spent },
             }
         }
     }
 }
 
+fn crashed_again(budget: &Budget, spent: Spent, now: Timestamp) -> Spent {
+    let since = spent.since.unwrap_or(now);
+    if now.duration_since(since).unsigned_abs() > budget.window {
+        return Spent { recoveries: 1, since: Some(now), ..spent };
+    }
+    Spent { recoveries: spent.recoveries + 1, since: Some(since), ..spent }
+}
+
 /// Why a job must be given up instead of run, if its workers have crashed too often.
 pub fn spent_by_crashes(budget: &Budget, spent: Spent) -> Option<String> {
     (spent.recoveries >= budget.recoveries).then(|| format!("its worker crashed {} times", spent.recoveries))
-}
-
-fn later(now: Timestamp, wait: Duration) -> Timestamp {
-    SignedDuration::try_from(wait).ok().and_then(|wait| now.checked_add(wait).ok()).unwrap_or(Timestamp::MAX)
 }
 
 #[cfg(test)]
@@ -158,60 +195,76 @@ mod tests {
     const BUDGET: Budget = Budget {
         failures: 3,
         recoveries: 2,
+        window: Duration::from_secs(3600),
         backoff: Backoff::new(Duration::from_secs(10), Duration::from_secs(60)),
     };
 
     fn step(spent: Spent, event: Event) -> Transition {
-        next(&BUDGET, spent, event, Timestamp::UNIX_EPOCH, 1.0)
+        next(&BUDGET, spent, event, at(0), 1.0)
     }
 
     fn at(seconds: i64) -> Timestamp {
         Timestamp::from_second(seconds).unwrap()
     }
 
+    fn dead(reason: &str, spent: Spent) -> Transition {
+        Transition::Ended { state: State::Dead, reason: reason.to_owned(), spent }
+    }
+
     #[test]
     fn failures_wait_longer_each_time_and_then_end() {
-        let error = || Event::Failed("no".to_owned());
-        let spent = |failures| Spent { failures, recoveries: 1 };
+        let error = |after| Event::Failed { error: "no".to_owned(), after };
+        let spent = |failures| Spent { failures, recoveries: 1, since: Some(at(0)) };
         let again = |seconds, failures| Transition::Again {
-            at: at(seconds),
+            wait: Duration::from_secs(seconds),
             spent: spent(failures),
-            error: Some("no".to_owned()),
         };
-        assert_eq!(step(spent(0), error()), again(10, 1));
-        assert_eq!(step(spent(1), error()), again(20, 2));
-        assert_eq!(step(spent(2), error()), Transition::Dead { reason: "no".into(), spent: spent(3) });
+        assert_eq!(step(spent(0), error(None)), again(10, 1));
+        assert_eq!(step(spent(1), error(None)), again(20, 2));
+        assert_eq!(step(spent(1), error(Some(Duration::from_secs(300)))), again(300, 2), "it knows better");
+        assert_eq!(step(spent(2), error(None)), dead("no", spent(3)));
     }
 
     #[test]
     fn crashes_have_a_budget_of_their_own_and_then_it_is_given_up() {
-        let spent = |recoveries| Spent { failures: 2, recoveries };
-        let again = |recoveries| Transition::Again { at: at(0), spent: spent(recoveries), error: None };
-        assert_eq!(step(spent(0), Event::Lapsed), again(1));
+        let spent = |recoveries| Spent { failures: 2, recoveries, since: Some(at(0)) };
+        let again = |recoveries| Transition::Again { wait: Duration::ZERO, spent: spent(recoveries) };
+        assert_eq!(step(Spent { failures: 2, ..Spent::default() }, Event::Lapsed), again(1));
         assert_eq!(spent_by_crashes(&BUDGET, spent(1)), None);
         assert_eq!(step(spent(1), Event::Lapsed), again(2), "to be given up");
         assert_eq!(spent_by_crashes(&BUDGET, spent(2)).unwrap(), "its worker crashed 2 times");
         assert_eq!(step(spent(3), Event::Lapsed), again(4));
-        let dead = Transition::Dead { reason: "its worker crashed 5 times".into(), spent: spent(5) };
-        assert_eq!(step(spent(4), Event::Lapsed), dead, "when even that crashes");
+        let ended = dead("its worker crashed 5 times", spent(5));
+        assert_eq!(step(spent(4), Event::Lapsed), ended, "when even that crashes");
+    }
+
+    #[test]
+    fn crashes_that_are_far_apart_are_counted_anew() {
+        let spent = Spent { failures: 0, recoveries: 1, since: Some(at(0)) };
+        let lapsed = |now| next(&BUDGET, spent, Event::Lapsed, at(now), 0.0);
+        let again = |recoveries, since| Transition::Again {
+            wait: Duration::ZERO,
+            spent: Spent { failures: 0, recoveries, since: Some(at(since)) },
+        };
+        assert_eq!(lapsed(3600), again(2, 0));
+        assert_eq!(lapsed(3601), again(1, 3601));
     }
 
     #[test]
     fn handing_back_and_snoozing_cost_nothing() {
-        let spent = Spent { failures: 2, recoveries: 1 };
-        let again = |seconds, spent| Transition::Again { at: at(seconds), spent, error: None };
-        assert_eq!(step(spent, Event::HandedBack), again(0, Spent { failures: 2, recoveries: 0 }));
-        assert_eq!(step(spent, Event::Snoozed(Duration::from_secs(7))), again(7, Spent::default()));
-        assert_eq!(
-            step(spent, Event::Snoozed(Duration::MAX)),
-            Transition::Again { at: Timestamp::MAX, spent: Spent::default(), error: None }
-        );
+        let spent = Spent { failures: 2, recoveries: 1, since: Some(at(0)) };
+        let again = |wait, spent| Transition::Again { wait, spent };
+        let calm = Spent { failures: 2, ..Spent::default() };
+        assert_eq!(step(spent, Event::HandedBack), again(Duration::ZERO, calm));
+        assert_eq!(step(spent, Event::Snoozed(Duration::MAX)), again(Duration::MAX, spent));
     }
 
     #[test]
-    fn done_is_gone_and_hopeless_is_dead() {
-        assert_eq!(step(Spent::default(), Event::Done), Transition::Finished);
-        let dead = Transition::Dead { reason: "bad payload".into(), spent: Spent::default() };
-        assert_eq!(step(Spent::default(), Event::Hopeless("bad payload".into())), dead);
+    fn done_is_gone_and_the_hopeless_and_cancelled_are_kept() {
+        let spent = Spent::default();
+        assert_eq!(step(spent, Event::Done), Transition::Finished);
+        assert_eq!(step(spent, Event::Hopeless("bad payload".into())), dead("bad payload", spent));
+        let cancelled = Transition::Ended { state: State::Cancelled, reason: "by ops".into(), spent };
+        assert_eq!(step(spent, Event::Cancelled("by ops".into())), cancelled);
     }
 }

@@ -95,7 +95,14 @@ impl Client {
         body: Option<&Value>,
         extra: Option<(&str, &str)>,
     ) -> anyhow::Result<Value> {
-        let Answer { status, body } = self.ask(method, path, body, extra).await?;
+        self.ask(method, path, body, extra).await?.success()
+    }
+}
+
+impl Answer {
+    /// What was answered, if it was success.
+    pub(super) fn success(self) -> anyhow::Result<Value> {
+        let Self { status, body } = self;
         if status.is_success() {
             return Ok(body);
         }

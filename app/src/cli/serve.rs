@@ -5,6 +5,7 @@
 //! others: it boots, and then runs requests and jobs.
 
 use std::io::{IsTerminal, Write};
+use std::pin::pin;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -152,6 +153,7 @@ impl Prepared {
                     workers: app.workers.clone(),
                     status: app.status.clone(),
                     connections: app.connections.clone(),
+                    books: app.books.clone(),
                 });
                 greet(&app);
                 let reload = || {
@@ -189,10 +191,12 @@ async fn serve_until(
     reload: impl Fn(),
 ) -> Reason {
     let terminal = Terminal::now();
+    let mut reached = pin!(app.limits.reached(&app.workers));
     loop {
         tokio::select! {
             death = app.tasks.died() => return Reason::Death(death),
             death = attendants.died() => return Reason::Death(death),
+            reached = &mut reached => return Reason::Limit(reached),
             signal = signals.next() => match signal {
                 // The terminal that it was started on has been closed.
                 Signal::Reload if terminal.has_gone() => return Reason::Signal(Signal::Interrupt),

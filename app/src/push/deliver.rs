@@ -24,7 +24,8 @@ use perennial_server::backoff::Backoff;
 use perennial_server::pool::sqlite;
 use perennial_webpush::{Keys, Message, Payload, Report, Urgency, Verdict};
 use perennial_workers::job::Stopped;
-use perennial_workers::{Context, Fate, Job, NewJob, Options, queue};
+use perennial_workers::queue::{self, Due};
+use perennial_workers::{Context, Fate, Job, NewJob, Options};
 use serde::{Deserialize, Serialize};
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{debug, info, warn};
@@ -39,6 +40,9 @@ use super::{Tools, metrics};
 const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(900));
 /// Between two attempts to record while the store is busy.
 const BUSY: Duration = Duration::from_millis(100);
+/// After so many crashes in a row a batch sends one by one, and writes down each: so that the next crash shows
+/// which of its members it is.
+const CAREFUL: u32 = 2;
 
 /// See the module. The batch has the id of its job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -81,13 +85,26 @@ impl Job for Deliver {
 
     async fn give_up(&self, context: Context, tools: Tools, _reason: String) -> anyhow::Result<()> {
         let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else { return Ok(()) };
-        let left = match &batch.part {
-            Part::Range { .. } => tools.store.members(&batch).await?.len(),
+        let mut left: Vec<i64> = match &batch.part {
+            Part::Range { .. } => tools.store.members(&batch).await?.iter().map(|member| member.id).collect(),
             // Whether they still exist or not.
-            Part::Ids(ids) => ids.iter().filter(|id| !batch.is_recorded(**id)).count(),
+            Part::Ids(ids) => ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(),
         };
-        let checkpoint =
-            Checkpoint { outcomes: vec![(Outcome::Failed, left)], finished: true, ..Checkpoint::default() };
+        let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
+        let failed = if context.spent.recoveries < BUDGET.recoveries || left.is_empty() {
+            left.len()
+        } else {
+            // It was sent to alone, and the process crashed: the others are none the worse for it.
+            let suspect = left.remove(0);
+            warn!(subscription = suspect, "sending to this member crashes the process; it is left out");
+            if !left.is_empty() {
+                let job = Deliver::job(self.notification, super::RETRY_QUEUE, 0)?;
+                let job = NewJob { recoveries: CAREFUL, ..job };
+                checkpoint.deferred = vec![Deferred { ids: left, job, attempt: batch.attempt }];
+            }
+            1
+        };
+        checkpoint.outcomes = vec![(Outcome::Failed, failed)];
         save(&tools, &context, Arc::new(batch), checkpoint, 0).await?;
         Ok(())
     }
@@ -190,7 +207,8 @@ impl<'a> Round<'a> {
     }
 
     async fn run(mut self) -> anyhow::Result<Fate> {
-        let limit = self.tools.config.checkpoint_sends;
+        let is_careful = self.context.spent.recoveries >= CAREFUL;
+        let limit = if is_careful { 1 } else { self.tools.config.checkpoint_sends };
         let every = self.tools.config.checkpoint_every;
         let mut sends = FuturesUnordered::new();
         let mut saving = None;
@@ -235,6 +253,10 @@ impl<'a> Round<'a> {
                 count = saved => {
                     self.unrecorded -= count?;
                     saving = None;
+                    if is_careful {
+                        // It gets on: crashes up to here were not this batch's fault.
+                        self.context.save(&self.newest).await?;
+                    }
                 }
                 () = sleep_until(due), if timed => {}
                 () = self.context.cancel.cancelled(), if !stopping => {
@@ -324,7 +346,7 @@ impl<'a> Round<'a> {
 
     fn defer(&self, seconds: u64, ids: Vec<i64>) -> Option<Deferred> {
         let job = Deliver::job(self.batch.notification, super::RETRY_QUEUE, 0).ok()?;
-        let job = job.at(Timestamp::now() + Duration::from_secs(seconds));
+        let job = job.due(Due::In(Duration::from_secs(seconds)));
         Some(Deferred { ids, job, attempt: self.batch.attempt + 1 })
     }
 

@@ -70,6 +70,7 @@ impl Job for FanOut {
             fan_out.fanned_to = page.unwrap_or(fan_out.fanned_to);
             fan_out.ahead += 1;
         }
+        context.advanced();
         Ok(Fate::Snooze(PAUSE))
     }
 
@@ -81,6 +82,7 @@ impl Job for FanOut {
 /// What goes wrong here is the store, and that comes back.
 pub(super) const BUDGET: Budget = Budget {
     failures: 50,
-    recoveries: 20,
+    recoveries: 4,
+    window: Duration::from_secs(72 * 3600),
     backoff: Backoff::new(Duration::from_millis(500), Duration::from_secs(60)),
 };

@@ -10,6 +10,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use http::{HeaderMap, StatusCode, header};
 use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::scope::Scope;
 use perennial_webpush::{Payload, Topic, Urgency};
 use perennial_workers::NewJob;
 use serde::{Deserialize, Serialize};
@@ -26,7 +27,7 @@ use super::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is
 use super::tags::Expression;
 use super::{BULK_QUEUE, MAX_TTL, SMALL_QUEUE, Tools, metrics};
 use crate::access::{Authorized, Notify};
-use crate::api::{Json, Result};
+use crate::api::{Json, Result, trace};
 
 /// The most users in one audience.
 const MAX_USERS: usize = 1000;
@@ -99,6 +100,7 @@ pub(super) struct Notified {
 )]
 pub(super) async fn notify(
     Authorized { caller, .. }: Authorized<Notify>,
+    scope: Scope,
     State(tools): State<Tools>,
     headers: HeaderMap,
     Json(request): Json<NotifyRequest>,
@@ -133,7 +135,8 @@ pub(super) async fn notify(
     } else {
         NewJob::new(&FanOut { notification: id, priority }).map(|job| job.priority(priority))
     };
-    let new_job = job?;
+    let new_job = job?.trace(trace(&headers, &scope));
+    tools.store.admit(&new_job)?;
     let job = new_job.id;
     let new = NewNotification {
         id,

@@ -15,7 +15,7 @@ mod subscriptions;
 
 use jiff::Timestamp;
 use perennial_server::pool::sqlite::{Result, Sqlite};
-use perennial_workers::store::sqlite::SqliteQueue;
+use perennial_workers::{Jobs, NewJob, queue};
 use rusqlite::Connection;
 use uuid::Uuid;
 
@@ -125,12 +125,17 @@ pub(crate) const MIGRATIONS: &[&str] = &["
 #[derive(Clone, Debug)]
 pub(crate) struct Store {
     sqlite: Sqlite,
-    queue: SqliteQueue,
+    jobs: Jobs,
 }
 
 impl Store {
-    pub(crate) fn new(sqlite: Sqlite, queue: SqliteQueue) -> Self {
-        Self { sqlite, queue }
+    pub(crate) fn new(sqlite: Sqlite, jobs: Jobs) -> Self {
+        Self { sqlite, jobs }
+    }
+
+    /// Counts a job that is about to be stored with what it is about.
+    pub(crate) fn admit(&self, job: &NewJob) -> queue::Result<()> {
+        self.jobs.admission().admit(std::slice::from_ref(job))
     }
 
     /// Notes a VAPID key, and returns its id.

@@ -1,264 +1,447 @@
 //! Jobs in the embedded store.
 //!
 //! A job is a row from its enqueueing to its end. Every change of it goes through the store's single writer,
-//! and so many of them share one commit.
+//! and so many of them share one commit. Jobs that were given up or cancelled move to a table of their own.
+//!
+//! Another program may enqueue with one statement, also while a server runs (it sees the job with its next
+//! poll):
+//!
+//! ```sql
+//! INSERT INTO jobs (kind, queue, payload) VALUES ('mail.send', 'default', '{"to": "ada@example.org"}');
+//! ```
+//!
+//! That skips what the program does for its own: the payload is checked only when the job runs, there is no
+//! unique key, and no bound on how much may wait. A kind with limits of its own waits in its lane,
+//! `queue/kind`.
+
+mod ledger;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use perennial_server::drain::Drain;
 use perennial_server::pool::sqlite::{Migrations, Sqlite};
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
-use tokio::sync::Notify;
 use uuid::Uuid;
 
-use crate::job::Registry;
+use super::{json, later, read_json};
+use crate::job::UniqueUntil;
 use crate::lease::BootTime;
-use crate::queue::{Claim, Claimed, Claims, Held, NewJob, Queue, Result};
-use crate::state::{Event, Spent, State, Transition, next};
+use crate::queue::{
+    Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement,
+};
+use crate::state::{Spent, State, Transition};
+use crate::wake::Wake;
 
 /// The tables of the engine.
 pub const MIGRATIONS: Migrations = Migrations {
     module: "jobs",
     steps: &["CREATE TABLE jobs (
-        id          BLOB PRIMARY KEY,       -- UUID version 7
-        kind        TEXT NOT NULL,
-        queue       TEXT NOT NULL,
-        priority    INTEGER NOT NULL,       -- lower goes first
-        state       TEXT NOT NULL,          -- scheduled, ready, running, dead
-        payload     TEXT NOT NULL,          -- JSON
-        run_at      INTEGER NOT NULL,       -- milliseconds since 1970: when it is due
-        epoch       INTEGER NOT NULL DEFAULT 0,
-        worker      TEXT,
-        lease_until INTEGER,                -- milliseconds since the machine was started
-        failures    INTEGER NOT NULL DEFAULT 0,
-        recoveries  INTEGER NOT NULL DEFAULT 0,
-        error       TEXT,
-        created_at  INTEGER NOT NULL,
-        ended_at    INTEGER
+        id           BLOB PRIMARY KEY DEFAULT (randomblob(16)) CHECK (length(id) = 16),
+        kind         TEXT NOT NULL,
+        queue        TEXT NOT NULL DEFAULT 'default',
+        priority     INTEGER NOT NULL DEFAULT 0 CHECK (priority BETWEEN -32768 AND 32767), -- lower goes first
+        state        TEXT NOT NULL DEFAULT 'ready' CHECK (state IN ('scheduled', 'ready', 'running')),
+        payload      TEXT NOT NULL CHECK (json_valid(payload) AND length(payload) <= 262144),
+        -- milliseconds since 1970, here as everywhere: when it is due
+        run_at       INTEGER NOT NULL DEFAULT (CAST(unixepoch('subsec') * 1000 AS INTEGER)),
+        scheduled_at INTEGER,                -- when it was said that it waits for a while
+        epoch        INTEGER NOT NULL DEFAULT 0,
+        worker       TEXT,
+        lease_until  INTEGER,                -- milliseconds since the machine was started
+        failures     INTEGER NOT NULL DEFAULT 0,
+        recoveries   INTEGER NOT NULL DEFAULT 0,
+        recovered_at INTEGER,                -- the first of them
+        errors       TEXT,                   -- JSON: the last five
+        checkpoint   TEXT,                   -- JSON
+        progress     TEXT,                   -- JSON
+        trace        TEXT,
+        unique_key   TEXT,
+        cancelled    TEXT,                   -- why it must not go on
+        created_at   INTEGER NOT NULL DEFAULT (CAST(unixepoch('subsec') * 1000 AS INTEGER))
     ) WITHOUT ROWID;
     CREATE INDEX jobs_ready ON jobs (queue, priority, run_at) WHERE state = 'ready';
     CREATE INDEX jobs_scheduled ON jobs (queue, run_at) WHERE state = 'scheduled';
+    CREATE INDEX jobs_waits ON jobs (scheduled_at) WHERE state = 'scheduled';
     CREATE INDEX jobs_leases ON jobs (lease_until) WHERE state = 'running';
-    CREATE INDEX jobs_dead ON jobs (ended_at) WHERE state = 'dead';"],
-};
 
-/// How many lapsed leases are dealt with in one transaction.
-const RESCUE_AT_ONCE: usize = 100;
+    CREATE TABLE job_keys (
+        key   TEXT PRIMARY KEY,
+        job   BLOB NOT NULL,
+        scope TEXT NOT NULL,                 -- started, ended, window
+        until INTEGER                        -- of a window
+    ) WITHOUT ROWID;
+
+    CREATE TABLE ended_jobs (
+        id         BLOB PRIMARY KEY,
+        kind       TEXT NOT NULL,
+        queue      TEXT NOT NULL,
+        priority   INTEGER NOT NULL,
+        state      TEXT NOT NULL,            -- dead, cancelled
+        payload    TEXT NOT NULL,
+        epoch      INTEGER NOT NULL,
+        failures   INTEGER NOT NULL,
+        recoveries INTEGER NOT NULL,
+        errors     TEXT,
+        checkpoint TEXT,
+        trace      TEXT,
+        reason     TEXT NOT NULL,
+        created_at INTEGER NOT NULL,
+        ended_at   INTEGER NOT NULL
+    ) WITHOUT ROWID;
+    CREATE INDEX ended_jobs_age ON ended_jobs (ended_at);
+
+    CREATE TABLE paused_queues (queue TEXT PRIMARY KEY) WITHOUT ROWID;"],
+};
 
 /// The queue in an embedded store. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct SqliteQueue {
     store: Sqlite,
-    wake: Arc<Notify>,
+    wake: Wake,
 }
 
 impl SqliteQueue {
     /// The queue in `store`, whose [`MIGRATIONS`] have been applied.
     pub fn new(store: Sqlite) -> Self {
-        Self { store, wake: Arc::new(Notify::new()) }
+        Self { store, wake: Wake::default() }
     }
 
-    /// To be called after the commit of a transaction that used [`insert_jobs`].
-    pub fn wake(&self) {
-        self.wake.notify_one();
-    }
-
-    /// Takes every running job from its worker, at boot: the lock on the store says that no other process
-    /// can hold one, so nobody has to wait for leases to lapse.
+    /// Ends every lease, at boot: the lock on the store says that no other process can hold one, so nobody has
+    /// to wait for them to lapse. It does not matter then that the clock of leases begins anew with the machine.
     ///
     /// # Errors
     /// When the store fails.
-    pub async fn rescue_all(&self, registry: &Arc<Registry>) -> Result<usize> {
-        let mut rescued = 0;
-        loop {
-            let registry = Arc::clone(registry);
-            let some = self.store.write(move |tx| rescue(tx, i64::MAX, &registry)).await?;
-            rescued += some;
-            if some < RESCUE_AT_ONCE {
-                return Ok(rescued);
-            }
-        }
+    pub async fn end_leases(&self) -> Result<usize> {
+        let sql = "UPDATE jobs SET lease_until = -1 WHERE state = 'running'";
+        Ok(self.store.write(move |tx| tx.execute(sql, [])).await?)
     }
 }
 
 /// Adds jobs within a transaction of the caller's, so that they exist if and only if the rows do that they
-/// are about. Call [`SqliteQueue::wake`] after the commit.
+/// are about, and returns their ids as [`Queue::enqueue`] does. Wake their queues after the commit.
 ///
 /// # Errors
 /// When SQLite refuses.
-pub fn insert_jobs(tx: &Connection, jobs: &[NewJob]) -> rusqlite::Result<()> {
+pub fn insert_jobs(tx: &Connection, jobs: &[NewJob]) -> rusqlite::Result<Vec<Uuid>> {
     let now = now_ms();
-    let mut insert = tx.prepare_cached(
-        "INSERT INTO jobs (id, kind, queue, priority, state, payload, run_at, created_at)
-         VALUES (:id, :kind, :queue, :priority, :state, :payload, :run_at, :now)
-         ON CONFLICT (id) DO NOTHING",
-    )?;
-    for job in jobs {
-        let run_at = job.run_at.map_or(now, Timestamp::as_millisecond);
-        let state = if run_at > now { State::Scheduled } else { State::Ready };
-        insert.execute(named_params! {
-            ":id": job.id.as_bytes(), ":kind": job.kind, ":queue": job.queue, ":priority": job.priority,
-            ":state": state.as_str(), ":payload": job.payload, ":run_at": run_at, ":now": now,
-        })?;
+    jobs.iter().map(|job| insert(tx, job, now)).collect()
+}
+
+fn insert(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Uuid> {
+    if let Some(taken) = take_key(tx, job, now)? {
+        return Ok(taken);
     }
-    Ok(())
+    let run_at = match job.due {
+        Due::Now => now,
+        Due::In(wait) => later(now, wait),
+        Due::At(time) => time.as_millisecond(),
+    };
+    let state = if run_at > now { State::Scheduled } else { State::Ready };
+    tx.prepare_cached(
+        "INSERT INTO jobs (id, kind, queue, priority, state, payload, run_at, scheduled_at, recoveries,
+                           recovered_at, trace, unique_key, created_at)
+         VALUES (:id, :kind, :queue, :priority, :state, :payload, :run_at, :scheduled_at, :recoveries,
+                 :recovered_at, :trace, :unique_key, :now)
+         ON CONFLICT (id) DO NOTHING",
+    )?
+    .execute(named_params! {
+        ":id": job.id.as_bytes(), ":kind": job.kind, ":queue": job.queue, ":priority": job.priority,
+        ":state": state.as_str(), ":payload": job.payload, ":run_at": run_at,
+        ":scheduled_at": matches!(job.due, Due::In(_)).then_some(now), ":recoveries": job.recoveries,
+        ":recovered_at": (job.recoveries > 0).then_some(now), ":trace": job.trace,
+        ":unique_key": job.unique_key(), ":now": now,
+    })?;
+    Ok(job.id)
+}
+
+/// Takes the job's unique key for it, or returns the job that has it.
+fn take_key(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Option<Uuid>> {
+    let (Some(unique), Some(key)) = (&job.unique, job.unique_key()) else { return Ok(None) };
+    let (scope, until) = match unique.until {
+        UniqueUntil::Started => ("started", None),
+        UniqueUntil::Ended => ("ended", None),
+        UniqueUntil::Window(window) => ("window", Some(later(now, window))),
+    };
+    // A key that was not given back, since its job was deleted by hand, is nobody's.
+    let taken = tx
+        .prepare_cached(
+            "INSERT INTO job_keys (key, job, scope, until) VALUES (:key, :job, :scope, :until)
+             ON CONFLICT (key) DO UPDATE SET job = excluded.job, scope = excluded.scope, until = excluded.until
+                 WHERE job = excluded.job OR until <= :now
+                    OR (until IS NULL AND NOT EXISTS (SELECT 1 FROM jobs WHERE id = job_keys.job))",
+        )?
+        .execute(named_params! {
+            ":key": key, ":job": job.id.as_bytes(), ":scope": scope, ":until": until, ":now": now,
+        })?;
+    if taken == 1 {
+        return Ok(None);
+    }
+    let sql = "SELECT job FROM job_keys WHERE key = ?";
+    tx.prepare_cached(sql)?.query_row([key], |row| Ok(Some(Uuid::from_bytes(row.get(0)?))))
 }
 
 impl Queue for SqliteQueue {
-    async fn enqueue(&self, jobs: Vec<NewJob>) -> Result<()> {
-        self.store.write(move |tx| insert_jobs(tx, &jobs)).await?;
-        self.wake();
-        Ok(())
+    async fn enqueue(&self, jobs: Vec<NewJob>) -> Result<Vec<Uuid>> {
+        let jobs = Arc::new(jobs);
+        let enqueued = Arc::clone(&jobs);
+        let ids = self.store.write(move |tx| insert_jobs(tx, &jobs)).await?;
+        self.wake.queues(enqueued.iter().map(|job| &*job.queue));
+        Ok(ids)
     }
 
     async fn claim(&self, claim: Claim) -> Result<Claims> {
         Ok(self.store.write(move |tx| take(tx, &claim, now_ms())).await?)
     }
 
-    async fn renew(&self, held: Vec<Held>, lease: Duration) -> Result<Vec<Held>> {
+    async fn renew(&self, renewals: Vec<Renewal>, lease: Duration) -> Result<Vec<Renewed>> {
         let renew = move |tx: &Connection| {
             let mut update = tx.prepare_cached(
-                "UPDATE jobs SET lease_until = ? WHERE id = ? AND epoch = ? AND state = 'running'",
+                "UPDATE jobs SET lease_until = ?, progress = coalesce(?, progress)
+                 WHERE id = ? AND epoch = ? AND state = 'running' RETURNING cancelled",
             )?;
             let until = lease_end(lease);
-            let mut kept = Vec::with_capacity(held.len());
-            for held in held {
-                if update.execute((until, held.id.as_bytes(), held.epoch))? == 1 {
-                    kept.push(held);
-                }
+            let mut renewed = Vec::with_capacity(renewals.len());
+            for Renewal { held, progress, .. } in renewals {
+                let parameters = (until, progress.as_ref().map(json), held.id.as_bytes(), held.epoch);
+                let cancelled = update.query_row(parameters, |row| row.get(0)).optional()?;
+                renewed.extend(cancelled.map(|cancelled| Renewed { held, cancelled }));
             }
-            Ok(kept)
+            Ok(renewed)
         };
         Ok(self.store.write(renew).await?)
     }
 
-    async fn settle(&self, held: Held, transition: Transition) -> Result<bool> {
-        let wakes = matches!(transition, Transition::Again { .. });
-        let settled = self.store.write(move |tx| settle(tx, held, &transition, now_ms())).await?;
-        if wakes && settled {
-            self.wake();
+    async fn record(&self, held: Held, _queue: Arc<str>, checkpoint: String) -> Result<bool> {
+        let sql = "UPDATE jobs SET checkpoint = ?, recoveries = 0, recovered_at = NULL
+                   WHERE id = ? AND epoch = ? AND state = 'running'";
+        let record = move |tx: &Connection| {
+            Ok(tx.prepare_cached(sql)?.execute((checkpoint, held.id.as_bytes(), held.epoch))? == 1)
+        };
+        Ok(self.store.write(record).await?)
+    }
+
+    async fn settle(&self, settlements: Vec<Settlement>) -> Result<Vec<bool>> {
+        let again = settlements.iter().filter(|s| matches!(s.transition, Transition::Again { .. }));
+        let again: Vec<Arc<str>> = again.map(|settlement| Arc::clone(&settlement.job.queue)).collect();
+        let settled = self
+            .store
+            .write(move |tx| {
+                let now = now_ms();
+                settlements.iter().map(|settlement| settle(tx, settlement, now)).collect()
+            })
+            .await?;
+        if !again.is_empty() {
+            self.wake.queues(again.iter().map(|queue| &**queue));
         }
         Ok(settled)
     }
 
-    async fn rescue(&self, registry: Arc<Registry>) -> Result<usize> {
-        let now = BootTime::now().millis();
-        let rescued = self.store.write(move |tx| rescue(tx, now, &registry)).await?;
-        if rescued > 0 {
-            self.wake();
-        }
-        Ok(rescued)
+    async fn lapsed(&self, limit: usize, worker: String, lease: Duration) -> Result<Lapsed> {
+        let lapsed = move |tx: &Connection| {
+            let now = now_ms();
+            mend_waits(tx, now)?;
+            let sql = format!(
+                "UPDATE jobs SET epoch = epoch + 1, worker = ?, lease_until = ?
+                 WHERE id IN (SELECT id FROM jobs WHERE state = 'running' AND lease_until < ?
+                              ORDER BY lease_until LIMIT ?)
+                 RETURNING {CLAIMED}"
+            );
+            let parameters = (worker, lease_end(lease), BootTime::now().millis(), limit);
+            let mut update = tx.prepare_cached(&sql)?;
+            let jobs =
+                update.query_map(parameters, |row| claimed(row, now))?.collect::<rusqlite::Result<_>>()?;
+            Ok(Lapsed { jobs, now: timestamp(now) })
+        };
+        Ok(self.store.write(lapsed).await?)
     }
 
-    async fn woken(&self) {
-        self.wake.notified().await;
+    async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
+        let measure = move |tx: &Connection| {
+            let now = now_ms();
+            let sql =
+                "SELECT count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'scheduled'),
+                              count(*) FILTER (WHERE state = 'running'), coalesce(sum(length(payload)), 0),
+                              min(run_at) FILTER (WHERE state = 'ready')
+                       FROM jobs WHERE queue = ?";
+            tx.prepare_cached(sql)?.query_row([queue], |row| {
+                let oldest: Option<i64> = row.get(4)?;
+                Ok(Depth {
+                    ready: row.get(0)?,
+                    scheduled: row.get(1)?,
+                    running: row.get(2)?,
+                    bytes: row.get(3)?,
+                    oldest_ms: oldest.map_or(0, |oldest| now.saturating_sub(oldest).max(0).unsigned_abs()),
+                })
+            })
+        };
+        Ok(self.store.read(measure).await?)
+    }
+
+    fn wake(&self) -> &Wake {
+        &self.wake
+    }
+
+    /// No other process has jobs here that would not be found by a poll.
+    async fn listen(&self, drain: Drain) -> anyhow::Result<()> {
+        drain.notice().await;
+        Ok(())
     }
 }
 
+/// The columns of [`Claimed`].
+const CLAIMED: &str = "id, kind, queue, priority, payload, epoch, failures, recoveries, recovered_at, errors,
+    checkpoint, trace, unique_key, cancelled, created_at, run_at";
+
 fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
+    let paused = "SELECT EXISTS (SELECT 1 FROM paused_queues WHERE queue = ?)";
+    if tx.prepare_cached(paused)?.query_row([&claim.queue], |row| row.get(0))? {
+        return Ok(Claims::default());
+    }
     // What has become due is made ready first, so that a crowd that is not due yet is never looked through.
     tx.prepare_cached(
-        "UPDATE jobs SET state = 'ready' WHERE state = 'scheduled' AND queue = ? AND run_at <= ?",
+        "UPDATE jobs SET state = 'ready' WHERE id IN
+             (SELECT id FROM jobs WHERE state = 'scheduled' AND queue = ? AND run_at <= ?
+              ORDER BY run_at LIMIT 1000)",
     )?
-    .execute((claim.queue, now))?;
-    let mut update = tx.prepare_cached(
+    .execute((&claim.queue, now))?;
+    let sql = format!(
         "UPDATE jobs SET state = 'running', epoch = epoch + 1, worker = :worker, lease_until = :until
          WHERE id IN (SELECT id FROM jobs WHERE state = 'ready' AND queue = :queue
                       ORDER BY priority, run_at LIMIT :limit)
-         RETURNING id, kind, payload, epoch, failures, recoveries, run_at",
-    )?;
+         RETURNING {CLAIMED}"
+    );
     let parameters = named_params! {
         ":worker": claim.worker, ":until": lease_end(claim.lease),
         ":queue": claim.queue, ":limit": claim.limit,
     };
-    let jobs =
-        update.query_map(parameters, |row| claimed(row, now))?.collect::<rusqlite::Result<Vec<_>>>()?;
+    let mut jobs = tx
+        .prepare_cached(&sql)?
+        .query_map(parameters, |row| claimed(row, now))?
+        .collect::<rusqlite::Result<Vec<_>>>()?;
+    jobs.sort_by_key(|job| (job.priority, std::cmp::Reverse(job.waited)));
+    if jobs.iter().any(|job| job.unique.is_some()) {
+        let mut release =
+            tx.prepare_cached("DELETE FROM job_keys WHERE key = ? AND job = ? AND scope = 'started'")?;
+        for job in jobs.iter().filter(|job| job.unique.is_some()) {
+            release.execute((&job.unique, job.id.as_bytes()))?;
+        }
+    }
     let next_at: Option<i64> = tx
         .prepare_cached("SELECT min(run_at) FROM jobs WHERE state = 'scheduled' AND queue = ?")?
-        .query_row([claim.queue], |row| row.get(0))?;
+        .query_row([&claim.queue], |row| row.get(0))?;
     Ok(Claims { jobs, next_in: next_at.map(|at| since(now, at)) })
 }
 
 fn claimed(row: &Row<'_>, now: i64) -> rusqlite::Result<Claimed> {
+    let recovered_at: Option<i64> = row.get("recovered_at")?;
+    let epoch: i64 = row.get("epoch")?;
+    let queue: String = row.get("queue")?;
     Ok(Claimed {
         id: Uuid::from_bytes(row.get("id")?),
         kind: row.get("kind")?,
+        queue: queue.into(),
+        priority: row.get("priority")?,
         payload: row.get("payload")?,
-        epoch: row.get("epoch")?,
-        spent: Spent { failures: row.get("failures")?, recoveries: row.get("recoveries")? },
+        epoch,
+        first: epoch == 1,
+        spent: Spent {
+            failures: row.get("failures")?,
+            recoveries: row.get("recoveries")?,
+            since: recovered_at.map(timestamp),
+        },
+        errors: read_json(row.get("errors")?),
+        checkpoint: row.get("checkpoint")?,
+        trace: row.get("trace")?,
+        unique: row.get("unique_key")?,
+        cancelled: row.get("cancelled")?,
+        created_at: timestamp(row.get("created_at")?),
         waited: since(row.get("run_at")?, now),
     })
 }
 
-fn settle(tx: &Connection, held: Held, transition: &Transition, now: i64) -> rusqlite::Result<bool> {
-    let (state, run_at, spent, error, ended_at) = match transition {
-        Transition::Finished => {
-            let mut delete =
-                tx.prepare_cached("DELETE FROM jobs WHERE id = ? AND epoch = ? AND state = 'running'")?;
-            return Ok(delete.execute((held.id.as_bytes(), held.epoch))? == 1);
+fn settle(tx: &Connection, settlement: &Settlement, now: i64) -> rusqlite::Result<bool> {
+    let job = &settlement.job;
+    let held = job.held();
+    let errors = (!settlement.errors.is_empty()).then(|| json(&settlement.errors));
+    let (wait, spent) = match &settlement.transition {
+        Transition::Again { wait, spent } => (wait, spent),
+        Transition::Finished => return remove(tx, job),
+        Transition::Ended { state, reason, spent } => {
+            let moved = tx
+                .prepare_cached(
+                    "INSERT INTO ended_jobs (id, kind, queue, priority, state, payload, epoch, failures, recoveries,
+                                             errors, checkpoint, trace, reason, created_at, ended_at)
+                     SELECT id, kind, queue, priority, :state, payload, epoch, :failures, :recoveries, :errors,
+                            checkpoint, trace, :reason, created_at, :now
+                     FROM jobs WHERE id = :id AND epoch = :epoch AND state = 'running'
+                     ON CONFLICT (id) DO NOTHING",
+                )?
+                .execute(named_params! {
+                    ":state": state.as_str(), ":failures": spent.failures, ":recoveries": spent.recoveries,
+                    ":errors": errors, ":reason": reason, ":now": now,
+                    ":id": held.id.as_bytes(), ":epoch": held.epoch,
+                })?;
+            return if moved == 1 { remove(tx, job) } else { Ok(false) };
         }
-        Transition::Again { at, spent, error } => {
-            let at = at.as_millisecond();
-            let state = if at > now { State::Scheduled } else { State::Ready };
-            (state, Some(at), spent, error.as_deref(), None)
-        }
-        Transition::Dead { reason, spent } => (State::Dead, None, spent, Some(reason.as_str()), Some(now)),
     };
-    let mut update = tx.prepare_cached(
-        "UPDATE jobs SET state = :state, run_at = coalesce(:run_at, run_at), failures = :failures,
-                recoveries = :recoveries, error = coalesce(:error, error), ended_at = :ended_at,
-                worker = NULL, lease_until = NULL
-         WHERE id = :id AND epoch = :epoch AND state = 'running'",
-    )?;
-    let changed = update.execute(named_params! {
-        ":state": state.as_str(), ":run_at": run_at, ":failures": spent.failures,
-        ":recoveries": spent.recoveries, ":error": error, ":ended_at": ended_at,
-        ":id": held.id.as_bytes(), ":epoch": held.epoch,
-    })?;
+    let run_at = later(now, *wait);
+    let state = if run_at > now { State::Scheduled } else { State::Ready };
+    let changed = tx
+        .prepare_cached(
+            "UPDATE jobs SET state = :state, run_at = :run_at, scheduled_at = :now, failures = :failures, recoveries = :recoveries,
+                    recovered_at = :recovered_at, errors = :errors, worker = NULL, lease_until = NULL
+             WHERE id = :id AND epoch = :epoch AND state = 'running'",
+        )?
+        .execute(named_params! {
+            ":state": state.as_str(), ":run_at": run_at, ":now": now, ":failures": spent.failures,
+            ":recoveries": spent.recoveries,
+            ":recovered_at": spent.since.map(Timestamp::as_millisecond), ":errors": errors,
+            ":id": held.id.as_bytes(), ":epoch": held.epoch,
+        })?;
     Ok(changed == 1)
 }
 
-fn rescue(tx: &Connection, lapsed_before: i64, registry: &Registry) -> rusqlite::Result<usize> {
-    let lapsed: Vec<(Held, String, Spent)> = tx
-        .prepare_cached(
-            "SELECT id, epoch, kind, failures, recoveries FROM jobs
-             WHERE state = 'running' AND lease_until < ? ORDER BY lease_until LIMIT ?",
-        )?
-        .query_map((lapsed_before, RESCUE_AT_ONCE), |row| {
-            let held = Held { id: Uuid::from_bytes(row.get(0)?), epoch: row.get(1)? };
-            Ok((held, row.get(2)?, Spent { failures: row.get(3)?, recoveries: row.get(4)? }))
-        })?
-        .collect::<rusqlite::Result<_>>()?;
-    let now = now_ms();
-    for (held, kind, spent) in &lapsed {
-        let time = Timestamp::from_millisecond(now).unwrap_or_default();
-        let transition = next(&registry.budget(kind), *spent, Event::Lapsed, time, 0.0);
-        settle(tx, *held, &transition, now)?;
-    }
-    Ok(lapsed.len())
+/// What waits for a while, and not for a time, waits anew when the clock has been set back.
+fn mend_waits(tx: &Connection, now: i64) -> rusqlite::Result<()> {
+    tx.prepare_cached(
+        "UPDATE jobs SET run_at = run_at - (scheduled_at - :now), scheduled_at = :now
+         WHERE state = 'scheduled' AND scheduled_at > :now + 1000",
+    )?
+    .execute(named_params! { ":now": now })
+    .map(drop)
 }
 
-/// The number of jobs of a queue in each state, for tests and status pages.
-///
-/// # Errors
-/// When SQLite refuses.
-pub fn count(tx: &Connection, queue: &str, state: State) -> rusqlite::Result<usize> {
-    tx.prepare_cached("SELECT count(*) FROM jobs WHERE queue = ? AND state = ?")?
-        .query_row((queue, state.as_str()), |row| row.get(0))
-        .optional()
-        .map(Option::unwrap_or_default)
+/// Deletes a job that has ended, and gives back its key.
+fn remove(tx: &Connection, job: &Claimed) -> rusqlite::Result<bool> {
+    let mut delete =
+        tx.prepare_cached("DELETE FROM jobs WHERE id = ? AND epoch = ? AND state = 'running'")?;
+    let removed = delete.execute((job.id.as_bytes(), job.epoch))? == 1;
+    if let (true, Some(key)) = (removed, &job.unique) {
+        give_back(tx, key, job.id)?;
+    }
+    Ok(removed)
+}
+
+/// Gives back the unique key of a job that has ended, unless it is for a window.
+fn give_back(tx: &Connection, key: &str, job: Uuid) -> rusqlite::Result<()> {
+    let sql = "DELETE FROM job_keys WHERE key = ? AND job = ? AND scope <> 'window'";
+    tx.prepare_cached(sql)?.execute((key, job.as_bytes())).map(drop)
 }
 
 /// When a lease that begins now ends. By the clock that leases are measured by everywhere: a step of the wall
-/// clock takes no job from a worker. Boot takes them all ([`SqliteQueue::rescue_all`]), so that it does not
-/// matter that this clock begins anew with the machine.
+/// clock takes no job from a worker.
 fn lease_end(lease: Duration) -> i64 {
     BootTime::now().after(lease).millis()
 }
 
 fn now_ms() -> i64 {
     Timestamp::now().as_millisecond()
+}
+
+fn timestamp(ms: i64) -> Timestamp {
+    Timestamp::from_millisecond(ms).unwrap_or_default()
 }
 
 /// From `earlier` to `later`, both in milliseconds; nothing when they are the other way round.

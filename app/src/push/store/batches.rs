@@ -149,11 +149,11 @@ impl Store {
         checkpoint: Checkpoint,
     ) -> Result<Recorded> {
         let (id, notification, site) = (batch.id, batch.notification, batch.site);
-        let wakes = !checkpoint.deferred.is_empty();
+        let woken: Vec<_> = checkpoint.deferred.iter().map(|deferred| deferred.job.queue.clone()).collect();
         let recorded =
             self.sqlite.write(move |tx| record(tx, id, notification, site, epoch, &checkpoint)).await?;
-        if wakes {
-            self.queue.wake();
+        if !woken.is_empty() {
+            self.jobs.wake(woken.iter().map(|queue| &**queue));
         }
         Ok(recorded)
     }
@@ -209,6 +209,7 @@ impl Store {
         from: i64,
         next: Option<(i64, NewJob)>,
     ) -> Result<Added> {
+        let woken = next.as_ref().map(|(_, job)| job.queue.clone());
         let add = move |tx: &Connection| {
             let Some((upto, job)) = next else {
                 let held = tx
@@ -234,7 +235,7 @@ impl Store {
             Ok(Added::One)
         };
         let added = self.sqlite.write(add).await?;
-        self.queue.wake();
+        self.jobs.wake(woken.as_deref());
         Ok(added)
     }
 
@@ -423,7 +424,7 @@ fn insert_deferred(tx: &Connection, notification: Uuid, deferred: &Deferred) -> 
     ))?;
     tx.prepare_cached("UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?")?
         .execute([notification.as_bytes()])?;
-    insert_jobs(tx, std::slice::from_ref(&deferred.job))
+    insert_jobs(tx, std::slice::from_ref(&deferred.job)).map(drop)
 }
 
 /// A notification whose last batch has finished is done, and its own recipients are not needed any more.

@@ -107,8 +107,9 @@ impl Store {
 
     /// Stores a notification and the job that begins it, in one transaction.
     pub(crate) async fn accept(&self, new: NewNotification) -> Result<Accepted> {
+        let queue = new.job.queue.clone();
         let accepted = self.sqlite.write(move |tx| accept(tx, &new)).await?;
-        self.queue.wake();
+        self.jobs.wake([&*queue]);
         Ok(accepted)
     }
 

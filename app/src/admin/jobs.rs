@@ -1,0 +1,196 @@
+//! Jobs, as operators see them and act on them.
+//!
+//! | route | what |
+//! |---|---|
+//! | `GET /queues` | how much waits and runs in each queue, for how long, and which are paused |
+//! | `POST /queues/pause`, `/queues/resume` | `{"queue"}` |
+//! | `GET /jobs?kind=&queue=&state=&reason=&cursor=&limit=` | jobs in the order of their ids |
+//! | `GET /jobs/{id}` | one with its payload and its last errors |
+//! | `POST /jobs` | `{"kind", "job": {"payload", ..}}`: enqueues a job of any kind, as `POST /jobs/{kind}` does |
+//! | `POST /jobs/retry`, `/jobs/discard` | `{"id"?, "kind"?, "queue"?, "state"?, "reason"?}`: those that have ended |
+//! | `POST /jobs/cancel` | `{"id"}`: one that has not |
+
+use std::sync::Arc;
+
+use axum::extract::Path;
+use axum::routing::{get, post};
+use axum::{Extension, Router};
+use perennial_server::http::problem::FieldError;
+use perennial_workers::ledger::{Filter, JobView};
+use perennial_workers::queue::Depth;
+use perennial_workers::worker::Status;
+use perennial_workers::{Jobs, Ledger, Queue, Registry};
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::jobs::{Enqueued, JobRequest};
+
+/// The most jobs in one answer.
+const PAGE: usize = 1000;
+/// Who enqueues here, for unique keys.
+const OWNER: &str = "admin";
+
+/// What the routes need to know, as an extension of each request. A cheap handle.
+#[derive(Clone, Debug)]
+pub(crate) struct Books {
+    pub(crate) jobs: Jobs,
+    /// The kinds and queues of this process, if it has any.
+    pub(crate) registry: Arc<Registry>,
+    /// The worker of this process, if it has one.
+    pub(crate) worker: Option<Status>,
+}
+
+/// What may be looked at.
+pub(crate) fn looking<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new().route("/queues", get(queues)).route("/jobs", get(list)).route("/jobs/{id}", get(show))
+}
+
+/// What may be changed.
+pub(crate) fn acting<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new()
+        .route("/queues/pause", post(pause))
+        .route("/queues/resume", post(resume))
+        .route("/jobs", post(enqueue))
+        .route("/jobs/retry", post(retry))
+        .route("/jobs/discard", post(discard))
+        .route("/jobs/cancel", post(cancel))
+}
+
+#[derive(Debug, Serialize)]
+struct QueueView {
+    queue: String,
+    paused: bool,
+    slots: usize,
+    busy: usize,
+    #[serde(flatten)]
+    depth: Depth,
+    /// Dead and cancelled ones that are kept.
+    ended: u64,
+}
+
+async fn queues(Extension(books): Extension<Books>) -> Result<Json<Vec<QueueView>>> {
+    let store = books.jobs.store();
+    let (paused, ended) = (store.paused().await?, store.ended().await?);
+    let serving = books.worker.as_ref().map(Status::serving).unwrap_or_default();
+    let mut names: Vec<String> = books.registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
+    names.extend(paused.iter().cloned().chain(ended.iter().map(|(queue, _)| queue.clone())));
+    names.sort();
+    names.dedup();
+    let mut views = Vec::with_capacity(names.len());
+    for queue in names {
+        let served = serving.iter().find(|served| served.queue == queue);
+        views.push(QueueView {
+            paused: paused.contains(&queue),
+            slots: served.map_or(0, |served| served.slots),
+            busy: served.map_or(0, |served| served.busy),
+            depth: store.measure(queue.as_str().into()).await?,
+            ended: ended.iter().find(|(name, _)| *name == queue).map_or(0, |(_, jobs)| *jobs),
+            queue,
+        });
+    }
+    Ok(Json(views))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct QueueName {
+    queue: String,
+}
+
+async fn pause(
+    Extension(books): Extension<Books>,
+    Json(QueueName { queue }): Json<QueueName>,
+) -> Result<Json<Value>> {
+    books.jobs.store().pause(queue, true).await?;
+    Ok(Json(json!({})))
+}
+
+async fn resume(
+    Extension(books): Extension<Books>,
+    Json(QueueName { queue }): Json<QueueName>,
+) -> Result<Json<Value>> {
+    books.jobs.store().pause(queue, false).await?;
+    Ok(Json(json!({})))
+}
+
+/// Which jobs, and which page of them. Flattening a [`Filter`] would let unknown fields through.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Page {
+    kind: Option<String>,
+    queue: Option<String>,
+    state: Option<String>,
+    reason: Option<String>,
+    cursor: Option<Uuid>,
+    limit: Option<usize>,
+}
+
+#[derive(Debug, Serialize)]
+struct Listed {
+    jobs: Vec<JobView>,
+    /// The `cursor` of the next page, if there may be one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<Uuid>,
+}
+
+async fn list(Extension(books): Extension<Books>, Query(page): Query<Page>) -> Result<Json<Listed>> {
+    let limit = within_page(page.limit, 100, PAGE)?;
+    let state = page.state.as_deref().map(str::parse).transpose();
+    let state = state
+        .map_err(|error: perennial_workers::state::NoState| FieldError::new("state", error.to_string()))?;
+    let filter = Filter { id: None, kind: page.kind, queue: page.queue, state, reason: page.reason };
+    let jobs = books.jobs.store().list(filter, page.cursor, limit).await?;
+    let next = if jobs.len() == limit { jobs.last().map(|last| last.id) } else { None };
+    Ok(Json(Listed { jobs, next }))
+}
+
+async fn show(Extension(books): Extension<Books>, Path(id): Path<String>) -> Result<Json<JobView>> {
+    let found = match id.parse() {
+        Ok(id) => books.jobs.store().show(id).await?,
+        Err(_) => None,
+    };
+    found.map(Json).ok_or_else(|| not_found("job").into())
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct AnyJob {
+    kind: String,
+    job: JobRequest,
+}
+
+async fn enqueue(Extension(books): Extension<Books>, Json(asked): Json<AnyJob>) -> Result<Json<Enqueued>> {
+    let AnyJob { kind, job: request } = asked;
+    let known = books.registry.kind(&kind);
+    let kind = known.ok_or_else(|| FieldError::new("kind", "a kind of job that this server knows"))?;
+    let job = request.job(&kind, OWNER)?.trace(OWNER);
+    Ok(Json(Enqueued { id: books.jobs.enqueue(job).await? }))
+}
+
+async fn retry(Extension(books): Extension<Books>, Json(filter): Json<Filter>) -> Result<Json<Value>> {
+    Ok(Json(json!({ "retried": books.jobs.retry(&filter).await? })))
+}
+
+async fn discard(Extension(books): Extension<Books>, Json(filter): Json<Filter>) -> Result<Json<Value>> {
+    Ok(Json(json!({ "discarded": books.jobs.discard(&filter).await? })))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Cancel {
+    id: Uuid,
+}
+
+async fn cancel(
+    Extension(books): Extension<Books>,
+    Json(Cancel { id }): Json<Cancel>,
+) -> Result<Json<Value>> {
+    const REASON: &str = "cancelled by an operator";
+    let cancelled = books.jobs.cancel(id, REASON).await?;
+    if let Some(worker) = &books.worker {
+        worker.cancel(id, REASON);
+    }
+    Ok(Json(json!({ "cancelled": cancelled })))
+}

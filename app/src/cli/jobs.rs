@@ -1,0 +1,268 @@
+//! `perennial jobs`.
+
+use std::io::Write;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use axum::body::Body;
+use axum::{Extension, Router};
+use clap::{Args, Subcommand};
+use http::{Method, Request, header};
+use http_body_util::BodyExt;
+use perennial_workers::admission::Admission;
+use perennial_workers::store::Store;
+use perennial_workers::store::sqlite::SqliteQueue;
+use perennial_workers::{Jobs as Handle, Registry};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::{Map, Value, json};
+use tower::ServiceExt;
+use uuid::Uuid;
+
+use super::client::Client;
+use super::{block_on, load, read};
+use crate::addresses::{Addresses, url};
+use crate::admin::jobs::{Books, acting, looking};
+use crate::boot;
+use crate::config::Config;
+use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
+use crate::module::Blueprint;
+use crate::settings::Sources;
+
+/// Retrying a million dead jobs takes a while.
+const TIMEOUT: Duration = Duration::from_secs(120);
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Jobs {
+    /// List jobs, in the order in which they were made
+    List {
+        #[command(flatten)]
+        which: Which,
+        /// After the one with this id
+        #[arg(long)]
+        cursor: Option<Uuid>,
+        /// At most so many
+        #[arg(long, default_value_t = 100)]
+        limit: usize,
+    },
+    /// Show one job, with its payload and its last errors
+    Show {
+        /// Its id
+        id: Uuid,
+    },
+    /// Let jobs that have ended run again
+    Retry(Chosen),
+    /// Delete jobs that have ended
+    Discard(Chosen),
+    /// End a job that has not ended
+    Cancel {
+        /// Its id
+        id: Uuid,
+    },
+    /// Enqueue a job of any kind through the running server
+    Enqueue {
+        /// Its kind
+        kind: String,
+        /// What the kind wants, in JSON
+        payload: String,
+        /// How long to wait: 30s, 1h
+        #[arg(long)]
+        delay: Option<String>,
+        /// A key that no two of this kind have until one has ended
+        #[arg(long)]
+        unique: Option<String>,
+        /// Lower goes first
+        #[arg(long, allow_hyphen_values = true)]
+        priority: Option<i16>,
+    },
+    /// Say how much waits and runs in each queue
+    Queues,
+    /// Let no more jobs of a queue begin
+    Pause {
+        /// The queue
+        queue: String,
+    },
+    /// Let jobs of a queue begin again
+    Resume {
+        /// The queue
+        queue: String,
+    },
+}
+
+/// Which jobs. What is not given is not asked for.
+#[derive(Args, Debug)]
+pub(super) struct Which {
+    /// Of this kind
+    #[arg(long)]
+    kind: Option<String>,
+    /// In this queue
+    #[arg(long)]
+    queue: Option<String>,
+    /// scheduled, ready, running, dead or cancelled
+    #[arg(long)]
+    state: Option<String>,
+    /// Whose reason for having ended contains this text
+    #[arg(long)]
+    reason: Option<String>,
+}
+
+/// Which jobs that have ended.
+#[derive(Args, Debug)]
+pub(super) struct Chosen {
+    /// These
+    #[arg(required_unless_present_any = ["all", "kind", "queue", "state", "reason"])]
+    ids: Vec<Uuid>,
+    /// All of them
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    which: Which,
+}
+
+impl Which {
+    fn fields(&self) -> Map<String, Value> {
+        let given =
+            [("kind", &self.kind), ("queue", &self.queue), ("state", &self.state), ("reason", &self.reason)];
+        given
+            .into_iter()
+            .filter_map(|(name, value)| Some((name.to_owned(), json!(value.as_ref()?))))
+            .collect()
+    }
+
+    fn query(&self) -> String {
+        let fields = self.fields();
+        let pairs = fields.iter().map(|(name, value)| (name.as_str(), value.as_str().unwrap_or_default()));
+        url::form_urlencoded::Serializer::new(String::new()).extend_pairs(pairs).finish()
+    }
+}
+
+impl Jobs {
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+        let settings = load(sources, modules)?;
+        let (config, _) = read(&settings, modules)?;
+        block_on(async {
+            let desk = Desk::open(&config, modules).await?;
+            let answer = self.ask(&desk).await;
+            desk.close().await;
+            print(&answer?)
+        })?
+    }
+
+    async fn ask(&self, desk: &Desk) -> anyhow::Result<Value> {
+        let get = async |path: String| desk.call(Method::GET, &path, None).await;
+        let post = async |path: &str, body: Value| desk.call(Method::POST, path, Some(&body)).await;
+        match self {
+            Self::List { which, cursor, limit } => {
+                let cursor = cursor.map(|cursor| format!("&cursor={cursor}")).unwrap_or_default();
+                get(format!("/jobs?limit={limit}{cursor}&{}", which.query())).await
+            }
+            Self::Show { id } => get(format!("/jobs/{id}")).await,
+            Self::Retry(some) => each(some, async |filter| post("/jobs/retry", filter).await).await,
+            Self::Discard(some) => each(some, async |filter| post("/jobs/discard", filter).await).await,
+            Self::Cancel { id } => post("/jobs/cancel", json!({ "id": id })).await,
+            Self::Enqueue { kind, payload, delay, unique, priority } => {
+                let payload: Value = serde_json::from_str(payload).context("the payload is no JSON")?;
+                let mut job = json!({ "payload": payload });
+                let given =
+                    [("delay", json!(delay)), ("unique", json!(unique)), ("priority", json!(priority))];
+                for (name, value) in given.into_iter().filter(|(_, value)| !value.is_null()) {
+                    job[name] = value;
+                }
+                post("/jobs", json!({ "kind": kind, "job": job })).await
+            }
+            Self::Queues => get("/queues".to_owned()).await,
+            Self::Pause { queue } => post("/queues/pause", json!({ "queue": queue })).await,
+            Self::Resume { queue } => post("/queues/resume", json!({ "queue": queue })).await,
+        }
+    }
+}
+
+/// Asks once for each id, or once for all that fit, and adds up the answers.
+async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) -> anyhow::Result<Value> {
+    let fields = some.which.fields();
+    if some.ids.is_empty() {
+        return ask(Value::Object(fields)).await;
+    }
+    let mut sums = Map::<String, Value>::new();
+    for id in &some.ids {
+        let mut filter = fields.clone();
+        filter.insert("id".to_owned(), json!(id));
+        let answer = ask(Value::Object(filter)).await?;
+        for (name, count) in answer.as_object().into_iter().flatten() {
+            let sum = sums.get(name).and_then(Value::as_u64).unwrap_or_default();
+            sums.insert(name.clone(), json!(sum + count.as_u64().unwrap_or_default()));
+        }
+    }
+    Ok(Value::Object(sums))
+}
+
+/// Whoever answers: the running server, or we ourselves on its store while none runs.
+#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
+enum Desk {
+    Server(Client),
+    Own { router: Router, store: perennial_server::pool::sqlite::Sqlite, _lock: DataDir },
+}
+
+impl Desk {
+    async fn open(config: &Config, modules: &[Blueprint]) -> anyhow::Result<Self> {
+        if data_dir::is_locked(&config.data_dir) {
+            let base = url(&Addresses::of_running(&config.data_dir)?.admin).context(
+                "this command cannot use a Unix socket, and the server has no other admin address",
+            )?;
+            let file = config.data_dir.join(ADMIN_TOKEN);
+            let token: SecretString = std::fs::read_to_string(&file)
+                .with_context(|| format!("the admin token in {} cannot be read", file.display()))?
+                .into();
+            let key = token.expose_secret().trim().to_owned();
+            return Ok(Self::Server(Client::new(&base, Some(key), TIMEOUT)?));
+        }
+        if !config.data_dir.exists() {
+            bail!("there is no store in {} yet", config.data_dir.display());
+        }
+        let lock = DataDir::lock(&config.data_dir)?;
+        let store = boot::open_store(&lock, config).await?;
+        store.migrate(&boot::migrations(modules.iter().map(|module| module.migrations))).await?;
+        let jobs = Handle::new(Store::Sqlite(SqliteQueue::new(store.clone())), Admission::new(config.bounds));
+        let books = Books { jobs, registry: Arc::new(Registry::new()), worker: None };
+        let router = looking::<()>().merge(acting()).layer(Extension(books));
+        Ok(Self::Own { router, store, _lock: lock })
+    }
+
+    async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
+        let router = match self {
+            Self::Server(client) => return client.call(method, path, body).await,
+            Self::Own { router, .. } => router.clone(),
+        };
+        if path == "/jobs" && method == Method::POST {
+            bail!("enqueueing takes a running server: it knows the kinds of jobs");
+        }
+        let body = body.map(Value::to_string).unwrap_or_default();
+        let request = Request::builder().method(method).uri(path);
+        let request = request.header(header::CONTENT_TYPE, "application/json").body(Body::from(body))?;
+        let response = router.oneshot(request).await?;
+        let status = response.status();
+        let bytes = response.into_body().collect().await?.to_bytes();
+        let body = serde_json::from_slice(&bytes).unwrap_or_default();
+        super::client::Answer { status, body }.success()
+    }
+
+    async fn close(self) {
+        if let Self::Own { store, .. } = self {
+            store.close().await;
+        }
+    }
+}
+
+fn print(answer: &Value) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    // A line for each, so that other programs can read on.
+    let list = answer.as_array().or_else(|| answer["jobs"].as_array());
+    let written = match list {
+        Some(list) => list.iter().try_for_each(|entry| writeln!(out, "{entry}")),
+        None => writeln!(out, "{answer:#}"),
+    };
+    match written {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}

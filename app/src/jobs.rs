@@ -1,0 +1,116 @@
+//! `POST /jobs/{kind}`: jobs that strangers with a key may enqueue, if their kind says so.
+
+use std::sync::{Arc, OnceLock};
+use std::time::Duration;
+
+use axum::extract::{FromRef, Path, State};
+use axum::response::{IntoResponse, Response};
+use http::{HeaderMap, StatusCode};
+use perennial_server::http::problem::FieldError;
+use perennial_server::http::scope::Scope;
+use perennial_workers::job::{Unique, UniqueUntil};
+use perennial_workers::queue::Due;
+use perennial_workers::registry::Kind;
+use perennial_workers::{Jobs, NewJob, Registry};
+use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
+use tracing::info;
+use utoipa::ToSchema;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+use uuid::Uuid;
+
+use crate::access::{self, Access, Authorized};
+use crate::api::{Json, Result, not_found, trace};
+use crate::settings::Setting;
+
+/// The longest unique key, in bytes.
+const MAX_UNIQUE: usize = 255;
+
+/// What the routes need to know.
+#[derive(Clone, Debug)]
+struct Known {
+    jobs: Jobs,
+    access: Access,
+    /// Made after every module has been mounted, which is after the routes have.
+    registry: Arc<OnceLock<Arc<Registry>>>,
+}
+
+impl FromRef<Known> for Access {
+    fn from_ref(known: &Known) -> Self {
+        known.access.clone()
+    }
+}
+
+/// A job
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct JobRequest {
+    /// What the kind wants
+    #[schema(value_type = Object)]
+    pub(crate) payload: Box<RawValue>,
+    /// How long to wait, such as 30s or 1h
+    delay: Option<String>,
+    /// A key that no two of this kind have until one has ended: the id of the first is answered
+    unique: Option<String>,
+    /// Lower goes first
+    priority: Option<i16>,
+}
+
+/// A job that was enqueued
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct Enqueued {
+    pub(crate) id: Uuid,
+}
+
+impl JobRequest {
+    /// The job that is asked for. `owner` keeps unique keys of one caller apart from another's.
+    pub(crate) fn job(self, kind: &Kind, owner: &str) -> Result<NewJob> {
+        let mut job = kind.job(self.payload.get())?;
+        if let Some(delay) = self.delay {
+            job.due = Due::In(read_delay(&delay).ok_or_else(|| FieldError::new("delay", Duration::WANTED))?);
+        }
+        if let Some(key) = self.unique {
+            if key.is_empty() || key.len() > MAX_UNIQUE {
+                return Err(FieldError::new("unique", format!("1 to {MAX_UNIQUE} bytes")).into());
+            }
+            job.unique = Some(Unique { key: format!("{owner}:{key}"), until: UniqueUntil::Ended });
+        }
+        job.priority = self.priority.unwrap_or(job.priority);
+        Ok(job)
+    }
+}
+
+fn read_delay(text: &str) -> Option<Duration> {
+    <Duration as Setting>::read(&toml::Value::String(text.to_owned()))
+}
+
+/// The routes; the kinds are known when `registry` is set.
+pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Registry>>>) -> OpenApiRouter {
+    OpenApiRouter::new().routes(routes!(enqueue)).with_state(Known { jobs, access, registry })
+}
+
+/// Enqueues a job
+///
+/// Needs a key with the scope `jobs`, and a kind that is public. With 202 it is stored and will run, whatever
+/// happens to this process. When too many wait the answer is 503 with `Retry-After`.
+#[utoipa::path(
+    post, path = "/jobs/{kind}", params(("kind" = String, Path)), request_body = JobRequest,
+    responses((status = ACCEPTED, body = Enqueued))
+)]
+async fn enqueue(
+    Authorized { caller, .. }: Authorized<access::Jobs>,
+    scope: Scope,
+    State(known): State<Known>,
+    Path(kind): Path<String>,
+    headers: HeaderMap,
+    Json(request): Json<JobRequest>,
+) -> Result<Response> {
+    let kind = known.registry.get().and_then(|registry| registry.kind(&kind));
+    // A kind that is not public is nobody's business.
+    let kind = kind.filter(|kind| kind.options.public).ok_or_else(|| not_found("kind of job"))?;
+    let job = request.job(&kind, &caller.site.0.to_string())?.trace(trace(&headers, &scope));
+    let id = known.jobs.enqueue(job).await?;
+    info!(job = %id, kind = kind.name, "enqueued");
+    Ok((StatusCode::ACCEPTED, axum::Json(Enqueued { id })).into_response())
+}

@@ -1,0 +1,353 @@
+//! A circuit breaker for each dependency that has a name: when it fails again and again, nobody asks it for a
+//! while, and then one at a time asks whether it is back.
+//!
+//! ```text
+//!            failures in a row               time is up
+//!  Closed ─────────────────────► Open ─────────────────► Probing
+//!    ▲                             ▲      one asks, the     │ │
+//!    │                             └───── it fails ─────────┘ │
+//!    └──────────────────────────── it succeeds ──────────────┘
+//! ```
+//!
+//! The same value guards what a job does ([`Breaker::call`]) and a tower service ([`Breaker::layer`]). A job
+//! whose error has [`Open`] among its causes is snoozed, not failed; an endpoint answers 503 with `Retry-After`.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::response::{IntoResponse, Response};
+use http::StatusCode;
+use serde::Serialize;
+use tokio::time::Instant;
+use tower::{Layer, Service};
+use tracing::{info, warn};
+
+use crate::backoff::Backoff;
+use crate::http::problem::Problem;
+use crate::metrics;
+
+/// When to open, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// How many failures in a row open it.
+    pub failures: u32,
+    /// How long it stays open, by how often it was opened in a row.
+    pub pause: Backoff,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self { failures: 5, pause: Backoff::new(Duration::from_secs(1), Duration::from_secs(60)) }
+    }
+}
+
+/// The dependency is not asked for now.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{dependency} is not asked for now: it has failed too often")]
+pub struct Open {
+    /// Which dependency.
+    pub dependency: &'static str,
+    /// When asking again makes sense.
+    pub retry_after: Duration,
+}
+
+impl IntoResponse for Open {
+    fn into_response(self) -> Response {
+        let retry_after = self.retry_after;
+        Problem::new(StatusCode::SERVICE_UNAVAILABLE, self.to_string())
+            .retry_after(retry_after)
+            .into_response()
+    }
+}
+
+/// Why a call did not succeed.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum CallError<E> {
+    /// It was not made.
+    #[error("not called")]
+    Open(#[source] Open),
+    /// It failed.
+    #[error(transparent)]
+    Failed(#[from] E),
+}
+
+/// Where a breaker stands, for those who look.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// Which dependency.
+    pub dependency: &'static str,
+    /// closed, open or probing.
+    pub state: &'static str,
+    /// Failures in a row.
+    pub failures: u32,
+    /// For how long nobody asks.
+    pub open_for_ms: u64,
+}
+
+/// The breaker of one dependency. A cheap handle.
+#[derive(Clone)]
+pub struct Breaker(Arc<Shared>);
+
+struct Shared {
+    dependency: &'static str,
+    config: Config,
+    state: Mutex<State>,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum State {
+    Closed { failures: u32 },
+    Open { until: Instant, opened: u32 },
+    Probing { opened: u32 },
+}
+
+impl fmt::Debug for Breaker {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Breaker").field(&self.status()).finish()
+    }
+}
+
+impl Breaker {
+    /// A closed one.
+    pub fn new(dependency: &'static str, config: Config) -> Self {
+        Self(Arc::new(Shared { dependency, config, state: Mutex::new(State::Closed { failures: 0 }) }))
+    }
+
+    /// Makes a call, unless the breaker is open; every error counts as a failure of the dependency.
+    ///
+    /// # Errors
+    /// [`CallError::Open`] when the call was not made, else what it failed with.
+    pub async fn call<T, E>(&self, call: impl Future<Output = Result<T, E>>) -> Result<T, CallError<E>> {
+        let permit = self.permit().map_err(CallError::Open)?;
+        let result = call.await;
+        permit.judge(result.is_ok());
+        Ok(result?)
+    }
+
+    /// A layer that lets services through as [`Breaker::call`] does. `is_failure` says which outcomes count
+    /// against the dependency: an answer of 500 may, one of 404 should not.
+    pub fn layer<F>(&self, is_failure: F) -> BreakerLayer<F> {
+        BreakerLayer { breaker: self.clone(), is_failure }
+    }
+
+    /// Leave to ask the dependency once. If what is returned drops unjudged, as when a caller goes away, it
+    /// counts neither way.
+    ///
+    /// # Errors
+    /// [`Open`] when it should not be asked.
+    pub fn permit(&self) -> Result<Permit, Open> {
+        let mut state = self.lock();
+        let now = Instant::now();
+        let refuse = |retry_after| Err(Open { dependency: self.0.dependency, retry_after });
+        match *state {
+            State::Closed { .. } => Ok(Permit { breaker: self.clone(), probing: None }),
+            State::Open { until, .. } if now < until => refuse(until - now),
+            State::Open { opened, .. } => {
+                *state = State::Probing { opened };
+                Ok(Permit { breaker: self.clone(), probing: Some(opened) })
+            }
+            // Somebody asks just now.
+            State::Probing { .. } => refuse(self.0.config.pause.base),
+        }
+    }
+
+    /// Where it stands.
+    pub fn status(&self) -> Status {
+        let state = *self.lock();
+        let (word, failures, open_for) = match state {
+            State::Closed { failures } => ("closed", failures, Duration::ZERO),
+            State::Open { until, opened } => {
+                ("open", self.0.config.failures + opened - 1, until.saturating_duration_since(Instant::now()))
+            }
+            State::Probing { opened } => ("probing", self.0.config.failures + opened - 1, Duration::ZERO),
+        };
+        let open_for_ms = u64::try_from(open_for.as_millis()).unwrap_or(u64::MAX);
+        Status { dependency: self.0.dependency, state: word, failures, open_for_ms }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn succeeded(&self) {
+        let mut state = self.lock();
+        if matches!(*state, State::Probing { .. }) {
+            info!(dependency = self.0.dependency, "the breaker is closed: it answers again");
+            metrics::breaker_open(self.0.dependency, false);
+        }
+        if !matches!(*state, State::Open { .. }) {
+            *state = State::Closed { failures: 0 };
+        }
+    }
+
+    fn failed(&self) {
+        let mut state = self.lock();
+        let opened = match *state {
+            State::Closed { failures } if failures + 1 < self.0.config.failures => {
+                *state = State::Closed { failures: failures + 1 };
+                return;
+            }
+            State::Closed { .. } => 1,
+            State::Probing { opened } => opened + 1,
+            // A call from before it was opened.
+            State::Open { .. } => return,
+        };
+        let pause = self.0.config.pause.jittered(opened);
+        *state = State::Open { until: Instant::now() + pause, opened };
+        warn!(dependency = self.0.dependency, ?pause, "the breaker is open: it has failed too often");
+        metrics::breaker_open(self.0.dependency, true);
+    }
+}
+
+/// Leave to ask a dependency once.
+#[derive(Debug)]
+#[must_use = "say how it went"]
+pub struct Permit {
+    breaker: Breaker,
+    /// How often the breaker was opened, when this is the call that asks whether the dependency is back.
+    probing: Option<u32>,
+}
+
+impl Permit {
+    /// How it went.
+    pub fn judge(mut self, succeeded: bool) {
+        self.probing = None;
+        if succeeded { self.breaker.succeeded() } else { self.breaker.failed() }
+    }
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        // Nobody knows: the next one asks.
+        if let Some(opened) = self.probing {
+            *self.breaker.lock() = State::Open { until: Instant::now(), opened };
+        }
+    }
+}
+
+/// See [`Breaker::layer`].
+#[derive(Clone, Debug)]
+pub struct BreakerLayer<F> {
+    breaker: Breaker,
+    is_failure: F,
+}
+
+impl<S, F: Clone> Layer<S> for BreakerLayer<F> {
+    type Service = Guarded<S, F>;
+
+    fn layer(&self, inner: S) -> Self::Service {
+        Guarded { inner, breaker: self.breaker.clone(), is_failure: self.is_failure.clone() }
+    }
+}
+
+/// A service behind a breaker.
+#[derive(Clone, Debug)]
+pub struct Guarded<S, F> {
+    inner: S,
+    breaker: Breaker,
+    is_failure: F,
+}
+
+impl<S, F, Request> Service<Request> for Guarded<S, F>
+where
+    S: Service<Request>,
+    S::Future: Send + 'static,
+    S::Response: Send + 'static,
+    S::Error: Send + 'static,
+    F: Fn(&Result<S::Response, S::Error>) -> bool + Clone + Send + 'static,
+{
+    type Response = S::Response;
+    type Error = CallError<S::Error>;
+    type Future = Pin<Box<dyn Future<Output = Result<S::Response, CallError<S::Error>>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
+        self.inner.poll_ready(context).map_err(CallError::Failed)
+    }
+
+    fn call(&mut self, request: Request) -> Self::Future {
+        let permit = match self.breaker.permit() {
+            Ok(permit) => permit,
+            Err(open) => return Box::pin(std::future::ready(Err(CallError::Open(open)))),
+        };
+        let (calling, is_failure) = (self.inner.call(request), self.is_failure.clone());
+        Box::pin(async move {
+            let result = calling.await;
+            permit.judge(!is_failure(&result));
+            Ok(result?)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tower::{ServiceBuilder, ServiceExt, service_fn};
+
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn breaker() -> Breaker {
+        Breaker::new("mail", Config { failures: 3, pause: Backoff::new(10 * SECOND, 60 * SECOND) })
+    }
+
+    async fn fail(breaker: &Breaker) -> CallError<&'static str> {
+        breaker.call(async { Err::<(), _>("no") }).await.unwrap_err()
+    }
+
+    async fn succeed(breaker: &Breaker) -> Result<(), CallError<&'static str>> {
+        breaker.call(async { Ok(()) }).await
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn failures_in_a_row_open_it_and_one_success_closes_it() {
+        let breaker = breaker();
+        fail(&breaker).await;
+        fail(&breaker).await;
+        succeed(&breaker).await.unwrap();
+        for _ in 0..3 {
+            assert_eq!(fail(&breaker).await, CallError::Failed("no"));
+        }
+        let Err(CallError::Open(open)) = succeed(&breaker).await else { panic!("it is open") };
+        assert!(open.retry_after > 4 * SECOND && open.retry_after <= 10 * SECOND, "{open:?}");
+        assert_eq!(breaker.status().state, "open");
+        tokio::time::sleep(open.retry_after).await;
+        succeed(&breaker).await.unwrap();
+        assert_eq!(breaker.status().state, "closed");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn one_asks_at_a_time_and_the_pause_grows() {
+        let breaker = breaker();
+        for _ in 0..3 {
+            fail(&breaker).await;
+        }
+        tokio::time::sleep(10 * SECOND).await;
+        let probe = breaker.permit().unwrap();
+        breaker.permit().unwrap_err();
+        drop(probe);
+        // Who went away has found out nothing: the next one may.
+        breaker.permit().unwrap().judge(false);
+        let open = breaker.permit().unwrap_err();
+        assert!(open.retry_after >= 10 * SECOND && open.retry_after <= 20 * SECOND, "{open:?}");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_service_behind_it_is_not_called_while_it_is_open() {
+        let breaker = breaker();
+        let service = service_fn(|status: u16| std::future::ready(Ok::<u16, std::io::Error>(status)));
+        let is_failure = |answer: &Result<u16, _>| answer.as_ref().is_ok_and(|status| *status >= 500);
+        let service = ServiceBuilder::new().layer(breaker.layer(is_failure)).service(service);
+        for status in [404, 503, 503, 503] {
+            assert_eq!(service.clone().oneshot(status).await.unwrap(), status);
+        }
+        let refused = service.clone().oneshot(200).await.unwrap_err();
+        let CallError::Open(open) = refused else { panic!("{refused}") };
+        let response = open.into_response();
+        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
+        assert!(response.headers().contains_key("retry-after"));
+    }
+}

@@ -1,0 +1,84 @@
+//! A store of jobs of a test's own, of any kind.
+
+use std::time::Duration;
+
+use perennial_server::pool::sqlite::{self, Sqlite};
+use perennial_workers::store::Store;
+use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};
+use tempfile::TempDir;
+
+/// Which store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A file.
+    Sqlite,
+}
+
+/// One store, empty at first.
+#[derive(Debug)]
+pub struct Backend(Inner);
+
+#[derive(Debug)]
+enum Inner {
+    Sqlite { store: Sqlite, _directory: TempDir },
+}
+
+impl Backend {
+    /// A new one.
+    pub async fn new(kind: Kind) -> Self {
+        Self(match kind {
+            Kind::Sqlite => {
+                let directory = TempDir::new().unwrap();
+                let store = Sqlite::open(sqlite_config(directory.path().join("jobs.db"))).await.unwrap();
+                store.migrate(&[MIGRATIONS]).await.unwrap();
+                Inner::Sqlite { store, _directory: directory }
+            }
+        })
+    }
+
+    /// A handle as a process of its own would have it.
+    pub async fn queue(&self) -> Store {
+        match &self.0 {
+            Inner::Sqlite { store, .. } => Store::Sqlite(SqliteQueue::new(store.clone())),
+        }
+    }
+
+    /// Ends every lease, as time would.
+    pub async fn end_leases(&self) {
+        match &self.0 {
+            Inner::Sqlite { store, .. } => {
+                SqliteQueue::new(store.clone()).end_leases().await.unwrap();
+            }
+        }
+    }
+
+    /// Lets the store's clock jump by so many seconds: all that it has written down was then, by the new clock,
+    /// so much earlier.
+    pub async fn jump(&self, seconds: i64) {
+        match &self.0 {
+            Inner::Sqlite { store, .. } => {
+                // Leases are by a clock that does not jump.
+                let ms = seconds * 1000;
+                let shift = move |tx: &rusqlite::Connection| {
+                    tx.execute(
+                        "UPDATE jobs SET run_at = run_at - ?1, scheduled_at = scheduled_at - ?1,
+                                created_at = created_at - ?1, recovered_at = recovered_at - ?1",
+                        [ms],
+                    )
+                };
+                store.write(shift).await.unwrap();
+            }
+        }
+    }
+}
+
+/// How a store in a file is opened here.
+pub fn sqlite_config(path: std::path::PathBuf) -> sqlite::Config {
+    sqlite::Config {
+        path,
+        readers: 2,
+        write_queue: 1000,
+        wait: Duration::from_secs(5),
+        commit_wait: Duration::from_secs(5),
+    }
+}

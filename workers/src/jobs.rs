@@ -1,0 +1,93 @@
+//! The jobs of a process, as applications and operators have them in hand.
+
+use uuid::Uuid;
+
+use crate::admission::Admission;
+use crate::ledger::{Cancelled, Filter, Ledger, STEP};
+use crate::queue::{NewJob, Queue, Result};
+use crate::store::Store;
+
+/// Enqueues, and asks the books. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Jobs {
+    store: Store,
+    admission: Admission,
+}
+
+impl Jobs {
+    /// The jobs of a store, as many as are admitted.
+    pub fn new(store: Store, admission: Admission) -> Self {
+        Self { store, admission }
+    }
+
+    /// The store.
+    pub fn store(&self) -> &Store {
+        &self.store
+    }
+
+    /// Who may still enqueue.
+    pub fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    /// Adds a job and returns its id, or that of the job that has its unique key.
+    ///
+    /// # Errors
+    /// When its queue is full, or the store fails.
+    pub async fn enqueue(&self, job: NewJob) -> Result<Uuid> {
+        let id = job.id;
+        Ok(self.enqueue_all(vec![job]).await?.first().copied().unwrap_or(id))
+    }
+
+    /// Adds jobs, all or none, and returns their ids: see [`Queue::enqueue`].
+    ///
+    /// # Errors
+    /// When a queue is full, or the store fails.
+    pub async fn enqueue_all(&self, jobs: Vec<NewJob>) -> Result<Vec<Uuid>> {
+        self.admission.admit(&jobs)?;
+        self.store.enqueue(jobs).await
+    }
+
+    /// To be called after the commit of a transaction that added jobs to these queues.
+    pub fn wake<'a>(&self, queues: impl IntoIterator<Item = &'a str>) {
+        self.store.wake().queues(queues);
+    }
+
+    /// Gives jobs that have ended another life, and returns how many.
+    ///
+    /// # Errors
+    /// When the store fails: some may have been revived.
+    pub async fn retry(&self, filter: &Filter) -> Result<usize> {
+        let mut all = 0;
+        loop {
+            let some = self.store.retry(filter.clone()).await?;
+            all += some;
+            if some < STEP {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Deletes jobs that have ended, and returns how many.
+    ///
+    /// # Errors
+    /// When the store fails: some may have been deleted.
+    pub async fn discard(&self, filter: &Filter) -> Result<usize> {
+        let mut all = 0;
+        loop {
+            let some = self.store.discard(filter.clone()).await?;
+            all += some;
+            if some < STEP {
+                return Ok(all);
+            }
+        }
+    }
+
+    /// Ends a job that has not ended.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn cancel(&self, id: Uuid, reason: &str) -> Result<Cancelled> {
+        self.store.cancel(id, reason.to_owned()).await
+    }
+}

@@ -1,0 +1,125 @@
+//! What somebody has to do for all jobs: take them from workers that died, count them, and forget those that
+//! ended long ago.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::time::Duration;
+
+use perennial_server::drain::Drain;
+use tokio::time::Instant;
+use tracing::{info, warn};
+
+use crate::admission::Admission;
+use crate::ledger::{Ledger, STEP};
+use crate::metrics;
+use crate::queue::{Queue, Result, Settlement};
+use crate::registry::Registry;
+use crate::state::{Event, next};
+
+/// How many lapsed leases are dealt with at once.
+const BATCH: usize = 100;
+/// Who deals with them, for those who look.
+const NAME: &str = "rescue";
+/// How often to count, at the most: and never more than a fiftieth of the time is spent with it.
+const COUNT: Duration = Duration::from_secs(1);
+/// How often to look for what may be forgotten.
+const PRUNE: Duration = Duration::from_secs(60);
+
+/// How to keep the books.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// How often to look for lapsed leases.
+    pub rescue_every: Duration,
+    /// For how long workers claim jobs.
+    pub lease: Duration,
+    /// For how long jobs that have ended are kept.
+    pub retention: Duration,
+}
+
+/// Looks after all jobs, until nothing new may be claimed here.
+///
+/// # Errors
+/// Never: the type is that of a task. A store that fails is asked again.
+pub async fn run<Q: Queue + Ledger>(
+    queue: Q,
+    registry: Arc<Registry>,
+    admission: Admission,
+    config: Config,
+    drain: Drain,
+) -> std::result::Result<(), Infallible> {
+    let begin = Instant::now();
+    let (mut rescue_at, mut count_at, mut prune_at) = (begin, begin, begin + PRUNE);
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep_until(rescue_at.min(count_at).min(prune_at)) => {}
+            () = drain.notice() => return Ok(()),
+        }
+        let now = Instant::now();
+        if now >= rescue_at {
+            rescue_at = now + config.rescue_every;
+            complain(rescue(&queue, &registry, config.lease).await, "lapsed leases could not be looked for");
+        }
+        if now >= count_at {
+            complain(count(&queue, &registry, &admission).await, "jobs could not be counted");
+            count_at = Instant::now() + COUNT.max(now.elapsed() * 50);
+        }
+        if now >= prune_at {
+            let pruned = queue.prune(config.retention).await;
+            // What is left over is next.
+            prune_at = Instant::now() + if matches!(pruned, Ok(STEP..)) { Duration::ZERO } else { PRUNE };
+            complain(pruned, "jobs that ended long ago could not be deleted");
+        }
+    }
+}
+
+fn complain<T>(result: Result<T>, what: &'static str) {
+    if let Err(error) = result {
+        warn!(error = error.in_one_line(), what);
+    }
+}
+
+/// Takes jobs from workers that have not renewed their leases, and returns how many. It claims them as a worker
+/// does, so that one that wakes up late settles nothing, and settles them as crashed.
+///
+/// # Errors
+/// When the store fails. What was claimed and not settled lapses again.
+pub async fn rescue<Q: Queue>(queue: &Q, registry: &Registry, lease: Duration) -> Result<usize> {
+    let mut rescued = 0;
+    loop {
+        let lapsed = queue.lapsed(BATCH, NAME.to_owned(), lease).await?;
+        let found = lapsed.jobs.len();
+        let settlements: Vec<Settlement> = lapsed
+            .jobs
+            .into_iter()
+            .map(|job| {
+                let event = job.cancelled.clone().map_or(Event::Lapsed, Event::Cancelled);
+                let transition = next(&registry.budget(&job.kind), job.spent, event, lapsed.now, 0.0);
+                Settlement::of(Arc::new(job), transition)
+            })
+            .collect();
+        if !settlements.is_empty() {
+            rescued += queue.settle(settlements).await?.into_iter().filter(|kept| *kept).count();
+        }
+        if found < BATCH {
+            break;
+        }
+    }
+    if rescued > 0 {
+        metrics::rescued(rescued);
+        info!(jobs = rescued, "jobs taken from workers that did not renew their leases");
+    }
+    Ok(rescued)
+}
+
+async fn count<Q: Queue + Ledger>(queue: &Q, registry: &Registry, admission: &Admission) -> Result<()> {
+    for lane in registry.lanes() {
+        let added = admission.added(&lane.name);
+        let depth = queue.measure(Arc::clone(&lane.name)).await?;
+        admission.measured(&lane.name, depth, added);
+        metrics::depth(&lane.name, depth);
+    }
+    for (queue, jobs) in queue.ended().await? {
+        metrics::kept(&queue, jobs);
+    }
+    Ok(())
+}

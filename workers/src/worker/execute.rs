@@ -1,0 +1,243 @@
+//! One run of one job, from its claim to its settlement.
+
+use std::panic::AssertUnwindSafe;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use jiff::Timestamp;
+use perennial_server::breaker;
+use perennial_server::tasks::panic_message;
+use tokio::task::JoinSet;
+use tokio_util::sync::CancellationToken;
+use tracing::{Instrument, debug, error, info, info_span, warn};
+
+use super::Worker;
+use super::settle::{Settled, Settler};
+use super::slots::InHand;
+use crate::job::{Advance, Context, Fate, Recorder, Recording, Stopped};
+use crate::lease::Lease;
+use crate::metrics::{self, Outcome};
+use crate::queue::{Claimed, Failure, Held, KEPT_ERRORS, Queue, Settlement};
+use crate::registry::{Kind, Runnable};
+use crate::state::{Event, Spent, State, Transition, next, spent_by_crashes};
+
+/// A job of a kind that this process does not know belongs to another version of it: left alone for so long.
+const UNKNOWN_KIND: Duration = Duration::from_secs(60);
+/// How long giving up a job may take: less than a lease, which is not renewed after the job's deadline.
+const GIVE_UP: Duration = Duration::from_secs(5);
+
+/// A job, or why its payload cannot be read.
+type Readable = Result<Arc<dyn Runnable>, serde_json::Error>;
+
+/// Writes checkpoints into a store.
+#[derive(Debug)]
+struct Into<Q>(Q);
+
+impl<Q: Queue> Recorder for Into<Q> {
+    fn record(&self, held: Held, queue: Arc<str>, checkpoint: String) -> Recording<'_> {
+        Box::pin(self.0.record(held, queue, checkpoint))
+    }
+}
+
+/// Begins to run a job that was claimed.
+pub(super) fn start<Q: Queue>(
+    worker: &Worker<Q>,
+    settler: &Settler,
+    jobs: &mut JoinSet<()>,
+    claimed: Claimed,
+    lease: Lease,
+) {
+    let settler = settler.clone();
+    let Some(kind) = worker.registry.kind(&claimed.kind) else {
+        warn!(job = %claimed.id, kind = claimed.kind, "a job of a kind that is not known here");
+        let transition = Transition::Again { wait: UNKNOWN_KIND, spent: claimed.spent };
+        jobs.spawn(async move {
+            settler.settle(Settlement::of(Arc::new(claimed), transition), lease).await;
+        });
+        return;
+    };
+    let context = Context {
+        id: claimed.id,
+        epoch: claimed.epoch,
+        spent: claimed.spent,
+        deadline: Instant::now() + kind.options.timeout,
+        cancel: CancellationToken::new(),
+        lease,
+        trace: claimed.trace.as_deref().map(Arc::from),
+        queue: Arc::clone(&claimed.queue),
+        saved: claimed.checkpoint.as_deref().map(Arc::from),
+        advance: Arc::new(Advance::default()),
+        recorder: Arc::new(Into(worker.queue.clone())),
+    };
+    let job = kind.read(&claimed.payload);
+    let subject = job.as_ref().ok().and_then(|job| job.subject());
+    let span = info_span!(
+        "job",
+        id = %claimed.id,
+        kind = kind.name,
+        queue = &*claimed.queue,
+        epoch = claimed.epoch,
+        trace = claimed.trace,
+        subject
+    );
+    let in_hand = worker.slots.take(&claimed, kind.name, subject, &context);
+    let run = Run { settler, kind, claimed: Arc::new(claimed), job, context, in_hand };
+    jobs.spawn(run.execute().instrument(span));
+}
+
+struct Run {
+    settler: Settler,
+    kind: Arc<Kind>,
+    claimed: Arc<Claimed>,
+    job: Readable,
+    context: Context,
+    in_hand: InHand,
+}
+
+impl Run {
+    /// Runs the job and settles it.
+    async fn execute(self) {
+        let began = Instant::now();
+        let Spent { failures, recoveries, .. } = self.claimed.spent;
+        // A run after a snooze is the same piece of work going on.
+        if self.claimed.first || failures > 0 || recoveries > 0 {
+            info!(attempt = self.context.attempt(), failures, recoveries, "job started");
+        }
+        let (event, outcome) = self.attempt().await;
+        let spent = if self.context.advance.has_advanced() { Spent::default() } else { self.claimed.spent };
+        let failure = match &event {
+            Event::Failed { error, .. } => Some(error.clone()),
+            _ => None,
+        };
+        let detail = match &event {
+            Event::Failed { error, .. } => Some(error.clone()),
+            Event::Hopeless(reason) | Event::Cancelled(reason) => Some(reason.clone()),
+            _ => None,
+        };
+        let budget = &self.kind.options.budget;
+        let mut transition = next(budget, spent, event, Timestamp::now(), fastrand::f64());
+        if let Transition::Ended { state: State::Dead, reason, spent } = &transition
+            && !self.gave_up(reason).await
+        {
+            let spent = Spent { failures: spent.failures.saturating_sub(1), ..*spent };
+            transition = Transition::Again { wait: budget.backoff.cap, spent };
+        }
+        let outcome = match &transition {
+            Transition::Ended { state: State::Dead, .. } => Outcome::Dead,
+            Transition::Ended { .. } => Outcome::Cancelled,
+            _ => outcome,
+        };
+        let settlement = Settlement { job: self.claimed.clone(), errors: self.errors(failure), transition };
+        let settled = self.settler.settle(settlement, self.context.lease.clone()).await;
+        let took = began.elapsed();
+        metrics::ended(self.kind.name, outcome, took);
+        if settled == Settled::Stale {
+            metrics::stale(self.kind.name);
+        }
+        log_end(outcome, detail.as_deref(), settled, took);
+        drop(self.in_hand);
+    }
+
+    /// Runs the job: how it ended, and the word for it.
+    async fn attempt(&self) -> (Event, Outcome) {
+        if let Some(reason) = &self.claimed.cancelled {
+            return (Event::Cancelled(reason.clone()), Outcome::Cancelled);
+        }
+        if let Some(reason) = spent_by_crashes(&self.kind.options.budget, self.claimed.spent) {
+            return (Event::Hopeless(reason), Outcome::Dead);
+        }
+        let job = match &self.job {
+            Ok(job) => Arc::clone(job),
+            Err(error) => {
+                return (Event::Hopeless(format!("its payload cannot be read: {error}")), Outcome::Dead);
+            }
+        };
+        let running = AssertUnwindSafe(job.run(self.context.clone())).catch_unwind();
+        let ended = tokio::time::timeout_at(self.context.deadline.into(), running).await;
+        let failed = |error: String, outcome| (Event::Failed { error, after: None }, outcome);
+        match ended {
+            Ok(Ok(Ok(fate))) => self.fated(fate),
+            Ok(Ok(Err(error))) => self.erred(&error),
+            Ok(Err(panic)) => failed(format!("panic: {}", panic_message(&*panic)), Outcome::Panicked),
+            Err(_elapsed) => {
+                failed(format!("not done within {:?}", self.kind.options.timeout), Outcome::TimedOut)
+            }
+        }
+    }
+
+    fn fated(&self, fate: Fate) -> (Event, Outcome) {
+        match fate {
+            Fate::Done => (Event::Done, Outcome::Done),
+            Fate::Skipped(reason) => {
+                debug!(reason, "skipped");
+                (Event::Done, Outcome::Skipped)
+            }
+            Fate::Snooze(wait) => self.unless_cancelled(Event::Snoozed(wait), Outcome::Snoozed),
+            Fate::Retry { after, reason } => {
+                (Event::Failed { error: reason, after: Some(after) }, Outcome::Failed)
+            }
+            Fate::Cancel(reason) => (Event::Cancelled(reason), Outcome::Cancelled),
+            Fate::Dead(reason) => (Event::Hopeless(reason), Outcome::Dead),
+            Fate::HandBack => self.unless_cancelled(Event::HandedBack, Outcome::HandedBack),
+        }
+    }
+
+    fn erred(&self, error: &anyhow::Error) -> (Event, Outcome) {
+        // Asked to stop, and it stopped: no failure of the job.
+        if error.downcast_ref() == Some(&Stopped::Cancelled) {
+            return self.unless_cancelled(Event::HandedBack, Outcome::HandedBack);
+        }
+        // What it depends on is away: it waits for that, and has not failed.
+        if let Some(open) = error.chain().find_map(|cause| cause.downcast_ref::<breaker::Open>()) {
+            debug!(dependency = open.dependency, "the breaker is open");
+            return self.unless_cancelled(Event::Snoozed(open.retry_after), Outcome::Snoozed);
+        }
+        let error = format!("{error:#}");
+        self.unless_cancelled(Event::Failed { error, after: None }, Outcome::Failed)
+    }
+
+    /// What would run again does not when somebody has cancelled it meanwhile.
+    fn unless_cancelled(&self, event: Event, outcome: Outcome) -> (Event, Outcome) {
+        match self.in_hand.cancelled() {
+            Some(reason) => (Event::Cancelled(reason), Outcome::Cancelled),
+            None => (event, outcome),
+        }
+    }
+
+    /// Lets the job know that it is given up. False when that failed, too.
+    async fn gave_up(&self, reason: &str) -> bool {
+        // A payload that cannot be read has nobody to tell.
+        let Ok(job) = &self.job else { return true };
+        let told = Arc::clone(job).give_up(self.context.clone(), reason.to_owned());
+        match tokio::time::timeout(GIVE_UP, AssertUnwindSafe(told).catch_unwind()).await {
+            Ok(Ok(Ok(()))) => return true,
+            Ok(Ok(Err(error))) => error!(error = format!("{error:#}"), "a job could not be given up"),
+            Ok(Err(_panic)) => error!("giving up a job panicked"),
+            Err(_elapsed) => error!(within = ?GIVE_UP, "a job could not be given up in time"),
+        }
+        false
+    }
+
+    /// The last errors, with this one.
+    fn errors(&self, failure: Option<String>) -> Vec<Failure> {
+        let attempt = self.context.attempt();
+        let failure = failure.map(|error| Failure { at: Timestamp::now(), attempt, error });
+        let mut errors: Vec<Failure> = self.claimed.errors.iter().cloned().chain(failure).collect();
+        errors.drain(..errors.len().saturating_sub(KEPT_ERRORS));
+        errors
+    }
+}
+
+fn log_end(outcome: Outcome, detail: Option<&str>, settled: Settled, took: Duration) {
+    let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
+    let (outcome, settled, word) = (outcome.as_str(), settled == Settled::Kept, outcome);
+    match word {
+        Outcome::Snoozed => debug!(outcome, settled, took_ms, "job ended"),
+        Outcome::Dead => error!(outcome, detail, settled, took_ms, "job ended"),
+        Outcome::Failed | Outcome::TimedOut | Outcome::Panicked => {
+            warn!(outcome, detail, settled, took_ms, "job ended");
+        }
+        _ => info!(outcome, detail, settled, took_ms, "job ended"),
+    }
+}

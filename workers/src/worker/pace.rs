@@ -1,0 +1,77 @@
+//! How many jobs of a kind may start now.
+
+use std::time::Duration;
+
+use tokio::time::Instant;
+
+use crate::job::Rate;
+
+/// How much of what was not used may be made up for: so that a worker that looks every few milliseconds still
+/// keeps a rate of thousands.
+const CATCH_UP: Duration = Duration::from_millis(100);
+
+/// The virtual scheduling form of the generic cell rate algorithm (ITU-T I.371): starts are as far apart as the
+/// rate says, save that a little of what was missed may be made up for.
+#[derive(Clone, Debug)]
+pub(super) struct Pace {
+    interval: Duration,
+    next: Instant,
+}
+
+impl Pace {
+    pub(super) fn new(rate: Rate) -> Self {
+        Self { interval: rate.per / rate.jobs.max(1), next: Instant::now() }
+    }
+
+    /// How many may start now, or when one may.
+    pub(super) fn available(&self, now: Instant) -> Result<usize, Instant> {
+        if self.next > now {
+            return Err(self.next);
+        }
+        let missed = (now - self.next).min(CATCH_UP);
+        let interval = self.interval.as_nanos().max(1);
+        Ok(1 + usize::try_from(missed.as_nanos() / interval).unwrap_or(usize::MAX - 1))
+    }
+
+    /// So many have started.
+    pub(super) fn take(&mut self, jobs: usize, now: Instant) {
+        if jobs == 0 {
+            return;
+        }
+        let jobs = u32::try_from(jobs).unwrap_or(u32::MAX);
+        let behind = now.checked_sub(CATCH_UP).unwrap_or(now);
+        self.next = self.next.max(behind) + self.interval * jobs;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MILLISECOND: Duration = Duration::from_millis(1);
+
+    #[tokio::test(start_paused = true)]
+    async fn a_rate_is_kept_and_a_little_is_made_up_for() {
+        let mut pace = Pace::new(Rate { jobs: 100, per: Duration::from_secs(1) });
+        let start = Instant::now();
+        assert_eq!(pace.available(start), Ok(1));
+        pace.take(1, start);
+        assert_eq!(pace.available(start), Err(start + 10 * MILLISECOND));
+        assert_eq!(pace.available(start + 35 * MILLISECOND), Ok(3));
+        pace.take(3, start + 35 * MILLISECOND);
+        assert_eq!(pace.available(start + 35 * MILLISECOND), Err(start + 40 * MILLISECOND));
+        // Not the whole hour.
+        let later = start + Duration::from_secs(3600);
+        assert_eq!(pace.available(later), Ok(11));
+        pace.take(11, later);
+        assert_eq!(pace.available(later), Err(later + 10 * MILLISECOND));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn what_was_allowed_and_not_found_is_not_lost() {
+        let mut pace = Pace::new(Rate { jobs: 1, per: Duration::from_secs(3600) });
+        let start = Instant::now();
+        pace.take(0, start);
+        assert_eq!(pace.available(start), Ok(1));
+    }
+}

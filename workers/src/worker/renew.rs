@@ -1,0 +1,66 @@
+//! Renewing leases, on a task of its own, so that no busy handler can keep it from running.
+
+use std::time::{Duration, Instant};
+
+use tracing::warn;
+
+use super::Config;
+use super::slots::Slots;
+use crate::lease::BootTime;
+use crate::metrics;
+use crate::queue::{Queue, Renewal};
+
+/// How many leases are renewed in one question.
+const BATCH: usize = 500;
+
+/// Renews all leases, and tells the jobs that have lost theirs, and those that somebody has cancelled.
+pub(super) async fn run<Q: Queue>(queue: Q, slots: Slots, config: Config) {
+    let mut due = tokio::time::Instant::now() + config.renew_every;
+    loop {
+        tokio::time::sleep_until(due).await;
+        metrics::renewal_lag(due.elapsed());
+        due = tokio::time::Instant::now() + config.renew_every;
+        for renewals in renewals(&slots).chunks(BATCH) {
+            renew(&queue, &slots, renewals, config.lease).await;
+        }
+        slots.each(|_, slot| {
+            if !slot.lease.is_held() {
+                slot.cancel.cancel();
+            }
+        });
+    }
+}
+
+/// What is to be renewed. A job past its deadline is not: if it hangs, its lease lapses and another worker
+/// gets it.
+fn renewals(slots: &Slots) -> Vec<Renewal> {
+    let now = Instant::now();
+    let mut renewals = Vec::new();
+    slots.each(|held, slot| {
+        if now < slot.deadline {
+            renewals.push(Renewal { held, queue: slot.queue.clone(), progress: slot.progress() });
+        }
+    });
+    renewals
+}
+
+async fn renew<Q: Queue>(queue: &Q, slots: &Slots, renewals: &[Renewal], lease: Duration) {
+    let lease_end = BootTime::now().after(lease);
+    let renewed = match tokio::time::timeout(lease, queue.renew(renewals.to_vec(), lease)).await {
+        Ok(Ok(renewed)) => renewed,
+        Ok(Err(error)) => return warn!(error = error.in_one_line(), "leases could not be renewed"),
+        Err(_elapsed) => return warn!("leases could not be renewed in time"),
+    };
+    for renewal in renewals {
+        let kept = renewed.iter().find(|renewed| renewed.held == renewal.held);
+        slots.one(renewal.held, |slot| match kept {
+            Some(kept) => {
+                slot.lease.extend(lease_end);
+                if let Some(reason) = &kept.cancelled {
+                    slot.cancel_for(reason.clone());
+                }
+            }
+            None => slot.cancel.cancel(),
+        });
+    }
+}

@@ -1,0 +1,246 @@
+//! The jobs in hand, and what others may see of them.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use perennial_server::metrics::Counted;
+use serde::Serialize;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::job::{Advance, Context};
+use crate::lease::Lease;
+use crate::metrics;
+use crate::queue::{Claimed, Held, Progress};
+use crate::registry::Lane;
+
+/// The jobs in hand. A cheap handle.
+#[derive(Clone, Debug)]
+pub(super) struct Slots(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    jobs: Mutex<InHandOfAll>,
+    lanes: Vec<Lane>,
+    ended: AtomicU64,
+}
+
+#[derive(Debug, Default)]
+struct InHandOfAll {
+    by_claim: HashMap<Held, Slot>,
+    by_queue: HashMap<Arc<str>, usize>,
+    payload_bytes: usize,
+}
+
+#[derive(Debug)]
+pub(super) struct Slot {
+    kind: &'static str,
+    pub(super) queue: Arc<str>,
+    subject: Option<String>,
+    trace: Option<Arc<str>>,
+    payload_bytes: usize,
+    since: Instant,
+    pub(super) deadline: Instant,
+    pub(super) lease: Lease,
+    pub(super) cancel: CancellationToken,
+    /// Why somebody has cancelled it.
+    cancelled: Option<String>,
+    advance: Arc<Advance>,
+}
+
+impl Slot {
+    pub(super) fn progress(&self) -> Option<Progress> {
+        self.advance.progress()
+    }
+}
+
+/// What one slot of the worker is busy with.
+#[derive(Clone, Debug, Serialize)]
+pub struct Busy {
+    /// The job.
+    pub id: Uuid,
+    /// Its kind.
+    pub kind: &'static str,
+    /// Its queue.
+    pub queue: String,
+    /// What it is about.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub subject: Option<String>,
+    /// What joins it to whatever enqueued it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub trace: Option<String>,
+    /// The claim's number.
+    pub epoch: i64,
+    /// How far it has come, as it says.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub progress: Option<Progress>,
+    /// For how long.
+    pub for_ms: u64,
+}
+
+/// How many slots a queue has, and how many of them are idle.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Serving {
+    /// The queue.
+    pub queue: String,
+    /// How many of its jobs run at once,
+    pub slots: usize,
+    /// and how many do now.
+    pub busy: usize,
+}
+
+/// A worker as others see it. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Status(Slots);
+
+impl Status {
+    pub(super) fn new(slots: Slots) -> Self {
+        Self(slots)
+    }
+
+    /// What it is busy with now.
+    pub fn busy(&self) -> Vec<Busy> {
+        let jobs = self.0.lock();
+        let busy = jobs.by_claim.iter().map(|(held, slot)| Busy {
+            id: held.id,
+            kind: slot.kind,
+            queue: slot.queue.to_string(),
+            subject: slot.subject.clone(),
+            trace: slot.trace.as_deref().map(str::to_owned),
+            epoch: held.epoch,
+            progress: slot.progress(),
+            for_ms: u64::try_from(slot.since.elapsed().as_millis()).unwrap_or(u64::MAX),
+        });
+        busy.collect()
+    }
+
+    /// The queues that it serves.
+    pub fn serving(&self) -> Vec<Serving> {
+        let lanes = self.0.0.lanes.iter();
+        lanes
+            .map(|lane| Serving {
+                queue: lane.name.to_string(),
+                slots: lane.slots,
+                busy: self.0.of_queue(&lane.name),
+            })
+            .collect()
+    }
+
+    /// How many jobs have ended here, however they did.
+    pub fn ended(&self) -> u64 {
+        self.0.0.ended.load(Ordering::Relaxed)
+    }
+
+    /// Tells a job that runs here to stop, without waiting for the store to do so.
+    pub fn cancel(&self, job: Uuid, reason: &str) {
+        let mut jobs = self.0.lock();
+        for (_, slot) in jobs.by_claim.iter_mut().filter(|(held, _)| held.id == job) {
+            slot.cancel_for(reason.to_owned());
+        }
+    }
+}
+
+impl Slots {
+    pub(super) fn new(lanes: &[Lane]) -> Self {
+        Self(Arc::new(Shared { jobs: Mutex::default(), lanes: lanes.to_vec(), ended: AtomicU64::new(0) }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, InHandOfAll> {
+        self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn of_queue(&self, queue: &str) -> usize {
+        self.lock().by_queue.get(queue).copied().unwrap_or_default()
+    }
+
+    pub(super) fn payload_bytes(&self) -> usize {
+        self.lock().payload_bytes
+    }
+
+    /// Takes a job in hand until what is returned drops.
+    pub(super) fn take(
+        &self,
+        claimed: &Claimed,
+        kind: &'static str,
+        subject: Option<String>,
+        context: &Context,
+    ) -> InHand {
+        let slot = Slot {
+            kind,
+            queue: Arc::clone(&claimed.queue),
+            subject,
+            trace: context.trace.clone(),
+            payload_bytes: claimed.payload.len(),
+            since: Instant::now(),
+            deadline: context.deadline,
+            lease: context.lease.clone(),
+            cancel: context.cancel.clone(),
+            cancelled: None,
+            advance: Arc::clone(&context.advance),
+        };
+        let mut jobs = self.lock();
+        jobs.payload_bytes += slot.payload_bytes;
+        match jobs.by_queue.get_mut(&slot.queue) {
+            Some(count) => *count += 1,
+            None => drop(jobs.by_queue.insert(Arc::clone(&slot.queue), 1)),
+        }
+        jobs.by_claim.insert(claimed.held(), slot);
+        InHand { slots: self.clone(), held: claimed.held(), _counted: Counted::new(metrics::running()) }
+    }
+
+    /// Runs `look` on every job in hand.
+    pub(super) fn each(&self, mut look: impl FnMut(Held, &mut Slot)) {
+        for (held, slot) in &mut self.lock().by_claim {
+            look(*held, slot);
+        }
+    }
+
+    /// Runs `look` on one job, if it is in hand.
+    pub(super) fn one(&self, held: Held, look: impl FnOnce(&mut Slot)) {
+        if let Some(slot) = self.lock().by_claim.get_mut(&held) {
+            look(slot);
+        }
+    }
+
+    pub(super) fn cancel_all(&self) {
+        self.each(|_, slot| slot.cancel.cancel());
+    }
+}
+
+impl Slot {
+    /// Somebody has cancelled the job.
+    pub(super) fn cancel_for(&mut self, reason: String) {
+        self.cancelled.get_or_insert(reason);
+        self.cancel.cancel();
+    }
+}
+
+/// A job in hand; out of it when this drops.
+pub(super) struct InHand {
+    slots: Slots,
+    held: Held,
+    _counted: Counted,
+}
+
+impl InHand {
+    /// Why somebody has cancelled the job.
+    pub(super) fn cancelled(&self) -> Option<String> {
+        self.slots.lock().by_claim.get(&self.held)?.cancelled.clone()
+    }
+}
+
+impl Drop for InHand {
+    fn drop(&mut self) {
+        let mut jobs = self.slots.lock();
+        if let Some(slot) = jobs.by_claim.remove(&self.held) {
+            jobs.payload_bytes -= slot.payload_bytes;
+            if let Some(count) = jobs.by_queue.get_mut(&slot.queue) {
+                *count -= 1;
+            }
+        }
+        drop(jobs);
+        self.slots.0.ended.fetch_add(1, Ordering::Relaxed);
+    }
+}
