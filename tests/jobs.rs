@@ -32,6 +32,10 @@ macro_rules! promises {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $promise() { super::$promise(support::backend::Kind::Sqlite).await; })*
         }
+        mod postgres {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $promise() { super::$promise(support::backend::Kind::Postgres).await; })*
+        }
     };
 }
 
@@ -130,7 +134,8 @@ impl Job for Test {
             Act::Fail => anyhow::bail!("no. {}", context.attempt()),
             Act::Panic => panic!("as the test wants"),
             Act::Hang => std::future::pending().await,
-            Act::Snooze if !context.trace.as_deref().is_some_and(|trace| trace == "again") => {
+            Act::Snooze if context.saved::<bool>()?.is_none() => {
+                context.save(&true).await?;
                 Ok(Fate::Snooze(Duration::from_millis(50)))
             }
             Act::Skip => Ok(Fate::Skipped("nothing to do".to_owned())),

@@ -13,7 +13,8 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode, header};
 use perennial_server::http::problem::Problem;
-use perennial_server::pool::sqlite::{self, Migrations, Sqlite};
+use perennial_server::pool::Migrations;
+use perennial_server::pool::sqlite::{self, Sqlite};
 use rusqlite::Connection;
 use secrecy::{ExposeSecret, SecretString};
 

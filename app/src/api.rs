@@ -12,7 +12,7 @@ use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
-use perennial_server::pool::sqlite;
+use perennial_server::pool::{postgres, sqlite};
 use perennial_workers::queue;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -31,7 +31,7 @@ pub enum Error {
     /// Something that the client can act on.
     Problem(Problem),
     /// The store did not do its part.
-    Store(sqlite::Error),
+    Store(queue::Error),
     /// A mistake of ours.
     Bug(anyhow::Error),
 }
@@ -50,14 +50,19 @@ impl From<FieldError> for Error {
 
 impl From<sqlite::Error> for Error {
     fn from(error: sqlite::Error) -> Self {
-        Self::Store(error)
+        Self::Store(error.into())
+    }
+}
+
+impl From<postgres::Error> for Error {
+    fn from(error: postgres::Error) -> Self {
+        Self::Store(error.into())
     }
 }
 
 impl From<queue::Error> for Error {
     fn from(error: queue::Error) -> Self {
         match error {
-            queue::Error::Sqlite(error) => Self::Store(error),
             queue::Error::Misfit { field, reason, .. } => {
                 let field = if field == "." { "payload".to_owned() } else { format!("payload.{field}") };
                 FieldError::new(field, reason).into()
@@ -65,7 +70,7 @@ impl From<queue::Error> for Error {
             queue::Error::Full { .. } => {
                 Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
             }
-            error @ (queue::Error::Payload { .. } | queue::Error::Unreadable(_)) => Self::Bug(error.into()),
+            error => Self::Store(error),
         }
     }
 }

@@ -37,7 +37,8 @@ use std::sync::Arc;
 
 use perennial_server::drain::Drain;
 use perennial_server::health::{Condition, Health};
-use perennial_server::pool::sqlite::{Migrations, Sqlite};
+use perennial_server::pool::Migrations;
+use perennial_server::pool::sqlite::Sqlite;
 use perennial_server::tasks::Tasks;
 use perennial_workers::{Job, Jobs, Registry};
 use serde_json::Value;

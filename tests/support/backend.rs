@@ -2,16 +2,22 @@
 
 use std::time::Duration;
 
+use perennial_server::pool::postgres::Postgres;
 use perennial_server::pool::sqlite::{self, Sqlite};
-use perennial_workers::store::Store;
+use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};
+use perennial_workers::store::{self, Store};
 use tempfile::TempDir;
+
+use crate::postgres::Database;
 
 /// Which store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A file.
     Sqlite,
+    /// A database of a Postgres server.
+    Postgres,
 }
 
 /// One store, empty at first.
@@ -21,6 +27,7 @@ pub struct Backend(Inner);
 #[derive(Debug)]
 enum Inner {
     Sqlite { store: Sqlite, _directory: TempDir },
+    Postgres { database: Box<Database>, postgres: Postgres },
 }
 
 impl Backend {
@@ -33,6 +40,12 @@ impl Backend {
                 store.migrate(&[MIGRATIONS]).await.unwrap();
                 Inner::Sqlite { store, _directory: directory }
             }
+            Kind::Postgres => {
+                let database = Database::new().await;
+                let postgres = database.connect().await;
+                postgres.migrate(&[store::postgres::MIGRATIONS]).await.unwrap();
+                Inner::Postgres { database: Box::new(database), postgres }
+            }
         })
     }
 
@@ -40,6 +53,7 @@ impl Backend {
     pub async fn queue(&self) -> Store {
         match &self.0 {
             Inner::Sqlite { store, .. } => Store::Sqlite(SqliteQueue::new(store.clone())),
+            Inner::Postgres { database, .. } => Store::Postgres(PostgresQueue::new(database.connect().await)),
         }
     }
 
@@ -48,6 +62,10 @@ impl Backend {
         match &self.0 {
             Inner::Sqlite { store, .. } => {
                 SqliteQueue::new(store.clone()).end_leases().await.unwrap();
+            }
+            Inner::Postgres { postgres, .. } => {
+                let sql = "UPDATE jobs SET lease_until = now() - interval '1 second' WHERE state = 'running'";
+                postgres.execute(sql, &[]).await.unwrap();
             }
         }
     }
@@ -67,6 +85,15 @@ impl Backend {
                     )
                 };
                 store.write(shift).await.unwrap();
+            }
+            Inner::Postgres { postgres, .. } => {
+                let sql = format!(
+                    "UPDATE jobs SET run_at = run_at - interval '{seconds} s',
+                            scheduled_at = scheduled_at - interval '{seconds} s',
+                            lease_until = lease_until - interval '{seconds} s',
+                            recovered_at = recovered_at - interval '{seconds} s'"
+                );
+                postgres.execute(&sql, &[]).await.unwrap();
             }
         }
     }

@@ -9,6 +9,7 @@ pub mod firefox;
 pub mod host;
 pub mod http;
 pub mod nginx;
+pub mod postgres;
 pub mod process;
 
 use std::future::Future;
@@ -16,6 +17,11 @@ use std::time::Duration;
 
 /// How long anything that should happen soon may take, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
+
+/// A port that nobody listens on, for servers that cannot choose one themselves.
+pub fn free_port() -> u16 {
+    std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
+}
 
 /// Whether the long versions are wanted: `tests/run --full`.
 pub fn full() -> bool {

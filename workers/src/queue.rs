@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::sqlite;
+use perennial_server::pool::{postgres, sqlite};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
@@ -29,6 +29,9 @@ pub enum Error {
     /// SQLite.
     #[error(transparent)]
     Sqlite(#[from] sqlite::Error),
+    /// Postgres.
+    #[error(transparent)]
+    Postgres(#[from] postgres::Error),
     /// A payload that cannot be written as JSON, or is too long.
     #[error("the payload of a {kind} job is not usable: {reason}")]
     Payload {
@@ -68,6 +71,7 @@ impl Error {
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_passing(),
+            Self::Postgres(error) => error.is_passing(),
             Self::Full { .. } => true,
             Self::Payload { .. } | Self::Misfit { .. } | Self::Unreadable(_) => false,
         }

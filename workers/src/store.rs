@@ -1,5 +1,6 @@
 //! The stores of jobs.
 
+pub mod postgres;
 pub mod sqlite;
 
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use uuid::Uuid;
 use crate::ledger::{Cancelled, Filter, JobView, Ledger};
 use crate::queue::{Claim, Claims, Depth, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement};
 use crate::wake::Wake;
+use postgres::PostgresQueue;
 use sqlite::SqliteQueue;
 
 /// The store that the settings name.
@@ -21,6 +23,8 @@ use sqlite::SqliteQueue;
 pub enum Store {
     /// A file of our own.
     Sqlite(SqliteQueue),
+    /// A Postgres server, shared with other processes.
+    Postgres(PostgresQueue),
 }
 
 /// The same method of whichever store it is.
@@ -28,6 +32,7 @@ macro_rules! either {
     ($self:ident, $store:ident => $call:expr) => {
         match $self {
             Self::Sqlite($store) => $call,
+            Self::Postgres($store) => $call,
         }
     };
 }

@@ -22,6 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tracing::info;
 
+use super::Migrations;
 use crate::metrics;
 use crate::tasks::panic_message;
 
@@ -112,15 +113,6 @@ impl Error {
 
 /// The result of a read or a write.
 pub type Result<T> = std::result::Result<T, Error>;
-
-/// The tables of one part of the program, in the steps in which they came to be.
-#[derive(Clone, Copy, Debug)]
-pub struct Migrations {
-    /// Whose tables these are.
-    pub module: &'static str,
-    /// SQL, the oldest first. A step that was ever released is never changed.
-    pub steps: &'static [&'static str],
-}
 
 /// An open store. A cheap handle.
 #[derive(Clone, Debug)]

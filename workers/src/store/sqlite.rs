@@ -21,7 +21,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::sqlite::{Migrations, Sqlite};
+use perennial_server::pool::Migrations;
+use perennial_server::pool::sqlite::Sqlite;
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 

@@ -1,0 +1,447 @@
+//! A Postgres server, behind a pool of connections.
+//!
+//! Every wait has its end: for a free connection, for a new one, for an answer. A statement that does not end in
+//! time is ended by the server (`statement_timeout`) and given up here a moment later, and its connection with it.
+//!
+//! Statements are parsed, bound and run in one round trip and have no names, and nothing of a session is relied
+//! on: all of it works through a PgBouncer that pools transactions. Only [`Postgres::listen`] needs a connection
+//! of its own.
+
+use std::fmt;
+use std::future::{Future, poll_fn};
+use std::str::FromStr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType};
+use jiff::Timestamp;
+use secrecy::{ExposeSecret, SecretString};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+use tokio_postgres::error::SqlState;
+use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::{AsyncMessage, NoTls, Row};
+use tracing::{info, warn};
+
+use super::Migrations;
+
+/// How much longer than the server's own limit an answer is waited for.
+const GRACE: Duration = Duration::from_secs(1);
+/// How long bringing the tables up to date may take, for each step.
+const MIGRATION: Duration = Duration::from_secs(600);
+/// What parallel boots wait for each other on while they do so.
+const MIGRATION_LOCK: i64 = 0x7065_7265_6e6e_6961;
+/// A clock that is off by more than this is worth a warning.
+const SKEW: Duration = Duration::from_secs(30);
+/// How many notifications may wait for whoever listens.
+const NOTIFICATIONS: usize = 1024;
+
+/// Where the server is, and how long to wait for it.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `postgres://user:password@host:5432/database`.
+    pub url: SecretString,
+    /// The most connections.
+    pub size: usize,
+    /// How long a caller waits for a free one.
+    pub wait: Duration,
+    /// How long making one may take.
+    pub connect_timeout: Duration,
+    /// How long one statement may take.
+    pub statement_timeout: Duration,
+    /// Whether a PgBouncer that pools transactions may stand in between: then nothing is set for a session, and
+    /// `statement_timeout` should be set on the role.
+    pub pgbouncer: bool,
+}
+
+/// Why a statement did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The URL cannot be read.
+    #[error("wanted postgres://user:password@host:port/database")]
+    Url,
+    /// Nobody had time within the wait.
+    #[error("no connection to Postgres is free")]
+    Busy,
+    /// No connection can be made.
+    #[error("Postgres cannot be reached")]
+    Away(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The answer did not come in time. A write may have happened.
+    #[error("Postgres has not answered within the time allowed; a write may have happened")]
+    Slow,
+    /// The server refused, or the connection broke off.
+    #[error("postgres")]
+    Sql(#[from] tokio_postgres::Error),
+    /// The store was written by a newer version of the program.
+    #[error("the store is newer than this program: {module} is at version {found}, known here are {known}")]
+    Newer {
+        /// Whose migrations.
+        module: &'static str,
+        /// The version in the store.
+        found: usize,
+        /// The newest version that this program knows.
+        known: usize,
+    },
+}
+
+impl Error {
+    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Busy | Self::Away(_) | Self::Slow => true,
+            Self::Sql(error) => match error.code() {
+                // Without a code, the connection broke off.
+                None => true,
+                Some(code) => is_passing(code),
+            },
+            Self::Url | Self::Newer { .. } => false,
+        }
+    }
+}
+
+/// Classes of errors (PostgreSQL, appendix A) that are about the moment: 08 connection, 40 rollback, 53 resources,
+/// 57 intervention (shutdown, timeout), 58 system; and a server that only reads, since it is no longer the primary.
+fn is_passing(code: &SqlState) -> bool {
+    let class = code.code().get(..2).unwrap_or_default();
+    matches!(class, "08" | "40" | "53" | "57" | "58") || *code == SqlState::READ_ONLY_SQL_TRANSACTION
+}
+
+/// The result of a statement.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A parameter and its type.
+pub type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
+
+/// A pool of connections. A cheap handle.
+#[derive(Clone)]
+pub struct Postgres(Arc<Shared>);
+
+struct Shared {
+    pool: Pool,
+    dedicated: tokio_postgres::Config,
+    config: Config,
+}
+
+impl fmt::Debug for Postgres {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Postgres").field("pool", &self.0.pool.status()).finish_non_exhaustive()
+    }
+}
+
+impl Postgres {
+    /// Connects once, so that a server that cannot be used is noticed here.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, and when the server cannot be reached.
+    pub async fn open(config: Config) -> Result<Self> {
+        let mut wanted =
+            tokio_postgres::Config::from_str(config.url.expose_secret()).map_err(|_| Error::Url)?;
+        wanted
+            .application_name("perennial")
+            .connect_timeout(config.connect_timeout)
+            // Packets that are swallowed silently end a connection, too.
+            .tcp_user_timeout(config.statement_timeout + GRACE)
+            .keepalives_idle(Duration::from_secs(30));
+        if !config.pgbouncer {
+            let options = format!("-c statement_timeout={}", config.statement_timeout.as_millis());
+            let given = wanted.get_options().map(|given| format!("{given} {options}"));
+            wanted.options(given.unwrap_or(options));
+        }
+        let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
+        let manager = Manager::from_config(wanted.clone(), NoTls, recycling);
+        let pool = Pool::builder(manager)
+            .max_size(config.size)
+            .wait_timeout(Some(config.wait))
+            .create_timeout(Some(config.connect_timeout))
+            .recycle_timeout(Some(config.connect_timeout))
+            .runtime(deadpool_postgres::Runtime::Tokio1)
+            .build()
+            .map_err(|error| Error::Away(error.into()))?;
+        let postgres = Self(Arc::new(Shared { pool, dedicated: wanted, config }));
+        postgres.check().await?;
+        Ok(postgres)
+    }
+
+    /// Looks at the server for what would go wrong later.
+    async fn check(&self) -> Result<()> {
+        let connection = self.get().await?;
+        let sql = "SELECT now(), current_setting('statement_timeout') <> '0'";
+        let row = connection.query(sql, &[]).await?;
+        let Some(row) = row.first() else { return Ok(()) };
+        let (now, has_timeout): (Timestamp, bool) = (row.get(0), row.get(1));
+        let skew = now.duration_since(Timestamp::now()).unsigned_abs();
+        if skew > SKEW {
+            warn!(
+                ?skew,
+                "the clocks of Postgres and of this machine differ; due times are by that of Postgres"
+            );
+        }
+        if !has_timeout {
+            warn!(
+                "statements have no timeout: ALTER ROLE .. SET statement_timeout, since PgBouncer keeps none"
+            );
+        }
+        Ok(())
+    }
+
+    /// Whether only what works through a PgBouncer may be used.
+    pub fn is_behind_pgbouncer(&self) -> bool {
+        self.0.config.pgbouncer
+    }
+
+    /// A connection.
+    ///
+    /// # Errors
+    /// [`Error::Busy`] when none is free in time, [`Error::Away`] when none can be made.
+    pub async fn get(&self) -> Result<Connection> {
+        let object = match self.0.pool.get().await {
+            Ok(object) => object,
+            Err(PoolError::Timeout(TimeoutType::Wait)) => return Err(Error::Busy),
+            Err(error) => return Err(Error::Away(error.into())),
+        };
+        Ok(Connection {
+            object: Some(object),
+            suspect: AtomicBool::new(false),
+            timeout: self.0.config.statement_timeout + GRACE,
+        })
+    }
+
+    /// Runs one statement on a connection.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        self.get().await?.query(sql, parameters).await
+    }
+
+    /// Runs one statement on a connection, and returns how many rows it is about.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
+        self.get().await?.execute(sql, parameters).await
+    }
+
+    /// Applies what is missing of each part's migrations, all in one transaction; parallel boots wait for it.
+    ///
+    /// # Errors
+    /// When a step fails, or the store is newer than the program: nothing has changed.
+    pub async fn migrate(&self, all: &[Migrations]) -> Result<()> {
+        let mut connection = self.get().await?;
+        connection.timeout = MIGRATION;
+        let transaction = connection.begin().await?;
+        transaction.batch(&format!("SET LOCAL statement_timeout = {}", MIGRATION.as_millis())).await?;
+        transaction.query("SELECT pg_advisory_xact_lock($1)", &[(&MIGRATION_LOCK, Type::INT8)]).await?;
+        transaction
+            .batch(
+                "CREATE TABLE IF NOT EXISTS migrations (
+                     module     text NOT NULL,
+                     version    bigint NOT NULL,
+                     applied_at timestamptz NOT NULL DEFAULT now(),
+                     PRIMARY KEY (module, version)
+                 )",
+            )
+            .await?;
+        for Migrations { module, steps } in all {
+            let sql = "SELECT coalesce(max(version), 0) FROM migrations WHERE module = $1";
+            let found = transaction.query(sql, &[(module, Type::TEXT)]).await?;
+            let found = found.first().map_or(0, |row| row.get::<_, i64>(0));
+            let found = usize::try_from(found).unwrap_or_default();
+            if found > steps.len() {
+                return Err(Error::Newer { module, found, known: steps.len() });
+            }
+            for (version, step) in (1_i64..).zip(steps.iter()).skip(found) {
+                transaction.batch(step).await?;
+                let sql = "INSERT INTO migrations (module, version) VALUES ($1, $2)";
+                transaction.query(sql, &[(module, Type::TEXT), (&version, Type::INT8)]).await?;
+                info!(module, version, "migrated");
+            }
+        }
+        transaction.commit().await
+    }
+
+    /// A connection of its own that listens on a channel.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub async fn listen(&self, channel: &'static str) -> Result<Listener> {
+        let (client, mut connection) = self.0.dedicated.connect(NoTls).await?;
+        let (sender, notifications) = mpsc::channel(NOTIFICATIONS);
+        let mut driver = JoinSet::new();
+        driver.spawn(async move {
+            while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+                if let AsyncMessage::Notification(notification) = message
+                    && sender.send(notification.payload().to_owned()).await.is_err()
+                {
+                    return;
+                }
+            }
+        });
+        let timeout = self.0.config.statement_timeout + GRACE;
+        let listener = Listener { client, notifications, channel, timeout, _driver: driver };
+        within(timeout, listener.client.batch_execute(&format!("LISTEN {channel}"))).await?;
+        Ok(listener)
+    }
+
+    /// Takes no more callers, and closes every connection when it comes back.
+    pub fn close(&self) {
+        self.0.pool.close();
+    }
+}
+
+async fn within<T>(
+    timeout: Duration,
+    answer: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
+) -> Result<T> {
+    Ok(tokio::time::timeout(timeout, answer).await.map_err(|_| Error::Slow)??)
+}
+
+/// A connection from the pool. It goes back when this drops, unless a statement on it was not answered.
+pub struct Connection {
+    object: Option<Object>,
+    /// A statement was not answered.
+    suspect: AtomicBool,
+    timeout: Duration,
+}
+
+impl fmt::Debug for Connection {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Connection")
+    }
+}
+
+/// What runs statements: a connection, each by itself; or a transaction, all or none.
+pub trait Session {
+    /// Runs a statement.
+    fn query(&self, sql: &str, parameters: &[Parameter<'_>])
+    -> impl Future<Output = Result<Vec<Row>>> + Send;
+
+    /// Runs a statement, and returns how many rows it is about.
+    fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> impl Future<Output = Result<u64>> + Send;
+}
+
+/// Runs one statement, and marks its connection as suspect until it has been answered: also when the caller
+/// goes away, what is still to come belongs to nobody.
+async fn asked<T>(
+    suspect: &AtomicBool,
+    timeout: Duration,
+    answer: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
+) -> Result<T> {
+    let before = suspect.swap(true, Ordering::Relaxed);
+    let answered = within(timeout, answer).await;
+    if !matches!(answered, Err(Error::Slow)) {
+        suspect.store(before, Ordering::Relaxed);
+    }
+    answered
+}
+
+impl Connection {
+    /// Begins a transaction, which is rolled back unless it is committed.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn begin(&mut self) -> Result<Transaction<'_>> {
+        let Self { object, suspect, timeout } = self;
+        let Some(object) = object else { return Err(Error::Busy) };
+        let inner = asked(suspect, *timeout, object.transaction()).await?;
+        Ok(Transaction { inner, suspect, timeout: *timeout })
+    }
+
+    fn client(&self) -> Result<&deadpool_postgres::ClientWrapper> {
+        self.object.as_deref().ok_or(Error::Busy)
+    }
+}
+
+impl Session for Connection {
+    async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        asked(&self.suspect, self.timeout, self.client()?.query_typed(sql, parameters)).await
+    }
+
+    async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
+        asked(&self.suspect, self.timeout, self.client()?.execute_typed(sql, parameters)).await
+    }
+}
+
+impl Drop for Connection {
+    fn drop(&mut self) {
+        if self.suspect.load(Ordering::Relaxed)
+            && let Some(object) = self.object.take()
+        {
+            drop(Object::take(object));
+        }
+    }
+}
+
+/// A transaction on a connection. Rolled back when it drops without [`Transaction::commit`].
+pub struct Transaction<'a> {
+    inner: deadpool_postgres::Transaction<'a>,
+    suspect: &'a AtomicBool,
+    timeout: Duration,
+}
+
+impl fmt::Debug for Transaction<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Transaction")
+    }
+}
+
+impl Transaction<'_> {
+    /// Makes what was done last.
+    ///
+    /// # Errors
+    /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a connection that broke off.
+    pub async fn commit(self) -> Result<()> {
+        asked(self.suspect, self.timeout, self.inner.commit()).await
+    }
+
+    /// Runs several statements without parameters.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn batch(&self, sql: &str) -> Result<()> {
+        asked(self.suspect, self.timeout, self.inner.batch_execute(sql)).await
+    }
+}
+
+impl Session for Transaction<'_> {
+    async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        asked(self.suspect, self.timeout, self.inner.query_typed(sql, parameters)).await
+    }
+
+    async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
+        asked(self.suspect, self.timeout, self.inner.execute_typed(sql, parameters)).await
+    }
+}
+
+/// A connection that listens. It ends when this drops.
+pub struct Listener {
+    client: tokio_postgres::Client,
+    notifications: mpsc::Receiver<String>,
+    channel: &'static str,
+    timeout: Duration,
+    _driver: JoinSet<()>,
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Listener").field("channel", &self.channel).finish_non_exhaustive()
+    }
+}
+
+impl Listener {
+    /// The next notification; none when the connection has ended.
+    pub async fn next(&mut self) -> Option<String> {
+        self.notifications.recv().await
+    }
+
+    /// Tells all who listen, ourselves too.
+    ///
+    /// # Errors
+    /// When the connection has ended.
+    pub async fn notify(&self, payloads: &[String]) -> Result<()> {
+        let sql = "SELECT pg_notify($1, payload) FROM unnest($2::text[]) AS payload";
+        let parameters: [Parameter<'_>; 2] = [(&self.channel, Type::TEXT), (&payloads, Type::TEXT_ARRAY)];
+        within(self.timeout, self.client.query_typed(sql, &parameters)).await.map(drop)
+    }
+}

@@ -1,0 +1,188 @@
+//! Postgres: one server for all tests, with a database for each; or one of a test's own, to be hurt.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use perennial_server::pool::postgres::{Config, Postgres};
+use tempfile::TempDir;
+use tokio::process::{Child, Command};
+use uuid::Uuid;
+
+use crate::{eventually, free_port};
+
+/// What `tests/run` has started: the URL of its server, without a database.
+const SHARED: &str = "PERENNIAL_TEST_POSTGRES";
+
+/// A database of a test's own.
+#[derive(Debug)]
+pub struct Database {
+    url: String,
+    /// Where no server is shared, one of its own.
+    _server: Option<Server>,
+}
+
+impl Database {
+    /// An empty one.
+    pub async fn new() -> Self {
+        match std::env::var(SHARED) {
+            Ok(server) => Self { url: create(&server).await, _server: None },
+            Err(_) => {
+                let server = Server::start(&["fsync=off"]).await;
+                Self { url: server.create().await, _server: Some(server) }
+            }
+        }
+    }
+
+    /// `postgres://..`.
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A pool of connections to it.
+    pub async fn connect(&self) -> Postgres {
+        connect(&self.url).await
+    }
+}
+
+/// A pool of connections.
+pub async fn connect(url: &str) -> Postgres {
+    Postgres::open(config(url)).await.unwrap()
+}
+
+/// How a server is connected to here.
+pub fn config(url: &str) -> Config {
+    Config {
+        url: url.to_owned().into(),
+        size: 8,
+        wait: Duration::from_secs(10),
+        connect_timeout: Duration::from_secs(5),
+        statement_timeout: Duration::from_secs(10),
+        pgbouncer: false,
+    }
+}
+
+/// Makes a database on a server, and returns its URL. A server in a directory is named by `?host=`.
+async fn create(server: &str) -> String {
+    let name = format!("test_{}", Uuid::now_v7().simple());
+    let of = |database: &str| match server.split_once('?') {
+        Some((base, query)) => format!("{base}{database}?{query}"),
+        None => format!("{server}{database}"),
+    };
+    let postgres = connect(&of("postgres")).await;
+    // Others may be copying the template, too.
+    eventually("a database", || async {
+        postgres.execute(&format!("CREATE DATABASE {name}"), &[]).await.ok()
+    })
+    .await;
+    postgres.close();
+    of(&name)
+}
+
+/// A server of a test's own.
+#[derive(Debug)]
+pub struct Server {
+    child: Child,
+    directory: TempDir,
+    port: u16,
+    settings: Vec<String>,
+}
+
+impl Server {
+    /// Starts one, with these settings: `name=value`.
+    pub async fn start(settings: &[&str]) -> Self {
+        let directory = TempDir::new().unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let data = directory.path().join("data");
+        let mut initdb = as_postgres("initdb");
+        initdb.args(["--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "-D"]).arg(&data);
+        let output = initdb.output().await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let settings: Vec<String> = settings.iter().map(|setting| (*setting).to_owned()).collect();
+        let port = free_port();
+        let child = spawn(directory.path(), port, &settings);
+        let server = Self { child, directory, port, settings };
+        server.ready().await;
+        server
+    }
+
+    /// Makes a database, and returns its URL.
+    pub async fn create(&self) -> String {
+        create(&format!("postgres://postgres@127.0.0.1:{}/", self.port)).await
+    }
+
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
+    /// Sends a signal to its first process: SIGINT is a fast shutdown, SIGQUIT an immediate one.
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// Sends a signal to it and to all processes that it has started.
+    pub fn signal_all(&self, signal: Signal) {
+        let all = std::process::Command::new("pgrep").args(["-P", &self.pid().to_string()]).output().unwrap();
+        let children = String::from_utf8(all.stdout).unwrap();
+        for pid in children.lines().filter_map(|pid| pid.trim().parse().ok()) {
+            let _ = kill(Pid::from_raw(pid), signal);
+        }
+        self.signal(signal);
+    }
+
+    /// Stops it and starts it again.
+    pub async fn restart(&mut self) {
+        self.signal(Signal::SIGINT);
+        self.child.wait().await.unwrap();
+        self.child = spawn(self.directory.path(), self.port, &self.settings);
+        self.ready().await;
+    }
+
+    fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id().expect("it runs").try_into().unwrap())
+    }
+
+    async fn ready(&self) {
+        let url = format!("postgres://postgres@127.0.0.1:{}/postgres", self.port);
+        eventually("Postgres answers", || async { Postgres::open(config(&url)).await.ok() }).await.close();
+    }
+}
+
+fn spawn(directory: &Path, port: u16, settings: &[String]) -> Child {
+    let mut command = as_postgres("postgres");
+    command.arg("-D").arg(directory.join("data")).args(["-p", &port.to_string()]);
+    command.args([
+        "-c",
+        "listen_addresses=127.0.0.1",
+        "-c",
+        "unix_socket_directories=",
+        "-c",
+        "max_connections=200",
+    ]);
+    for setting in settings {
+        command.args(["-c", setting]);
+    }
+    command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).spawn().unwrap()
+}
+
+/// One of Postgres' programs, which refuse to be run by root.
+fn as_postgres(program: &str) -> Command {
+    let program = bin().join(program);
+    if !rustix::process::geteuid().is_root() {
+        return Command::new(program);
+    }
+    let mut command = Command::new("setpriv");
+    command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program).current_dir("/");
+    command
+}
+
+/// Where Debian keeps them: beside each other, one directory a version.
+fn bin() -> PathBuf {
+    let versions =
+        std::fs::read_dir("/usr/lib/postgresql").expect("Postgres is not installed: run tests/run");
+    versions.map(|version| version.unwrap().path().join("bin")).max().unwrap()
+}

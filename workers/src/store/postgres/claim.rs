@@ -1,0 +1,220 @@
+//! Claiming, fast also when the dead are many.
+//!
+//! A row that was claimed leaves a dead entry in the index of those that are ready, at its head, where the next
+//! claim begins to look. Usually they are cleared away in passing; but while anybody holds an old snapshot (a
+//! long report, a backup) they have to stay, and every claim would walk over all of them. So when looking from
+//! the head has become slow, most claims begin where the last one ended (a *cursor* for each priority), and the
+//! head is looked at again from time to time, so that it takes a small part of the time: for what was enqueued
+//! with an older due time, and for priorities that have no cursor yet.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use jiff::Timestamp;
+use perennial_server::pool::postgres::{Connection, Parameter, Postgres, Session};
+use tokio::time::Instant;
+use tokio_postgres::Row;
+use tokio_postgres::types::Type;
+use uuid::Uuid;
+
+use super::{CLAIMED, claimed, seconds};
+use crate::queue::{Claim, Claimed, Claims, Lapsed, Result};
+
+/// A look from the head that takes longer than this is slow,
+const SLOW: Duration = Duration::from_millis(10);
+/// and is then done again only after so many times as long,
+const SELDOM: u32 = 20;
+/// but not less often than this.
+const AT_LEAST: Duration = Duration::from_secs(5);
+/// How often to look for what has become due, while nothing is known to be.
+const PROMOTE: Duration = Duration::from_millis(250);
+/// How many become due in one question.
+const PROMOTED: i64 = 1000;
+
+/// Where the last claims of each queue ended. A cheap handle.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Cursors(Arc<Mutex<HashMap<Arc<str>, Cursor>>>);
+
+#[derive(Clone, Debug)]
+struct Cursor {
+    /// The last that was claimed, of each priority.
+    last: BTreeMap<i16, (Timestamp, Uuid)>,
+    /// When to look from the head again.
+    head_at: Instant,
+    /// When to look again for what has become due.
+    promote_at: Instant,
+}
+
+impl Cursors {
+    fn get(&self, queue: &Arc<str>) -> Cursor {
+        let mut cursors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let now = Instant::now();
+        let new = || Cursor { last: BTreeMap::new(), head_at: now, promote_at: now };
+        cursors.entry(Arc::clone(queue)).or_insert_with(new).clone()
+    }
+
+    fn change(&self, queue: &Arc<str>, change: impl FnOnce(&mut Cursor)) {
+        if let Some(cursor) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(queue) {
+            change(cursor);
+        }
+    }
+}
+
+pub(super) async fn claim(postgres: &Postgres, cursors: &Cursors, claim: Claim) -> Result<Claims> {
+    let connection = postgres.get().await?;
+    let cursor = cursors.get(&claim.queue);
+    let mut next_in = None;
+    if cursor.promote_at <= Instant::now() {
+        next_in = promote(&connection, &claim.queue).await?;
+        let again = Instant::now() + next_in.unwrap_or(PROMOTE).min(PROMOTE);
+        cursors.change(&claim.queue, |cursor| cursor.promote_at = again);
+    } else {
+        next_in = next_in.or(Some(cursor.promote_at - Instant::now()));
+    }
+    let is_from_head = cursor.head_at <= Instant::now() || cursor.last.is_empty();
+    let rows = if is_from_head {
+        let began = Instant::now();
+        let rows = from_head(&connection, &claim).await?;
+        let took = began.elapsed();
+        // A claim of many rows takes a while because of them.
+        let slow = took > SLOW + Duration::from_micros(50) * u32::try_from(rows.len()).unwrap_or(u32::MAX);
+        let pause = if slow { (took * SELDOM).min(AT_LEAST) } else { Duration::ZERO };
+        cursors.change(&claim.queue, |cursor| cursor.head_at = Instant::now() + pause);
+        rows
+    } else {
+        from_cursor(&connection, &claim, &cursor.last).await?
+    };
+    cursors.change(&claim.queue, |cursor| {
+        for row in &rows {
+            let (priority, at): (i16, (Timestamp, Uuid)) =
+                (row.get("priority"), (row.get("run_at"), row.get("id")));
+            let last = cursor.last.entry(priority).or_insert(at);
+            *last = at.max(*last);
+        }
+    });
+    let mut jobs: Vec<Claimed> = rows.iter().map(|row| claimed(row, Some(&claim.queue))).collect();
+    jobs.sort_by_key(|job| (job.priority, std::cmp::Reverse(job.waited)));
+    release(&connection, &jobs).await?;
+    Ok(Claims { jobs, next_in })
+}
+
+const IS_NOT_PAUSED: &str = "NOT EXISTS (SELECT FROM paused_queues WHERE queue = $1)";
+
+async fn from_head(connection: &Connection, claim: &Claim) -> Result<Vec<Row>> {
+    let sql = format!(
+        "UPDATE jobs SET state = 'running', epoch = epoch + 1, worker = $3,
+                         lease_until = clock_timestamp() + make_interval(secs => $4)
+         WHERE id = ANY (ARRAY(
+             SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND {IS_NOT_PAUSED}
+             ORDER BY priority, run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED))
+         RETURNING {CLAIMED}, run_at"
+    );
+    let (limit, lease) = (limit(claim), seconds(claim.lease));
+    let parameters: [Parameter<'_>; 4] = [
+        (&&*claim.queue, Type::TEXT),
+        (&limit, Type::INT8),
+        (&claim.worker, Type::TEXT),
+        (&lease, Type::FLOAT8),
+    ];
+    Ok(connection.query(&sql, &parameters).await?)
+}
+
+/// The same from where the last claims ended, by priority.
+async fn from_cursor(
+    connection: &Connection,
+    claim: &Claim,
+    last: &BTreeMap<i16, (Timestamp, Uuid)>,
+) -> Result<Vec<Row>> {
+    let priorities: Vec<i16> = last.keys().copied().collect();
+    let (times, ids): (Vec<Timestamp>, Vec<Uuid>) = last.values().copied().unzip();
+    // The rows of a priority are locked as they are found, so that no more of them are than can be claimed.
+    let sql = format!(
+        "UPDATE jobs SET state = 'running', epoch = epoch + 1, worker = $3,
+                         lease_until = clock_timestamp() + make_interval(secs => $4)
+         WHERE id = ANY (ARRAY(
+             SELECT found.id FROM unnest($5::int2[], $6::timestamptz[], $7::uuid[]) AS last (priority, at, id)
+             CROSS JOIN LATERAL (
+                 SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND priority = last.priority
+                    AND (run_at, jobs.id) > (last.at, last.id)
+                 ORDER BY run_at, jobs.id LIMIT $2 FOR UPDATE SKIP LOCKED) AS found
+             WHERE {IS_NOT_PAUSED} LIMIT $2))
+         RETURNING {CLAIMED}, run_at"
+    );
+    let (limit, lease) = (limit(claim), seconds(claim.lease));
+    let parameters: [Parameter<'_>; 7] = [
+        (&&*claim.queue, Type::TEXT),
+        (&limit, Type::INT8),
+        (&claim.worker, Type::TEXT),
+        (&lease, Type::FLOAT8),
+        (&priorities, Type::INT2_ARRAY),
+        (&times, Type::TIMESTAMPTZ_ARRAY),
+        (&ids, Type::UUID_ARRAY),
+    ];
+    Ok(connection.query(&sql, &parameters).await?)
+}
+
+fn limit(claim: &Claim) -> i64 {
+    i64::try_from(claim.limit).unwrap_or(i64::MAX)
+}
+
+/// Makes ready what has become due, and returns how long until the next is.
+async fn promote(connection: &Connection, queue: &Arc<str>) -> Result<Option<Duration>> {
+    let sql = "
+        WITH due AS (
+            UPDATE jobs SET state = 'ready' WHERE id = ANY (ARRAY(
+                SELECT id FROM jobs WHERE state = 'scheduled' AND queue = $1 AND run_at <= now()
+                ORDER BY run_at LIMIT $2 FOR UPDATE SKIP LOCKED))
+            RETURNING id
+        )
+        SELECT (extract(epoch FROM min(run_at) - now()) * 1000000)::int8, (SELECT count(*) FROM due)
+        FROM jobs WHERE state = 'scheduled' AND queue = $1 AND run_at > now()";
+    let rows = connection.query(sql, &[(&&**queue, Type::TEXT), (&PROMOTED, Type::INT8)]).await?;
+    let Some(row) = rows.first() else { return Ok(None) };
+    if row.get::<_, i64>(1) == PROMOTED {
+        return Ok(Some(Duration::ZERO));
+    }
+    let wait: Option<i64> = row.get(0);
+    // Rounded up to what the store can tell apart.
+    Ok(wait.map(|wait| Duration::from_micros(wait.max(0).unsigned_abs() + 1000)))
+}
+
+/// Gives back the keys of those that were to be taken until now.
+async fn release(connection: &Connection, jobs: &[Claimed]) -> Result<()> {
+    let keys = jobs.iter().filter_map(|job| Some((job.unique.as_deref()?, job.id)));
+    let (keys, ids): (Vec<&str>, Vec<Uuid>) = keys.unzip();
+    if keys.is_empty() {
+        return Ok(());
+    }
+    let sql = "DELETE FROM job_keys USING unnest($1::text[], $2::uuid[]) AS begun (key, job)
+               WHERE job_keys.key = begun.key AND job_keys.job = begun.job AND scope = 'started'";
+    connection.execute(sql, &[(&keys, Type::TEXT_ARRAY), (&ids, Type::UUID_ARRAY)]).await?;
+    Ok(())
+}
+
+/// Claims jobs whose leases have lapsed, or last for longer than any can.
+pub(super) async fn lapsed(
+    postgres: &Postgres,
+    limit: usize,
+    worker: String,
+    lease: Duration,
+) -> Result<Lapsed> {
+    let connection = postgres.get().await?;
+    let mend = "UPDATE jobs SET run_at = run_at - (scheduled_at - now()), scheduled_at = now()
+                WHERE state = 'scheduled' AND scheduled_at > now() + interval '1 second'";
+    connection.execute(mend, &[]).await?;
+    let sql = format!(
+        "UPDATE jobs SET epoch = epoch + 1, worker = $2, lease_until = now() + make_interval(secs => $3)
+         WHERE id = ANY (ARRAY(
+             SELECT id FROM jobs WHERE state = 'running'
+                AND (lease_until < now() OR lease_until > now() + 3 * make_interval(secs => $3))
+             LIMIT $1 FOR UPDATE SKIP LOCKED))
+         RETURNING {CLAIMED}, now()"
+    );
+    let (limit, lease) = (i64::try_from(limit).unwrap_or(i64::MAX), seconds(lease));
+    let parameters: [Parameter<'_>; 3] =
+        [(&limit, Type::INT8), (&worker, Type::TEXT), (&lease, Type::FLOAT8)];
+    let rows = connection.query(&sql, &parameters).await?;
+    let now = rows.first().map_or_else(Timestamp::now, |row| row.get("now"));
+    Ok(Lapsed { jobs: rows.iter().map(|row| claimed(row, None)).collect(), now })
+}
