@@ -36,6 +36,10 @@ macro_rules! promises {
             $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
             async fn $promise() { super::$promise(support::backend::Kind::Postgres).await; })*
         }
+        mod redis {
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $promise() { super::$promise(support::backend::Kind::Redis).await; })*
+        }
     };
 }
 
@@ -664,7 +668,8 @@ async fn rivals_never_claim_the_same_job(kind: Kind) {
             mine.extend(jobs.iter().map(|job| job.id));
         }
     };
-    let (a, b, c, d) = soon("all claimed", async { tokio::join!(rival(), rival(), rival(), rival()) }).await;
+    let rivals = Box::pin(async { tokio::join!(rival(), rival(), rival(), rival()) });
+    let (a, b, c, d) = soon("all claimed", rivals).await;
     let claimed: Vec<Uuid> = [a, b, c, d].concat();
     assert_eq!(claimed.len(), 600);
     assert_eq!(claimed.into_iter().collect::<HashSet<_>>(), all);

@@ -1,6 +1,7 @@
 //! Stores behind bounded waits.
 
 pub mod postgres;
+pub mod redis;
 pub mod sqlite;
 
 /// The tables of one part of the program, in the steps in which they came to be.

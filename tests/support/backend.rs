@@ -3,13 +3,17 @@
 use std::time::Duration;
 
 use perennial_server::pool::postgres::Postgres;
+use perennial_server::pool::redis::Redis;
+use perennial_server::pool::redis::client::Script;
 use perennial_server::pool::sqlite::{self, Sqlite};
 use perennial_workers::store::postgres::PostgresQueue;
+use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};
 use perennial_workers::store::{self, Store};
 use tempfile::TempDir;
 
 use crate::postgres::Database;
+use crate::redis::Prefix;
 
 /// Which store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,6 +22,8 @@ pub enum Kind {
     Sqlite,
     /// A database of a Postgres server.
     Postgres,
+    /// A prefix of a Redis server.
+    Redis,
 }
 
 /// One store, empty at first.
@@ -28,6 +34,7 @@ pub struct Backend(Inner);
 enum Inner {
     Sqlite { store: Sqlite, _directory: TempDir },
     Postgres { database: Box<Database>, postgres: Postgres },
+    Redis { prefix: Box<Prefix>, redis: Redis },
 }
 
 impl Backend {
@@ -46,6 +53,11 @@ impl Backend {
                 postgres.migrate(&[store::postgres::MIGRATIONS]).await.unwrap();
                 Inner::Postgres { database: Box::new(database), postgres }
             }
+            Kind::Redis => {
+                let prefix = Prefix::new().await;
+                let redis = prefix.connect().await;
+                Inner::Redis { prefix: Box::new(prefix), redis }
+            }
         })
     }
 
@@ -54,6 +66,9 @@ impl Backend {
         match &self.0 {
             Inner::Sqlite { store, .. } => Store::Sqlite(SqliteQueue::new(store.clone())),
             Inner::Postgres { database, .. } => Store::Postgres(PostgresQueue::new(database.connect().await)),
+            Inner::Redis { prefix, .. } => {
+                Store::Redis(RedisQueue::new(prefix.connect().await, prefix.name()))
+            }
         }
     }
 
@@ -67,6 +82,7 @@ impl Backend {
                 let sql = "UPDATE jobs SET lease_until = now() - interval '1 second' WHERE state = 'running'";
                 postgres.execute(sql, &[]).await.unwrap();
             }
+            Inner::Redis { prefix, redis } => shift(redis, prefix.name(), &["leases"], 3_600_000).await,
         }
     }
 
@@ -95,8 +111,28 @@ impl Backend {
                 );
                 postgres.execute(&sql, &[]).await.unwrap();
             }
+            Inner::Redis { prefix, redis } => {
+                let parts = ["leases", "scheduled", "waits"];
+                shift(redis, prefix.name(), &parts, seconds * 1000).await;
+            }
         }
     }
+}
+
+/// Makes earlier, by so many milliseconds, what sorted sets of the queue of the tests say.
+async fn shift(redis: &Redis, prefix: &str, parts: &[&str], milliseconds: i64) {
+    let script = Script::new(
+        "for _, key in ipairs(KEYS) do
+             for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do
+                 redis.call('ZINCRBY', key, -ARGV[1], id)
+             end
+         end",
+    );
+    let mut invocation = script.prepare_invoke();
+    for part in parts {
+        invocation.key(format!("{prefix}:{{tests}}:{part}"));
+    }
+    redis.invoke::<()>(invocation.arg(milliseconds)).await.unwrap();
 }
 
 /// How a store in a file is opened here.

@@ -11,6 +11,7 @@ pub mod http;
 pub mod nginx;
 pub mod postgres;
 pub mod process;
+pub mod redis;
 
 use std::future::Future;
 use std::time::Duration;

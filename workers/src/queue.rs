@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::{postgres, sqlite};
+use perennial_server::pool::{postgres, redis, sqlite};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
@@ -32,6 +32,9 @@ pub enum Error {
     /// Postgres.
     #[error(transparent)]
     Postgres(#[from] postgres::Error),
+    /// Redis.
+    #[error(transparent)]
+    Redis(#[from] redis::Error),
     /// A payload that cannot be written as JSON, or is too long.
     #[error("the payload of a {kind} job is not usable: {reason}")]
     Payload {
@@ -72,6 +75,7 @@ impl Error {
         match self {
             Self::Sqlite(error) => error.is_passing(),
             Self::Postgres(error) => error.is_passing(),
+            Self::Redis(error) => error.is_passing(),
             Self::Full { .. } => true,
             Self::Payload { .. } | Self::Misfit { .. } | Self::Unreadable(_) => false,
         }

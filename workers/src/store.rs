@@ -1,6 +1,7 @@
 //! The stores of jobs.
 
 pub mod postgres;
+pub mod redis;
 pub mod sqlite;
 
 use std::sync::Arc;
@@ -16,6 +17,7 @@ use crate::ledger::{Cancelled, Filter, JobView, Ledger};
 use crate::queue::{Claim, Claims, Depth, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement};
 use crate::wake::Wake;
 use postgres::PostgresQueue;
+use redis::RedisQueue;
 use sqlite::SqliteQueue;
 
 /// The store that the settings name.
@@ -25,6 +27,8 @@ pub enum Store {
     Sqlite(SqliteQueue),
     /// A Postgres server, shared with other processes.
     Postgres(PostgresQueue),
+    /// A Redis server, shared with other processes.
+    Redis(RedisQueue),
 }
 
 /// The same method of whichever store it is.
@@ -33,6 +37,7 @@ macro_rules! either {
         match $self {
             Self::Sqlite($store) => $call,
             Self::Postgres($store) => $call,
+            Self::Redis($store) => $call,
         }
     };
 }

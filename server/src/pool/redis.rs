@@ -1,0 +1,208 @@
+//! A Redis server, behind a pool of connections. Every wait has its end: for a free connection, for a new one, for
+//! an answer.
+//!
+//! What is kept in Redis here must not vanish: a server that evicts keys is refused.
+
+use std::fmt;
+use std::sync::Arc;
+use std::time::Duration;
+
+use ::redis::aio::PubSub;
+use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
+use ::redis::{IntoConnectionInfo, ServerErrorKind};
+use deadpool_redis::{Connection, Manager, Pool, PoolError, Runtime, TimeoutType};
+use secrecy::{ExposeSecret, SecretString};
+use tracing::{info, warn};
+
+pub use ::redis as client;
+
+/// The oldest server whose commands are enough.
+const OLDEST: (u32, u32) = (7, 0);
+
+/// Where the server is, and how long to wait for it.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// `redis://user:password@host:6379/0` or `redis+unix:///path`.
+    pub url: SecretString,
+    /// The most connections.
+    pub size: usize,
+    /// How long a caller waits for a free one.
+    pub wait: Duration,
+    /// How long making one may take.
+    pub connect_timeout: Duration,
+    /// How long an answer may take.
+    pub response_timeout: Duration,
+}
+
+/// Why Redis did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The URL cannot be read.
+    #[error("wanted redis://user:password@host:port/database")]
+    Url,
+    /// Nobody had time within the wait.
+    #[error("no connection to Redis is free")]
+    Busy,
+    /// No connection can be made.
+    #[error("Redis cannot be reached")]
+    Away(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The server is not fit to keep anything.
+    #[error("this Redis cannot be used: {0}")]
+    Unfit(String),
+    /// The server refused, or the connection broke off. A write may have happened.
+    #[error("redis")]
+    Redis(#[from] RedisError),
+}
+
+impl Error {
+    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Busy | Self::Away(_) => true,
+            Self::Url | Self::Unfit(_) => false,
+            Self::Redis(error) => is_passing(error),
+        }
+    }
+}
+
+fn is_passing(error: &RedisError) -> bool {
+    use ServerErrorKind::{BusyLoading, MasterDown, ReadOnly, TryAgain};
+    match error.kind() {
+        ErrorKind::Io => true,
+        ErrorKind::Server(kind) => matches!(kind, BusyLoading | MasterDown | ReadOnly | TryAgain),
+        // Full memory, a script that runs for too long, a disk that cannot be written to.
+        _ => matches!(error.code(), Some("OOM" | "BUSY" | "MISCONF")),
+    }
+}
+
+/// The result of a command.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// A pool of connections. A cheap handle.
+#[derive(Clone)]
+pub struct Redis(Arc<Shared>);
+
+struct Shared {
+    pool: Pool,
+    client: Client,
+    config: Config,
+}
+
+impl fmt::Debug for Redis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Redis").field("pool", &self.0.pool.status()).finish_non_exhaustive()
+    }
+}
+
+impl Redis {
+    /// Connects once, and refuses a server that would lose what it keeps.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, when the server cannot be reached, and when it is not fit.
+    pub async fn open(config: Config) -> Result<Self> {
+        let url = config.url.expose_secret().into_connection_info().map_err(|_| Error::Url)?;
+        let connection = AsyncConnectionConfig::new()
+            .set_connection_timeout(Some(config.connect_timeout))
+            // The library's own is half a second, and one slow answer would end a connection.
+            .set_response_timeout(Some(config.response_timeout));
+        let manager = Manager::new_with_config(url.clone(), connection)?;
+        let pool = Pool::builder(manager)
+            .max_size(config.size)
+            .wait_timeout(Some(config.wait))
+            .create_timeout(Some(config.connect_timeout))
+            .recycle_timeout(Some(config.connect_timeout))
+            .runtime(Runtime::Tokio1)
+            .build()
+            .map_err(|error| Error::Away(error.into()))?;
+        let redis = Self(Arc::new(Shared { pool, client: Client::open(url)?, config }));
+        redis.check().await?;
+        Ok(redis)
+    }
+
+    /// Looks at the server for what would go wrong later.
+    async fn check(&self) -> Result<()> {
+        let info: String = self.query(::redis::cmd("INFO").arg("everything")).await?;
+        let field = |name: &str| {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_default().trim().to_owned()
+        };
+        let version = field("redis_version");
+        let mut numbers = version.split('.').map_while(|number| number.parse::<u32>().ok());
+        if (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default()) < OLDEST {
+            return Err(Error::Unfit(format!(
+                "it is version {version}, wanted {}.{} or newer",
+                OLDEST.0, OLDEST.1
+            )));
+        }
+        if field("redis_mode") == "cluster" {
+            return Err(Error::Unfit(
+                "it is a cluster, wanted a single server or a primary with replicas".into(),
+            ));
+        }
+        let policy = field("maxmemory_policy");
+        if policy != "noeviction" {
+            let reason = format!("maxmemory-policy is {policy}, wanted noeviction: it would throw jobs away");
+            return Err(Error::Unfit(reason));
+        }
+        let durable = field("aof_enabled") == "1" && self.fsyncs_always().await;
+        if !durable {
+            warn!("Redis may lose the last writes in a crash: wanted appendonly yes and appendfsync always");
+        }
+        info!(version, durable, "Redis is fit");
+        Ok(())
+    }
+
+    /// Whether every write is on the disk before it is answered. Servers that do not say are believed not to.
+    async fn fsyncs_always(&self) -> bool {
+        let asked = self.query::<Vec<String>>(::redis::cmd("CONFIG").arg("GET").arg("appendfsync")).await;
+        asked.is_ok_and(|answer| answer.get(1).is_some_and(|policy| policy == "always"))
+    }
+
+    async fn get(&self) -> Result<Connection> {
+        match self.0.pool.get().await {
+            Ok(connection) => Ok(connection),
+            Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Busy),
+            Err(error) => Err(Error::Away(error.into())),
+        }
+    }
+
+    /// Runs one command.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
+        let mut connection = self.get().await?;
+        Ok(command.query_async(&mut connection).await?)
+    }
+
+    /// Runs a script, which the server may have to be told first.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn invoke<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
+        let mut connection = self.get().await?;
+        Ok(script.invoke_async(&mut connection).await?)
+    }
+
+    /// A connection of its own that listens on a channel.
+    ///
+    /// # Errors
+    /// When it cannot be made in time.
+    pub async fn subscribe(&self, channel: &str) -> Result<PubSub> {
+        let subscribe = async {
+            let mut pubsub = self.0.client.get_async_pubsub().await?;
+            pubsub.subscribe(channel).await?;
+            Ok::<_, RedisError>(pubsub)
+        };
+        let timeout = self.0.config.connect_timeout + self.0.config.response_timeout;
+        match tokio::time::timeout(timeout, subscribe).await {
+            Ok(subscribed) => Ok(subscribed?),
+            Err(elapsed) => Err(Error::Away(elapsed.into())),
+        }
+    }
+
+    /// Takes no more callers, and closes every connection when it comes back.
+    pub fn close(&self) {
+        self.0.pool.close();
+    }
+}

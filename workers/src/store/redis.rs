@@ -1,0 +1,537 @@
+//! Jobs in Redis.
+//!
+//! A queue is a handful of hashes and sorted sets with one hash tag; what changes them is a few scripts, each of
+//! which takes a bounded number of jobs. Nothing is ever trimmed: what bounds a queue is who may enqueue.
+//!
+//! "Enqueued" means what the server's persistence means: on the disk with `appendfsync always`, in memory
+//! otherwise. A server that has lost its last writes hands out no epoch twice, since epochs are never below its
+//! clock.
+//!
+//! Another program may enqueue with one command: the stream is an inbox, from where workers take jobs over with
+//! their next poll.
+//!
+//! ```text
+//! XADD perennial:{default}:inbox * kind mail.send payload '{"to": "ada@example.org"}' [delay 30] [priority -5]
+//! ```
+//!
+//! That skips what the program does for its own: the payload is checked only when the job runs, there is no
+//! unique key, no immediate wake-up, and no bound on how much may wait. A kind with limits of its own waits in its
+//! lane: `{queue/kind}`.
+
+mod ledger;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use perennial_server::drain::Drain;
+use perennial_server::pool::redis::Redis;
+use perennial_server::pool::redis::client::{FromRedisValue, Script, ScriptInvocation, cmd};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::{json, read_json};
+use crate::job::UniqueUntil;
+use crate::queue::{
+    Claim, Claimed, Claims, Depth, Due, Error, Failure, Held, Lapsed, NewJob, Queue, Renewal, Renewed,
+    Result, Settlement,
+};
+use crate::state::{Spent, State, Transition};
+use crate::wake::Wake;
+
+/// How many jobs a script takes at most.
+const AT_ONCE: usize = 500;
+/// How many jobs are taken over from an inbox with one claim.
+const INBOX: usize = 50;
+/// How many of the next jobs are looked at for the one that has waited longest.
+const OLDEST_AMONG: isize = 100;
+/// How far the priority is from the time in the score of a job: 2^42 milliseconds.
+const PRIORITY: f64 = 4_398_046_511_104.0;
+
+/// What every script begins with, and the script.
+macro_rules! script {
+    ($name:literal) => {
+        Script::new(concat!(
+            include_str!("redis/prelude.lua"),
+            "\n",
+            include_str!(concat!("redis/", $name, ".lua"))
+        ))
+    };
+}
+
+#[derive(Debug)]
+struct Scripts {
+    enqueue: Script,
+    claim: Script,
+    lapsed: Script,
+    renew: Script,
+    record: Script,
+    settle: Script,
+    release: Script,
+    cancel: Script,
+    prune: Script,
+    view: Script,
+    discard: Script,
+}
+
+impl Scripts {
+    fn new() -> Self {
+        Self {
+            enqueue: script!("enqueue"),
+            claim: script!("claim"),
+            lapsed: script!("lapsed"),
+            renew: script!("renew"),
+            record: script!("record"),
+            settle: script!("settle"),
+            release: script!("release"),
+            cancel: script!("cancel"),
+            prune: script!("prune"),
+            view: script!("view"),
+            discard: script!("discard"),
+        }
+    }
+}
+
+/// The queues in a Redis server. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct RedisQueue(Arc<Shared>);
+
+#[derive(Debug)]
+struct Shared {
+    redis: Redis,
+    prefix: String,
+    scripts: Scripts,
+    wake: Wake,
+    /// Queues that the server knows of.
+    known: Mutex<BTreeSet<String>>,
+}
+
+/// The part of a job that never changes, besides its payload.
+#[derive(Debug, Default, Serialize, Deserialize)]
+struct Header {
+    kind: String,
+    created_at: i64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    trace: Option<String>,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    unique: Option<String>,
+}
+
+/// A job as it is kept: its priority, the header, and the payload on a line of its own.
+struct Record {
+    priority: i16,
+    header: Header,
+    payload: String,
+}
+
+impl Record {
+    fn write(&self) -> String {
+        format!("{} {}\n{}", self.priority, json(&self.header), self.payload)
+    }
+
+    fn read(text: &str) -> Result<Self> {
+        let unreadable = || Error::Unreadable("its record has no header".to_owned());
+        let (head, payload) = text.split_once('\n').ok_or_else(unreadable)?;
+        let (priority, header) = head.split_once(' ').ok_or_else(unreadable)?;
+        Ok(Self {
+            priority: priority.parse().map_err(|_| unreadable())?,
+            header: serde_json::from_str(header).map_err(|error| Error::Unreadable(error.to_string()))?,
+            payload: payload.to_owned(),
+        })
+    }
+}
+
+/// What has gone wrong with a job: failures, recoveries, since when, and the errors.
+fn write_state(spent: Spent, errors: &[Failure]) -> String {
+    let since = spent.since.map_or(0, Timestamp::as_millisecond);
+    let errors = if errors.is_empty() { String::new() } else { json(&errors) };
+    format!("{} {} {since} {errors}", spent.failures, spent.recoveries)
+}
+
+fn read_state(text: &str) -> (Spent, Vec<Failure>) {
+    let mut parts = text.splitn(4, ' ');
+    let mut number = || parts.next().and_then(|part| part.parse::<i64>().ok()).unwrap_or_default();
+    let (failures, recoveries, since) = (number(), number(), number());
+    let spent = Spent {
+        failures: u32::try_from(failures).unwrap_or_default(),
+        recoveries: u32::try_from(recoveries).unwrap_or_default(),
+        since: (since > 0).then(|| timestamp(since)),
+    };
+    (spent, read_json(parts.next().map(str::to_owned)))
+}
+
+impl RedisQueue {
+    /// The queues in `redis` whose keys begin with `prefix`.
+    pub fn new(redis: Redis, prefix: &str) -> Self {
+        Self(Arc::new(Shared {
+            redis,
+            prefix: prefix.to_owned(),
+            scripts: Scripts::new(),
+            wake: Wake::default(),
+            known: Mutex::default(),
+        }))
+    }
+
+    fn key(&self, queue: &str, part: &str) -> String {
+        format!("{}:{{{queue}}}:{part}", self.0.prefix)
+    }
+
+    fn channel(&self) -> String {
+        format!("{}:wake", self.0.prefix)
+    }
+
+    fn all_queues(&self) -> String {
+        format!("{}:queues", self.0.prefix)
+    }
+
+    /// A script on the keys of a queue, in the order of the prelude.
+    fn on<'a>(&self, script: &'a Script, queue: &str) -> ScriptInvocation<'a> {
+        const PARTS: [&str; 17] = [
+            "jobs",
+            "state",
+            "epochs",
+            "ready",
+            "scheduled",
+            "waits",
+            "leases",
+            "workers",
+            "progress",
+            "checkpoints",
+            "cancelled",
+            "ended",
+            "ended_at",
+            "keys",
+            "bytes",
+            "inbox",
+            "paused",
+        ];
+        let mut invocation = script.prepare_invoke();
+        for part in PARTS {
+            invocation.key(self.key(queue, part));
+        }
+        invocation
+    }
+
+    async fn invoke<T: FromRedisValue>(&self, invocation: &ScriptInvocation<'_>) -> Result<T> {
+        Ok(self.0.redis.invoke(invocation).await?)
+    }
+
+    /// Notes a queue, for those who look after all of them.
+    async fn note(&self, queue: &str) -> Result<()> {
+        if self.0.known.lock().unwrap_or_else(PoisonError::into_inner).contains(queue) {
+            return Ok(());
+        }
+        self.0.redis.query::<()>(cmd("SADD").arg(self.all_queues()).arg(queue)).await?;
+        self.0.known.lock().unwrap_or_else(PoisonError::into_inner).insert(queue.to_owned());
+        Ok(())
+    }
+
+    async fn queues(&self) -> Result<Vec<String>> {
+        let mut queues: Vec<String> = self.0.redis.query(cmd("SMEMBERS").arg(self.all_queues())).await?;
+        queues.sort();
+        Ok(queues)
+    }
+
+    /// Adds jobs of one queue.
+    async fn add(&self, queue: &str, jobs: &[&NewJob]) -> Result<Vec<String>> {
+        let mut script = self.on(&self.0.scripts.enqueue, queue);
+        script.arg(self.channel()).arg(queue);
+        let now = Timestamp::now();
+        for job in jobs {
+            let header = Header {
+                kind: job.kind.to_string(),
+                created_at: now.as_millisecond(),
+                trace: job.trace.clone(),
+                unique: job.unique_key(),
+            };
+            let record = Record { priority: job.priority, header, payload: job.payload.clone() };
+            let (wait, milliseconds) = match job.due {
+                Due::Now => ("now", 0),
+                Due::In(wait) => ("in", millis(wait)),
+                Due::At(time) => ("at", time.as_millisecond()),
+            };
+            let spent = Spent { recoveries: job.recoveries, since: Some(now), ..Spent::default() };
+            let state = if job.recoveries > 0 { write_state(spent, &[]) } else { String::new() };
+            let (scope, window) = match job.unique.as_ref().map(|unique| unique.until) {
+                Some(UniqueUntil::Started) => ("started", 0),
+                Some(UniqueUntil::Window(window)) => ("window", millis(window).max(1)),
+                Some(UniqueUntil::Ended) | None => ("ended", 0),
+            };
+            script
+                .arg(job.id.to_string())
+                .arg(record.write())
+                .arg(job.payload.len())
+                .arg(job.priority)
+                .arg(wait)
+                .arg(milliseconds)
+                .arg(state)
+                .arg(record.header.unique.as_deref().unwrap_or_default())
+                .arg(scope)
+                .arg(window)
+                .arg("");
+        }
+        self.invoke(&script).await
+    }
+}
+
+/// A job as a script returns it: id, epoch, whether it is the first claim, score, record, state, checkpoint.
+type Taken = (String, String, String, String, String, String, Option<String>);
+
+fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
+    let (id, epoch, first, score, record, state, checkpoint) = taken;
+    let Record { priority, header, payload } = Record::read(&record)?;
+    let (spent, errors) = read_state(&state);
+    let due = due_of(&score, priority).unwrap_or(now);
+    Ok(Claimed {
+        id: id.parse().map_err(|_| Error::Unreadable(format!("its id is {id}, wanted a UUID")))?,
+        kind: header.kind,
+        queue: Arc::clone(queue),
+        priority,
+        payload,
+        epoch: epoch.parse().map_err(|_| Error::Unreadable(format!("its epoch is {epoch}")))?,
+        first: first == "1",
+        spent,
+        errors,
+        checkpoint,
+        trace: header.trace,
+        unique: header.unique,
+        cancelled: None,
+        created_at: timestamp(header.created_at),
+        waited: Duration::from_millis(now.saturating_sub(due).max(0).unsigned_abs()),
+    })
+}
+
+/// When a job was due, of its score among those that are ready.
+#[expect(clippy::cast_possible_truncation, reason = "milliseconds since 1970")]
+fn due_of(score: &str, priority: i16) -> Option<i64> {
+    Some((score.parse::<f64>().ok()? - f64::from(priority) * PRIORITY) as i64)
+}
+
+impl Queue for RedisQueue {
+    async fn enqueue(&self, jobs: Vec<NewJob>) -> Result<Vec<Uuid>> {
+        let mut by_queue = BTreeMap::<&str, Vec<(usize, &NewJob)>>::new();
+        for (index, job) in jobs.iter().enumerate() {
+            by_queue.entry(&job.queue).or_default().push((index, job));
+        }
+        let mut ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
+        for (queue, jobs) in by_queue {
+            self.note(queue).await?;
+            for some in jobs.chunks(AT_ONCE) {
+                let new: Vec<&NewJob> = some.iter().map(|(_, job)| *job).collect();
+                let added = self.add(queue, &new).await?;
+                for ((index, _), id) in some.iter().zip(added) {
+                    ids[*index] = id.parse().unwrap_or(ids[*index]);
+                }
+            }
+        }
+        let queues: BTreeSet<&str> = jobs.iter().map(|job| &*job.queue).collect();
+        self.0.wake.queues(queues);
+        Ok(ids)
+    }
+
+    async fn claim(&self, claim: Claim) -> Result<Claims> {
+        self.note(&claim.queue).await?;
+        let mut script = self.on(&self.0.scripts.claim, &claim.queue);
+        script.arg(claim.limit.min(AT_ONCE)).arg(millis(claim.lease)).arg(&claim.worker);
+        for _ in 0..INBOX {
+            script.arg(Uuid::now_v7().to_string());
+        }
+        let (now, next, taken): (i64, String, Vec<Taken>) = self.invoke(&script).await?;
+        let jobs: Vec<Claimed> =
+            taken.into_iter().map(|taken| claimed(taken, &claim.queue, now)).collect::<Result<_>>()?;
+        let mut release = self.on(&self.0.scripts.release, &claim.queue);
+        let keys: Vec<(&str, Uuid)> =
+            jobs.iter().filter_map(|job| Some((job.unique.as_deref()?, job.id))).collect();
+        if !keys.is_empty() {
+            for (key, id) in keys {
+                release.arg(key).arg(id.to_string());
+            }
+            self.invoke::<()>(&release).await?;
+        }
+        let next_in = next.parse::<i64>().ok().map(|next| next.saturating_sub(now).max(0).unsigned_abs());
+        Ok(Claims { jobs, next_in: next_in.map(Duration::from_millis) })
+    }
+
+    async fn renew(&self, renewals: Vec<Renewal>, lease: Duration) -> Result<Vec<Renewed>> {
+        let mut by_queue = BTreeMap::<&str, Vec<&Renewal>>::new();
+        for renewal in &renewals {
+            by_queue.entry(&renewal.queue).or_default().push(renewal);
+        }
+        let mut renewed = Vec::with_capacity(renewals.len());
+        for (queue, renewals) in by_queue {
+            for some in renewals.chunks(AT_ONCE) {
+                let mut script = self.on(&self.0.scripts.renew, queue);
+                script.arg(millis(lease));
+                for renewal in some {
+                    let progress = renewal.progress.as_ref().map(json).unwrap_or_default();
+                    script.arg(renewal.held.id.to_string()).arg(renewal.held.epoch).arg(progress);
+                }
+                let answers: Vec<(i64, Option<String>)> = self.invoke(&script).await?;
+                let held = some.iter().zip(answers).filter(|(_, (held, _))| *held == 1);
+                renewed
+                    .extend(held.map(|(renewal, (_, cancelled))| Renewed { held: renewal.held, cancelled }));
+            }
+        }
+        Ok(renewed)
+    }
+
+    async fn record(&self, held: Held, queue: Arc<str>, checkpoint: String) -> Result<bool> {
+        let mut script = self.on(&self.0.scripts.record, &queue);
+        script.arg(held.id.to_string()).arg(held.epoch).arg(checkpoint);
+        Ok(self.invoke::<i64>(&script).await? == 1)
+    }
+
+    async fn settle(&self, settlements: Vec<Settlement>) -> Result<Vec<bool>> {
+        let mut by_queue = BTreeMap::<&str, Vec<(usize, &Settlement)>>::new();
+        for (index, settlement) in settlements.iter().enumerate() {
+            by_queue.entry(&settlement.job.queue).or_default().push((index, settlement));
+        }
+        let mut kept = vec![false; settlements.len()];
+        for (queue, settlements) in by_queue {
+            for some in settlements.chunks(AT_ONCE) {
+                let mut script = self.on(&self.0.scripts.settle, queue);
+                script.arg(self.channel()).arg(queue);
+                for (_, settlement) in some {
+                    settled(&mut script, settlement);
+                }
+                let answers: Vec<i64> = self.invoke(&script).await?;
+                for ((index, _), answer) in some.iter().zip(answers) {
+                    kept[*index] = answer == 1;
+                }
+            }
+        }
+        let again = settlements.iter().filter(|s| matches!(s.transition, Transition::Again { .. }));
+        let again: BTreeSet<&str> = again.map(|settlement| &*settlement.job.queue).collect();
+        if !again.is_empty() {
+            self.0.wake.queues(again);
+        }
+        Ok(kept)
+    }
+
+    async fn lapsed(&self, limit: usize, worker: String, lease: Duration) -> Result<Lapsed> {
+        let mut lapsed = Lapsed { jobs: Vec::new(), now: Timestamp::now() };
+        for queue in self.queues().await? {
+            let left = limit.min(AT_ONCE).saturating_sub(lapsed.jobs.len());
+            if left == 0 {
+                break;
+            }
+            let mut script = self.on(&self.0.scripts.lapsed, &queue);
+            script.arg(left).arg(millis(lease)).arg(&worker);
+            let (now, taken, reasons): (i64, Vec<Taken>, Vec<Option<String>>) = self.invoke(&script).await?;
+            let queue: Arc<str> = queue.into();
+            for (taken, cancelled) in taken.into_iter().zip(reasons) {
+                lapsed.jobs.push(Claimed { cancelled, ..claimed(taken, &queue, now)? });
+            }
+            lapsed.now = timestamp(now);
+        }
+        Ok(lapsed)
+    }
+
+    async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
+        let key = |part| self.key(&queue, part);
+        let redis = &self.0.redis;
+        let count = async |command: &str, part| redis.query::<u64>(cmd(command).arg(key(part))).await;
+        let bytes: Option<u64> = redis.query(cmd("GET").arg(key("bytes"))).await?;
+        let mut oldest = cmd("ZRANGE");
+        oldest.arg(key("ready")).arg(0).arg(OLDEST_AMONG).arg("WITHSCORES");
+        let oldest: Vec<(String, f64)> = redis.query(&oldest).await?;
+        let now = Timestamp::now().as_millisecond();
+        let waits = oldest.iter().filter_map(|(_, score)| {
+            // The priority is what is left when the time is taken away: times are from 0 to 2^42.
+            let due = score.rem_euclid(PRIORITY);
+            u64::try_from(now.saturating_sub(whole(due))).ok()
+        });
+        Ok(Depth {
+            ready: count("ZCARD", "ready").await? + count("XLEN", "inbox").await?,
+            scheduled: count("ZCARD", "scheduled").await?,
+            running: count("ZCARD", "leases").await?,
+            bytes: bytes.unwrap_or_default(),
+            oldest_ms: waits.max().unwrap_or_default(),
+        })
+    }
+
+    fn wake(&self) -> &Wake {
+        &self.0.wake
+    }
+
+    async fn listen(&self, drain: Drain) -> anyhow::Result<()> {
+        let mut pubsub = self.0.redis.subscribe(&self.channel()).await?;
+        let mut messages = pubsub.on_message();
+        loop {
+            tokio::select! {
+                message = messages.next() => {
+                    let message = message.ok_or_else(|| anyhow::anyhow!("the connection that listens has ended"))?;
+                    let queue: String = message.get_payload()?;
+                    self.0.wake.queues([queue.as_str()]);
+                }
+                () = drain.soft() => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Says what becomes of a job, as the script wants it.
+fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
+    let job = &settlement.job;
+    let (fate, wait, text) = match &settlement.transition {
+        Transition::Finished => ("f", 0, String::new()),
+        Transition::Again { wait, spent } => ("a", millis(*wait), write_state(*spent, &settlement.errors)),
+        Transition::Ended { state, reason, spent } => {
+            let kept = Kept {
+                state: *state,
+                kind: job.kind.clone(),
+                priority: job.priority,
+                payload: job.payload.clone(),
+                epoch: job.epoch,
+                failures: spent.failures,
+                recoveries: spent.recoveries,
+                errors: settlement.errors.clone(),
+                trace: job.trace.clone(),
+                reason: reason.clone(),
+                created_at: job.created_at,
+            };
+            ("e", 0, json(&kept))
+        }
+    };
+    script
+        .arg(fate)
+        .arg(job.id.to_string())
+        .arg(job.epoch)
+        .arg(job.payload.len())
+        .arg(job.unique.as_deref().unwrap_or_default())
+        .arg(wait)
+        .arg(job.priority)
+        .arg(text);
+}
+
+/// A job that has ended.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Kept {
+    state: State,
+    kind: String,
+    priority: i16,
+    payload: String,
+    epoch: i64,
+    failures: u32,
+    recoveries: u32,
+    errors: Vec<Failure>,
+    trace: Option<String>,
+    reason: String,
+    created_at: Timestamp,
+}
+
+/// In milliseconds, and never beyond what a timestamp can be.
+fn millis(wait: Duration) -> i64 {
+    super::later(0, wait)
+}
+
+fn timestamp(ms: i64) -> Timestamp {
+    Timestamp::from_millisecond(ms).unwrap_or_default()
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "milliseconds since 1970")]
+fn whole(ms: f64) -> i64 {
+    ms as i64
+}

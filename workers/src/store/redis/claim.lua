@@ -1,0 +1,59 @@
+-- ARGV: how many, for how many milliseconds, who, then ids for jobs from the inbox. Returns the time, when the next
+-- job is due (or nothing), and the jobs.
+local limit, lease, worker = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
+if redis.call('EXISTS', paused) == 1 then
+  return { tostring(now), '', {} }
+end
+
+-- What other programs have put there becomes jobs like any others.
+if #ARGV > 3 and redis.call('XLEN', inbox) > 0 then
+  for i, entry in ipairs(redis.call('XRANGE', inbox, '-', '+', 'COUNT', #ARGV - 3)) do
+    local fields = {}
+    for f = 1, #entry[2], 2 do
+      fields[entry[2][f]] = entry[2][f + 1]
+    end
+    local id, payload = fields.id or ARGV[3 + i], fields.payload or 'null'
+    local priority = math.max(-32768, math.min(32767, math.floor(tonumber(fields.priority) or 0)))
+    local header = cjson.encode({ kind = fields.kind or '', created_at = now, trace = fields.trace })
+    if redis.call('HSETNX', jobs, id, priority .. ' ' .. header .. '\n' .. payload) == 1 then
+      local due = now + math.max(0, math.floor((tonumber(fields.delay) or 0) * 1000))
+      redis.call('INCRBY', bytes, #payload)
+      if due > now then
+        redis.call('ZADD', scheduled, due, id)
+        redis.call('ZADD', waits, now, id)
+      else
+        redis.call('ZADD', ready, score(priority, due), id)
+      end
+    end
+    redis.call('XDEL', inbox, entry[1])
+  end
+end
+
+-- What has become due, a slice of it.
+local due = redis.call('ZRANGEBYSCORE', scheduled, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 500)
+if #due > 0 then
+  local ids, new_ready = {}, {}
+  for i = 1, #due, 2 do
+    ids[#ids + 1] = due[i]
+  end
+  local records = redis.call('HMGET', jobs, unpack(ids))
+  for i, id in ipairs(ids) do
+    if records[i] then
+      new_ready[#new_ready + 1] = score(priority_of(records[i]), tonumber(due[i * 2]))
+      new_ready[#new_ready + 1] = id
+    end
+  end
+  put('ZADD', ready, new_ready)
+  redis.call('ZREM', scheduled, unpack(ids))
+  redis.call('ZREM', waits, unpack(ids))
+end
+
+local popped = redis.call('ZPOPMIN', ready, limit)
+local ids, scores = {}, {}
+for i = 1, #popped, 2 do
+  ids[#ids + 1] = popped[i]
+  scores[#scores + 1] = popped[i + 1]
+end
+local found = take(ids, scores, worker, lease)
+local next_due = redis.call('ZRANGE', scheduled, 0, 0, 'WITHSCORES')
+return { tostring(now), next_due[2] or '', found }
