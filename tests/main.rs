@@ -20,6 +20,7 @@ mod page;
 mod scope;
 mod settings;
 mod sockets;
+mod stores;
 mod subscriptions;
 mod succession;
 mod tcp;

@@ -11,7 +11,8 @@ use perennial::axum::Router;
 use perennial::axum::extract::{Path, State};
 use perennial::axum::routing::post;
 use perennial::module::{Host, Module};
-use perennial::server::pool::sqlite::Sqlite;
+use perennial::server::pool::sql::Store;
+use perennial::server::values;
 use perennial::settings::Reader;
 use perennial::workers::{Context, Fate, Job, Jobs, NewJob, Options};
 use serde::{Deserialize, Serialize};
@@ -26,6 +27,7 @@ impl Module for Hello {
     const DEFAULTS: &'static str = "[hello]\n# How visitors are greeted.\ngreeting = \"Hello\"";
     const MIGRATIONS: &'static [&'static str] =
         &["CREATE TABLE greeted (name TEXT PRIMARY KEY, times INTEGER NOT NULL)"];
+    const POSTGRES_MIGRATIONS: &'static [&'static str] = Self::MIGRATIONS;
 
     fn configure(settings: &mut Reader<'_>) -> Self {
         Self { greeting: settings.get("hello.greeting") }
@@ -58,17 +60,17 @@ struct Count {
 
 impl Job for Count {
     const KIND: &'static str = "hello.count";
-    type Tools = Sqlite;
+    type Tools = Store;
 
     fn options() -> Options {
         // Others may enqueue it, too: POST /jobs/hello.count {"payload": {"name": "Ada"}}
         Options { public: true, ..Options::default() }
     }
 
-    async fn run(&self, _context: Context, store: Sqlite) -> anyhow::Result<Fate> {
-        let name = self.name.clone();
-        let sql = "INSERT INTO greeted VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET times = times + 1";
-        store.write(move |tx| tx.execute(sql, [name]).map(drop)).await?;
+    async fn run(&self, _context: Context, store: Store) -> anyhow::Result<Fate> {
+        let sql =
+            "INSERT INTO greeted VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET times = greeted.times + 1";
+        store.execute(sql, values![&self.name]).await?;
         Ok(Fate::Done)
     }
 }

@@ -12,7 +12,7 @@ use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
-use perennial_server::pool::{postgres, sqlite};
+use perennial_server::pool::{sql, sqlite};
 use perennial_workers::queue;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -54,8 +54,8 @@ impl From<sqlite::Error> for Error {
     }
 }
 
-impl From<postgres::Error> for Error {
-    fn from(error: postgres::Error) -> Self {
+impl From<sql::Error> for Error {
+    fn from(error: sql::Error) -> Self {
         Self::Store(error.into())
     }
 }

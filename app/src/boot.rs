@@ -14,12 +14,17 @@ use perennial_server::health::Health;
 use perennial_server::http::Server;
 use perennial_server::http::problem::{FieldError, MEDIA_TYPE, Problem};
 use perennial_server::net::{Connections, Sockets};
-use perennial_server::pool::Migrations;
+use perennial_server::pool::postgres::Postgres;
+use perennial_server::pool::redis::Redis;
+use perennial_server::pool::sql::{self, Tables};
 use perennial_server::pool::sqlite::{self, Sqlite};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::Admission;
 use perennial_workers::job::DEFAULT_QUEUE;
 use perennial_workers::limits::Limits;
+use perennial_workers::outbox::{self, Outbox};
+use perennial_workers::store::postgres::PostgresQueue;
+use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::worker::{self, Worker};
 use perennial_workers::{Jobs, Queue as _, Registry, store, upkeep};
@@ -33,7 +38,7 @@ use utoipa_axum::router::OpenApiRouter;
 use crate::access::{self, Access};
 use crate::addresses::{Addresses, url};
 use crate::admin::jobs::Books;
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::data_dir::{self, DataDir};
 use crate::module::{Closer, Configured, Host, StatusFn};
 use crate::succession::Inheritance;
@@ -60,7 +65,7 @@ pub(crate) struct App {
     /// Lines for whoever started the program on a terminal.
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
-    store: Sqlite,
+    store: sql::Store,
     data_dir: Arc<DataDir>,
 }
 
@@ -69,7 +74,7 @@ pub(crate) async fn boot(
     config: Config,
     inheritance: Inheritance,
     modules: Vec<Configured>,
-    migrations: Vec<Migrations>,
+    tables: Vec<Tables>,
     admin_addresses: Vec<String>,
     health: Health,
     drain: Drain,
@@ -84,7 +89,7 @@ pub(crate) async fn boot(
     let patience = config.phases.succession + config.phases.hard + CLOSING;
     let data_dir = Arc::new(inheritance.lock(&config.data_dir, patience).await?);
     let store = open_store(&data_dir, &config).await?;
-    store.migrate(&migrations).await.context("the store cannot be brought up to date")?;
+    store.migrate(&tables).await.context("the store cannot be brought up to date")?;
     let admin_token = first_keys(&data_dir, &store).await?;
     let access = Access::open(&store, admin_token).await.context("the API keys cannot be read")?;
     if data_dir.read(data_dir::API_KEY).is_some_and(|key| access.caller(&key).is_none()) {
@@ -93,9 +98,9 @@ pub(crate) async fn boot(
     }
 
     let tasks = Tasks::new(drain.clone());
-    let queue = SqliteQueue::new(store.clone());
+    let (queue, outbox) = open_queue(&config, &store).await?;
     let admission = Admission::new(config.bounds);
-    let jobs = Jobs::new(store::Store::Sqlite(queue.clone()), admission.clone());
+    let jobs = Jobs::new(queue.clone(), admission.clone());
     let mut registry = Registry::new();
     registry.serve(DEFAULT_QUEUE, config.slots);
     let mut host = Host {
@@ -128,14 +133,11 @@ pub(crate) async fn boot(
     };
     inheritance.warn_of_the_rest();
     let (connections, sockets) = (server.connections(), server.sockets());
-    // The lock says that no other process works on this store: what was running, was running in one that died.
     registry.check()?;
     let registry = Arc::new(registry);
-    if queue.end_leases().await.context("the jobs of the last process cannot be taken over")? > 0 {
-        info!("the last process did not stop in order: taking over its jobs");
-        let rescued = upkeep::rescue(&queue, &registry, config.worker.lease).await;
-        rescued.context("the jobs of the last process cannot be taken over")?;
-    }
+    take_over(&queue, &registry, &config)
+        .await
+        .context("the jobs of the last process cannot be taken over")?;
     let worker = Worker::new(jobs.store().clone(), Arc::clone(&registry), config.worker)?;
     let workers = worker.status();
     let _ = kinds.set(Arc::clone(&registry));
@@ -155,6 +157,10 @@ pub(crate) async fn boot(
             async move { store.listen(drain).await }
         }
     });
+    if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
+        let drain = drain.clone();
+        tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
+    }
     tasks.critical("http", server.run(public(routes), Some(cpu), drain));
     health.started();
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
@@ -193,40 +199,82 @@ impl App {
 }
 
 /// The tables of everything: those of the host, then those of each module.
-pub(crate) fn migrations(modules: impl Iterator<Item = Migrations>) -> Vec<Migrations> {
-    [access::MIGRATIONS, store::sqlite::MIGRATIONS].into_iter().chain(modules).collect()
+pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
+    [access::TABLES, store::TABLES, outbox::TABLES].into_iter().chain(modules).collect()
 }
 
-/// Opens the embedded store.
-pub(crate) async fn open_store(data_dir: &DataDir, config: &Config) -> anyhow::Result<Sqlite> {
-    let store = sqlite::Config {
-        path: data_dir.join(&config.store.file),
-        readers: config.store.readers,
-        write_queue: WRITE_QUEUE,
-        wait: config.store.wait,
-        commit_wait: COMMIT_WAIT,
+/// Opens the store.
+pub(crate) async fn open_store(data_dir: &DataDir, config: &Config) -> anyhow::Result<sql::Store> {
+    let opened = match &config.store {
+        config::Store::Sqlite { file, readers, wait } => {
+            let config = sqlite::Config {
+                path: data_dir.join(file),
+                readers: *readers,
+                write_queue: WRITE_QUEUE,
+                wait: *wait,
+                commit_wait: COMMIT_WAIT,
+            };
+            Sqlite::open(config).await.map(sql::Store::Sqlite).map_err(sql::Error::from)
+        }
+        config::Store::Postgres(config) => {
+            Postgres::open(config.clone()).await.map(sql::Store::Postgres).map_err(sql::Error::from)
+        }
     };
-    Sqlite::open(store).await.context("the store cannot be opened")
+    opened.context("the store cannot be opened")
+}
+
+/// Opens the store of jobs; and the outbox, if that is another one than the store.
+pub(crate) async fn open_queue(
+    config: &Config,
+    store: &sql::Store,
+) -> anyhow::Result<(store::Store, Option<Outbox>)> {
+    if let Some(config::RedisQueue { redis, prefix }) = &config.queue {
+        let redis = Redis::open(redis.clone()).await.context("the store of jobs cannot be opened")?;
+        let outbox = Outbox::new(store.clone());
+        let queue = RedisQueue::with_outbox(redis, prefix, outbox.clone());
+        return Ok((store::Store::Redis(queue), Some(outbox)));
+    }
+    let queue = match store {
+        sql::Store::Sqlite(sqlite) => store::Store::Sqlite(SqliteQueue::new(sqlite.clone())),
+        sql::Store::Postgres(postgres) => store::Store::Postgres(PostgresQueue::new(postgres.clone())),
+    };
+    Ok((queue, None))
+}
+
+/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
+/// that died.
+async fn take_over(queue: &store::Store, registry: &Registry, config: &Config) -> anyhow::Result<()> {
+    let store::Store::Sqlite(queue) = queue else { return Ok(()) };
+    if queue.end_leases().await? > 0 {
+        info!("the last process did not stop in order: taking over its jobs");
+        upkeep::rescue(queue, registry, config.worker.lease).await?;
+    }
+    Ok(())
 }
 
 /// Makes the keys that a first boot needs, and returns the admin token. Says once where they are.
-pub(crate) async fn first_keys(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<SecretString> {
+pub(crate) async fn first_keys(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<SecretString> {
     let random = || access::random_key().expose_secret().to_owned();
     let (token, made) = data_dir.secret(data_dir::ADMIN_TOKEN, random)?;
     if made {
         info!(file = %data_dir.join(data_dir::ADMIN_TOKEN).display(), "made the admin token");
     }
-    if !store.read(access::has_keys).await? {
+    if !access::has_keys(store).await? {
+        if store.dialect() == sql::Dialect::Postgres {
+            anyhow::bail!(
+                "there is no API key in the store: make the keys once, with `perennial keys generate`"
+            );
+        }
         make_api_key(data_dir, store).await?;
     }
     Ok(token.into())
 }
 
 /// Makes an API key with every scope, or takes the one whose file is there already.
-pub(crate) async fn make_api_key(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<()> {
+pub(crate) async fn make_api_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<()> {
     let (key, made) =
         data_dir.secret(data_dir::API_KEY, || access::random_key().expose_secret().to_owned())?;
-    store.write(move |tx| access::insert_key(tx, data_dir::API_KEY, &key)).await?;
+    access::insert_key(store, data_dir::API_KEY, &key).await?;
     if made {
         info!(file = %data_dir.join(data_dir::API_KEY).display(), "made an API key");
     }

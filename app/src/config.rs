@@ -8,10 +8,12 @@ use perennial_server::cpu;
 use perennial_server::health;
 use perennial_server::http;
 use perennial_server::net::{self, Listen, Timeouts, tls};
+use perennial_server::pool::{postgres, redis};
 use perennial_server::telemetry;
 use perennial_workers::admission::Bounds;
 use perennial_workers::limits::Limits;
 use perennial_workers::{upkeep, worker};
+use secrecy::{ExposeSecret, SecretString};
 
 use crate::settings::{Network, Reader, Size};
 use crate::stop::Phases;
@@ -32,6 +34,7 @@ pub(crate) struct Config {
     pub(crate) cpu: cpu::Config,
     pub(crate) health: health::Config,
     pub(crate) store: Store,
+    pub(crate) queue: Option<RedisQueue>,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
     /// How much may wait in one queue.
@@ -44,13 +47,26 @@ pub(crate) struct Config {
     pub(crate) telemetry: telemetry::Config,
 }
 
-/// The embedded store.
-#[derive(Debug)]
-pub(crate) struct Store {
-    /// A relative path is inside the data directory.
-    pub(crate) file: PathBuf,
-    pub(crate) readers: usize,
-    pub(crate) wait: Duration,
+/// Where everything is kept.
+#[derive(Clone, Debug)]
+pub(crate) enum Store {
+    /// A file of our own.
+    Sqlite {
+        /// A relative path is inside the data directory.
+        file: PathBuf,
+        readers: usize,
+        wait: Duration,
+    },
+    /// A server, shared with other processes.
+    Postgres(postgres::Config),
+}
+
+/// Where jobs are kept, if that is not the store.
+#[derive(Clone, Debug)]
+pub(crate) struct RedisQueue {
+    pub(crate) redis: redis::Config,
+    /// What its keys begin with.
+    pub(crate) prefix: String,
 }
 
 impl Config {
@@ -67,6 +83,7 @@ impl Config {
                 unready_after: settings.duration("admin.unready_after", MILLISECOND..=DAY),
             },
             store: store(settings),
+            queue: queue(settings),
             worker: worker(settings),
             upkeep: upkeep::Config {
                 rescue_every: RESCUE_EVERY,
@@ -206,16 +223,56 @@ fn listen(settings: &mut Reader<'_>, key: &str) -> Vec<Listen> {
 }
 
 fn store(settings: &mut Reader<'_>) -> Store {
-    let wanted = "sqlite:FILE";
-    let file = settings.read_with("store.url", wanted, |value| {
-        value.as_str()?.strip_prefix("sqlite:").filter(|file| !file.is_empty()).map(PathBuf::from)
-    });
-    settings.read_with("queue.url", "store", |value| (value.as_str()? == "store").then_some(()));
-    Store {
-        file,
-        readers: settings.number("store.readers", 1..=64),
-        wait: settings.duration("store.wait", MILLISECOND..=DAY),
+    let url = url(
+        settings,
+        "store.url",
+        "sqlite:FILE or postgres://user:password@host/database",
+        &["sqlite:", "postgres://", "postgresql://"],
+    );
+    let (readers, wait) =
+        (settings.number("store.readers", 1..=64), settings.duration("store.wait", MILLISECOND..=DAY));
+    let postgres = postgres::Config {
+        url: url.clone(),
+        size: settings.number("store.connections", 1..=1000),
+        wait,
+        connect_timeout: settings.duration("store.connect_timeout", MILLISECOND..=DAY),
+        statement_timeout: settings.duration("store.statement_timeout", MILLISECOND..=DAY),
+        pgbouncer: settings.get("store.pgbouncer"),
+    };
+    match url.expose_secret().strip_prefix("sqlite:") {
+        Some(file) => Store::Sqlite { file: file.into(), readers, wait },
+        None => Store::Postgres(postgres),
     }
+}
+
+fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
+    let url = url(
+        settings,
+        "queue.url",
+        "store, or redis://user:password@host/0",
+        &["store", "redis://", "redis+unix://"],
+    );
+    let redis = redis::Config {
+        url: url.clone(),
+        size: settings.number("queue.connections", 1..=1000),
+        wait: settings.duration("queue.wait", MILLISECOND..=DAY),
+        connect_timeout: settings.duration("queue.connect_timeout", MILLISECOND..=DAY),
+        response_timeout: settings.duration("queue.response_timeout", MILLISECOND..=DAY),
+    };
+    let prefix = settings.get("queue.prefix");
+    (url.expose_secret() != "store").then_some(RedisQueue { redis, prefix })
+}
+
+/// A URL, from a file where there is one, since it may hold a password.
+fn url(settings: &mut Reader<'_>, key: &str, wanted: &str, schemes: &[&str]) -> SecretString {
+    let text: String = settings.get(key);
+    let url = settings.secret_file(&format!("{key}_file")).unwrap_or_else(|| text.into());
+    if !schemes.iter().any(|scheme| url.expose_secret().starts_with(scheme))
+        || url.expose_secret() == "sqlite:"
+    {
+        settings.refuse::<()>(key, wanted);
+    }
+    url
 }
 
 /// Nothing is enough where the setting is zero.

@@ -37,8 +37,7 @@ use std::sync::Arc;
 
 use perennial_server::drain::Drain;
 use perennial_server::health::{Condition, Health};
-use perennial_server::pool::Migrations;
-use perennial_server::pool::sqlite::Sqlite;
+use perennial_server::pool::sql::{Store, Tables};
 use perennial_server::tasks::Tasks;
 use perennial_workers::{Job, Jobs, Registry};
 use serde_json::Value;
@@ -59,11 +58,14 @@ pub trait Module: Sized + Send + 'static {
     /// Its tables: SQL, the oldest step first. A step that was ever released is never changed.
     const MIGRATIONS: &'static [&'static str] = &[];
 
+    /// The same for Postgres. Without them, the module cannot be hosted on it.
+    const POSTGRES_MIGRATIONS: &'static [&'static str] = &[];
+
     /// Makes the keys that it needs and that are missing: before the first start, or when one was lost. What
     /// it returns is shown: each a label and something that is no secret.
     fn keys(
         _data_dir: &DataDir,
-        _store: &Sqlite,
+        _store: &Store,
     ) -> impl Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send {
         async { Ok(Vec::new()) }
     }
@@ -82,7 +84,7 @@ pub type StatusFn = Arc<dyn Fn() -> Value + Send + Sync>;
 /// The host as a module sees it while it is mounted: what it may use, and where it hands in its parts.
 pub struct Host {
     /// The store.
-    pub store: Sqlite,
+    pub store: Store,
     /// The jobs.
     pub jobs: Jobs,
     /// Who may call.
@@ -169,8 +171,8 @@ type Mount = Box<
 pub(crate) struct Blueprint {
     pub(crate) name: &'static str,
     pub(crate) defaults: &'static str,
-    pub(crate) migrations: Migrations,
-    pub(crate) keys: for<'a> fn(&'a DataDir, &'a Sqlite) -> MadeKeys<'a>,
+    pub(crate) tables: Tables,
+    pub(crate) keys: for<'a> fn(&'a DataDir, &'a Store) -> MadeKeys<'a>,
     configure: fn(&mut Reader<'_>) -> Mount,
 }
 
@@ -188,7 +190,7 @@ impl Blueprint {
         Self {
             name: M::NAME,
             defaults: M::DEFAULTS,
-            migrations: Migrations { module: M::NAME, steps: M::MIGRATIONS },
+            tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
             keys: |data_dir, store| Box::pin(M::keys(data_dir, store)),
             configure: |settings| {
                 let module = M::configure(settings);

@@ -27,7 +27,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use axum::extract::FromRef;
 use perennial_server::http::detach::Detach;
-use perennial_server::pool::sqlite::Sqlite;
+use perennial_server::pool::sql::{self, Dialect};
 use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Sender, VapidKey};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
@@ -36,7 +36,7 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::access::{Access, Scope, SiteId};
+use crate::access::{self, Access, Scope, SiteId};
 use crate::data_dir::{DataDir, VAPID_KEY};
 use crate::module::{Host, Module};
 use crate::settings::{Network, Reader};
@@ -119,10 +119,14 @@ impl FromRef<Tools> for Access {
 impl Module for Push {
     const NAME: &'static str = "push";
     const DEFAULTS: &'static str = include_str!("../../config/push.toml");
-    const MIGRATIONS: &'static [&'static str] = store::MIGRATIONS;
+    const MIGRATIONS: &'static [&'static str] = store::SQLITE;
+    const POSTGRES_MIGRATIONS: &'static [&'static str] = store::POSTGRES;
 
-    async fn keys(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<Vec<(&'static str, String)>> {
-        let key = vapid_key(data_dir, store).await?;
+    async fn keys(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<Vec<(&'static str, String)>> {
+        let key = match store.dialect() {
+            Dialect::Sqlite => vapid_key(data_dir, store).await?,
+            Dialect::Postgres => share_vapid_key(data_dir, store).await?,
+        };
         Ok(vec![("VAPID public key", key.public_key())])
     }
 
@@ -240,8 +244,15 @@ fn routes(application: &Tools) -> OpenApiRouter {
 
 /// The key pair in the data directory. A first one is made, but never a second: whoever lost the first has
 /// lost its subscribers, and should hear of it.
-async fn vapid_key(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<VapidKey> {
+async fn vapid_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<VapidKey> {
     let file = data_dir.join(VAPID_KEY);
+    if store.dialect() == Dialect::Postgres && !file.exists() {
+        let shared = access::shared_secret(store, VAPID_KEY).await?;
+        let shared = shared
+            .context("there is no VAPID key in the store: make it once, with `perennial keys generate`")?;
+        return VapidKey::from_pem(shared.expose_secret())
+            .context("the VAPID key in the store cannot be used");
+    }
     if !file.exists() && store::has_subscriptions(store).await? {
         anyhow::bail!(
             "{} is missing, and the stored subscriptions were made with it: restore the file, \
@@ -255,6 +266,16 @@ async fn vapid_key(data_dir: &DataDir, store: &Sqlite) -> anyhow::Result<VapidKe
         info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
     }
     VapidKey::from_pem(&pem).with_context(|| format!("{} cannot be used", file.display()))
+}
+
+/// The key pair that all replicas share: the file's if there is one, or the one that is stored, or a new one.
+async fn share_vapid_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<VapidKey> {
+    let pem = match data_dir.read(VAPID_KEY) {
+        Some(pem) => pem,
+        None => VapidKey::generate()?.to_pem()?,
+    };
+    let pem = access::share_secret(store, VAPID_KEY, &pem).await?;
+    Ok(VapidKey::from_pem(pem.expose_secret())?)
 }
 
 /// What pages' user tokens are made with.

@@ -2,6 +2,7 @@
 
 pub mod postgres;
 pub mod redis;
+pub mod sql;
 pub mod sqlite;
 
 /// The tables of one part of the program, in the steps in which they came to be.

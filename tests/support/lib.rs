@@ -9,6 +9,7 @@ pub mod firefox;
 pub mod host;
 pub mod http;
 pub mod nginx;
+pub mod pgbouncer;
 pub mod postgres;
 pub mod process;
 pub mod redis;

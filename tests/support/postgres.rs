@@ -97,7 +97,7 @@ impl Server {
         let directory = TempDir::new().unwrap();
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
         let data = directory.path().join("data");
-        let mut initdb = as_postgres("initdb");
+        let mut initdb = as_postgres(bin().join("initdb"));
         initdb.args(["--auth=trust", "--username=postgres", "--no-sync", "--encoding=UTF8", "-D"]).arg(&data);
         let output = initdb.output().await.unwrap();
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -153,7 +153,7 @@ impl Server {
 }
 
 fn spawn(directory: &Path, port: u16, settings: &[String]) -> Child {
-    let mut command = as_postgres("postgres");
+    let mut command = as_postgres(bin().join("postgres"));
     command.arg("-D").arg(directory.join("data")).args(["-p", &port.to_string()]);
     command.args([
         "-c",
@@ -169,9 +169,8 @@ fn spawn(directory: &Path, port: u16, settings: &[String]) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).spawn().unwrap()
 }
 
-/// One of Postgres' programs, which refuse to be run by root.
-fn as_postgres(program: &str) -> Command {
-    let program = bin().join(program);
+/// One of those programs that refuse to be run by root.
+pub(crate) fn as_postgres(program: PathBuf) -> Command {
     if !rustix::process::geteuid().is_root() {
         return Command::new(program);
     }

@@ -1,11 +1,13 @@
 //! The jobs of a process, as applications and operators have them in hand.
 
+use perennial_server::pool::sql::{self, Tx};
 use uuid::Uuid;
 
 use crate::admission::Admission;
 use crate::ledger::{Cancelled, Filter, Ledger, STEP};
+use crate::outbox;
 use crate::queue::{NewJob, Queue, Result};
-use crate::store::Store;
+use crate::store::{Store, postgres, sqlite};
 
 /// Enqueues, and asks the books. A cheap handle.
 #[derive(Clone, Debug)]
@@ -48,9 +50,34 @@ impl Jobs {
         self.store.enqueue(jobs).await
     }
 
+    /// Adds jobs within a transaction of the caller's, so that they exist if and only if the rows do that they
+    /// are about. Where jobs are kept in the same store they are there with the commit; else they are in its
+    /// outbox, and are passed on from there. Nobody is asked for admission: see [`Jobs::admission`].
+    ///
+    /// # Errors
+    /// When the store refuses.
+    pub async fn insert<T: Tx>(&self, tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
+        match &self.store {
+            Store::Sqlite(_) => {
+                if let Some(connection) = tx.sqlite() {
+                    sqlite::insert_jobs(connection, jobs)?;
+                    return Ok(());
+                }
+            }
+            Store::Postgres(_) => {
+                if let Some(transaction) = tx.postgres() {
+                    postgres::insert_jobs(transaction, jobs).await?;
+                    return Ok(());
+                }
+            }
+            Store::Redis(_) => {}
+        }
+        outbox::insert(tx, jobs).await
+    }
+
     /// To be called after the commit of a transaction that added jobs to these queues.
     pub fn wake<'a>(&self, queues: impl IntoIterator<Item = &'a str>) {
-        self.store.wake().queues(queues);
+        self.store.committed(&queues.into_iter().collect());
     }
 
     /// Gives jobs that have ended another life, and returns how many.

@@ -9,6 +9,7 @@
 //! | [`queue`] | what a store of jobs can do for those who enqueue and those who work |
 //! | [`ledger`] | what it can do for operators: look, retry, discard, cancel, pause |
 //! | [`store`] | the stores |
+//! | [`outbox`] | jobs of a transaction in one store that are kept in another |
 //! | [`worker`] | claim, run, renew, settle |
 //! | [`upkeep`] | take jobs from workers that died, count, forget |
 //! | [`admission`] | how much may wait |
@@ -28,6 +29,7 @@ pub mod lease;
 pub mod ledger;
 pub mod limits;
 pub mod metrics;
+pub mod outbox;
 pub mod queue;
 pub mod registry;
 pub mod state;

@@ -25,6 +25,8 @@ pub const QUEUE_AGE: &str = "perennial_queue_oldest_seconds";
 pub const JOBS_STALE: &str = "perennial_jobs_stale_total";
 /// Counter: leases that lapsed and were taken from their worker.
 pub const JOBS_RESCUED: &str = "perennial_jobs_rescued_total";
+/// Counter: jobs that were passed on from the outbox.
+pub const JOBS_RELAYED: &str = "perennial_jobs_relayed_total";
 /// Histogram, seconds: how much later than wanted leases were renewed.
 pub const RENEWAL_LAG: &str = "perennial_lease_renewal_lag_seconds";
 
@@ -79,6 +81,7 @@ pub fn describe() {
     describe_gauge!(QUEUE_AGE, Unit::Seconds, "for how long the oldest job has been due, by queue");
     describe_counter!(JOBS_STALE, Unit::Count, "settlements that came too late and changed nothing, by kind");
     describe_counter!(JOBS_RESCUED, Unit::Count, "leases that lapsed and were taken from their worker");
+    describe_counter!(JOBS_RELAYED, Unit::Count, "jobs that were passed on from the outbox");
     describe_histogram!(RENEWAL_LAG, Unit::Seconds, "how much later than wanted leases were renewed");
 }
 
@@ -115,6 +118,10 @@ pub(crate) fn stale(kind: &'static str) {
 
 pub(crate) fn rescued(jobs: usize) {
     counter!(JOBS_RESCUED).increment(jobs as u64);
+}
+
+pub(crate) fn relayed(jobs: usize) {
+    counter!(JOBS_RELAYED).increment(jobs as u64);
 }
 
 pub(crate) fn renewal_lag(lag: Duration) {

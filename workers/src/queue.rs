@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::{postgres, redis, sqlite};
+use perennial_server::pool::{postgres, redis, sql, sqlite};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
@@ -62,6 +62,15 @@ pub enum Error {
     /// What is stored cannot be read: somebody else wrote it, or it was damaged.
     #[error("a stored job cannot be read: {0}")]
     Unreadable(String),
+}
+
+impl From<sql::Error> for Error {
+    fn from(error: sql::Error) -> Self {
+        match error {
+            sql::Error::Sqlite(error) => Self::Sqlite(error),
+            sql::Error::Postgres(error) => Self::Postgres(error),
+        }
+    }
 }
 
 impl Error {

@@ -4,10 +4,12 @@ pub mod postgres;
 pub mod redis;
 pub mod sqlite;
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use perennial_server::drain::Drain;
+use perennial_server::pool::sql;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
@@ -20,6 +22,10 @@ use postgres::PostgresQueue;
 use redis::RedisQueue;
 use sqlite::SqliteQueue;
 
+/// The tables of jobs that are kept beside what they are about.
+pub const TABLES: sql::Tables =
+    sql::Tables { module: "jobs", sqlite: sqlite::MIGRATIONS.steps, postgres: postgres::MIGRATIONS.steps };
+
 /// The store that the settings name.
 #[derive(Clone, Debug)]
 pub enum Store {
@@ -29,6 +35,17 @@ pub enum Store {
     Postgres(PostgresQueue),
     /// A Redis server, shared with other processes.
     Redis(RedisQueue),
+}
+
+impl Store {
+    /// To be called after the commit of a transaction that added jobs to these queues.
+    pub(crate) fn committed(&self, queues: &BTreeSet<&str>) {
+        match self {
+            Self::Sqlite(store) => store.wake().queues(queues.iter().copied()),
+            Self::Postgres(store) => store.woken(queues.iter().copied()),
+            Self::Redis(store) => store.committed(),
+        }
+    }
 }
 
 /// The same method of whichever store it is.
@@ -134,7 +151,7 @@ fn from_json(payload: String) -> Option<Box<RawValue>> {
 }
 
 /// In milliseconds, and never beyond what a timestamp can be.
-fn later(now: i64, wait: Duration) -> i64 {
+pub(crate) fn later(now: i64, wait: Duration) -> i64 {
     const END: i64 = 253_402_300_799_000;
     now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)).min(END)
 }

@@ -10,9 +10,8 @@ use axum::{Extension, Router};
 use clap::{Args, Subcommand};
 use http::{Method, Request, header};
 use http_body_util::BodyExt;
+use perennial_server::pool::sql;
 use perennial_workers::admission::Admission;
-use perennial_workers::store::Store;
-use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::{Jobs as Handle, Registry};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Map, Value, json};
@@ -200,7 +199,7 @@ async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) 
 #[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
 enum Desk {
     Server(Client),
-    Own { router: Router, store: perennial_server::pool::sqlite::Sqlite, _lock: DataDir },
+    Own { router: Router, store: sql::Store, _lock: DataDir },
 }
 
 impl Desk {
@@ -221,8 +220,9 @@ impl Desk {
         }
         let lock = DataDir::lock(&config.data_dir)?;
         let store = boot::open_store(&lock, config).await?;
-        store.migrate(&boot::migrations(modules.iter().map(|module| module.migrations))).await?;
-        let jobs = Handle::new(Store::Sqlite(SqliteQueue::new(store.clone())), Admission::new(config.bounds));
+        store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+        let (queue, _) = boot::open_queue(config, &store).await?;
+        let jobs = Handle::new(queue, Admission::new(config.bounds));
         let books = Books { jobs, registry: Arc::new(Registry::new()), worker: None };
         let router = looking::<()>().merge(acting()).layer(Extension(books));
         Ok(Self::Own { router, store, _lock: lock })

@@ -6,6 +6,7 @@ use anyhow::bail;
 use clap::Subcommand;
 
 use super::{block_on, load, read};
+use crate::access;
 use crate::boot;
 use crate::config::Config;
 use crate::data_dir::{self, ADMIN_TOKEN, API_KEY, DataDir, VAPID_KEY};
@@ -43,11 +44,11 @@ impl Keys {
 async fn generate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
     let data_dir = DataDir::lock(&config.data_dir)?;
     let store = boot::open_store(&data_dir, config).await?;
-    store.migrate(&boot::migrations(modules.iter().map(|module| module.migrations))).await?;
-    boot::first_keys(&data_dir, &store).await?;
-    if !data_dir.join(API_KEY).exists() {
+    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+    if !access::has_keys(&store).await? || !data_dir.join(API_KEY).exists() {
         boot::make_api_key(&data_dir, &store).await?;
     }
+    boot::first_keys(&data_dir, &store).await?;
     let mut shown = Vec::new();
     for module in modules {
         shown.extend((module.keys)(&data_dir, &store).await?);

@@ -129,9 +129,9 @@ impl Prepared {
         }
 
         let phases = config.phases;
-        let migrations = boot::migrations(modules.iter().map(|module| module.migrations));
+        let tables = boot::tables(modules.iter().map(|module| module.tables));
         let boot =
-            boot::boot(config, inheritance, configured, migrations, admin_addresses, health.clone(), drain);
+            boot::boot(config, inheritance, configured, tables, admin_addresses, health.clone(), drain);
         let mut booting = serving.spawn(boot);
         let booted = tokio::select! {
             booted = &mut booting => Some(booted),

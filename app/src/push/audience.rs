@@ -1,6 +1,6 @@
 //! Whom a notification is for.
 
-use rusqlite::types::Value;
+use perennial_server::pool::sql::{Dialect, Value};
 use serde::{Deserialize, Serialize};
 
 use super::tags::Expression;
@@ -25,25 +25,25 @@ pub(crate) enum Audience {
 
 impl Audience {
     /// A condition on `subscriptions` of one site, its parameters appended to `parameters`.
-    pub(crate) fn to_sql(&self, site: i64, parameters: &mut Vec<Value>) -> String {
+    pub(crate) fn to_sql(&self, dialect: Dialect, site: i64, parameters: &mut Vec<Value>) -> String {
         match self {
             Self::All => "TRUE".to_owned(),
             Self::User(user) => {
-                parameters.push(Value::Text(user.clone()));
-                "user = ?".to_owned()
+                parameters.push(Value::from(user));
+                r#""user" = ?"#.to_owned()
             }
             Self::Users(users) => {
-                parameters.extend([Value::Integer(site), json(users)]);
+                parameters.extend([Value::from(site), json(users)]);
                 // Found by the index on users first: by that on ids, every row would be looked at.
-                "id IN (SELECT id FROM subscriptions WHERE site = ? AND user IN (SELECT value FROM json_each(?)))"
-                    .to_owned()
+                let users = dialect.texts_in("?");
+                format!(r#"id IN (SELECT id FROM subscriptions WHERE site = ? AND "user" IN ({users}))"#)
             }
             // It was read when the notification was accepted.
             Self::Tags(text) => Expression::parse(text)
                 .map_or_else(|_| "FALSE".to_owned(), |expression| expression.to_sql(parameters)),
             Self::Subscriptions(ids) => {
                 parameters.push(json(ids));
-                "id IN (SELECT value FROM json_each(?))".to_owned()
+                format!("id IN ({})", dialect.numbers_in("?"))
             }
             // They are in another table.
             Self::Inline => "FALSE".to_owned(),
@@ -52,5 +52,5 @@ impl Audience {
 }
 
 fn json(list: &impl Serialize) -> Value {
-    Value::Text(serde_json::to_string(list).unwrap_or_else(|_| "[]".to_owned()))
+    Value::from(serde_json::to_string(list).unwrap_or_else(|_| "[]".to_owned()))
 }

@@ -21,7 +21,7 @@ use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
-use perennial_server::pool::sqlite;
+use perennial_server::pool::{postgres, sql, sqlite};
 use perennial_webpush::{Keys, Message, Payload, Report, Urgency, Verdict};
 use perennial_workers::job::Stopped;
 use perennial_workers::queue::{self, Due};
@@ -400,6 +400,15 @@ async fn send(tools: &Tools, member: &Member, message: &Message) -> Report {
     report
 }
 
+/// Whether an error says that nothing was written.
+fn has_not_happened(error: &sql::Error) -> bool {
+    matches!(
+        error,
+        sql::Error::Sqlite(sqlite::Error::Busy(_) | sqlite::Error::Lost(_))
+            | sql::Error::Postgres(postgres::Error::Busy | postgres::Error::Away(_))
+    )
+}
+
 /// Writes a checkpoint, again while the store is busy, and returns `count`.
 async fn save(
     tools: &Tools,
@@ -412,7 +421,7 @@ async fn save(
         let recorded = match tools.store.checkpoint(&batch, context.epoch, checkpoint.clone()).await {
             Ok(recorded) => recorded,
             // Nothing of it has happened.
-            Err(sqlite::Error::Busy(_) | sqlite::Error::Lost(_)) if context.lease.is_held() => {
+            Err(error) if has_not_happened(&error) && context.lease.is_held() => {
                 sleep(BUSY).await;
                 continue;
             }

@@ -6,7 +6,7 @@
 //! not        = "not" not | "(" expression ")" | tag
 //! ```
 
-use rusqlite::types::Value;
+use perennial_server::pool::sql::Value;
 
 /// The longest tag, in characters.
 const MAX_TAG: usize = 64;
@@ -68,7 +68,7 @@ impl Expression {
     pub(crate) fn to_sql(&self, parameters: &mut Vec<Value>) -> String {
         match self {
             Self::Tag(tag) => {
-                parameters.push(Value::Text(tag.clone()));
+                parameters.push(Value::from(tag));
                 "EXISTS (SELECT 1 FROM subscription_tags WHERE subscription_tags.site = subscriptions.site
                  AND tag = ? AND subscription = subscriptions.id)"
                     .to_owned()

@@ -26,7 +26,7 @@ use std::time::Duration;
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
 use perennial_server::pool::Migrations;
-use perennial_server::pool::postgres::{Parameter, Postgres, Session};
+use perennial_server::pool::postgres::{self, Parameter, Postgres, Session};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 use uuid::Uuid;
@@ -137,7 +137,7 @@ impl PostgresQueue {
 ///
 /// # Errors
 /// When Postgres refuses, or cannot be reached.
-pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> Result<Vec<Uuid>> {
+pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> postgres::Result<Vec<Uuid>> {
     let mut ids = Vec::with_capacity(jobs.len());
     let mut new = Vec::with_capacity(jobs.len());
     for job in jobs {
@@ -151,7 +151,7 @@ pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> Result<Vec<
     Ok(ids)
 }
 
-async fn insert(session: &impl Session, jobs: &[&NewJob]) -> Result<()> {
+async fn insert(session: &impl Session, jobs: &[&NewJob]) -> postgres::Result<()> {
     if jobs.is_empty() {
         return Ok(());
     }
@@ -194,7 +194,7 @@ async fn insert(session: &impl Session, jobs: &[&NewJob]) -> Result<()> {
 }
 
 /// Takes the job's unique key for it, or returns the job that has it.
-async fn take_key(session: &impl Session, job: &NewJob) -> Result<Option<Uuid>> {
+async fn take_key(session: &impl Session, job: &NewJob) -> postgres::Result<Option<Uuid>> {
     let (Some(unique), Some(key)) = (&job.unique, job.unique_key()) else { return Ok(None) };
     let (scope, window) = match unique.until {
         UniqueUntil::Started => ("started", None),

@@ -34,6 +34,7 @@ use uuid::Uuid;
 
 use super::{json, read_json};
 use crate::job::UniqueUntil;
+use crate::outbox::Outbox;
 use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Error, Failure, Held, Lapsed, NewJob, Queue, Renewal, Renewed,
     Result, Settlement,
@@ -106,6 +107,8 @@ struct Shared {
     wake: Wake,
     /// Queues that the server knows of.
     known: Mutex<BTreeSet<String>>,
+    /// Where jobs come from that were added in transactions of another store.
+    outbox: Option<Outbox>,
 }
 
 /// The part of a job that never changes, besides its payload.
@@ -165,13 +168,62 @@ fn read_state(text: &str) -> (Spent, Vec<Failure>) {
 impl RedisQueue {
     /// The queues in `redis` whose keys begin with `prefix`.
     pub fn new(redis: Redis, prefix: &str) -> Self {
+        Self::with(redis, prefix, None)
+    }
+
+    /// The same for a process whose other data are in a store with this outbox.
+    pub fn with_outbox(redis: Redis, prefix: &str, outbox: Outbox) -> Self {
+        Self::with(redis, prefix, Some(outbox))
+    }
+
+    fn with(redis: Redis, prefix: &str, outbox: Option<Outbox>) -> Self {
         Self(Arc::new(Shared {
             redis,
             prefix: prefix.to_owned(),
             scripts: Scripts::new(),
             wake: Wake::default(),
             known: Mutex::default(),
+            outbox,
         }))
+    }
+
+    /// To be called after the commit of a transaction that put jobs into the outbox.
+    pub fn committed(&self) {
+        if let Some(outbox) = &self.0.outbox {
+            outbox.wake();
+        }
+    }
+
+    /// Which of these jobs of a queue are here, whether they have ended or not.
+    ///
+    /// # Errors
+    /// When Redis cannot be asked.
+    pub(crate) async fn has(&self, queue: &str, ids: &[Uuid]) -> Result<Vec<bool>> {
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut known = vec![false; ids.len()];
+        for (command, part) in
+            [("HMGET", "epochs"), ("ZMSCORE", "ready"), ("ZMSCORE", "scheduled"), ("ZMSCORE", "ended_at")]
+        {
+            let mut ask = cmd(command);
+            ask.arg(self.key(queue, part));
+            for id in ids {
+                ask.arg(id.to_string());
+            }
+            let found: Vec<Option<String>> = self.0.redis.query(&ask).await?;
+            known.iter_mut().zip(found).for_each(|(known, found)| *known |= found.is_some());
+        }
+        Ok(known)
+    }
+
+    /// These jobs have ended: nobody has to pass them on again.
+    async fn passed(&self, ids: Vec<Uuid>) {
+        if let Some(outbox) = &self.0.outbox
+            && !ids.is_empty()
+        {
+            outbox.settled(ids).await;
+        }
     }
 
     fn key(&self, queue: &str, part: &str) -> String {
@@ -402,7 +454,10 @@ impl Queue for RedisQueue {
                 }
             }
         }
-        let again = settlements.iter().filter(|s| matches!(s.transition, Transition::Again { .. }));
+        let is_again = |settlement: &&Settlement| matches!(settlement.transition, Transition::Again { .. });
+        let over = settlements.iter().zip(&kept).filter(|(settlement, kept)| **kept && !is_again(settlement));
+        self.passed(over.map(|(settlement, _)| settlement.job.id).collect()).await;
+        let again = settlements.iter().filter(is_again);
         let again: BTreeSet<&str> = again.map(|settlement| &*settlement.job.queue).collect();
         if !again.is_empty() {
             self.0.wake.queues(again);

@@ -5,15 +5,13 @@
 
 use std::time::Duration;
 
-use perennial_server::pool::sqlite::Result;
-use perennial_workers::NewJob;
-use perennial_workers::store::sqlite::insert_jobs;
-use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
+use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
+use perennial_server::{transact, values};
+use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::subscriptions::endpoint_hash;
-use super::{Store, add_outcome, now_ms};
+use super::{Store, add_outcome, now_ms, one};
 use crate::push::audience::Audience;
 use crate::push::outcome::Outcome;
 
@@ -122,9 +120,9 @@ pub(crate) struct FanOut {
 
 impl FanOut {
     /// A condition for those who are in no batch yet, and its parameters.
-    fn left_to_sql(&self) -> (String, Vec<Value>) {
-        let mut parameters = vec![self.site.into(), self.fanned_to.into(), self.watermark.into()];
-        let filter = self.audience.to_sql(self.site, &mut parameters);
+    fn left_to_sql(&self, dialect: Dialect) -> (String, Vec<Value>) {
+        let mut parameters = values![self.site, self.fanned_to, self.watermark].to_vec();
+        let filter = self.audience.to_sql(dialect, self.site, &mut parameters);
         (format!("site = ? AND id > ? AND id <= ? AND {filter}"), parameters)
     }
 }
@@ -132,13 +130,15 @@ impl FanOut {
 impl Store {
     /// Takes a batch for the claim `epoch`, from any earlier one. None when there is nothing left to do.
     pub(crate) async fn open_batch(&self, id: Uuid, epoch: i64) -> Result<Option<Batch>> {
-        self.sqlite.write(move |tx| open_batch(tx, id, epoch)).await
+        transact!(&self.sql, tx => open_batch(tx, id, epoch))
     }
 
     /// The members of a batch whose outcomes are not recorded.
     pub(crate) async fn members(&self, batch: &Batch) -> Result<Vec<Member>> {
-        let batch = batch.clone();
-        self.sqlite.read(move |tx| members(tx, &batch)).await
+        let (sql, parameters) = members_to_sql(self.sql.dialect(), batch);
+        let members: Vec<Member> =
+            self.sql.query(sql, parameters).await?.iter().map(member).collect::<Result<_>>()?;
+        Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
     }
 
     /// Records what a batch has done.
@@ -148,10 +148,9 @@ impl Store {
         epoch: i64,
         checkpoint: Checkpoint,
     ) -> Result<Recorded> {
-        let (id, notification, site) = (batch.id, batch.notification, batch.site);
+        let (jobs, batch) = (self.jobs.clone(), (batch.id, batch.notification, batch.site));
         let woken: Vec<_> = checkpoint.deferred.iter().map(|deferred| deferred.job.queue.clone()).collect();
-        let recorded =
-            self.sqlite.write(move |tx| record(tx, id, notification, site, epoch, &checkpoint)).await?;
+        let recorded = transact!(&self.sql, tx => record(tx, &jobs, batch, epoch, &checkpoint))?;
         if !woken.is_empty() {
             self.jobs.wake(woken.iter().map(|queue| &**queue));
         }
@@ -160,45 +159,17 @@ impl Store {
 
     /// Takes the cutting of an audience for the claim `epoch`. None when it is done.
     pub(crate) async fn open_fan_out(&self, notification: Uuid, epoch: i64) -> Result<Option<FanOut>> {
-        self.sqlite
-            .write(move |tx| {
-                tx.prepare_cached(
-                    "UPDATE notifications SET fanout_epoch = ?2 WHERE id = ?1 AND fanout_epoch <= ?2
-                     RETURNING site, audience, watermark, fanned_to, fanned_out,
-                         (SELECT count(*) FROM batches
-                          WHERE notification = notifications.id AND (ids IS NULL) = TRUE) AS ahead",
-                )?
-                .query_row((notification.as_bytes(), epoch), |row| {
-                    let fanned_out: bool = row.get("fanned_out")?;
-                    let fan_out = FanOut {
-                        site: row.get("site")?,
-                        audience: audience(row)?,
-                        watermark: row.get("watermark")?,
-                        fanned_to: row.get("fanned_to")?,
-                        ahead: row.get("ahead")?,
-                    };
-                    Ok((!fanned_out).then_some(fan_out))
-                })
-                .optional()
-                .map(Option::flatten)
-            })
-            .await
+        transact!(&self.sql, tx => open_fan_out(tx, notification, epoch))
     }
 
     /// The id at which the next `size` members end; none when there is nobody left.
     pub(crate) async fn next_page(&self, fan_out: &FanOut, size: usize) -> Result<Option<i64>> {
-        let fan_out = fan_out.clone();
-        self.sqlite
-            .read(move |tx| {
-                let (left, mut parameters) = fan_out.left_to_sql();
-                parameters.push(i64::try_from(size).unwrap_or(i64::MAX).into());
-                let sql = format!(
-                    "SELECT max(id) FROM (SELECT id FROM subscriptions
-                     WHERE {left} ORDER BY id LIMIT ?)"
-                );
-                tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))
-            })
-            .await
+        let (left, mut parameters) = fan_out.left_to_sql(self.sql.dialect());
+        parameters.push(size.into());
+        let sql = format!(
+            "SELECT max(id) FROM (SELECT id FROM subscriptions WHERE {left} ORDER BY id LIMIT ?) AS page"
+        );
+        one(self.sql.first(sql, parameters).await?)
     }
 
     /// Adds the next batch, which ends at an id, and the job that sends it; none when there is nobody left.
@@ -210,31 +181,8 @@ impl Store {
         next: Option<(i64, NewJob)>,
     ) -> Result<Added> {
         let woken = next.as_ref().map(|(_, job)| job.queue.clone());
-        let add = move |tx: &Connection| {
-            let Some((upto, job)) = next else {
-                let held = tx
-                    .prepare_cached(
-                        "UPDATE notifications SET fanned_out = TRUE
-                         WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out",
-                    )?
-                    .execute((notification.as_bytes(), epoch))?;
-                let last = held == 1 && end_if_done(tx, notification)?;
-                return Ok(if last { Added::Last } else { Added::NoMore });
-            };
-            let held = tx
-                .prepare_cached(
-                    "UPDATE notifications SET fanned_to = ?, outstanding = outstanding + 1
-                     WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out",
-                )?
-                .execute((upto, notification.as_bytes(), epoch))?;
-            if held == 0 {
-                return Ok(Added::NoMore);
-            }
-            insert_batch(tx, job.id, notification, from, upto)?;
-            insert_jobs(tx, &[job])?;
-            Ok(Added::One)
-        };
-        let added = self.sqlite.write(add).await?;
+        let jobs = self.jobs.clone();
+        let added = transact!(&self.sql, tx => add_batch(tx, &jobs, notification, epoch, from, &next))?;
         self.jobs.wake(woken.as_deref());
         Ok(added)
     }
@@ -242,65 +190,97 @@ impl Store {
     /// Gives up cutting an audience: those who have no batch by now have failed.
     pub(crate) async fn give_up_fan_out(&self, notification: Uuid, epoch: i64, reason: String) -> Result<()> {
         let Some(fan_out) = self.open_fan_out(notification, epoch).await? else { return Ok(()) };
-        let left = self.count_left(&fan_out).await?;
-        self.sqlite
-            .write(move |tx| {
-                let changed = tx
-                    .prepare_cached(
-                        "UPDATE notifications SET fanned_out = TRUE, error = ?
-                         WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out",
-                    )?
-                    .execute((reason, notification.as_bytes(), epoch))?;
-                if changed == 1 && left > 0 {
-                    add_outcome(tx, notification, Outcome::Failed.as_str(), left)?;
-                }
-                end_if_done(tx, notification).map(drop)
-            })
-            .await
-    }
-
-    async fn count_left(&self, fan_out: &FanOut) -> Result<usize> {
-        let fan_out = fan_out.clone();
-        self.sqlite
-            .read(move |tx| {
-                let (left, parameters) = fan_out.left_to_sql();
-                let sql = format!("SELECT count(*) FROM subscriptions WHERE {left}");
-                tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))
-            })
-            .await
+        let (left, parameters) = fan_out.left_to_sql(self.sql.dialect());
+        let sql = format!("SELECT count(*) FROM subscriptions WHERE {left}");
+        let left: usize = one(self.sql.first(sql, parameters).await?)?;
+        transact!(&self.sql, tx => give_up_fan_out(tx, notification, epoch, left, &reason))
     }
 }
 
-pub(super) fn insert_batch(
-    tx: &Connection,
+async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<Option<FanOut>> {
+    let sql = "UPDATE notifications SET fanout_epoch = ?2 WHERE id = ?1 AND fanout_epoch <= ?2
+               RETURNING site, audience, watermark, fanned_to, fanned_out,
+                   (SELECT count(*) FROM batches
+                    WHERE notification = notifications.id AND (ids IS NULL) = TRUE) AS ahead";
+    let Some(row) = sql::first(tx, sql, &values![notification, epoch]).await? else { return Ok(None) };
+    if row.get("fanned_out")? {
+        return Ok(None);
+    }
+    Ok(Some(FanOut {
+        site: row.get("site")?,
+        audience: audience(&row)?,
+        watermark: row.get("watermark")?,
+        fanned_to: row.get("fanned_to")?,
+        ahead: row.get("ahead")?,
+    }))
+}
+
+async fn add_batch<T: Tx>(
+    tx: &T,
+    jobs: &Jobs,
+    notification: Uuid,
+    epoch: i64,
+    from: i64,
+    next: &Option<(i64, NewJob)>,
+) -> Result<Added> {
+    let Some((upto, job)) = next else {
+        let sql = "UPDATE notifications SET fanned_out = TRUE
+                   WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
+        let held = tx.execute(sql, &values![notification, epoch]).await?;
+        let last = held == 1 && end_if_done(tx, notification).await?;
+        return Ok(if last { Added::Last } else { Added::NoMore });
+    };
+    let sql = "UPDATE notifications SET fanned_to = ?, outstanding = outstanding + 1
+               WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
+    if tx.execute(sql, &values![*upto, notification, epoch]).await? == 0 {
+        return Ok(Added::NoMore);
+    }
+    insert_batch(tx, job.id, notification, from, *upto).await?;
+    jobs.insert(tx, std::slice::from_ref(job)).await?;
+    Ok(Added::One)
+}
+
+async fn give_up_fan_out<T: Tx>(
+    tx: &T,
+    notification: Uuid,
+    epoch: i64,
+    left: usize,
+    reason: &str,
+) -> Result<()> {
+    let sql = "UPDATE notifications SET fanned_out = TRUE, error = ?
+               WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
+    let changed = tx.execute(sql, &values![reason, notification, epoch]).await?;
+    if changed == 1 && left > 0 {
+        add_outcome(tx, notification, Outcome::Failed.as_str(), left).await?;
+    }
+    end_if_done(tx, notification).await.map(drop)
+}
+
+pub(super) async fn insert_batch<T: Tx>(
+    tx: &T,
     id: Uuid,
     notification: Uuid,
     after: i64,
     upto: i64,
-) -> rusqlite::Result<()> {
+) -> Result<()> {
     let sql = "INSERT INTO batches (id, notification, after_id, upto_id, low_id) VALUES (?1, ?2, ?3, ?4, ?3)";
-    tx.prepare_cached(sql)?.execute((id.as_bytes(), notification.as_bytes(), after, upto)).map(drop)
+    tx.execute(sql, &values![id, notification, after, upto]).await.map(drop)
 }
 
-fn open_batch(tx: &Connection, id: Uuid, epoch: i64) -> rusqlite::Result<Option<Batch>> {
-    let now = now_ms();
-    let taken = tx
-        .prepare_cached("UPDATE batches SET epoch = ?2 WHERE id = ?1 AND epoch <= ?2")?
-        .execute((id.as_bytes(), epoch))?;
-    if taken == 0 {
+async fn open_batch<T: Tx>(tx: &T, id: Uuid, epoch: i64) -> Result<Option<Batch>> {
+    let taken = "UPDATE batches SET epoch = ?2 WHERE id = ?1 AND epoch <= ?2";
+    if tx.execute(taken, &values![id, epoch]).await? == 0 {
         return Ok(None);
     }
-    tx.prepare_cached(
-        "UPDATE notifications SET state = 'sending', started_at = coalesce(started_at, ?2)
-         WHERE id = (SELECT notification FROM batches WHERE id = ?1) AND state = 'queued'",
-    )?
-    .execute((id.as_bytes(), now))?;
+    let begun = "UPDATE notifications SET state = 'sending', started_at = coalesce(started_at, ?2)
+                 WHERE id = (SELECT notification FROM batches WHERE id = ?1) AND state = 'queued'";
+    tx.execute(begun, &values![id, now_ms()]).await?;
     let sql = "SELECT batches.*, site, audience, payload, ttl, urgency, topic, created_at, estimate
                FROM batches JOIN notifications ON notifications.id = notification WHERE batches.id = ?";
-    tx.prepare_cached(sql)?.query_row([id.as_bytes()], read).optional()
+    sql::first(tx, sql, &values![id]).await?.as_ref().map(read).transpose()
 }
 
-fn read(row: &Row<'_>) -> rusqlite::Result<Batch> {
+fn read(row: &Row) -> Result<Batch> {
     let ids: Option<String> = row.get("ids")?;
     let part = match ids {
         Some(ids) => Part::Ids(serde_json::from_str(&ids).unwrap_or_default()),
@@ -308,8 +288,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Batch> {
     };
     let above: String = row.get("above")?;
     Ok(Batch {
-        id: Uuid::from_bytes(row.get("id")?),
-        notification: Uuid::from_bytes(row.get("notification")?),
+        id: row.get("id")?,
+        notification: row.get("notification")?,
         part,
         attempt: row.get("attempt")?,
         created_at: row.get("created_at")?,
@@ -325,21 +305,19 @@ fn read(row: &Row<'_>) -> rusqlite::Result<Batch> {
     })
 }
 
-fn audience(row: &Row<'_>) -> rusqlite::Result<Audience> {
+fn audience(row: &Row) -> Result<Audience> {
     let text: String = row.get("audience")?;
-    serde_json::from_str(&text).map_err(|error| {
-        rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, Box::new(error))
-    })
+    let unreadable = |error| rusqlite::Error::ToSqlConversionFailure(Box::new(error));
+    Ok(serde_json::from_str(&text).map_err(unreadable)?)
 }
 
-fn members(tx: &Connection, batch: &Batch) -> rusqlite::Result<Vec<Member>> {
-    let mut parameters: Vec<Value> = Vec::new();
-    let mut sql = if batch.audience == Audience::Inline {
-        parameters.push(Value::Blob(batch.notification.as_bytes().to_vec()));
-        "SELECT id, endpoint, p256dh, auth FROM recipients WHERE notification = ?".to_owned()
+fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
+    let (mut sql, mut parameters) = if batch.audience == Audience::Inline {
+        let sql = "SELECT id, endpoint, p256dh, auth FROM recipients WHERE notification = ?";
+        (sql.to_owned(), values![batch.notification].to_vec())
     } else {
-        parameters.push(batch.site.into());
-        "SELECT id, endpoint, p256dh, auth FROM subscriptions WHERE site = ?".to_owned()
+        let sql = "SELECT id, endpoint, p256dh, auth FROM subscriptions WHERE site = ?";
+        (sql.to_owned(), values![batch.site].to_vec())
     };
     sql.push_str(" AND id > ?");
     parameters.push(batch.low_id.into());
@@ -349,95 +327,80 @@ fn members(tx: &Connection, batch: &Batch) -> rusqlite::Result<Vec<Member>> {
             parameters.push((*upto).into());
             if batch.audience != Audience::Inline {
                 sql.push_str(" AND ");
-                sql.push_str(&batch.audience.to_sql(batch.site, &mut parameters));
+                sql.push_str(&batch.audience.to_sql(dialect, batch.site, &mut parameters));
             }
         }
         // They were members when they were tried first.
         Part::Ids(ids) => {
-            sql.push_str(" AND id IN (SELECT value FROM json_each(?))");
-            parameters.push(Value::Text(serde_json::to_string(ids).unwrap_or_default()));
+            sql.push_str(&format!(" AND id IN ({})", dialect.numbers_in("?")));
+            parameters.push(serde_json::to_string(ids).unwrap_or_default().into());
         }
     }
     sql.push_str(" ORDER BY id");
-    let mut select = tx.prepare_cached(&sql)?;
-    let members = select.query_map(params_from_iter(parameters), |row| {
-        Ok(Member {
-            id: row.get("id")?,
-            endpoint: row.get("endpoint")?,
-            p256dh: row.get("p256dh")?,
-            auth: row.get("auth")?,
-        })
-    })?;
-    let members: Vec<Member> = members.collect::<rusqlite::Result<_>>()?;
-    Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
+    (sql, parameters)
 }
 
-fn record(
-    tx: &Connection,
-    id: Uuid,
-    notification: Uuid,
-    site: i64,
+fn member(row: &Row) -> Result<Member> {
+    Ok(Member {
+        id: row.get("id")?,
+        endpoint: row.get("endpoint")?,
+        p256dh: row.get("p256dh")?,
+        auth: row.get("auth")?,
+    })
+}
+
+async fn record<T: Tx>(
+    tx: &T,
+    jobs: &Jobs,
+    (id, notification, site): (Uuid, Uuid, i64),
     epoch: i64,
     checkpoint: &Checkpoint,
-) -> rusqlite::Result<Recorded> {
+) -> Result<Recorded> {
     let above = serde_json::to_string(&checkpoint.above).unwrap_or_default();
-    let held = tx
-        .prepare_cached("UPDATE batches SET low_id = ?, above = ? WHERE id = ? AND epoch = ?")?
-        .execute((checkpoint.low_id, above, id.as_bytes(), epoch))?;
-    if held == 0 {
+    let held = "UPDATE batches SET low_id = ?, above = ? WHERE id = ? AND epoch = ?";
+    if tx.execute(held, &values![checkpoint.low_id, above, id, epoch]).await? == 0 {
         return Ok(Recorded::TooLate);
     }
     for (outcome, count) in &checkpoint.outcomes {
-        add_outcome(tx, notification, outcome.as_str(), *count)?;
+        add_outcome(tx, notification, outcome.as_str(), *count).await?;
     }
     for (id, endpoint) in &checkpoint.ended {
         // Not if the browser has subscribed anew meanwhile and kept the row.
-        tx.prepare_cached("DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?")?
-            .execute((site, id, endpoint_hash(endpoint)))?;
+        let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
+        tx.execute(sql, &values![site, *id, endpoint_hash(endpoint)]).await?;
     }
     for deferred in &checkpoint.deferred {
-        insert_deferred(tx, notification, deferred)?;
+        insert_deferred(tx, jobs, notification, deferred).await?;
     }
     if checkpoint.finished {
-        tx.prepare_cached("DELETE FROM batches WHERE id = ?")?.execute([id.as_bytes()])?;
-        tx.prepare_cached("UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?")?
-            .execute([notification.as_bytes()])?;
-        if end_if_done(tx, notification)? {
+        tx.execute("DELETE FROM batches WHERE id = ?", &values![id]).await?;
+        let sql = "UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?";
+        tx.execute(sql, &values![notification]).await?;
+        if end_if_done(tx, notification).await? {
             return Ok(Recorded::Last);
         }
     }
     Ok(Recorded::Kept)
 }
 
-fn insert_deferred(tx: &Connection, notification: Uuid, deferred: &Deferred) -> rusqlite::Result<()> {
+async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferred: &Deferred) -> Result<()> {
     let ids = serde_json::to_string(&deferred.ids).unwrap_or_default();
-    tx.prepare_cached(
-        "INSERT INTO batches (id, notification, after_id, upto_id, ids, again, attempt, low_id)
-         VALUES (?, ?, 0, 0, ?, ?, ?, 0)",
-    )?
-    .execute((
-        deferred.job.id.as_bytes(),
-        notification.as_bytes(),
-        ids,
-        deferred.ids.len(),
-        deferred.attempt,
-    ))?;
-    tx.prepare_cached("UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?")?
-        .execute([notification.as_bytes()])?;
-    insert_jobs(tx, std::slice::from_ref(&deferred.job)).map(drop)
+    let sql = "INSERT INTO batches (id, notification, after_id, upto_id, ids, again, attempt, low_id)
+               VALUES (?, ?, 0, 0, ?, ?, ?, 0)";
+    let parameters = values![deferred.job.id, notification, ids, deferred.ids.len(), deferred.attempt];
+    tx.execute(sql, &parameters).await?;
+    let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
+    tx.execute(sql, &values![notification]).await?;
+    jobs.insert(tx, std::slice::from_ref(&deferred.job)).await
 }
 
 /// A notification whose last batch has finished is done, and its own recipients are not needed any more.
-fn end_if_done(tx: &Connection, notification: Uuid) -> rusqlite::Result<bool> {
-    let ended = tx
-        .prepare_cached(
-            "UPDATE notifications SET state = 'done', ended_at = ?
-             WHERE id = ? AND fanned_out AND outstanding = 0 AND state <> 'done'",
-        )?
-        .execute((now_ms(), notification.as_bytes()))?;
-    if ended == 1 {
-        tx.prepare_cached("DELETE FROM recipients WHERE notification = ?")?
-            .execute([notification.as_bytes()])?;
+async fn end_if_done<T: Tx>(tx: &T, notification: Uuid) -> Result<bool> {
+    let sql = "UPDATE notifications SET state = 'done', ended_at = ?
+               WHERE id = ? AND fanned_out AND outstanding = 0 AND state <> 'done'";
+    let ended = tx.execute(sql, &values![now_ms(), notification]).await? == 1;
+    if ended {
+        tx.execute("DELETE FROM recipients WHERE notification = ?", &values![notification]).await?;
     }
-    Ok(ended == 1)
+    Ok(ended)
 }

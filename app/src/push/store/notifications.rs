@@ -4,16 +4,14 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::pool::sqlite::Result;
+use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
+use perennial_server::{transact, values};
 use perennial_webpush::Keys;
-use perennial_workers::NewJob;
-use perennial_workers::store::sqlite::insert_jobs;
-use rusqlite::types::Value;
-use rusqlite::{Connection, OptionalExtension, Row, params_from_iter};
+use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
-use super::{Store, now_ms, timestamp};
+use super::{Store, now_ms, one, timestamp};
 use crate::push::audience::Audience;
 
 /// For how long an idempotency key is kept, in milliseconds.
@@ -86,40 +84,32 @@ impl Store {
     /// How many subscriptions an audience has now, and the highest id among all of the site: members are those
     /// up to it. Whoever comes between this and the acceptance was not there when it was asked for.
     pub(crate) async fn estimate(&self, site: i64, audience: Audience) -> Result<(u64, i64)> {
-        self.sqlite
-            .read(move |tx| {
-                let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
-                let watermark = tx.prepare_cached(newest)?.query_row([site], |row| row.get(0))?;
-                let mut parameters = vec![Value::Integer(site)];
-                let filter = audience.to_sql(site, &mut parameters);
-                let sql = format!("SELECT count(*) FROM subscriptions WHERE site = ? AND {filter}");
-                let count =
-                    tx.prepare_cached(&sql)?.query_row(params_from_iter(parameters), |row| row.get(0))?;
-                Ok((count, watermark))
-            })
-            .await
+        let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
+        let watermark: i64 = one(self.sql.first(newest, values![site]).await?)?;
+        let mut parameters = values![site, watermark].to_vec();
+        let filter = audience.to_sql(self.sql.dialect(), site, &mut parameters);
+        let sql = format!("SELECT count(*) FROM subscriptions WHERE site = ? AND id <= ? AND {filter}");
+        Ok((one(self.sql.first(sql, parameters).await?)?, watermark))
     }
 
     /// What the same request was answered before.
     pub(crate) async fn accepted_before(&self, promise: Idempotency) -> Result<Option<Accepted>> {
-        self.sqlite.read(move |tx| earlier(tx, &promise, now_ms())).await
+        transact!(&self.sql, tx => earlier(tx, &promise, now_ms()))
     }
 
     /// Stores a notification and the job that begins it, in one transaction.
     pub(crate) async fn accept(&self, new: NewNotification) -> Result<Accepted> {
         let queue = new.job.queue.clone();
-        let accepted = self.sqlite.write(move |tx| accept(tx, &new)).await?;
+        let jobs = self.jobs.clone();
+        let accepted = transact!(&self.sql, tx => accept(tx, &jobs, &new))?;
         self.jobs.wake([&*queue]);
         Ok(accepted)
     }
 
     pub(crate) async fn notification(&self, site: i64, id: Uuid) -> Result<Option<Notification>> {
-        self.sqlite
-            .read(move |tx| {
-                let sql = format!("SELECT {COLUMNS} FROM notifications WHERE site = ? AND id = ?");
-                tx.prepare_cached(&sql)?.query_row((site, id.as_bytes()), read).optional()
-            })
-            .await
+        let columns = columns(self.sql.dialect());
+        let sql = format!("SELECT {columns} FROM notifications WHERE site = ? AND id = ?");
+        self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
     }
 
     /// Notifications before `cursor`, the newest first.
@@ -129,39 +119,34 @@ impl Store {
         cursor: Uuid,
         limit: usize,
     ) -> Result<Vec<Notification>> {
-        self.sqlite
-            .read(move |tx| {
-                let sql = format!(
-                    "SELECT {COLUMNS} FROM notifications WHERE site = ? AND id < ? ORDER BY id DESC LIMIT ?"
-                );
-                tx.prepare_cached(&sql)?.query_map((site, cursor.as_bytes(), limit), read)?.collect()
-            })
-            .await
+        let columns = columns(self.sql.dialect());
+        let sql =
+            format!("SELECT {columns} FROM notifications WHERE site = ? AND id < ? ORDER BY id DESC LIMIT ?");
+        self.sql.query(sql, values![site, cursor, limit]).await?.iter().map(read).collect()
     }
 }
 
-fn accept(tx: &Connection, new: &NewNotification) -> rusqlite::Result<Accepted> {
+async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Accepted> {
     let now = now_ms();
     if let Some(promise) = &new.idempotency {
-        tx.prepare_cached("DELETE FROM idempotency_keys WHERE created_at < ?")?
-            .execute([now - IDEMPOTENCY_MS])?;
-        if let Some(before) = earlier(tx, promise, now)? {
+        tx.lock(promise.key.as_bytes()).await?;
+        let forget = "DELETE FROM idempotency_keys WHERE created_at < ?";
+        tx.execute(forget, &values![now - IDEMPOTENCY_MS]).await?;
+        if let Some(before) = earlier(tx, promise, now).await? {
             return Ok(before);
         }
-        tx.prepare_cached(
-            "INSERT INTO idempotency_keys (api_key, key, fingerprint, notification, created_at)
-             VALUES (?, ?, ?, ?, ?)",
-        )?
-        .execute((&promise.api_key, &promise.key, promise.fingerprint, new.id.as_bytes(), now))?;
+        let sql = "INSERT INTO idempotency_keys (api_key, key, fingerprint, notification, created_at)
+                   VALUES (?, ?, ?, ?, ?)";
+        let parameters = values![&promise.api_key, &promise.key, promise.fingerprint, new.id, now];
+        tx.execute(sql, &parameters).await?;
     }
     let audience = serde_json::to_string(&new.audience).unwrap_or_default();
-    tx.prepare_cached(
-        "INSERT INTO notifications (id, site, state, audience, payload, ttl, urgency, topic, watermark, estimate,
-                                    fanned_out, outstanding, created_at)
-         VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    )?
-    .execute((
-        new.id.as_bytes(),
+    let sql = "
+        INSERT INTO notifications (id, site, state, audience, payload, ttl, urgency, topic, watermark, estimate,
+                                   fanned_out, outstanding, created_at)
+        VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+    let parameters = values![
+        new.id,
         new.site,
         audience,
         &new.payload,
@@ -173,52 +158,55 @@ fn accept(tx: &Connection, new: &NewNotification) -> rusqlite::Result<Accepted> 
         new.direct,
         i64::from(new.direct),
         now,
-    ))?;
+    ];
+    tx.execute(sql, &parameters).await?;
     let sql = "INSERT INTO recipients (notification, id, endpoint, p256dh, auth) VALUES (?, ?, ?, ?, ?)";
-    let mut insert = tx.prepare_cached(sql)?;
     for (id, recipient) in (1_i64..).zip(&new.recipients) {
         let keys = &recipient.keys;
-        insert.execute((new.id.as_bytes(), id, &recipient.endpoint, keys.p256dh(), keys.auth()))?;
+        tx.execute(sql, &values![new.id, id, &recipient.endpoint, keys.p256dh(), keys.auth()]).await?;
     }
     if new.direct {
-        insert_batch(tx, new.job.id, new.id, 0, new.watermark)?;
+        insert_batch(tx, new.job.id, new.id, 0, new.watermark).await?;
     }
-    insert_jobs(tx, std::slice::from_ref(&new.job))?;
+    jobs.insert(tx, std::slice::from_ref(&new.job)).await?;
     Ok(Accepted::Now)
 }
 
-fn earlier(tx: &Connection, promise: &Idempotency, now: i64) -> rusqlite::Result<Option<Accepted>> {
+async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Option<Accepted>> {
     let sql = "SELECT fingerprint, notification, estimate
                FROM idempotency_keys JOIN notifications ON notifications.id = notification
                WHERE api_key = ? AND key = ? AND idempotency_keys.created_at >= ?";
-    tx.prepare_cached(sql)?
-        .query_row((&promise.api_key, &promise.key, now - IDEMPOTENCY_MS), |row| {
-            let fingerprint: [u8; 32] = row.get(0)?;
-            if fingerprint != promise.fingerprint {
-                return Ok(Accepted::Conflict);
-            }
-            Ok(Accepted::Before(Uuid::from_bytes(row.get(1)?), row.get(2)?))
-        })
-        .optional()
+    let parameters = values![&promise.api_key, &promise.key, now - IDEMPOTENCY_MS];
+    let Some(row) = sql::first(tx, sql, &parameters).await? else { return Ok(None) };
+    let fingerprint: [u8; 32] = row.get("fingerprint")?;
+    if fingerprint != promise.fingerprint {
+        return Ok(Some(Accepted::Conflict));
+    }
+    Ok(Some(Accepted::Before(row.get("notification")?, row.get("estimate")?)))
 }
 
-const COLUMNS: &str = "id, state, estimate, error, created_at, started_at, ended_at,
-    (SELECT coalesce(sum(again), 0) FROM batches WHERE notification = notifications.id AND (ids IS NULL) = FALSE)
-        AS again,
-    (SELECT json_group_object(outcome, count) FROM notification_outcomes WHERE notification = notifications.id)
-        AS outcomes";
+/// The columns of [`Notification`].
+fn columns(dialect: Dialect) -> String {
+    let outcomes = dialect.object_of("outcome", "count");
+    format!(
+        "id, state, estimate, error, created_at, started_at, ended_at,
+         (SELECT CAST(coalesce(sum(again), 0) AS bigint) FROM batches
+          WHERE notification = notifications.id AND (ids IS NULL) = FALSE) AS again,
+         (SELECT {outcomes} FROM notification_outcomes WHERE notification = notifications.id) AS outcomes"
+    )
+}
 
-fn read(row: &Row<'_>) -> rusqlite::Result<Notification> {
+fn read(row: &Row) -> Result<Notification> {
     let outcomes: String = row.get("outcomes")?;
     Ok(Notification {
-        id: Uuid::from_bytes(row.get("id")?),
+        id: row.get("id")?,
         state: row.get("state")?,
         estimate: row.get("estimate")?,
         outcomes: serde_json::from_str(&outcomes).unwrap_or_default(),
         again: row.get("again")?,
         error: row.get("error")?,
         created_at: timestamp(row.get("created_at")?),
-        started_at: row.get::<_, Option<i64>>("started_at")?.map(timestamp),
-        ended_at: row.get::<_, Option<i64>>("ended_at")?.map(timestamp),
+        started_at: row.get::<Option<i64>>("started_at")?.map(timestamp),
+        ended_at: row.get::<Option<i64>>("ended_at")?.map(timestamp),
     })
 }

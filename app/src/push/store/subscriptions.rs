@@ -2,11 +2,11 @@
 
 use aws_lc_rs::digest;
 use jiff::Timestamp;
-use perennial_server::pool::sqlite::Result;
+use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
+use perennial_server::{transact, values};
 use perennial_webpush::Keys;
-use rusqlite::{Connection, OptionalExtension, Row};
 
-use super::{Store, now_ms, timestamp};
+use super::{Store, now_ms, one, timestamp};
 
 /// A subscription that is about to be stored.
 #[derive(Clone, Debug)]
@@ -65,18 +65,24 @@ pub(crate) struct Subscription {
 }
 
 /// The columns of [`Subscription`].
-const COLUMNS: &str = "id, endpoint, user, metadata, created_at, updated_at,
-    (SELECT json_group_array(tag) FROM subscription_tags WHERE subscription = subscriptions.id) AS tags";
+fn columns(dialect: Dialect) -> String {
+    let tags = dialect.list_of("tag");
+    format!(
+        r#"id, endpoint, "user", metadata, created_at, updated_at,
+           (SELECT {tags} FROM subscription_tags WHERE subscription = subscriptions.id) AS tags"#
+    )
+}
 
 impl Store {
     /// Stores a subscription, or brings the one with its endpoint up to date.
     pub(crate) async fn upsert(&self, new: NewSubscription) -> Result<Upserted> {
-        self.sqlite.write(move |tx| upsert(tx, &new)).await
+        transact!(&self.sql, tx => upsert(tx, &new))
     }
 
     pub(crate) async fn subscription(&self, site: i64, id: i64) -> Result<Option<Subscription>> {
-        let sql = format!("SELECT {COLUMNS} FROM subscriptions WHERE site = ? AND id = ?");
-        self.sqlite.read(move |tx| tx.prepare_cached(&sql)?.query_row((site, id), read).optional()).await
+        let columns = columns(self.sql.dialect());
+        let sql = format!("SELECT {columns} FROM subscriptions WHERE site = ? AND id = ?");
+        self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
     }
 
     /// Subscriptions after `cursor` in the order of their ids.
@@ -88,30 +94,26 @@ impl Store {
         cursor: i64,
         limit: usize,
     ) -> Result<Vec<Subscription>> {
+        let columns = columns(self.sql.dialect());
         let sql = format!(
-            "SELECT {COLUMNS} FROM subscriptions
-             WHERE site = ?1 AND id > ?2 AND (?3 IS NULL OR user = ?3)
-               AND (?4 IS NULL OR id IN (SELECT subscription FROM subscription_tags WHERE site = ?1 AND tag = ?4))
-             ORDER BY id LIMIT ?5"
+            r#"SELECT {columns} FROM subscriptions
+               WHERE site = ?1 AND id > ?2 AND (?3 IS NULL OR "user" = ?3)
+                 AND (?4 IS NULL OR id IN (SELECT subscription FROM subscription_tags WHERE site = ?1 AND tag = ?4))
+               ORDER BY id LIMIT ?5"#
         );
-        self.sqlite
-            .read(move |tx| {
-                tx.prepare_cached(&sql)?.query_map((site, cursor, user, tag, limit), read)?.collect()
-            })
-            .await
+        self.sql.query(sql, values![site, cursor, user, tag, limit]).await?.iter().map(read).collect()
     }
 
     /// Deletes one; false when there is none.
     pub(crate) async fn delete(&self, site: i64, id: i64) -> Result<bool> {
         let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ?";
-        self.sqlite.write(move |tx| Ok(tx.execute(sql, (site, id))? == 1)).await
+        Ok(self.sql.execute(sql, values![site, id]).await? == 1)
     }
 
     /// Deletes the one with this endpoint for somebody who knows its secret; false when there is none such.
     pub(crate) async fn delete_by_endpoint(&self, site: i64, endpoint: &str, auth: Vec<u8>) -> Result<bool> {
-        let hash = endpoint_hash(endpoint);
         let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ? AND auth = ?";
-        self.sqlite.write(move |tx| Ok(tx.execute(sql, (site, hash, auth))? == 1)).await
+        Ok(self.sql.execute(sql, values![site, endpoint_hash(endpoint), auth]).await? == 1)
     }
 }
 
@@ -129,14 +131,16 @@ struct Found {
     auth: Vec<u8>,
 }
 
-fn find(tx: &Connection, site: i64, endpoint: &str) -> rusqlite::Result<Option<Found>> {
-    tx.prepare_cached("SELECT id, auth FROM subscriptions WHERE site = ? AND endpoint_hash = ?")?
-        .query_row((site, endpoint_hash(endpoint)), |row| Ok(Found { id: row.get(0)?, auth: row.get(1)? }))
-        .optional()
+async fn find<T: Tx>(tx: &T, site: i64, endpoint: &str) -> Result<Option<Found>> {
+    let sql = "SELECT id, auth FROM subscriptions WHERE site = ? AND endpoint_hash = ?";
+    let row = sql::first(tx, sql, &values![site, endpoint_hash(endpoint)]).await?;
+    row.map(|row| Ok(Found { id: row.get("id")?, auth: row.get("auth")? })).transpose()
 }
 
-fn upsert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<Upserted> {
-    let existing = find(tx, new.site, &new.endpoint)?;
+async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<Upserted> {
+    // The page and the service worker may both come at once.
+    tx.lock(&endpoint_hash(&new.endpoint)).await?;
+    let existing = find(tx, new.site, &new.endpoint).await?;
     if let Some(existing) = &existing
         && new.proof == Proof::Auth
         && existing.auth != new.keys.auth()
@@ -145,7 +149,7 @@ fn upsert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<Upserted> 
     }
     let replaced = match &new.replaces {
         Some(replaced) => {
-            let found = find(tx, new.site, &replaced.endpoint)?;
+            let found = find(tx, new.site, &replaced.endpoint).await?;
             // A secret that does not fit is no reason to lose the new subscription.
             found.filter(|found| found.auth == replaced.auth)
         }
@@ -154,28 +158,27 @@ fn upsert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<Upserted> 
     let upserted = match (replaced, existing) {
         (Some(replaced), Some(existing)) if replaced.id != existing.id => {
             // The page and the service worker both reported the new one: the older row has user and tags.
-            tx.prepare_cached("DELETE FROM subscriptions WHERE id = ?")?.execute([existing.id])?;
+            tx.execute("DELETE FROM subscriptions WHERE id = ?", &values![existing.id]).await?;
             Upserted::Updated(replaced.id)
         }
         (Some(found), _) | (None, Some(found)) => Upserted::Updated(found.id),
-        (None, None) => Upserted::Created(insert(tx, new)?),
+        (None, None) => Upserted::Created(insert(tx, new).await?),
     };
     match upserted {
-        Upserted::Updated(id) => update(tx, new, id)?,
-        Upserted::Created(id) => set_tags(tx, new, id)?,
+        Upserted::Updated(id) => update(tx, new, id).await?,
+        Upserted::Created(id) => set_tags(tx, new, id).await?,
         Upserted::WrongAuth => {}
     }
     Ok(upserted)
 }
 
-fn insert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<i64> {
+async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
     let now = now_ms();
-    tx.prepare_cached(
-        "INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, user, metadata,
-                                    created_at, updated_at)
-         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-    )?
-    .insert((
+    let sql = r#"
+        INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
+                                   created_at, updated_at)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id"#;
+    let parameters = values![
         new.site,
         new.vapid_key,
         &new.endpoint,
@@ -186,17 +189,17 @@ fn insert(tx: &Connection, new: &NewSubscription) -> rusqlite::Result<i64> {
         &new.metadata,
         now,
         now,
-    ))
+    ];
+    one(sql::first(tx, sql, &parameters).await?)
 }
 
-fn update(tx: &Connection, new: &NewSubscription, id: i64) -> rusqlite::Result<()> {
-    tx.prepare_cached(
-        "UPDATE subscriptions
-         SET vapid_key = ?, endpoint = ?, endpoint_hash = ?, p256dh = ?, auth = ?, user = coalesce(?, user),
-             metadata = coalesce(?, metadata), updated_at = ?
-         WHERE id = ?",
-    )?
-    .execute((
+async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
+    let sql = r#"
+        UPDATE subscriptions
+        SET vapid_key = ?, endpoint = ?, endpoint_hash = ?, p256dh = ?, auth = ?, "user" = coalesce(?, "user"),
+            metadata = coalesce(?, metadata), updated_at = ?
+        WHERE id = ?"#;
+    let parameters = values![
         new.vapid_key,
         &new.endpoint,
         endpoint_hash(&new.endpoint),
@@ -206,29 +209,29 @@ fn update(tx: &Connection, new: &NewSubscription, id: i64) -> rusqlite::Result<(
         &new.metadata,
         now_ms(),
         id,
-    ))?;
+    ];
+    tx.execute(sql, &parameters).await?;
     if new.tags.is_some() {
         let own = new.own_tags.as_ref().and_then(|tags| serde_json::to_string(tags).ok());
-        tx.prepare_cached(
-            "DELETE FROM subscription_tags
-             WHERE subscription = ?1 AND (?2 IS NULL OR tag IN (SELECT value FROM json_each(?2)))",
-        )?
-        .execute((id, own))?;
+        let sql = format!(
+            "DELETE FROM subscription_tags WHERE subscription = ?1 AND (?2 IS NULL OR tag IN ({}))",
+            tx.dialect().texts_in("?2")
+        );
+        tx.execute(&sql, &values![id, own]).await?;
     }
-    set_tags(tx, new, id)
+    set_tags(tx, new, id).await
 }
 
-fn set_tags(tx: &Connection, new: &NewSubscription, id: i64) -> rusqlite::Result<()> {
+async fn set_tags<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
     let sql =
         "INSERT INTO subscription_tags (site, tag, subscription) VALUES (?, ?, ?) ON CONFLICT DO NOTHING";
-    let mut insert = tx.prepare_cached(sql)?;
     for tag in new.tags.iter().flatten() {
-        insert.execute((new.site, tag, id))?;
+        tx.execute(sql, &values![new.site, tag, id]).await?;
     }
     Ok(())
 }
 
-fn read(row: &Row<'_>) -> rusqlite::Result<Subscription> {
+fn read(row: &Row) -> Result<Subscription> {
     let tags: String = row.get("tags")?;
     let metadata: Option<String> = row.get("metadata")?;
     Ok(Subscription {

@@ -144,7 +144,10 @@ impl Ledger for RedisQueue {
             let mut script = self.on(&self.0.scripts.cancel, &queue);
             script.arg(id.to_string()).arg(&reason).arg(size).arg(unique).arg(json(&kept));
             return Ok(match self.invoke::<String>(&script).await?.as_str() {
-                "now" => Cancelled::Now,
+                "now" => {
+                    self.passed(vec![id]).await;
+                    Cancelled::Now
+                }
                 "soon" => Cancelled::Soon,
                 _ => Cancelled::Never,
             });

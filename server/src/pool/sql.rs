@@ -1,0 +1,589 @@
+//! One way to ask either SQL store, for those whose statements are the same on both.
+//!
+//! Statements are written with `?` or `?1`. What the two do not share is in [`Dialect`], and little enough; whoever
+//! needs more of one store asks [`sqlite`](super::sqlite) or [`postgres`](super::postgres) itself.
+//!
+//! A transaction is an `async fn` over [`Tx`], run by [`transact!`](crate::transact): on Postgres it waits for the
+//! server between two statements; on SQLite it runs to its end in the writer's thread, in a savepoint of the next
+//! commit.
+
+use std::borrow::Cow;
+use std::future::Future;
+
+use rusqlite::params_from_iter;
+use rusqlite::types::{ToSqlOutput, ValueRef};
+use tokio_postgres::types::{ToSql, Type};
+use uuid::Uuid;
+
+use super::Migrations;
+use super::postgres::{self, Parameter, Postgres, Session, Transaction};
+use super::sqlite::{self, Sqlite};
+
+#[doc(hidden)]
+pub use rusqlite::Connection;
+
+/// Why a statement did not do what it should.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// SQLite.
+    #[error(transparent)]
+    Sqlite(#[from] sqlite::Error),
+    /// Postgres.
+    #[error(transparent)]
+    Postgres(#[from] postgres::Error),
+}
+
+impl Error {
+    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    pub fn is_passing(&self) -> bool {
+        match self {
+            Self::Sqlite(error) => error.is_passing(),
+            Self::Postgres(error) => error.is_passing(),
+        }
+    }
+
+    /// What a closure of SQLite's writer may fail with.
+    pub fn into_sqlite(self) -> rusqlite::Error {
+        match self {
+            Self::Sqlite(sqlite::Error::Sql(error)) => error,
+            other => rusqlite::Error::ToSqlConversionFailure(Box::new(other)),
+        }
+    }
+}
+
+impl From<rusqlite::Error> for Error {
+    fn from(error: rusqlite::Error) -> Self {
+        Self::Sqlite(error.into())
+    }
+}
+
+/// The result of a statement.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// Either store. A cheap handle.
+#[derive(Clone, Debug)]
+pub enum Store {
+    /// A file of our own.
+    Sqlite(Sqlite),
+    /// A server, shared with other processes.
+    Postgres(Postgres),
+}
+
+/// The tables of one part of the program, for either store.
+#[derive(Clone, Copy, Debug)]
+pub struct Tables {
+    /// Whose tables these are.
+    pub module: &'static str,
+    /// For SQLite, the oldest step first. A step that was ever released is never changed.
+    pub sqlite: &'static [&'static str],
+    /// For Postgres.
+    pub postgres: &'static [&'static str],
+}
+
+/// What the two have each in their own words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dialect {
+    /// SQLite.
+    Sqlite,
+    /// Postgres.
+    Postgres,
+}
+
+impl Dialect {
+    /// The numbers in a JSON list, as a subquery.
+    pub fn numbers_in(self, list: &str) -> String {
+        match self {
+            Self::Sqlite => format!("SELECT value FROM json_each({list})"),
+            Self::Postgres => format!("SELECT json_array_elements_text({list}::json)::bigint"),
+        }
+    }
+
+    /// The texts in a JSON list, as a subquery.
+    pub fn texts_in(self, list: &str) -> String {
+        match self {
+            Self::Sqlite => format!("SELECT value FROM json_each({list})"),
+            Self::Postgres => format!("SELECT json_array_elements_text({list}::json)"),
+        }
+    }
+
+    /// A JSON list of a column's values in a group.
+    pub fn list_of(self, column: &str) -> String {
+        match self {
+            Self::Sqlite => format!("json_group_array({column})"),
+            Self::Postgres => format!("coalesce(json_agg({column}), '[]')::text"),
+        }
+    }
+
+    /// A JSON object of two columns' values in a group.
+    pub fn object_of(self, name: &str, value: &str) -> String {
+        match self {
+            Self::Sqlite => format!("json_group_object({name}, {value})"),
+            Self::Postgres => format!("coalesce(json_object_agg({name}, {value}), '{{}}')::text"),
+        }
+    }
+
+    /// The statement with parameters as the store writes them.
+    fn statement(self, sql: &str) -> Cow<'_, str> {
+        if self == Self::Sqlite || !sql.contains('?') {
+            return Cow::Borrowed(sql);
+        }
+        let mut written = String::with_capacity(sql.len() + 16);
+        let (mut count, mut rest) = (0, sql);
+        while let Some((before, after)) = rest.split_once('?') {
+            written.push_str(before);
+            written.push('$');
+            if !after.starts_with(|c: char| c.is_ascii_digit()) {
+                count += 1;
+                written.push_str(&count.to_string());
+            }
+            rest = after;
+        }
+        written.push_str(rest);
+        Cow::Owned(written)
+    }
+}
+
+/// A parameter, or a value of a row.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// A whole number.
+    Integer(Option<i64>),
+    /// A text.
+    Text(Option<String>),
+    /// Bytes.
+    Blob(Option<Vec<u8>>),
+    /// True or false; a number on SQLite.
+    Bool(Option<bool>),
+}
+
+macro_rules! into_value {
+    ($($from:ty => $variant:ident($convert:expr)),* $(,)?) => {$(
+        impl From<$from> for Value {
+            fn from(value: $from) -> Self {
+                let convert: fn($from) -> _ = $convert;
+                Self::$variant(convert(value))
+            }
+        }
+    )*};
+}
+
+into_value! {
+    i64 => Integer(Some),
+    u32 => Integer(|value| Some(i64::from(value))),
+    u64 => Integer(|value| Some(i64::try_from(value).unwrap_or(i64::MAX))),
+    usize => Integer(|value| Some(i64::try_from(value).unwrap_or(i64::MAX))),
+    Option<i64> => Integer(|value| value),
+    bool => Bool(Some),
+    &str => Text(|value| Some(value.to_owned())),
+    &String => Text(|value| Some(value.clone())),
+    String => Text(Some),
+    Option<String> => Text(|value| value),
+    &Option<String> => Text(Option::clone),
+    &[u8] => Blob(|value| Some(value.to_vec())),
+    Vec<u8> => Blob(Some),
+    &Vec<u8> => Blob(|value| Some(value.clone())),
+    Uuid => Blob(|value| Some(value.as_bytes().to_vec())),
+}
+
+impl<const N: usize> From<[u8; N]> for Value {
+    fn from(value: [u8; N]) -> Self {
+        Self::Blob(Some(value.to_vec()))
+    }
+}
+
+impl<const N: usize> From<&[u8; N]> for Value {
+    fn from(value: &[u8; N]) -> Self {
+        Self::Blob(Some(value.to_vec()))
+    }
+}
+
+impl rusqlite::ToSql for Value {
+    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
+        Ok(ToSqlOutput::Borrowed(match self {
+            Self::Integer(Some(value)) => ValueRef::Integer(*value),
+            Self::Bool(Some(value)) => ValueRef::Integer(i64::from(*value)),
+            Self::Text(Some(value)) => ValueRef::Text(value.as_bytes()),
+            Self::Blob(Some(value)) => ValueRef::Blob(value),
+            _ => ValueRef::Null,
+        }))
+    }
+}
+
+impl Value {
+    fn parameter(&self) -> Parameter<'_> {
+        let (value, kind): (&(dyn ToSql + Sync), Type) = match self {
+            Self::Integer(value) => (value, Type::INT8),
+            Self::Bool(value) => (value, Type::BOOL),
+            Self::Text(value) => (value, Type::TEXT),
+            Self::Blob(value) => (value, Type::BYTEA),
+        };
+        (value, kind)
+    }
+}
+
+/// What a row's value can be read as.
+pub trait FromValue: Sized {
+    /// The value, if it is of this kind.
+    fn from_value(value: &Value) -> Option<Self>;
+}
+
+macro_rules! from_value {
+    ($($to:ty: $pattern:pat => $value:expr),* $(,)?) => {$(
+        impl FromValue for $to {
+            fn from_value(value: &Value) -> Option<Self> {
+                match value {
+                    $pattern => $value,
+                    _ => None,
+                }
+            }
+        }
+    )*};
+}
+
+from_value! {
+    i64: Value::Integer(Some(value)) => Some(*value),
+    u64: Value::Integer(Some(value)) => u64::try_from(*value).ok(),
+    u32: Value::Integer(Some(value)) => u32::try_from(*value).ok(),
+    usize: Value::Integer(Some(value)) => usize::try_from(*value).ok(),
+    String: Value::Text(Some(value)) => Some(value.clone()),
+    Vec<u8>: Value::Blob(Some(value)) => Some(value.clone()),
+    Uuid: Value::Blob(Some(value)) => Uuid::from_slice(value).ok(),
+}
+
+impl FromValue for bool {
+    fn from_value(value: &Value) -> Option<Self> {
+        match value {
+            Value::Bool(Some(value)) => Some(*value),
+            Value::Integer(Some(value)) => Some(*value != 0),
+            _ => None,
+        }
+    }
+}
+
+impl<const N: usize> FromValue for [u8; N] {
+    fn from_value(value: &Value) -> Option<Self> {
+        Vec::from_value(value)?.try_into().ok()
+    }
+}
+
+impl<T: FromValue> FromValue for Option<T> {
+    fn from_value(value: &Value) -> Option<Self> {
+        match value {
+            Value::Integer(None) | Value::Text(None) | Value::Blob(None) | Value::Bool(None) => Some(None),
+            value => T::from_value(value).map(Some),
+        }
+    }
+}
+
+/// A row that a statement returned.
+#[derive(Clone, Debug)]
+pub struct Row {
+    columns: Vec<(String, Value)>,
+}
+
+impl Row {
+    /// The value of a column.
+    ///
+    /// # Errors
+    /// When there is no such column, or its value is of another kind.
+    pub fn get<T: FromValue>(&self, column: &str) -> Result<T> {
+        let found = self.columns.iter().find(|(name, _)| name == column);
+        let value = found.and_then(|(_, value)| T::from_value(value));
+        value.ok_or_else(|| rusqlite::Error::InvalidColumnName(column.to_owned()).into())
+    }
+
+    /// The value of the first column.
+    ///
+    /// # Errors
+    /// When it is of another kind.
+    pub fn first<T: FromValue>(&self) -> Result<T> {
+        let value = self.columns.first().and_then(|(_, value)| T::from_value(value));
+        value.ok_or_else(|| rusqlite::Error::InvalidColumnIndex(0).into())
+    }
+}
+
+/// A transaction on either store.
+pub trait Tx {
+    /// Which store's words it takes.
+    fn dialect(&self) -> Dialect;
+
+    /// Runs a statement and returns its rows.
+    fn query(&self, sql: &str, parameters: &[Value]) -> impl Future<Output = Result<Vec<Row>>>;
+
+    /// Runs a statement, and returns how many rows it is about.
+    fn execute(&self, sql: &str, parameters: &[Value]) -> impl Future<Output = Result<u64>>;
+
+    /// Lets nobody else who names the same thing go on before this transaction has ended. On SQLite nobody does
+    /// anyway.
+    fn lock(&self, name: &[u8]) -> impl Future<Output = Result<()>>;
+
+    /// SQLite itself, if it is that.
+    fn sqlite(&self) -> Option<&Connection>;
+
+    /// Postgres itself, if it is that.
+    fn postgres(&self) -> Option<&Transaction<'_>>;
+}
+
+/// A statement with at most one row.
+///
+/// # Errors
+/// See [`Error`].
+pub async fn first<T: Tx>(tx: &T, sql: &str, parameters: &[Value]) -> Result<Option<Row>> {
+    Ok(tx.query(sql, parameters).await?.into_iter().next())
+}
+
+/// A transaction on SQLite. Nothing in it ever waits.
+#[derive(Debug)]
+pub struct SqliteTx<'a>(pub &'a Connection);
+
+impl Tx for SqliteTx<'_> {
+    fn dialect(&self) -> Dialect {
+        Dialect::Sqlite
+    }
+
+    async fn query(&self, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
+        query_sqlite(self.0, sql, parameters)
+    }
+
+    async fn execute(&self, sql: &str, parameters: &[Value]) -> Result<u64> {
+        Ok(self.0.prepare_cached(sql)?.execute(params_from_iter(parameters))? as u64)
+    }
+
+    async fn lock(&self, _name: &[u8]) -> Result<()> {
+        Ok(())
+    }
+
+    fn sqlite(&self) -> Option<&Connection> {
+        Some(self.0)
+    }
+
+    fn postgres(&self) -> Option<&Transaction<'_>> {
+        None
+    }
+}
+
+impl Tx for Transaction<'_> {
+    fn dialect(&self) -> Dialect {
+        Dialect::Postgres
+    }
+
+    async fn query(&self, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
+        query_postgres(self, sql, parameters).await
+    }
+
+    async fn execute(&self, sql: &str, parameters: &[Value]) -> Result<u64> {
+        let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
+        Ok(Session::execute(self, &Dialect::Postgres.statement(sql), &parameters).await?)
+    }
+
+    async fn lock(&self, name: &[u8]) -> Result<()> {
+        // Two names with one hash wait for each other without need; that is all.
+        let sql = "SELECT pg_advisory_xact_lock(hashtextextended(encode($1, 'hex'), 0))";
+        Session::query(self, sql, &[(&name, Type::BYTEA)]).await?;
+        Ok(())
+    }
+
+    fn sqlite(&self) -> Option<&Connection> {
+        None
+    }
+
+    fn postgres(&self) -> Option<&Transaction<'_>> {
+        Some(self)
+    }
+}
+
+fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
+    let mut statement = connection.prepare_cached(sql)?;
+    let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
+    let rows = statement.query_map(params_from_iter(parameters), |row| {
+        let value = |index| -> rusqlite::Result<Value> {
+            Ok(match row.get_ref(index)? {
+                ValueRef::Null => Value::Integer(None),
+                ValueRef::Integer(value) => Value::Integer(Some(value)),
+                // No table here has any.
+                ValueRef::Real(value) => Value::Text(Some(value.to_string())),
+                ValueRef::Text(value) => Value::Text(Some(String::from_utf8_lossy(value).into_owned())),
+                ValueRef::Blob(value) => Value::Blob(Some(value.to_vec())),
+            })
+        };
+        let columns = names.iter().enumerate().map(|(index, name)| Ok((name.clone(), value(index)?)));
+        Ok(Row { columns: columns.collect::<rusqlite::Result<_>>()? })
+    })?;
+    Ok(rows.collect::<rusqlite::Result<_>>()?)
+}
+
+async fn query_postgres<S: Session>(session: &S, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
+    let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
+    let rows = session.query(&Dialect::Postgres.statement(sql), &parameters).await?;
+    rows.iter().map(read_postgres).collect()
+}
+
+fn read_postgres(row: &tokio_postgres::Row) -> Result<Row> {
+    let value = |index: usize, kind: &Type| -> std::result::Result<Value, tokio_postgres::Error> {
+        Ok(match *kind {
+            Type::BOOL => Value::Bool(row.try_get(index)?),
+            Type::BYTEA => Value::Blob(row.try_get(index)?),
+            Type::INT4 => Value::Integer(row.try_get::<_, Option<i32>>(index)?.map(i64::from)),
+            Type::INT8 => Value::Integer(row.try_get(index)?),
+            _ => Value::Text(row.try_get(index)?),
+        })
+    };
+    let columns = row.columns().iter().enumerate();
+    let columns =
+        columns.map(|(index, column)| Ok((column.name().to_owned(), value(index, column.type_())?)));
+    let columns = columns.collect::<std::result::Result<_, tokio_postgres::Error>>();
+    Ok(Row { columns: columns.map_err(postgres::Error::from)? })
+}
+
+impl Store {
+    /// Which store's words it takes.
+    pub fn dialect(&self) -> Dialect {
+        match self {
+            Self::Sqlite(_) => Dialect::Sqlite,
+            Self::Postgres(_) => Dialect::Postgres,
+        }
+    }
+
+    /// Runs a statement that changes nothing, and returns its rows.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn query(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<Vec<Row>> {
+        let (sql, parameters) = (sql.into(), parameters.into());
+        match self {
+            Self::Sqlite(sqlite) => {
+                let query = move |connection: &Connection| {
+                    query_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
+                };
+                Ok(sqlite.read(query).await?)
+            }
+            Self::Postgres(postgres) => query_postgres(&postgres.get().await?, &sql, &parameters).await,
+        }
+    }
+
+    /// The same for at most one row.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn first(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<Option<Row>> {
+        Ok(self.query(sql, parameters).await?.into_iter().next())
+    }
+
+    /// Runs a statement by itself, and returns how many rows it is about.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn execute(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<u64> {
+        let (sql, parameters) = (sql.into(), parameters.into());
+        match self {
+            Self::Sqlite(sqlite) => {
+                let execute = move |connection: &Connection| {
+                    connection.prepare_cached(&sql)?.execute(params_from_iter(&parameters))
+                };
+                Ok(sqlite.write(execute).await? as u64)
+            }
+            Self::Postgres(postgres) => {
+                let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
+                Ok(postgres.execute(&Dialect::Postgres.statement(&sql), &parameters).await?)
+            }
+        }
+    }
+
+    /// Applies what is missing of each part's tables.
+    ///
+    /// # Errors
+    /// When a step fails, or the store is newer than the program.
+    pub async fn migrate(&self, all: &[Tables]) -> Result<()> {
+        let steps = |tables: &Tables| match self {
+            Self::Sqlite(_) => Migrations { module: tables.module, steps: tables.sqlite },
+            Self::Postgres(_) => Migrations { module: tables.module, steps: tables.postgres },
+        };
+        let all: Vec<Migrations> = all.iter().map(steps).collect();
+        match self {
+            Self::Sqlite(sqlite) => sqlite.migrate(&all).await?,
+            Self::Postgres(postgres) => postgres.migrate(&all).await?,
+        }
+        Ok(())
+    }
+
+    /// Closes every connection, after what was taken has been done.
+    pub async fn close(&self) {
+        match self {
+            Self::Sqlite(sqlite) => sqlite.close().await,
+            Self::Postgres(postgres) => postgres.close(),
+        }
+    }
+}
+
+/// Runs `$work`, an `async fn` over a [`Tx`](crate::pool::sql::Tx) called `$tx`, in a transaction on `$store`: all of
+/// it or nothing.
+#[macro_export]
+macro_rules! transact {
+    ($store:expr, $tx:ident => $work:expr) => {
+        match $store {
+            $crate::pool::sql::Store::Sqlite(sqlite) => {
+                let work = move |connection: &$crate::pool::sql::Connection| {
+                    let $tx = &$crate::pool::sql::SqliteTx(connection);
+                    $crate::pool::sql::at_once($work)
+                };
+                sqlite.write(work).await.map_err($crate::pool::sql::Error::from)
+            }
+            $crate::pool::sql::Store::Postgres(postgres) => {
+                async {
+                    let mut connection = postgres.get().await?;
+                    let transaction = connection.begin().await?;
+                    let $tx = &transaction;
+                    let done = $work.await?;
+                    transaction.commit().await?;
+                    Ok::<_, $crate::pool::sql::Error>(done)
+                }
+                .await
+            }
+        }
+    };
+}
+
+/// What never waits is done when it is asked for the first time.
+#[doc(hidden)]
+pub fn at_once<T>(work: impl Future<Output = Result<T>>) -> rusqlite::Result<T> {
+    let mut work = std::pin::pin!(work);
+    let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+    match work.as_mut().poll(&mut context) {
+        std::task::Poll::Ready(result) => result.map_err(Error::into_sqlite),
+        std::task::Poll::Pending => {
+            let mistake = "a transaction on SQLite waited for something else than its store";
+            Err(rusqlite::Error::ToSqlConversionFailure(mistake.into()))
+        }
+    }
+}
+
+/// The parameters of a statement.
+#[macro_export]
+macro_rules! values {
+    ($($value:expr),* $(,)?) => { [$($crate::pool::sql::Value::from($value)),*] };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parameters_are_written_as_the_store_wants_them() {
+        let sql = "SELECT ? WHERE a = ? AND b = ?";
+        assert_eq!(Dialect::Sqlite.statement(sql), sql);
+        assert_eq!(Dialect::Postgres.statement(sql), "SELECT $1 WHERE a = $2 AND b = $3");
+        assert_eq!(Dialect::Postgres.statement("a = ?2 OR b = ?1 OR c = ?2"), "a = $2 OR b = $1 OR c = $2");
+    }
+}

@@ -1,0 +1,213 @@
+//! The program on the stores that several processes share: Postgres, and Redis for jobs. What is promised is the same.
+
+use std::process::Stdio;
+
+use perennial_server::pool::redis::Redis;
+use perennial_server::pool::redis::client::cmd;
+use serde_json::{Value, json};
+use tokio::process::Command;
+
+use support::double::Double;
+use support::eventually;
+use support::pgbouncer::PgBouncer;
+use support::postgres::Database;
+use support::process::{Perennial, Setup, example};
+use support::redis::Prefix;
+
+/// On Postgres, after its keys have been made.
+async fn on_postgres(setup: Setup, url: &str) -> Setup {
+    let setup = setup.set(&format!("store.url={url}"));
+    let made = setup.run(&["keys", "generate"]).await;
+    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+    setup
+}
+
+fn with_redis(setup: Setup, prefix: &Prefix) -> Setup {
+    setup.set(&format!("queue.url={}", prefix.url())).set(&format!("queue.prefix={}", prefix.name()))
+}
+
+/// Subscribes, sends to all in every way, and looks at what has become of it.
+async fn sends_to_everybody(perennial: &Perennial, double: &Double) {
+    let user = json!({ "subscription": double.mint(), "user": "ada", "tags": ["news", "de"] });
+    let answer = perennial.client().post("/subscriptions", &user).await;
+    assert_eq!(answer.status, 201, "{}", answer.text());
+    let again = perennial.client().post("/subscriptions", &user).await;
+    assert_eq!((again.status.as_u16(), again.json()), (200, answer.json()));
+    perennial.subscribe(double, 4).await;
+    let listed = perennial.client().get("/subscriptions?tag=news").await.json();
+    assert_eq!(listed["subscriptions"][0]["tags"].as_array().unwrap().len(), 2);
+
+    let notify = async |to: Value| {
+        let request = json!({ "to": to, "notification": { "title": "Hello" } });
+        perennial.notify_and_wait(&request).await["outcomes"].clone()
+    };
+    assert_eq!(notify(json!({ "all": true })).await, json!({ "delivered": 5 }));
+    assert_eq!(notify(json!({ "user": "ada" })).await, json!({ "delivered": 1 }));
+    assert_eq!(notify(json!({ "users": ["ada", "bob"] })).await, json!({ "delivered": 1 }));
+    assert_eq!(notify(json!({ "tags": "news and not muted" })).await, json!({ "delivered": 1 }));
+    let id = answer.json()["id"].clone();
+    assert_eq!(notify(json!({ "subscriptions": [id] })).await, json!({ "delivered": 1 }));
+    assert_eq!(notify(json!({ "push": [double.mint()] })).await, json!({ "delivered": 1 }));
+
+    let once = perennial.client().with_header("idempotency-key", "one");
+    let request = json!({ "to": { "all": true }, "payload": "x" });
+    let (first, second) = (once.post("/notify", &request).await, once.post("/notify", &request).await);
+    assert_eq!(first.json()["id"], second.json()["id"]);
+    perennial.done(first.json()["id"].as_str().unwrap()).await;
+    assert_eq!(once.post("/notify", &json!({ "to": { "user": "x" }, "payload": "x" })).await.status, 422);
+    let all = perennial.client().get("/notifications").await.json();
+    assert_eq!(all["notifications"].as_array().unwrap().len(), 7);
+    let unsubscribed = perennial.client().delete(&format!("/subscriptions/{id}"), None).await;
+    assert_eq!(unsubscribed.status, 204);
+}
+
+/// A big audience, of which some fail at first: fan-out, retries, prunes.
+async fn reaches_a_crowd(perennial: &Perennial, double: &Double) {
+    for _ in 0..60 {
+        perennial.subscribe(double, 1).await;
+    }
+    let fails = std::sync::Mutex::new(std::collections::HashSet::new());
+    double.script(move |push| {
+        if push.token.ends_with('A') {
+            support::double::status_answer(410, &[])
+        } else if fails.lock().unwrap().insert(push.token.clone()) && push.token.ends_with(['B', 'C', 'D']) {
+            support::double::status_answer(503, &[("retry-after", "1")])
+        } else {
+            perennial::sink::Answer::Take
+        }
+    });
+    let progress = perennial.notify_and_wait(&json!({ "to": { "all": true }, "payload": "to all" })).await;
+    let outcomes: u64 = progress["outcomes"].as_object().unwrap().values().filter_map(Value::as_u64).sum();
+    assert_eq!(outcomes, progress["audience"].as_u64().unwrap(), "{progress}");
+}
+
+fn crowd(double: &Double) -> Setup {
+    Setup::new().sending_to(double).set("push.small_audience=10").set("push.batch=16")
+}
+
+#[tokio::test]
+async fn everything_works_on_postgres() {
+    let (double, database) = (Double::start().await, Database::new().await);
+    let setup = on_postgres(crowd(&double), database.url()).await;
+    let mut perennial = setup.start().await;
+    sends_to_everybody(&perennial, &double).await;
+    reaches_a_crowd(&perennial, &double).await;
+    assert_eq!(perennial.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn everything_works_behind_a_pgbouncer_that_pools_transactions() {
+    let (double, bouncer) = (Double::start().await, PgBouncer::start().await);
+    let setup = crowd(&double).set("store.pgbouncer=true");
+    let setup = on_postgres(setup, bouncer.url()).await;
+    let mut perennial = setup.start().await;
+    sends_to_everybody(&perennial, &double).await;
+    reaches_a_crowd(&perennial, &double).await;
+    assert_eq!(perennial.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn everything_works_with_jobs_in_redis_beside_the_embedded_store() {
+    let (double, prefix) = (Double::start().await, Prefix::new().await);
+    let mut perennial = with_redis(crowd(&double), &prefix).start().await;
+    sends_to_everybody(&perennial, &double).await;
+    reaches_a_crowd(&perennial, &double).await;
+    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
+    eventually("entries go when their jobs have settled", || async {
+        let count = store.query_row("SELECT count(*) FROM outbox", [], |row| row.get::<_, i64>(0));
+        (count.unwrap() == 0).then_some(())
+    })
+    .await;
+    assert_eq!(perennial.stop().await, Some(0));
+}
+
+#[tokio::test]
+async fn two_replicas_share_a_store_and_their_work() {
+    let (double, database, prefix) = (Double::start().await, Database::new().await, Prefix::new().await);
+    for redis in [false, true] {
+        let make = async || {
+            let setup = on_postgres(crowd(&double), database.url()).await;
+            if redis { with_redis(setup, &prefix).start().await } else { setup.start().await }
+        };
+        let (first, second) = (make().await, make().await);
+        let key = async |perennial: &Perennial| perennial.client().get("/push/key").await.json();
+        assert_eq!(key(&first).await, key(&second).await, "they have one VAPID key");
+        reaches_a_crowd(&first, &double).await;
+        let seen = second.client().get("/notifications").await.json();
+        assert_eq!(seen["notifications"][0]["state"], "done");
+        for perennial in [&first, &second] {
+            let metrics = perennial.admin().get("/metrics").await.text();
+            let worked =
+                metrics.lines().any(|line| line.starts_with(r#"perennial_jobs_total{kind="push.deliver""#));
+            assert!(worked, "both have worked");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_shared_store_wants_its_keys_made_once() {
+    let database = Database::new().await;
+    let setup = Setup::new().set(&format!("store.url={}", database.url()));
+    let mut refused = setup.spawn();
+    assert_eq!(refused.ended().await.code(), Some(1));
+    assert!(refused.log().contains("perennial keys generate"), "{}", refused.log());
+}
+
+/// What other programs do with one statement, as the documents say.
+#[tokio::test]
+async fn psql_and_redis_cli_can_enqueue() {
+    let run = async |program: &str, arguments: &[&str]| {
+        let ended = Command::new(program).args(arguments).stdin(Stdio::null()).output().await.unwrap();
+        let (out, error) = (String::from_utf8_lossy(&ended.stdout), String::from_utf8_lossy(&ended.stderr));
+        assert!(ended.status.success() && !out.contains("ERR"), "{out}{error}");
+    };
+    let database = Database::new().await;
+    let greeted = async |name: &'static str| {
+        let postgres = database.connect().await;
+        eventually(&format!("{name} was greeted"), || async {
+            let sql = "SELECT times FROM greeted WHERE name = $1";
+            let rows = postgres.query(sql, &[(&name, tokio_postgres::types::Type::TEXT)]).await.unwrap();
+            (!rows.is_empty()).then_some(())
+        })
+        .await;
+    };
+
+    let setup = on_postgres(Setup::new().program(example("hello")), database.url()).await;
+    let hello = setup.start().await;
+    let sql =
+        r#"INSERT INTO jobs (kind, queue, payload) VALUES ('hello.count', 'default', '{"name": "psql"}')"#;
+    run("psql", &[database.url(), "-c", sql]).await;
+    greeted("psql").await;
+    let bad =
+        Command::new("psql").arg(database.url()).args(["-c", &sql.replace("{", "")]).output().await.unwrap();
+    assert!(!bad.status.success(), "what is no JSON is refused at once");
+    drop(hello);
+
+    let prefix = Prefix::new().await;
+    let setup = on_postgres(Setup::new().program(example("hello")), database.url()).await;
+    let _hello = with_redis(setup, &prefix).start().await;
+    let inbox = format!("{}:{{default}}:inbox", prefix.name());
+    let payload = r#"{"name": "redis-cli"}"#;
+    let xadd = ["XADD", &inbox, "*", "kind", "hello.count", "payload", payload];
+    match prefix.url().strip_prefix("redis+unix://") {
+        Some(socket) => run("redis-cli", &[&["-s", socket], &xadd[..]].concat()).await,
+        None => run("redis-cli", &[&["-u", prefix.url()], &xadd[..]].concat()).await,
+    }
+    greeted("redis-cli").await;
+}
+
+#[tokio::test]
+async fn a_redis_that_would_throw_jobs_away_is_refused() {
+    let server = support::redis::Server::start(&[]).await;
+    let redis = Redis::open(support::redis::config(&server.url())).await.unwrap();
+    let mut evict = cmd("CONFIG");
+    redis.query::<()>(evict.arg("SET").arg("maxmemory-policy").arg("allkeys-lru")).await.unwrap();
+    let refused = Setup::new().set(&format!("queue.url={}", server.url()));
+    let mut refused = refused.spawn();
+    assert_eq!(refused.ended().await.code(), Some(1));
+    assert!(
+        refused.log().contains("maxmemory-policy is allkeys-lru, wanted noeviction"),
+        "{}",
+        refused.log()
+    );
+}
