@@ -4,6 +4,7 @@
 
 mod api;
 mod boot;
+mod chaos;
 mod cli;
 mod counts;
 mod crash;

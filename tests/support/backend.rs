@@ -119,6 +119,23 @@ impl Backend {
     }
 }
 
+/// A store by its name, `sqlite:FILE`, `postgres://..` or `redis://..`, with its tables made: as a process of its own
+/// would have it.
+pub async fn open(name: &str) -> Store {
+    if let Some(file) = name.strip_prefix("sqlite:") {
+        let store = Sqlite::open(sqlite_config(file.into())).await.unwrap();
+        store.migrate(&[MIGRATIONS]).await.unwrap();
+        return Store::Sqlite(SqliteQueue::new(store));
+    }
+    if name.starts_with("postgres:") {
+        let postgres = crate::postgres::connect(name).await;
+        postgres.migrate(&[store::postgres::MIGRATIONS]).await.unwrap();
+        return Store::Postgres(PostgresQueue::new(postgres));
+    }
+    let redis = Redis::open(crate::redis::config(name)).await.unwrap();
+    Store::Redis(RedisQueue::new(redis, "perennial"))
+}
+
 /// Makes earlier, by so many milliseconds, what sorted sets of the queue of the tests say.
 async fn shift(redis: &Redis, prefix: &str, parts: &[&str], milliseconds: i64) {
     let script = Script::new(
