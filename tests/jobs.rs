@@ -279,7 +279,7 @@ impl Engine {
         let (trigger, drain) = drain::channel();
         let breaker = breaker::Config {
             failures: 1,
-            pause: Backoff::new(Duration::from_millis(400), Duration::from_millis(400)),
+            pause: Backoff::new(Duration::from_secs(3), Duration::from_secs(3)),
         };
         Self {
             queue: backend.queue().await,

@@ -2,6 +2,7 @@
 
 use std::process::Stdio;
 
+use nix::sys::signal::Signal;
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::redis::client::cmd;
 use serde_json::{Value, json};
@@ -122,25 +123,31 @@ async fn everything_works_with_jobs_in_redis_beside_the_embedded_store() {
 }
 
 #[tokio::test]
-async fn two_replicas_share_a_store_and_their_work() {
-    let (double, database, prefix) = (Double::start().await, Database::new().await, Prefix::new().await);
+async fn of_two_replicas_one_goes_on_where_the_other_died() {
     for redis in [false, true] {
+        let (double, database, prefix) = (Double::start().await, Database::new().await, Prefix::new().await);
         let make = async || {
-            let setup = on_postgres(crowd(&double), database.url()).await;
+            let setup = crowd(&double)
+                .set("queue.lease=1500ms")
+                .set("queue.renew_every=500ms")
+                .set("push.timeout=2s");
+            let setup = on_postgres(setup, database.url()).await;
             if redis { with_redis(setup, &prefix).start().await } else { setup.start().await }
         };
-        let (first, second) = (make().await, make().await);
+        let (mut first, second) = (make().await, make().await);
         let key = async |perennial: &Perennial| perennial.client().get("/push/key").await.json();
         assert_eq!(key(&first).await, key(&second).await, "they have one VAPID key");
-        reaches_a_crowd(&first, &double).await;
-        let seen = second.client().get("/notifications").await.json();
-        assert_eq!(seen["notifications"][0]["state"], "done");
-        for perennial in [&first, &second] {
-            let metrics = perennial.admin().get("/metrics").await.text();
-            let worked =
-                metrics.lines().any(|line| line.starts_with(r#"perennial_jobs_total{kind="push.deliver""#));
-            assert!(worked, "both have worked");
-        }
+        first.subscribe(&double, 30).await;
+        // Whoever has a batch stands still in the middle of it; one of them dies.
+        double.script(|_| perennial::sink::Answer::Stall);
+        let id = first.notify(&json!({ "to": { "all": true }, "payload": "to all" })).await;
+        eventually("both batches are begun", || async { (double.asked() >= 30).then_some(()) }).await;
+        first.signal(Signal::SIGKILL);
+        first.ended().await;
+        double.script(|_| perennial::sink::Answer::Take);
+        // What the second had begun ends by its own timeout, and is tried again.
+        let progress = second.done_within(&id, 3 * support::SOON).await;
+        assert_eq!(progress["outcomes"], json!({ "delivered": 30 }), "redis: {redis}");
     }
 }
 
@@ -194,6 +201,51 @@ async fn psql_and_redis_cli_can_enqueue() {
         None => run("redis-cli", &[&["-u", prefix.url()], &xadd[..]].concat()).await,
     }
     greeted("redis-cli").await;
+}
+
+/// Whatever another program puts there, it keeps nobody else waiting, and it can be looked at.
+#[tokio::test]
+async fn odd_jobs_of_others_keep_nobody_waiting() {
+    let prefix = Prefix::new().await;
+    let hello = with_redis(Setup::new().program(example("hello")), &prefix).start().await;
+    let redis = prefix.connect().await;
+    let inbox = format!("{}:{{default}}:inbox", prefix.name());
+    let long = format!(r#"{{"name": "{}"}}"#, "x".repeat(300_000));
+    let odd: [&[&str]; 6] = [
+        &["id", "not a uuid", "kind", "hello.count", "payload", "no JSON"],
+        &["kind", "hello.count", "payload", "{}", "priority", "nan", "delay", "-inf"],
+        &["kind", "hello.count", "payload", &long],
+        &["payload", "null"],
+        &["kind", "hello.count", "priority", "1e300"],
+        &[
+            "id",
+            "01A1FE2B-5854-7538-8125-17204CA24586",
+            "kind",
+            "hello.count",
+            "payload",
+            r#"{"name": "good"}"#,
+        ],
+    ];
+    for fields in odd {
+        redis.query::<()>(cmd("XADD").arg(&inbox).arg("*").arg(fields)).await.unwrap();
+    }
+    // What was damaged by hand.
+    let hash = |part: &str| format!("{}:{{default}}:{part}", prefix.name());
+    let id = "01a1fe2b-5854-7538-8125-17204ca24500";
+    redis.query::<()>(cmd("HSET").arg(hash("jobs")).arg(id).arg("rubbish")).await.unwrap();
+    redis.query::<()>(cmd("ZADD").arg(hash("ready")).arg("-1e15").arg(id)).await.unwrap();
+    let store = rusqlite::Connection::open(hello.setup.data_dir().join("perennial.db")).unwrap();
+    eventually("the good one has run", || async {
+        let times = store.query_row("SELECT times FROM greeted WHERE name = 'good'", [], |row| row.get(0));
+        (times.ok() == Some(1)).then_some(())
+    })
+    .await;
+    eventually("the others are dead", || async {
+        let dead = hello.admin().get("/jobs?state=dead").await.json();
+        let dead = dead["jobs"].as_array().unwrap().len();
+        (dead == 5).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

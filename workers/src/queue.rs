@@ -239,6 +239,8 @@ pub struct Claimed {
     pub cancelled: Option<String>,
     /// When it was enqueued.
     pub created_at: Timestamp,
+    /// When it was due, as far as that is known.
+    pub due_at: Timestamp,
     /// How long it waited since it was due.
     pub waited: Duration,
 }

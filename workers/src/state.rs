@@ -127,7 +127,7 @@ pub enum Transition {
     Finished,
     /// It runs again.
     Again {
-        /// Not before this long.
+        /// Not before this long. Without a wait it keeps its place in the queue, before those that came later.
         wait: Duration,
         /// What has gone wrong so far.
         spent: Spent,

@@ -1,7 +1,7 @@
 //! One way to ask either SQL store, for those whose statements are the same on both.
 //!
 //! Statements are written with `?` or `?1`. What the two do not share is in [`Dialect`], and little enough; whoever
-//! needs more of one store asks [`sqlite`](super::sqlite) or [`postgres`](super::postgres) itself.
+//! needs more of one store asks [`sqlite`] or [`postgres`] itself.
 //!
 //! A transaction is an `async fn` over [`Tx`], run by [`transact!`](crate::transact): on Postgres it waits for the
 //! server between two statements; on SQLite it runs to its end in the writer's thread, in a savepoint of the next
@@ -527,7 +527,7 @@ impl Store {
     }
 }
 
-/// Runs `$work`, an `async fn` over a [`Tx`](crate::pool::sql::Tx) called `$tx`, in a transaction on `$store`: all of
+/// Runs `$work`, an `async fn` over a [`Tx`] called `$tx`, in a transaction on `$store`: all of
 /// it or nothing.
 #[macro_export]
 macro_rules! transact {

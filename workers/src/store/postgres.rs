@@ -236,6 +236,11 @@ impl Queue for PostgresQueue {
             ids
         };
         drop(connection);
+        for job in &jobs {
+            if let Due::In(wait) = job.due {
+                self.cursors.due_in(&job.queue, wait);
+            }
+        }
         let queues: BTreeSet<&str> = jobs.iter().map(|job| &*job.queue).collect();
         self.woken(queues);
         Ok(ids)
@@ -291,6 +296,11 @@ impl Queue for PostgresQueue {
         let keys = settlements.iter().filter(|settlement| gone.contains(&settlement.job.held()));
         give_back(&connection, keys.filter_map(|s| Some((s.job.unique.as_deref()?, s.job.id)))).await?;
         drop(connection);
+        for settlement in &again {
+            if let Transition::Again { wait, .. } = settlement.transition {
+                self.cursors.due_in(&settlement.job.queue, wait);
+            }
+        }
         if !again.is_empty() {
             let queues: BTreeSet<&str> = again.iter().map(|settlement| &*settlement.job.queue).collect();
             self.woken(queues);
@@ -380,7 +390,9 @@ async fn run_again(session: &impl Session, settlements: &[&Settlement]) -> Resul
     let errors = errors(settlements);
     let sql = "
         UPDATE jobs SET state = CASE WHEN new.wait > 0 THEN 'scheduled' ELSE 'ready' END,
-               run_at = now() + make_interval(secs => new.wait), scheduled_at = now(), failures = new.failures,
+               run_at = CASE WHEN new.wait > 0 THEN now() + make_interval(secs => new.wait)
+                             ELSE least(run_at, now()) END,
+               scheduled_at = now(), failures = new.failures,
                recoveries = new.recoveries, recovered_at = new.since, errors = new.errors, worker = NULL,
                lease_until = NULL
         FROM unnest($1, $2::int8[], $3::float8[], $4::int4[], $5::int4[], $6::timestamptz[], $7::text[])
@@ -496,7 +508,7 @@ fn time(due: Due) -> Option<Timestamp> {
 /// The columns of [`Claimed`].
 const CLAIMED: &str =
     "id, kind, queue, priority, payload::text AS payload, epoch, failures, recoveries, recovered_at,
-    errors, checkpoint, trace, unique_key, cancelled, created_at,
+    errors, checkpoint, trace, unique_key, cancelled, created_at, run_at,
     (extract(epoch FROM clock_timestamp() - run_at) * 1000000)::int8 AS waited";
 
 fn claimed(row: &Row, queue: Option<&Arc<str>>) -> Claimed {
@@ -523,6 +535,7 @@ fn claimed(row: &Row, queue: Option<&Arc<str>>) -> Claimed {
         unique: row.get("unique_key"),
         cancelled: row.get("cancelled"),
         created_at: row.get("created_at"),
+        due_at: row.get("run_at"),
         waited: Duration::from_micros(waited.max(0).unsigned_abs()),
     }
 }

@@ -30,6 +30,7 @@ use perennial_server::drain::Drain;
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::redis::client::{FromRedisValue, Script, ScriptInvocation, cmd};
 use serde::{Deserialize, Serialize};
+use tracing::warn;
 use uuid::Uuid;
 
 use super::{json, read_json};
@@ -286,6 +287,40 @@ impl RedisQueue {
         Ok(queues)
     }
 
+    /// Reads jobs that were claimed. One that cannot be read, since somebody else wrote it, must not keep the others:
+    /// it ends as dead.
+    async fn read(&self, taken: Vec<Taken>, queue: &Arc<str>, now: i64) -> Result<Vec<Claimed>> {
+        let mut jobs = Vec::with_capacity(taken.len());
+        for taken in taken {
+            let (id, epoch, record) = (taken.0.clone(), taken.1.clone(), taken.4.clone());
+            let error = match claimed(taken, queue, now) {
+                Ok(job) => {
+                    jobs.push(job);
+                    continue;
+                }
+                Err(error) => error.in_one_line(),
+            };
+            warn!(job = id, queue = &**queue, error, "a stored job cannot be read; it is dead");
+            let kept = Kept {
+                state: State::Dead,
+                kind: String::new(),
+                priority: 0,
+                payload: json(&record),
+                epoch: epoch.parse().unwrap_or_default(),
+                failures: 0,
+                recoveries: 0,
+                errors: Vec::new(),
+                trace: None,
+                reason: error,
+                created_at: timestamp(now),
+            };
+            let mut script = self.on(&self.0.scripts.settle, queue);
+            script.arg(self.channel()).arg(&**queue).arg("e").arg(id).arg(epoch).arg(record.len()).arg("");
+            self.invoke::<()>(script.arg(0).arg(0).arg(now).arg(json(&kept))).await?;
+        }
+        Ok(jobs)
+    }
+
     /// Adds jobs of one queue.
     async fn add(&self, queue: &str, jobs: &[&NewJob]) -> Result<Vec<String>> {
         let mut script = self.on(&self.0.scripts.enqueue, queue);
@@ -335,7 +370,7 @@ fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
     let (id, epoch, first, score, record, state, checkpoint) = taken;
     let Record { priority, header, payload } = Record::read(&record)?;
     let (spent, errors) = read_state(&state);
-    let due = due_of(&score, priority).unwrap_or(now);
+    let due = due_of(&score, priority).unwrap_or(header.created_at);
     Ok(Claimed {
         id: id.parse().map_err(|_| Error::Unreadable(format!("its id is {id}, wanted a UUID")))?,
         kind: header.kind,
@@ -351,6 +386,7 @@ fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
         unique: header.unique,
         cancelled: None,
         created_at: timestamp(header.created_at),
+        due_at: timestamp(due),
         waited: Duration::from_millis(now.saturating_sub(due).max(0).unsigned_abs()),
     })
 }
@@ -391,8 +427,7 @@ impl Queue for RedisQueue {
             script.arg(Uuid::now_v7().to_string());
         }
         let (now, next, taken): (i64, String, Vec<Taken>) = self.invoke(&script).await?;
-        let jobs: Vec<Claimed> =
-            taken.into_iter().map(|taken| claimed(taken, &claim.queue, now)).collect::<Result<_>>()?;
+        let jobs = self.read(taken, &claim.queue, now).await?;
         let mut release = self.on(&self.0.scripts.release, &claim.queue);
         let keys: Vec<(&str, Uuid)> =
             jobs.iter().filter_map(|job| Some((job.unique.as_deref()?, job.id))).collect();
@@ -475,9 +510,11 @@ impl Queue for RedisQueue {
             let mut script = self.on(&self.0.scripts.lapsed, &queue);
             script.arg(left).arg(millis(lease)).arg(&worker);
             let (now, taken, reasons): (i64, Vec<Taken>, Vec<Option<String>>) = self.invoke(&script).await?;
-            let queue: Arc<str> = queue.into();
-            for (taken, cancelled) in taken.into_iter().zip(reasons) {
-                lapsed.jobs.push(Claimed { cancelled, ..claimed(taken, &queue, now)? });
+            let reasons: BTreeMap<String, Option<String>> =
+                taken.iter().map(|taken| taken.0.clone()).zip(reasons).collect();
+            for job in self.read(taken, &queue.into(), now).await? {
+                let cancelled = reasons.get(&job.id.to_string()).cloned().flatten();
+                lapsed.jobs.push(Claimed { cancelled, ..job });
             }
             lapsed.now = timestamp(now);
         }
@@ -558,6 +595,7 @@ fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
         .arg(job.unique.as_deref().unwrap_or_default())
         .arg(wait)
         .arg(job.priority)
+        .arg(job.due_at.as_millisecond())
         .arg(text);
 }
 

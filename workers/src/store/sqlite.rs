@@ -40,7 +40,7 @@ pub const MIGRATIONS: Migrations = Migrations {
     module: "jobs",
     steps: &["CREATE TABLE jobs (
         id           BLOB PRIMARY KEY DEFAULT (randomblob(16)) CHECK (length(id) = 16),
-        kind         TEXT NOT NULL,
+        kind         TEXT NOT NULL CHECK (typeof(kind) = 'text'),
         queue        TEXT NOT NULL DEFAULT 'default',
         priority     INTEGER NOT NULL DEFAULT 0 CHECK (priority BETWEEN -32768 AND 32767), -- lower goes first
         state        TEXT NOT NULL DEFAULT 'ready' CHECK (state IN ('scheduled', 'ready', 'running')),
@@ -358,6 +358,7 @@ fn claimed(row: &Row<'_>, now: i64) -> rusqlite::Result<Claimed> {
         unique: row.get("unique_key")?,
         cancelled: row.get("cancelled")?,
         created_at: timestamp(row.get("created_at")?),
+        due_at: timestamp(row.get("run_at")?),
         waited: since(row.get("run_at")?, now),
     })
 }
@@ -391,7 +392,8 @@ fn settle(tx: &Connection, settlement: &Settlement, now: i64) -> rusqlite::Resul
     let state = if run_at > now { State::Scheduled } else { State::Ready };
     let changed = tx
         .prepare_cached(
-            "UPDATE jobs SET state = :state, run_at = :run_at, scheduled_at = :now, failures = :failures, recoveries = :recoveries,
+            "UPDATE jobs SET state = :state, scheduled_at = :now,
+                    run_at = CASE WHEN :run_at > :now THEN :run_at ELSE min(run_at, :now) END, failures = :failures, recoveries = :recoveries,
                     recovered_at = :recovered_at, errors = :errors, worker = NULL, lease_until = NULL
              WHERE id = :id AND epoch = :epoch AND state = 'running'",
         )?

@@ -18,7 +18,7 @@ use super::slots::InHand;
 use crate::job::{Advance, Context, Fate, Recorder, Recording, Stopped};
 use crate::lease::Lease;
 use crate::metrics::{self, Outcome};
-use crate::queue::{Claimed, Failure, Held, KEPT_ERRORS, Queue, Settlement};
+use crate::queue::{Claimed, Failure, Held, KEPT_ERRORS, MAX_PAYLOAD, Queue, Settlement};
 use crate::registry::{Kind, Runnable};
 use crate::state::{Event, Spent, State, Transition, next, spent_by_crashes};
 
@@ -145,6 +145,12 @@ impl Run {
             return (Event::Cancelled(reason.clone()), Outcome::Cancelled);
         }
         if let Some(reason) = spent_by_crashes(&self.kind.options.budget, self.claimed.spent) {
+            return (Event::Hopeless(reason), Outcome::Dead);
+        }
+        // Other programs enqueue what ours would not.
+        let length = self.claimed.payload.len();
+        if length > MAX_PAYLOAD {
+            let reason = format!("its payload has {length} bytes, at most {MAX_PAYLOAD} are possible");
             return (Event::Hopeless(reason), Outcome::Dead);
         }
         let job = match &self.job {

@@ -54,6 +54,14 @@ impl Cursors {
         cursors.entry(Arc::clone(queue)).or_insert_with(new).clone()
     }
 
+    /// Something becomes due after this long: whoever put it there knows before the next look.
+    pub(super) fn due_in(&self, queue: &str, wait: Duration) {
+        let mut cursors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let (Some(cursor), Some(at)) = (cursors.get_mut(queue), Instant::now().checked_add(wait)) {
+            cursor.promote_at = cursor.promote_at.min(at);
+        }
+    }
+
     fn change(&self, queue: &Arc<str>, change: impl FnOnce(&mut Cursor)) {
         if let Some(cursor) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(queue) {
             change(cursor);
@@ -108,7 +116,7 @@ async fn from_head(connection: &Connection, claim: &Claim) -> Result<Vec<Row>> {
          WHERE id = ANY (ARRAY(
              SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND {IS_NOT_PAUSED}
              ORDER BY priority, run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED))
-         RETURNING {CLAIMED}, run_at"
+         RETURNING {CLAIMED}"
     );
     let (limit, lease) = (limit(claim), seconds(claim.lease));
     let parameters: [Parameter<'_>; 4] = [
@@ -139,7 +147,7 @@ async fn from_cursor(
                     AND (run_at, jobs.id) > (last.at, last.id)
                  ORDER BY run_at, jobs.id LIMIT $2 FOR UPDATE SKIP LOCKED) AS found
              WHERE {IS_NOT_PAUSED} LIMIT $2))
-         RETURNING {CLAIMED}, run_at"
+         RETURNING {CLAIMED}"
     );
     let (limit, lease) = (limit(claim), seconds(claim.lease));
     let parameters: [Parameter<'_>; 7] = [

@@ -5,6 +5,15 @@ if redis.call('EXISTS', paused) == 1 then
   return { tostring(now), '', {} }
 end
 
+-- A number between two others, whatever was said.
+local function number_of(text, least, most)
+  local number = tonumber(text)
+  if not number or number ~= number then
+    return 0
+  end
+  return math.max(least, math.min(most, number))
+end
+
 -- What other programs have put there becomes jobs like any others.
 if #ARGV > 3 and redis.call('XLEN', inbox) > 0 then
   for i, entry in ipairs(redis.call('XRANGE', inbox, '-', '+', 'COUNT', #ARGV - 3)) do
@@ -12,11 +21,16 @@ if #ARGV > 3 and redis.call('XLEN', inbox) > 0 then
     for f = 1, #entry[2], 2 do
       fields[entry[2][f]] = entry[2][f + 1]
     end
-    local id, payload = fields.id or ARGV[3 + i], fields.payload or 'null'
-    local priority = math.max(-32768, math.min(32767, math.floor(tonumber(fields.priority) or 0)))
+    local id, payload = fields.id or '', fields.payload or 'null'
+    -- Whatever they say, it must be something that can be read again.
+    if not string.match(id, '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$') then
+      id = ARGV[3 + i]
+    end
+    id = string.lower(id)
+    local priority = math.floor(number_of(fields.priority, -32768, 32767))
     local header = cjson.encode({ kind = fields.kind or '', created_at = now, trace = fields.trace })
     if redis.call('HSETNX', jobs, id, priority .. ' ' .. header .. '\n' .. payload) == 1 then
-      local due = now + math.max(0, math.floor((tonumber(fields.delay) or 0) * 1000))
+      local due = now + math.floor(number_of(fields.delay, 0, 31536000) * 1000)
       redis.call('INCRBY', bytes, #payload)
       if due > now then
         redis.call('ZADD', scheduled, due, id)

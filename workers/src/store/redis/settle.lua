@@ -1,8 +1,9 @@
 -- ARGV: the channel, the queue, then for each claim: what becomes of it (f finished, a again, e ended), id, epoch,
--- size of its payload, unique key, wait in milliseconds, priority, and its state (a) or the record that is kept (e).
+-- size of its payload, unique key, wait in milliseconds, priority, when it was due, and its state (a) or the record that
+-- is kept (e).
 -- Returns 1 for each that was held.
 local ids = {}
-for i = 3, #ARGV, 8 do
+for i = 3, #ARGV, 9 do
   ids[#ids + 1] = ARGV[i + 1]
 end
 local held = redis.call('HMGET', epochs, unpack(ids))
@@ -11,8 +12,9 @@ local answer, gone, size, settled = {}, {}, 0, {}
 local finished = {}
 local due_now, due_later, new_waits, new_states, idle, new_ended, new_ended_at = {}, {}, {}, {}, {}, {}, {}
 for i, id in ipairs(ids) do
-  local at = 3 + (i - 1) * 8
-  local fate, key, wait, priority, text = ARGV[at], ARGV[at + 4], tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6]), ARGV[at + 7]
+  local at = 3 + (i - 1) * 9
+  local fate, key, wait, priority = ARGV[at], ARGV[at + 4], tonumber(ARGV[at + 5]), tonumber(ARGV[at + 6])
+  local due, text = tonumber(ARGV[at + 7]), ARGV[at + 8]
   if held[i] == ARGV[at + 2] and until_now[i] and not settled[id] then
     answer[i] = 1
     settled[id] = true
@@ -23,7 +25,7 @@ for i, id in ipairs(ids) do
         new_waits[#new_waits + 1] = now
         new_waits[#new_waits + 1] = id
       else
-        due_now[#due_now + 1] = score(priority, now)
+        due_now[#due_now + 1] = score(priority, math.min(due, now))
         due_now[#due_now + 1] = id
       end
       new_states[#new_states + 1] = id
