@@ -70,6 +70,7 @@ promises! {
     what_waits_and_what_runs_can_be_cancelled
     dead_letters_are_kept_shown_retried_and_discarded
     what_ended_long_ago_is_forgotten
+    what_comes_again_after_its_end_can_end_again
     a_queue_is_measured_and_a_full_one_refuses
     progress_is_written_down
     a_worker_finds_what_nobody_woke_it_for
@@ -909,6 +910,19 @@ async fn what_ended_long_ago_is_forgotten(kind: Kind) {
     tokio::time::sleep(Duration::from_millis(5)).await;
     assert_eq!(engine.queue.prune(Duration::ZERO).await.unwrap(), 1);
     engine.is_empty().await;
+}
+
+async fn what_comes_again_after_its_end_can_end_again(kind: Kind) {
+    let engine = Engine::idle(kind).await;
+    let again = job("again", Act::Done);
+    for reason in ["first", "second"] {
+        // The same id, as when an answer was lost and the caller asks again.
+        engine.queue.enqueue(vec![again.clone()]).await.unwrap();
+        let claimed = engine.claim(1, LEASE).await.remove(0);
+        assert!(engine.settle(&claimed, dead(reason)).await);
+        assert_eq!(engine.queue.show(again.id).await.unwrap().unwrap().reason.as_deref(), Some(reason));
+    }
+    engine.until(State::Dead, 1).await;
 }
 
 async fn a_queue_is_measured_and_a_full_one_refuses(kind: Kind) {

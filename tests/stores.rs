@@ -1,12 +1,19 @@
 //! The program on the stores that several processes share: Postgres, and Redis for jobs. What is promised is the same.
 
 use std::process::Stdio;
+use std::sync::Arc;
+use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::redis::client::cmd;
+use perennial_workers::Queue;
+use perennial_workers::queue::{Claim, Due, NewJob, Settlement};
+use perennial_workers::state::Transition;
+use perennial_workers::store::redis::RedisQueue;
 use serde_json::{Value, json};
 use tokio::process::Command;
+use uuid::Uuid;
 
 use support::double::Double;
 use support::eventually;
@@ -229,6 +236,10 @@ async fn odd_jobs_of_others_keep_nobody_waiting() {
     for fields in odd {
         redis.query::<()>(cmd("XADD").arg(&inbox).arg("*").arg(fields)).await.unwrap();
     }
+    let bytes: &[u8] = b"{\"name\": \"\xff\"}";
+    let mut xadd = cmd("XADD");
+    xadd.arg(&inbox).arg("*").arg("kind").arg("hello.count").arg("payload").arg(bytes);
+    redis.query::<()>(&xadd).await.unwrap();
     // What was damaged by hand.
     let hash = |part: &str| format!("{}:{{default}}:{part}", prefix.name());
     let id = "01a1fe2b-5854-7538-8125-17204ca24500";
@@ -243,9 +254,79 @@ async fn odd_jobs_of_others_keep_nobody_waiting() {
     eventually("the others are dead", || async {
         let dead = hello.admin().get("/jobs?state=dead").await.json();
         let dead = dead["jobs"].as_array().unwrap().len();
-        (dead == 5).then_some(())
+        (dead == 6).then_some(())
     })
     .await;
+}
+
+/// A row that could not be read again would keep its queue waiting for ever.
+#[tokio::test]
+async fn rows_that_could_not_be_read_again_are_refused() {
+    let database = Database::new().await;
+    let postgres = database.connect().await;
+    postgres.migrate(&[perennial_workers::store::postgres::MIGRATIONS]).await.unwrap();
+    let insert = async |columns: &str, values: &str| {
+        let sql = format!("INSERT INTO jobs (kind, payload, {columns}) VALUES ('x', '{{}}', {values})");
+        postgres.execute(&sql, &[]).await
+    };
+    for (columns, values) in [
+        ("run_at", "'20000-01-01'"),
+        ("run_at", "'infinity'"),
+        ("created_at", "'-infinity'"),
+        ("scheduled_at", "'infinity'"),
+        ("epoch", "9223372036854775807"),
+        ("failures", "-1"),
+        ("state", "'running'"),
+        ("state", "'odd'"),
+    ] {
+        assert!(insert(columns, values).await.is_err(), "{columns} = {values}");
+    }
+    insert("priority", "-5").await.unwrap();
+
+    let store = rusqlite::Connection::open_in_memory().unwrap();
+    store.execute_batch(perennial_workers::store::sqlite::MIGRATIONS.steps[0]).unwrap();
+    for (column, value) in [
+        ("run_at", "datetime('now')"),
+        ("run_at", "1.5"),
+        ("id", "'sixteen letters!'"),
+        ("priority", "1.5"),
+        ("epoch", "-1"),
+        ("state", "'running'"),
+    ] {
+        let sql = format!("INSERT INTO jobs (kind, payload, {column}) VALUES ('x', '{{}}', {value})");
+        assert!(store.execute(&sql, []).is_err(), "{column} = {value}");
+    }
+}
+
+/// A server whose memory is full takes no more jobs, and lets go of those that it has.
+#[tokio::test]
+async fn a_full_redis_can_be_drained() {
+    let server = support::redis::Server::start(&[]).await;
+    let redis = Redis::open(support::redis::config(&server.url())).await.unwrap();
+    let queue = RedisQueue::new(redis.clone(), "perennial");
+    let job = || NewJob {
+        id: Uuid::now_v7(),
+        kind: "x".into(),
+        queue: "tests".into(),
+        priority: 0,
+        payload: "{}".to_owned(),
+        due: Due::Now,
+        unique: None,
+        trace: None,
+        recoveries: 0,
+    };
+    queue.enqueue(vec![job(), job()]).await.unwrap();
+    redis.query::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(1)).await.unwrap();
+    let refused = queue.enqueue(vec![job()]).await.unwrap_err();
+    assert!(refused.is_passing(), "{refused}");
+    let lease = Duration::from_secs(60);
+    let claim = Claim { queue: "tests".into(), limit: 9, worker: "test".to_owned(), lease };
+    let jobs = queue.claim(claim).await.unwrap().jobs;
+    assert_eq!(jobs.len(), 2);
+    let again = Transition::Again { wait: lease, spent: jobs[0].spent };
+    let ends = [Transition::Finished, again];
+    let settlements = jobs.into_iter().map(Arc::new).zip(ends).map(|(job, end)| Settlement::of(job, end));
+    assert_eq!(queue.settle(settlements.collect()).await.unwrap(), [true, true]);
 }
 
 #[tokio::test]

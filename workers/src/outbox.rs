@@ -29,7 +29,7 @@ use uuid::Uuid;
 use crate::job::{Unique, UniqueUntil};
 use crate::metrics;
 use crate::queue::{Due, NewJob, Queue, Result};
-use crate::store::redis::RedisQueue;
+use crate::store::redis::{Found, RedisQueue};
 
 /// The table.
 pub const TABLES: Tables = Tables {
@@ -193,21 +193,29 @@ impl Outbox {
         for row in &rows {
             by_queue.entry(row.get("queue")?).or_default().push(row.get("id")?);
         }
-        let mut missing = Vec::new();
+        let (mut missing, mut ended) = (Vec::new(), Vec::new());
         for (name, ids) in by_queue {
             for some in ids.chunks(BATCH) {
-                let there = queue.has(&name, some).await?;
-                missing.extend(some.iter().zip(there).filter(|(_, there)| !there).map(|(id, _)| *id));
+                for (id, found) in some.iter().zip(queue.find(&name, some).await?) {
+                    match found {
+                        Found::Nowhere => missing.push(*id),
+                        Found::Ended => ended.push(*id),
+                        Found::Waiting => {}
+                    }
+                }
             }
         }
+        // Whoever settled them died before saying so here.
+        self.settled(ended).await;
         if !missing.is_empty() {
             warn!(jobs = missing.len(), "published, and not in Redis: publishing again");
             self.unmark(&missing).await?;
         }
+        // The last ones may share their time with others.
         Ok(if rows.len() < 20 * BATCH {
             0
         } else {
-            rows.last().map_or(Ok(0), |row| row.get("published_at"))?
+            rows.last().map_or(Ok(1), |row| row.get::<i64>("published_at"))? - 1
         })
     }
 

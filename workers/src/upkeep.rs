@@ -114,9 +114,13 @@ pub async fn rescue<Q: Queue>(queue: &Q, registry: &Registry, lease: Duration) -
 async fn count<Q: Queue + Ledger>(queue: &Q, registry: &Registry, admission: &Admission) -> Result<()> {
     for lane in registry.lanes() {
         let added = admission.added(&lane.name);
-        let depth = queue.measure(Arc::clone(&lane.name)).await?;
-        admission.measured(&lane.name, depth, added);
-        metrics::depth(&lane.name, depth);
+        match queue.measure(Arc::clone(&lane.name)).await {
+            Ok(depth) => {
+                admission.measured(&lane.name, depth, added);
+                metrics::depth(&lane.name, depth);
+            }
+            Err(error) => complain::<()>(Err(error), "a queue could not be counted"),
+        }
     }
     for (queue, jobs) in queue.ended().await? {
         metrics::kept(&queue, jobs);

@@ -91,20 +91,27 @@ impl Job for Deliver {
             Part::Ids(ids) => ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(),
         };
         let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
-        let failed = if context.spent.recoveries < BUDGET.recoveries || left.is_empty() {
-            left.len()
-        } else {
-            // It was sent to alone, and the process crashed: the others are none the worse for it.
-            let suspect = left.remove(0);
-            warn!(subscription = suspect, "sending to this member crashes the process; it is left out");
+        // It was sent to alone, and the process crashed: the others are none the worse for it.
+        let suspect = batch.trying.filter(|id| left.contains(id));
+        let attempt = batch.attempt + u32::from(suspect.is_none());
+        let by_crashes = context.spent.recoveries >= BUDGET.recoveries && attempt < tools.config.attempts;
+        let failed = if by_crashes {
+            if let Some(suspect) = suspect {
+                warn!(subscription = suspect, "sending to this member crashes the process; it is left out");
+                left.retain(|id| *id != suspect);
+            }
             if !left.is_empty() {
                 let job = Deliver::job(self.notification, super::RETRY_QUEUE, 0)?;
                 let job = NewJob { recoveries: CAREFUL, ..job };
-                checkpoint.deferred = vec![Deferred { ids: left, job, attempt: batch.attempt }];
+                checkpoint.deferred = vec![Deferred { ids: left, job, attempt }];
             }
-            1
+            usize::from(suspect.is_some())
+        } else {
+            left.len()
         };
-        checkpoint.outcomes = vec![(Outcome::Failed, failed)];
+        if failed > 0 {
+            checkpoint.outcomes = vec![(Outcome::Failed, failed)];
+        }
         save(&tools, &context, Arc::new(batch), checkpoint, 0).await?;
         Ok(())
     }
@@ -207,7 +214,7 @@ impl<'a> Round<'a> {
     }
 
     async fn run(mut self) -> anyhow::Result<Fate> {
-        let is_careful = self.context.spent.recoveries >= CAREFUL;
+        let is_careful = self.is_careful();
         let limit = if is_careful { 1 } else { self.tools.config.checkpoint_sends };
         let every = self.tools.config.checkpoint_every;
         let mut sends = FuturesUnordered::new();
@@ -273,13 +280,22 @@ impl<'a> Round<'a> {
         self.end(finished).await
     }
 
+    /// Whether it sends one by one, to find out what crashes the process.
+    fn is_careful(&self) -> bool {
+        self.context.spent.recoveries >= CAREFUL
+    }
+
     /// Begins to send to one member.
     fn begin(&mut self, member: Member) -> impl Future<Output = Ended> + use<> {
         self.newest = member.id;
         self.in_flight.insert(member.id);
         self.unrecorded += 1;
         let (tools, message) = (Arc::clone(self.tools), Arc::clone(&self.message));
+        let (batch, epoch, is_careful) = (self.batch.id, self.context.epoch, self.is_careful());
         async move {
+            if is_careful && let Err(error) = tools.store.note_trying(batch, epoch, member.id).await {
+                warn!(error = format!("{error:#}"), "who is tried next could not be noted");
+            }
             let report = send(&tools, &member, &message).await;
             Ended { id: member.id, endpoint: member.endpoint, report }
         }
@@ -402,6 +418,11 @@ async fn send(tools: &Tools, member: &Member, message: &Message) -> Report {
 
 /// Whether an error says that nothing was written.
 fn has_not_happened(error: &sql::Error) -> bool {
+    if let sql::Error::Postgres(error) = error
+        && error.is_rollback()
+    {
+        return true;
+    }
     matches!(
         error,
         sql::Error::Sqlite(sqlite::Error::Busy(_) | sqlite::Error::Lost(_))

@@ -11,7 +11,7 @@ use std::fmt;
 use std::future::{Future, poll_fn};
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType};
@@ -86,6 +86,11 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether the server says that it has undone the transaction, for another's sake: class 40, deadlocks among them.
+    pub fn is_rollback(&self) -> bool {
+        matches!(self, Self::Sql(error) if error.code().is_some_and(|code| code.code().starts_with("40")))
+    }
+
     /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
     pub fn is_passing(&self) -> bool {
         match self {
@@ -144,7 +149,11 @@ impl Postgres {
             .tcp_user_timeout(config.statement_timeout + GRACE)
             .keepalives_idle(Duration::from_secs(30));
         if !config.pgbouncer {
-            let options = format!("-c statement_timeout={}", config.statement_timeout.as_millis());
+            // A process that is stopped in the middle of a transaction must not keep its locks.
+            let milliseconds = config.statement_timeout.as_millis();
+            let options = format!(
+                "-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds}"
+            );
             let given = wanted.get_options().map(|given| format!("{given} {options}"));
             wanted.options(given.unwrap_or(options));
         }
@@ -202,7 +211,7 @@ impl Postgres {
         };
         Ok(Connection {
             object: Some(object),
-            suspect: AtomicBool::new(false),
+            unanswered: AtomicUsize::new(0),
             timeout: self.0.config.statement_timeout + GRACE,
         })
     }
@@ -266,7 +275,8 @@ impl Postgres {
     /// # Errors
     /// When it cannot be made.
     pub async fn listen(&self, channel: &'static str) -> Result<Listener> {
-        let (client, mut connection) = self.0.dedicated.connect(NoTls).await?;
+        let patience = self.0.config.connect_timeout + GRACE;
+        let (client, mut connection) = within(patience, self.0.dedicated.connect(NoTls)).await?;
         let (sender, notifications) = mpsc::channel(NOTIFICATIONS);
         let mut driver = JoinSet::new();
         driver.spawn(async move {
@@ -300,8 +310,8 @@ async fn within<T>(
 /// A connection from the pool. It goes back when this drops, unless a statement on it was not answered.
 pub struct Connection {
     object: Option<Object>,
-    /// A statement was not answered.
-    suspect: AtomicBool,
+    /// How many statements were not answered.
+    unanswered: AtomicUsize,
     timeout: Duration,
 }
 
@@ -321,17 +331,17 @@ pub trait Session {
     fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> impl Future<Output = Result<u64>> + Send;
 }
 
-/// Runs one statement, and marks its connection as suspect until it has been answered: also when the caller
+/// Runs one statement, and counts it as unanswered until it has been answered: also when the caller
 /// goes away, what is still to come belongs to nobody.
 async fn asked<T>(
-    suspect: &AtomicBool,
+    unanswered: &AtomicUsize,
     timeout: Duration,
     answer: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
 ) -> Result<T> {
-    let before = suspect.swap(true, Ordering::Relaxed);
+    unanswered.fetch_add(1, Ordering::Relaxed);
     let answered = within(timeout, answer).await;
     if !matches!(answered, Err(Error::Slow)) {
-        suspect.store(before, Ordering::Relaxed);
+        unanswered.fetch_sub(1, Ordering::Relaxed);
     }
     answered
 }
@@ -342,10 +352,10 @@ impl Connection {
     /// # Errors
     /// See [`Error`].
     pub async fn begin(&mut self) -> Result<Transaction<'_>> {
-        let Self { object, suspect, timeout } = self;
+        let Self { object, unanswered, timeout } = self;
         let Some(object) = object else { return Err(Error::Busy) };
-        let inner = asked(suspect, *timeout, object.transaction()).await?;
-        Ok(Transaction { inner, suspect, timeout: *timeout })
+        let inner = asked(unanswered, *timeout, object.transaction()).await?;
+        Ok(Transaction { inner, unanswered, timeout: *timeout })
     }
 
     fn client(&self) -> Result<&deadpool_postgres::ClientWrapper> {
@@ -355,17 +365,17 @@ impl Connection {
 
 impl Session for Connection {
     async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        asked(&self.suspect, self.timeout, self.client()?.query_typed(sql, parameters)).await
+        asked(&self.unanswered, self.timeout, self.client()?.query_typed(sql, parameters)).await
     }
 
     async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
-        asked(&self.suspect, self.timeout, self.client()?.execute_typed(sql, parameters)).await
+        asked(&self.unanswered, self.timeout, self.client()?.execute_typed(sql, parameters)).await
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if self.suspect.load(Ordering::Relaxed)
+        if self.unanswered.load(Ordering::Relaxed) > 0
             && let Some(object) = self.object.take()
         {
             drop(Object::take(object));
@@ -376,7 +386,7 @@ impl Drop for Connection {
 /// A transaction on a connection. Rolled back when it drops without [`Transaction::commit`].
 pub struct Transaction<'a> {
     inner: deadpool_postgres::Transaction<'a>,
-    suspect: &'a AtomicBool,
+    unanswered: &'a AtomicUsize,
     timeout: Duration,
 }
 
@@ -392,7 +402,7 @@ impl Transaction<'_> {
     /// # Errors
     /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a connection that broke off.
     pub async fn commit(self) -> Result<()> {
-        asked(self.suspect, self.timeout, self.inner.commit()).await
+        asked(self.unanswered, self.timeout, self.inner.commit()).await
     }
 
     /// Runs several statements without parameters.
@@ -400,17 +410,17 @@ impl Transaction<'_> {
     /// # Errors
     /// See [`Error`].
     pub async fn batch(&self, sql: &str) -> Result<()> {
-        asked(self.suspect, self.timeout, self.inner.batch_execute(sql)).await
+        asked(self.unanswered, self.timeout, self.inner.batch_execute(sql)).await
     }
 }
 
 impl Session for Transaction<'_> {
     async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        asked(self.suspect, self.timeout, self.inner.query_typed(sql, parameters)).await
+        asked(self.unanswered, self.timeout, self.inner.query_typed(sql, parameters)).await
     }
 
     async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
-        asked(self.suspect, self.timeout, self.inner.execute_typed(sql, parameters)).await
+        asked(self.unanswered, self.timeout, self.inner.execute_typed(sql, parameters)).await
     }
 }
 

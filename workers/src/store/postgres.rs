@@ -19,7 +19,7 @@
 mod claim;
 mod ledger;
 
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -64,7 +64,14 @@ pub const MIGRATIONS: Migrations = Migrations {
         trace        text,
         unique_key   text,
         cancelled    text,                               -- why it must not go on
-        created_at   timestamptz NOT NULL DEFAULT now()
+        created_at   timestamptz NOT NULL DEFAULT now(),
+        -- Other programs write here, too: what could not be read again is refused.
+        CHECK (epoch BETWEEN 0 AND 1::bigint << 61 AND failures >= 0 AND recoveries >= 0),
+        CHECK (state <> 'running' OR lease_until IS NOT NULL),
+        CHECK (run_at BETWEEN '1970-01-01' AND '9999-01-01' AND created_at BETWEEN '1970-01-01' AND '9999-01-01'),
+        CHECK (scheduled_at BETWEEN '1970-01-01' AND '9999-01-01'),
+        CHECK (recovered_at BETWEEN '1970-01-01' AND '9999-01-01'),
+        CHECK (lease_until BETWEEN '1970-01-01' AND '9999-01-01')
     ) WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.01, autovacuum_vacuum_cost_delay = 0);
     CREATE INDEX jobs_ready ON jobs (queue, priority, run_at, id) WHERE state = 'ready';
     CREATE INDEX jobs_scheduled ON jobs (queue, run_at) WHERE state = 'scheduled';
@@ -140,8 +147,17 @@ impl PostgresQueue {
 pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> postgres::Result<Vec<Uuid>> {
     let mut ids = Vec::with_capacity(jobs.len());
     let mut new = Vec::with_capacity(jobs.len());
+    // In the order of their keys: two that enqueue the same ones never wait for each other.
+    let mut in_order: Vec<&NewJob> = jobs.iter().filter(|job| job.unique.is_some()).collect();
+    in_order.sort_by_key(|job| job.unique_key());
+    let mut taken = HashMap::new();
+    for job in in_order {
+        if let Some(other) = take_key(session, job).await? {
+            taken.insert(job.id, other);
+        }
+    }
     for job in jobs {
-        let taken = take_key(session, job).await?;
+        let taken = taken.get(&job.id).copied();
         if taken.is_none() {
             new.push(job);
         }
@@ -443,6 +459,10 @@ async fn end(session: &impl Session, settlements: &[&Settlement]) -> Result<Vec<
         FROM gone JOIN unnest($1, $2, $3::text[], $4::text[], $5::int4[], $6::int4[], $7::text[])
              AS new (id, epoch, state, reason, failures, recoveries, errors)
              ON new.id = gone.id AND new.epoch = gone.epoch
+        -- One that was enqueued a second time, after it had ended once.
+        ON CONFLICT (id) DO UPDATE SET state = excluded.state, epoch = excluded.epoch, failures = excluded.failures,
+            recoveries = excluded.recoveries, errors = excluded.errors, checkpoint = excluded.checkpoint,
+            reason = excluded.reason, ended_at = now()
         RETURNING id, epoch";
     let parameters: [Parameter<'_>; 7] = [
         (&ids, Type::UUID_ARRAY),

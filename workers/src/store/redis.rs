@@ -53,9 +53,12 @@ const OLDEST_AMONG: isize = 100;
 const PRIORITY: f64 = 4_398_046_511_104.0;
 
 /// What every script begins with, and the script.
+///
+/// Those that only take away or lead to that may go on while the memory is full.
 macro_rules! script {
     ($name:literal) => {
         Script::new(concat!(
+            "#!lua flags=allow-oom\n",
             include_str!("redis/prelude.lua"),
             "\n",
             include_str!(concat!("redis/", $name, ".lua"))
@@ -81,7 +84,11 @@ struct Scripts {
 impl Scripts {
     fn new() -> Self {
         Self {
-            enqueue: script!("enqueue"),
+            enqueue: Script::new(concat!(
+                include_str!("redis/prelude.lua"),
+                "\n",
+                include_str!("redis/enqueue.lua")
+            )),
             claim: script!("claim"),
             lapsed: script!("lapsed"),
             renew: script!("renew"),
@@ -110,6 +117,17 @@ struct Shared {
     known: Mutex<BTreeSet<String>>,
     /// Where jobs come from that were added in transactions of another store.
     outbox: Option<Outbox>,
+}
+
+/// What has become of a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Found {
+    /// It is not here, or has settled.
+    Nowhere,
+    /// It waits or runs.
+    Waiting,
+    /// It has ended, and is kept.
+    Ended,
 }
 
 /// The part of a job that never changes, besides its payload.
@@ -195,15 +213,15 @@ impl RedisQueue {
         }
     }
 
-    /// Which of these jobs of a queue are here, whether they have ended or not.
+    /// What has become of these jobs of a queue.
     ///
     /// # Errors
     /// When Redis cannot be asked.
-    pub(crate) async fn has(&self, queue: &str, ids: &[Uuid]) -> Result<Vec<bool>> {
+    pub(crate) async fn find(&self, queue: &str, ids: &[Uuid]) -> Result<Vec<Found>> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let mut known = vec![false; ids.len()];
+        let mut places = vec![Found::Nowhere; ids.len()];
         for (command, part) in
             [("HMGET", "epochs"), ("ZMSCORE", "ready"), ("ZMSCORE", "scheduled"), ("ZMSCORE", "ended_at")]
         {
@@ -213,9 +231,12 @@ impl RedisQueue {
                 ask.arg(id.to_string());
             }
             let found: Vec<Option<String>> = self.0.redis.query(&ask).await?;
-            known.iter_mut().zip(found).for_each(|(known, found)| *known |= found.is_some());
+            let place = if part == "ended_at" { Found::Ended } else { Found::Waiting };
+            for (known, _) in places.iter_mut().zip(found).filter(|(_, found)| found.is_some()) {
+                *known = place;
+            }
         }
-        Ok(known)
+        Ok(places)
     }
 
     /// These jobs have ended: nobody has to pass them on again.
@@ -292,7 +313,10 @@ impl RedisQueue {
     async fn read(&self, taken: Vec<Taken>, queue: &Arc<str>, now: i64) -> Result<Vec<Claimed>> {
         let mut jobs = Vec::with_capacity(taken.len());
         for taken in taken {
-            let (id, epoch, record) = (taken.0.clone(), taken.1.clone(), taken.4.clone());
+            let (id, epoch) = (taken.0.clone(), taken.1.clone());
+            let record = String::from_utf8_lossy(&taken.4).into_owned();
+            // As it was counted when it was added.
+            let size = taken.4.iter().position(|byte| *byte == b'\n').map_or(0, |at| taken.4.len() - at - 1);
             let error = match claimed(taken, queue, now) {
                 Ok(job) => {
                     jobs.push(job);
@@ -315,7 +339,7 @@ impl RedisQueue {
                 created_at: timestamp(now),
             };
             let mut script = self.on(&self.0.scripts.settle, queue);
-            script.arg(self.channel()).arg(&**queue).arg("e").arg(id).arg(epoch).arg(record.len()).arg("");
+            script.arg(self.channel()).arg(&**queue).arg("e").arg(id).arg(epoch).arg(size).arg("");
             self.invoke::<()>(script.arg(0).arg(0).arg(now).arg(json(&kept))).await?;
         }
         Ok(jobs)
@@ -364,12 +388,17 @@ impl RedisQueue {
 }
 
 /// A job as a script returns it: id, epoch, whether it is the first claim, score, record, state, checkpoint.
-type Taken = (String, String, String, String, String, String, Option<String>);
+/// The latter three are whatever others may have written.
+type Taken = (String, String, String, String, Vec<u8>, Vec<u8>, Option<Vec<u8>>);
 
 fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
     let (id, epoch, first, score, record, state, checkpoint) = taken;
-    let Record { priority, header, payload } = Record::read(&record)?;
-    let (spent, errors) = read_state(&state);
+    let text = |bytes: Vec<u8>| {
+        String::from_utf8(bytes).map_err(|_| Error::Unreadable("its bytes are no text".to_owned()))
+    };
+    let Record { priority, header, payload } = Record::read(&text(record)?)?;
+    let (spent, errors) = read_state(&text(state)?);
+    let checkpoint = checkpoint.map(text).transpose()?;
     let due = due_of(&score, priority).unwrap_or(header.created_at);
     Ok(Claimed {
         id: id.parse().map_err(|_| Error::Unreadable(format!("its id is {id}, wanted a UUID")))?,
@@ -509,7 +538,16 @@ impl Queue for RedisQueue {
             }
             let mut script = self.on(&self.0.scripts.lapsed, &queue);
             script.arg(left).arg(millis(lease)).arg(&worker);
-            let (now, taken, reasons): (i64, Vec<Taken>, Vec<Option<String>>) = self.invoke(&script).await?;
+            let found: Result<(i64, Vec<Taken>, Vec<Option<String>>)> = self.invoke(&script).await;
+            let (now, taken, reasons) = match found {
+                Ok(found) => found,
+                // The other queues have lapsed jobs, too.
+                Err(error) if !error.is_passing() => {
+                    warn!(queue, error = error.in_one_line(), "lapsed leases could not be looked for");
+                    continue;
+                }
+                Err(error) => return Err(error),
+            };
             let reasons: BTreeMap<String, Option<String>> =
                 taken.iter().map(|taken| taken.0.clone()).zip(reasons).collect();
             for job in self.read(taken, &queue.into(), now).await? {
@@ -525,7 +563,7 @@ impl Queue for RedisQueue {
         let key = |part| self.key(&queue, part);
         let redis = &self.0.redis;
         let count = async |command: &str, part| redis.query::<u64>(cmd(command).arg(key(part))).await;
-        let bytes: Option<u64> = redis.query(cmd("GET").arg(key("bytes"))).await?;
+        let bytes: Option<i64> = redis.query(cmd("GET").arg(key("bytes"))).await?;
         let mut oldest = cmd("ZRANGE");
         oldest.arg(key("ready")).arg(0).arg(OLDEST_AMONG).arg("WITHSCORES");
         let oldest: Vec<(String, f64)> = redis.query(&oldest).await?;
@@ -539,7 +577,7 @@ impl Queue for RedisQueue {
             ready: count("ZCARD", "ready").await? + count("XLEN", "inbox").await?,
             scheduled: count("ZCARD", "scheduled").await?,
             running: count("ZCARD", "leases").await?,
-            bytes: bytes.unwrap_or_default(),
+            bytes: bytes.unwrap_or_default().max(0).unsigned_abs(),
             oldest_ms: waits.max().unwrap_or_default(),
         })
     }

@@ -40,7 +40,7 @@ pub const MIGRATIONS: Migrations = Migrations {
     module: "jobs",
     steps: &["CREATE TABLE jobs (
         id           BLOB PRIMARY KEY DEFAULT (randomblob(16)) CHECK (length(id) = 16),
-        kind         TEXT NOT NULL CHECK (typeof(kind) = 'text'),
+        kind         TEXT NOT NULL,
         queue        TEXT NOT NULL DEFAULT 'default',
         priority     INTEGER NOT NULL DEFAULT 0 CHECK (priority BETWEEN -32768 AND 32767), -- lower goes first
         state        TEXT NOT NULL DEFAULT 'ready' CHECK (state IN ('scheduled', 'ready', 'running')),
@@ -60,8 +60,12 @@ pub const MIGRATIONS: Migrations = Migrations {
         trace        TEXT,
         unique_key   TEXT,
         cancelled    TEXT,                   -- why it must not go on
-        created_at   INTEGER NOT NULL DEFAULT (CAST(unixepoch('subsec') * 1000 AS INTEGER))
-    ) WITHOUT ROWID;
+        created_at   INTEGER NOT NULL DEFAULT (CAST(unixepoch('subsec') * 1000 AS INTEGER)),
+        -- Other programs write here, too: what could not be read again is refused.
+        CHECK (epoch >= 0 AND failures BETWEEN 0 AND 1000000 AND recoveries BETWEEN 0 AND 1000000),
+        CHECK (state <> 'running' OR lease_until IS NOT NULL),
+        CHECK (run_at BETWEEN 0 AND 253402300799000 AND created_at BETWEEN 0 AND 253402300799000)
+    ) WITHOUT ROWID, STRICT;
     CREATE INDEX jobs_ready ON jobs (queue, priority, run_at) WHERE state = 'ready';
     CREATE INDEX jobs_scheduled ON jobs (queue, run_at) WHERE state = 'scheduled';
     CREATE INDEX jobs_waits ON jobs (scheduled_at) WHERE state = 'scheduled';
@@ -373,12 +377,11 @@ fn settle(tx: &Connection, settlement: &Settlement, now: i64) -> rusqlite::Resul
         Transition::Ended { state, reason, spent } => {
             let moved = tx
                 .prepare_cached(
-                    "INSERT INTO ended_jobs (id, kind, queue, priority, state, payload, epoch, failures, recoveries,
+                    "INSERT OR REPLACE INTO ended_jobs (id, kind, queue, priority, state, payload, epoch, failures, recoveries,
                                              errors, checkpoint, trace, reason, created_at, ended_at)
                      SELECT id, kind, queue, priority, :state, payload, epoch, :failures, :recoveries, :errors,
                             checkpoint, trace, :reason, created_at, :now
-                     FROM jobs WHERE id = :id AND epoch = :epoch AND state = 'running'
-                     ON CONFLICT (id) DO NOTHING",
+                     FROM jobs WHERE id = :id AND epoch = :epoch AND state = 'running'",
                 )?
                 .execute(named_params! {
                     ":state": state.as_str(), ":failures": spent.failures, ":recoveries": spent.recoveries,

@@ -1,6 +1,6 @@
 //! Renewing leases, on a task of its own, so that no busy handler can keep it from running.
 
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use tracing::warn;
 
@@ -21,7 +21,7 @@ pub(super) async fn run<Q: Queue>(queue: Q, slots: Slots, config: Config) {
         metrics::renewal_lag(due.elapsed());
         due = tokio::time::Instant::now() + config.renew_every;
         for renewals in renewals(&slots).chunks(BATCH) {
-            renew(&queue, &slots, renewals, config.lease).await;
+            renew(&queue, &slots, renewals, &config).await;
         }
         slots.each(|_, slot| {
             if !slot.lease.is_held() {
@@ -44,9 +44,11 @@ fn renewals(slots: &Slots) -> Vec<Renewal> {
     renewals
 }
 
-async fn renew<Q: Queue>(queue: &Q, slots: &Slots, renewals: &[Renewal], lease: Duration) {
-    let lease_end = BootTime::now().after(lease);
-    let renewed = match tokio::time::timeout(lease, queue.renew(renewals.to_vec(), lease)).await {
+async fn renew<Q: Queue>(queue: &Q, slots: &Slots, renewals: &[Renewal], config: &Config) {
+    let lease_end = BootTime::now().after(config.lease);
+    // Not longer: the next try, on another connection, may still come in time.
+    let renewing = queue.renew(renewals.to_vec(), config.lease);
+    let renewed = match tokio::time::timeout(config.renew_every, renewing).await {
         Ok(Ok(renewed)) => renewed,
         Ok(Err(error)) => return warn!(error = error.in_one_line(), "leases could not be renewed"),
         Err(_elapsed) => return warn!("leases could not be renewed in time"),

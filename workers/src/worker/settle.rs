@@ -72,6 +72,12 @@ async fn settle<Q: Queue>(queue: &Q, mut batch: Vec<Waiting>) {
                 }
                 return;
             }
+            Err(error) if !error.is_passing() && batch.len() > 1 => {
+                // One of them cannot be written: the others must not wait for it.
+                let rest = batch.split_off(batch.len() / 2);
+                Box::pin(settle(queue, batch)).await;
+                return Box::pin(settle(queue, rest)).await;
+            }
             Err(error) => error.in_one_line(),
         };
         let (held, lost): (Vec<_>, Vec<_>) = batch.into_iter().partition(|waiting| waiting.lease.is_held());

@@ -3,6 +3,7 @@
 //! Every change of a batch carries the epoch of the job's claim: one that comes from an earlier claim changes
 //! nothing, and so an outcome is counted once, however often the message was sent.
 
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
@@ -30,6 +31,8 @@ pub(crate) struct Batch {
     pub(crate) low_id: i64,
     /// and those of these.
     pub(crate) above: Vec<i64>,
+    /// The member that was sent to alone, after crashes.
+    pub(crate) trying: Option<i64>,
     pub(crate) site: i64,
     pub(crate) audience: Audience,
     pub(crate) payload: Vec<u8>,
@@ -139,6 +142,12 @@ impl Store {
         let members: Vec<Member> =
             self.sql.query(sql, parameters).await?.iter().map(member).collect::<Result<_>>()?;
         Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
+    }
+
+    /// Notes that a member is about to be sent to, alone: should the process crash, it was with that one.
+    pub(crate) async fn note_trying(&self, batch: Uuid, epoch: i64, member: i64) -> Result<()> {
+        let sql = "UPDATE batches SET trying = ? WHERE id = ? AND epoch = ?";
+        self.sql.execute(sql, values![member, batch, epoch]).await.map(drop)
     }
 
     /// Records what a batch has done.
@@ -296,6 +305,7 @@ fn read(row: &Row) -> Result<Batch> {
         estimate: row.get("estimate")?,
         low_id: row.get("low_id")?,
         above: serde_json::from_str(&above).unwrap_or_default(),
+        trying: row.get("trying")?,
         site: row.get("site")?,
         audience: audience(row)?,
         payload: row.get("payload")?,
@@ -364,10 +374,13 @@ async fn record<T: Tx>(
     for (outcome, count) in &checkpoint.outcomes {
         add_outcome(tx, notification, outcome.as_str(), *count).await?;
     }
-    for (id, endpoint) in &checkpoint.ended {
+    // In the order of their ids, as everybody deletes them: two checkpoints never wait for each other.
+    let ended: BTreeMap<i64, &String> =
+        checkpoint.ended.iter().map(|(id, endpoint)| (*id, endpoint)).collect();
+    for (id, endpoint) in ended {
         // Not if the browser has subscribed anew meanwhile and kept the row.
         let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
-        tx.execute(sql, &values![site, *id, endpoint_hash(endpoint)]).await?;
+        tx.execute(sql, &values![site, id, endpoint_hash(endpoint)]).await?;
     }
     for deferred in &checkpoint.deferred {
         insert_deferred(tx, jobs, notification, deferred).await?;

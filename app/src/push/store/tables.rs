@@ -83,7 +83,8 @@ pub(crate) const SQLITE: &[&str] = &[r#"
         attempt      INTEGER NOT NULL DEFAULT 0,
         epoch        INTEGER NOT NULL DEFAULT 0,
         low_id       INTEGER NOT NULL,         -- the outcomes of members up to it are recorded,
-        above        TEXT NOT NULL DEFAULT '[]'    -- and of those in this JSON list
+        above        TEXT NOT NULL DEFAULT '[]',   -- and of those in this JSON list
+        trying       INTEGER                   -- the member that is sent to alone, after crashes
     ) WITHOUT ROWID;
     CREATE INDEX batches_notification ON batches (notification, ids IS NULL);
 
@@ -181,7 +182,8 @@ pub(crate) const POSTGRES: &[&str] = &[r#"
         attempt      bigint NOT NULL DEFAULT 0,
         epoch        bigint NOT NULL DEFAULT 0,
         low_id       bigint NOT NULL,
-        above        text NOT NULL DEFAULT '[]'
+        above        text NOT NULL DEFAULT '[]',
+        trying       bigint
     );
     CREATE INDEX batches_notification ON batches (notification, (ids IS NULL));
 

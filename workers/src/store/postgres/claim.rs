@@ -83,6 +83,10 @@ pub(super) async fn claim(postgres: &Postgres, cursors: &Cursors, claim: Claim) 
     let is_from_head = cursor.head_at <= Instant::now() || cursor.last.is_empty();
     let rows = if is_from_head {
         let began = Instant::now();
+        // If it takes so long that it is ended, the next ones do without.
+        if !cursor.last.is_empty() {
+            cursors.change(&claim.queue, |cursor| cursor.head_at = began + AT_LEAST);
+        }
         let rows = from_head(&connection, &claim).await?;
         let took = began.elapsed();
         // A claim of many rows takes a while because of them.
@@ -209,8 +213,10 @@ pub(super) async fn lapsed(
 ) -> Result<Lapsed> {
     let connection = postgres.get().await?;
     let mend = "UPDATE jobs SET run_at = run_at - (scheduled_at - now()), scheduled_at = now()
-                WHERE state = 'scheduled' AND scheduled_at > now() + interval '1 second'";
-    connection.execute(mend, &[]).await?;
+                WHERE id = ANY (ARRAY(
+                    SELECT id FROM jobs WHERE state = 'scheduled' AND scheduled_at > now() + interval '1 second'
+                    LIMIT $1 FOR UPDATE SKIP LOCKED))";
+    connection.execute(mend, &[(&PROMOTED, Type::INT8)]).await?;
     let sql = format!(
         "UPDATE jobs SET epoch = epoch + 1, worker = $2, lease_until = now() + make_interval(secs => $3)
          WHERE id = ANY (ARRAY(

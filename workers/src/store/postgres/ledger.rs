@@ -71,7 +71,7 @@ impl Ledger for PostgresQueue {
              )
              INSERT INTO jobs (id, kind, queue, priority, payload, epoch, errors, checkpoint, trace, created_at)
              SELECT id, kind, queue, priority, payload, epoch, errors, checkpoint, trace, created_at FROM gone
-             RETURNING queue"
+             ON CONFLICT (id) DO NOTHING RETURNING queue"
         );
         let rows = self.of_ended(&sql, &filter).await?;
         let queues: Vec<&str> = rows.iter().map(|row| row.get(0)).collect();
@@ -102,6 +102,7 @@ impl Ledger for PostgresQueue {
                                         checkpoint, trace, reason, created_at)
                 SELECT id, kind, queue, priority, 'cancelled', payload, epoch, failures, recoveries, errors,
                        checkpoint, trace, $2, created_at FROM gone
+                ON CONFLICT (id) DO UPDATE SET state = excluded.state, reason = excluded.reason, ended_at = now()
              )
              SELECT unique_key FROM gone";
         let gone = connection.query(sql, &parameters).await?;
@@ -138,7 +139,9 @@ impl Ledger for PostgresQueue {
 
     async fn prune(&self, older: Duration) -> Result<usize> {
         let connection = self.postgres.get().await?;
-        connection.execute("DELETE FROM job_keys WHERE until <= now()", &[]).await?;
+        let keys = "DELETE FROM job_keys WHERE key = ANY (ARRAY(
+                        SELECT key FROM job_keys WHERE until <= now() LIMIT $1 FOR UPDATE SKIP LOCKED))";
+        connection.execute(keys, &[(&STEP_ROWS, Type::INT8)]).await?;
         let sql = "DELETE FROM ended_jobs WHERE id = ANY (ARRAY(
                        SELECT id FROM ended_jobs WHERE ended_at <= now() - make_interval(secs => $1)
                        LIMIT $2 FOR UPDATE SKIP LOCKED))";

@@ -65,7 +65,7 @@ impl Ledger for SqliteQueue {
                 "INSERT INTO jobs (id, kind, queue, priority, payload, run_at, epoch, errors, checkpoint, trace,
                                    created_at)
                  SELECT id, kind, queue, priority, payload, :now, epoch, errors, checkpoint, trace, created_at
-                 FROM ended_jobs WHERE id = :id RETURNING queue",
+                 FROM ended_jobs WHERE id = :id ON CONFLICT (id) DO UPDATE SET id = id RETURNING queue",
             )?;
             let mut queues = Vec::with_capacity(found.len());
             for id in &found {
@@ -99,11 +99,11 @@ impl Ledger for SqliteQueue {
             }
             let moved = tx
                 .prepare_cached(
-                    "INSERT INTO ended_jobs (id, kind, queue, priority, state, payload, epoch, failures, recoveries,
+                    "INSERT OR REPLACE INTO ended_jobs (id, kind, queue, priority, state, payload, epoch, failures, recoveries,
                                              errors, checkpoint, trace, reason, created_at, ended_at)
                      SELECT id, kind, queue, priority, 'cancelled', payload, epoch, failures, recoveries,
                             errors, checkpoint, trace, ?2, created_at, ?3
-                     FROM jobs WHERE id = ?1 ON CONFLICT (id) DO NOTHING",
+                     FROM jobs WHERE id = ?1",
                 )?
                 .execute((id.as_bytes(), &reason, now_ms()))?;
             if moved == 0 {
