@@ -298,13 +298,47 @@ async fn rows_that_could_not_be_read_again_are_refused() {
     }
 }
 
-/// A server whose memory is full takes no more jobs, and lets go of those that it has.
+/// What the outbox is for: jobs that Redis has lost come again, and under epochs that are not used up.
 #[tokio::test]
-async fn a_full_redis_can_be_drained() {
-    let server = support::redis::Server::start(&[]).await;
+async fn a_redis_that_lost_everything_gets_its_jobs_again() {
+    let (double, server) = (Double::start().await, support::redis::Server::start(&[]).await);
+    let setup = crowd(&double).set(&format!("queue.url={}", server.url()));
+    let perennial = setup.start().await;
+    perennial.subscribe(&double, 2).await;
+    let paused = perennial.setup.run(&["jobs", "pause", "push-small"]).await;
+    assert!(paused.status.success(), "{}", String::from_utf8_lossy(&paused.stderr));
+    let id = perennial.notify(&json!({ "to": { "all": true }, "payload": "x" })).await;
     let redis = Redis::open(support::redis::config(&server.url())).await.unwrap();
-    let queue = RedisQueue::new(redis.clone(), "perennial");
-    let job = || NewJob {
+    eventually("it is published", || async {
+        let ready: usize = redis.query(cmd("ZCARD").arg("perennial:{push-small}:ready")).await.unwrap();
+        (ready == 1).then_some(())
+    })
+    .await;
+    // The job is gone, and so is the pause.
+    redis.query::<()>(&cmd("FLUSHALL")).await.unwrap();
+    assert_eq!(perennial.done(&id).await["outcomes"], json!({ "delivered": 2 }));
+    assert!(perennial.log().contains("published, and not in Redis: publishing again"));
+
+    let queue = RedisQueue::new(redis.clone(), "other");
+    let job = any_job();
+    let claim = || Claim {
+        queue: "tests".into(),
+        limit: 1,
+        worker: "test".to_owned(),
+        lease: Duration::from_secs(60),
+    };
+    queue.enqueue(vec![job.clone()]).await.unwrap();
+    let before = queue.claim(claim()).await.unwrap().jobs.remove(0);
+    redis.query::<()>(&cmd("FLUSHALL")).await.unwrap();
+    queue.enqueue(vec![job]).await.unwrap();
+    let after = queue.claim(claim()).await.unwrap().jobs.remove(0);
+    assert!(after.epoch > before.epoch);
+    let stale = Settlement::of(Arc::new(before), Transition::Finished);
+    assert_eq!(queue.settle(vec![stale]).await.unwrap(), [false]);
+}
+
+fn any_job() -> NewJob {
+    NewJob {
         id: Uuid::now_v7(),
         kind: "x".into(),
         queue: "tests".into(),
@@ -314,10 +348,18 @@ async fn a_full_redis_can_be_drained() {
         unique: None,
         trace: None,
         recoveries: 0,
-    };
-    queue.enqueue(vec![job(), job()]).await.unwrap();
+    }
+}
+
+/// A server whose memory is full takes no more jobs, and lets go of those that it has.
+#[tokio::test]
+async fn a_full_redis_can_be_drained() {
+    let server = support::redis::Server::start(&[]).await;
+    let redis = Redis::open(support::redis::config(&server.url())).await.unwrap();
+    let queue = RedisQueue::new(redis.clone(), "perennial");
+    queue.enqueue(vec![any_job(), any_job()]).await.unwrap();
     redis.query::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(1)).await.unwrap();
-    let refused = queue.enqueue(vec![job()]).await.unwrap_err();
+    let refused = queue.enqueue(vec![any_job()]).await.unwrap_err();
     assert!(refused.is_passing(), "{refused}");
     let lease = Duration::from_secs(60);
     let claim = Claim { queue: "tests".into(), limit: 9, worker: "test".to_owned(), lease };

@@ -1,14 +1,12 @@
 //! `perennial keys`.
 
-use std::path::Path;
-
 use anyhow::bail;
 use clap::Subcommand;
 
 use super::{block_on, load, read};
 use crate::access;
 use crate::boot;
-use crate::config::Config;
+use crate::config::{Config, Store};
 use crate::data_dir::{self, ADMIN_TOKEN, API_KEY, DataDir, VAPID_KEY};
 use crate::module::Blueprint;
 use crate::settings::Sources;
@@ -26,9 +24,9 @@ impl Keys {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
         match self {
-            Self::Show => show(&config.data_dir),
+            Self::Show => show(&config),
             Self::Generate if data_dir::is_locked(&config.data_dir) => {
-                show(&config.data_dir);
+                show(&config);
                 let missing =
                     [VAPID_KEY, API_KEY, ADMIN_TOKEN].map(|file| config.data_dir.join(file).exists());
                 if missing.contains(&false) {
@@ -57,15 +55,20 @@ async fn generate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> 
     for (label, value) in shown {
         println!("{label:<18}{value}");
     }
-    show(&config.data_dir);
+    show(config);
     Ok(())
 }
 
 /// Never the secrets themselves.
-fn show(data_dir: &Path) {
+fn show(config: &Config) {
+    let is_shared = matches!(config.store, Store::Postgres(_));
     for (label, name) in [("VAPID key pair", VAPID_KEY), ("API key", API_KEY), ("admin token", ADMIN_TOKEN)] {
-        let file = data_dir.join(name);
-        let place = if file.exists() { "" } else { "none yet: " };
+        let file = config.data_dir.join(name);
+        let place = match (file.exists(), is_shared && name == VAPID_KEY) {
+            (true, _) => "",
+            (false, true) => "in the store, unless there is ",
+            (false, false) => "none yet: ",
+        };
         println!("{label:<18}{place}{}", file.display());
     }
     println!("Keep a copy of {VAPID_KEY}: every subscription is bound to it, and losing it loses them all.");
