@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
 use perennial_server::pool::redis::Redis;
@@ -126,7 +126,9 @@ async fn everything_works_with_jobs_in_redis_beside_the_embedded_store() {
         (count.unwrap() == 0).then_some(())
     })
     .await;
+    let asked = Instant::now();
     assert_eq!(perennial.stop().await, Some(0));
+    assert!(asked.elapsed() < Duration::from_secs(10), "nothing runs any more that would be waited for");
 }
 
 #[tokio::test]

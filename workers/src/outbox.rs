@@ -135,7 +135,7 @@ impl Outbox {
         self.wake.notify_one();
     }
 
-    /// Passes on what is in it, until the drain has ended.
+    /// Passes on what is in it, until no more is taken.
     ///
     /// # Errors
     /// When the store or Redis fails; to be run again.
@@ -151,7 +151,8 @@ impl Outbox {
             tokio::select! {
                 () = self.wake.notified() => {}
                 () = tokio::time::sleep(POLL) => {}
-                () = drain.hard() => return Ok(()),
+                // What jobs that still run put there is for another process, or the next one.
+                () = drain.soft() => return Ok(()),
             }
         }
     }
