@@ -79,8 +79,8 @@ impl Chaos {
     /// Adds jobs, however long that takes while the store is away.
     async fn enqueue(&mut self, count: u32) {
         let jobs = |numbers: std::ops::Range<u32>| -> Vec<NewJob> { numbers.map(job).collect() };
-        for from in (self.enqueued..self.enqueued + count).step_by(50) {
-            let some = jobs(from..(from + 50).min(self.enqueued + count));
+        for from in (self.enqueued..self.enqueued + count).step_by(250) {
+            let some = jobs(from..(from + 250).min(self.enqueued + count));
             let began = Instant::now();
             while let Err(error) = self.queue.enqueue(some.clone()).await {
                 assert!(began.elapsed() < Duration::from_secs(60), "{error}");
@@ -195,6 +195,10 @@ fn runs(log: &std::path::Path) -> BTreeMap<u32, Vec<Run>> {
     for runs in runs.values() {
         let epochs: BTreeSet<i64> = runs.iter().map(|run| run.epoch).collect();
         assert_eq!(epochs.len(), runs.len(), "no epoch twice: {runs:?}");
+        for pair in runs.windows(2) {
+            let late = pair[0].ended.is_some_and(|ended| ended > pair[1].began);
+            assert!(!late, "who has lost the lease does nothing any more: {runs:?}");
+        }
     }
     runs
 }
@@ -247,6 +251,29 @@ async fn killed_on_redis() {
     let server = redis::Server::durable().await;
     let mut chaos = Chaos::new(server.url(), 2).await;
     kills(&mut chaos, "redis, kill -9").await;
+}
+
+/// A process that sleeps for longer than its leases finds them lapsed before it does anything else.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_worker_is_stopped_for_longer_than_its_leases() {
+    let (postgres, redis) = (postgres::Server::start(&[]).await, redis::Server::durable().await);
+    for (store, what) in [(postgres.create().await, "postgres"), (redis.url(), "redis")] {
+        let mut chaos = Chaos::new(store, 2).await;
+        for _ in 0..if full() { 5 } else { 1 } {
+            chaos.enqueue(3000).await;
+            support::eventually("both have their hands full", || async {
+                let depth = chaos.queue.measure("chaos".into()).await.unwrap();
+                (depth.running > 40).then_some(())
+            })
+            .await;
+            chaos.broke();
+            let pid = Pid::from_raw(chaos.mills[0].id().unwrap().try_into().unwrap());
+            nix::sys::signal::kill(pid, Signal::SIGSTOP).unwrap();
+            tokio::time::sleep(LEASE * 2).await;
+            nix::sys::signal::kill(pid, Signal::SIGCONT).unwrap();
+        }
+        chaos.settle(&format!("{what}, a worker stopped")).await;
+    }
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -47,6 +47,8 @@ impl Job for Grind {
         };
         note('S')?;
         tokio::time::sleep(Duration::from_micros(fastrand::u64(0..50_000))).await;
+        // Not if somebody else may have it by now.
+        context.check()?;
         note('E')?;
         Ok(Fate::Done)
     }
