@@ -256,8 +256,7 @@ async fn read_keys(store: &Store) -> sql::Result<HashMap<Hash, Caller>> {
 /// # Errors
 /// When the store cannot be read.
 pub async fn has_keys(store: &Store) -> sql::Result<bool> {
-    let row = store.first("SELECT EXISTS (SELECT 1 FROM api_keys)", values![]).await?;
-    row.map_or(Ok(false), |row| row.first())
+    store.value("SELECT EXISTS (SELECT 1 FROM api_keys)", values![]).await
 }
 
 /// Stores the hash of a key with every scope of the default site.
@@ -279,8 +278,9 @@ pub async fn shared_secret(store: &Store, name: &str) -> sql::Result<Option<Secr
     if store.dialect() == Dialect::Sqlite {
         return Ok(None);
     }
-    let row = store.first("SELECT value FROM secrets WHERE name = ?", values![name]).await?;
-    Ok(row.map(|row| row.first::<String>()).transpose()?.map(SecretString::from))
+    let secret: Option<String> =
+        store.value("SELECT value FROM secrets WHERE name = ?", values![name]).await?;
+    Ok(secret.map(SecretString::from))
 }
 
 /// Keeps a secret that all replicas need, unless there is one, and returns the one that is kept.

@@ -5,6 +5,11 @@ pub mod redis;
 pub mod sql;
 pub mod sqlite;
 
+use std::time::Duration;
+
+use deadpool::Runtime;
+use deadpool::managed::{BuildError, Manager, Object, Pool, PoolBuilder};
+
 /// The tables of one part of the program, in the steps in which they came to be.
 #[derive(Clone, Copy, Debug)]
 pub struct Migrations {
@@ -12,4 +17,44 @@ pub struct Migrations {
     pub module: &'static str,
     /// SQL, the oldest first. A step that was ever released is never changed.
     pub steps: &'static [&'static str],
+}
+
+/// The store was written by a newer version of the program.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("the store is newer than this program: {module} is at version {found}, known here are {known}")]
+pub struct Newer {
+    /// Whose migrations.
+    pub module: &'static str,
+    /// The version in the store.
+    pub found: usize,
+    /// The newest version that this program knows.
+    pub known: usize,
+}
+
+impl Migrations {
+    /// The steps that a store at version `found` has not seen, each with the version that it makes.
+    fn missing(self, found: usize) -> Result<impl Iterator<Item = (i64, &'static str)>, Newer> {
+        let Self { module, steps } = self;
+        if found > steps.len() {
+            return Err(Newer { module, found, known: steps.len() });
+        }
+        Ok((1..).zip(steps.iter().copied()).skip(found))
+    }
+}
+
+/// A pool of up to `size` connections in which every wait has its end: for a free one, and for a new one or a sign
+/// of life of an old one.
+fn bounded<M: Manager, W: From<Object<M>>>(
+    builder: PoolBuilder<M, W>,
+    size: usize,
+    wait: Duration,
+    connect_timeout: Duration,
+) -> Result<Pool<M, W>, BuildError> {
+    builder
+        .max_size(size)
+        .wait_timeout(Some(wait))
+        .create_timeout(Some(connect_timeout))
+        .recycle_timeout(Some(connect_timeout))
+        .runtime(Runtime::Tokio1)
+        .build()
 }

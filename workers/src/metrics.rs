@@ -2,7 +2,9 @@
 
 use std::time::Duration;
 
-use metrics::{Gauge, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram};
+use metrics::{
+    Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
+};
 
 use crate::queue::Depth;
 
@@ -95,8 +97,9 @@ pub(crate) fn ended(kind: &'static str, outcome: Outcome, took: Duration) {
     histogram!(JOB_DURATION, "kind" => kind).record(took);
 }
 
-pub(crate) fn waited(queue: &str, wait: Duration) {
-    histogram!(JOB_WAIT, "queue" => queue.to_owned()).record(wait);
+/// How long jobs of a queue waited.
+pub(crate) fn waits(queue: &str) -> Histogram {
+    histogram!(JOB_WAIT, "queue" => queue.to_owned())
 }
 
 pub(crate) fn depth(queue: &str, depth: Depth) {

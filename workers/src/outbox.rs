@@ -20,7 +20,7 @@ use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
 use perennial_server::drain::Drain;
 use perennial_server::pool::sql::{self, Dialect, Row, Store, Tables, Tx};
-use perennial_server::values;
+use perennial_server::{transact, values};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{info, warn};
@@ -30,6 +30,7 @@ use crate::job::{Unique, UniqueUntil};
 use crate::metrics;
 use crate::queue::{Due, NewJob, Queue, Result};
 use crate::store::redis::{Found, RedisQueue};
+use crate::store::{json, millis, now_ms};
 
 /// The table.
 pub const TABLES: Tables = Tables {
@@ -222,10 +223,7 @@ impl Outbox {
 
     /// These are to be published again.
     async fn unmark(&self, ids: &[Uuid]) -> Result<()> {
-        for id in ids {
-            let sql = "UPDATE outbox SET published_at = NULL WHERE id = ?";
-            self.store.execute(sql, values![*id]).await?;
-        }
+        self.on("UPDATE outbox SET published_at = NULL", ids).await?;
         self.wake();
         Ok(())
     }
@@ -237,7 +235,7 @@ impl Outbox {
             return;
         }
         for failures in 1..=ATTEMPTS {
-            match self.delete(&ids).await {
+            match self.on("DELETE FROM outbox", &ids).await {
                 Ok(()) => return,
                 Err(error) if failures == ATTEMPTS => {
                     warn!(jobs = ids.len(), error = %error, "entries stay in the outbox: their jobs may run again");
@@ -250,22 +248,16 @@ impl Outbox {
         }
     }
 
-    async fn delete(&self, ids: &[Uuid]) -> sql::Result<()> {
-        let list = serde_json::to_string(&ids.iter().map(|id| id.simple().to_string()).collect::<Vec<_>>());
-        let list = list.unwrap_or_default();
-        let sql = match self.store.dialect() {
-            Dialect::Sqlite => "DELETE FROM outbox WHERE id IN (SELECT unhex(value) FROM json_each(?))",
-            Dialect::Postgres => {
-                "DELETE FROM outbox
-                 WHERE id = ANY (ARRAY(SELECT decode(json_array_elements_text(?::json), 'hex')))"
-            }
-        };
-        self.store.execute(sql, values![list]).await.map(drop)
+    /// Runs a statement on these entries.
+    async fn on(&self, statement: &str, ids: &[Uuid]) -> sql::Result<()> {
+        let list = json(&ids.iter().map(|id| id.simple().to_string()).collect::<Vec<_>>());
+        let these = self.store.dialect().is_among("id", "?");
+        self.store.execute(format!("{statement} WHERE {these}"), values![list]).await.map(drop)
     }
 
     /// A statement that changes something and returns rows.
     async fn change(&self, sql: String, parameters: Vec<sql::Value>) -> sql::Result<Vec<Row>> {
-        perennial_server::transact!(&self.store, tx => tx.query(&sql, &parameters))
+        transact!(&self.store, tx => tx.query(&sql, &parameters))
     }
 }
 
@@ -294,12 +286,4 @@ fn read(row: &Row) -> sql::Result<NewJob> {
         trace: row.get("trace")?,
         recoveries: row.get("recoveries")?,
     })
-}
-
-fn now_ms() -> i64 {
-    Timestamp::now().as_millisecond()
-}
-
-fn millis(wait: Duration) -> i64 {
-    crate::store::later(0, wait)
 }

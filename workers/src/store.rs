@@ -8,6 +8,7 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
+use jiff::Timestamp;
 use perennial_server::drain::Drain;
 use perennial_server::pool::sql;
 use serde::Serialize;
@@ -136,7 +137,7 @@ impl Ledger for Store {
 }
 
 /// JSON for a column. What is written here cannot fail to be JSON.
-fn json(value: &impl Serialize) -> String {
+pub(crate) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
@@ -150,8 +151,23 @@ fn from_json(payload: String) -> Option<Box<RawValue>> {
     RawValue::from_string(payload).ok()
 }
 
+/// The time now by this machine's clock, in milliseconds since 1970.
+pub(crate) fn now_ms() -> i64 {
+    Timestamp::now().as_millisecond()
+}
+
+/// A time in milliseconds since 1970.
+fn timestamp(ms: i64) -> Timestamp {
+    Timestamp::from_millisecond(ms).unwrap_or_default()
+}
+
+/// A wait in milliseconds.
+pub(crate) fn millis(wait: Duration) -> i64 {
+    later(0, wait)
+}
+
 /// In milliseconds, and never beyond what a timestamp can be.
-pub(crate) fn later(now: i64, wait: Duration) -> i64 {
+fn later(now: i64, wait: Duration) -> i64 {
     const END: i64 = 253_402_300_799_000;
     now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)).min(END)
 }

@@ -20,6 +20,7 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use ::metrics::Histogram;
 use perennial_server::drain::{Drain, Phase};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -67,6 +68,8 @@ pub struct Worker<Q> {
 struct Lane {
     lane: registry::Lane,
     pace: Option<Pace>,
+    /// How long its jobs waited.
+    waits: Histogram,
     /// When to look for jobs next.
     look_at: Instant,
     /// More waited than there was room for.
@@ -76,7 +79,8 @@ struct Lane {
 impl Lane {
     fn new(lane: registry::Lane) -> Self {
         let pace = lane.rate.map(Pace::new);
-        Self { lane, pace, look_at: Instant::now(), is_backed_up: false }
+        let waits = metrics::waits(&lane.name);
+        Self { lane, pace, waits, look_at: Instant::now(), is_backed_up: false }
     }
 }
 
@@ -140,8 +144,7 @@ impl<Q: Queue> Worker<Q> {
     /// each of them, since a claim costs the same for one job and for a hundred.
     fn refill(&self, lanes: &mut [Lane]) {
         for lane in lanes.iter_mut().filter(|lane| lane.is_backed_up) {
-            let free = lane.lane.slots.saturating_sub(self.slots.of_queue(&lane.lane.name));
-            if free * 4 >= lane.lane.slots {
+            if self.free(lane) * 4 >= lane.lane.slots {
                 lane.look_at = Instant::now();
             }
         }
@@ -157,8 +160,7 @@ impl<Q: Queue> Worker<Q> {
         let poll = self.config.poll.mul_f64(0.75 + 0.5 * fastrand::f64());
         lane.look_at = now + poll;
         lane.is_backed_up = false;
-        let free = lane.lane.slots.saturating_sub(self.slots.of_queue(&lane.lane.name));
-        let limit = free.min(self.affordable());
+        let limit = self.free(lane).min(self.affordable());
         let limit = match &lane.pace {
             Some(pace) => match pace.available(now) {
                 Ok(may) => limit.min(may),
@@ -190,9 +192,14 @@ impl<Q: Queue> Worker<Q> {
         lane.is_backed_up = claims.jobs.len() == limit;
         lane.look_at = now + claims.next_in.unwrap_or(poll).min(poll);
         for claimed in claims.jobs {
-            metrics::waited(&lane.lane.name, claimed.waited);
+            lane.waits.record(claimed.waited);
             execute::start(self, settler, jobs, claimed, Lease::until(lease_end));
         }
+    }
+
+    /// How many more jobs of a queue may be in hand.
+    fn free(&self, lane: &Lane) -> usize {
+        lane.lane.slots.saturating_sub(self.slots.of_queue(&lane.lane.name))
     }
 
     /// How many more payloads may be in hand, were they as long as they can be.

@@ -48,24 +48,19 @@ impl Store {
                       ON CONFLICT DO NOTHING";
         self.sql.execute(insert, values![site, public_key, now_ms()]).await?;
         let select = "SELECT id FROM vapid_keys WHERE site = ? AND public_key = ?";
-        one(self.sql.first(select, values![site, public_key]).await?)
+        self.sql.value(select, values![site, public_key]).await
     }
 
     /// How many subscriptions were made with other keys than this one.
     pub(crate) async fn made_with_other_keys(&self, vapid_key: i64) -> Result<u64> {
         let sql = "SELECT count(*) FROM subscriptions WHERE vapid_key <> ?";
-        one(self.sql.first(sql, values![vapid_key]).await?)
+        self.sql.value(sql, values![vapid_key]).await
     }
 }
 
 /// Whether there is any subscription at all.
 pub(crate) async fn has_subscriptions(store: &sql::Store) -> Result<bool> {
-    one(store.first("SELECT EXISTS (SELECT 1 FROM subscriptions)", values![]).await?)
-}
-
-/// The one value of the one row that a statement returns.
-fn one<T: sql::FromValue + Default>(row: Option<sql::Row>) -> Result<T> {
-    row.map_or_else(|| Ok(T::default()), |row| row.first())
+    store.value("SELECT EXISTS (SELECT 1 FROM subscriptions)", values![]).await
 }
 
 fn now_ms() -> i64 {

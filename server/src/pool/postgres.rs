@@ -24,7 +24,7 @@ use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, NoTls, Row};
 use tracing::{info, warn};
 
-use super::Migrations;
+use super::{Migrations, Newer, bounded};
 
 /// How much longer than the server's own limit an answer is waited for.
 const GRACE: Duration = Duration::from_secs(1);
@@ -74,15 +74,8 @@ pub enum Error {
     #[error("postgres")]
     Sql(#[from] tokio_postgres::Error),
     /// The store was written by a newer version of the program.
-    #[error("the store is newer than this program: {module} is at version {found}, known here are {known}")]
-    Newer {
-        /// Whose migrations.
-        module: &'static str,
-        /// The version in the store.
-        found: usize,
-        /// The newest version that this program knows.
-        known: usize,
-    },
+    #[error(transparent)]
+    Newer(#[from] Newer),
 }
 
 impl Error {
@@ -100,7 +93,7 @@ impl Error {
                 None => true,
                 Some(code) => is_passing(code),
             },
-            Self::Url | Self::Newer { .. } => false,
+            Self::Url | Self::Newer(_) => false,
         }
     }
 }
@@ -159,14 +152,8 @@ impl Postgres {
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_config(wanted.clone(), NoTls, recycling);
-        let pool = Pool::builder(manager)
-            .max_size(config.size)
-            .wait_timeout(Some(config.wait))
-            .create_timeout(Some(config.connect_timeout))
-            .recycle_timeout(Some(config.connect_timeout))
-            .runtime(deadpool_postgres::Runtime::Tokio1)
-            .build()
-            .map_err(|error| Error::Away(error.into()))?;
+        let pool = bounded(Pool::builder(manager), config.size, config.wait, config.connect_timeout);
+        let pool = pool.map_err(|error| Error::Away(error.into()))?;
         let postgres = Self(Arc::new(Shared { pool, dedicated: wanted, config }));
         postgres.check().await?;
         Ok(postgres)
@@ -252,15 +239,13 @@ impl Postgres {
                  )",
             )
             .await?;
-        for Migrations { module, steps } in all {
+        for migrations in all {
+            let module = &migrations.module;
             let sql = "SELECT coalesce(max(version), 0) FROM migrations WHERE module = $1";
             let found = transaction.query(sql, &[(module, Type::TEXT)]).await?;
             let found = found.first().map_or(0, |row| row.get::<_, i64>(0));
             let found = usize::try_from(found).unwrap_or_default();
-            if found > steps.len() {
-                return Err(Error::Newer { module, found, known: steps.len() });
-            }
-            for (version, step) in (1_i64..).zip(steps.iter()).skip(found) {
+            for (version, step) in migrations.missing(found)? {
                 transaction.batch(step).await?;
                 let sql = "INSERT INTO migrations (module, version) VALUES ($1, $2)";
                 transaction.query(sql, &[(module, Type::TEXT), (&version, Type::INT8)]).await?;

@@ -10,9 +10,11 @@ use std::time::Duration;
 use ::redis::aio::PubSub;
 use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
 use ::redis::{IntoConnectionInfo, ServerErrorKind};
-use deadpool_redis::{Connection, Manager, Pool, PoolError, Runtime, TimeoutType};
+use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
+
+use super::bounded;
 
 pub use ::redis as client;
 
@@ -106,14 +108,8 @@ impl Redis {
             // The library's own is half a second, and one slow answer would end a connection.
             .set_response_timeout(Some(config.response_timeout));
         let manager = Manager::new_with_config(url.clone(), connection)?;
-        let pool = Pool::builder(manager)
-            .max_size(config.size)
-            .wait_timeout(Some(config.wait))
-            .create_timeout(Some(config.connect_timeout))
-            .recycle_timeout(Some(config.connect_timeout))
-            .runtime(Runtime::Tokio1)
-            .build()
-            .map_err(|error| Error::Away(error.into()))?;
+        let pool = bounded(Pool::builder(manager), config.size, config.wait, config.connect_timeout);
+        let pool = pool.map_err(|error| Error::Away(error.into()))?;
         let redis = Self(Arc::new(Shared { pool, client: Client::open(url)?, config }));
         redis.check().await?;
         Ok(redis)

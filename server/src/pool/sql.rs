@@ -9,6 +9,7 @@
 
 use std::borrow::Cow;
 use std::future::Future;
+use std::sync::Arc;
 
 use rusqlite::params_from_iter;
 use rusqlite::types::{ToSqlOutput, ValueRef};
@@ -103,6 +104,19 @@ impl Dialect {
         match self {
             Self::Sqlite => format!("SELECT value FROM json_each({list})"),
             Self::Postgres => format!("SELECT json_array_elements_text({list}::json)"),
+        }
+    }
+
+    /// Whether a column's bytes are among those in a JSON list of hexadecimal texts, as a condition that an index on
+    /// the column serves.
+    pub fn is_among(self, column: &str, list: &str) -> String {
+        match self {
+            Self::Sqlite => format!("{column} IN (SELECT unhex(value) FROM json_each({list}))"),
+            Self::Postgres => {
+                format!(
+                    "{column} = ANY (ARRAY(SELECT decode(json_array_elements_text({list}::json), 'hex')))"
+                )
+            }
         }
     }
 
@@ -278,7 +292,9 @@ impl<T: FromValue> FromValue for Option<T> {
 /// A row that a statement returned.
 #[derive(Clone, Debug)]
 pub struct Row {
-    columns: Vec<(String, Value)>,
+    /// Those of the columns, once for all rows.
+    names: Arc<[String]>,
+    values: Vec<Value>,
 }
 
 impl Row {
@@ -287,8 +303,8 @@ impl Row {
     /// # Errors
     /// When there is no such column, or its value is of another kind.
     pub fn get<T: FromValue>(&self, column: &str) -> Result<T> {
-        let found = self.columns.iter().find(|(name, _)| name == column);
-        let value = found.and_then(|(_, value)| T::from_value(value));
+        let index = self.names.iter().position(|name| name == column);
+        let value = index.and_then(|index| T::from_value(self.values.get(index)?));
         value.ok_or_else(|| rusqlite::Error::InvalidColumnName(column.to_owned()).into())
     }
 
@@ -297,7 +313,7 @@ impl Row {
     /// # Errors
     /// When it is of another kind.
     pub fn first<T: FromValue>(&self) -> Result<T> {
-        let value = self.columns.first().and_then(|(_, value)| T::from_value(value));
+        let value = self.values.first().and_then(T::from_value);
         value.ok_or_else(|| rusqlite::Error::InvalidColumnIndex(0).into())
     }
 }
@@ -394,7 +410,7 @@ impl Tx for Transaction<'_> {
 
 fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
     let mut statement = connection.prepare_cached(sql)?;
-    let names: Vec<String> = statement.column_names().map(str::to_owned).collect();
+    let names: Arc<[String]> = statement.column_names().map(str::to_owned).collect();
     let rows = statement.query_map(params_from_iter(parameters), |row| {
         let value = |index| -> rusqlite::Result<Value> {
             Ok(match row.get_ref(index)? {
@@ -406,8 +422,8 @@ fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Res
                 ValueRef::Blob(value) => Value::Blob(Some(value.to_vec())),
             })
         };
-        let columns = names.iter().enumerate().map(|(index, name)| Ok((name.clone(), value(index)?)));
-        Ok(Row { columns: columns.collect::<rusqlite::Result<_>>()? })
+        let values = (0..names.len()).map(value).collect::<rusqlite::Result<_>>()?;
+        Ok(Row { names: Arc::clone(&names), values })
     })?;
     Ok(rows.collect::<rusqlite::Result<_>>()?)
 }
@@ -415,10 +431,14 @@ fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Res
 async fn query_postgres<S: Session>(session: &S, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
     let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
     let rows = session.query(&Dialect::Postgres.statement(sql), &parameters).await?;
-    rows.iter().map(read_postgres).collect()
+    let Some(row) = rows.first() else { return Ok(Vec::new()) };
+    let names: Arc<[String]> = row.columns().iter().map(|column| column.name().to_owned()).collect();
+    let read = |row| Ok(Row { names: Arc::clone(&names), values: read_postgres(row)? });
+    let rows: std::result::Result<_, tokio_postgres::Error> = rows.iter().map(read).collect();
+    Ok(rows.map_err(postgres::Error::from)?)
 }
 
-fn read_postgres(row: &tokio_postgres::Row) -> Result<Row> {
+fn read_postgres(row: &tokio_postgres::Row) -> std::result::Result<Vec<Value>, tokio_postgres::Error> {
     let value = |index: usize, kind: &Type| -> std::result::Result<Value, tokio_postgres::Error> {
         Ok(match *kind {
             Type::BOOL => Value::Bool(row.try_get(index)?),
@@ -428,11 +448,7 @@ fn read_postgres(row: &tokio_postgres::Row) -> Result<Row> {
             _ => Value::Text(row.try_get(index)?),
         })
     };
-    let columns = row.columns().iter().enumerate();
-    let columns =
-        columns.map(|(index, column)| Ok((column.name().to_owned(), value(index, column.type_())?)));
-    let columns = columns.collect::<std::result::Result<_, tokio_postgres::Error>>();
-    Ok(Row { columns: columns.map_err(postgres::Error::from)? })
+    row.columns().iter().enumerate().map(|(index, column)| value(index, column.type_())).collect()
 }
 
 impl Store {
@@ -475,6 +491,18 @@ impl Store {
         parameters: impl Into<Vec<Value>>,
     ) -> Result<Option<Row>> {
         Ok(self.query(sql, parameters).await?.into_iter().next())
+    }
+
+    /// The same for the one value of one row; the default if there is none.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn value<T: FromValue + Default>(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<T> {
+        self.first(sql, parameters).await?.map_or_else(|| Ok(T::default()), |row| row.first())
     }
 
     /// Runs a statement by itself, and returns how many rows it is about.

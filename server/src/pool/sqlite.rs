@@ -22,7 +22,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tracing::info;
 
-use super::Migrations;
+use super::{Migrations, Newer, bounded};
 use crate::metrics;
 use crate::tasks::panic_message;
 
@@ -85,15 +85,8 @@ pub enum Error {
     #[error("the store is closed")]
     Closed,
     /// The store was written by a newer version of the program.
-    #[error("the store is newer than this program: {module} is at version {found}, known here are {known}")]
-    Newer {
-        /// Whose migrations.
-        module: &'static str,
-        /// The version in the store.
-        found: usize,
-        /// The newest version that this program knows.
-        known: usize,
-    },
+    #[error(transparent)]
+    Newer(#[from] Newer),
 }
 
 impl Error {
@@ -144,14 +137,9 @@ impl Sqlite {
             .name("sqlite-writer".to_owned())
             .spawn(move || write_loop(connection, receiver))
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
-        let readers = managed::Pool::builder(Readers { path: config.path.clone() })
-            .max_size(config.readers)
-            .wait_timeout(Some(config.wait))
-            .create_timeout(Some(config.wait))
-            .recycle_timeout(Some(config.wait))
-            .runtime(deadpool::Runtime::Tokio1)
-            .build()
-            .map_err(|_| Error::Busy("runtime"))?;
+        let readers = managed::Pool::builder(Readers { path: config.path.clone() });
+        let readers = bounded(readers, config.readers, config.wait, config.wait);
+        let readers = readers.map_err(|_| Error::Busy("runtime"))?;
         let shared =
             Shared { config, writes: Mutex::new(Some(sender)), writer: Mutex::new(Some(writer)), readers };
         let sqlite = Self(Arc::new(shared));
@@ -228,17 +216,15 @@ impl Sqlite {
         Ok(())
     }
 
-    async fn migrate_module(&self, Migrations { module, steps }: Migrations) -> Result<()> {
+    async fn migrate_module(&self, migrations: Migrations) -> Result<()> {
+        let module = migrations.module;
         let found: usize = self
             .read(move |connection| {
                 let sql = "SELECT coalesce(max(version), 0) FROM migrations WHERE module = ?";
                 connection.query_row(sql, [module], |row| row.get(0))
             })
             .await?;
-        if found > steps.len() {
-            return Err(Error::Newer { module, found, known: steps.len() });
-        }
-        for (version, step) in steps.iter().enumerate().skip(found).map(|(index, step)| (index + 1, *step)) {
+        for (version, step) in migrations.missing(found)? {
             self.write(move |connection| {
                 connection.execute_batch(step)?;
                 let sql = "INSERT INTO migrations (module, version) VALUES (?, ?)";
@@ -502,6 +488,6 @@ mod tests {
         store.migrate(&[TWO]).await.unwrap();
         store.write(|tx| tx.execute("INSERT INTO lions VALUES (1, 'Leo')", [])).await.unwrap();
         let older = store.migrate(&[ONE]).await;
-        assert!(matches!(older, Err(Error::Newer { module: "zoo", found: 2, known: 1 })), "{older:?}");
+        assert!(matches!(older, Err(Error::Newer(Newer { module: "zoo", found: 2, known: 1 }))), "{older:?}");
     }
 }

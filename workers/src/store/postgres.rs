@@ -145,8 +145,6 @@ impl PostgresQueue {
 /// # Errors
 /// When Postgres refuses, or cannot be reached.
 pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> postgres::Result<Vec<Uuid>> {
-    let mut ids = Vec::with_capacity(jobs.len());
-    let mut new = Vec::with_capacity(jobs.len());
     // In the order of their keys: two that enqueue the same ones never wait for each other.
     let mut in_order: Vec<&NewJob> = jobs.iter().filter(|job| job.unique.is_some()).collect();
     in_order.sort_by_key(|job| job.unique_key());
@@ -156,15 +154,9 @@ pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> postgres::R
             taken.insert(job.id, other);
         }
     }
-    for job in jobs {
-        let taken = taken.get(&job.id).copied();
-        if taken.is_none() {
-            new.push(job);
-        }
-        ids.push(taken.unwrap_or(job.id));
-    }
+    let new: Vec<&NewJob> = jobs.iter().filter(|job| !taken.contains_key(&job.id)).collect();
     insert(session, &new).await?;
-    Ok(ids)
+    Ok(jobs.iter().map(|job| taken.get(&job.id).copied().unwrap_or(job.id)).collect())
 }
 
 async fn insert(session: &impl Session, jobs: &[&NewJob]) -> postgres::Result<()> {
@@ -178,8 +170,7 @@ async fn insert(session: &impl Session, jobs: &[&NewJob]) -> postgres::Result<()
     let payloads: Vec<&str> = jobs.iter().map(|job| job.payload.as_str()).collect();
     let waits: Vec<Option<f64>> = jobs.iter().map(|job| wait(job.due)).collect();
     let times: Vec<Option<Timestamp>> = jobs.iter().map(|job| time(job.due)).collect();
-    let recoveries: Vec<i32> =
-        jobs.iter().map(|job| i32::try_from(job.recoveries).unwrap_or(i32::MAX)).collect();
+    let recoveries: Vec<i32> = jobs.iter().map(|job| count(job.recoveries)).collect();
     let traces: Vec<Option<&str>> = jobs.iter().map(|job| job.trace.as_deref()).collect();
     let keys: Vec<Option<String>> = jobs.iter().map(|job| job.unique_key()).collect();
     let sql = "
@@ -310,7 +301,7 @@ impl Queue for PostgresQueue {
         )?;
         let gone: HashSet<Held> = finished.into_iter().chain(ended).collect();
         let keys = settlements.iter().filter(|settlement| gone.contains(&settlement.job.held()));
-        give_back(&connection, keys.filter_map(|s| Some((s.job.unique.as_deref()?, s.job.id)))).await?;
+        give_back(&connection, keys.filter_map(|settlement| key_of(&settlement.job)), WHEN_ENDED).await?;
         drop(connection);
         for settlement in &again {
             if let Transition::Again { wait, .. } = settlement.transition {
@@ -476,15 +467,31 @@ async fn end(session: &impl Session, settlements: &[&Settlement]) -> Result<Vec<
     Ok(session.query(sql, &parameters).await?.iter().map(held).collect())
 }
 
-/// Gives back the unique keys of jobs that have ended, unless they are for a window.
-async fn give_back<'a>(session: &impl Session, keys: impl Iterator<Item = (&'a str, Uuid)>) -> Result<()> {
+/// Which keys are given back when their jobs begin,
+const WHEN_STARTED: &str = "scope = 'started'";
+/// and which when they have ended.
+const WHEN_ENDED: &str = "scope <> 'window'";
+
+/// The unique key of a job.
+fn key_of(job: &Claimed) -> Option<(&str, Uuid)> {
+    Some((job.unique.as_deref()?, job.id))
+}
+
+/// Gives back those unique keys of jobs that are for no longer.
+async fn give_back<'a>(
+    session: &impl Session,
+    keys: impl Iterator<Item = (&'a str, Uuid)>,
+    which: &str,
+) -> Result<()> {
     let (keys, jobs): (Vec<&str>, Vec<Uuid>) = keys.unzip();
     if keys.is_empty() {
         return Ok(());
     }
-    let sql = "DELETE FROM job_keys USING unnest($1::text[], $2::uuid[]) AS gone (key, job)
-               WHERE job_keys.key = gone.key AND job_keys.job = gone.job AND scope <> 'window'";
-    session.execute(sql, &[(&keys, Type::TEXT_ARRAY), (&jobs, Type::UUID_ARRAY)]).await?;
+    let sql = format!(
+        "DELETE FROM job_keys USING unnest($1::text[], $2::uuid[]) AS gone (key, job)
+         WHERE job_keys.key = gone.key AND job_keys.job = gone.job AND {which}"
+    );
+    session.execute(&sql, &[(&keys, Type::TEXT_ARRAY), (&jobs, Type::UUID_ARRAY)]).await?;
     Ok(())
 }
 

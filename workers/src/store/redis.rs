@@ -33,7 +33,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{json, read_json};
+use super::{json, millis, read_json, timestamp};
 use crate::job::UniqueUntil;
 use crate::outbox::Outbox;
 use crate::queue::{
@@ -45,7 +45,7 @@ use crate::wake::Wake;
 
 /// How many jobs a script takes at most.
 const AT_ONCE: usize = 500;
-/// How many jobs are taken over from an inbox with one claim.
+/// How many jobs are taken over from an inbox with one claim: their ids differ in one byte.
 const INBOX: usize = 50;
 /// How many of the next jobs are looked at for the one that has waited longest.
 const OLDEST_AMONG: isize = 100;
@@ -165,6 +165,45 @@ impl Record {
     }
 }
 
+/// A job as the script that enqueues wants it.
+struct Entry {
+    id: Uuid,
+    record: Record,
+    due: Due,
+    /// What [`write_state`] wrote; nothing for a job that has gone through nothing yet.
+    state: String,
+    /// For how long its unique key is taken, if it has one.
+    until: UniqueUntil,
+    last_epoch: Option<i64>,
+}
+
+impl Entry {
+    fn push(&self, script: &mut ScriptInvocation<'_>) {
+        let (wait, milliseconds) = match self.due {
+            Due::Now => ("now", 0),
+            Due::In(wait) => ("in", millis(wait)),
+            Due::At(time) => ("at", time.as_millisecond()),
+        };
+        let (scope, window) = match self.until {
+            UniqueUntil::Started => ("started", 0),
+            UniqueUntil::Window(window) => ("window", millis(window).max(1)),
+            UniqueUntil::Ended => ("ended", 0),
+        };
+        script
+            .arg(self.id.to_string())
+            .arg(self.record.write())
+            .arg(self.record.payload.len())
+            .arg(self.record.priority)
+            .arg(wait)
+            .arg(milliseconds)
+            .arg(&self.state)
+            .arg(self.record.header.unique.as_deref().unwrap_or_default())
+            .arg(scope)
+            .arg(window)
+            .arg(self.last_epoch.map(|epoch| epoch.to_string()).unwrap_or_default());
+    }
+}
+
 /// What has gone wrong with a job: failures, recoveries, since when, and the errors.
 fn write_state(spent: Spent, errors: &[Failure]) -> String {
     let since = spent.since.map_or(0, Timestamp::as_millisecond);
@@ -241,9 +280,7 @@ impl RedisQueue {
 
     /// These jobs have ended: nobody has to pass them on again.
     async fn passed(&self, ids: Vec<Uuid>) {
-        if let Some(outbox) = &self.0.outbox
-            && !ids.is_empty()
-        {
+        if let Some(outbox) = &self.0.outbox {
             outbox.settled(ids).await;
         }
     }
@@ -357,31 +394,16 @@ impl RedisQueue {
                 trace: job.trace.clone(),
                 unique: job.unique_key(),
             };
-            let record = Record { priority: job.priority, header, payload: job.payload.clone() };
-            let (wait, milliseconds) = match job.due {
-                Due::Now => ("now", 0),
-                Due::In(wait) => ("in", millis(wait)),
-                Due::At(time) => ("at", time.as_millisecond()),
-            };
             let spent = Spent { recoveries: job.recoveries, since: Some(now), ..Spent::default() };
-            let state = if job.recoveries > 0 { write_state(spent, &[]) } else { String::new() };
-            let (scope, window) = match job.unique.as_ref().map(|unique| unique.until) {
-                Some(UniqueUntil::Started) => ("started", 0),
-                Some(UniqueUntil::Window(window)) => ("window", millis(window).max(1)),
-                Some(UniqueUntil::Ended) | None => ("ended", 0),
+            let entry = Entry {
+                id: job.id,
+                record: Record { priority: job.priority, header, payload: job.payload.clone() },
+                due: job.due,
+                state: if job.recoveries > 0 { write_state(spent, &[]) } else { String::new() },
+                until: job.unique.as_ref().map_or(UniqueUntil::Ended, |unique| unique.until),
+                last_epoch: None,
             };
-            script
-                .arg(job.id.to_string())
-                .arg(record.write())
-                .arg(job.payload.len())
-                .arg(job.priority)
-                .arg(wait)
-                .arg(milliseconds)
-                .arg(state)
-                .arg(record.header.unique.as_deref().unwrap_or_default())
-                .arg(scope)
-                .arg(window)
-                .arg("");
+            entry.push(&mut script);
         }
         self.invoke(&script).await
     }
@@ -428,10 +450,8 @@ fn due_of(score: &str, priority: i16) -> Option<i64> {
 
 impl Queue for RedisQueue {
     async fn enqueue(&self, jobs: Vec<NewJob>) -> Result<Vec<Uuid>> {
-        let mut by_queue = BTreeMap::<&str, Vec<(usize, &NewJob)>>::new();
-        for (index, job) in jobs.iter().enumerate() {
-            by_queue.entry(&job.queue).or_default().push((index, job));
-        }
+        let by_queue = by_queue(&jobs, |job| &job.queue);
+        let queues: BTreeSet<&str> = by_queue.keys().copied().collect();
         let mut ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
         for (queue, jobs) in by_queue {
             self.note(queue).await?;
@@ -443,7 +463,6 @@ impl Queue for RedisQueue {
                 }
             }
         }
-        let queues: BTreeSet<&str> = jobs.iter().map(|job| &*job.queue).collect();
         self.0.wake.queues(queues);
         Ok(ids)
     }
@@ -452,9 +471,7 @@ impl Queue for RedisQueue {
         self.note(&claim.queue).await?;
         let mut script = self.on(&self.0.scripts.claim, &claim.queue);
         script.arg(claim.limit.min(AT_ONCE)).arg(millis(claim.lease)).arg(&claim.worker);
-        for _ in 0..INBOX {
-            script.arg(Uuid::now_v7().to_string());
-        }
+        script.arg(INBOX).arg(Uuid::now_v7().to_string());
         let (now, next, taken): (i64, String, Vec<Taken>) = self.invoke(&script).await?;
         let jobs = self.read(taken, &claim.queue, now).await?;
         let mut release = self.on(&self.0.scripts.release, &claim.queue);
@@ -471,23 +488,20 @@ impl Queue for RedisQueue {
     }
 
     async fn renew(&self, renewals: Vec<Renewal>, lease: Duration) -> Result<Vec<Renewed>> {
-        let mut by_queue = BTreeMap::<&str, Vec<&Renewal>>::new();
-        for renewal in &renewals {
-            by_queue.entry(&renewal.queue).or_default().push(renewal);
-        }
         let mut renewed = Vec::with_capacity(renewals.len());
-        for (queue, renewals) in by_queue {
+        for (queue, renewals) in by_queue(&renewals, |renewal| &renewal.queue) {
             for some in renewals.chunks(AT_ONCE) {
                 let mut script = self.on(&self.0.scripts.renew, queue);
                 script.arg(millis(lease));
-                for renewal in some {
+                for (_, renewal) in some {
                     let progress = renewal.progress.as_ref().map(json).unwrap_or_default();
                     script.arg(renewal.held.id.to_string()).arg(renewal.held.epoch).arg(progress);
                 }
                 let answers: Vec<(i64, Option<String>)> = self.invoke(&script).await?;
                 let held = some.iter().zip(answers).filter(|(_, (held, _))| *held == 1);
-                renewed
-                    .extend(held.map(|(renewal, (_, cancelled))| Renewed { held: renewal.held, cancelled }));
+                renewed.extend(
+                    held.map(|((_, renewal), (_, cancelled))| Renewed { held: renewal.held, cancelled }),
+                );
             }
         }
         Ok(renewed)
@@ -500,12 +514,8 @@ impl Queue for RedisQueue {
     }
 
     async fn settle(&self, settlements: Vec<Settlement>) -> Result<Vec<bool>> {
-        let mut by_queue = BTreeMap::<&str, Vec<(usize, &Settlement)>>::new();
-        for (index, settlement) in settlements.iter().enumerate() {
-            by_queue.entry(&settlement.job.queue).or_default().push((index, settlement));
-        }
         let mut kept = vec![false; settlements.len()];
-        for (queue, settlements) in by_queue {
+        for (queue, settlements) in by_queue(&settlements, |settlement| &settlement.job.queue) {
             for some in settlements.chunks(AT_ONCE) {
                 let mut script = self.on(&self.0.scripts.settle, queue);
                 script.arg(self.channel()).arg(queue);
@@ -602,6 +612,15 @@ impl Queue for RedisQueue {
     }
 }
 
+/// What belongs to each queue, with its place among all: a script is about one queue.
+fn by_queue<'a, T>(all: &'a [T], queue: impl Fn(&'a T) -> &'a str) -> BTreeMap<&'a str, Vec<(usize, &'a T)>> {
+    let mut by_queue = BTreeMap::<_, Vec<_>>::new();
+    for (index, one) in all.iter().enumerate() {
+        by_queue.entry(queue(one)).or_default().push((index, one));
+    }
+    by_queue
+}
+
 /// Says what becomes of a job, as the script wants it.
 fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
     let job = &settlement.job;
@@ -651,15 +670,6 @@ struct Kept {
     trace: Option<String>,
     reason: String,
     created_at: Timestamp,
-}
-
-/// In milliseconds, and never beyond what a timestamp can be.
-fn millis(wait: Duration) -> i64 {
-    super::later(0, wait)
-}
-
-fn timestamp(ms: i64) -> Timestamp {
-    Timestamp::from_millisecond(ms).unwrap_or_default()
 }
 
 #[expect(clippy::cast_possible_truncation, reason = "milliseconds since 1970")]

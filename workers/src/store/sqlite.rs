@@ -26,7 +26,7 @@ use perennial_server::pool::sqlite::Sqlite;
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
-use super::{json, later, read_json};
+use super::{json, later, now_ms, read_json, timestamp};
 use crate::job::UniqueUntil;
 use crate::lease::BootTime;
 use crate::queue::{
@@ -440,14 +440,6 @@ fn give_back(tx: &Connection, key: &str, job: Uuid) -> rusqlite::Result<()> {
 /// clock takes no job from a worker.
 fn lease_end(lease: Duration) -> i64 {
     BootTime::now().after(lease).millis()
-}
-
-fn now_ms() -> i64 {
-    Timestamp::now().as_millisecond()
-}
-
-fn timestamp(ms: i64) -> Timestamp {
-    Timestamp::from_millisecond(ms).unwrap_or_default()
 }
 
 /// From `earlier` to `later`, both in milliseconds; nothing when they are the other way round.

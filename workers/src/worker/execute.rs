@@ -32,9 +32,9 @@ type Readable = Result<Arc<dyn Runnable>, serde_json::Error>;
 
 /// Writes checkpoints into a store.
 #[derive(Debug)]
-struct Into<Q>(Q);
+struct StoreRecorder<Q>(Q);
 
-impl<Q: Queue> Recorder for Into<Q> {
+impl<Q: Queue> Recorder for StoreRecorder<Q> {
     fn record(&self, held: Held, queue: Arc<str>, checkpoint: String) -> Recording<'_> {
         Box::pin(self.0.record(held, queue, checkpoint))
     }
@@ -68,7 +68,7 @@ pub(super) fn start<Q: Queue>(
         queue: Arc::clone(&claimed.queue),
         saved: claimed.checkpoint.as_deref().map(Arc::from),
         advance: Arc::new(Advance::default()),
-        recorder: Arc::new(Into(worker.queue.clone())),
+        recorder: Arc::new(StoreRecorder(worker.queue.clone())),
     };
     let job = kind.read(&claimed.payload);
     let subject = job.as_ref().ok().and_then(|job| job.subject());
@@ -106,14 +106,10 @@ impl Run {
         }
         let (event, outcome) = self.attempt().await;
         let spent = if self.context.advance.has_advanced() { Spent::default() } else { self.claimed.spent };
-        let failure = match &event {
-            Event::Failed { error, .. } => Some(error.clone()),
-            _ => None,
-        };
-        let detail = match &event {
-            Event::Failed { error, .. } => Some(error.clone()),
-            Event::Hopeless(reason) | Event::Cancelled(reason) => Some(reason.clone()),
-            _ => None,
+        let (failure, detail) = match &event {
+            Event::Failed { error, .. } => (Some(error.clone()), Some(error.clone())),
+            Event::Hopeless(reason) | Event::Cancelled(reason) => (None, Some(reason.clone())),
+            _ => (None, None),
         };
         let budget = &self.kind.options.budget;
         let mut transition = next(budget, spent, event, Timestamp::now(), fastrand::f64());

@@ -54,6 +54,12 @@ impl Slot {
     pub(super) fn progress(&self) -> Option<Progress> {
         self.advance.progress()
     }
+
+    /// Somebody has cancelled the job.
+    pub(super) fn cancel_for(&mut self, reason: String) {
+        self.cancelled.get_or_insert(reason);
+        self.cancel.cancel();
+    }
 }
 
 /// What one slot of the worker is busy with.
@@ -182,10 +188,7 @@ impl Slots {
         };
         let mut jobs = self.lock();
         jobs.payload_bytes += slot.payload_bytes;
-        match jobs.by_queue.get_mut(&slot.queue) {
-            Some(count) => *count += 1,
-            None => drop(jobs.by_queue.insert(Arc::clone(&slot.queue), 1)),
-        }
+        *jobs.by_queue.entry(Arc::clone(&slot.queue)).or_default() += 1;
         jobs.by_claim.insert(claimed.held(), slot);
         InHand { slots: self.clone(), held: claimed.held(), _counted: Counted::new(metrics::running()) }
     }
@@ -206,14 +209,6 @@ impl Slots {
 
     pub(super) fn cancel_all(&self) {
         self.each(|_, slot| slot.cancel.cancel());
-    }
-}
-
-impl Slot {
-    /// Somebody has cancelled the job.
-    pub(super) fn cancel_for(&mut self, reason: String) {
-        self.cancelled.get_or_insert(reason);
-        self.cancel.cancel();
     }
 }
 

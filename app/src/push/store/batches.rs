@@ -12,7 +12,7 @@ use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::subscriptions::endpoint_hash;
-use super::{Store, add_outcome, now_ms, one};
+use super::{Store, add_outcome, now_ms};
 use crate::push::audience::Audience;
 use crate::push::outcome::Outcome;
 
@@ -178,7 +178,7 @@ impl Store {
         let sql = format!(
             "SELECT max(id) FROM (SELECT id FROM subscriptions WHERE {left} ORDER BY id LIMIT ?) AS page"
         );
-        one(self.sql.first(sql, parameters).await?)
+        self.sql.value(sql, parameters).await
     }
 
     /// Adds the next batch, which ends at an id, and the job that sends it; none when there is nobody left.
@@ -201,7 +201,7 @@ impl Store {
         let Some(fan_out) = self.open_fan_out(notification, epoch).await? else { return Ok(()) };
         let (left, parameters) = fan_out.left_to_sql(self.sql.dialect());
         let sql = format!("SELECT count(*) FROM subscriptions WHERE {left}");
-        let left: usize = one(self.sql.first(sql, parameters).await?)?;
+        let left: usize = self.sql.value(sql, parameters).await?;
         transact!(&self.sql, tx => give_up_fan_out(tx, notification, epoch, left, &reason))
     }
 }

@@ -11,7 +11,7 @@ use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
-use super::{Store, now_ms, one, timestamp};
+use super::{Store, now_ms, timestamp};
 use crate::push::audience::Audience;
 
 /// For how long an idempotency key is kept, in milliseconds.
@@ -85,11 +85,11 @@ impl Store {
     /// up to it. Whoever comes between this and the acceptance was not there when it was asked for.
     pub(crate) async fn estimate(&self, site: i64, audience: Audience) -> Result<(u64, i64)> {
         let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
-        let watermark: i64 = one(self.sql.first(newest, values![site]).await?)?;
+        let watermark: i64 = self.sql.value(newest, values![site]).await?;
         let mut parameters = values![site, watermark].to_vec();
         let filter = audience.to_sql(self.sql.dialect(), site, &mut parameters);
         let sql = format!("SELECT count(*) FROM subscriptions WHERE site = ? AND id <= ? AND {filter}");
-        Ok((one(self.sql.first(sql, parameters).await?)?, watermark))
+        Ok((self.sql.value(sql, parameters).await?, watermark))
     }
 
     /// What the same request was answered before.

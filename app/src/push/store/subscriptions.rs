@@ -6,7 +6,7 @@ use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
 use perennial_server::{transact, values};
 use perennial_webpush::Keys;
 
-use super::{Store, now_ms, one, timestamp};
+use super::{Store, now_ms, timestamp};
 
 /// A subscription that is about to be stored.
 #[derive(Clone, Debug)]
@@ -190,7 +190,8 @@ async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
         now,
         now,
     ];
-    one(sql::first(tx, sql, &parameters).await?)
+    let row = sql::first(tx, sql, &parameters).await?;
+    row.map_or_else(|| Ok(0), |row| row.first())
 }
 
 async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {

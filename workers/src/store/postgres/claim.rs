@@ -18,7 +18,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 use uuid::Uuid;
 
-use super::{CLAIMED, claimed, seconds};
+use super::{CLAIMED, WHEN_STARTED, claimed, give_back, key_of, seconds};
 use crate::queue::{Claim, Claimed, Claims, Lapsed, Result};
 
 /// A look from the head that takes longer than this is slow,
@@ -72,14 +72,14 @@ impl Cursors {
 pub(super) async fn claim(postgres: &Postgres, cursors: &Cursors, claim: Claim) -> Result<Claims> {
     let connection = postgres.get().await?;
     let cursor = cursors.get(&claim.queue);
-    let mut next_in = None;
-    if cursor.promote_at <= Instant::now() {
-        next_in = promote(&connection, &claim.queue).await?;
+    let next_in = if cursor.promote_at <= Instant::now() {
+        let next_in = promote(&connection, &claim.queue).await?;
         let again = Instant::now() + next_in.unwrap_or(PROMOTE).min(PROMOTE);
         cursors.change(&claim.queue, |cursor| cursor.promote_at = again);
+        next_in
     } else {
-        next_in = next_in.or(Some(cursor.promote_at - Instant::now()));
-    }
+        Some(cursor.promote_at - Instant::now())
+    };
     let is_from_head = cursor.head_at <= Instant::now() || cursor.last.is_empty();
     let rows = if is_from_head {
         let began = Instant::now();
@@ -107,29 +107,18 @@ pub(super) async fn claim(postgres: &Postgres, cursors: &Cursors, claim: Claim) 
     });
     let mut jobs: Vec<Claimed> = rows.iter().map(|row| claimed(row, Some(&claim.queue))).collect();
     jobs.sort_by_key(|job| (job.priority, std::cmp::Reverse(job.waited)));
-    release(&connection, &jobs).await?;
+    give_back(&connection, jobs.iter().filter_map(key_of), WHEN_STARTED).await?;
     Ok(Claims { jobs, next_in })
 }
 
 const IS_NOT_PAUSED: &str = "NOT EXISTS (SELECT FROM paused_queues WHERE queue = $1)";
 
 async fn from_head(connection: &Connection, claim: &Claim) -> Result<Vec<Row>> {
-    let sql = format!(
-        "UPDATE jobs SET state = 'running', epoch = epoch + 1, worker = $3,
-                         lease_until = clock_timestamp() + make_interval(secs => $4)
-         WHERE id = ANY (ARRAY(
-             SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND {IS_NOT_PAUSED}
-             ORDER BY priority, run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED))
-         RETURNING {CLAIMED}"
+    let found = format!(
+        "SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND {IS_NOT_PAUSED}
+         ORDER BY priority, run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED"
     );
-    let (limit, lease) = (limit(claim), seconds(claim.lease));
-    let parameters: [Parameter<'_>; 4] = [
-        (&&*claim.queue, Type::TEXT),
-        (&limit, Type::INT8),
-        (&claim.worker, Type::TEXT),
-        (&lease, Type::FLOAT8),
-    ];
-    Ok(connection.query(&sql, &parameters).await?)
+    take(connection, claim, &found, &[]).await
 }
 
 /// The same from where the last claims ended, by priority.
@@ -141,33 +130,37 @@ async fn from_cursor(
     let priorities: Vec<i16> = last.keys().copied().collect();
     let (times, ids): (Vec<Timestamp>, Vec<Uuid>) = last.values().copied().unzip();
     // The rows of a priority are locked as they are found, so that no more of them are than can be claimed.
+    let found = format!(
+        "SELECT found.id FROM unnest($5::int2[], $6::timestamptz[], $7::uuid[]) AS last (priority, at, id)
+         CROSS JOIN LATERAL (
+             SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND priority = last.priority
+                AND (run_at, jobs.id) > (last.at, last.id)
+             ORDER BY run_at, jobs.id LIMIT $2 FOR UPDATE SKIP LOCKED) AS found
+         WHERE {IS_NOT_PAUSED} LIMIT $2"
+    );
+    let last: [Parameter<'_>; 3] =
+        [(&priorities, Type::INT2_ARRAY), (&times, Type::TIMESTAMPTZ_ARRAY), (&ids, Type::UUID_ARRAY)];
+    take(connection, claim, &found, &last).await
+}
+
+/// Claims what `found` selects, which may use the queue as `$1`, the limit as `$2`, and `more` from `$5` on.
+async fn take(
+    connection: &Connection,
+    claim: &Claim,
+    found: &str,
+    more: &[Parameter<'_>],
+) -> Result<Vec<Row>> {
     let sql = format!(
         "UPDATE jobs SET state = 'running', epoch = epoch + 1, worker = $3,
                          lease_until = clock_timestamp() + make_interval(secs => $4)
-         WHERE id = ANY (ARRAY(
-             SELECT found.id FROM unnest($5::int2[], $6::timestamptz[], $7::uuid[]) AS last (priority, at, id)
-             CROSS JOIN LATERAL (
-                 SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND priority = last.priority
-                    AND (run_at, jobs.id) > (last.at, last.id)
-                 ORDER BY run_at, jobs.id LIMIT $2 FOR UPDATE SKIP LOCKED) AS found
-             WHERE {IS_NOT_PAUSED} LIMIT $2))
-         RETURNING {CLAIMED}"
+         WHERE id = ANY (ARRAY({found})) RETURNING {CLAIMED}"
     );
-    let (limit, lease) = (limit(claim), seconds(claim.lease));
-    let parameters: [Parameter<'_>; 7] = [
-        (&&*claim.queue, Type::TEXT),
-        (&limit, Type::INT8),
-        (&claim.worker, Type::TEXT),
-        (&lease, Type::FLOAT8),
-        (&priorities, Type::INT2_ARRAY),
-        (&times, Type::TIMESTAMPTZ_ARRAY),
-        (&ids, Type::UUID_ARRAY),
-    ];
+    let (limit, lease) = (i64::try_from(claim.limit).unwrap_or(i64::MAX), seconds(claim.lease));
+    let queue = &*claim.queue;
+    let mut parameters: Vec<Parameter<'_>> =
+        vec![(&queue, Type::TEXT), (&limit, Type::INT8), (&claim.worker, Type::TEXT), (&lease, Type::FLOAT8)];
+    parameters.extend_from_slice(more);
     Ok(connection.query(&sql, &parameters).await?)
-}
-
-fn limit(claim: &Claim) -> i64 {
-    i64::try_from(claim.limit).unwrap_or(i64::MAX)
 }
 
 /// Makes ready what has become due, and returns how long until the next is.
@@ -189,19 +182,6 @@ async fn promote(connection: &Connection, queue: &Arc<str>) -> Result<Option<Dur
     let wait: Option<i64> = row.get(0);
     // Rounded up to what the store can tell apart.
     Ok(wait.map(|wait| Duration::from_micros(wait.max(0).unsigned_abs() + 1000)))
-}
-
-/// Gives back the keys of those that were to be taken until now.
-async fn release(connection: &Connection, jobs: &[Claimed]) -> Result<()> {
-    let keys = jobs.iter().filter_map(|job| Some((job.unique.as_deref()?, job.id)));
-    let (keys, ids): (Vec<&str>, Vec<Uuid>) = keys.unzip();
-    if keys.is_empty() {
-        return Ok(());
-    }
-    let sql = "DELETE FROM job_keys USING unnest($1::text[], $2::uuid[]) AS begun (key, job)
-               WHERE job_keys.key = begun.key AND job_keys.job = begun.job AND scope = 'started'";
-    connection.execute(sql, &[(&keys, Type::TEXT_ARRAY), (&ids, Type::UUID_ARRAY)]).await?;
-    Ok(())
 }
 
 /// Claims jobs whose leases have lapsed, or last for longer than any can.

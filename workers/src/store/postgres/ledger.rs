@@ -111,7 +111,8 @@ impl Ledger for PostgresQueue {
             let marked = connection.execute(mark, &parameters).await? == 1;
             return Ok(if marked { Cancelled::Soon } else { Cancelled::Never });
         };
-        give_back(&connection, row.get::<_, Option<&str>>(0).map(|key| (key, id)).into_iter()).await?;
+        let key = row.get::<_, Option<&str>>(0).map(|key| (key, id));
+        give_back(&connection, key.into_iter(), super::WHEN_ENDED).await?;
         Ok(Cancelled::Now)
     }
 

@@ -1,5 +1,5 @@
--- ARGV: how many, for how many milliseconds, who, then ids for jobs from the inbox. Returns the time, when the next
--- job is due (or nothing), and the jobs.
+-- ARGV: how many, for how many milliseconds, who, how many jobs to take over from the inbox, and the id that theirs
+-- are made of. Returns the time, when the next job is due (or nothing), and the jobs.
 local limit, lease, worker = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 if redis.call('EXISTS', paused) == 1 then
   return { tostring(now), '', {} }
@@ -15,8 +15,8 @@ local function number_of(text, least, most)
 end
 
 -- What other programs have put there becomes jobs like any others.
-if #ARGV > 3 and redis.call('XLEN', inbox) > 0 then
-  for i, entry in ipairs(redis.call('XRANGE', inbox, '-', '+', 'COUNT', #ARGV - 3)) do
+if redis.call('XLEN', inbox) > 0 then
+  for i, entry in ipairs(redis.call('XRANGE', inbox, '-', '+', 'COUNT', ARGV[4])) do
     local fields = {}
     for f = 1, #entry[2], 2 do
       fields[entry[2][f]] = entry[2][f + 1]
@@ -24,7 +24,7 @@ if #ARGV > 3 and redis.call('XLEN', inbox) > 0 then
     local id, payload = fields.id or '', fields.payload or 'null'
     -- Whatever they say, it must be something that can be read again.
     if not string.match(id, '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$') then
-      id = ARGV[3 + i]
+      id = string.sub(ARGV[5], 1, 34) .. string.format('%02x', i)
     end
     id = string.lower(id)
     local priority = math.floor(number_of(fields.priority, -32768, 32767))

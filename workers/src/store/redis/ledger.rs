@@ -5,11 +5,12 @@ use std::time::Duration;
 use perennial_server::pool::redis::client::cmd;
 use uuid::Uuid;
 
-use super::{AT_ONCE, Header, Kept, Record, RedisQueue, due_of, millis, read_state, timestamp};
+use super::{AT_ONCE, Entry, Header, Kept, Record, RedisQueue, due_of, read_state, write_state};
+use crate::job::UniqueUntil;
 use crate::ledger::{Cancelled, Filter, JobView, Ledger, STEP};
-use crate::queue::Result;
-use crate::state::State;
-use crate::store::{from_json, json, read_json};
+use crate::queue::{Due, Result};
+use crate::state::{Spent, State};
+use crate::store::{from_json, json, millis, read_json, timestamp};
 
 /// How many ids are looked at in one question.
 const SCAN: usize = 1000;
@@ -85,20 +86,15 @@ impl Ledger for RedisQueue {
                     trace: kept.trace.clone(),
                     unique: None,
                 };
-                let state = super::write_state(crate::state::Spent::default(), &kept.errors);
-                let record = Record { priority: kept.priority, header, payload: kept.payload.clone() };
-                script
-                    .arg(id.to_string())
-                    .arg(record.write())
-                    .arg(kept.payload.len())
-                    .arg(kept.priority)
-                    .arg("now")
-                    .arg(0)
-                    .arg(state)
-                    .arg("")
-                    .arg("ended")
-                    .arg(0)
-                    .arg(kept.epoch);
+                let entry = Entry {
+                    id: *id,
+                    record: Record { priority: kept.priority, header, payload: kept.payload.clone() },
+                    due: Due::Now,
+                    state: write_state(Spent::default(), &kept.errors),
+                    until: UniqueUntil::Ended,
+                    last_epoch: Some(kept.epoch),
+                };
+                entry.push(&mut script);
             }
             self.invoke::<()>(&script).await?;
             revived += self.forget(&queue, &ended, false).await?;

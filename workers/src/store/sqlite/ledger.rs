@@ -5,11 +5,11 @@ use std::time::Duration;
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
-use super::{SqliteQueue, give_back, now_ms, timestamp};
+use super::{SqliteQueue, give_back};
 use crate::ledger::{Cancelled, Filter, JobView, Ledger, STEP};
 use crate::queue::Result;
 use crate::state::State;
-use crate::store::{from_json, read_json};
+use crate::store::{from_json, now_ms, read_json, timestamp};
 
 /// The columns of [`JobView`] but the payload, of jobs that have not ended and of those that have.
 const LIVE: &str =
