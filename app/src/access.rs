@@ -293,6 +293,17 @@ pub async fn share_secret(store: &Store, name: &str, value: &str) -> sql::Result
     Ok(shared_secret(store, name).await?.unwrap_or_else(|| value.to_owned().into()))
 }
 
+/// Puts another value in the place of a shared secret, if nobody else has.
+///
+/// # Errors
+/// When the store refuses.
+pub async fn replace_secret(store: &Store, name: &str, before: &str, value: &str) -> anyhow::Result<()> {
+    let sql = "UPDATE secrets SET value = ? WHERE name = ? AND value = ?";
+    let changed = store.execute(sql, values![value, name, before]).await?;
+    anyhow::ensure!(changed == 1, "somebody else has just changed {name}");
+    Ok(())
+}
+
 /// A new key: 256 random bits.
 pub fn random_key() -> SecretString {
     let mut bytes = [0; 32];

@@ -13,6 +13,7 @@
 //! | `GET /workers` | token* | what the workers are busy with |
 //! | `GET /modules` | token* | what each module says of itself |
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
+//! | `GET ..` | token* | what modules show, as `/origins` |
 //! | `POST ..` | token | whatever changes something; a page elsewhere may not (`Origin`) |
 //!
 //! \* or anybody, when the listener is bound to loopback. The `Host` header is checked on these, so that a
@@ -32,7 +33,7 @@ use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::uri::Authority;
-use http::{HeaderMap, StatusCode, Uri, header};
+use http::{HeaderMap, Method, StatusCode, Uri, header};
 use perennial_server::health::Health;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::{RequestView, Scope};
@@ -41,6 +42,7 @@ use perennial_server::net::{ConnectionView, Connections, Listen, Peer};
 use perennial_server::telemetry::Telemetry;
 use perennial_workers::worker;
 use serde_json::{Map, Value, json};
+use tower::ServiceExt;
 
 use crate::access::{Access, bearer};
 use crate::module::StatusFn;
@@ -75,6 +77,10 @@ pub(crate) struct Booted {
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) connections: Connections,
     pub(crate) books: Books,
+    /// Routes of modules that show something,
+    pub(crate) looking: Router,
+    /// and that change something.
+    pub(crate) acting: Router,
 }
 
 impl Admin {
@@ -116,6 +122,7 @@ impl Admin {
             .route("/metrics", get(metrics))
             .merge(guarded)
             .merge(acting)
+            .fallback(of_modules)
             .with_state(self.clone())
     }
 }
@@ -189,14 +196,44 @@ async fn open_books(State(Admin(known)): State<Admin>, mut request: Request, nex
 
 /// Lets operators in, and nobody else.
 async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request, next: Next) -> Response {
+    match may_look(&known, &scope, &request) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
+    }
+}
+
+/// Routes that modules have handed in.
+async fn of_modules(State(Admin(known)): State<Admin>, scope: Scope, request: Request) -> Response {
+    let looks = request.method() == Method::GET;
+    let allowed =
+        if looks { may_look(&known, &scope, &request) } else { may_change(&known, &scope, &request) };
+    match (allowed, known.booted.get()) {
+        (Err(problem), _) => problem.into_response(),
+        (Ok(()), None) => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response(),
+        (Ok(()), Some(booted)) => {
+            let router = if looks { &booted.looking } else { &booted.acting };
+            router.clone().oneshot(request).await.into_response()
+        }
+    }
+}
+
+/// Whether somebody may see what there is to see.
+fn may_look(known: &Known, scope: &Scope, request: &Request) -> Result<(), Problem> {
     if !is_own_name(request.headers(), request.uri(), scope.connection().socket_peer) {
         let detail = "wanted a Host header that names this machine: an address, or localhost";
-        return Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response();
+        return Err(Problem::new(StatusCode::MISDIRECTED_REQUEST, detail));
     }
-    if known.loopback {
-        return next.run(request).await;
+    if known.loopback { Ok(()) } else { has_token(known, request) }
+}
+
+/// Whether somebody may change something: with the token, and not from pages of other origins.
+fn may_change(known: &Known, scope: &Scope, request: &Request) -> Result<(), Problem> {
+    let own = is_own_name(request.headers(), request.uri(), scope.connection().socket_peer);
+    if !own || !is_own_origin(request.headers()) {
+        let detail = "wanted a Host header that names this machine, and no Origin but this one";
+        return Err(Problem::new(StatusCode::MISDIRECTED_REQUEST, detail));
     }
-    let_in(&known, request, next).await
+    has_token(known, request)
 }
 
 /// Lets operators in who show their token, and no pages of other origins.
@@ -206,12 +243,10 @@ async fn guard_change(
     request: Request,
     next: Next,
 ) -> Response {
-    let own = is_own_name(request.headers(), request.uri(), scope.connection().socket_peer);
-    if !own || !is_own_origin(request.headers()) {
-        let detail = "wanted a Host header that names this machine, and no Origin but this one";
-        return Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response();
+    match may_change(&known, &scope, &request) {
+        Ok(()) => next.run(request).await,
+        Err(problem) => problem.into_response(),
     }
-    let_in(&known, request, next).await
 }
 
 /// Whether no page sends this, or one of our own.
@@ -221,14 +256,13 @@ fn is_own_origin(headers: &HeaderMap) -> bool {
     origin.is_some() && origin == headers.get(header::HOST).and_then(|host| host.to_str().ok())
 }
 
-async fn let_in(known: &Known, request: Request, next: Next) -> Response {
+fn has_token(known: &Known, request: &Request) -> Result<(), Problem> {
     let Some(booted) = known.booted.get() else {
-        return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response();
+        return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting"));
     };
     match bearer(request.headers()) {
-        Some(token) if booted.access.is_admin(token) => next.run(request).await,
-        _ => Problem::new(StatusCode::UNAUTHORIZED, "wanted Authorization: Bearer <admin token>")
-            .into_response(),
+        Some(token) if booted.access.is_admin(token) => Ok(()),
+        _ => Err(Problem::new(StatusCode::UNAUTHORIZED, "wanted Authorization: Bearer <admin token>")),
     }
 }
 

@@ -65,6 +65,9 @@ pub(crate) struct App {
     /// Lines for whoever started the program on a terminal.
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
+    /// The modules' routes on the admin listener.
+    pub(crate) looking: Router,
+    pub(crate) acting: Router,
     store: sql::Store,
     data_dir: Arc<DataDir>,
 }
@@ -116,13 +119,15 @@ pub(crate) async fn boot(
         status: Vec::new(),
         announcements: Vec::new(),
         closers: Vec::new(),
+        looking: Router::new(),
+        acting: Router::new(),
     };
     for module in modules {
         let name = module.name;
         (module.mount)(&mut host).await.with_context(|| format!("the module {name} cannot be mounted"))?;
         info!(module = name, "mounted");
     }
-    let Host { routes, registry, status, announcements, closers, .. } = host;
+    let Host { routes, registry, status, announcements, closers, looking, acting, .. } = host;
     let kinds = Arc::new(OnceLock::new());
     let routes = routes.merge(crate::jobs::routes(jobs.clone(), access.clone(), Arc::clone(&kinds)));
 
@@ -180,6 +185,8 @@ pub(crate) async fn boot(
         status,
         announcements,
         closers,
+        looking,
+        acting,
         store,
         data_dir,
     })

@@ -70,6 +70,15 @@ pub trait Module: Sized + Send + 'static {
         async { Ok(Vec::new()) }
     }
 
+    /// Makes new keys for those that it has in use, and keeps these for what depends on them. What it returns is
+    /// shown.
+    fn rotate(
+        _data_dir: &DataDir,
+        _store: &Store,
+    ) -> impl Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send {
+        async { Ok(Vec::new()) }
+    }
+
     /// Reads its settings. Nothing is touched yet; what does not fit is noted in `settings`.
     fn configure(settings: &mut Reader<'_>) -> Self;
 
@@ -100,6 +109,8 @@ pub struct Host {
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) announcements: Vec<Announcement>,
     pub(crate) closers: Vec<Closer>,
+    pub(crate) looking: axum::Router,
+    pub(crate) acting: axum::Router,
 }
 
 pub(crate) type Announcement = Box<dyn Fn(&str) -> String + Send>;
@@ -138,6 +149,17 @@ impl Host {
         self.status.push((name, Arc::new(status)));
     }
 
+    /// Adds routes to the admin listener that show something.
+    pub fn looking(&mut self, routes: axum::Router) {
+        self.looking = std::mem::take(&mut self.looking).merge(routes);
+    }
+
+    /// Adds routes to the admin listener that change something: they take the admin token, and no page elsewhere may
+    /// use them.
+    pub fn acting(&mut self, routes: axum::Router) {
+        self.acting = std::mem::take(&mut self.acting).merge(routes);
+    }
+
     /// A line for whoever starts the program on a terminal, made from the address of the public listener.
     pub fn announce(&mut self, line: impl Fn(&str) -> String + Send + 'static) {
         self.announcements.push(Box::new(line));
@@ -173,6 +195,7 @@ pub(crate) struct Blueprint {
     pub(crate) defaults: &'static str,
     pub(crate) tables: Tables,
     pub(crate) keys: for<'a> fn(&'a DataDir, &'a Store) -> MadeKeys<'a>,
+    pub(crate) rotate: for<'a> fn(&'a DataDir, &'a Store) -> MadeKeys<'a>,
     configure: fn(&mut Reader<'_>) -> Mount,
 }
 
@@ -192,6 +215,7 @@ impl Blueprint {
             defaults: M::DEFAULTS,
             tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
             keys: |data_dir, store| Box::pin(M::keys(data_dir, store)),
+            rotate: |data_dir, store| Box::pin(M::rotate(data_dir, store)),
             configure: |settings| {
                 let module = M::configure(settings);
                 Box::new(move |host| Box::pin(module.mount(host)))

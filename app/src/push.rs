@@ -4,31 +4,46 @@
 //! subscriptions.rs  POST /subscriptions ─► store
 //! notify.rs         POST /notify ────────► store + job, one transaction ─► 202
 //! fanout.rs           push.fan_out: the audience, cut into ranges of ids
-//! deliver.rs          push.deliver: one range, sent, checkpointed
+//! deliver.rs          push.deliver: one range, sent on one of the threads of senders.rs,
+//!   round.rs          checkpointed; send.rs is one message to one member
 //! progress.rs       GET /notifications/{id} ◄── store
+//! lifecycle.rs      pausing, another rate, following; flows.rs tells those that send
+//!   pace.rs           when the next send is due, by schedule.rs
 //! ```
 
 mod audience;
 mod deliver;
 mod fanout;
+mod flows;
+mod lifecycle;
 mod limits;
 mod metrics;
 mod notify;
 mod outcome;
+mod pace;
 mod page;
 mod progress;
+mod round;
+mod schedule;
+mod send;
+mod senders;
+mod services;
 mod store;
 mod subscriptions;
 mod tags;
+mod template;
+mod vapid;
+mod webhook;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use axum::extract::FromRef;
+use perennial_server::drain::{Drain, Phase};
 use perennial_server::http::detach::Detach;
-use perennial_server::pool::sql::{self, Dialect};
-use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Sender, VapidKey};
+use perennial_server::pool::sql;
+use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Proxy, SenderKey};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 use tracing::{info, warn};
@@ -36,13 +51,17 @@ use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
 use uuid::Uuid;
 
-use crate::access::{self, Access, Scope, SiteId};
-use crate::data_dir::{DataDir, VAPID_KEY};
+use crate::access::{Access, Scope};
+use crate::data_dir::DataDir;
 use crate::module::{Host, Module};
-use crate::settings::{Network, Reader};
+use crate::settings::{Network, Reader, Size};
+use flows::Flows;
 use limits::Limits;
 use progress::Progress;
+use senders::Senders;
 use store::Store;
+use vapid::VapidKeys;
+use webhook::{Registered, Webhooks};
 
 /// Cuts audiences into batches.
 const FAN_OUT_QUEUE: &str = "push-fan-out";
@@ -52,6 +71,14 @@ const BULK_QUEUE: &str = "push";
 const SMALL_QUEUE: &str = "push-small";
 /// Sends what is tried again, and takes no place of what is tried first.
 const RETRY_QUEUE: &str = "push-retry";
+/// Sends what has a rate: such a job mostly waits.
+const PACED_QUEUE: &str = "push-paced";
+/// Tells the backend.
+const WEBHOOK_QUEUE: &str = "push-webhook";
+/// How many requests to the backend at once.
+const WEBHOOKS: usize = 8;
+/// How often notifications that have ended long ago are looked for.
+const FORGET_EVERY: Duration = Duration::from_secs(600);
 /// How many audiences are cut at once.
 const FAN_OUTS: usize = 4;
 /// How long the page's token is good for.
@@ -87,6 +114,13 @@ struct Config {
     small_batches: usize,
     small_audience: u64,
     retry_batches: usize,
+    paced_batches: usize,
+    /// Messages per second to one push service.
+    origin_rate: Option<f64>,
+    threads: usize,
+    /// For how long notifications that have ended are kept.
+    retention: Duration,
+    webhooks: BTreeMap<String, Registered>,
     /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
     last_sends: Duration,
     checkpoint_every: Duration,
@@ -99,11 +133,13 @@ pub(crate) struct Application {
     config: Config,
     store: Store,
     access: Access,
-    sender: Sender,
-    vapid: VapidKey,
-    vapid_id: i64,
+    senders: Senders,
+    flows: Flows,
+    vapid: VapidKeys,
+    webhooks: Webhooks,
     limits: Limits,
     progress: Progress,
+    meters: metrics::Meters,
     in_flight: notify::InFlight,
 }
 
@@ -123,11 +159,11 @@ impl Module for Push {
     const POSTGRES_MIGRATIONS: &'static [&'static str] = store::POSTGRES;
 
     async fn keys(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<Vec<(&'static str, String)>> {
-        let key = match store.dialect() {
-            Dialect::Sqlite => vapid_key(data_dir, store).await?,
-            Dialect::Postgres => share_vapid_key(data_dir, store).await?,
-        };
-        Ok(vec![("VAPID public key", key.public_key())])
+        Ok(vec![("VAPID public key", vapid::make(data_dir, store).await?.public_key())])
+    }
+
+    async fn rotate(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<Vec<(&'static str, String)>> {
+        Ok(vec![("VAPID public key", vapid::rotate(data_dir, store).await?.public_key())])
     }
 
     fn configure(settings: &mut Reader<'_>) -> Self {
@@ -151,25 +187,21 @@ impl Module for Push {
         }
         metrics::describe();
         let store = Store::new(host.store.clone(), host.jobs.clone());
-        let vapid = vapid_key(&host.data_dir, &host.store).await?;
-        let vapid_id = store.vapid_key(SiteId::DEFAULT.0, *vapid.public_bytes()).await?;
-        let orphans = store.made_with_other_keys(vapid_id).await?;
-        if orphans > 0 {
-            warn!(
-                subscriptions = orphans,
-                "made with another VAPID key: push services will refuse ours for them"
-            );
-        }
-        let sender = Sender::new(self.sender).context("the sender cannot be made (push.extra_ca_file)")?;
+        let vapid = VapidKeys::load(&host.data_dir, &host.store, &store).await?;
+        let senders = Senders::start(self.sender, self.config.threads)?;
+        let flows = Flows::new(store.clone(), self.config.origin_rate);
+        let webhooks = Webhooks::new(self.config.webhooks.clone())?;
         let application = Arc::new(Application {
             config: self.config,
             store,
             access: host.access.clone(),
-            sender: sender.clone(),
+            senders: senders.clone(),
+            flows: flows.clone(),
             vapid,
-            vapid_id,
+            webhooks,
             limits: Limits::new(self.limits),
             progress: Progress::default(),
+            meters: metrics::Meters::new(),
             in_flight: notify::InFlight::default(),
         });
 
@@ -178,15 +210,38 @@ impl Module for Push {
         host.serve_queue(BULK_QUEUE, application.config.batches);
         host.serve_queue(SMALL_QUEUE, application.config.small_batches);
         host.serve_queue(RETRY_QUEUE, application.config.retry_batches);
+        host.serve_queue(PACED_QUEUE, application.config.paced_batches);
+        host.serve_queue(WEBHOOK_QUEUE, WEBHOOKS);
+        host.job::<webhook::Webhook>(Arc::clone(&application));
         host.job::<fanout::FanOut>(Arc::clone(&application));
         host.job::<deliver::Deliver>(Arc::clone(&application));
+        host.looking(services::looking(Arc::clone(&application)));
+        host.acting(services::acting(Arc::clone(&application)));
         host.task("push limits", {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || Arc::clone(&application).forget_limits(drain.clone())
         });
+        host.task("push retention", {
+            let (application, drain) = (Arc::clone(&application), host.drain.clone());
+            move || Arc::clone(&application).forget_notifications(drain.clone())
+        });
+        host.task("push flows", {
+            let drain = host.drain.clone();
+            move || flows.clone().run(drain.clone())
+        });
+        host.task("push services", {
+            let (application, drain) = (Arc::clone(&application), host.drain.clone());
+            move || services::run(Arc::clone(&application), drain.clone())
+        });
         host.status(Self::NAME, {
             let application = Arc::clone(&application);
-            move || json!({ "vapid_key": application.vapid.public_key(), "addresses_limited": application.limits.len() })
+            move || {
+                json!({
+                    "vapid_key": application.vapid.current.public_key(),
+                    "vapid_keys": application.vapid.len(),
+                    "addresses_limited": application.limits.len(),
+                })
+            }
         });
         if application.config.page {
             let token =
@@ -198,7 +253,7 @@ impl Module for Push {
                 )
             });
         }
-        host.at_close(async move { sender.close().await });
+        host.at_close(async move { senders.close().await });
         Ok(())
     }
 }
@@ -213,8 +268,21 @@ impl Application {
         info!(%notification, outcomes, took_ms = took.as_millis(), "notification done");
     }
 
+    /// Forgets notifications that ended long ago, until nothing new is taken.
+    async fn forget_notifications(self: Arc<Self>, drain: Drain) -> anyhow::Result<()> {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(FORGET_EVERY) => {}
+                () = drain.soft() => return Ok(()),
+            }
+            let before = jiff::Timestamp::now().as_millisecond()
+                - i64::try_from(self.config.retention.as_millis()).unwrap_or(i64::MAX);
+            while self.store.forget_notifications(before).await? > 0 && drain.phase() < Phase::Soft {}
+        }
+    }
+
     /// Forgets the addresses that have kept within their limits, until nothing new is taken.
-    async fn forget_limits(self: Arc<Self>, drain: perennial_server::drain::Drain) -> anyhow::Result<()> {
+    async fn forget_limits(self: Arc<Self>, drain: Drain) -> anyhow::Result<()> {
         loop {
             tokio::select! {
                 () = tokio::time::sleep(limits::FORGET_EVERY) => self.limits.forget(),
@@ -235,47 +303,16 @@ fn routes(application: &Tools) -> OpenApiRouter {
         // Whoever leaves early has sent all the same, and may ask again with the same Idempotency-Key.
         .merge(OpenApiRouter::new().routes(routes!(notify::notify)).layer(Detach))
         .routes(routes!(progress::list))
-        .routes(routes!(progress::one));
+        .routes(routes!(progress::one, lifecycle::set_rate))
+        .routes(routes!(lifecycle::pause))
+        .routes(routes!(lifecycle::resume))
+        .routes(routes!(lifecycle::cancel))
+        .routes(routes!(lifecycle::events))
+        .routes(routes!(lifecycle::deliveries));
     if application.config.page {
         routes = routes.merge(page::routes().into());
     }
     routes.with_state(Arc::clone(application))
-}
-
-/// The key pair in the data directory. A first one is made, but never a second: whoever lost the first has
-/// lost its subscribers, and should hear of it.
-async fn vapid_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<VapidKey> {
-    let file = data_dir.join(VAPID_KEY);
-    if store.dialect() == Dialect::Postgres && !file.exists() {
-        let shared = access::shared_secret(store, VAPID_KEY).await?;
-        let shared = shared
-            .context("there is no VAPID key in the store: make it once, with `perennial keys generate`")?;
-        return VapidKey::from_pem(shared.expose_secret())
-            .context("the VAPID key in the store cannot be used");
-    }
-    if !file.exists() && store::has_subscriptions(store).await? {
-        anyhow::bail!(
-            "{} is missing, and the stored subscriptions were made with it: restore the file, \
-             or delete the subscriptions with the store",
-            file.display()
-        );
-    }
-    let new = VapidKey::generate()?.to_pem()?;
-    let (pem, made) = data_dir.secret(VAPID_KEY, || new)?;
-    if made {
-        info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
-    }
-    VapidKey::from_pem(&pem).with_context(|| format!("{} cannot be used", file.display()))
-}
-
-/// The key pair that all replicas share: the file's if there is one, or the one that is stored, or a new one.
-async fn share_vapid_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<VapidKey> {
-    let pem = match data_dir.read(VAPID_KEY) {
-        Some(pem) => pem,
-        None => VapidKey::generate()?.to_pem()?,
-    };
-    let pem = access::share_secret(store, VAPID_KEY, &pem).await?;
-    Ok(VapidKey::from_pem(pem.expose_secret())?)
 }
 
 /// What pages' user tokens are made with.
@@ -316,11 +353,102 @@ fn config(settings: &mut Reader<'_>) -> Config {
         small_batches: settings.number("push.small_batches", 1..=1000),
         small_audience: settings.number("push.small_audience", 0..=10_000),
         retry_batches: settings.number("push.retry_batches", 1..=1000),
+        paced_batches: settings.number("push.paced_batches", 1..=1000),
+        origin_rate: origin_rate(settings),
+        threads: threads(settings),
+        retention: settings.duration("push.retention", HOUR..=HOUR * 24 * 3660),
+        webhooks: webhooks(settings),
         // The rest of that phase is for writing down what they were.
         last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
         checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
     }
+}
+
+/// The threads that send: one for each processor, unless the settings say.
+fn threads(settings: &mut Reader<'_>) -> usize {
+    match settings.number("push.threads", 0..=1024) {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
+/// A rate for each push service; none when it is 0.
+fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
+    let rate: f64 =
+        settings.read_with("push.origin_rate", "messages per second, or 0 for no limit", |value| {
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            let rate = value.as_float().or_else(|| value.as_integer().map(|rate| rate as f64))?;
+            (rate == 0.0 || (0.001..=1e6).contains(&rate)).then_some(rate)
+        });
+    (rate > 0.0).then_some(rate)
+}
+
+const WEBHOOKS_KEY: &str = "sites.default.webhooks";
+
+/// Whom notifications may name to be told.
+fn webhooks(settings: &mut Reader<'_>) -> BTreeMap<String, Registered> {
+    let wanted = "a list of { name, url, secret_file, pruned = false }";
+    let found: Vec<(String, http::Uri, std::path::PathBuf, bool)> =
+        settings.read_with(WEBHOOKS_KEY, wanted, |value| {
+            let webhook = |webhook: &toml::Value| {
+                let text = |key: &str| webhook.get(key).and_then(toml::Value::as_str);
+                let url: http::Uri = text("url")?.parse().ok()?;
+                let is_web = matches!(url.scheme_str(), Some("http" | "https"));
+                let pruned = webhook.get("pruned").is_some_and(|pruned| pruned.as_bool() == Some(true));
+                let known = ["name", "url", "secret_file", "pruned"];
+                let only_known = webhook.as_table()?.keys().all(|key| known.contains(&key.as_str()));
+                (is_web && only_known).then_some(())?;
+                Some((text("name")?.to_owned(), url, text("secret_file")?.into(), pruned))
+            };
+            value.as_array()?.iter().map(webhook).collect()
+        });
+    let mut registered = BTreeMap::new();
+    for (name, url, file, pruned) in found {
+        match std::fs::read_to_string(&file) {
+            Ok(secret) if secret.trim().len() >= MIN_USER_SECRET => {
+                let secret = secret.trim().to_owned().into();
+                registered.insert(name, Registered { url, secret, pruned });
+            }
+            _ => {
+                let wanted = format!("that {} is a file with a secret of at least 16 bytes", file.display());
+                settings.refuse::<()>(WEBHOOKS_KEY, &wanted);
+            }
+        }
+    }
+    registered
+}
+
+/// The proxy that connections to push services go out through.
+fn proxy(settings: &mut Reader<'_>) -> Option<Proxy> {
+    let resolves: bool = settings.get("push.proxy_resolves");
+    let credentials = settings.secret_file("push.proxy_credentials_file");
+    let proxy: Option<Proxy> = settings.read_with(
+        "push.proxy",
+        "a proxy such as http://proxy.example.net:3128",
+        |value| match value.as_str()? {
+            "" => Some(None),
+            text => text.parse().ok().map(Some),
+        },
+    );
+    let proxy = proxy?.resolving(resolves);
+    Some(match credentials {
+        Some(credentials) => proxy.with_credentials(credentials.expose_secret()),
+        None => proxy,
+    })
+}
+
+/// How sender keys are made.
+fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
+    let life = settings.duration("push.sender_key_life", SECOND..=HOUR * 24 * 30);
+    let Size(cache) = settings.get("push.sender_key_cache");
+    let rotates =
+        settings.read_with("push.sender_key", "fresh or rotating", |value| match value.as_str()? {
+            "fresh" => Some(false),
+            "rotating" => Some(true),
+            _ => None,
+        });
+    if rotates { SenderKey::Rotating { life, cache: cache as u64 } } else { SenderKey::Fresh }
 }
 
 fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
@@ -349,9 +477,13 @@ fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
             "a list of { host = \"name\", addresses = [\"192.0.2.7\"] }",
             pins,
         ),
+        proxy: proxy(settings),
+        sender_key: sender_key(settings),
         connections: settings.number("push.connections", 1..=1000),
         streams: settings.number("push.streams", 1..=10_000),
         http1_connections: settings.number("push.http1_connections", 1..=10_000),
+        max_connections: settings.number("push.max_connections", 2..=100_000),
+        connect_every: settings.duration("push.connect_every", Duration::ZERO..=HOUR),
         connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
         timeout: settings.duration("push.timeout", SECOND..=HOUR),
     }

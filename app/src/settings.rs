@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use toml::{Table, Value};
 
+pub(crate) use reader::parse_duration;
 pub use reader::{Network, Reader, Setting, Size};
 
 /// The host's settings, commented: the reference is the default.

@@ -1,5 +1,6 @@
 //! nginx, as a push service that answers 201 and nothing else: for throughput, and because it closes
-//! connections with GOAWAY after a number of requests, mid-flight, as the big ones do.
+//! connections with GOAWAY after a number of requests, mid-flight, as the big ones do. It reads what it is sent before
+//! it answers: with `return 201` alone it answers the headers and resets the stream.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -38,7 +39,7 @@ impl Nginx {
         let certificates = certificates.display();
         let log = if log { format!("{at}/access.log") } else { "off".to_owned() };
         let config = format!(
-            "daemon off; pid {at}/pid; error_log {at}/error.log; worker_processes 1;
+            "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log; worker_processes 1;
              events {{ worker_connections 4096; }}
              http {{
                  access_log {log}; client_body_temp_path {at}; proxy_temp_path {at};
@@ -47,7 +48,9 @@ impl Nginx {
                  server {{
                      listen 127.0.0.1:{port} ssl http2;
                      ssl_certificate {certificates}/cert.pem; ssl_certificate_key {certificates}/key.pem;
-                     location / {{ return 201; }}
+                     location / {{ mirror /drop; empty_gif; error_page 405 = @created; }}
+                     location = /drop {{ internal; return 204; }}
+                     location @created {{ return 201; }}
                  }}
              }}"
         );

@@ -2,6 +2,7 @@
 
 use anyhow::bail;
 use clap::Subcommand;
+use perennial_server::pool::sql;
 
 use super::{block_on, load, read};
 use crate::access;
@@ -15,6 +16,8 @@ use crate::settings::Sources;
 pub(super) enum Keys {
     /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
     Generate,
+    /// Make a new VAPID key for browsers to subscribe with; those before it go on signing for their subscriptions
+    Rotate,
     /// Say where the keys are
     Show,
 }
@@ -34,15 +37,41 @@ impl Keys {
                 }
             }
             Self::Generate => block_on(generate(&config, modules))??,
+            Self::Rotate if data_dir::is_locked(&config.data_dir) => {
+                bail!("a server runs on {}; stop it to have a key made", config.data_dir.display());
+            }
+            Self::Rotate => block_on(rotate(&config, modules))??,
         }
         Ok(())
     }
 }
 
-async fn generate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+async fn rotate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+    let (data_dir, store) = open(config, modules).await?;
+    let mut shown = Vec::new();
+    for module in modules {
+        shown.extend((module.rotate)(&data_dir, &store).await?);
+    }
+    store.close().await;
+    for (label, value) in shown {
+        println!("{label:<18}{value}");
+    }
+    println!(
+        "Start every server anew: pages get the new key, and subscriptions keep the one they were made with."
+    );
+    Ok(())
+}
+
+/// The store, for a command that runs while no server does.
+async fn open(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(DataDir, sql::Store)> {
     let data_dir = DataDir::lock(&config.data_dir)?;
     let store = boot::open_store(&data_dir, config).await?;
     store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+    Ok((data_dir, store))
+}
+
+async fn generate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+    let (data_dir, store) = open(config, modules).await?;
     if !access::has_keys(&store).await? || !data_dir.join(API_KEY).exists() {
         boot::make_api_key(&data_dir, &store).await?;
     }

@@ -154,6 +154,8 @@ impl Prepared {
                     status: app.status.clone(),
                     connections: app.connections.clone(),
                     books: app.books.clone(),
+                    looking: app.looking.clone(),
+                    acting: app.acting.clone(),
                 });
                 greet(&app);
                 let reload = || {

@@ -4,20 +4,48 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
 use perennial_workers::state::Budget;
 use perennial_workers::{Context, Fate, Job, Options};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Tools;
 use super::deliver::Deliver;
-use super::store::Added;
+use super::outcome::Outcome;
+use super::store::{Added, Stage, Standing};
+use super::{Config, Tools};
 
 /// How many batches of one notification may wait or run, for each that can run at once.
 const AHEAD: usize = 4;
+/// How many are added by one transaction.
+const AT_ONCE: usize = 16;
 /// How soon to look again when that many do.
-const PAUSE: Duration = Duration::from_millis(200);
+const PAUSE: Duration = Duration::from_millis(100);
+/// How soon to look again at a notification that is paused.
+const PAUSED: Duration = Duration::from_secs(1);
+/// A batch of a paced notification is what is due in this many seconds,
+const PACED_SECONDS: i64 = 2;
+/// and no smaller than this;
+const PACED_SIZE: usize = 10;
+/// so many of them may wait or run.
+const PACED_AHEAD: usize = 4;
+
+/// How far the cutting stays ahead of the sending.
+struct Ahead {
+    batches: usize,
+    size: usize,
+}
+
+impl Ahead {
+    fn of(standing: Standing, config: &Config) -> Self {
+        let most = AHEAD * config.batches;
+        let Some((rate_milli, _)) = standing.rate else { return Self { batches: most, size: config.batch } };
+        let wanted = usize::try_from(rate_milli * PACED_SECONDS / 1000).unwrap_or(usize::MAX);
+        let size = wanted.clamp(PACED_SIZE.min(config.batch), config.batch);
+        Self { batches: (wanted / size).clamp(PACED_AHEAD, most.max(PACED_AHEAD)), size }
+    }
+}
 
 /// See the module.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,37 +73,55 @@ impl Job for FanOut {
     }
 
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
-        let store = &tools.store;
-        let Some(mut fan_out) = store.open_fan_out(self.notification, context.epoch).await? else {
+        let (store, id) = (&tools.store, self.notification);
+        let Some(mut fan_out) = store.open_fan_out(id, context.epoch).await? else {
             return Ok(Fate::Done);
         };
-        let ahead = AHEAD * tools.config.batches;
-        while fan_out.ahead < ahead {
+        let standing = fan_out.standing;
+        let expired = standing.expires_at.is_some_and(|at| Timestamp::now().as_millisecond() >= at);
+        let over = match standing.state {
+            Stage::Paused => return Ok(Fate::Snooze(PAUSED)),
+            Stage::Cancelled => Some(Outcome::Cancelled),
+            _ => expired.then_some(Outcome::Expired),
+        };
+        if let Some(outcome) = over {
+            if store.give_up_fan_out(id, context.epoch, outcome, None).await? {
+                tools.ended(id, fan_out.site).await;
+            }
+            return Ok(Fate::Done);
+        }
+        let Ahead { batches: most, size } = Ahead::of(standing, &tools.config);
+        let queue = if standing.rate.is_some() { super::PACED_QUEUE } else { super::BULK_QUEUE };
+        while fan_out.ahead < most {
             context.check()?;
-            let page = store.next_page(&fan_out, tools.config.batch).await?;
-            let next = match page {
-                Some(upto) => {
-                    Some((upto, Deliver::job(self.notification, super::BULK_QUEUE, self.priority)?))
-                }
-                None => None,
-            };
-            match store.add_batch(self.notification, context.epoch, fan_out.fanned_to, next).await? {
-                Added::One => {}
+            let from = fan_out.fanned_to;
+            let (mut batches, mut last) = (Vec::new(), false);
+            while fan_out.ahead < most && batches.len() < AT_ONCE {
+                let Some(upto) = store.next_page(&fan_out, size).await? else {
+                    last = true;
+                    break;
+                };
+                batches.push((upto, Deliver::job(id, queue, self.priority)?));
+                fan_out.fanned_to = upto;
+                fan_out.ahead += 1;
+            }
+            match store.add_batches(id, context.epoch, from, batches, last).await? {
+                Added::Some => {}
                 Added::NoMore => return Ok(Fate::Done),
                 Added::Last => {
-                    tools.ended(self.notification, fan_out.site).await;
+                    tools.ended(id, fan_out.site).await;
                     return Ok(Fate::Done);
                 }
             }
-            fan_out.fanned_to = page.unwrap_or(fan_out.fanned_to);
-            fan_out.ahead += 1;
         }
         context.advanced();
         Ok(Fate::Snooze(PAUSE))
     }
 
     async fn give_up(&self, context: Context, tools: Tools, reason: String) -> anyhow::Result<()> {
-        Ok(tools.store.give_up_fan_out(self.notification, context.epoch, reason).await?)
+        let failed = Outcome::Failed;
+        tools.store.give_up_fan_out(self.notification, context.epoch, failed, Some(reason)).await?;
+        Ok(())
     }
 }
 

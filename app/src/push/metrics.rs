@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use metrics::{Unit, counter, describe_counter, describe_histogram, histogram};
+use metrics::{
+    Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
+    histogram,
+};
 use perennial_webpush::Verdict;
 
 use super::outcome::Outcome;
@@ -18,7 +21,11 @@ pub(crate) const NOTIFICATIONS: &str = "perennial_push_notifications_total";
 /// Counter by `what`: requests without a key that were over a limit.
 pub(crate) const LIMITED: &str = "perennial_push_limited_total";
 
+/// Gauge: push services that nothing is sent to now, since they asked us to wait, are away, or refuse our key.
+pub(crate) const HELD: &str = "perennial_push_services_held";
+
 pub(crate) fn describe() {
+    describe_gauge!(HELD, Unit::Count, "push services that nothing is sent to now");
     describe_counter!(SENDS, Unit::Count, "attempts to send, by verdict");
     describe_counter!(OUTCOMES, Unit::Count, "what finally became of notifications for their subscriptions");
     describe_histogram!(SEND_DURATION, Unit::Seconds, "one attempt to send, its wait for a turn included");
@@ -26,25 +33,62 @@ pub(crate) fn describe() {
     describe_counter!(LIMITED, Unit::Count, "requests without a key that were over a limit, by limit");
 }
 
-pub(crate) fn sent(verdict: Verdict, took: Duration) {
-    let verdict = match verdict {
-        Verdict::Delivered => "delivered",
-        Verdict::Gone => "gone",
-        Verdict::Unauthorized => "unauthorized",
-        Verdict::TooLarge => "too_large",
-        Verdict::Rejected => "rejected",
-        Verdict::Forbidden => "forbidden",
-        Verdict::Retry { throttled: true, .. } => "throttled",
-        Verdict::Retry { throttled: false, .. } => "retry",
-    };
-    counter!(SENDS, "verdict" => verdict).increment(1);
-    histogram!(SEND_DURATION).record(took);
+/// Handles that were looked up once: some of these are counted a hundred thousand times a second.
+#[derive(Debug)]
+pub(crate) struct Meters {
+    sends: [Counter; VERDICTS.len()],
+    duration: Histogram,
+    held: Gauge,
 }
 
-/// Outcomes that were recorded.
-pub(crate) fn decided(outcomes: &[(Outcome, usize)]) {
-    for (outcome, count) in outcomes {
-        counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(*count as u64);
+const VERDICTS: [&str; 10] = [
+    "delivered",
+    "gone",
+    "unauthorized",
+    "too_large",
+    "rejected",
+    "forbidden",
+    "unresolvable",
+    "held",
+    "throttled",
+    "retry",
+];
+
+impl Meters {
+    pub(crate) fn new() -> Self {
+        let sends = VERDICTS.map(|verdict| counter!(SENDS, "verdict" => verdict));
+        Self { sends, duration: histogram!(SEND_DURATION), held: gauge!(HELD) }
+    }
+
+    /// One attempt.
+    pub(crate) fn sent(&self, verdict: Verdict, took: Duration) {
+        let verdict = match verdict {
+            Verdict::Delivered => 0,
+            Verdict::Gone => 1,
+            Verdict::Unauthorized => 2,
+            Verdict::TooLarge => 3,
+            Verdict::Rejected => 4,
+            Verdict::Forbidden => 5,
+            Verdict::Unresolvable => 6,
+            Verdict::Held(_) => 7,
+            Verdict::Retry { throttled: true, .. } => 8,
+            Verdict::Retry { throttled: false, .. } => 9,
+        };
+        self.sends[verdict].increment(1);
+        self.duration.record(took);
+    }
+
+    /// Outcomes that were recorded.
+    pub(crate) fn decided(&self, outcomes: &[(Outcome, usize)]) {
+        for (outcome, count) in outcomes {
+            counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(*count as u64);
+        }
+    }
+
+    /// How many push services are not sent to.
+    #[expect(clippy::cast_precision_loss, reason = "a thousand at most")]
+    pub(crate) fn held(&self, count: usize) {
+        self.held.set(count as f64);
     }
 }
 

@@ -9,10 +9,12 @@ use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use http::{HeaderMap, StatusCode, header};
+use jiff::Timestamp;
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
 use perennial_webpush::{Payload, Topic, Urgency};
 use perennial_workers::NewJob;
+use perennial_workers::queue::Due;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 use tracing::info;
@@ -22,12 +24,14 @@ use uuid::Uuid;
 use super::audience::Audience;
 use super::deliver::Deliver;
 use super::fanout::FanOut;
-use super::store::{Accepted, Idempotency, NewNotification, Recipient};
+use super::store::{Accepted, Idempotency, NewNotification, Plan, Recipient, Stage};
 use super::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is_user};
 use super::tags::Expression;
-use super::{BULK_QUEUE, MAX_TTL, SMALL_QUEUE, Tools, metrics};
+use super::template::Template;
+use super::{BULK_QUEUE, MAX_TTL, PACED_QUEUE, SMALL_QUEUE, Tools, metrics};
 use crate::access::{Authorized, Notify};
 use crate::api::{Json, Result, trace};
+use crate::settings::parse_duration;
 
 /// The most users in one audience.
 const MAX_USERS: usize = 1000;
@@ -39,6 +43,12 @@ const MAX_INLINE: usize = 1000;
 const LOOKUPS: usize = 32;
 /// How many errors of one request are listed.
 const MAX_ERRORS: usize = 20;
+/// Payloads above this many bytes are too long for some services on the way, as bridges to mobile phones.
+const SAFE_PAYLOAD: usize = 2700;
+/// The longest ramp.
+const MAX_RAMP: Duration = Duration::from_secs(24 * 3600);
+/// How far ahead a notification may be scheduled, in seconds.
+const MAX_AHEAD: i64 = 366 * 24 * 3600;
 /// The longest idempotency key.
 const MAX_IDEMPOTENCY_KEY: usize = 255;
 
@@ -59,6 +69,27 @@ pub(super) struct NotifyRequest {
     urgency: Option<String>,
     /// A later notification with the same topic replaces this one while it waits
     topic: Option<String>,
+    /// Sends per second, kept evenly: 0.5 is one every two seconds. As fast as push services take them, unless given
+    rate: Option<f64>,
+    /// How long the rate takes to rise from nothing, in a straight line
+    #[schema(example = "30s")]
+    ramp_up: Option<String>,
+    /// Not before then
+    #[schema(value_type = Option<String>, format = DateTime)]
+    at: Option<Timestamp>,
+    /// Not after then: who has not been sent to by then is counted as expired
+    #[schema(value_type = Option<String>, format = DateTime)]
+    expires: Option<Timestamp>,
+    /// The name of a webhook in the settings, which is told when it has ended
+    webhook: Option<String>,
+    /// What `/deliveries` will list: failures (the default), or all
+    log: Option<String>,
+    /// Whether browsers that can may show it without a service worker: it needs `notification.url`
+    declarative: Option<bool>,
+    /// The version of HTTP to send with: auto, 1 or 2
+    http: Option<String>,
+    /// Only says whom it would be for
+    dry_run: Option<bool>,
 }
 
 /// Whom a notification is for.
@@ -87,6 +118,17 @@ pub(super) struct Notified {
     status: &'static str,
     /// An estimate of how many subscriptions it is for
     audience: u64,
+    /// What may be a mistake
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    warnings: Vec<String>,
+}
+
+/// Whom a notification would be for.
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct DryRun {
+    dry_run: bool,
+    audience: u64,
+    warnings: Vec<String>,
 }
 
 /// Sends a notification
@@ -96,7 +138,7 @@ pub(super) struct Notified {
 #[utoipa::path(
     post, path = "/notify", request_body = NotifyRequest,
     params(("Idempotency-Key" = Option<String>, Header)),
-    responses((status = ACCEPTED, body = Notified))
+    responses((status = ACCEPTED, body = Notified), (status = OK, body = DryRun, description = "A dry run"))
 )]
 pub(super) async fn notify(
     Authorized { caller, .. }: Authorized<Notify>,
@@ -113,29 +155,42 @@ pub(super) async fn notify(
     if let Some(promise) = &idempotency {
         // Before anything is checked: what was fine then need not be now.
         match tools.store.accepted_before(promise.clone()).await? {
-            Some(Accepted::Before(id, estimate)) => return Ok(accepted(id, estimate)),
+            Some(Accepted::Before(id, estimate)) => {
+                return Ok(accepted(id, estimate, Stage::Queued, Vec::new()));
+            }
             Some(Accepted::Conflict) => return Err(conflict().into()),
             Some(Accepted::Now) | None => {}
         }
     }
     let id = Uuid::now_v7();
-    let Checked { audience, recipients, payload, ttl, urgency, topic } = check(&tools, id, request).await?;
+    let dry_run = request.dry_run.unwrap_or_default();
+    let Checked { audience, recipients, payload, ttl, urgency, topic, plan, is_template, warnings } =
+        check(&tools, id, request).await?;
 
     let (estimate, watermark) = if audience == Audience::Inline {
         (recipients.len() as u64, i64::try_from(recipients.len()).unwrap_or(i64::MAX))
     } else {
         tools.store.estimate(caller.site.0, audience.clone()).await?
     };
+    if dry_run {
+        return Ok(axum::Json(DryRun { dry_run, audience: estimate, warnings }).into_response());
+    }
     let direct = audience == Audience::Inline || estimate <= tools.config.small_audience;
     let priority = priority(urgency);
-    let job = if estimate <= tools.config.small_audience {
+    let job = if plan.rate_milli.is_some() && direct {
+        Deliver::job(id, PACED_QUEUE, priority)
+    } else if estimate <= tools.config.small_audience {
         Deliver::job(id, SMALL_QUEUE, priority)
     } else if direct {
         Deliver::job(id, BULK_QUEUE, priority)
     } else {
         NewJob::new(&FanOut { notification: id, priority }).map(|job| job.priority(priority))
     };
-    let new_job = job?.trace(trace(&headers, &scope));
+    let mut new_job = job?.trace(trace(&headers, &scope));
+    if let Some(at) = plan.due_at {
+        new_job = new_job.due(Due::At(Timestamp::from_millisecond(at).unwrap_or_default()));
+    }
+    let state = if plan.due_at.is_some() { Stage::Scheduled } else { Stage::Queued };
     tools.store.admit(&new_job)?;
     let job = new_job.id;
     let new = NewNotification {
@@ -147,6 +202,8 @@ pub(super) async fn notify(
         ttl,
         urgency: urgency.as_str(),
         topic,
+        plan,
+        is_template,
         estimate,
         watermark,
         job: new_job,
@@ -157,9 +214,9 @@ pub(super) async fn notify(
         Accepted::Now => {
             metrics::accepted();
             info!(notification = %id, %job, audience = estimate, "accepted");
-            Ok(accepted(id, estimate))
+            Ok(accepted(id, estimate, state, warnings))
         }
-        Accepted::Before(id, estimate) => Ok(accepted(id, estimate)),
+        Accepted::Before(id, estimate) => Ok(accepted(id, estimate, Stage::Queued, Vec::new())),
         Accepted::Conflict => Err(conflict().into()),
     }
 }
@@ -168,8 +225,8 @@ fn conflict() -> Problem {
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "this Idempotency-Key was used for another request")
 }
 
-fn accepted(id: Uuid, audience: u64) -> Response {
-    let body = axum::Json(Notified { id, status: "queued", audience });
+fn accepted(id: Uuid, audience: u64, state: Stage, warnings: Vec<String>) -> Response {
+    let body = axum::Json(Notified { id, status: state.as_str(), audience, warnings });
     (StatusCode::ACCEPTED, [(header::LOCATION, format!("/notifications/{id}"))], body).into_response()
 }
 
@@ -235,12 +292,25 @@ struct Checked {
     ttl: Duration,
     urgency: Urgency,
     topic: Option<String>,
+    plan: Plan,
+    is_template: bool,
+    warnings: Vec<String>,
 }
 
 async fn check(tools: &Tools, id: Uuid, request: NotifyRequest) -> std::result::Result<Checked, Problem> {
     let mut errors = Vec::new();
+    let plan = plan(tools, &request, &mut errors);
     let (audience, recipients) = audience(tools, request.to, &mut errors).await;
-    let payload = payload(id, request.notification, request.payload, &mut errors);
+    let payload = payload(id, request.notification, request.payload, plan.is_declarative, &mut errors);
+    let is_template = Template::parse(&payload).is_some();
+    let warnings = if payload.len() > SAFE_PAYLOAD {
+        vec![format!(
+            "the payload has {} bytes: some services on the way take no more than {SAFE_PAYLOAD}",
+            payload.len()
+        )]
+    } else {
+        Vec::new()
+    };
     let ttl = match request.ttl {
         None => tools.config.ttl,
         Some(seconds) => {
@@ -271,7 +341,76 @@ async fn check(tools: &Tools, id: Uuid, request: NotifyRequest) -> std::result::
         ttl,
         urgency: urgency.unwrap_or_default(),
         topic: request.topic,
+        plan,
+        is_template,
+        warnings,
     })
+}
+
+/// How and when to send, and whom to tell.
+fn plan(tools: &Tools, request: &NotifyRequest, errors: &mut Vec<FieldError>) -> Plan {
+    let mut plan = Plan::default();
+    let mut wanted = |field: &str, wanted: &str| errors.push(FieldError::new(field, wanted));
+    if let Some(rate) = request.rate {
+        plan.rate_milli = rate_milli(rate);
+        if plan.rate_milli.is_none() {
+            wanted("rate", RATE_WANTED);
+        }
+    }
+    if let Some(text) = &request.ramp_up {
+        match parse_duration(text).filter(|ramp| *ramp <= MAX_RAMP) {
+            Some(_) if request.rate.is_none() => wanted("ramp_up", "together with a rate"),
+            Some(ramp) => plan.ramp_ms = i64::try_from(ramp.as_millis()).unwrap_or(i64::MAX),
+            None => wanted("ramp_up", "a duration such as 30s, at most 24h"),
+        }
+    }
+    let now = Timestamp::now();
+    if let Some(at) = request.at {
+        if at.duration_since(now).as_secs() > MAX_AHEAD {
+            wanted("at", "a time within a year");
+        }
+        // What is due already is sent now.
+        plan.due_at = (at > now).then(|| at.as_millisecond());
+    }
+    if let Some(expires) = request.expires {
+        if expires <= now || request.at.is_some_and(|at| expires <= at) {
+            wanted("expires", "a time to come, and after `at`");
+        }
+        plan.expires_at = Some(expires.as_millisecond());
+    }
+    if let Some(name) = &request.webhook {
+        if !tools.webhooks.has(name) {
+            let names = tools.webhooks.names().join(", ");
+            wanted("webhook", &format!("a name in sites.default.webhooks: {names}"));
+        }
+        plan.webhook = Some(name.clone());
+    }
+    match request.log.as_deref() {
+        None | Some("failures") => {}
+        Some("all") => plan.logs_all = true,
+        Some(_) => wanted("log", "failures or all"),
+    }
+    match request.http.as_deref() {
+        None | Some("auto") => {}
+        Some("1") => plan.http = Some("1"),
+        Some("2") => plan.http = Some("2"),
+        Some(_) => wanted("http", "auto, 1 or 2"),
+    }
+    plan.is_declarative = request.declarative.unwrap_or_default();
+    if plan.is_declarative && request.notification.is_none() {
+        wanted("declarative", "only together with a notification");
+    }
+    plan
+}
+
+/// What a rate may be, in words.
+pub(super) const RATE_WANTED: &str =
+    "sends per second: more than 0, up to 1000000, with up to three decimals";
+
+/// A rate in sends per 1000 seconds, if it can be kept.
+#[expect(clippy::cast_possible_truncation, reason = "within the bounds")]
+pub(super) fn rate_milli(rate: f64) -> Option<i64> {
+    (0.001..=1e6).contains(&rate).then(|| (rate * 1e3).round() as i64)
 }
 
 async fn audience(tools: &Tools, to: To, errors: &mut Vec<FieldError>) -> (Audience, Vec<Recipient>) {
@@ -332,12 +471,12 @@ async fn inline(
     for (index, subscription) in subscriptions.iter().enumerate() {
         let field = format!("to.push[{index}]");
         if let Some((endpoint, keys)) = check_subscription(tools, &field, subscription, errors) {
-            recipients.push(Recipient { endpoint: endpoint.as_str().to_owned(), keys });
+            recipients.push(Recipient { endpoint: endpoint.url(), keys });
             hosts.entry(endpoint.host().to_owned()).or_insert((field, endpoint));
         }
     }
     let looked_up = futures_util::stream::iter(hosts.into_values().map(async |(field, endpoint)| {
-        let checked = tools.sender.check_addresses(&endpoint).await;
+        let checked = tools.senders.any().check_addresses(&endpoint).await;
         checked.err().map(|error| FieldError::new(format!("{field}.endpoint"), error.to_string()))
     }));
     let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).filter_map(std::future::ready).collect().await;
@@ -345,10 +484,24 @@ async fn inline(
     recipients
 }
 
+/// A notification as browsers read it that show it without a service worker (Push API, section 3.3).
+fn declared(mut notification: Map<String, Value>, errors: &mut Vec<FieldError>) -> Value {
+    let navigate = notification.remove("url").or_else(|| notification.remove("navigate"));
+    if navigate.as_ref().and_then(Value::as_str).is_none_or(str::is_empty) {
+        errors.push(FieldError::new(
+            "notification.url",
+            "what a click opens: a declarative notification needs it",
+        ));
+    }
+    notification.insert("navigate".to_owned(), navigate.unwrap_or_default());
+    serde_json::json!({ "web_push": 8030, "notification": notification })
+}
+
 fn payload(
     id: Uuid,
     notification: Option<Map<String, Value>>,
     payload: Option<Value>,
+    declarative: bool,
     errors: &mut Vec<FieldError>,
 ) -> Vec<u8> {
     let (field, text) = match (notification, payload) {
@@ -358,7 +511,11 @@ fn payload(
             }
             // One that is sent twice, after a crash, replaces itself instead of standing there twice.
             notification.entry("tag").or_insert_with(|| id.to_string().into());
-            ("notification", Value::Object(notification).to_string())
+            if declarative {
+                ("notification", declared(notification, errors).to_string())
+            } else {
+                ("notification", Value::Object(notification).to_string())
+            }
         }
         (None, Some(Value::String(text))) => ("payload", text),
         (None, Some(payload)) => ("payload", payload.to_string()),

@@ -21,6 +21,10 @@ pub(crate) enum Outcome {
     Unreachable,
     /// The time to live ended before it could be tried again.
     Expired,
+    /// A value that the text needs is missing in the subscription's metadata.
+    Incomplete,
+    /// The notification was cancelled before it was tried.
+    Cancelled,
     /// Our own failure: the job that should have sent it was given up.
     Failed,
 }
@@ -37,6 +41,8 @@ impl Outcome {
             Self::Forbidden => "forbidden",
             Self::Unreachable => "unreachable",
             Self::Expired => "expired",
+            Self::Incomplete => "incomplete",
+            Self::Cancelled => "cancelled",
             Self::Failed => "failed",
         }
     }
@@ -50,7 +56,8 @@ impl Outcome {
             Verdict::Unauthorized => Some(Self::Unauthorized),
             Verdict::TooLarge => Some(Self::TooLarge),
             Verdict::Forbidden => Some(Self::Forbidden),
-            Verdict::Retry { .. } => None,
+            Verdict::Unresolvable => Some(Self::Unreachable),
+            Verdict::Retry { .. } | Verdict::Held(_) => None,
         }
     }
 }

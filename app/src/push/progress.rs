@@ -58,14 +58,14 @@ impl Progress {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct NotificationView {
     id: Uuid,
-    /// queued, sending or done
+    /// scheduled, queued, sending, paused, done, cancelled or expired
     #[schema(example = "sending")]
     state: String,
     /// How many subscriptions it is for: an estimate until `audience_final`
     audience: u64,
     audience_final: bool,
     /// How many subscriptions have met which outcome: delivered, gone, rejected, unauthorized, too_large,
-    /// forbidden, unreachable, expired, failed. In the end they add up to the audience.
+    /// forbidden, unreachable, expired, incomplete, cancelled, failed. In the end they add up to the audience.
     #[schema(example = json!({"delivered": 480, "gone": 20}))]
     outcomes: BTreeMap<String, u64>,
     /// The sum of the outcomes
@@ -74,6 +74,9 @@ pub(crate) struct NotificationView {
     retrying: u64,
     /// Outcomes a second over the last five seconds
     rate: f64,
+    /// Sends a second that were asked for
+    #[serde(skip_serializing_if = "Option::is_none")]
+    rate_wanted: Option<f64>,
     /// How long it will still take at this rate, in seconds
     #[serde(skip_serializing_if = "Option::is_none")]
     eta_seconds: Option<u64>,
@@ -82,6 +85,14 @@ pub(crate) struct NotificationView {
     error: Option<String>,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
+    /// Not before then
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    at: Option<Timestamp>,
+    /// Not after then
+    #[schema(value_type = Option<String>, format = DateTime)]
+    #[serde(skip_serializing_if = "Option::is_none")]
+    expires: Option<Timestamp>,
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(skip_serializing_if = "Option::is_none")]
     started_at: Option<Timestamp>,
@@ -91,9 +102,9 @@ pub(crate) struct NotificationView {
 }
 
 impl NotificationView {
-    fn of(notification: Notification, progress: &Progress) -> Self {
+    pub(crate) fn of(notification: Notification, progress: &Progress) -> Self {
         let decided = notification.outcomes.values().sum();
-        let done = notification.state == "done";
+        let done = notification.ended_at.is_some();
         // Members may have left or joined since it was estimated.
         let audience = if done { decided } else { notification.estimate.max(decided) };
         let rate = if done { 0.0 } else { progress.rate(notification.id) };
@@ -105,10 +116,17 @@ impl NotificationView {
             decided,
             retrying: notification.again,
             rate: (rate * 10.0).round() / 10.0,
+            rate_wanted: notification.rate_milli.map(|milli| {
+                #[expect(clippy::cast_precision_loss, reason = "a rate")]
+                let rate = milli as f64 / 1e3;
+                rate
+            }),
             eta_seconds: eta(audience - decided, rate),
             error: notification.error,
             state: notification.state,
             created_at: notification.created_at,
+            at: notification.due_at,
+            expires: notification.expires_at,
             started_at: notification.started_at,
             ended_at: notification.ended_at,
         }

@@ -5,12 +5,16 @@
 //! | `vapid_keys` | a key that subscriptions were made with |
 //! | `subscriptions`, `subscription_tags` | a browser that may be sent to |
 //! | `notifications`, `notification_outcomes` | something that was accepted by `POST /notify`, and how it went |
+//! | `deliveries` | how it went for one subscription: failures, or all |
+//! | `push_services` | a push service that is not sent to now, or whose rate is capped |
 //! | `recipients` | a subscription that came with a notification |
 //! | `batches` | a part of an audience that a job sends to |
 //! | `idempotency_keys` | a promise to answer the same again |
 
 mod batches;
 mod notifications;
+mod pacing;
+mod services;
 mod subscriptions;
 mod tables;
 
@@ -20,8 +24,11 @@ use perennial_server::values;
 use perennial_workers::{Jobs, NewJob, queue};
 use uuid::Uuid;
 
-pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Member, Part, Recorded};
-pub(crate) use notifications::{Accepted, Idempotency, NewNotification, Notification, Recipient};
+pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded};
+pub(crate) use notifications::{
+    Accepted, Change, DeliveryView, Idempotency, NewNotification, Notification, Plan, Recipient,
+};
+pub(crate) use pacing::{Reserved, Stage, Standing};
 pub(crate) use subscriptions::{NewSubscription, Proof, Replaced, Subscription, Upserted};
 pub(crate) use tables::{POSTGRES, SQLITE};
 
@@ -51,10 +58,18 @@ impl Store {
         self.sql.value(select, values![site, public_key]).await
     }
 
-    /// How many subscriptions were made with other keys than this one.
-    pub(crate) async fn made_with_other_keys(&self, vapid_key: i64) -> Result<u64> {
-        let sql = "SELECT count(*) FROM subscriptions WHERE vapid_key <> ?";
-        self.sql.value(sql, values![vapid_key]).await
+    /// How many subscriptions were made with other keys than these.
+    pub(crate) async fn made_with_other_keys(&self, keys: &[i64]) -> Result<u64> {
+        let sql = "SELECT id FROM vapid_keys";
+        let mut count = 0;
+        for row in self.sql.query(sql, values![]).await? {
+            let id: i64 = row.get("id")?;
+            if !keys.contains(&id) {
+                let sql = "SELECT count(*) FROM subscriptions WHERE vapid_key = ?";
+                count += self.sql.value::<u64>(sql, values![id]).await?;
+            }
+        }
+        Ok(count)
     }
 }
 

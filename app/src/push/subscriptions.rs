@@ -95,7 +95,7 @@ pub(super) struct Subscribed {
 #[utoipa::path(get, path = "/push/key", responses((status = OK, body = KeyView)))]
 pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
-    let key = KeyView { key: tools.vapid.public_key() };
+    let key = KeyView { key: tools.vapid.current.public_key() };
     Ok(([(header::CACHE_CONTROL, "no-cache")], axum::Json(key)).into_response())
 }
 
@@ -114,7 +114,7 @@ pub(super) async fn subscribe(
 ) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
     let (endpoint, new) = check(&tools, &visitor, request)?;
-    if let Err(error) = tools.sender.check_addresses(&endpoint).await {
+    if let Err(error) = tools.senders.any().check_addresses(&endpoint).await {
         debug!(%error, "refused an endpoint");
         // What our name servers answer is nothing to tell a stranger.
         let detail = match visitor.caller {
@@ -347,7 +347,7 @@ pub(super) fn check_subscription(
     subscription: &PushSubscription,
     errors: &mut Vec<FieldError>,
 ) -> Option<(Endpoint, Keys)> {
-    let endpoint = tools.sender.policy().check(&subscription.endpoint);
+    let endpoint = tools.senders.any().policy().check(&subscription.endpoint);
     let keys = Keys::parse(&subscription.keys.p256dh, &subscription.keys.auth);
     if let Err(error) = &endpoint {
         errors.push(FieldError::new(format!("{field}.endpoint"), error.to_string()));
@@ -366,12 +366,14 @@ fn check(
 ) -> std::result::Result<(Endpoint, NewSubscription), Problem> {
     let mut errors = Vec::new();
     let checked = check_subscription(tools, "subscription", &request.subscription, &mut errors);
-    if request.key.is_some_and(|key| key.trim_end_matches('=') != tools.vapid.public_key()) {
-        errors.push(FieldError::new(
-            "key",
-            "the key of GET /push/key: push services accept no other for a subscription",
-        ));
-    }
+    let vapid_key = match &request.key {
+        None => tools.vapid.current_id,
+        Some(key) => tools.vapid.id_of(key).unwrap_or_else(|| {
+            let wanted = "the key of GET /push/key, or one that was there before";
+            errors.push(FieldError::new("key", wanted));
+            tools.vapid.current_id
+        }),
+    };
     if request.user.as_ref().is_some_and(|user| !is_user(user)) {
         errors.push(FieldError::new("user", USER_WANTED));
     }
@@ -399,8 +401,8 @@ fn check(
     }
     let new = NewSubscription {
         site: visitor.site().0,
-        vapid_key: tools.vapid_id,
-        endpoint: endpoint.as_str().to_owned(),
+        vapid_key,
+        endpoint: endpoint.url(),
         keys,
         user: request.user,
         tags: request.tags,

@@ -183,14 +183,18 @@ impl Setting for Option<PathBuf> {
     }
 }
 
+/// A duration such as `30s`, as settings and requests write it.
+pub(crate) fn parse_duration(text: &str) -> Option<Duration> {
+    // The library also reads ISO 8601 and clock times, which would be a surprise here.
+    let friendly = text.starts_with(|c: char| c.is_ascii_digit()) && !text.contains(':');
+    Duration::try_from(text.parse::<SignedDuration>().ok().filter(|_| friendly)?).ok()
+}
+
 impl Setting for Duration {
     const WANTED: &'static str = "a duration such as 30s, 200ms or 1h";
 
     fn read(value: &Value) -> Option<Self> {
-        let text = value.as_str()?;
-        // The library also reads ISO 8601 and clock times, which would be a surprise here.
-        let friendly = text.starts_with(|c: char| c.is_ascii_digit()) && !text.contains(':');
-        Self::try_from(text.parse::<SignedDuration>().ok().filter(|_| friendly)?).ok()
+        parse_duration(value.as_str()?)
     }
 }
 

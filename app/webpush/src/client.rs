@@ -1,4 +1,4 @@
-//! How a request gets through to an origin, over the connections of its lane.
+//! How a request gets through to a push service, over the connections of its lane.
 //!
 //! A request that a connection gave back unsent, or that the service says it has not looked at (GOAWAY,
 //! REFUSED_STREAM), is sent again on another connection: over HTTP/2 that loses nothing and doubles nothing.
@@ -7,38 +7,43 @@
 //! it is reported, and the caller decides.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, Version};
-use http_body_util::Full;
+use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::connect::{ConnectError, Connector};
-use crate::lane::{Lane, SendError};
-use crate::target::Origin;
+use crate::connect::{ConnectError, Connector, HttpVersion};
+use crate::lane::{Lane, Room};
+use crate::lock;
+use crate::service::Service;
 
-pub(crate) type Body = Full<Bytes>;
-
+/// How much of an answer's body is read, and for how long: error texts are shorter, and nothing else is of
+/// interest.
+pub(crate) const MAX_ANSWER: usize = 4096;
+pub(crate) const BODY: Duration = Duration::from_secs(1);
 /// How often a request that was certainly not looked at is sent again, within its time.
 const RESENDS: u32 = 20;
 /// So many of these at once; then there are pauses, which double from the first to the last.
 const AT_ONCE: u32 = 3;
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
-/// How many origins are known at once.
-const MAX_ORIGINS: usize = 1024;
+/// How often connections that have become idle are closed.
+const SWEEP: Duration = Duration::from_secs(15);
 
 /// How many connections, and how much on each.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Limits {
-    /// HTTP/2 connections to one origin.
+    /// HTTP/2 connections to one service.
     pub(crate) connections: usize,
     /// Requests at once on one HTTP/2 connection; the service may allow fewer.
     pub(crate) streams: usize,
-    /// HTTP/1.1 connections to one origin.
+    /// HTTP/1.1 connections to one service.
     pub(crate) http1_connections: usize,
+    /// Between two connections to one service.
+    pub(crate) connect_every: Duration,
     /// From asking for a turn to the end of the answer.
     pub(crate) timeout: Duration,
 }
@@ -54,8 +59,17 @@ pub(crate) enum ClientError {
     Broken(String),
     #[error("the service gave the request back {0} times")]
     Refused(u32),
-    #[error("too many different push services at once")]
-    TooManyOrigins,
+    #[error("the sender is closed")]
+    Closed,
+}
+
+/// Why a connection has no answer.
+#[derive(Debug)]
+pub(crate) enum SendError {
+    /// The service has certainly not processed it.
+    NotLookedAt,
+    /// It may have.
+    Unknown(String),
 }
 
 /// An answer, and as much of its body as was read.
@@ -66,82 +80,147 @@ pub(crate) struct Answer {
     pub(crate) body: Bytes,
 }
 
-/// The lanes to all origins.
+/// What all lanes of a runtime need.
 #[derive(Debug)]
-pub(crate) struct Client {
-    connector: Connector,
-    limits: Limits,
-    lanes: Mutex<HashMap<Origin, Arc<Lane>>>,
-    drivers: Drivers,
+pub(crate) struct Shared {
+    pub(crate) connector: Arc<Connector>,
+    pub(crate) limits: Limits,
+    pub(crate) drivers: Drivers,
+    pub(crate) rooms: Rooms,
 }
 
+impl Shared {
+    /// The right to open one more connection.
+    pub(crate) fn room(&self, is_listed: bool) -> Result<Room, ConnectError> {
+        let take =
+            |from: &Arc<Semaphore>| Arc::clone(from).try_acquire_owned().map_err(|_| ConnectError::TooMany);
+        let unlisted = if is_listed { None } else { Some(take(&self.rooms.unlisted)?) };
+        Ok(Room { _all: take(&self.rooms.all)?, _unlisted: unlisted })
+    }
+}
+
+/// How many connections there may be in the process; services that the settings do not name have half of them.
+#[derive(Clone, Debug)]
+pub(crate) struct Rooms {
+    all: Arc<Semaphore>,
+    unlisted: Arc<Semaphore>,
+}
+
+impl Rooms {
+    pub(crate) fn new(count: usize) -> Self {
+        Self { all: Arc::new(Semaphore::new(count)), unlisted: Arc::new(Semaphore::new(count.div_ceil(2))) }
+    }
+}
+
+/// The lanes to all push services.
+#[derive(Debug)]
+pub(crate) struct Client {
+    shared: Arc<Shared>,
+    lanes: Lanes,
+}
+
+type Lanes = Arc<Mutex<HashMap<HttpVersion, HashMap<String, Arc<Lane>>>>>;
+
 impl Client {
-    pub(crate) fn new(connector: Connector, limits: Limits) -> Self {
-        Self { connector, limits, lanes: Mutex::default(), drivers: Drivers::default() }
+    pub(crate) fn new(connector: Arc<Connector>, limits: Limits, rooms: Rooms) -> Self {
+        let shared = Shared { connector, limits, drivers: Drivers::default(), rooms };
+        Self { shared: Arc::new(shared), lanes: Lanes::default() }
     }
 
-    pub(crate) fn connector(&self) -> &Connector {
-        &self.connector
+    /// The lane to a service, by its origin's name.
+    pub(crate) fn lane(
+        &self,
+        origin: &str,
+        asked: HttpVersion,
+        service: impl FnOnce() -> Option<Arc<Service>>,
+    ) -> Option<Arc<Lane>> {
+        let http = self.shared.connector.offered(asked);
+        let mut all = lock(&self.lanes);
+        if all.is_empty() {
+            self.shared.drivers.spawn(sweep(Arc::clone(&self.lanes)));
+        }
+        let lanes = all.entry(http).or_default();
+        if let Some(lane) = lanes.get(origin) {
+            return Some(Arc::clone(lane));
+        }
+        let lane = Lane::new(service()?, http, Arc::clone(&self.shared));
+        lanes.insert(origin.to_owned(), Arc::clone(&lane));
+        Some(lane)
     }
 
-    /// Sends what `make` makes, as often as it takes to have it looked at once. A `bulk` request leaves some
-    /// of the lane to others.
+    /// Sends what `make` makes, as often as it takes to have it looked at once.
     pub(crate) async fn send(
         &self,
-        origin: &Origin,
+        lane: &Arc<Lane>,
         bulk: bool,
-        make: impl Fn(Version) -> Request<Body> + Send + Sync,
+        make: impl Fn(Version) -> Request<()> + Send + Sync,
+        body: Bytes,
     ) -> Result<Answer, ClientError> {
-        let lane = self.lane(origin)?;
-        let limit = self.limits.timeout;
-        let answer = tokio::time::timeout(limit, self.send_on(&lane, bulk, make)).await;
-        answer.map_err(|_| ClientError::Timeout(limit))?
+        let limit = self.shared.limits.timeout;
+        let asked = std::time::Instant::now();
+        let turn = tokio::time::timeout(limit, lane.turns.take(bulk)).await;
+        let turn = turn.map_err(|_| ClientError::Timeout(limit))?;
+        let left = limit.saturating_sub(asked.elapsed());
+        let answer = tokio::time::timeout(left, send_on(lane, make, body)).await;
+        let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
+        match &answer {
+            Ok(answer) if is_choking(answer.status) => turn.choked(),
+            Ok(_) => turn.answered(),
+            Err(ClientError::Closed) => {}
+            Err(_) => turn.choked(),
+        }
+        answer
+    }
+
+    /// All lanes, for those who look.
+    pub(crate) fn lanes(&self) -> Vec<Arc<Lane>> {
+        lock(&self.lanes).values().flat_map(HashMap::values).cloned().collect()
     }
 
     /// Ends every connection.
     pub(crate) async fn close(&self) {
+        self.shared.drivers.stop.cancel();
         lock(&self.lanes).clear();
-        self.drivers.end().await;
+        self.shared.drivers.end().await;
     }
+}
 
-    fn lane(&self, origin: &Origin) -> Result<Arc<Lane>, ClientError> {
-        let mut lanes = lock(&self.lanes);
-        if let Some(lane) = lanes.get(origin) {
-            return Ok(Arc::clone(lane));
+/// Whether an answer says that it is too much.
+fn is_choking(status: StatusCode) -> bool {
+    status == StatusCode::TOO_MANY_REQUESTS
+        || status == StatusCode::REQUEST_TIMEOUT
+        || status.is_server_error()
+}
+
+async fn send_on(
+    lane: &Arc<Lane>,
+    make: impl Fn(Version) -> Request<()> + Send + Sync,
+    body: Bytes,
+) -> Result<Answer, ClientError> {
+    for resends in 0..=RESENDS {
+        if resends > AT_ONCE {
+            let (first, last) = PAUSES;
+            tokio::time::sleep((first * 2_u32.pow(resends - AT_ONCE - 1)).min(last)).await;
         }
-        if lanes.len() >= MAX_ORIGINS {
-            // One that nobody is using now can be made again.
-            lanes.retain(|_, lane| Arc::strong_count(lane) > 1);
-            if lanes.len() >= MAX_ORIGINS {
-                return Err(ClientError::TooManyOrigins);
-            }
+        let connection = lane.checkout().await?;
+        let request = make(connection.version());
+        match lane.send(connection, request, body.clone()).await {
+            Ok(answer) => return Ok(answer),
+            Err(SendError::NotLookedAt) => {}
+            Err(SendError::Unknown(why)) => return Err(ClientError::Broken(why)),
         }
-        let lane = Arc::new(Lane::new(origin.clone(), self.limits));
-        lanes.insert(origin.clone(), Arc::clone(&lane));
-        Ok(lane)
     }
+    Err(ClientError::Refused(RESENDS + 1))
+}
 
-    async fn send_on(
-        &self,
-        lane: &Lane,
-        bulk: bool,
-        make: impl Fn(Version) -> Request<Body> + Send + Sync,
-    ) -> Result<Answer, ClientError> {
-        let _turn = lane.turn(bulk).await;
-        for resends in 0..=RESENDS {
-            if resends > AT_ONCE {
-                let (first, last) = PAUSES;
-                tokio::time::sleep((first * 2_u32.pow(resends - AT_ONCE - 1)).min(last)).await;
-            }
-            let checkout = lane.checkout(bulk, &self.connector, &self.drivers).await?;
-            let request = make(checkout.version());
-            match checkout.send(request).await {
-                Ok(answer) => return Ok(answer),
-                Err(SendError::NotLookedAt) => {}
-                Err(SendError::Unknown(why)) => return Err(ClientError::Broken(why)),
-            }
+/// Closes connections that have become idle, and forgets lanes that nobody uses.
+async fn sweep(lanes: Lanes) {
+    loop {
+        tokio::time::sleep(SWEEP).await;
+        for lanes in lock(&lanes).values_mut() {
+            lanes.values().for_each(|lane| lane.sweep());
+            lanes.retain(|_, lane| Arc::strong_count(lane) > 1 || lane.connections() > 0);
         }
-        Err(ClientError::Refused(RESENDS + 1))
     }
 }
 
@@ -153,22 +232,16 @@ pub(crate) struct Drivers {
 }
 
 impl Drivers {
+    pub(crate) fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.running.spawn(self.stop.clone().run_until_cancelled_owned(task));
+    }
+
+    pub(crate) fn is_stopped(&self) -> bool {
+        self.stop.is_cancelled()
+    }
+
     async fn end(&self) {
-        self.stop.cancel();
         self.running.close();
         self.running.wait().await;
     }
-}
-
-impl<F> hyper::rt::Executor<F> for Drivers
-where
-    F: Future<Output = ()> + Send + 'static,
-{
-    fn execute(&self, future: F) {
-        self.running.spawn(self.stop.clone().run_until_cancelled_owned(future));
-    }
-}
-
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

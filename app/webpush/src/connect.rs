@@ -1,30 +1,35 @@
-//! From an origin to a connection: resolve, check every address, dial, TLS, ALPN.
+//! From a push service to a connection: resolve, check every address, choose one, dial, TLS, ALPN.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustls::{ClientConfig, RootCertStore};
 use rustls_pki_types::ServerName;
-use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::io::{AsyncRead, AsyncWrite, BufWriter, ReadBuf};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
+use tokio_util::either::Either;
 
+use crate::addresses::{Addresses, Chosen};
+use crate::proxy::{Proxied, Proxy};
 use crate::resolve::{ResolveError, Resolver};
 use crate::target::{Origin, Policy, TargetError};
 
 /// After this long without an acknowledgement a connection is dead, in milliseconds.
 #[cfg(target_os = "linux")]
 const SILENCE_MS: u32 = 20_000;
+/// How much is gathered before it is written: as many small frames as fit become one TLS record and one call
+/// of the system.
+const GATHER: usize = 32 * 1024;
 
 /// Which versions of HTTP are offered to push services.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum HttpVersion {
     /// HTTP/2, or HTTP/1.1 where the service prefers it.
     #[default]
@@ -46,6 +51,8 @@ pub(crate) enum ConnectError {
     Dial(SocketAddr, io::Error),
     #[error("no connection within {0:?}")]
     Timeout(Duration),
+    #[error("too many connections are open (push.max_connections)")]
+    TooMany,
     #[error("{0} does not speak HTTP/2")]
     Protocol(String),
     #[error("{0} accepted the connection and then failed: {1}")]
@@ -57,164 +64,192 @@ pub(crate) enum ConnectError {
 pub(crate) struct Connected {
     pub(crate) stream: Stream,
     pub(crate) http2: bool,
+    /// The address it leads to; none when a proxy has chosen it.
+    pub(crate) chosen: Option<Chosen>,
 }
 
 #[derive(Debug)]
 pub(crate) struct Connector {
     policy: Policy,
     resolver: Resolver,
-    tls: Arc<ClientConfig>,
+    proxy: Option<Proxy>,
+    /// By what is offered: auto, 1, 2.
+    tls: [Arc<ClientConfig>; 3],
     http: HttpVersion,
     timeout: Duration,
-    /// Turns through the addresses of a name.
-    turn: AtomicUsize,
 }
 
 impl Connector {
     pub(crate) fn new(
         policy: Policy,
         resolver: Resolver,
+        proxy: Option<Proxy>,
         roots: RootCertStore,
         http: HttpVersion,
         timeout: Duration,
     ) -> Result<Self, rustls::Error> {
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut tls = ClientConfig::builder_with_provider(provider)
+        let mut auto = ClientConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
             .with_no_client_auth();
-        tls.alpn_protocols = match http {
-            HttpVersion::Auto => vec![b"h2".to_vec(), b"http/1.1".to_vec()],
-            HttpVersion::One => vec![b"http/1.1".to_vec()],
-            HttpVersion::Two => vec![b"h2".to_vec()],
+        auto.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+        let only = |protocol: &[u8]| {
+            let mut only = auto.clone();
+            only.alpn_protocols = vec![protocol.to_vec()];
+            only
         };
-        Ok(Self { policy, resolver, tls: Arc::new(tls), http, timeout, turn: AtomicUsize::new(0) })
+        let tls = [Arc::new(auto.clone()), Arc::new(only(b"http/1.1")), Arc::new(only(b"h2"))];
+        Ok(Self { policy, resolver, proxy, tls, http, timeout })
     }
 
     pub(crate) fn policy(&self) -> &Policy {
         &self.policy
     }
 
-    /// The addresses of a host, if every one of them may be sent to.
-    pub(crate) async fn addresses(&self, host: &str) -> Result<Vec<IpAddr>, ConnectError> {
+    /// What is offered to a service when a message asks for `asked`.
+    pub(crate) fn offered(&self, asked: HttpVersion) -> HttpVersion {
+        if asked == HttpVersion::Auto { self.http } else { asked }
+    }
+
+    /// The addresses of a host, if every one of them may be sent to. None when that is for a proxy to say.
+    pub(crate) async fn addresses(&self, host: &str) -> Result<Option<Vec<IpAddr>>, ConnectError> {
+        if self.proxy.as_ref().is_some_and(Proxy::resolves) {
+            return Ok(None);
+        }
         let addresses = timeout(self.timeout, self.resolver.resolve(host)).await;
         let addresses = addresses.map_err(|_| ConnectError::Timeout(self.timeout))??;
         for address in &addresses {
             self.policy.check_address(*address)?;
         }
-        Ok(addresses)
+        Ok(Some(addresses))
     }
 
     /// Opens a connection, trying each address until one answers.
-    pub(crate) async fn connect(&self, origin: &Origin) -> Result<Connected, ConnectError> {
-        timeout(self.timeout, self.dial_any(origin)).await.map_err(|_| ConnectError::Timeout(self.timeout))?
+    pub(crate) async fn connect(
+        &self,
+        origin: &Origin,
+        addresses: &Addresses,
+        http: HttpVersion,
+    ) -> Result<Connected, ConnectError> {
+        let dialed = timeout(self.timeout, self.dial_any(origin, addresses, http)).await;
+        dialed.map_err(|_| ConnectError::Timeout(self.timeout))?
     }
 
-    async fn dial_any(&self, origin: &Origin) -> Result<Connected, ConnectError> {
-        let mut addresses = self.addresses(&origin.host).await?;
-        let first = self.turn.fetch_add(1, Ordering::Relaxed) % addresses.len();
-        addresses.rotate_left(first);
+    async fn dial_any(
+        &self,
+        origin: &Origin,
+        known: &Addresses,
+        http: HttpVersion,
+    ) -> Result<Connected, ConnectError> {
+        let Some(addresses) = self.addresses(&origin.host).await? else {
+            let (stream, http2) = self.dial(origin, None, http).await?;
+            return Ok(Connected { stream, http2, chosen: None });
+        };
+        let addresses = known.in_turn(addresses, Instant::now());
         // Each gets its share of the time, so that one that swallows packets does not spend all of it.
         let share = self.timeout / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
         let mut last = ConnectError::Timeout(self.timeout);
         for address in addresses {
-            let address = SocketAddr::new(address, origin.port);
-            match timeout(share, self.dial(origin, address)).await {
-                Ok(Ok(connected)) => return Ok(connected),
+            let chosen = known.choose(address);
+            match timeout(share, self.dial(origin, Some(address), http)).await {
+                Ok(Ok((stream, http2))) => {
+                    chosen.works();
+                    return Ok(Connected { stream, http2, chosen: Some(chosen) });
+                }
                 Ok(Err(error)) => last = error,
-                Err(_) => last = ConnectError::Dial(address, io::ErrorKind::TimedOut.into()),
+                Err(_) => {
+                    let address = SocketAddr::new(address, origin.port);
+                    last = ConnectError::Dial(address, io::ErrorKind::TimedOut.into());
+                }
             }
+            chosen.fails(Instant::now());
         }
         Err(last)
     }
 
-    async fn dial(&self, origin: &Origin, address: SocketAddr) -> Result<Connected, ConnectError> {
-        let failed = |error| ConnectError::Dial(address, error);
-        let tcp = TcpStream::connect(address).await.map_err(failed)?;
-        tcp.set_nodelay(true).map_err(failed)?;
-        notice_silence(&tcp);
+    /// Dials one address; without one, the proxy is told the name.
+    async fn dial(
+        &self,
+        origin: &Origin,
+        address: Option<IpAddr>,
+        http: HttpVersion,
+    ) -> Result<(Stream, bool), ConnectError> {
+        let shown = SocketAddr::new(address.unwrap_or(IpAddr::from([0, 0, 0, 0])), origin.port);
+        let failed = |error| ConnectError::Dial(shown, error);
+        let tcp = match (&self.proxy, address) {
+            (None, Some(address)) => {
+                let tcp = TcpStream::connect((address, origin.port)).await.map_err(failed)?;
+                tcp.set_nodelay(true).map_err(failed)?;
+                notice_silence(&tcp);
+                Either::Left(tcp)
+            }
+            (Some(proxy), address) => {
+                let host = address.map_or_else(|| origin.host.clone(), |address| address.to_string());
+                Either::Right(proxy.connect(&host, origin.port).await.map_err(failed)?)
+            }
+            (None, None) => return Err(failed(io::ErrorKind::AddrNotAvailable.into())),
+        };
         if !origin.tls {
-            return Ok(Connected { stream: Stream::Plain(tcp), http2: self.http == HttpVersion::Two });
+            return Ok((Stream::over(Either::Left(tcp)), http == HttpVersion::Two));
         }
         let name = ServerName::try_from(origin.host.clone())
             .map_err(|_| failed(io::Error::new(io::ErrorKind::InvalidInput, "not a name for TLS")))?;
-        let tls = TlsConnector::from(Arc::clone(&self.tls)).connect(name, tcp).await.map_err(failed)?;
+        let tls = TlsConnector::from(Arc::clone(&self.tls[http as usize]));
+        let tls = tls.connect(name, tcp).await.map_err(failed)?;
         let http2 = tls.get_ref().1.alpn_protocol() == Some(b"h2");
-        if self.http == HttpVersion::Two && !http2 {
+        if http == HttpVersion::Two && !http2 {
             return Err(ConnectError::Protocol(origin.to_string()));
         }
-        Ok(Connected { stream: Stream::Tls(Box::new(tls)), http2 })
+        Ok((Stream::over(Either::Right(Box::new(tls))), http2))
     }
 }
 
 /// Has the kernel end a connection whose peer has not acknowledged anything for a while, instead of sending
 /// again for a quarter of an hour.
 #[cfg(target_os = "linux")]
-fn notice_silence(tcp: &TcpStream) {
+pub(crate) fn notice_silence(tcp: &TcpStream) {
     // Without it the service is still asked, by pings and timeouts.
     let _ = rustix::net::sockopt::set_tcp_user_timeout(tcp, SILENCE_MS);
 }
 
 #[cfg(not(target_os = "linux"))]
-fn notice_silence(_tcp: &TcpStream) {}
+pub(crate) fn notice_silence(_tcp: &TcpStream) {}
 
-/// A connection with or without TLS.
+type Tcp = Either<TcpStream, Proxied>;
+
+/// A connection with or without TLS, directly or through a proxy, which gathers what is written until it is
+/// flushed.
 #[derive(Debug)]
-pub(crate) enum Stream {
-    Plain(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
+pub(crate) struct Stream(BufWriter<Either<Tcp, Box<TlsStream<Tcp>>>>);
+
+impl Stream {
+    fn over(inner: Either<Tcp, Box<TlsStream<Tcp>>>) -> Self {
+        Self(BufWriter::with_capacity(GATHER, inner))
+    }
 }
 
 impl AsyncRead for Stream {
     fn poll_read(
         self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
+        context: &mut Context<'_>,
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_read(cx, buffer),
-            Self::Tls(stream) => Pin::new(stream).poll_read(cx, buffer),
-        }
+        Pin::new(&mut self.get_mut().0).poll_read(context, buffer)
     }
 }
 
+/// Without vectored writes, for which h2 would make one call for each frame.
 impl AsyncWrite for Stream {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write(cx, bytes),
-            Self::Tls(stream) => Pin::new(stream).poll_write(cx, bytes),
-        }
+    fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.get_mut().0).poll_write(context, bytes)
     }
 
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_flush(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_flush(cx),
-        }
+    fn poll_flush(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_flush(context)
     }
 
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_shutdown(cx),
-            Self::Tls(stream) => Pin::new(stream).poll_shutdown(cx),
-        }
-    }
-
-    fn poll_write_vectored(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        slices: &[io::IoSlice<'_>],
-    ) -> Poll<io::Result<usize>> {
-        match self.get_mut() {
-            Self::Plain(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-            Self::Tls(stream) => Pin::new(stream).poll_write_vectored(cx, slices),
-        }
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        match self {
-            Self::Plain(stream) => stream.is_write_vectored(),
-            Self::Tls(stream) => stream.is_write_vectored(),
-        }
+    fn poll_shutdown(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.get_mut().0).poll_shutdown(context)
     }
 }

@@ -14,7 +14,10 @@ use aws_lc_rs::{hmac, rand};
 use crate::message::Payload;
 use crate::subscription::{AUTH, Keys, POINT};
 
-const SALT: usize = 16;
+/// The length of a salt, in bytes.
+pub(crate) const SALT: usize = 16;
+/// The length of the input keying material, in bytes: one output of HMAC-SHA-256.
+pub(crate) const IKM: usize = 32;
 const TAG: usize = 16;
 /// RFC 8188, section 2.1: salt, record size, length of the key id, key id.
 pub(crate) const HEADER: usize = SALT + 4 + 1 + POINT;
@@ -43,26 +46,33 @@ impl From<Unspecified> for CryptoError {
 pub fn encrypt(keys: &Keys, payload: &Payload) -> Result<Vec<u8>, CryptoError> {
     let mut salt = [0; SALT];
     rand::fill(&mut salt)?;
-    Ok(seal(keys, payload.as_bytes(), &PrivateKey::generate(&ECDH_P256)?, salt)?)
+    Ok(seal_with(keys, payload.as_bytes(), &PrivateKey::generate(&ECDH_P256)?, salt)?)
 }
 
 /// The deterministic part. `sender` must never be a VAPID key (RFC 8292, section 3.2).
-fn seal(
+fn seal_with(
     keys: &Keys,
     plaintext: &[u8],
     sender: &PrivateKey,
     salt: [u8; SALT],
 ) -> Result<Vec<u8>, Unspecified> {
-    let sender_public = sender.compute_public_key()?;
-    let ikm =
-        input_keying_material(sender, keys.p256dh(), keys.auth(), keys.p256dh(), sender_public.as_ref())?;
-    let (key, nonce) = content_key(&ikm, &salt)?;
+    let public = sender.compute_public_key()?.as_ref().try_into().map_err(|_| Unspecified)?;
+    seal(&input_keying_material(sender, keys, &public)?, &public, plaintext, salt)
+}
 
+/// Encrypts with a secret that was agreed on before. No salt may ever come twice with it (RFC 8188, section 2.1).
+pub(crate) fn seal(
+    ikm: &[u8; IKM],
+    sender_public: &[u8; POINT],
+    plaintext: &[u8],
+    salt: [u8; SALT],
+) -> Result<Vec<u8>, Unspecified> {
+    let (key, nonce) = content_key(ikm, &salt)?;
     let mut body = Vec::with_capacity(HEADER + plaintext.len() + 1 + TAG);
     body.extend_from_slice(&salt);
     body.extend_from_slice(&RECORD_SIZE.to_be_bytes());
     body.push(65);
-    body.extend_from_slice(sender_public.as_ref());
+    body.extend_from_slice(sender_public);
     body.extend_from_slice(plaintext);
     body.push(DELIMITER);
     let tag = key.seal_in_place_separate_tag(nonce, Aad::empty(), &mut body[HEADER..])?;
@@ -70,25 +80,35 @@ fn seal(
     Ok(body)
 }
 
+/// The sender's side of the agreement. It refuses a point that is not on the curve.
+pub(crate) fn input_keying_material(
+    sender: &PrivateKey,
+    keys: &Keys,
+    public: &[u8; POINT],
+) -> Result<[u8; IKM], Unspecified> {
+    agree(sender, keys.p256dh(), keys.auth(), keys.p256dh(), public)
+}
+
 /// RFC 8291, section 3.3 and 3.4: the ECDH secret, bound to both public keys and the authentication secret.
-fn input_keying_material(
+fn agree(
     own: &PrivateKey,
     peer: &[u8; POINT],
     auth: &[u8; AUTH],
     receiver_public: &[u8],
     sender_public: &[u8],
-) -> Result<hmac::Tag, Unspecified> {
+) -> Result<[u8; IKM], Unspecified> {
     let peer = UnparsedPublicKey::new(&ECDH_P256, peer);
     agreement::agree(own, peer, Unspecified, |secret| {
         let prk = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, auth), secret);
         let info = [b"WebPush: info\0", receiver_public, sender_public, &[1]].concat();
-        Ok(hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, prk.as_ref()), &info))
+        let ikm = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, prk.as_ref()), &info);
+        ikm.as_ref().try_into().map_err(|_| Unspecified)
     })
 }
 
 /// RFC 8188, section 2.2 and 2.3: HKDF with one block of output, so two HMACs.
-fn content_key(ikm: &hmac::Tag, salt: &[u8]) -> Result<(LessSafeKey, Nonce), Unspecified> {
-    let prk = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), ikm.as_ref());
+fn content_key(ikm: &[u8; IKM], salt: &[u8]) -> Result<(LessSafeKey, Nonce), Unspecified> {
+    let prk = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), ikm);
     let prk = hmac::Key::new(hmac::HMAC_SHA256, prk.as_ref());
     let key = hmac::sign(&prk, b"Content-Encoding: aes128gcm\0\x01");
     let nonce = hmac::sign(&prk, b"Content-Encoding: nonce\0\x01");
@@ -161,7 +181,7 @@ impl ReceiverKeys {
         if key_id[0] != 65 || sender[0] != 4 {
             return Err(DecryptError::KeyId);
         }
-        let ikm = input_keying_material(&self.private, sender, &self.auth, &self.public, sender)
+        let ikm = agree(&self.private, sender, &self.auth, &self.public, sender)
             .map_err(|_| DecryptError::KeyId)?;
         let (key, nonce) = content_key(&ikm, salt).map_err(|_| DecryptError::Forged)?;
         let mut sealed = sealed.to_vec();
@@ -222,12 +242,12 @@ mod tests {
     fn rfc_8291_appendix_a_byte_for_byte() {
         let keys = Keys::parse(rfc8291::RECEIVER_PUBLIC, rfc8291::AUTH).unwrap();
         let sender = private(rfc8291::SENDER_PRIVATE);
-        let public = sender.compute_public_key().unwrap();
-        let ikm = input_keying_material(&sender, keys.p256dh(), keys.auth(), keys.p256dh(), public.as_ref());
+        let public = sender.compute_public_key().unwrap().as_ref().try_into().unwrap();
+        let ikm = input_keying_material(&sender, &keys, &public);
         assert_eq!(encode(ikm.unwrap()), rfc8291::IKM);
 
         let salt = decode(rfc8291::SALT).unwrap().try_into().unwrap();
-        let body = seal(&keys, rfc8291::PLAINTEXT, &sender, salt).unwrap();
+        let body = seal_with(&keys, rfc8291::PLAINTEXT, &sender, salt).unwrap();
         assert_eq!(encode(&body), rfc8291::BODY);
         assert_eq!(body.len(), 144);
         assert_eq!(receiver().decrypt(&body).unwrap(), rfc8291::PLAINTEXT);

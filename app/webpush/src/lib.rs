@@ -1,23 +1,44 @@
 #![doc = include_str!("../README.md")]
 
+mod addresses;
 mod client;
 mod connect;
 mod encrypt;
+mod gate;
+mod http1;
+mod http2;
+mod keying;
 mod lane;
 mod message;
+mod proxy;
 mod resolve;
 mod sender;
+mod service;
 mod subscription;
 mod target;
+mod turns;
 mod vapid;
 mod verdict;
+mod window;
 
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+pub use addresses::AddressStatus;
 pub use connect::HttpVersion;
 pub use encrypt::{CryptoError, DecryptError, ReceiverKeys, encrypt};
+pub use gate::Cause;
+pub use keying::SenderKey;
 pub use message::{MAX_PAYLOAD, Message, MessageError, Payload, Topic, Urgency};
+pub use proxy::{Proxy, ProxyError};
 pub use resolve::{Pin, ResolveError};
-pub use sender::{Config, ConfigError, Report, Sender};
+pub use sender::{Config, ConfigError, LaneStatus, Report, Sender};
+pub use service::ServiceStatus;
 pub use subscription::{Keys, KeysError};
 pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError};
 pub use vapid::{Claims, Contact, ContactError, VapidError, VapidKey, verify};
 pub use verdict::{MAX_RETRY_AFTER, Verdict, verdict};
+
+/// Whoever panicked while holding one of these locks left nothing half done: each is held for a few lines.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}

@@ -6,6 +6,8 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::HeaderValue;
 
+use crate::connect::HttpVersion;
+
 /// The longest payload, in bytes: what is left of the 4096 that every push service must take (RFC 8030,
 /// section 7.2) after the header of 86, the delimiter and the tag of 16 (RFC 8291, section 4).
 pub const MAX_PAYLOAD: usize = 3993;
@@ -123,12 +125,22 @@ pub struct Message {
     pub(crate) urgency: Urgency,
     pub(crate) topic: Option<HeaderValue>,
     pub(crate) bulk: bool,
+    pub(crate) http: HttpVersion,
+    pub(crate) content_type: &'static str,
 }
 
 impl Message {
     /// A message of normal urgency that the push service need not keep: TTL 0.
     pub fn new(payload: Payload) -> Self {
-        Self { payload, ttl: 0, urgency: Urgency::default(), topic: None, bulk: false }
+        Self {
+            payload,
+            ttl: 0,
+            urgency: Urgency::default(),
+            topic: None,
+            bulk: false,
+            http: HttpVersion::Auto,
+            content_type: "application/octet-stream",
+        }
     }
 
     /// How long the push service keeps it for a device that is away, in whole seconds.
@@ -150,6 +162,31 @@ impl Message {
     pub fn bulk(mut self, bulk: bool) -> Self {
         self.bulk = bulk;
         self
+    }
+
+    /// Whether it is one of many.
+    pub fn is_bulk(&self) -> bool {
+        self.bulk
+    }
+
+    /// Over which version of HTTP, if not as the sender's settings say.
+    #[must_use]
+    pub fn http(mut self, http: HttpVersion) -> Self {
+        self.http = http;
+        self
+    }
+
+    /// Whether a browser may show it without a service worker: Declarative Web Push (Push API, section 3.3).
+    #[must_use]
+    pub fn declarative(mut self) -> Self {
+        self.content_type = "application/notification+json";
+        self
+    }
+
+    /// The same message with another payload.
+    #[must_use]
+    pub fn with_payload(&self, payload: Payload) -> Self {
+        Self { payload, ..self.clone() }
     }
 
     /// What it replaces.

@@ -2,30 +2,35 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST};
 use http::{HeaderName, HeaderValue, Method, Request, Version};
-use http_body_util::Full;
 use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use crate::client::{Client, ClientError, Limits};
+use crate::client::{Client, ClientError, Limits, Rooms};
 use crate::connect::{ConnectError, Connector, HttpVersion};
-use crate::encrypt::encrypt;
+use crate::gate::Cause;
+use crate::keying::{Keying, SenderKey};
+use crate::lane::Lane;
 use crate::message::Message;
+use crate::proxy::Proxy;
 use crate::resolve::{Pin, ResolveError, Resolver};
+use crate::service::{Errand, Service, ServiceStatus, Services};
 use crate::subscription::Keys;
 use crate::target::{Endpoint, Policy, TargetError};
-use crate::vapid::{Claimed, Contact, VapidKey};
+use crate::vapid::{Contact, VapidKey};
 use crate::verdict::{Verdict, verdict};
 
 const TTL: HeaderName = HeaderName::from_static("ttl");
 const URGENCY: HeaderName = HeaderName::from_static("urgency");
 const TOPIC: HeaderName = HeaderName::from_static("topic");
 
+/// For how long one waits for a push service that is not sent to just now.
+const PATIENCE: Duration = Duration::from_secs(1);
 /// How much of a refusal's text is kept, in characters.
 const MAX_DETAIL: usize = 200;
 
@@ -42,12 +47,20 @@ pub struct Config {
     pub extra_ca_file: Option<PathBuf>,
     /// Names whose addresses are given.
     pub resolve: Vec<Pin>,
+    /// A proxy that connections go out through.
+    pub proxy: Option<Proxy>,
+    /// How sender keys are made.
+    pub sender_key: SenderKey,
     /// How many HTTP/2 connections to one push service.
     pub connections: usize,
     /// How many requests at once on one of them.
     pub streams: usize,
     /// How many HTTP/1.1 connections to one push service.
     pub http1_connections: usize,
+    /// How many connections to all push services together.
+    pub max_connections: usize,
+    /// Between two connections to one push service: they are opened one after the other.
+    pub connect_every: Duration,
     /// How long dialing may take, over all addresses.
     pub connect_timeout: Duration,
     /// How long one request may take, waiting for its turn included.
@@ -62,9 +75,13 @@ impl Default for Config {
             http: HttpVersion::Auto,
             extra_ca_file: None,
             resolve: Vec::new(),
+            proxy: None,
+            sender_key: SenderKey::Fresh,
             connections: 4,
             streams: 100,
             http1_connections: 64,
+            max_connections: 1024,
+            connect_every: Duration::from_millis(10),
             connect_timeout: Duration::from_secs(10),
             timeout: Duration::from_secs(30),
         }
@@ -99,14 +116,28 @@ pub struct Report {
     pub detail: String,
 }
 
-/// The sender. A cheap handle.
+impl Report {
+    fn failed(verdict: Verdict, why: &dyn ToString) -> Self {
+        Self { verdict, status: None, detail: why.to_string() }
+    }
+}
+
+/// The sender: a cheap handle. Its connections belong to the runtime that it is used on; for several runtimes
+/// there is one sender each, and they share what is known about push services: see [`Sender::split`].
 #[derive(Clone, Debug)]
-pub struct Sender(Arc<Shared>);
+pub struct Sender(Arc<Inner>);
+
+#[derive(Debug)]
+struct Inner {
+    client: Client,
+    shared: Arc<Shared>,
+}
 
 #[derive(Debug)]
 struct Shared {
-    client: Client,
-    claims: Claimed,
+    connector: Arc<Connector>,
+    services: Services,
+    keying: Keying,
     contact: Option<Contact>,
 }
 
@@ -116,22 +147,52 @@ impl Sender {
     /// # Errors
     /// When there is nobody to trust, or the extra file cannot be read.
     pub fn new(config: Config) -> Result<Self, ConfigError> {
+        let mut one = Self::split(config, 1)?;
+        one.pop().ok_or(ConfigError::NoRoots)
+    }
+
+    /// Several senders, each for a runtime of its own, which share the connections that `config` allows.
+    ///
+    /// # Errors
+    /// As [`Sender::new`].
+    pub fn split(config: Config, count: usize) -> Result<Vec<Self>, ConfigError> {
         let roots = roots(config.extra_ca_file)?;
         let resolver = Resolver::new(config.resolve);
-        let connector = Connector::new(config.policy, resolver, roots, config.http, config.connect_timeout)?;
+        let Config { policy, proxy, http, connect_timeout, .. } = config;
+        let connector = Connector::new(policy, resolver, proxy, roots, http, connect_timeout)?;
+        let shared = Arc::new(Shared {
+            connector: Arc::new(connector),
+            services: Services::default(),
+            keying: Keying::new(config.sender_key),
+            contact: config.contact,
+        });
+        let count = count.max(1);
         let limits = Limits {
-            connections: config.connections,
+            connections: config.connections.div_ceil(count),
             streams: config.streams,
-            http1_connections: config.http1_connections,
+            http1_connections: config.http1_connections.div_ceil(count),
+            connect_every: config.connect_every,
             timeout: config.timeout,
         };
-        let client = Client::new(connector, limits);
-        Ok(Self(Arc::new(Shared { client, claims: Claimed::default(), contact: config.contact })))
+        let rooms = Rooms::new(config.max_connections);
+        let make = |_| {
+            let client = Client::new(Arc::clone(&shared.connector), limits, rooms.clone());
+            Self(Arc::new(Inner { client, shared: Arc::clone(&shared) }))
+        };
+        Ok((0..count).map(make).collect())
     }
 
     /// What may be sent to.
     pub fn policy(&self) -> &Policy {
-        self.0.client.connector().policy()
+        self.0.shared.connector.policy()
+    }
+
+    /// The endpoint with this URL, if it may be sent to.
+    ///
+    /// # Errors
+    /// [`TargetError`] says why not.
+    pub fn endpoint(&self, url: String) -> Result<Endpoint, TargetError> {
+        self.0.shared.services.endpoint(self.policy(), url)
     }
 
     /// Looks up an endpoint's host and checks every address. Whoever cannot be looked up now is let pass:
@@ -140,7 +201,7 @@ impl Sender {
     /// # Errors
     /// When the host does not exist, or leads to where nobody should be sent.
     pub async fn check_addresses(&self, endpoint: &Endpoint) -> Result<(), TargetError> {
-        match self.0.client.connector().addresses(endpoint.host()).await {
+        match self.0.shared.connector.addresses(endpoint.host()).await {
             Err(ConnectError::Forbidden(error)) => Err(error),
             Err(ConnectError::Resolve(ResolveError::NotFound(host))) => Err(TargetError::Host(host)),
             Ok(_) | Err(_) => Ok(()),
@@ -149,23 +210,55 @@ impl Sender {
 
     /// Encrypts and sends one message. Whatever goes wrong is a report about this subscription.
     pub async fn send(&self, endpoint: &Endpoint, keys: &Keys, message: &Message, key: &VapidKey) -> Report {
-        let origin = endpoint.origin.to_string();
-        let now = SystemTime::now();
-        let claim = match self.0.claims.header(key, &origin, self.0.contact.as_ref(), now) {
+        let shared = &self.0.shared;
+        let origin = &endpoint.origin;
+        let lane = self.0.client.lane(&origin.name, message.http, || shared.services.of(origin));
+        let Some(lane) = lane else {
+            return Report::failed(RETRY, &"too many different push services at once");
+        };
+        let service = &lane.service;
+        let errand = match admit(service).await {
+            Ok(errand) => errand,
+            Err((wait, cause)) => return Report::failed(Verdict::Held(wait), &cause.as_str()),
+        };
+        let report = self.send_on(&lane, endpoint, keys, message, key).await;
+        if errand.end(&report, endpoint) {
+            lane.turns.restart();
+        }
+        report
+    }
+
+    async fn send_on(
+        &self,
+        lane: &Arc<Lane>,
+        endpoint: &Endpoint,
+        keys: &Keys,
+        message: &Message,
+        key: &VapidKey,
+    ) -> Report {
+        let shared = &self.0.shared;
+        let contact = shared.contact.as_ref();
+        let claim = lane.service.claimed.header(key, &endpoint.origin.name, contact, SystemTime::now());
+        let claim = match claim {
             Ok(claim) => claim,
-            Err(error) => return failed(&error),
+            Err(error) => return Report::failed(RETRY, &error),
         };
         let body = if message.payload.as_bytes().is_empty() {
             Bytes::new()
         } else {
-            match encrypt(keys, &message.payload) {
+            match shared.keying.encrypt(keys, &message.payload) {
                 Ok(body) => Bytes::from(body),
-                Err(error) => return failed(&error),
+                // Keys from a store were not looked at before.
+                Err(error) => {
+                    let verdict = if keys.are_valid() { RETRY } else { Verdict::Forbidden };
+                    return Report::failed(verdict, &error);
+                }
             }
         };
-        let make = |version| request(version, endpoint, message, claim.clone(), body.clone());
-        match self.0.client.send(&endpoint.origin, message.bulk, make).await {
+        let make = |version| request(version, endpoint, message, claim.clone(), body.is_empty());
+        match self.0.client.send(lane, message.bulk, make, body.clone()).await {
             Ok(answer) => {
+                lane.service.compare_clocks(&answer.headers);
                 let verdict = verdict(endpoint.host(), answer.status, &answer.headers, SystemTime::now());
                 let detail =
                     if verdict == Verdict::Delivered { String::new() } else { excerpt(&answer.body) };
@@ -174,23 +267,74 @@ impl Sender {
             Err(ClientError::Connect(error)) => {
                 let verdict = match &*error {
                     ConnectError::Forbidden(_) => Verdict::Forbidden,
-                    _ => Verdict::Retry { after: None, throttled: false },
+                    ConnectError::Resolve(ResolveError::NotFound(_)) => Verdict::Unresolvable,
+                    _ => RETRY,
                 };
-                Report { verdict, status: None, detail: error.to_string() }
+                Report::failed(verdict, &error)
             }
-            Err(error) => failed(&error),
+            Err(error) => Report::failed(RETRY, &error),
         }
     }
 
-    /// Ends every connection. What is being sent fails.
+    /// What is known about push services, for those who look, and how many connections this sender has to each.
+    pub fn services(&self) -> Vec<ServiceStatus> {
+        self.0.shared.services.status()
+    }
+
+    /// This sender's lanes.
+    pub fn lanes(&self) -> Vec<LaneStatus> {
+        let status = |lane: &Arc<Lane>| {
+            let (window, in_flight) = lane.turns.status();
+            LaneStatus {
+                origin: lane.service.origin.name.clone(),
+                connections: lane.connections(),
+                window,
+                in_flight,
+            }
+        };
+        self.0.client.lanes().iter().map(status).collect()
+    }
+
+    /// Sends nothing to an origin for at least this long: somebody else was told so, or has seen why.
+    pub fn hold(&self, origin: &str, wait: Duration, cause: Cause) {
+        self.0.shared.services.hold(self.policy(), origin, wait, cause);
+    }
+
+    /// Sends to an origin again. False when it is not known here.
+    pub fn resume(&self, origin: &str) -> bool {
+        self.0.shared.services.resume(origin)
+    }
+
+    /// Ends every connection of this sender. What is being sent fails.
     pub async fn close(&self) {
         self.0.client.close().await;
     }
 }
 
-fn failed(error: &dyn std::error::Error) -> Report {
-    let verdict = Verdict::Retry { after: None, throttled: false };
-    Report { verdict, status: None, detail: error.to_string() }
+/// One sender's connections to one push service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LaneStatus {
+    /// The service's origin.
+    pub origin: String,
+    /// How many are open.
+    pub connections: usize,
+    /// How many requests at once the service bears, as far as is known.
+    pub window: usize,
+    /// How many are under way.
+    pub in_flight: usize,
+}
+
+const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };
+
+/// Asks a service; one that will be asked again in a moment is waited for.
+async fn admit(service: &Service) -> Result<Errand<'_>, (Duration, Cause)> {
+    let asked = Instant::now();
+    loop {
+        match service.admit() {
+            Err((wait, _)) if asked.elapsed() + wait <= PATIENCE => tokio::time::sleep(wait).await,
+            answer => return answer,
+        }
+    }
 }
 
 fn request(
@@ -198,25 +342,25 @@ fn request(
     endpoint: &Endpoint,
     message: &Message,
     claim: HeaderValue,
-    body: Bytes,
-) -> Request<Full<Bytes>> {
-    let with_body = !body.is_empty();
-    let mut request = Request::new(Full::new(body));
+    is_empty: bool,
+) -> Request<()> {
+    let mut request = Request::new(());
     *request.method_mut() = Method::POST;
     *request.version_mut() = version;
     *request.uri_mut() = endpoint.uri.clone();
     let headers = request.headers_mut();
+    headers.reserve(8);
     headers.insert(AUTHORIZATION, claim);
     headers.insert(TTL, HeaderValue::from(message.ttl));
     headers.insert(URGENCY, HeaderValue::from_static(message.urgency.as_str()));
     if let Some(topic) = &message.topic {
         headers.insert(TOPIC, topic.clone());
     }
-    if with_body {
-        headers.insert(CONTENT_ENCODING, HeaderValue::from_static("aes128gcm"));
-        headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/octet-stream"));
-    } else {
+    if is_empty {
         headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
+    } else {
+        headers.insert(CONTENT_ENCODING, HeaderValue::from_static("aes128gcm"));
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static(message.content_type));
     }
     if version == Version::HTTP_11 {
         as_http1(&mut request);
@@ -225,7 +369,7 @@ fn request(
 }
 
 /// HTTP/1.1 names the host in a header and only the path in its first line, HTTP/2 takes the whole URL.
-fn as_http1(request: &mut Request<Full<Bytes>>) {
+fn as_http1(request: &mut Request<()>) {
     let uri = std::mem::take(request.uri_mut());
     if let Some(host) = uri.authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok()) {
         request.headers_mut().insert(HOST, host);

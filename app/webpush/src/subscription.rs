@@ -53,14 +53,27 @@ impl Keys {
     /// # Errors
     /// As [`Keys::parse`].
     pub fn from_bytes(p256dh: &[u8], auth: &[u8]) -> Result<Self, KeysError> {
-        let p256dh: [u8; POINT] = p256dh.try_into().map_err(|_| KeysError::P256dhShape)?;
-        let auth = auth.try_into().map_err(|_| KeysError::Auth)?;
-        if p256dh[0] != 0x04 {
+        let keys = Self::from_store(p256dh, auth)?;
+        if keys.p256dh[0] != 0x04 {
             return Err(KeysError::P256dhShape);
         }
-        let point = UnparsedPublicKey::new(&ECDH_P256, p256dh);
-        ParsedPublicKey::try_from(&point).map_err(|_| KeysError::P256dhCurve)?;
+        if keys.are_valid() { Ok(keys) } else { Err(KeysError::P256dhCurve) }
+    }
+
+    /// The keys of a subscription that was checked when it was stored: their form is looked at, the curve when
+    /// they are used.
+    ///
+    /// # Errors
+    /// When one of them has the wrong form or length.
+    pub fn from_store(p256dh: &[u8], auth: &[u8]) -> Result<Self, KeysError> {
+        let p256dh: [u8; POINT] = p256dh.try_into().map_err(|_| KeysError::P256dhShape)?;
+        let auth = auth.try_into().map_err(|_| KeysError::Auth)?;
         Ok(Self { p256dh, auth })
+    }
+
+    /// Whether the public key is a point of the curve (RFC 8291, section 7).
+    pub(crate) fn are_valid(&self) -> bool {
+        ParsedPublicKey::try_from(&UnparsedPublicKey::new(&ECDH_P256, self.p256dh)).is_ok()
     }
 
     /// The authentication secret alone, which proves to have had a subscription.

@@ -6,10 +6,14 @@
 //! very step that chooses one to connect to, so that a name cannot change its mind in between.
 
 use std::fmt;
+use std::hash::{Hash, Hasher};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
+use std::sync::Arc;
 
+use bytes::Bytes;
 use http::Uri;
+use http::uri::{Authority, PathAndQuery, Scheme};
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use url::{Host, Url};
 
@@ -134,42 +138,83 @@ pub enum TargetError {
 /// A checked endpoint.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Endpoint {
-    url: String,
     pub(crate) uri: Uri,
-    pub(crate) origin: Origin,
+    pub(crate) origin: Arc<Origin>,
 }
 
 /// Scheme, host and port: what connections and claims belong to.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Debug)]
 pub(crate) struct Origin {
+    /// The serialisation of RFC 6454, section 6.2: no slash, no default port.
+    pub(crate) name: String,
     pub(crate) tls: bool,
     /// A name, an IPv4 address, or an IPv6 address without its brackets.
     pub(crate) host: String,
     pub(crate) port: u16,
+    /// Whether the settings name it, rather than allowing any host.
+    pub(crate) is_listed: bool,
+    authority: Authority,
+}
+
+impl PartialEq for Origin {
+    fn eq(&self, other: &Self) -> bool {
+        self.name == other.name
+    }
+}
+
+impl Eq for Origin {}
+
+impl Hash for Origin {
+    fn hash<H: Hasher>(&self, state: &mut H) {
+        self.name.hash(state);
+    }
 }
 
 impl fmt::Display for Origin {
-    /// The serialisation of RFC 6454, section 6.2: no slash, no default port.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(if self.tls { "https://" } else { "http://" })?;
-        if self.host.contains(':') { write!(f, "[{}]", self.host) } else { f.write_str(&self.host) }?;
-        if self.port != if self.tls { 443 } else { 80 } {
-            write!(f, ":{}", self.port)?;
-        }
-        Ok(())
+        f.write_str(&self.name)
     }
 }
 
 impl Endpoint {
+    /// An endpoint at an origin that has been checked: nothing after an origin and a slash leads elsewhere.
+    pub(crate) fn at(origin: &Arc<Origin>, url: &Bytes) -> Result<Self, TargetError> {
+        if url.len() > MAX_ENDPOINT {
+            return Err(TargetError::Length);
+        }
+        if url.contains(&b'#') {
+            return Err(TargetError::Form);
+        }
+        let path = PathAndQuery::from_maybe_shared(url.slice(origin.name.len()..));
+        let mut parts = http::uri::Parts::default();
+        parts.scheme = Some(if origin.tls { Scheme::HTTPS } else { Scheme::HTTP });
+        parts.authority = Some(origin.authority.clone());
+        parts.path_and_query = Some(path.map_err(|_| TargetError::Form)?);
+        let uri = Uri::from_parts(parts).map_err(|_| TargetError::Form)?;
+        Ok(Self { uri, origin: Arc::clone(origin) })
+    }
+
     /// The URL, byte for byte as it was given.
-    pub fn as_str(&self) -> &str {
-        &self.url
+    pub fn url(&self) -> String {
+        self.uri.to_string()
     }
 
     /// The host, without brackets.
     pub fn host(&self) -> &str {
         &self.origin.host
     }
+
+    /// Scheme, host and port, without a slash and without the default port: `https://fcm.googleapis.com`.
+    pub fn origin(&self) -> &str {
+        &self.origin.name
+    }
+}
+
+/// The part of a URL that may be its origin: all before the third slash.
+pub(crate) fn origin_of(url: &str) -> Option<&str> {
+    let authority = url.find("://")? + 3;
+    let path = url[authority..].find('/')?;
+    Some(&url[..authority + path])
 }
 
 impl fmt::Debug for Endpoint {
@@ -211,12 +256,17 @@ impl Policy {
             Host::Ipv4(address) => self.check_address(address.into()).map(|()| address.to_string())?,
             Host::Ipv6(address) => self.check_address(address.into()).map(|()| address.to_string())?,
         };
-        if !self.hosts.iter().any(|pattern| pattern.matches(&host)) {
-            return Err(TargetError::Host(host));
-        }
+        let matching = |pattern: &&HostPattern| pattern.matches(&host);
+        let is_listed =
+            match self.hosts.iter().filter(matching).min_by_key(|found| **found == HostPattern::Any) {
+                Some(pattern) => *pattern != HostPattern::Any,
+                None => return Err(TargetError::Host(host)),
+            };
         // What is sent is what was given, byte for byte: some services sign it.
         let uri: Uri = url.parse().map_err(|_| TargetError::Form)?;
-        Ok(Endpoint { url: url.to_owned(), uri, origin: Origin { tls, host, port } })
+        let authority = uri.authority().cloned().ok_or(TargetError::Form)?;
+        let name = origin_of(url).unwrap_or(url).to_owned();
+        Ok(Endpoint { uri, origin: Arc::new(Origin { name, tls, host, port, is_listed, authority }) })
     }
 
     /// Checks an address that a name was resolved to.
@@ -339,7 +389,7 @@ mod tests {
             "https://wns2-par02p.notify.windows.com/w/?token=BQYAAAC%2b%2fx%3d%3d",
         ] {
             let endpoint = Policy::default().check(url).unwrap();
-            assert_eq!(endpoint.as_str(), url);
+            assert_eq!(endpoint.url(), url);
             assert_eq!(endpoint.uri.to_string(), url);
             assert!(!format!("{endpoint:?}").contains("APA91"), "an endpoint is a capability");
         }

@@ -5,7 +5,6 @@
 //! renewed after 20: services cache its verification (RFC 8292, section 5), and Apple asks for at most one
 //! new claim an hour.
 
-use std::collections::HashMap;
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -29,8 +28,8 @@ const RENEW: Duration = Duration::from_secs(20 * 3600);
 const STEP_BACK: Duration = Duration::from_secs(300);
 /// RFC 8292, section 2: no further ahead than this.
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
-/// How many claims are kept: keys times origins.
-const MAX_CLAIMS: usize = 4096;
+/// How many claims are kept for one origin: a site has one key, and those it had before.
+const MAX_CLAIMS: usize = 64;
 
 /// Why a key or a claim cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -72,12 +71,23 @@ impl VapidKey {
     /// # Errors
     /// When there is no such key in it.
     pub fn from_pem(text: &str) -> Result<Self, VapidError> {
+        Self::all_from_pem(text)?.into_iter().next().ok_or(VapidError::Key)
+    }
+
+    /// Reads all keys of a PEM file, in their order: the one in use, and those that were before it.
+    ///
+    /// # Errors
+    /// When there is none in it, or one cannot be read.
+    pub fn all_from_pem(text: &str) -> Result<Vec<Self>, VapidError> {
         // openssl puts a block of curve parameters in front of the key.
         let blocks = pem::parse_many(text).map_err(|_| VapidError::Key)?;
-        let block =
-            blocks.iter().find(|block| block.tag().ends_with("PRIVATE KEY")).ok_or(VapidError::Key)?;
-        let keys = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_FIXED_SIGNING, block.contents());
-        Self::new(keys.map_err(|_| VapidError::Key)?)
+        let private = blocks.iter().filter(|block| block.tag().ends_with("PRIVATE KEY"));
+        let keys = private.map(|block| {
+            let keys = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_FIXED_SIGNING, block.contents());
+            Self::new(keys.map_err(|_| VapidError::Key)?)
+        });
+        let keys: Vec<Self> = keys.collect::<Result<_, _>>()?;
+        if keys.is_empty() { Err(VapidError::Key) } else { Ok(keys) }
     }
 
     fn new(keys: EcdsaKeyPair) -> Result<Self, VapidError> {
@@ -136,18 +146,19 @@ fn unix(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
-/// Signed claims, one per key and origin.
+/// Signed claims for one origin, one per key.
 #[derive(Debug, Default)]
-pub(crate) struct Claimed(Mutex<HashMap<(String, [u8; POINT]), Claim>>);
+pub(crate) struct Claimed(Mutex<Vec<Claim>>);
 
 #[derive(Clone, Debug)]
 struct Claim {
+    key: [u8; POINT],
     header: HeaderValue,
     signed: SystemTime,
 }
 
 impl Claimed {
-    /// The header for `origin`, signed now if there is none or it has grown old.
+    /// The header for `origin`, which is always the same one, signed now if there is none or it has grown old.
     pub(crate) fn header(
         &self,
         key: &VapidKey,
@@ -156,20 +167,17 @@ impl Claimed {
         now: SystemTime,
     ) -> Result<HeaderValue, VapidError> {
         let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let name = (origin.to_owned(), *key.public_bytes());
-        if let Some(claim) = claims.get(&name)
-            && claim.is_fresh(now)
+        if let Some(claim) =
+            claims.iter().find(|claim| claim.key == *key.public_bytes() && claim.is_fresh(now))
         {
             return Ok(claim.header.clone());
         }
         let header = key.authorize(origin, contact, now)?;
+        claims.retain(|claim| claim.key != *key.public_bytes());
         if claims.len() >= MAX_CLAIMS {
-            claims.retain(|_, claim| claim.is_fresh(now));
-            if claims.len() >= MAX_CLAIMS {
-                claims.clear();
-            }
+            claims.remove(0);
         }
-        claims.insert(name, Claim { header: header.clone(), signed: now });
+        claims.push(Claim { key: *key.public_bytes(), header: header.clone(), signed: now });
         Ok(header)
     }
 }
@@ -345,7 +353,6 @@ mod tests {
         let first = header(&claims, &key, ORIGIN, at(now));
         assert_eq!(header(&claims, &key, ORIGIN, at(now + 20 * 3600 - 1)), first);
         assert_eq!(header(&claims, &key, ORIGIN, at(now - 60)), first, "clocks step back a little");
-        assert_ne!(header(&claims, &key, "https://other.example.net", at(now)), first);
         assert_ne!(header(&claims, &VapidKey::generate().unwrap(), ORIGIN, at(now)), first);
         let second = header(&claims, &key, ORIGIN, at(now + 20 * 3600));
         assert_ne!(second, first);

@@ -24,6 +24,10 @@ pub enum Verdict {
     Rejected,
     /// The endpoint, or an address behind it, must not be sent to.
     Forbidden,
+    /// There is no such host, now: browsers hand out endpoints below `.invalid` after unsubscribing.
+    Unresolvable,
+    /// It was not sent: its push service is not sent to at all, for this long.
+    Held(Duration),
     /// Nothing is decided: try again, not before this wait if there is one.
     Retry {
         /// What the service asked for, at most [`MAX_RETRY_AFTER`].

@@ -91,6 +91,14 @@ pub enum Dialect {
 }
 
 impl Dialect {
+    /// The store's clock, in microseconds since 1970.
+    pub fn now_us(self) -> &'static str {
+        match self {
+            Self::Sqlite => "CAST(unixepoch('subsec') * 1000000 AS INTEGER)",
+            Self::Postgres => "CAST(extract(epoch FROM clock_timestamp()) * 1000000 AS bigint)",
+        }
+    }
+
     /// The numbers in a JSON list, as a subquery.
     pub fn numbers_in(self, list: &str) -> String {
         match self {

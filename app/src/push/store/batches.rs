@@ -11,10 +11,12 @@ use perennial_server::{transact, values};
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
+use super::pacing::Standing;
 use super::subscriptions::endpoint_hash;
 use super::{Store, add_outcome, now_ms};
 use crate::push::audience::Audience;
 use crate::push::outcome::Outcome;
+use crate::push::webhook::{Event, Webhook};
 
 /// A part of an audience, in the hands of a job.
 #[derive(Clone, Debug)]
@@ -23,8 +25,9 @@ pub(crate) struct Batch {
     pub(crate) notification: Uuid,
     pub(crate) part: Part,
     pub(crate) attempt: u32,
-    /// When the notification was accepted, in milliseconds since 1970.
-    pub(crate) created_at: i64,
+    /// When the notification was accepted, or due, in milliseconds since 1970.
+    pub(crate) since: i64,
+    pub(crate) standing: Standing,
     /// How many the notification is for, as far as was known when it was accepted.
     pub(crate) estimate: u64,
     /// The outcomes of members up to it are recorded,
@@ -39,6 +42,14 @@ pub(crate) struct Batch {
     pub(crate) ttl: Duration,
     pub(crate) urgency: String,
     pub(crate) topic: Option<String>,
+    pub(crate) http: String,
+    pub(crate) is_declarative: bool,
+    /// Whether the payload has places for each subscription's own data.
+    pub(crate) is_template: bool,
+    /// Whether every delivery is logged, not only failures.
+    pub(crate) logs_all: bool,
+    /// Whom to tell about subscriptions that are deleted.
+    pub(crate) webhook: Option<String>,
 }
 
 impl Batch {
@@ -64,6 +75,21 @@ pub(crate) struct Member {
     pub(crate) endpoint: String,
     pub(crate) p256dh: Vec<u8>,
     pub(crate) auth: Vec<u8>,
+    /// The key that it was made with; none when it came with the notification.
+    pub(crate) vapid_key: Option<i64>,
+    /// How often in a row it was refused or not found.
+    pub(crate) strikes: u32,
+    /// Read only for templates.
+    pub(crate) metadata: Option<String>,
+}
+
+/// How it went for one subscription, for the log.
+#[derive(Clone, Debug)]
+pub(crate) struct Delivery {
+    pub(crate) subscription: i64,
+    pub(crate) outcome: Outcome,
+    pub(crate) status: Option<u16>,
+    pub(crate) detail: String,
 }
 
 /// What a batch has done since the last one.
@@ -74,8 +100,15 @@ pub(crate) struct Checkpoint {
     pub(crate) outcomes: Vec<(Outcome, usize)>,
     /// Subscriptions that have ended, with the endpoint that was sent to.
     pub(crate) ended: Vec<(i64, String)>,
+    /// Subscriptions that were refused or not found,
+    pub(crate) struck: Vec<i64>,
+    /// and those that were delivered to after that.
+    pub(crate) cleared: Vec<i64>,
+    pub(crate) deliveries: Vec<Delivery>,
     /// Members to be tried again later.
     pub(crate) deferred: Vec<Deferred>,
+    /// Jobs that follow from it.
+    pub(crate) follow_ups: Vec<NewJob>,
     /// Whether this was the last.
     pub(crate) finished: bool,
 }
@@ -99,11 +132,11 @@ pub(crate) struct Deferred {
     pub(crate) attempt: u32,
 }
 
-/// What came of adding a batch.
+/// What came of adding batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Added {
     /// There may be more.
-    One,
+    Some,
     /// There are no more, or the cutting is in other hands by now.
     NoMore,
     /// There are no more, and all batches have finished already.
@@ -117,6 +150,7 @@ pub(crate) struct FanOut {
     pub(crate) audience: Audience,
     pub(crate) watermark: i64,
     pub(crate) fanned_to: i64,
+    pub(crate) standing: Standing,
     /// How many of its batches are not finished, besides those that are to be tried again.
     pub(crate) ahead: usize,
 }
@@ -139,8 +173,10 @@ impl Store {
     /// The members of a batch whose outcomes are not recorded.
     pub(crate) async fn members(&self, batch: &Batch) -> Result<Vec<Member>> {
         let (sql, parameters) = members_to_sql(self.sql.dialect(), batch);
-        let members: Vec<Member> =
-            self.sql.query(sql, parameters).await?.iter().map(member).collect::<Result<_>>()?;
+        let stored = batch.audience != Audience::Inline;
+        let rows = self.sql.query(sql, parameters).await?;
+        let members = rows.iter().map(|row| member(row, stored, batch.is_template && stored));
+        let members: Vec<Member> = members.collect::<Result<_>>()?;
         Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
     }
 
@@ -158,7 +194,8 @@ impl Store {
         checkpoint: Checkpoint,
     ) -> Result<Recorded> {
         let (jobs, batch) = (self.jobs.clone(), (batch.id, batch.notification, batch.site));
-        let woken: Vec<_> = checkpoint.deferred.iter().map(|deferred| deferred.job.queue.clone()).collect();
+        let deferred = checkpoint.deferred.iter().map(|deferred| &deferred.job);
+        let woken: Vec<_> = deferred.chain(&checkpoint.follow_ups).map(|job| job.queue.clone()).collect();
         let recorded = transact!(&self.sql, tx => record(tx, &jobs, batch, epoch, &checkpoint))?;
         if !woken.is_empty() {
             self.jobs.wake(woken.iter().map(|queue| &**queue));
@@ -181,34 +218,44 @@ impl Store {
         self.sql.value(sql, parameters).await
     }
 
-    /// Adds the next batch, which ends at an id, and the job that sends it; none when there is nobody left.
-    pub(crate) async fn add_batch(
+    /// Adds batches, each of which ends at an id, and the jobs that send them; and says that they are the `last`.
+    pub(crate) async fn add_batches(
         &self,
         notification: Uuid,
         epoch: i64,
         from: i64,
-        next: Option<(i64, NewJob)>,
+        batches: Vec<(i64, NewJob)>,
+        last: bool,
     ) -> Result<Added> {
-        let woken = next.as_ref().map(|(_, job)| job.queue.clone());
+        let woken: Vec<_> = batches.iter().map(|(_, job)| job.queue.clone()).collect();
         let jobs = self.jobs.clone();
-        let added = transact!(&self.sql, tx => add_batch(tx, &jobs, notification, epoch, from, &next))?;
-        self.jobs.wake(woken.as_deref());
+        let added =
+            transact!(&self.sql, tx => add_batches(tx, &jobs, (notification, epoch), from, &batches, last))?;
+        self.jobs.wake(woken.iter().map(|queue| &**queue));
         Ok(added)
     }
 
     /// Gives up cutting an audience: those who have no batch by now have failed.
-    pub(crate) async fn give_up_fan_out(&self, notification: Uuid, epoch: i64, reason: String) -> Result<()> {
-        let Some(fan_out) = self.open_fan_out(notification, epoch).await? else { return Ok(()) };
+    /// That they were never tried has another outcome when the notification was cancelled, or has expired.
+    pub(crate) async fn give_up_fan_out(
+        &self,
+        notification: Uuid,
+        epoch: i64,
+        outcome: Outcome,
+        reason: Option<String>,
+    ) -> Result<bool> {
+        let Some(fan_out) = self.open_fan_out(notification, epoch).await? else { return Ok(false) };
         let (left, parameters) = fan_out.left_to_sql(self.sql.dialect());
         let sql = format!("SELECT count(*) FROM subscriptions WHERE {left}");
         let left: usize = self.sql.value(sql, parameters).await?;
-        transact!(&self.sql, tx => give_up_fan_out(tx, notification, epoch, left, &reason))
+        let jobs = self.jobs.clone();
+        transact!(&self.sql, tx => give_up_fan_out(tx, &jobs, notification, epoch, (outcome, left), &reason))
     }
 }
 
 async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<Option<FanOut>> {
     let sql = "UPDATE notifications SET fanout_epoch = ?2 WHERE id = ?1 AND fanout_epoch <= ?2
-               RETURNING site, audience, watermark, fanned_to, fanned_out,
+               RETURNING site, audience, watermark, fanned_to, fanned_out, state, rate_milli, ramp_ms, expires_at,
                    (SELECT count(*) FROM batches
                     WHERE notification = notifications.id AND (ids IS NULL) = TRUE) AS ahead";
     let Some(row) = sql::first(tx, sql, &values![notification, epoch]).await? else { return Ok(None) };
@@ -220,49 +267,52 @@ async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<O
         audience: audience(&row)?,
         watermark: row.get("watermark")?,
         fanned_to: row.get("fanned_to")?,
+        standing: Standing::read(&row)?,
         ahead: row.get("ahead")?,
     }))
 }
 
-async fn add_batch<T: Tx>(
+async fn add_batches<T: Tx>(
     tx: &T,
     jobs: &Jobs,
-    notification: Uuid,
-    epoch: i64,
+    (notification, epoch): (Uuid, i64),
     from: i64,
-    next: &Option<(i64, NewJob)>,
+    batches: &[(i64, NewJob)],
+    last: bool,
 ) -> Result<Added> {
-    let Some((upto, job)) = next else {
-        let sql = "UPDATE notifications SET fanned_out = TRUE
-                   WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
-        let held = tx.execute(sql, &values![notification, epoch]).await?;
-        let last = held == 1 && end_if_done(tx, notification).await?;
-        return Ok(if last { Added::Last } else { Added::NoMore });
-    };
-    let sql = "UPDATE notifications SET fanned_to = ?, outstanding = outstanding + 1
+    let upto = batches.last().map_or(from, |(upto, _)| *upto);
+    let sql = "UPDATE notifications SET fanned_to = ?, fanned_out = ?, outstanding = outstanding + ?
                WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
-    if tx.execute(sql, &values![*upto, notification, epoch]).await? == 0 {
+    if tx.execute(sql, &values![upto, last, batches.len(), notification, epoch]).await? == 0 {
         return Ok(Added::NoMore);
     }
-    insert_batch(tx, job.id, notification, from, *upto).await?;
-    jobs.insert(tx, std::slice::from_ref(job)).await?;
-    Ok(Added::One)
+    let mut after = from;
+    for (upto, job) in batches {
+        insert_batch(tx, job.id, notification, after, *upto).await?;
+        jobs.insert(tx, std::slice::from_ref(job)).await?;
+        after = *upto;
+    }
+    if !last {
+        return Ok(Added::Some);
+    }
+    Ok(if end_if_done(tx, jobs, notification).await? { Added::Last } else { Added::NoMore })
 }
 
 async fn give_up_fan_out<T: Tx>(
     tx: &T,
+    jobs: &Jobs,
     notification: Uuid,
     epoch: i64,
-    left: usize,
-    reason: &str,
-) -> Result<()> {
-    let sql = "UPDATE notifications SET fanned_out = TRUE, error = ?
+    (outcome, left): (Outcome, usize),
+    reason: &Option<String>,
+) -> Result<bool> {
+    let sql = "UPDATE notifications SET fanned_out = TRUE, error = coalesce(?, error)
                WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
     let changed = tx.execute(sql, &values![reason, notification, epoch]).await?;
     if changed == 1 && left > 0 {
-        add_outcome(tx, notification, Outcome::Failed.as_str(), left).await?;
+        add_outcome(tx, notification, outcome.as_str(), left).await?;
     }
-    end_if_done(tx, notification).await.map(drop)
+    end_if_done(tx, jobs, notification).await
 }
 
 pub(super) async fn insert_batch<T: Tx>(
@@ -282,9 +332,11 @@ async fn open_batch<T: Tx>(tx: &T, id: Uuid, epoch: i64) -> Result<Option<Batch>
         return Ok(None);
     }
     let begun = "UPDATE notifications SET state = 'sending', started_at = coalesce(started_at, ?2)
-                 WHERE id = (SELECT notification FROM batches WHERE id = ?1) AND state = 'queued'";
+                 WHERE id = (SELECT notification FROM batches WHERE id = ?1) AND state IN ('queued', 'scheduled')";
     tx.execute(begun, &values![id, now_ms()]).await?;
-    let sql = "SELECT batches.*, site, audience, payload, ttl, urgency, topic, created_at, estimate
+    let sql = "SELECT batches.*, site, audience, payload, ttl, urgency, topic, estimate, webhook, log, http,
+                      coalesce(due_at, created_at) AS since, state, rate_milli, ramp_ms, expires_at,
+                      is_declarative, is_template
                FROM batches JOIN notifications ON notifications.id = notification WHERE batches.id = ?";
     sql::first(tx, sql, &values![id]).await?.as_ref().map(read).transpose()
 }
@@ -301,7 +353,8 @@ fn read(row: &Row) -> Result<Batch> {
         notification: row.get("notification")?,
         part,
         attempt: row.get("attempt")?,
-        created_at: row.get("created_at")?,
+        since: row.get("since")?,
+        standing: Standing::read(row)?,
         estimate: row.get("estimate")?,
         low_id: row.get("low_id")?,
         above: serde_json::from_str(&above).unwrap_or_default(),
@@ -312,6 +365,11 @@ fn read(row: &Row) -> Result<Batch> {
         ttl: Duration::from_secs(row.get("ttl")?),
         urgency: row.get("urgency")?,
         topic: row.get("topic")?,
+        http: row.get("http")?,
+        is_declarative: row.get("is_declarative")?,
+        is_template: row.get("is_template")?,
+        logs_all: row.get::<String>("log")? == "all",
+        webhook: row.get("webhook")?,
     })
 }
 
@@ -326,8 +384,11 @@ fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
         let sql = "SELECT id, endpoint, p256dh, auth FROM recipients WHERE notification = ?";
         (sql.to_owned(), values![batch.notification].to_vec())
     } else {
-        let sql = "SELECT id, endpoint, p256dh, auth FROM subscriptions WHERE site = ?";
-        (sql.to_owned(), values![batch.site].to_vec())
+        let metadata = if batch.is_template { ", metadata" } else { "" };
+        let sql = format!(
+            "SELECT id, endpoint, p256dh, auth, vapid_key, strikes{metadata} FROM subscriptions WHERE site = ?"
+        );
+        (sql, values![batch.site].to_vec())
     };
     sql.push_str(" AND id > ?");
     parameters.push(batch.low_id.into());
@@ -350,13 +411,55 @@ fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
     (sql, parameters)
 }
 
-fn member(row: &Row) -> Result<Member> {
+fn member(row: &Row, stored: bool, with_metadata: bool) -> Result<Member> {
     Ok(Member {
         id: row.get("id")?,
         endpoint: row.get("endpoint")?,
         p256dh: row.get("p256dh")?,
         auth: row.get("auth")?,
+        vapid_key: if stored { Some(row.get("vapid_key")?) } else { None },
+        strikes: if stored { row.get("strikes")? } else { 0 },
+        metadata: if with_metadata { row.get("metadata")? } else { None },
     })
+}
+
+/// A subscription that was refused or not found so often in a row, each time so much later, is deleted.
+const STRIKES: i64 = 3;
+const STRIKE_MS: i64 = 12 * 3600 * 1000;
+
+/// Counts against subscriptions, and for them.
+async fn strike<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<()> {
+    let now = now_ms();
+    let list = |ids: &[i64]| serde_json::to_string(ids).unwrap_or_default();
+    let among = tx.dialect().numbers_in("?2");
+    if !checkpoint.struck.is_empty() {
+        let sql = format!(
+            "UPDATE subscriptions SET strikes = strikes + 1, struck_at = ?3
+             WHERE site = ?1 AND id IN ({among}) AND (struck_at IS NULL OR struck_at <= ?3 - {STRIKE_MS})"
+        );
+        tx.execute(&sql, &values![site, list(&checkpoint.struck), now]).await?;
+        let sql =
+            format!("DELETE FROM subscriptions WHERE site = ?1 AND id IN ({among}) AND strikes >= {STRIKES}");
+        tx.execute(&sql, &values![site, list(&checkpoint.struck)]).await?;
+    }
+    if !checkpoint.cleared.is_empty() {
+        let sql = format!(
+            "UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE site = ?1 AND id IN ({among})"
+        );
+        tx.execute(&sql, &values![site, list(&checkpoint.cleared)]).await?;
+    }
+    Ok(())
+}
+
+async fn log<T: Tx>(tx: &T, notification: Uuid, deliveries: &[Delivery]) -> Result<()> {
+    let sql = "INSERT INTO deliveries (notification, subscription, outcome, status, detail, at)
+               VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING";
+    let now = now_ms();
+    for Delivery { subscription, outcome, status, detail } in deliveries {
+        let status = status.map(i64::from);
+        tx.execute(sql, &values![notification, *subscription, outcome.as_str(), status, detail, now]).await?;
+    }
+    Ok(())
 }
 
 async fn record<T: Tx>(
@@ -382,6 +485,9 @@ async fn record<T: Tx>(
         let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
         tx.execute(sql, &values![site, id, endpoint_hash(endpoint)]).await?;
     }
+    strike(tx, site, checkpoint).await?;
+    log(tx, notification, &checkpoint.deliveries).await?;
+    jobs.insert(tx, &checkpoint.follow_ups).await?;
     for deferred in &checkpoint.deferred {
         insert_deferred(tx, jobs, notification, deferred).await?;
     }
@@ -389,7 +495,7 @@ async fn record<T: Tx>(
         tx.execute("DELETE FROM batches WHERE id = ?", &values![id]).await?;
         let sql = "UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?";
         tx.execute(sql, &values![notification]).await?;
-        if end_if_done(tx, notification).await? {
+        if end_if_done(tx, jobs, notification).await? {
             return Ok(Recorded::Last);
         }
     }
@@ -407,13 +513,21 @@ async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferre
     jobs.insert(tx, std::slice::from_ref(&deferred.job)).await
 }
 
-/// A notification whose last batch has finished is done, and its own recipients are not needed any more.
-async fn end_if_done<T: Tx>(tx: &T, notification: Uuid) -> Result<bool> {
-    let sql = "UPDATE notifications SET state = 'done', ended_at = ?
-               WHERE id = ? AND fanned_out AND outstanding = 0 AND state <> 'done'";
-    let ended = tx.execute(sql, &values![now_ms(), notification]).await? == 1;
-    if ended {
-        tx.execute("DELETE FROM recipients WHERE notification = ?", &values![notification]).await?;
+/// A notification whose last batch has finished has ended: its own recipients are not needed any more, and whoever
+/// wants to know is told.
+pub(super) async fn end_if_done<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid) -> Result<bool> {
+    let sql = "UPDATE notifications SET ended_at = ?2, state = CASE
+                   WHEN state = 'cancelled' THEN 'cancelled'
+                   WHEN expires_at <= ?2 AND EXISTS (SELECT 1 FROM notification_outcomes
+                        WHERE notification = ?1 AND outcome = 'expired') THEN 'expired'
+                   ELSE 'done' END
+               WHERE id = ?1 AND fanned_out AND outstanding = 0 AND ended_at IS NULL RETURNING webhook";
+    let Some(row) = sql::first(tx, sql, &values![notification, now_ms()]).await? else { return Ok(false) };
+    tx.execute("DELETE FROM recipients WHERE notification = ?", &values![notification]).await?;
+    if let Some(webhook) = row.get::<Option<String>>("webhook")? {
+        let job = NewJob::new(&Webhook { webhook, event: Event::Ended { notification } });
+        jobs.insert(tx, &[job.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?])
+            .await?;
     }
-    Ok(ended)
+    Ok(true)
 }

@@ -11,6 +11,7 @@ use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
+use super::pacing::{Stage, Standing};
 use super::{Store, now_ms, timestamp};
 use crate::push::audience::Audience;
 
@@ -29,6 +30,9 @@ pub(crate) struct NewNotification {
     pub(crate) ttl: Duration,
     pub(crate) urgency: &'static str,
     pub(crate) topic: Option<String>,
+    pub(crate) plan: Plan,
+    /// Whether the payload has places for each subscription's own data.
+    pub(crate) is_template: bool,
     pub(crate) estimate: u64,
     /// The highest id of a member.
     pub(crate) watermark: i64,
@@ -37,6 +41,35 @@ pub(crate) struct NewNotification {
     /// Whether that job sends to everybody.
     pub(crate) direct: bool,
     pub(crate) idempotency: Option<Idempotency>,
+}
+
+/// How and when to send, and whom to tell.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Plan {
+    /// Sends per 1000 seconds.
+    pub(crate) rate_milli: Option<i64>,
+    /// How long it takes to reach the rate, in milliseconds.
+    pub(crate) ramp_ms: i64,
+    /// Not before then, in milliseconds since 1970,
+    pub(crate) due_at: Option<i64>,
+    /// and not after.
+    pub(crate) expires_at: Option<i64>,
+    pub(crate) webhook: Option<String>,
+    /// Whether every delivery is logged, not only failures.
+    pub(crate) logs_all: bool,
+    /// auto, 1 or 2
+    pub(crate) http: Option<&'static str>,
+    pub(crate) is_declarative: bool,
+}
+
+/// What somebody wants with a notification that has not ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Change {
+    Pause,
+    Resume,
+    Cancel,
+    /// Another rate, in sends per 1000 seconds; none for as fast as possible.
+    Rate(Option<i64>),
 }
 
 /// A subscription that came with a notification.
@@ -75,6 +108,9 @@ pub(crate) struct Notification {
     /// How many wait to be tried again.
     pub(crate) again: u64,
     pub(crate) error: Option<String>,
+    pub(crate) rate_milli: Option<i64>,
+    pub(crate) due_at: Option<Timestamp>,
+    pub(crate) expires_at: Option<Timestamp>,
     pub(crate) created_at: Timestamp,
     pub(crate) started_at: Option<Timestamp>,
     pub(crate) ended_at: Option<Timestamp>,
@@ -112,6 +148,51 @@ impl Store {
         self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
     }
 
+    /// A notification of any site.
+    pub(crate) async fn any_notification(&self, id: Uuid) -> Result<Option<Notification>> {
+        let columns = columns(self.sql.dialect());
+        let sql = format!("SELECT {columns} FROM notifications WHERE id = ?");
+        self.sql.first(sql, values![id]).await?.as_ref().map(read).transpose()
+    }
+
+    /// Changes how a notification stands, and returns how it stands now. None when there is none, and as it was when it
+    /// has ended.
+    pub(crate) async fn change(&self, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
+        transact!(&self.sql, tx => apply(tx, site, id, change))
+    }
+
+    /// How it went for subscriptions after `cursor`, in the order of their ids.
+    pub(crate) async fn deliveries(
+        &self,
+        notification: Uuid,
+        outcome: Option<String>,
+        cursor: i64,
+        limit: usize,
+    ) -> Result<Vec<DeliveryView>> {
+        let sql = "SELECT subscription, outcome, status, detail, at FROM deliveries
+                   WHERE notification = ?1 AND subscription > ?2 AND (?3 IS NULL OR outcome = ?3)
+                   ORDER BY subscription LIMIT ?4";
+        let rows = self.sql.query(sql, values![notification, cursor, outcome, limit]).await?;
+        let read = |row: &Row| {
+            Ok(DeliveryView {
+                subscription: row.get("subscription")?,
+                outcome: row.get("outcome")?,
+                status: row.get("status")?,
+                detail: row.get("detail")?,
+                at: timestamp(row.get("at")?),
+            })
+        };
+        rows.iter().map(read).collect()
+    }
+
+    /// Deletes some notifications that ended before `before`, in milliseconds since 1970, with all that belongs to them;
+    /// returns how many.
+    pub(crate) async fn forget_notifications(&self, before: i64) -> Result<u64> {
+        let sql = "DELETE FROM notifications WHERE id IN (
+                       SELECT id FROM notifications WHERE ended_at < ? ORDER BY ended_at LIMIT 100)";
+        self.sql.execute(sql, values![before]).await
+    }
+
     /// Notifications before `cursor`, the newest first.
     pub(crate) async fn notifications(
         &self,
@@ -143,11 +224,15 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
     let audience = serde_json::to_string(&new.audience).unwrap_or_default();
     let sql = "
         INSERT INTO notifications (id, site, state, audience, payload, ttl, urgency, topic, watermark, estimate,
-                                   fanned_out, outstanding, created_at)
-        VALUES (?, ?, 'queued', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+                                   fanned_out, outstanding, created_at, rate_milli, ramp_ms, due_at, expires_at,
+                                   webhook, log, http, is_declarative, is_template)
+        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
+    let plan = &new.plan;
+    let state = if plan.due_at.is_some() { Stage::Scheduled } else { Stage::Queued };
     let parameters = values![
         new.id,
         new.site,
+        state.as_str(),
         audience,
         &new.payload,
         new.ttl.as_secs(),
@@ -158,6 +243,15 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
         new.direct,
         i64::from(new.direct),
         now,
+        plan.rate_milli,
+        plan.ramp_ms,
+        plan.due_at,
+        plan.expires_at,
+        &plan.webhook,
+        if plan.logs_all { "all" } else { "failures" },
+        plan.http.unwrap_or("auto"),
+        plan.is_declarative,
+        new.is_template,
     ];
     tx.execute(sql, &parameters).await?;
     let sql = "INSERT INTO recipients (notification, id, endpoint, p256dh, auth) VALUES (?, ?, ?, ?, ?)";
@@ -170,6 +264,50 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
     }
     jobs.insert(tx, std::slice::from_ref(&new.job)).await?;
     Ok(Accepted::Now)
+}
+
+async fn apply<T: Tx>(tx: &T, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
+    // A pause, or another rate, begins the schedule anew.
+    let (set, from): (&str, &str) = match change {
+        Change::Pause => ("state = 'paused'", "'scheduled', 'queued', 'sending'"),
+        Change::Resume => (
+            "pace_from = NULL, pace_next = NULL, state = CASE WHEN started_at IS NOT NULL THEN 'sending'
+                WHEN due_at > ?3 THEN 'scheduled' ELSE 'queued' END",
+            "'paused'",
+        ),
+        Change::Cancel => ("state = 'cancelled'", "'scheduled', 'queued', 'sending', 'paused'"),
+        Change::Rate(_) => (
+            "rate_milli = ?4, ramp_ms = 0, pace_from = NULL, pace_next = NULL",
+            "'scheduled', 'queued', 'sending', 'paused'",
+        ),
+    };
+    let rate = if let Change::Rate(rate) = change { rate } else { None };
+    // Every parameter is used by each of them: Postgres wants to know the type of all.
+    let sql = format!(
+        "UPDATE notifications SET {set} WHERE site = ?1 AND id = ?2 AND ended_at IS NULL AND state IN ({from})
+         AND ?3 = ?3 AND coalesce(?4, 0) = coalesce(?4, 0)"
+    );
+    tx.execute(&sql, &values![site, id, now_ms(), rate]).await?;
+    let sql = format!("SELECT {} FROM notifications WHERE site = ? AND id = ?", Standing::COLUMNS);
+    sql::first(tx, &sql, &values![site, id]).await?.as_ref().map(Standing::read).transpose()
+}
+
+/// How it went for one subscription.
+#[derive(Clone, Debug, serde::Serialize)]
+pub(crate) struct DeliveryView {
+    subscription: i64,
+    outcome: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    status: Option<u32>,
+    #[serde(skip_serializing_if = "String::is_empty")]
+    detail: String,
+    at: Timestamp,
+}
+
+impl DeliveryView {
+    pub(crate) fn subscription(&self) -> i64 {
+        self.subscription
+    }
 }
 
 async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Option<Accepted>> {
@@ -189,7 +327,7 @@ async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Optio
 fn columns(dialect: Dialect) -> String {
     let outcomes = dialect.object_of("outcome", "count");
     format!(
-        "id, state, estimate, error, created_at, started_at, ended_at,
+        "id, state, estimate, error, created_at, started_at, ended_at, rate_milli, due_at, expires_at,
          (SELECT CAST(coalesce(sum(again), 0) AS bigint) FROM batches
           WHERE notification = notifications.id AND (ids IS NULL) = FALSE) AS again,
          (SELECT {outcomes} FROM notification_outcomes WHERE notification = notifications.id) AS outcomes"
@@ -205,6 +343,9 @@ fn read(row: &Row) -> Result<Notification> {
         outcomes: serde_json::from_str(&outcomes).unwrap_or_default(),
         again: row.get("again")?,
         error: row.get("error")?,
+        rate_milli: row.get("rate_milli")?,
+        due_at: row.get::<Option<i64>>("due_at")?.map(timestamp),
+        expires_at: row.get::<Option<i64>>("expires_at")?.map(timestamp),
         created_at: timestamp(row.get("created_at")?),
         started_at: row.get::<Option<i64>>("started_at")?.map(timestamp),
         ended_at: row.get::<Option<i64>>("ended_at")?.map(timestamp),

@@ -1,0 +1,299 @@
+//! What this process knows about the notifications that it sends: whether they may go on, and how fast.
+//!
+//! One task asks the store twice a second how they stand, since another replica may have been told to pause one; and it
+//! reserves the slices of those that are paced.
+
+use std::collections::HashMap;
+use std::hash::Hash;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::time::Duration;
+
+use futures_util::future::join_all;
+use perennial_server::drain::{Drain, Phase};
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep_until};
+use tracing::warn;
+use uuid::Uuid;
+
+use super::pace::{Pace, Slice};
+use super::schedule::Schedule;
+use super::store::{Reserved, Stage, Standing, Store};
+
+/// How often the store is asked how notifications stand.
+const LOOK: Duration = Duration::from_millis(500);
+/// After a reservation that failed, and while others hold what is next, at most.
+const AGAIN: Duration = Duration::from_millis(100);
+
+/// A notification that this process sends.
+#[derive(Debug)]
+pub(crate) struct Flow {
+    pub(crate) id: Uuid,
+    standing: watch::Sender<Standing>,
+    pace: Pace,
+}
+
+impl Flow {
+    /// How it stands, and when that changes.
+    pub(crate) fn standing(&self) -> watch::Receiver<Standing> {
+        self.standing.subscribe()
+    }
+
+    /// The pace that it keeps, if it has one.
+    pub(crate) fn pace(&self) -> Option<&Pace> {
+        self.standing.borrow().rate.is_some().then_some(&self.pace)
+    }
+
+    /// It stands like this now.
+    pub(crate) fn set(&self, new: Standing) {
+        let mut repaced = false;
+        self.standing.send_if_modified(|standing| {
+            // A pause begins the schedule anew, too.
+            repaced =
+                standing.rate != new.rate || (standing.state, new.state) == (Stage::Paused, Stage::Sending);
+            std::mem::replace(standing, new) != new
+        });
+        if repaced {
+            self.pace.reset();
+        }
+    }
+}
+
+/// All of them. A cheap handle.
+#[derive(Clone, Debug)]
+pub(crate) struct Flows {
+    store: Store,
+    notifications: Registry<Uuid, Flow>,
+    origins: Registry<String, Pace>,
+    /// Messages per second to one origin, by all notifications together.
+    origin_rate: Option<f64>,
+    wake: Arc<Notify>,
+    clock: Arc<Mutex<Option<StoreClock>>>,
+}
+
+#[derive(Debug)]
+struct Registry<K, V>(Arc<Mutex<HashMap<K, Weak<V>>>>);
+
+impl<K, V> Clone for Registry<K, V> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+impl<K: Hash + Eq + Clone, V> Registry<K, V> {
+    fn new() -> Self {
+        Self(Arc::default())
+    }
+
+    fn get(&self, key: &K, make: impl FnOnce() -> V) -> Arc<V> {
+        let mut all = lock(&self.0);
+        if let Some(there) = all.get(key).and_then(Weak::upgrade) {
+            return there;
+        }
+        let new = Arc::new(make());
+        all.insert(key.clone(), Arc::downgrade(&new));
+        new
+    }
+
+    fn known(&self, key: &K) -> Option<Arc<V>> {
+        lock(&self.0).get(key).and_then(Weak::upgrade)
+    }
+
+    fn all(&self) -> Vec<(K, Arc<V>)> {
+        let mut all = lock(&self.0);
+        all.retain(|_, value| value.strong_count() > 0);
+        all.iter().filter_map(|(key, value)| Some((key.clone(), value.upgrade()?))).collect()
+    }
+}
+
+impl Flows {
+    pub(crate) fn new(store: Store, origin_rate: Option<f64>) -> Self {
+        Self {
+            store,
+            notifications: Registry::new(),
+            origins: Registry::new(),
+            origin_rate,
+            wake: Arc::default(),
+            clock: Arc::default(),
+        }
+    }
+
+    /// The flow of a notification that stands like this.
+    pub(crate) fn flow(&self, id: Uuid, standing: Standing) -> Arc<Flow> {
+        let flow = self.notifications.get(&id, || {
+            let standing = watch::Sender::new(standing);
+            Flow { id, standing, pace: Pace::new(Arc::clone(&self.wake)) }
+        });
+        flow.set(standing);
+        flow
+    }
+
+    /// The pace of an origin, if there is a rate for all.
+    pub(crate) fn origin(&self, origin: &str) -> Option<Arc<Pace>> {
+        self.origin_rate?;
+        Some(self.origins.get(&origin.to_owned(), || Pace::new(Arc::clone(&self.wake))))
+    }
+
+    /// Somebody has changed how a notification stands, here and now.
+    pub(crate) fn changed(&self, id: Uuid, standing: Standing) {
+        if let Some(flow) = self.notifications.known(&id) {
+            flow.set(standing);
+        }
+    }
+
+    /// Looks and reserves, until nothing is sent any more.
+    pub(crate) async fn run(self, drain: Drain) -> anyhow::Result<()> {
+        let mut look = Instant::now() + LOOK;
+        let mut reserve = look;
+        loop {
+            // What is being sent when the process stops is sent at its pace to the end.
+            if drain.phase() >= Phase::Soft && self.notifications.all().is_empty() {
+                return Ok(());
+            }
+            tokio::select! {
+                () = drain.hard() => return Ok(()),
+                () = self.wake.notified() => reserve = Instant::now(),
+                () = sleep_until(look.min(reserve)) => {}
+            }
+            let now = Instant::now();
+            if now >= look {
+                look = now + LOOK;
+                if let Err(error) = self.look().await {
+                    warn!(error = format!("{error:#}"), "how notifications stand is not known");
+                }
+            }
+            if now >= reserve {
+                let next = join_all(self.paces().into_iter().map(|wanting| self.reserve(wanting))).await;
+                let next = next.into_iter().flatten().min();
+                reserve = next.map_or(now + LOOK, |wait| Instant::now() + wait);
+            }
+        }
+    }
+
+    async fn look(&self) -> anyhow::Result<()> {
+        let flows = self.notifications.all();
+        if flows.is_empty() {
+            return Ok(());
+        }
+        let ids: Vec<Uuid> = flows.iter().map(|(id, _)| *id).collect();
+        let standings: HashMap<Uuid, Standing> = self.store.standings(&ids).await?.into_iter().collect();
+        for (id, flow) in flows {
+            flow.set(standings.get(&id).copied().unwrap_or(Standing::GONE));
+        }
+        Ok(())
+    }
+
+    /// Those that want another slice.
+    fn paces(&self) -> Vec<Wanting> {
+        let flows = self.notifications.all().into_iter().filter(|(_, flow)| flow.pace.is_wanted());
+        let flows = flows.map(|(_, flow)| Wanting::Flow(flow));
+        let origins = self.origins.all().into_iter().filter(|(_, pace)| pace.is_wanted());
+        flows.chain(origins.map(|(origin, pace)| Wanting::Origin(origin, pace))).collect()
+    }
+
+    /// Reserves a slice; if there is none to be had now, returns when to try again.
+    async fn reserve(&self, wanting: Wanting) -> Option<Duration> {
+        let pace = wanting.pace();
+        let reserved = match &wanting {
+            Wanting::Flow(flow) => self.store.reserve(flow.id).await,
+            Wanting::Origin(origin, _) => {
+                let schedule = Schedule { rate: self.origin_rate.unwrap_or(f64::MAX), ramp: 0.0 };
+                self.store.reserve_origin(origin, schedule).await
+            }
+        };
+        let replied = Instant::now();
+        match reserved {
+            Ok(Reserved::Slice { schedule, now, began, next, end }) => {
+                let now = self.local(now, replied);
+                let began = since(now, began);
+                pace.add(Slice { schedule, began, next, end });
+                None
+            }
+            Ok(Reserved::Later(wait)) => {
+                pace.want();
+                Some(wait)
+            }
+            Ok(Reserved::Nothing) => None,
+            Err(error) => {
+                warn!(error = format!("{error:#}"), "no slice could be reserved");
+                pace.want();
+                Some(AGAIN)
+            }
+        }
+    }
+
+    /// The store's clock in ours: returns when its zero was, as microseconds before an instant of ours.
+    fn local(&self, store_us: i64, replied: Instant) -> StoreClock {
+        let mut clock = lock(&self.clock);
+        let new = StoreClock { at: replied, us: store_us };
+        let better = match *clock {
+            Some(known) => known.with(new),
+            None => new,
+        };
+        *clock = Some(better);
+        better
+    }
+}
+
+enum Wanting {
+    Flow(Arc<Flow>),
+    Origin(String, Arc<Pace>),
+}
+
+impl Wanting {
+    fn pace(&self) -> &Pace {
+        match self {
+            Self::Flow(flow) => &flow.pace,
+            Self::Origin(_, pace) => pace,
+        }
+    }
+}
+
+/// What the store's clock showed at an instant of ours, in microseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+struct StoreClock {
+    at: Instant,
+    us: i64,
+}
+
+impl StoreClock {
+    /// A reading that took longer to come shows less than there is: the most advanced one is believed, and slowly
+    /// corrected. One that differs much is another clock.
+    fn with(self, new: Self) -> Self {
+        let expected = self.us + micros(new.at.saturating_duration_since(self.at));
+        let off = new.us - expected;
+        let us = if (-1_000_000..=0).contains(&off) { expected + off / 64 } else { new.us };
+        Self { at: new.at, us }
+    }
+}
+
+/// When it was `us` by the store's clock.
+fn since(clock: StoreClock, us: i64) -> Instant {
+    let distance = Duration::from_micros(us.abs_diff(clock.us));
+    if us >= clock.us { clock.at + distance } else { clock.at.checked_sub(distance).unwrap_or(clock.at) }
+}
+
+fn micros(duration: Duration) -> i64 {
+    i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slow_answer_does_not_move_the_clock_much() {
+        let at = Instant::now();
+        let clock = StoreClock { at, us: 1_000_000_000 };
+        let second = Duration::from_secs(1);
+        let late = clock.with(StoreClock { at: at + second, us: 1_000_990_000 });
+        assert_eq!(late.us, 1_001_000_000 - 156, "a reading that was 10 ms on its way");
+        let early = late.with(StoreClock { at: at + second * 2, us: 1_002_000_000 });
+        assert_eq!(early.us, 1_002_000_000);
+        let stepped = early.with(StoreClock { at: at + second * 3, us: 900_000_000 });
+        assert_eq!(stepped.us, 900_000_000, "somebody has set it back");
+    }
+}

@@ -1,0 +1,243 @@
+//! What becomes of a notification after it was accepted: pausing it and going on, another rate, following it, and how it
+//! went for each subscription.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, State};
+use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::stream::{self, Stream};
+use http::header;
+use perennial_server::drain::Drain;
+use perennial_server::http::problem::FieldError;
+use perennial_server::http::scope::Scope;
+use serde::Deserialize;
+use tracing::info;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::Tools;
+use super::notify::{RATE_WANTED, rate_milli};
+use super::progress::NotificationView;
+use super::store::{Change, DeliveryView};
+use crate::access::{Authorized, Notify, Read};
+use crate::api::{Json, Query, Result, not_found};
+
+/// How often those who follow a notification are told, while something changes.
+const TELL: Duration = Duration::from_millis(500);
+/// How many deliveries are read at once.
+const PAGE: usize = 1000;
+
+/// Pauses a notification
+///
+/// Nothing more is begun from now on, in any replica within a second. Needs a key with the scope `notify`, as resuming,
+/// cancelling and changing the rate do.
+#[utoipa::path(post, path = "/notifications/{id}/pause", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+pub(super) async fn pause(
+    caller: Authorized<Notify>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<Json<NotificationView>> {
+    change(&caller, &tools, &id, Change::Pause).await
+}
+
+/// Goes on with a paused notification
+#[utoipa::path(post, path = "/notifications/{id}/resume", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+pub(super) async fn resume(
+    caller: Authorized<Notify>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<Json<NotificationView>> {
+    change(&caller, &tools, &id, Change::Resume).await
+}
+
+/// Cancels a notification
+///
+/// Who has not been sent to yet is counted as `cancelled`.
+#[utoipa::path(post, path = "/notifications/{id}/cancel", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+pub(super) async fn cancel(
+    caller: Authorized<Notify>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<Json<NotificationView>> {
+    change(&caller, &tools, &id, Change::Cancel).await
+}
+
+/// Another rate.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(super) struct RateRequest {
+    /// Sends per second; null for as fast as push services take them
+    #[serde(default, with = "serde_nullable")]
+    #[schema(value_type = Option<f64>)]
+    rate: Option<Option<f64>>,
+}
+
+/// A field that is missing is not the same as one that is null.
+mod serde_nullable {
+    use serde::{Deserialize, Deserializer};
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<f64>>, D::Error> {
+        Option::<f64>::deserialize(from).map(Some)
+    }
+}
+
+/// Changes the rate of a notification
+///
+/// It holds within a second, also while it is being sent.
+#[utoipa::path(
+    patch, path = "/notifications/{id}", params(("id" = Uuid, Path)), request_body = RateRequest,
+    responses((status = OK, body = NotificationView))
+)]
+pub(super) async fn set_rate(
+    caller: Authorized<Notify>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+    Json(request): Json<RateRequest>,
+) -> Result<Json<NotificationView>> {
+    let wanted = || FieldError::new("rate", format!("{RATE_WANTED}; or null"));
+    let rate = match request.rate.ok_or_else(wanted)? {
+        Some(rate) => Some(rate_milli(rate).ok_or_else(wanted)?),
+        None => None,
+    };
+    change(&caller, &tools, &id, Change::Rate(rate)).await
+}
+
+async fn change(
+    Authorized { caller, .. }: &Authorized<Notify>,
+    tools: &Tools,
+    id: &str,
+    change: Change,
+) -> Result<Json<NotificationView>> {
+    let (id, site) = (parse(id)?, caller.site.0);
+    let standing = tools.store.change(site, id, change).await?.ok_or_else(|| not_found("notification"))?;
+    tools.flows.changed(id, standing);
+    info!(notification = %id, ?change, state = standing.state.as_str(), "changed");
+    view(tools, site, id).await
+}
+
+fn parse(id: &str) -> Result<Uuid> {
+    Ok(Uuid::parse_str(id).map_err(|_| not_found("notification"))?)
+}
+
+async fn view(tools: &Tools, site: i64, id: Uuid) -> Result<Json<NotificationView>> {
+    let found = tools.store.notification(site, id).await?.ok_or_else(|| not_found("notification"))?;
+    Ok(Json(NotificationView::of(found, &tools.progress)))
+}
+
+/// Follows a notification
+///
+/// Server-sent events: `progress` whenever something has changed, and `end` with the last. Needs a key with the scope
+/// `read`.
+#[utoipa::path(
+    get, path = "/notifications/{id}/events", params(("id" = Uuid, Path)),
+    responses((status = OK, content_type = "text/event-stream", body = NotificationView))
+)]
+pub(super) async fn events(
+    Authorized { caller, .. }: Authorized<Read>,
+    scope: Scope,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+) -> Result<Response> {
+    let id = parse(&id)?;
+    view(&tools, caller.site.0, id).await?;
+    let follower = Follower {
+        tools,
+        site: caller.site.0,
+        id,
+        drain: scope.drain().clone(),
+        told: String::new(),
+        over: false,
+    };
+    Ok(Sse::new(follower.events()).keep_alive(KeepAlive::default()).into_response())
+}
+
+/// Somebody who follows a notification.
+struct Follower {
+    tools: Tools,
+    site: i64,
+    id: Uuid,
+    drain: Drain,
+    /// What was told last.
+    told: String,
+    over: bool,
+}
+
+impl Follower {
+    fn events(self) -> impl Stream<Item = std::result::Result<Event, Infallible>> + Send {
+        stream::unfold(self, async |mut follower| follower.next().await.map(|event| (Ok(event), follower)))
+    }
+
+    async fn next(&mut self) -> Option<Event> {
+        while !self.over {
+            if !self.told.is_empty() {
+                tokio::select! {
+                    () = tokio::time::sleep(TELL) => {}
+                    // Whoever comes again finds another replica, or the next process.
+                    () = self.drain.soft() => return None,
+                }
+            }
+            // A store that is away comes back.
+            let Ok(found) = self.tools.store.notification(self.site, self.id).await else { continue };
+            let found = found?;
+            self.over = found.ended_at.is_some();
+            let view = NotificationView::of(found, &self.tools.progress);
+            let text = serde_json::to_string(&view).unwrap_or_default();
+            if text != self.told || self.over {
+                self.told.clone_from(&text);
+                let name = if self.over { "end" } else { "progress" };
+                return Some(Event::default().event(name).data(text));
+            }
+        }
+        None
+    }
+}
+
+/// Which deliveries.
+#[derive(Debug, Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+pub(super) struct Which {
+    /// Only those with this outcome
+    outcome: Option<String>,
+}
+
+/// How a notification went for each subscription
+///
+/// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids. Failures, or
+/// all with `"log": "all"`. Needs a key with the scope `read`.
+#[utoipa::path(
+    get, path = "/notifications/{id}/deliveries", params(("id" = Uuid, Path), Which),
+    responses((status = OK, content_type = "application/x-ndjson"))
+)]
+pub(super) async fn deliveries(
+    Authorized { caller, .. }: Authorized<Read>,
+    State(tools): State<Tools>,
+    Path(id): Path<String>,
+    Query(which): Query<Which>,
+) -> Result<Response> {
+    let id = parse(&id)?;
+    view(&tools, caller.site.0, id).await?;
+    let pages = stream::try_unfold(Some(i64::MIN), move |cursor| {
+        let (tools, outcome) = (tools.clone(), which.outcome.clone());
+        async move {
+            let Some(cursor) = cursor else { return Ok(None) };
+            let page = tools.store.deliveries(id, outcome, cursor, PAGE).await?;
+            let next = page.last().filter(|_| page.len() == PAGE).map(DeliveryView::subscription);
+            Ok::<_, perennial_server::pool::sql::Error>(Some((lines(&page), next)))
+        }
+    });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(pages)).into_response())
+}
+
+/// One JSON value a line.
+pub(super) fn lines<T: serde::Serialize>(values: &[T]) -> Bytes {
+    let mut text = String::new();
+    for value in values {
+        text.push_str(&serde_json::to_string(value).unwrap_or_default());
+        text.push('\n');
+    }
+    Bytes::from(text)
+}

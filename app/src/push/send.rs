@@ -1,0 +1,129 @@
+//! One message to one member.
+
+use std::time::{Duration, Instant};
+
+use jiff::Timestamp;
+use perennial_webpush::{HttpVersion, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
+use tracing::debug;
+
+use super::Tools;
+use super::outcome::Outcome;
+use super::store::{Batch, Member};
+use super::template::Template;
+
+/// What a batch sends.
+pub(super) struct Outgoing {
+    message: Message,
+    template: Option<Template>,
+}
+
+/// What came of it.
+pub(super) struct Sent {
+    pub(super) id: i64,
+    /// Empty when it was delivered.
+    pub(super) endpoint: String,
+    pub(super) strikes: u32,
+    pub(super) report: Report,
+    /// When that is not for the report to say.
+    pub(super) outcome: Option<Outcome>,
+}
+
+impl Sent {
+    /// Somebody else has deleted the subscription.
+    pub(super) fn deleted(id: i64) -> Self {
+        let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
+        Self { id, endpoint: String::new(), strikes: 0, report, outcome: None }
+    }
+}
+
+impl Outgoing {
+    /// The message of a batch, its time to live shortened by the time that its members have waited.
+    pub(super) fn new(tools: &Tools, batch: &Batch, waited: Duration) -> anyhow::Result<Self> {
+        let text = batch.payload.clone();
+        let template = if batch.is_template { Template::parse(&text) } else { None };
+        // A template's own text may be longer than what comes of it.
+        let payload = if template.is_some() { Payload::new("")? } else { Payload::new(text)? };
+        let urgency: Urgency = batch.urgency.parse()?;
+        let until = batch.standing.expires_at.map(|at| {
+            let left = at - Timestamp::now().as_millisecond();
+            Duration::from_millis(u64::try_from(left).unwrap_or_default())
+        });
+        let waited = Duration::from_secs(waited.as_secs());
+        let ttl = batch.ttl.saturating_sub(waited).min(until.unwrap_or(Duration::MAX));
+        let bulk = batch.attempt > 0 || batch.estimate > tools.config.small_audience;
+        let mut message =
+            Message::new(payload).ttl(ttl).urgency(urgency).bulk(bulk).http(http_version(&batch.http));
+        if let Some(topic) = &batch.topic {
+            message = message.topic(&topic.parse()?);
+        }
+        if batch.is_declarative {
+            message = message.declarative();
+        }
+        Ok(Self { message, template })
+    }
+
+    pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Sent {
+        let began = Instant::now();
+        let Member { id, strikes, .. } = member;
+        let (report, outcome) = self.attempt(tools, sender, &member).await;
+        tools.meters.sent(report.verdict, began.elapsed());
+        if report.verdict == Verdict::Delivered {
+            return Sent { id, endpoint: String::new(), strikes, report, outcome };
+        }
+        debug!(
+            subscription = id,
+            verdict = ?report.verdict,
+            status = report.status,
+            detail = report.detail,
+            "not delivered"
+        );
+        Sent { id, endpoint: member.endpoint, strikes, report, outcome }
+    }
+
+    async fn attempt(&self, tools: &Tools, sender: &Sender, member: &Member) -> (Report, Option<Outcome>) {
+        let not_sent = |verdict, detail: String| Report { verdict, status: None, detail };
+        // Checked when it was stored; the policy may have changed since.
+        let endpoint = match sender.endpoint(member.endpoint.clone()) {
+            Ok(endpoint) => endpoint,
+            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None),
+        };
+        let keys = match Keys::from_store(&member.p256dh, &member.auth) {
+            Ok(keys) => keys,
+            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None),
+        };
+        let Some(vapid) = tools.vapid.of(member.vapid_key) else {
+            let detail = "made with a VAPID key that is not there".to_owned();
+            return (not_sent(Verdict::Unauthorized, detail), None);
+        };
+        let rendered;
+        let message = match &self.template {
+            None => &self.message,
+            Some(template) => match template.render(member.metadata.as_deref()) {
+                Ok(text) => match Payload::new(text) {
+                    Ok(payload) => {
+                        rendered = self.message.with_payload(payload);
+                        &rendered
+                    }
+                    Err(error) => return (not_sent(Verdict::TooLarge, error.to_string()), None),
+                },
+                Err(missing) => {
+                    let detail = format!("its metadata has no {missing}");
+                    return (not_sent(Verdict::Rejected, detail), Some(Outcome::Incomplete));
+                }
+            },
+        };
+        if let Some(pace) = tools.flows.origin(endpoint.origin()) {
+            pace.wait(!message.is_bulk()).await;
+        }
+        (sender.send(&endpoint, &keys, message, vapid).await, None)
+    }
+}
+
+/// The version of HTTP that a word stands for.
+pub(super) fn http_version(word: &str) -> HttpVersion {
+    match word {
+        "1" => HttpVersion::One,
+        "2" => HttpVersion::Two,
+        _ => HttpVersion::Auto,
+    }
+}

@@ -1,0 +1,132 @@
+//! The threads that send: each has a runtime, a sender and connections of its own, so that a message is
+//! encrypted, written and answered without ever changing threads. Measured, that is a third cheaper than one runtime with several
+//! threads.
+
+use std::panic;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::thread::{self, JoinHandle};
+use std::time::Duration;
+
+use anyhow::Context;
+use perennial_webpush::{Config, Sender};
+use tokio::runtime::{Builder, Handle};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+use tracing::{Instrument, Span, warn};
+
+/// How long a thread may take to end once its connections are closed.
+const END: Duration = Duration::from_secs(1);
+
+/// The threads. A cheap handle.
+#[derive(Clone, Debug)]
+pub(crate) struct Senders(Arc<Vec<Lane>>);
+
+#[derive(Debug)]
+struct Lane {
+    sender: Sender,
+    runtime: Handle,
+    /// Tasks that run on it.
+    busy: AtomicUsize,
+    stop: CancellationToken,
+    thread: std::sync::Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Senders {
+    /// Starts `count` threads.
+    pub(crate) fn start(config: Config, count: usize) -> anyhow::Result<Self> {
+        let senders =
+            Sender::split(config, count).context("the sender cannot be made (push.extra_ca_file)")?;
+        let lanes = senders.into_iter().enumerate().map(|(number, sender)| Lane::start(number, sender));
+        Ok(Self(Arc::new(lanes.collect::<anyhow::Result<_>>()?)))
+    }
+
+    /// One of the senders: for what concerns all of them.
+    pub(crate) fn any(&self) -> &Sender {
+        &self.0[0].sender
+    }
+
+    /// All of them.
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Sender> {
+        self.0.iter().map(|lane| &lane.sender)
+    }
+
+    /// Runs a task on the thread with the fewest. It ends when the caller does not wait any more.
+    pub(crate) async fn run<F>(&self, task: impl FnOnce(Sender) -> F) -> F::Output
+    where
+        F: Future<Output: Send> + Send + 'static,
+    {
+        let least = self.0.iter().min_by_key(|lane| lane.busy.load(Ordering::Relaxed));
+        let lane = least.unwrap_or(&self.0[0]);
+        let _busy = Busy::on(&lane.busy);
+        let task = task(lane.sender.clone()).instrument(Span::current());
+        match AbortOnDropHandle::new(lane.runtime.spawn(task)).await {
+            Ok(output) => output,
+            Err(error) => match error.try_into_panic() {
+                Ok(panic) => panic::resume_unwind(panic),
+                // The thread has ended, and so will whoever asked.
+                Err(_cancelled) => std::future::pending().await,
+            },
+        }
+    }
+
+    /// Closes the connections, and ends the threads.
+    pub(crate) async fn close(&self) {
+        for lane in self.0.iter() {
+            let sender = lane.sender.clone();
+            let _ = lane.runtime.spawn(async move { sender.close().await }).await;
+            lane.stop.cancel();
+        }
+        let lanes = Arc::clone(&self.0);
+        let ended = tokio::task::spawn_blocking(move || lanes.iter().for_each(Lane::join));
+        if tokio::time::timeout(END, ended).await.is_err() {
+            warn!("a sending thread has not ended");
+        }
+    }
+}
+
+impl Lane {
+    fn start(number: usize, sender: Sender) -> anyhow::Result<Self> {
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .context("a sending thread cannot be started")?;
+        let handle = runtime.handle().clone();
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let thread = thread::Builder::new()
+            .name(format!("push-{number}"))
+            .spawn(move || runtime.block_on(stopped.cancelled()))
+            .context("a sending thread cannot be started")?;
+        Ok(Self { sender, runtime: handle, busy: AtomicUsize::new(0), stop, thread: Some(thread).into() })
+    }
+
+    fn join(&self) {
+        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
+        if thread.is_some_and(|thread| thread.join().is_err()) {
+            warn!("a sending thread has panicked");
+        }
+    }
+}
+
+impl Drop for Lane {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+/// A task on a thread, counted while it lasts.
+struct Busy<'a>(&'a AtomicUsize);
+
+impl<'a> Busy<'a> {
+    fn on(count: &'a AtomicUsize) -> Self {
+        count.fetch_add(1, Ordering::Relaxed);
+        Self(count)
+    }
+}
+
+impl Drop for Busy<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,136 @@
+//! Payloads with places for each subscription's own data: `{{name}}`, or `{{name|stranger}}` with what stands there
+//! when its metadata has no such value.
+
+use std::fmt::Write;
+
+use serde_json::Value;
+
+/// A payload, cut at its places.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Template {
+    parts: Vec<Part>,
+    /// Whether values are written as in a JSON string.
+    is_json: bool,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Part {
+    Text(String),
+    Place { name: String, default: Option<String> },
+}
+
+impl Template {
+    /// Reads a payload; none when there are no places in it.
+    pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
+        let text = std::str::from_utf8(payload).ok()?;
+        let mut parts = Vec::new();
+        let mut rest = text;
+        let mut plain = String::new();
+        while let Some(at) = rest.find("{{") {
+            let (before, opened) = rest.split_at(at);
+            plain.push_str(before);
+            match place(opened) {
+                Some((part, length)) => {
+                    parts.push(Part::Text(std::mem::take(&mut plain)));
+                    parts.push(part);
+                    rest = &opened[length..];
+                }
+                None => {
+                    plain.push_str("{{");
+                    rest = &opened[2..];
+                }
+            }
+        }
+        if parts.is_empty() {
+            return None;
+        }
+        plain.push_str(rest);
+        parts.push(Part::Text(plain));
+        let is_json = matches!(
+            serde_json::from_slice(payload),
+            Ok(Value::Object(_) | Value::Array(_) | Value::String(_))
+        );
+        Some(Self { parts, is_json })
+    }
+
+    /// The payload for a subscription with this metadata, which is a JSON object.
+    ///
+    /// # Errors
+    /// The name of a value that is missing.
+    pub(crate) fn render(&self, metadata: Option<&str>) -> Result<String, String> {
+        let metadata: Value = metadata.and_then(|text| serde_json::from_str(text).ok()).unwrap_or_default();
+        let mut text = String::new();
+        for part in &self.parts {
+            match part {
+                Part::Text(plain) => text.push_str(plain),
+                Part::Place { name, default } => {
+                    let value = match (&metadata[name.as_str()], default) {
+                        (Value::Null, Some(default)) => default.clone(),
+                        (Value::Null, None) => return Err(name.clone()),
+                        (Value::String(value), _) => value.clone(),
+                        (value, _) => value.to_string(),
+                    };
+                    self.write(&mut text, &value);
+                }
+            }
+        }
+        Ok(text)
+    }
+
+    fn write(&self, text: &mut String, value: &str) {
+        if self.is_json {
+            let quoted = Value::from(value).to_string();
+            text.push_str(&quoted[1..quoted.len() - 1]);
+        } else {
+            let _ = text.write_str(value);
+        }
+    }
+}
+
+/// A place at the beginning of `text`, and its length. Anything else between braces is left as it is.
+fn place(text: &str) -> Option<(Part, usize)> {
+    let end = text.find("}}")?;
+    let (name, default) = match text[2..end].split_once('|') {
+        Some((name, default)) => (name, Some(default.to_owned())),
+        None => (&text[2..end], None),
+    };
+    let name = name.trim();
+    let known = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
+    let is_name = !name.is_empty() && name.chars().all(known);
+    is_name.then(|| (Part::Place { name: name.to_owned(), default }, end + 2))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn render(payload: &str, metadata: &str) -> Result<String, String> {
+        Template::parse(payload.as_bytes()).unwrap().render(Some(metadata))
+    }
+
+    #[test]
+    fn places_take_values_and_defaults() {
+        let text = "Hello {{name|stranger}}, {{count}} new";
+        assert_eq!(render(text, r#"{"name":"Ada","count":3}"#), Ok("Hello Ada, 3 new".to_owned()));
+        assert_eq!(render(text, r#"{"count":3}"#), Ok("Hello stranger, 3 new".to_owned()));
+        assert_eq!(render(text, "{}"), Err("count".to_owned()));
+        assert_eq!(Template::parse(text.as_bytes()).unwrap().render(None), Err("count".to_owned()));
+    }
+
+    #[test]
+    fn a_value_cannot_break_out_of_a_json_text() {
+        let json = r#"{"title":"Hello {{name}}"}"#;
+        let rendered = render(json, r#"{"name":"\"},{\"x\":\"\n"}"#).unwrap();
+        let read: Value = serde_json::from_str(&rendered).unwrap();
+        assert_eq!(read["title"], "Hello \"},{\"x\":\"\n");
+        assert_eq!(render("Hello {{name}}", r#"{"name":"\"A\""}"#), Ok("Hello \"A\"".to_owned()), "no JSON");
+    }
+
+    #[test]
+    fn what_is_no_place_is_left_alone() {
+        for text in ["no places", "{{", "{{}}", "{{ not a name }}", "{{a b}}", "}} {{", "{{é}}"] {
+            assert_eq!(Template::parse(text.as_bytes()), None, "{text}");
+        }
+        assert_eq!(render("{{ {{a}} }}", r#"{"a":1}"#), Ok("{{ 1 }}".to_owned()));
+    }
+}

@@ -1,0 +1,167 @@
+//! The addresses of an origin: all of them used in turn, those that fail set aside for a while.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use crate::lock;
+
+/// For how long an address is set aside when it fails, which doubles each time, and the longest.
+const ASIDE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// How many addresses of one name are remembered; those of push services have one to some dozens.
+const MAX_ADDRESSES: usize = 256;
+
+/// What is known about the addresses of one origin. A cheap handle.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Addresses(Arc<Mutex<Known>>);
+
+#[derive(Debug, Default)]
+struct Known {
+    health: HashMap<IpAddr, Health>,
+    /// Counts choices: of two addresses that are as good, the one that was chosen longer ago is next.
+    choices: u64,
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Health {
+    open: usize,
+    chosen: u64,
+    failures: u32,
+    aside_until: Option<Instant>,
+}
+
+/// How an address is, for those who look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AddressStatus {
+    /// The address.
+    pub address: IpAddr,
+    /// How many connections to it are open.
+    pub connections: usize,
+    /// Whether it is set aside, since it failed.
+    pub aside: bool,
+}
+
+impl Addresses {
+    /// `resolved` in the order in which to try them: first those that are well, the least used of them first.
+    pub(crate) fn in_turn(&self, mut resolved: Vec<IpAddr>, now: Instant) -> Vec<IpAddr> {
+        let mut known = lock(&self.0);
+        if known.health.len() + resolved.len() > MAX_ADDRESSES {
+            known.health.retain(|address, health| health.open > 0 || resolved.contains(address));
+        }
+        resolved.sort_by_key(|address| {
+            let health = known.health.get(address).copied().unwrap_or_default();
+            (health.aside_until.filter(|until| *until > now), health.open, health.chosen)
+        });
+        resolved
+    }
+
+    /// Counts a connection that is being opened to `address`.
+    pub(crate) fn choose(&self, address: IpAddr) -> Chosen {
+        let mut known = lock(&self.0);
+        known.choices += 1;
+        let chosen = known.choices;
+        let health = known.health.entry(address).or_default();
+        health.open += 1;
+        health.chosen = chosen;
+        Chosen { addresses: self.clone(), address }
+    }
+
+    /// How they are.
+    pub(crate) fn status(&self, now: Instant) -> Vec<AddressStatus> {
+        let known = lock(&self.0);
+        let status = |(address, health): (&IpAddr, &Health)| AddressStatus {
+            address: *address,
+            connections: health.open,
+            aside: health.aside_until.is_some_and(|until| until > now),
+        };
+        let mut all: Vec<_> = known.health.iter().map(status).collect();
+        all.sort_by_key(|status| status.address);
+        all
+    }
+}
+
+/// A connection to an address, counted while it lasts.
+#[derive(Debug)]
+pub(crate) struct Chosen {
+    addresses: Addresses,
+    pub(crate) address: IpAddr,
+}
+
+impl Chosen {
+    /// It works.
+    pub(crate) fn works(&self) {
+        if let Some(health) = lock(&self.addresses.0).health.get_mut(&self.address) {
+            health.failures = 0;
+            health.aside_until = None;
+        }
+    }
+
+    /// It fails: others are tried first for a while.
+    pub(crate) fn fails(&self, now: Instant) {
+        if let Some(health) = lock(&self.addresses.0).health.get_mut(&self.address) {
+            let (first, last) = ASIDE;
+            let aside = first.saturating_mul(2_u32.saturating_pow(health.failures.min(16))).min(last);
+            health.failures += 1;
+            health.aside_until = Some(now + aside);
+        }
+    }
+}
+
+impl Drop for Chosen {
+    fn drop(&mut self) {
+        if let Some(health) = lock(&self.addresses.0).health.get_mut(&self.address) {
+            health.open -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn four() -> Vec<IpAddr> {
+        (1..=4).map(|last| IpAddr::from([192, 0, 2, last])).collect()
+    }
+
+    #[test]
+    fn all_are_used_in_turn_and_evenly() {
+        let addresses = Addresses::default();
+        let mut open: Vec<Chosen> = Vec::new();
+        for _ in 0..40 {
+            open.push(addresses.choose(addresses.in_turn(four(), Instant::now())[0]));
+        }
+        assert!(addresses.status(Instant::now()).iter().all(|status| status.connections == 10));
+        open.retain(|chosen| chosen.address != four()[2]);
+        assert_eq!(addresses.in_turn(four(), Instant::now())[0], four()[2], "the one with the fewest");
+    }
+
+    #[test]
+    fn connections_one_after_the_other_take_turns() {
+        let addresses = Addresses::default();
+        let used: Vec<_> =
+            (0..8).map(|_| addresses.choose(addresses.in_turn(four(), Instant::now())[0]).address).collect();
+        assert_eq!(used, [four(), four()].concat());
+    }
+
+    #[test]
+    fn one_that_fails_is_set_aside_for_longer_each_time_and_tried_again() {
+        let addresses = Addresses::default();
+        let mut now = Instant::now();
+        for aside in [1, 2, 4, 8, 16, 32, 60, 60] {
+            let bad = addresses.choose(four()[0]);
+            bad.fails(now);
+            drop(bad);
+            let just_before = now + Duration::from_secs(aside) - Duration::from_millis(1);
+            assert_eq!(addresses.in_turn(four(), just_before)[3], four()[0], "the last resort");
+            now += Duration::from_secs(aside);
+            for _ in 0..3 {
+                let first = addresses.in_turn(four(), now)[0];
+                drop(addresses.choose(first));
+            }
+            assert_eq!(addresses.in_turn(four(), now)[0], four()[0], "its turn has come");
+        }
+        addresses.choose(four()[0]).works();
+        assert!(addresses.status(now).iter().all(|status| !status.aside));
+    }
+}

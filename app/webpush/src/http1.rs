@@ -1,0 +1,125 @@
+//! One HTTP/1.1 connection: one request at a time.
+
+use std::time::Instant;
+
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response, header};
+use http_body_util::{BodyExt, Full, Limited};
+use hyper::body::Incoming;
+use hyper::client::conn::http1::{SendRequest, handshake};
+use hyper_util::rt::TokioIo;
+use tokio::time::timeout;
+use tracing::debug;
+
+use crate::addresses::Chosen;
+use crate::client::{Answer, BODY, Drivers, MAX_ANSWER, SendError};
+use crate::connect::{ConnectError, Connected};
+use crate::lane::{IDLE, Room};
+
+/// A connection between two requests.
+#[derive(Debug)]
+pub(crate) struct Http1 {
+    sender: SendRequest<Full<Bytes>>,
+    chosen: Option<Chosen>,
+    _room: Room,
+    /// Whether it has carried a request.
+    pub(crate) used: bool,
+    since: Instant,
+}
+
+/// What became of a request, and the connection if it can carry another one.
+pub(crate) struct Sent {
+    pub(crate) answer: Result<Answer, SendError>,
+    pub(crate) connection: Option<Http1>,
+    /// Whether the service closed it without a word: it may have closed others.
+    pub(crate) closed: bool,
+}
+
+impl Http1 {
+    /// Begins to speak HTTP/1.1. The connection's task runs among `drivers`.
+    pub(crate) async fn open(
+        connected: Connected,
+        room: Room,
+        drivers: &Drivers,
+    ) -> Result<Self, ConnectError> {
+        let (sender, connection) = handshake(TokioIo::new(connected.stream))
+            .await
+            .map_err(|error| ConnectError::Handshake(String::new(), error.to_string()))?;
+        drivers.spawn(async move {
+            if let Err(error) = connection.await {
+                debug!(%error, "a connection to a push service ended with an error");
+            }
+        });
+        Ok(Self { sender, chosen: connected.chosen, _room: room, used: false, since: Instant::now() })
+    }
+
+    /// Whether a request may be sent on it.
+    pub(crate) fn is_usable(&self) -> bool {
+        !self.sender.is_closed() && self.since.elapsed() < IDLE
+    }
+
+    /// Sends one request, and reads the answer.
+    pub(crate) async fn send(mut self, request: Request<()>, body: Bytes) -> Sent {
+        let lost = |answer, closed| Sent { answer, connection: None, closed };
+        // A new connection is ready once its task has run; one that was closed meanwhile never is.
+        if self.sender.ready().await.is_err() {
+            return lost(Err(SendError::NotLookedAt), false);
+        }
+        let response = match self.sender.try_send_request(request.map(|()| Full::new(body))).await {
+            Ok(response) => response,
+            Err(error) if error.message().is_some() => return lost(Err(SendError::NotLookedAt), false),
+            // It was closed while idle, and what we sent crossed that on the way.
+            Err(error) if self.used && error.error().is_incomplete_message() => {
+                return lost(Err(SendError::NotLookedAt), true);
+            }
+            Err(error) => {
+                if let Some(chosen) = &self.chosen {
+                    chosen.fails(Instant::now());
+                }
+                return lost(Err(SendError::Unknown(chain(error.error()))), false);
+            }
+        };
+        let closing = is_closing(response.headers());
+        let answer = Ok(read(response).await);
+        if closing || self.sender.ready().await.is_err() {
+            return lost(answer, false);
+        }
+        Sent { answer, connection: Some(Self { used: true, since: Instant::now(), ..self }), closed: false }
+    }
+}
+
+/// Whether this is the last answer on a connection. It may look usable until the end arrives.
+fn is_closing(headers: &HeaderMap) -> bool {
+    let options = headers.get_all(header::CONNECTION).iter();
+    options
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .any(|option| option.trim().eq_ignore_ascii_case("close"))
+}
+
+/// Reads an answer, and as much of its body as comes at once.
+async fn read(response: Response<Incoming>) -> Answer {
+    let (parts, body) = response.into_parts();
+    // The status decides; a body that breaks off or never ends takes nothing away from it.
+    let body = match timeout(BODY, Limited::new(body, MAX_ANSWER).collect()).await {
+        Ok(Ok(body)) => body.to_bytes(),
+        Ok(Err(error)) => {
+            debug!(%error, status = parts.status.as_u16(), "the answer's body was not read to its end");
+            Bytes::new()
+        }
+        Err(_elapsed) => Bytes::new(),
+    };
+    Answer { status: parts.status, headers: parts.headers, body }
+}
+
+/// An error with its causes, in one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}

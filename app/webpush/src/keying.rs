@@ -1,0 +1,146 @@
+//! Which key pair a message is encrypted with.
+//!
+//! RFC 8291, section 3.1 describes a new one for every message. It is no requirement (there is no MUST in it), and it
+//! is four fifths of what a message costs. A pair that is kept for a while, with a new salt for each message,
+//! is as safe for the content: RFC 8188, sections 2.1 and 2.2 make keys for many messages out of one
+//! secret and their salts. What is lost: whoever steals the process's memory can read what was sent with that pair,
+//! and messages of one pair can be recognised as coming from the same sender, which the VAPID key tells anyway.
+
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
+use aws_lc_rs::rand;
+use moka::sync::Cache;
+
+use crate::encrypt::{CryptoError, IKM, SALT, encrypt, input_keying_material, seal};
+use crate::lock;
+use crate::message::Payload;
+use crate::subscription::{AUTH, Keys, POINT};
+
+/// What one entry of the cache takes, in bytes: its key, its value, and the cache's own bookkeeping.
+const ENTRY: u32 = 300;
+
+/// How sender keys are made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum SenderKey {
+    /// A new pair for every message.
+    #[default]
+    Fresh,
+    /// A pair per process, kept for a while.
+    Rotating {
+        /// For how long.
+        life: Duration,
+        /// How much memory the secrets derived with it may take, in bytes.
+        cache: u64,
+    },
+}
+
+#[derive(Debug)]
+pub(crate) struct Keying {
+    how: SenderKey,
+    pair: Mutex<Option<Arc<Pair>>>,
+}
+
+/// A pair in use, and what was derived with it: never stored, and not more than the settings allow.
+struct Pair {
+    private: PrivateKey,
+    public: [u8; POINT],
+    made: Instant,
+    derived: Cache<([u8; POINT], [u8; AUTH]), [u8; IKM]>,
+}
+
+impl std::fmt::Debug for Pair {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Pair")
+    }
+}
+
+impl Keying {
+    pub(crate) fn new(how: SenderKey) -> Self {
+        Self { how, pair: Mutex::default() }
+    }
+
+    /// Encrypts a payload for one subscription.
+    pub(crate) fn encrypt(&self, keys: &Keys, payload: &Payload) -> Result<Vec<u8>, CryptoError> {
+        let SenderKey::Rotating { life, cache } = self.how else { return encrypt(keys, payload) };
+        let pair = self.pair(life, cache, Instant::now())?;
+        let who = (*keys.p256dh(), *keys.auth());
+        let ikm = match pair.derived.get(&who) {
+            Some(ikm) => ikm,
+            None => {
+                let ikm = input_keying_material(&pair.private, keys, &pair.public)?;
+                pair.derived.insert(who, ikm);
+                ikm
+            }
+        };
+        let mut salt = [0; SALT];
+        rand::fill(&mut salt)?;
+        Ok(seal(&ikm, &pair.public, payload.as_bytes(), salt)?)
+    }
+
+    /// The pair in use, or a new one when it has grown old.
+    fn pair(&self, life: Duration, cache: u64, now: Instant) -> Result<Arc<Pair>, CryptoError> {
+        let mut pair = lock(&self.pair);
+        if let Some(pair) = &*pair
+            && now.duration_since(pair.made) < life
+        {
+            return Ok(Arc::clone(pair));
+        }
+        let private = PrivateKey::generate(&ECDH_P256)?;
+        let public = private.compute_public_key()?.as_ref().try_into().map_err(|_| CryptoError)?;
+        let derived = Cache::builder().max_capacity(cache).weigher(|_, _| ENTRY).build();
+        let new = Arc::new(Pair { private, public, made: now, derived });
+        *pair = Some(Arc::clone(&new));
+        Ok(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::encrypt::{HEADER, ReceiverKeys};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn rotating() -> Keying {
+        Keying::new(SenderKey::Rotating { life: HOUR, cache: 1 << 20 })
+    }
+
+    #[test]
+    fn a_rotating_key_is_shared_and_its_salts_are_not() {
+        let keying = rotating();
+        let (one, two) = (ReceiverKeys::generate().unwrap(), ReceiverKeys::generate().unwrap());
+        let payload = Payload::new("same").unwrap();
+        let mut salts = std::collections::HashSet::new();
+        let mut senders = std::collections::HashSet::new();
+        for receiver in [&one, &two, &one, &two, &one] {
+            let body = keying.encrypt(&receiver.keys(), &payload).unwrap();
+            assert_eq!(receiver.decrypt(&body).unwrap(), b"same");
+            salts.insert(body[..SALT].to_vec());
+            senders.insert(body[SALT + 5..HEADER].to_vec());
+        }
+        assert_eq!((salts.len(), senders.len()), (5, 1));
+    }
+
+    #[test]
+    fn a_pair_that_has_grown_old_is_replaced() {
+        let keying = rotating();
+        let now = Instant::now();
+        let public = |at| keying.pair(HOUR, 1 << 20, at).unwrap().public;
+        let first = public(now);
+        assert_eq!(public(now + HOUR - Duration::from_secs(1)), first);
+        assert_ne!(public(now + HOUR), first);
+    }
+
+    #[test]
+    fn the_same_secret_for_another_subscription_is_never_taken() {
+        let keying = rotating();
+        let payload = Payload::new("x").unwrap();
+        let receiver = ReceiverKeys::generate().unwrap();
+        keying.encrypt(&receiver.keys(), &payload).unwrap();
+        let other_auth = Keys::from_bytes(receiver.keys().p256dh(), &[7; 16]).unwrap();
+        let body = keying.encrypt(&other_auth, &payload).unwrap();
+        assert!(receiver.decrypt(&body).is_err(), "it was made for another secret");
+    }
+}

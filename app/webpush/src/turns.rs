@@ -1,0 +1,193 @@
+//! Who may send to an origin next: as many at once as its window allows, and bulk never takes all of them.
+
+use std::sync::Mutex;
+use std::time::Instant;
+
+use tokio::sync::{Semaphore, SemaphorePermit};
+
+use crate::lock;
+use crate::window::Window;
+
+/// Rights to send. Bulk messages may have three quarters of them, so that others never wait for all.
+#[derive(Debug)]
+pub(crate) struct Turns {
+    window: Mutex<Window>,
+    all: Rights,
+    bulk: Rights,
+}
+
+/// One of them; for a bulk message, in both respects.
+#[derive(Debug)]
+pub(crate) struct Turn<'a> {
+    turns: &'a Turns,
+    sent: Instant,
+    _all: Right<'a>,
+    _bulk: Option<Right<'a>>,
+}
+
+impl Turns {
+    pub(crate) fn new(most: usize) -> Self {
+        let window = Window::new(most);
+        let limit = window.limit();
+        Self { window: Mutex::new(window), all: Rights::new(limit), bulk: Rights::new(share_of_bulk(limit)) }
+    }
+
+    /// Waits for the right to send one message.
+    pub(crate) async fn take(&self, bulk: bool) -> Turn<'_> {
+        let bulk = if bulk { Some(self.bulk.take().await) } else { None };
+        let all = self.all.take().await;
+        Turn { turns: self, sent: Instant::now(), _all: all, _bulk: bulk }
+    }
+
+    /// How many may be under way at once, and how many are.
+    pub(crate) fn status(&self) -> (usize, usize) {
+        let limit = lock(&self.window).limit();
+        (limit, limit.saturating_sub(self.all.free()))
+    }
+
+    /// What the origin can bear at most has become known.
+    pub(crate) fn bound(&self, most: usize) {
+        self.change(|window| window.bound(most));
+    }
+
+    /// Begins anew, step by step.
+    pub(crate) fn restart(&self) {
+        self.change(Window::restart);
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Window)) {
+        let mut window = lock(&self.window);
+        let before = window.limit();
+        change(&mut window);
+        let limit = window.limit();
+        if limit != before {
+            self.all.set(limit);
+            self.bulk.set(share_of_bulk(limit));
+        }
+    }
+}
+
+fn share_of_bulk(limit: usize) -> usize {
+    (limit * 3 / 4).max(1)
+}
+
+impl Turn<'_> {
+    /// An answer came.
+    pub(crate) fn answered(&self) {
+        let in_flight = self.turns.status().1;
+        self.turns.change(|window| window.answered(in_flight));
+    }
+
+    /// The origin choked on it.
+    pub(crate) fn choked(&self) {
+        self.turns.change(|window| window.choked(self.sent, Instant::now()));
+    }
+}
+
+/// A number of rights that changes while they are in use.
+#[derive(Debug)]
+struct Rights {
+    free: Semaphore,
+    /// How many there should be, and how many more than that are in use.
+    count: Mutex<(usize, usize)>,
+}
+
+#[derive(Debug)]
+struct Right<'a> {
+    rights: &'a Rights,
+    permit: Option<SemaphorePermit<'a>>,
+}
+
+impl Rights {
+    fn new(count: usize) -> Self {
+        Self { free: Semaphore::new(count), count: Mutex::new((count, 0)) }
+    }
+
+    async fn take(&self) -> Right<'_> {
+        // A semaphore that is never closed always has another one.
+        Right { rights: self, permit: self.free.acquire().await.ok() }
+    }
+
+    fn free(&self) -> usize {
+        self.free.available_permits()
+    }
+
+    fn set(&self, wanted: usize) {
+        let mut count = lock(&self.count);
+        let (before, excess) = *count;
+        let there = before + excess;
+        if wanted >= there {
+            self.free.add_permits(wanted - there);
+            *count = (wanted, 0);
+        } else {
+            let forgotten = if wanted >= before { 0 } else { self.free.forget_permits(before - wanted) };
+            // What is in use is given up when it is given back.
+            *count = (wanted, there - forgotten - wanted);
+        }
+    }
+}
+
+impl Drop for Right<'_> {
+    fn drop(&mut self) {
+        let mut count = lock(&self.rights.count);
+        if count.1 > 0 {
+            count.1 -= 1;
+            if let Some(permit) = self.permit.take() {
+                permit.forget();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn rights_that_are_in_use_are_given_up_when_they_come_back() {
+        let rights = Rights::new(4);
+        let mut used = Vec::new();
+        for _ in 0..3 {
+            used.push(rights.take().await);
+        }
+        rights.set(2);
+        assert_eq!(rights.free(), 0);
+        used.pop();
+        assert_eq!(rights.free(), 0, "two are still in use");
+        used.pop();
+        assert_eq!(rights.free(), 1);
+        rights.set(3);
+        rights.set(1);
+        rights.set(5);
+        assert_eq!(rights.free(), 4);
+        used.clear();
+        assert_eq!(rights.free(), 5);
+    }
+
+    #[tokio::test]
+    async fn bulk_leaves_a_quarter_to_others() {
+        let turns = Turns::new(16);
+        let mut bulk = Vec::new();
+        for _ in 0..12 {
+            bulk.push(turns.take(true).await);
+        }
+        let thirteenth = tokio::time::timeout(std::time::Duration::from_millis(20), turns.take(true)).await;
+        assert!(thirteenth.is_err());
+        let other = tokio::time::timeout(std::time::Duration::from_secs(5), turns.take(false)).await;
+        assert!(other.is_ok());
+    }
+
+    #[tokio::test]
+    async fn an_origin_that_chokes_gets_half_as_many() {
+        let turns = Turns::new(1000);
+        let mut turn = Vec::new();
+        for _ in 0..12 {
+            turn.push(turns.take(true).await);
+        }
+        turn.iter().for_each(Turn::answered);
+        assert_eq!(turns.status().0, 25, "it grows while it is used");
+        turn[0].choked();
+        turn[1].choked();
+        assert_eq!(turns.status().0, 12);
+    }
+}

@@ -1,0 +1,139 @@
+//! How many requests at once an origin bears: one more for each round of answers, half as many when it chokes.
+
+use std::time::{Duration, Instant};
+
+/// How many at once at the beginning, and after a pause.
+const FIRST: f64 = 16.0;
+/// An origin that chokes again within this time has its limit for good; later, it may have grown.
+const FORGET: Duration = Duration::from_secs(60);
+
+/// Additive increase, multiplicative decrease (Chiu and Jain, 1989), with the slow start of TCP (RFC 5681,
+/// section 3.1). Time is an argument.
+#[derive(Clone, Debug)]
+pub(crate) struct Window {
+    limit: f64,
+    most: f64,
+    /// Up to here it doubles with each round.
+    threshold: f64,
+    /// When it was cut last: what was sent before says nothing new.
+    cut: Option<Instant>,
+}
+
+impl Window {
+    /// A window that may grow to `most`.
+    pub(crate) fn new(most: usize) -> Self {
+        #[expect(clippy::cast_precision_loss, reason = "some thousands")]
+        let most = (most as f64).max(1.0);
+        Self { limit: FIRST.min(most), most, threshold: most, cut: None }
+    }
+
+    /// How many at once: at least one.
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 1 to some thousands")]
+    pub(crate) fn limit(&self) -> usize {
+        self.limit as usize
+    }
+
+    /// An answer came while `in_flight` were under way. The window grows if it was of any use.
+    pub(crate) fn answered(&mut self, in_flight: usize) {
+        if in_flight * 2 < self.limit() {
+            return;
+        }
+        let step = if self.limit < self.threshold { 1.0 } else { 1.0 / self.limit };
+        self.limit = (self.limit + step).min(self.most);
+    }
+
+    /// The origin choked on a request that was sent at `sent`.
+    pub(crate) fn choked(&mut self, sent: Instant, now: Instant) {
+        if self.cut.is_some_and(|cut| sent <= cut) {
+            return;
+        }
+        if self.cut.is_some_and(|cut| now.duration_since(cut) > FORGET) {
+            self.threshold = self.most;
+        }
+        self.limit = (self.limit / 2.0).max(1.0);
+        self.threshold = self.threshold.min(self.limit).max(FIRST.min(self.most) / 2.0);
+        self.cut = Some(now);
+    }
+
+    /// No more than `most` from now on.
+    #[expect(clippy::cast_precision_loss, reason = "some thousands")]
+    pub(crate) fn bound(&mut self, most: usize) {
+        self.most = (most as f64).max(1.0);
+        self.limit = self.limit.min(self.most);
+        self.threshold = if self.cut.is_none() { self.most } else { self.threshold.min(self.most) };
+    }
+
+    /// After a pause: it may bear as much as before, and is asked step by step.
+    pub(crate) fn restart(&mut self) {
+        self.limit = self.limit.min(FIRST.min(self.most));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn grown(to: usize) -> Window {
+        let mut window = Window::new(1000);
+        while window.limit() < to {
+            window.answered(window.limit());
+        }
+        window
+    }
+
+    #[test]
+    fn it_doubles_each_round_until_it_chokes_and_then_adds_one_a_round() {
+        let now = Instant::now();
+        let mut window = Window::new(1000);
+        for expected in [16, 32, 64, 128] {
+            assert_eq!(window.limit(), expected);
+            (0..expected).for_each(|_| window.answered(expected));
+        }
+        window.choked(now, now);
+        assert_eq!(window.limit(), 128);
+        (0..140).for_each(|_| window.answered(128));
+        assert!((128..=130).contains(&window.limit()), "{}", window.limit());
+    }
+
+    #[test]
+    fn what_was_sent_before_a_cut_cuts_no_more() {
+        let start = Instant::now();
+        let mut window = grown(400);
+        for sent in 0..100 {
+            window.choked(start, start + Duration::from_millis(sent));
+        }
+        assert_eq!(window.limit(), 200);
+        window.choked(start + SECOND, start + SECOND * 2);
+        assert_eq!(window.limit(), 100);
+    }
+
+    #[test]
+    fn it_is_never_less_than_one_nor_more_than_allowed() {
+        let start = Instant::now();
+        let mut window = grown(100);
+        for second in 1..100 {
+            window.choked(start + SECOND * second, start + SECOND * second);
+        }
+        assert_eq!(window.limit(), 1);
+        (0..600_000).for_each(|_| window.answered(window.limit()));
+        assert_eq!(window.limit(), 1000);
+    }
+
+    #[test]
+    fn a_window_that_is_not_used_does_not_grow() {
+        let mut window = Window::new(1000);
+        (0..1000).for_each(|_| window.answered(2));
+        assert_eq!(window.limit(), 16);
+    }
+
+    #[test]
+    fn after_a_pause_it_is_asked_step_by_step() {
+        let mut window = grown(500);
+        window.restart();
+        assert_eq!(window.limit(), 16);
+        (0..16).for_each(|_| window.answered(16));
+        assert_eq!(window.limit(), 32);
+    }
+}
