@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 
 mod api;
+mod audience;
 mod boot;
 mod chaos;
 mod cli;
@@ -14,9 +15,11 @@ mod drain;
 mod host;
 mod http2;
 mod jobs;
+mod lanes;
 mod module;
 mod notify;
 mod operators;
+mod pacing;
 mod page;
 mod scope;
 mod settings;

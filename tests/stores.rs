@@ -23,7 +23,7 @@ use support::process::{Perennial, Setup, example};
 use support::redis::Prefix;
 
 /// On Postgres, after its keys have been made.
-async fn on_postgres(setup: Setup, url: &str) -> Setup {
+pub(crate) async fn on_postgres(setup: Setup, url: &str) -> Setup {
     let setup = setup.set(&format!("store.url={url}"));
     let made = setup.run(&["keys", "generate"]).await;
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));

@@ -2,12 +2,14 @@
 
 mod check;
 mod client;
+mod desk;
 mod health;
 mod jobs;
 mod keys;
 mod notify;
 mod serve;
 mod sink;
+mod subscriptions;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -56,6 +58,9 @@ enum Command {
     /// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
     /// of its audience could be delivered to
     Notify(notify::Notify),
+    /// Subscriptions, in and out by the million
+    #[command(subcommand)]
+    Subscriptions(subscriptions::Subscriptions),
     /// A local push service: gives out subscriptions, and prints what it decrypts
     Sink(sink::Sink),
 }
@@ -71,6 +76,7 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         Command::Health(health) => health.run(&sources, modules),
         Command::Jobs(jobs) => jobs.run(&sources, modules),
         Command::Notify(notify) => notify.run(&sources, modules),
+        Command::Subscriptions(subscriptions) => subscriptions.run(&sources, modules),
         Command::Sink(sink) => sink.run(&sources, modules),
     };
     match result {

@@ -15,6 +15,7 @@ mod audience;
 mod deliver;
 mod fanout;
 mod flows;
+pub(crate) mod import;
 mod lifecycle;
 mod limits;
 mod metrics;
@@ -32,6 +33,7 @@ mod store;
 mod subscriptions;
 mod tags;
 mod template;
+mod users;
 mod vapid;
 mod webhook;
 
@@ -44,6 +46,7 @@ use perennial_server::drain::{Drain, Phase};
 use perennial_server::http::detach::Detach;
 use perennial_server::pool::sql;
 use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Proxy, SenderKey};
+use perennial_workers::Jobs;
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::json;
 use tracing::{info, warn};
@@ -56,6 +59,7 @@ use crate::data_dir::DataDir;
 use crate::module::{Host, Module};
 use crate::settings::{Network, Reader, Size};
 use flows::Flows;
+use import::Porter;
 use limits::Limits;
 use progress::Progress;
 use senders::Senders;
@@ -135,7 +139,8 @@ pub(crate) struct Application {
     access: Access,
     senders: Senders,
     flows: Flows,
-    vapid: VapidKeys,
+    vapid: Arc<VapidKeys>,
+    porter: Arc<Porter>,
     webhooks: Webhooks,
     limits: Limits,
     progress: Progress,
@@ -187,9 +192,10 @@ impl Module for Push {
         }
         metrics::describe();
         let store = Store::new(host.store.clone(), host.jobs.clone());
-        let vapid = VapidKeys::load(&host.data_dir, &host.store, &store).await?;
+        let vapid = Arc::new(VapidKeys::load(&host.data_dir, &host.store, &store).await?);
         let senders = Senders::start(self.sender, self.config.threads)?;
         let flows = Flows::new(store.clone(), self.config.origin_rate);
+        let porter = Porter::new(store.clone(), senders.any().clone(), Arc::clone(&vapid));
         let webhooks = Webhooks::new(self.config.webhooks.clone())?;
         let application = Arc::new(Application {
             config: self.config,
@@ -198,6 +204,7 @@ impl Module for Push {
             senders: senders.clone(),
             flows: flows.clone(),
             vapid,
+            porter: Arc::new(porter),
             webhooks,
             limits: Limits::new(self.limits),
             progress: Progress::default(),
@@ -217,6 +224,7 @@ impl Module for Push {
         host.job::<deliver::Deliver>(Arc::clone(&application));
         host.looking(services::looking(Arc::clone(&application)));
         host.acting(services::acting(Arc::clone(&application)));
+        host.acting(import::acting(Arc::clone(&application.porter)));
         host.task("push limits", {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || Arc::clone(&application).forget_limits(drain.clone())
@@ -308,7 +316,8 @@ fn routes(application: &Tools) -> OpenApiRouter {
         .routes(routes!(lifecycle::resume))
         .routes(routes!(lifecycle::cancel))
         .routes(routes!(lifecycle::events))
-        .routes(routes!(lifecycle::deliveries));
+        .routes(routes!(lifecycle::deliveries))
+        .routes(routes!(users::one, users::delete));
     if application.config.page {
         routes = routes.merge(page::routes().into());
     }
@@ -363,6 +372,19 @@ fn config(settings: &mut Reader<'_>) -> Config {
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
         checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
     }
+}
+
+/// Imports and exports for a command that runs while no server does.
+pub(crate) async fn porter(
+    settings: &mut Reader<'_>,
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    jobs: Jobs,
+) -> anyhow::Result<Porter> {
+    let store = Store::new(sql.clone(), jobs);
+    let vapid = VapidKeys::load(data_dir, sql, &store).await?;
+    let sender = perennial_webpush::Sender::new(sender(settings))?;
+    Ok(Porter::new(store, sender, Arc::new(vapid)))
 }
 
 /// The threads that send: one for each processor, unless the settings say.

@@ -6,6 +6,8 @@ use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use perennial::sink::{self, Answer, Behaviour, Push, Receiver, Refusal, Sink};
 use perennial_server::drain::{self, Trigger};
 use perennial_server::net::tls;
@@ -147,6 +149,12 @@ impl Double {
     /// A new subscription.
     pub fn mint(&self) -> Value {
         self.sink.mint(Arc::new(Independent::new()), None)
+    }
+
+    /// A new subscription that only this VAPID key may send to.
+    pub fn mint_for(&self, vapid_key: &str) -> Value {
+        let key = URL_SAFE_NO_PAD.decode(vapid_key).unwrap();
+        self.sink.mint(Arc::new(Independent::new()), Some(key))
     }
 
     /// Cuts the connections of browsers, and forgets them.

@@ -105,6 +105,11 @@ impl Client {
     }
 
     /// Has something deleted.
+    pub async fn patch(&self, path: &str, body: &Value) -> Answer {
+        self.send(Method::PATCH, path, Some(body)).await
+    }
+
+    /// `DELETE`.
     pub async fn delete(&self, path: &str, body: Option<&Value>) -> Answer {
         self.send(Method::DELETE, path, body).await
     }

@@ -13,6 +13,7 @@ pub mod pgbouncer;
 pub mod postgres;
 pub mod process;
 pub mod redis;
+pub mod tinyproxy;
 
 use std::future::Future;
 use std::time::Duration;

@@ -2,7 +2,6 @@
 //! connections with GOAWAY after a number of requests, mid-flight, as the big ones do. It reads what it is sent before
 //! it answers: with `return 201` alone it answers the headers and resets the stream.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Duration;
@@ -10,12 +9,17 @@ use std::time::Duration;
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 
-use crate::eventually;
+use crate::{eventually, free_port};
+
+/// A free port on 127.0.0.1.
+fn any() -> String {
+    format!("127.0.0.1:{}", free_port())
+}
 
 /// A running nginx.
 #[derive(Debug)]
 pub struct Nginx {
-    /// Where it listens, on 127.0.0.1.
+    /// Where it listens.
     pub port: u16,
     directory: TempDir,
     _child: Child,
@@ -24,17 +28,22 @@ pub struct Nginx {
 impl Nginx {
     /// Starts it with the certificate in `certificates`, closing each connection after so many requests.
     pub async fn start(certificates: &Path, keepalive_requests: u32) -> Self {
-        Self::start_with(certificates, keepalive_requests, true).await
+        Self::start_with(certificates, &any(), keepalive_requests, true).await
+    }
+
+    /// The same at an address that was chosen, `127.0.0.2:8443`.
+    pub async fn start_at(certificates: &Path, address: &str) -> Self {
+        Self::start_with(certificates, address, 1_000_000, true).await
     }
 
     /// The same without a log of its requests, for benches.
     pub async fn start_silent(certificates: &Path, keepalive_requests: u32) -> Self {
-        Self::start_with(certificates, keepalive_requests, false).await
+        Self::start_with(certificates, &any(), keepalive_requests, false).await
     }
 
-    async fn start_with(certificates: &Path, keepalive_requests: u32, log: bool) -> Self {
+    async fn start_with(certificates: &Path, address: &str, keepalive_requests: u32, log: bool) -> Self {
         let directory = TempDir::new().unwrap();
-        let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+        let port = address.rsplit(':').next().unwrap().parse().unwrap();
         let at = directory.path().display();
         let certificates = certificates.display();
         let log = if log { format!("{at}/access.log") } else { "off".to_owned() };
@@ -46,7 +55,7 @@ impl Nginx {
                  fastcgi_temp_path {at}; uwsgi_temp_path {at}; scgi_temp_path {at};
                  keepalive_requests {keepalive_requests};
                  server {{
-                     listen 127.0.0.1:{port} ssl http2;
+                     listen {address} ssl http2;
                      ssl_certificate {certificates}/cert.pem; ssl_certificate_key {certificates}/key.pem;
                      location / {{ mirror /drop; empty_gif; error_page 405 = @created; }}
                      location = /drop {{ internal; return 204; }}
@@ -66,7 +75,7 @@ impl Nginx {
             .spawn()
             .expect("nginx is installed: tests/run does that");
         eventually("nginx listens", || async {
-            let connected = tokio::net::TcpStream::connect(("127.0.0.1", port)).await;
+            let connected = tokio::net::TcpStream::connect(address).await;
             connected.is_ok().then_some(())
         })
         .await;

@@ -68,6 +68,18 @@ impl Client {
             .with_context(|| format!("{} does not answer", self.base))?
     }
 
+    /// Posts lines of JSON, and takes any answer.
+    pub(super) async fn post_lines(&self, path: &str, lines: Bytes) -> anyhow::Result<Answer> {
+        let mut request = Request::post(format!("{}{path}", self.base));
+        request = request.header(header::CONTENT_TYPE, "application/x-ndjson");
+        if let Some(key) = &self.key {
+            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
+        }
+        tokio::time::timeout(self.timeout, self.send(request.body(Full::new(lines))?))
+            .await
+            .with_context(|| format!("{} does not answer", self.base))?
+    }
+
     async fn send(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
         let response =
             self.http.request(request).await.with_context(|| format!("cannot reach {}", self.base))?;

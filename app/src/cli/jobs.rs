@@ -2,34 +2,20 @@
 
 use std::io::Write;
 use std::sync::Arc;
-use std::time::Duration;
 
 use anyhow::{Context, bail};
-use axum::body::Body;
-use axum::{Extension, Router};
+use axum::Extension;
 use clap::{Args, Subcommand};
-use http::{Method, Request, header};
-use http_body_util::BodyExt;
-use perennial_server::pool::sql;
-use perennial_workers::admission::Admission;
-use perennial_workers::{Jobs as Handle, Registry};
-use secrecy::{ExposeSecret, SecretString};
+use http::Method;
+use perennial_workers::Registry;
 use serde_json::{Map, Value, json};
-use tower::ServiceExt;
 use uuid::Uuid;
 
-use super::client::Client;
+use super::desk::Desk;
 use super::{block_on, load, read};
-use crate::addresses::{Addresses, url};
 use crate::admin::jobs::{Books, acting, looking};
-use crate::boot;
-use crate::config::Config;
-use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
 use crate::module::Blueprint;
 use crate::settings::Sources;
-
-/// Retrying a million dead jobs takes a while.
-const TIMEOUT: Duration = Duration::from_secs(120);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Jobs {
@@ -140,7 +126,11 @@ impl Jobs {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
         block_on(async {
-            let desk = Desk::open(&config, modules).await?;
+            let desk = Desk::open(&config, modules, async |_, _, jobs| {
+                let books = Books { jobs, registry: Arc::new(Registry::new()), worker: None };
+                Ok(looking::<()>().merge(acting()).layer(Extension(books)))
+            })
+            .await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
             print(&answer?)
@@ -159,6 +149,9 @@ impl Jobs {
             Self::Retry(some) => each(some, async |filter| post("/jobs/retry", filter).await).await,
             Self::Discard(some) => each(some, async |filter| post("/jobs/discard", filter).await).await,
             Self::Cancel { id } => post("/jobs/cancel", json!({ "id": id })).await,
+            Self::Enqueue { .. } if matches!(desk, Desk::Own(_)) => {
+                bail!("enqueueing takes a running server: it knows the kinds of jobs");
+            }
             Self::Enqueue { kind, payload, delay, unique, priority } => {
                 let payload: Value = serde_json::from_str(payload).context("the payload is no JSON")?;
                 let mut job = json!({ "payload": payload });
@@ -193,64 +186,6 @@ async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) 
         }
     }
     Ok(Value::Object(sums))
-}
-
-/// Whoever answers: the running server, or we ourselves on its store while none runs.
-#[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
-enum Desk {
-    Server(Client),
-    Own { router: Router, store: sql::Store, _lock: DataDir },
-}
-
-impl Desk {
-    async fn open(config: &Config, modules: &[Blueprint]) -> anyhow::Result<Self> {
-        if data_dir::is_locked(&config.data_dir) {
-            let base = url(&Addresses::of_running(&config.data_dir)?.admin).context(
-                "this command cannot use a Unix socket, and the server has no other admin address",
-            )?;
-            let file = config.data_dir.join(ADMIN_TOKEN);
-            let token: SecretString = std::fs::read_to_string(&file)
-                .with_context(|| format!("the admin token in {} cannot be read", file.display()))?
-                .into();
-            let key = token.expose_secret().trim().to_owned();
-            return Ok(Self::Server(Client::new(&base, Some(key), TIMEOUT)?));
-        }
-        if !config.data_dir.exists() {
-            bail!("there is no store in {} yet", config.data_dir.display());
-        }
-        let lock = DataDir::lock(&config.data_dir)?;
-        let store = boot::open_store(&lock, config).await?;
-        store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
-        let (queue, _) = boot::open_queue(config, &store).await?;
-        let jobs = Handle::new(queue, Admission::new(config.bounds));
-        let books = Books { jobs, registry: Arc::new(Registry::new()), worker: None };
-        let router = looking::<()>().merge(acting()).layer(Extension(books));
-        Ok(Self::Own { router, store, _lock: lock })
-    }
-
-    async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
-        let router = match self {
-            Self::Server(client) => return client.call(method, path, body).await,
-            Self::Own { router, .. } => router.clone(),
-        };
-        if path == "/jobs" && method == Method::POST {
-            bail!("enqueueing takes a running server: it knows the kinds of jobs");
-        }
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let request = Request::builder().method(method).uri(path);
-        let request = request.header(header::CONTENT_TYPE, "application/json").body(Body::from(body))?;
-        let response = router.oneshot(request).await?;
-        let status = response.status();
-        let bytes = response.into_body().collect().await?.to_bytes();
-        let body = serde_json::from_slice(&bytes).unwrap_or_default();
-        super::client::Answer { status, body }.success()
-    }
-
-    async fn close(self) {
-        if let Self::Own { store, .. } = self {
-            store.close().await;
-        }
-    }
 }
 
 fn print(answer: &Value) -> anyhow::Result<()> {

@@ -159,6 +159,7 @@ impl<'a> Round<'a> {
         let mut due = Instant::now() + every;
         let turn = Instant::now() + TURN;
         let mut cut = pin!(sleep(Duration::MAX));
+        let mut over = pin!(sleep(self.time_left(*standing.borrow())));
         loop {
             let mut pause = None;
             while stop.is_none() && sends.len() < self.tools.config.window && self.unrecorded < limit {
@@ -223,6 +224,7 @@ impl<'a> Round<'a> {
                     }
                 }
                 () = sleep_until(due), if timed => {}
+                () = over.as_mut(), if stop.is_none() => stop = Some(Stop::Over(Outcome::Expired)),
                 () = cut.as_mut(), if stop == Some(Stop::Asked) && !idle => {
                     // Those in flight may have been taken; nobody knows, and so they are sent again.
                     sends.clear();
@@ -245,10 +247,18 @@ impl<'a> Round<'a> {
             Stage::Paused => return Some(Stop::Paused),
             _ => {}
         }
-        let expired = standing.expires_at.is_some_and(|at| Timestamp::now().as_millisecond() >= at);
+        self.time_left(standing).is_zero().then_some(Stop::Over(Outcome::Expired))
+    }
+
+    /// How long there is for sending.
+    fn time_left(&self, standing: Standing) -> Duration {
+        let until = standing.expires_at.map_or(Duration::MAX, |at| {
+            let left = at - Timestamp::now().as_millisecond();
+            Duration::from_millis(u64::try_from(left).unwrap_or_default())
+        });
         // A message for now or never is always tried once.
-        let too_late = !self.batch.ttl.is_zero() && age(&self.batch) >= self.batch.ttl;
-        (expired || too_late).then_some(Stop::Over(Outcome::Expired))
+        let ttl = self.batch.ttl;
+        until.min(if ttl.is_zero() { Duration::MAX } else { ttl.saturating_sub(age(&self.batch)) })
     }
 
     /// Begins to send to one member.

@@ -29,7 +29,7 @@ pub(crate) use notifications::{
     Accepted, Change, DeliveryView, Idempotency, NewNotification, Notification, Plan, Recipient,
 };
 pub(crate) use pacing::{Reserved, Stage, Standing};
-pub(crate) use subscriptions::{NewSubscription, Proof, Replaced, Subscription, Upserted};
+pub(crate) use subscriptions::{Exported, NewSubscription, Proof, Replaced, Subscription, Upserted};
 pub(crate) use tables::{POSTGRES, SQLITE};
 
 /// The tables. A cheap handle.

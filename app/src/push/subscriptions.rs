@@ -379,7 +379,7 @@ fn check(
     }
     check_tags(tools, visitor, request.tags.as_deref().unwrap_or_default(), &mut errors)?;
     let metadata = request.metadata.map(|metadata| Value::Object(metadata).to_string());
-    if metadata.as_ref().is_some_and(|metadata| metadata.len() > MAX_METADATA) {
+    if metadata.as_ref().is_some_and(|metadata| !is_metadata(metadata)) {
         errors.push(FieldError::new("metadata", format!("at most {MAX_METADATA} bytes of JSON")));
     }
     let replaces = request.replaces.map(|replaces| (Keys::decode_auth(&replaces.auth), replaces.endpoint));
@@ -417,6 +417,11 @@ fn check(
 
 /// What a user id looks like, in words.
 pub(super) const USER_WANTED: &str = "a user id: 1 to 256 bytes, without control characters";
+
+/// Whether this is short enough.
+pub(super) fn is_metadata(text: &str) -> bool {
+    text.len() <= MAX_METADATA
+}
 
 /// Whether this can be a user id.
 pub(super) fn is_user(text: &str) -> bool {

@@ -27,6 +27,8 @@ pub struct Push {
     pub vapid_key: Vec<u8>,
     /// The `Authorization` header as it came.
     pub authorization: String,
+    /// What the payload is, as its header says.
+    pub content_type: Option<String>,
     /// The length of the body.
     pub bytes: usize,
     /// The version of HTTP that it came over.
@@ -75,6 +77,7 @@ pub(super) fn check(
         urgency: urgency(headers)?,
         topic: topic(headers)?,
         authorization: authorization.to_owned(),
+        content_type: single(headers, &header::CONTENT_TYPE).ok().flatten().map(str::to_owned),
         bytes: body.len(),
         vapid_key: claims.key,
         version: head.version,

@@ -75,7 +75,8 @@ impl Turn<'_> {
     /// An answer came.
     pub(crate) fn answered(&self) {
         let in_flight = self.turns.status().1;
-        self.turns.change(|window| window.answered(in_flight));
+        let took = self.sent.elapsed();
+        self.turns.change(|window| window.answered(in_flight, took));
     }
 
     /// The origin choked on it.

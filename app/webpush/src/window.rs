@@ -1,4 +1,5 @@
-//! How many requests at once an origin bears: one more for each round of answers, half as many when it chokes.
+//! How many requests at once an origin bears: one more for each round of answers as long as these do not take much
+//! longer than they could, half as many when it chokes.
 
 use std::time::{Duration, Instant};
 
@@ -6,6 +7,11 @@ use std::time::{Duration, Instant};
 const FIRST: f64 = 16.0;
 /// An origin that chokes again within this time has its limit for good; later, it may have grown.
 const FORGET: Duration = Duration::from_secs(60);
+
+/// So much longer than the quickest, an answer has waited for others.
+const PILE: Duration = Duration::from_millis(50);
+/// What the quickest answer took is forgotten by one part in so many with each other answer.
+const FADE: u32 = 10_000;
 
 /// Additive increase, multiplicative decrease (Chiu and Jain, 1989), with the slow start of TCP (RFC 5681,
 /// section 3.1). Time is an argument.
@@ -17,6 +23,8 @@ pub(crate) struct Window {
     threshold: f64,
     /// When it was cut last: what was sent before says nothing new.
     cut: Option<Instant>,
+    /// How long the quickest answers take.
+    quickest: Duration,
 }
 
 impl Window {
@@ -24,7 +32,7 @@ impl Window {
     pub(crate) fn new(most: usize) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "some thousands")]
         let most = (most as f64).max(1.0);
-        Self { limit: FIRST.min(most), most, threshold: most, cut: None }
+        Self { limit: FIRST.min(most), most, threshold: most, cut: None, quickest: Duration::MAX }
     }
 
     /// How many at once: at least one.
@@ -33,9 +41,12 @@ impl Window {
         self.limit as usize
     }
 
-    /// An answer came while `in_flight` were under way. The window grows if it was of any use.
-    pub(crate) fn answered(&mut self, in_flight: usize) {
-        if in_flight * 2 < self.limit() {
+    /// An answer came after `took` while `in_flight` were under way. The window grows if it was of any use, and if requests
+    /// do not pile up at the origin: whoever comes next would wait for all of them.
+    pub(crate) fn answered(&mut self, in_flight: usize, took: Duration) {
+        self.quickest = self.quickest.saturating_add(self.quickest / FADE).min(took);
+        let piles_up = took > (self.quickest * 3).max(self.quickest + PILE);
+        if in_flight * 2 < self.limit() || piles_up {
             return;
         }
         let step = if self.limit < self.threshold { 1.0 } else { 1.0 / self.limit };
@@ -74,11 +85,12 @@ mod tests {
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
+    const QUICK: Duration = Duration::from_millis(20);
 
     fn grown(to: usize) -> Window {
         let mut window = Window::new(1000);
         while window.limit() < to {
-            window.answered(window.limit());
+            window.answered(window.limit(), QUICK);
         }
         window
     }
@@ -89,11 +101,11 @@ mod tests {
         let mut window = Window::new(1000);
         for expected in [16, 32, 64, 128] {
             assert_eq!(window.limit(), expected);
-            (0..expected).for_each(|_| window.answered(expected));
+            (0..expected).for_each(|_| window.answered(expected, QUICK));
         }
         window.choked(now, now);
         assert_eq!(window.limit(), 128);
-        (0..140).for_each(|_| window.answered(128));
+        (0..140).for_each(|_| window.answered(128, QUICK));
         assert!((128..=130).contains(&window.limit()), "{}", window.limit());
     }
 
@@ -117,15 +129,24 @@ mod tests {
             window.choked(start + SECOND * second, start + SECOND * second);
         }
         assert_eq!(window.limit(), 1);
-        (0..600_000).for_each(|_| window.answered(window.limit()));
+        (0..600_000).for_each(|_| window.answered(window.limit(), QUICK));
         assert_eq!(window.limit(), 1000);
     }
 
     #[test]
     fn a_window_that_is_not_used_does_not_grow() {
         let mut window = Window::new(1000);
-        (0..1000).for_each(|_| window.answered(2));
+        (0..1000).for_each(|_| window.answered(2, QUICK));
         assert_eq!(window.limit(), 16);
+    }
+
+    #[test]
+    fn requests_that_pile_up_are_not_joined_by_more() {
+        let mut window = grown(64);
+        (0..1000).for_each(|_| window.answered(64, QUICK * 4));
+        assert_eq!(window.limit(), 64);
+        (0..64).for_each(|_| window.answered(64, QUICK * 2));
+        assert_eq!(window.limit(), 128);
     }
 
     #[test]
@@ -133,7 +154,7 @@ mod tests {
         let mut window = grown(500);
         window.restart();
         assert_eq!(window.limit(), 16);
-        (0..16).for_each(|_| window.answered(16));
+        (0..16).for_each(|_| window.answered(16, QUICK));
         assert_eq!(window.limit(), 32);
     }
 }

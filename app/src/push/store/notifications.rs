@@ -173,16 +173,7 @@ impl Store {
                    WHERE notification = ?1 AND subscription > ?2 AND (?3 IS NULL OR outcome = ?3)
                    ORDER BY subscription LIMIT ?4";
         let rows = self.sql.query(sql, values![notification, cursor, outcome, limit]).await?;
-        let read = |row: &Row| {
-            Ok(DeliveryView {
-                subscription: row.get("subscription")?,
-                outcome: row.get("outcome")?,
-                status: row.get("status")?,
-                detail: row.get("detail")?,
-                at: timestamp(row.get("at")?),
-            })
-        };
-        rows.iter().map(read).collect()
+        rows.iter().map(DeliveryView::read).collect()
     }
 
     /// Deletes some notifications that ended before `before`, in milliseconds since 1970, with all that belongs to them;
@@ -305,6 +296,16 @@ pub(crate) struct DeliveryView {
 }
 
 impl DeliveryView {
+    pub(super) fn read(row: &Row) -> Result<Self> {
+        Ok(Self {
+            subscription: row.get("subscription")?,
+            outcome: row.get("outcome")?,
+            status: row.get("status")?,
+            detail: row.get("detail")?,
+            at: timestamp(row.get("at")?),
+        })
+    }
+
     pub(crate) fn subscription(&self) -> i64 {
         self.subscription
     }

@@ -6,6 +6,7 @@ use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
 use perennial_server::{transact, values};
 use perennial_webpush::Keys;
 
+use super::notifications::DeliveryView;
 use super::{Store, now_ms, timestamp};
 
 /// A subscription that is about to be stored.
@@ -64,6 +65,19 @@ pub(crate) struct Subscription {
     pub(crate) updated_at: Timestamp,
 }
 
+/// A subscription with everything that sending to it takes.
+#[derive(Clone, Debug)]
+pub(crate) struct Exported {
+    pub(crate) id: i64,
+    pub(crate) endpoint: String,
+    pub(crate) p256dh: Vec<u8>,
+    pub(crate) auth: Vec<u8>,
+    pub(crate) vapid_key: i64,
+    pub(crate) user: Option<String>,
+    pub(crate) tags: Option<Vec<String>>,
+    pub(crate) metadata: Option<serde_json::Value>,
+}
+
 /// The columns of [`Subscription`].
 fn columns(dialect: Dialect) -> String {
     let tags = dialect.list_of("tag");
@@ -104,6 +118,62 @@ impl Store {
         self.sql.query(sql, values![site, cursor, user, tag, limit]).await?.iter().map(read).collect()
     }
 
+    /// Stores many, whatever was known about them before: all or none.
+    pub(crate) async fn import(&self, new: Vec<NewSubscription>) -> Result<Vec<Upserted>> {
+        transact!(&self.sql, tx => import(tx, &new))
+    }
+
+    /// Subscriptions after `cursor` in the order of their ids, with everything that sending to them takes.
+    pub(crate) async fn export(&self, site: i64, cursor: i64, limit: usize) -> Result<Vec<Exported>> {
+        let tags = self.sql.dialect().list_of("tag");
+        let sql = format!(
+            r#"SELECT id, endpoint, p256dh, auth, vapid_key, "user", metadata,
+                      (SELECT {tags} FROM subscription_tags WHERE subscription = subscriptions.id) AS tags
+               FROM subscriptions WHERE site = ? AND id > ? ORDER BY id LIMIT ?"#
+        );
+        let rows = self.sql.query(sql, values![site, cursor, limit]).await?;
+        let read = |row: &Row| {
+            let tags: Vec<String> = serde_json::from_str(&row.get::<String>("tags")?).unwrap_or_default();
+            let metadata: Option<String> = row.get("metadata")?;
+            Ok(Exported {
+                id: row.get("id")?,
+                endpoint: row.get("endpoint")?,
+                p256dh: row.get("p256dh")?,
+                auth: row.get("auth")?,
+                vapid_key: row.get("vapid_key")?,
+                user: row.get("user")?,
+                tags: Some(tags).filter(|tags| !tags.is_empty()),
+                metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
+            })
+        };
+        rows.iter().map(read).collect()
+    }
+
+    /// Everything of one user: subscriptions, and how notifications went for them.
+    pub(crate) async fn all_of_user(
+        &self,
+        site: i64,
+        user: &str,
+    ) -> Result<(Vec<Subscription>, Vec<DeliveryView>)> {
+        let most = 10_000;
+        let subscriptions = self.subscriptions(site, Some(user.to_owned()), None, 0, most).await?;
+        let ids: Vec<i64> = subscriptions.iter().map(|subscription| subscription.id).collect();
+        let among = self.sql.dialect().numbers_in("?");
+        let sql = format!(
+            "SELECT subscription, outcome, status, detail, at FROM deliveries WHERE subscription IN ({among})
+             ORDER BY at LIMIT {most}"
+        );
+        let list = serde_json::to_string(&ids).unwrap_or_default();
+        let rows = self.sql.query(sql, values![list]).await?;
+        Ok((subscriptions, rows.iter().map(DeliveryView::read).collect::<Result<_>>()?))
+    }
+
+    /// Deletes everything of one user: how many subscriptions, and how many lines of logs.
+    pub(crate) async fn delete_user(&self, site: i64, user: &str) -> Result<(u64, u64)> {
+        let user = user.to_owned();
+        transact!(&self.sql, tx => delete_user(tx, site, &user))
+    }
+
     /// Deletes one; false when there is none.
     pub(crate) async fn delete(&self, site: i64, id: i64) -> Result<bool> {
         let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ?";
@@ -115,6 +185,53 @@ impl Store {
         let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ? AND auth = ?";
         Ok(self.sql.execute(sql, values![site, endpoint_hash(endpoint), auth]).await? == 1)
     }
+}
+
+async fn delete_user<T: Tx>(tx: &T, site: i64, user: &str) -> Result<(u64, u64)> {
+    let of = r#"SELECT id FROM subscriptions WHERE site = ? AND "user" = ?"#;
+    let sql = format!("DELETE FROM deliveries WHERE subscription IN ({of})");
+    let deliveries = tx.execute(&sql, &values![site, user]).await?;
+    let sql = r#"DELETE FROM subscriptions WHERE site = ? AND "user" = ?"#;
+    Ok((tx.execute(sql, &values![site, user]).await?, deliveries))
+}
+
+async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>> {
+    // One statement for each: what is known already is brought up to date. New rows have never been updated.
+    let sql = r#"
+        INSERT INTO subscriptions AS known (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
+                                            created_at, updated_at)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)
+        ON CONFLICT (site, endpoint_hash) DO UPDATE
+        SET vapid_key = excluded.vapid_key, p256dh = excluded.p256dh, auth = excluded.auth,
+            "user" = coalesce(excluded."user", known."user"), metadata = coalesce(excluded.metadata, known.metadata),
+            updated_at = CASE WHEN known.created_at >= ?9 THEN ?9 + 1 ELSE ?9 END
+        RETURNING id, created_at = updated_at AS created"#;
+    let now = now_ms();
+    let mut upserted = Vec::with_capacity(all.len());
+    for new in all {
+        let parameters = values![
+            new.site,
+            new.vapid_key,
+            &new.endpoint,
+            endpoint_hash(&new.endpoint),
+            new.keys.p256dh(),
+            new.keys.auth(),
+            &new.user,
+            &new.metadata,
+            now,
+        ];
+        let Some(row) = sql::first(tx, sql, &parameters).await? else { continue };
+        let id = row.get("id")?;
+        let created: bool = row.get("created")?;
+        if new.tags.is_some() {
+            if !created {
+                tx.execute("DELETE FROM subscription_tags WHERE subscription = ?", &values![id]).await?;
+            }
+            set_tags(tx, new, id).await?;
+        }
+        upserted.push(if created { Upserted::Created(id) } else { Upserted::Updated(id) });
+    }
+    Ok(upserted)
 }
 
 /// What an endpoint is found by: shorter than itself, and no shorter than it takes to be unique.

@@ -124,6 +124,7 @@ pub(crate) const SQLITE: &[&str] = &[
         at           INTEGER NOT NULL,
         PRIMARY KEY (notification, subscription)
     ) WITHOUT ROWID;
+    CREATE INDEX deliveries_subscription ON deliveries (subscription);
 
     CREATE TABLE push_services (
         origin     TEXT PRIMARY KEY,           -- https://fcm.googleapis.com
@@ -259,6 +260,7 @@ pub(crate) const POSTGRES: &[&str] = &[
         at           bigint NOT NULL,
         PRIMARY KEY (notification, subscription)
     );
+    CREATE INDEX deliveries_subscription ON deliveries (subscription);
 
     CREATE TABLE push_services (
         origin     text PRIMARY KEY,

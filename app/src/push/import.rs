@@ -1,0 +1,249 @@
+//! Subscriptions in and out by the million: NDJSON, one subscription a line, as `POST /subscriptions` takes it.
+//!
+//! ```text
+//! {"subscription": {"endpoint": "..", "keys": {"p256dh": "..", "auth": ".."}}, "key"?, "user"?, "tags"?, "metadata"?}
+//! ```
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::routing::post;
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use futures_util::StreamExt;
+use futures_util::stream;
+use http::StatusCode;
+use http_body_util::{BodyExt, Limited};
+use perennial_server::http::problem::Problem;
+use perennial_webpush::{Endpoint, Keys, Sender, VapidKey};
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value, json};
+
+use super::store::{Exported, NewSubscription, Proof, Store, Upserted};
+use super::subscriptions::{PushSubscription, is_metadata, is_user};
+use super::tags::is_tag;
+use super::vapid::VapidKeys;
+use crate::access::SiteId;
+use crate::api::{Json, Result, is_too_long};
+
+/// The most bytes in one request.
+const MAX_CHUNK: usize = 16 << 20;
+/// How many rows one transaction takes: others get to write in between.
+const ROWS: usize = 2000;
+/// How many hosts are looked up at once.
+const LOOKUPS: usize = 32;
+/// How many lines that were refused are told of each request.
+const MAX_REFUSED: usize = 100;
+/// The most subscriptions in one answer of an export.
+const PAGE: usize = 5000;
+
+/// One line.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Line {
+    subscription: PushSubscription,
+    /// The applicationServerKey that it was made with, if it is not the one in use
+    #[serde(skip_serializing_if = "Option::is_none")]
+    key: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    user: Option<String>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tags: Option<Vec<String>>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    metadata: Option<Map<String, Value>>,
+}
+
+/// What came of a chunk.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Imported {
+    pub(crate) created: u64,
+    pub(crate) updated: u64,
+    pub(crate) refused: u64,
+    /// The first of those that were refused: the number of the line within the chunk, from 1, and why.
+    pub(crate) reasons: Vec<(usize, String)>,
+}
+
+impl Imported {
+    fn refuse(&mut self, line: usize, why: String) {
+        self.refused += 1;
+        if self.reasons.len() < MAX_REFUSED {
+            self.reasons.push((line, why));
+        }
+    }
+}
+
+/// Takes chunks of lines, and gives pages.
+#[derive(Debug)]
+pub(crate) struct Porter {
+    store: Store,
+    sender: Sender,
+    vapid: Arc<VapidKeys>,
+    /// What is known about hosts: why nobody is sent there, if so.
+    hosts: Mutex<HashMap<String, Option<String>>>,
+}
+
+impl Porter {
+    pub(super) fn new(store: Store, sender: Sender, vapid: Arc<VapidKeys>) -> Self {
+        Self { store, sender, vapid, hosts: Mutex::default() }
+    }
+
+    /// Stores a chunk of lines. What does not fit is refused by its line; all else is stored.
+    pub(crate) async fn take(&self, site: i64, chunk: &[u8]) -> anyhow::Result<Imported> {
+        let mut imported = Imported::default();
+        let mut read = Vec::new();
+        for (number, line) in (1..).zip(chunk.split(|byte| *byte == b'\n')) {
+            if line.trim_ascii().is_empty() {
+                continue;
+            }
+            match self.read(site, line) {
+                Ok((endpoint, new)) => read.push((number, endpoint, new)),
+                Err(why) => imported.refuse(number, why),
+            }
+        }
+        self.look_up(&read).await;
+        let mut rows = Vec::with_capacity(read.len());
+        {
+            let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+            for (number, endpoint, new) in read {
+                match hosts.get(endpoint.host()) {
+                    Some(Some(why)) => imported.refuse(number, format!("subscription.endpoint: {why}")),
+                    _ => rows.push(new),
+                }
+            }
+        }
+        let mut rows = rows.into_iter().peekable();
+        while rows.peek().is_some() {
+            for upserted in self.store.import(rows.by_ref().take(ROWS).collect()).await? {
+                match upserted {
+                    Upserted::Created(_) => imported.created += 1,
+                    _ => imported.updated += 1,
+                }
+            }
+        }
+        Ok(imported)
+    }
+
+    fn read(&self, site: i64, line: &[u8]) -> std::result::Result<(Endpoint, NewSubscription), String> {
+        let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let PushSubscription { endpoint: url, keys, .. } = line.subscription;
+        let endpoint =
+            self.sender.endpoint(url.clone()).map_err(|error| format!("subscription.endpoint: {error}"))?;
+        let keys =
+            Keys::parse(&keys.p256dh, &keys.auth).map_err(|error| format!("subscription.keys: {error}"))?;
+        let vapid_key = match &line.key {
+            None => self.vapid.current_id,
+            Some(key) => self.vapid.id_of(key).ok_or("key: no VAPID key that is there")?,
+        };
+        if line.user.as_ref().is_some_and(|user| !is_user(user)) {
+            return Err("user: no user id".to_owned());
+        }
+        if let Some(bad) = line.tags.iter().flatten().find(|tag| !is_tag(tag)) {
+            return Err(format!("tags: {bad:?} is no tag"));
+        }
+        let metadata = line.metadata.map(|metadata| Value::Object(metadata).to_string());
+        if metadata.as_ref().is_some_and(|metadata| !is_metadata(metadata)) {
+            return Err("metadata: too long".to_owned());
+        }
+        let new = NewSubscription {
+            site,
+            vapid_key,
+            endpoint: url,
+            keys,
+            user: line.user,
+            tags: line.tags,
+            own_tags: None,
+            metadata,
+            replaces: None,
+            proof: Proof::Key,
+        };
+        Ok((endpoint, new))
+    }
+
+    /// The next subscriptions after `cursor`, as lines, and the cursor of the next page if there may be one.
+    async fn page(&self, site: i64, cursor: i64) -> anyhow::Result<Page> {
+        let page = self.store.export(site, cursor, PAGE).await?;
+        let next = page.last().filter(|_| page.len() == PAGE).map(|last| last.id);
+        let line = |exported: Exported| {
+            let keys = json!({ "p256dh": base64(&exported.p256dh), "auth": base64(&exported.auth) });
+            without_nulls(json!({
+                "subscription": { "endpoint": exported.endpoint, "keys": keys },
+                "key": self.vapid.of(Some(exported.vapid_key)).map(VapidKey::public_key),
+                "user": exported.user,
+                "tags": exported.tags,
+                "metadata": exported.metadata,
+            }))
+        };
+        Ok(Page { subscriptions: page.into_iter().map(line).collect(), next })
+    }
+
+    /// Looks up each host once.
+    async fn look_up(&self, read: &[(usize, Endpoint, NewSubscription)]) {
+        let mut new = HashMap::new();
+        {
+            let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+            for (_, endpoint, _) in read {
+                if !hosts.contains_key(endpoint.host()) {
+                    new.entry(endpoint.host().to_owned()).or_insert_with(|| endpoint.clone());
+                }
+            }
+        }
+        let looked_up = stream::iter(new.into_iter().map(async |(host, endpoint)| {
+            let checked = self.sender.check_addresses(&endpoint).await;
+            (host, checked.err().map(|error| error.to_string()))
+        }));
+        let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).collect().await;
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
+    }
+}
+
+fn without_nulls(mut line: Value) -> Value {
+    if let Some(fields) = line.as_object_mut() {
+        fields.retain(|_, value| !value.is_null());
+    }
+    line
+}
+
+fn base64(bytes: &[u8]) -> String {
+    URL_SAFE_NO_PAD.encode(bytes)
+}
+
+/// What operators may do.
+pub(crate) fn acting(porter: Arc<Porter>) -> Router {
+    Router::new()
+        .route("/subscriptions/import", post(import))
+        .route("/subscriptions/export", post(export))
+        .with_state(porter)
+}
+
+async fn import(State(porter): State<Arc<Porter>>, request: Request) -> Result<Json<Imported>> {
+    let chunk = match Limited::new(request.into_body(), MAX_CHUNK).collect().await {
+        Ok(chunk) => chunk.to_bytes(),
+        Err(error) if is_too_long(&*error) => {
+            let detail = format!("a chunk has at most {MAX_CHUNK} bytes: send several");
+            return Err(Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail).into());
+        }
+        Err(_) => return Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off").into()),
+    };
+    Ok(Json(porter.take(SiteId::DEFAULT.0, &chunk).await?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ExportRequest {
+    /// After the one with this id
+    cursor: i64,
+}
+
+/// Subscriptions as lines of an import.
+#[derive(Debug, Serialize)]
+struct Page {
+    subscriptions: Vec<Value>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    next: Option<i64>,
+}
+
+async fn export(State(porter): State<Arc<Porter>>, Json(request): Json<ExportRequest>) -> Result<Json<Page>> {
+    Ok(Json(porter.page(SiteId::DEFAULT.0, request.cursor).await?))
+}

@@ -1,0 +1,316 @@
+//! The lane to each push service: when nothing is sent to it, and when again; all of its addresses; a proxy.
+
+use std::net::TcpListener;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use perennial::sink::Answer;
+use serde_json::{Value, json};
+
+use support::double::{Double, status_answer};
+use support::eventually;
+use support::nginx::Nginx;
+use support::postgres::Database;
+use support::process::{Perennial, Setup};
+use support::tinyproxy::TinyProxy;
+
+use crate::stores::on_postgres;
+
+fn to_all() -> Value {
+    json!({ "to": {"all": true}, "payload": "x" })
+}
+
+async fn start_with(change: impl FnOnce(Setup) -> Setup) -> (Double, Perennial) {
+    let double = Double::start().await;
+    let perennial = change(Setup::new().sending_to(&double)).start().await;
+    (double, perennial)
+}
+
+async fn origin(perennial: &Perennial) -> Value {
+    perennial.admin().get("/origins").await.json()[0].clone()
+}
+
+#[tokio::test]
+async fn a_service_that_asks_to_wait_is_left_alone_by_all_replicas() {
+    let (double, database) = (Double::start().await, Database::new().await);
+    let setup = || on_postgres(Setup::new().sending_to(&double), database.url());
+    let (one, other) = (setup().await.start().await, setup().await.start().await);
+    one.subscribe(&double, 10).await;
+    double.script(|_| status_answer(429, &[("retry-after", "4")]));
+    let id = one.notify(&to_all()).await;
+    eventually("both know that it asked", || async {
+        let held = [origin(&one).await["held"].clone(), origin(&other).await["held"].clone()];
+        (held == ["throttled", "throttled"]).then_some(())
+    })
+    .await;
+    let (asked, since) = (double.asked(), Instant::now());
+    double.script(|_| Answer::Take);
+    let request = json!({ "to": {"all": true}, "payload": "another" });
+    let second = other.notify(&request).await;
+    eventually("it is asked again", || async { (double.asked() > asked).then_some(()) }).await;
+    assert!(since.elapsed() > Duration::from_secs(1), "{:?}", since.elapsed());
+    for (perennial, id) in [(&one, id), (&other, second)] {
+        let progress = perennial.done(&id).await;
+        assert_eq!(progress["outcomes"], json!({ "delivered": 10 }));
+    }
+}
+
+#[tokio::test]
+async fn one_hostile_subscription_stops_nobody() {
+    let (double, perennial) = start_with(|setup| setup.set("push.attempts=1")).await;
+    perennial.subscribe(&double, 60).await;
+    let hostile = Arc::new(Mutex::new(None::<String>));
+    double.script(move |push| {
+        let mut hostile = hostile.lock().unwrap();
+        let is_hostile = hostile.get_or_insert_with(|| push.token.clone()) == &push.token;
+        if is_hostile { status_answer(403, &[("retry-after", "3600")]) } else { Answer::Take }
+    });
+    for _ in 0..3 {
+        let progress = perennial.notify_and_wait(&to_all()).await;
+        assert_eq!(progress["outcomes"], json!({ "delivered": 59, "unauthorized": 1 }));
+    }
+    assert_eq!(origin(&perennial).await["held"], Value::Null);
+    let ids = perennial.client().get("/subscriptions").await.json();
+    assert_eq!(ids["subscriptions"].as_array().unwrap().len(), 60, "one refusal is a strike, not the end");
+}
+
+#[tokio::test]
+async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_resumes_it() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    perennial.subscribe(&double, 200).await;
+    let refuses = Arc::new(AtomicBool::new(true));
+    let asked = Arc::clone(&refuses);
+    double.script(move |_| if asked.load(Ordering::SeqCst) { status_answer(403, &[]) } else { Answer::Take });
+    let id = perennial.notify(&to_all()).await;
+    perennial.logged("a push service refuses our key for every subscription: nothing is sent to it").await;
+    assert!(double.asked() < 100, "{} of 200 were refused before it stopped", double.asked());
+    let view = origin(&perennial).await;
+    assert_eq!(view["held"], "unauthorized");
+    refuses.store(false, Ordering::SeqCst);
+    let resume = json!({ "origin": view["origin"] });
+    assert_eq!(perennial.admin().post("/origins/resume", &resume).await.status, 401, "it takes the token");
+    let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
+    let admin = perennial.admin().with_key(token.trim());
+    assert_eq!(admin.post("/origins/resume", &json!({ "origin": "https://elsewhere" })).await.status, 422);
+    assert_eq!(admin.post("/origins/resume", &resume).await.status, 204);
+    let again = perennial.notify_and_wait(&to_all()).await;
+    assert_eq!(again["outcomes"], json!({ "delivered": 200 }));
+    let first = perennial.client().get(&format!("/notifications/{id}")).await.json();
+    let refused = first["outcomes"]["unauthorized"].as_u64().unwrap();
+    assert!(refused < 100, "the others wait for their turn: {first}");
+}
+
+#[tokio::test]
+async fn nobody_is_given_up_while_a_service_is_away() {
+    let (double, perennial) =
+        start_with(|setup| setup.set("push.attempts=2").set("push.connect_timeout=1s")).await;
+    let away = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let push: Vec<Value> = (0..40)
+        .map(|number| {
+            let mut subscription = double.mint();
+            subscription["endpoint"] = format!("https://127.0.0.1:{away}/{number}").into();
+            subscription
+        })
+        .collect();
+    let id = perennial.notify(&json!({ "to": {"push": push}, "payload": "x" })).await;
+    eventually("it is known to be away", || async {
+        (origin(&perennial).await["held"] == "unreachable").then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
+    let gone = progress["outcomes"]["unreachable"].as_u64().unwrap_or_default();
+    assert!(gone < 20, "two attempts each would have been over by now: {progress}");
+}
+
+#[tokio::test]
+async fn all_addresses_are_used_evenly_and_one_that_dies_costs_nothing() {
+    let double = Double::start().await;
+    let certificates = double.ca_file().parent().unwrap().to_owned();
+    let mut services = Vec::new();
+    let port = support::free_port();
+    for last in 1..=4 {
+        services.push(Nginx::start_at(&certificates, &format!("127.0.0.{last}:{port}")).await);
+    }
+    let pin = r#"push.resolve=[{ host = "localhost", addresses = ["127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"] }]"#;
+    let setup = Setup::new().sending_to(&double).set(pin).set("push.connections=8").set("push.batch=500");
+    let perennial = setup.set("push.small_audience=0").start().await;
+    let receiver = double.mint();
+    perennial.fill((0..6000).map(|number| {
+        let mut subscription = receiver.clone();
+        subscription["endpoint"] = format!("https://localhost:{port}/{number}").into();
+        subscription
+    }));
+    let progress = perennial.notify_and_wait(&to_all()).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 6000 }));
+    let mut spread = Vec::new();
+    for service in &services {
+        spread.push(service.answered().await);
+    }
+    let (least, most) = (*spread.iter().min().unwrap(), *spread.iter().max().unwrap());
+    assert_eq!(spread.iter().sum::<usize>(), 6000);
+    assert!(least > 500 && most < 3000, "an even spread: {spread:?}");
+
+    let id = perennial.notify(&to_all()).await;
+    eventually("it is under way", || async { (services[2].answered().await > spread[2] + 50).then_some(()) })
+        .await;
+    let dead = services.remove(2);
+    drop(dead);
+    eventually("it is set aside", || async {
+        let view = origin(&perennial).await;
+        let all = view["addresses"].as_array().unwrap();
+        all.iter().any(|one| one["address"] == "127.0.0.3" && one["aside"] == true).then_some(())
+    })
+    .await;
+    let progress = perennial.done(&id).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 6000 }));
+}
+
+#[tokio::test]
+async fn connections_are_opened_step_by_step() {
+    let double = Double::start().await;
+    let nginx = Nginx::start(double.ca_file().parent().unwrap(), 1_000_000).await;
+    let setup = Setup::new().sending_to(&double).set("push.http=1").set("push.http1_connections=40");
+    let perennial =
+        setup.set("push.connect_every=50ms").set("push.threads=1").set("push.small_audience=0").start().await;
+    let receiver = double.mint();
+    perennial.fill((0..20_000).map(|number| {
+        let mut subscription = receiver.clone();
+        subscription["endpoint"] = format!("https://127.0.0.1:{}/{number}", nginx.port).into();
+        subscription
+    }));
+    let id = perennial.notify(&to_all()).await;
+    let (began, mut most) = (Instant::now(), 0);
+    while began.elapsed() < Duration::from_millis(500) {
+        let open = origin(&perennial).await["addresses"][0]["connections"].as_u64().unwrap_or_default();
+        let allowed = u64::try_from(began.elapsed().as_millis()).unwrap() / 50 + 6;
+        assert!(open <= allowed, "{open} after {:?}", began.elapsed());
+        most = most.max(open);
+    }
+    assert!(most >= 2, "{most}");
+    perennial.client().post(&format!("/notifications/{id}/cancel"), &json!({})).await;
+}
+
+#[tokio::test]
+async fn everything_goes_out_through_a_proxy_to_the_address_that_was_checked() {
+    let proxy = TinyProxy::start().await;
+    for resolves in [false, true] {
+        let (double, perennial) = start_with(|setup| {
+            setup
+                .set(&format!("push.proxy=http://127.0.0.1:{}", proxy.port))
+                .set(&format!("push.proxy_resolves={resolves}"))
+        })
+        .await;
+        let port = double.origin().rsplit(':').next().unwrap().to_owned();
+        perennial.subscribe(&double, 5).await;
+        let progress = perennial.notify_and_wait(&to_all()).await;
+        assert_eq!(progress["outcomes"], json!({ "delivered": 5 }));
+        let asked = format!("CONNECT 127.0.0.1:{port}");
+        assert!(proxy.log().contains(&asked), "{asked}: {}", proxy.log());
+    }
+    let (double, perennial) =
+        start_with(|setup| setup.set("push.proxy=http://127.0.0.1:9").set("push.attempts=1")).await;
+    perennial.subscribe(&double, 1).await;
+    let progress = perennial.notify_and_wait(&to_all()).await;
+    assert_eq!(progress["outcomes"], json!({ "unreachable": 1 }), "nothing goes past it");
+    assert_eq!(double.asked(), 0);
+}
+
+#[tokio::test]
+async fn a_notification_chooses_its_version_of_http() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    perennial.subscribe(&double, 3).await;
+    for (http, version) in [("1", http::Version::HTTP_11), ("2", http::Version::HTTP_2)] {
+        let mut request = to_all();
+        request["http"] = http.into();
+        perennial.notify_and_wait(&request).await;
+        assert!(
+            double.taken().iter().rev().take(3).all(|taken| taken.push.version == version),
+            "HTTP/{http}"
+        );
+    }
+}
+
+#[tokio::test]
+async fn a_rotating_sender_key_is_read_like_any_other() {
+    let (double, perennial) = start_with(|setup| setup.set("push.sender_key=rotating")).await;
+    perennial.subscribe(&double, 20).await;
+    for text in ["one", "two"] {
+        let progress = perennial.notify_and_wait(&json!({ "to": {"all": true}, "payload": text })).await;
+        assert_eq!(progress["outcomes"], json!({ "delivered": 20 }));
+        assert!(
+            double.taken().iter().rev().take(20).all(|taken| taken.text == text),
+            "decrypted independently"
+        );
+    }
+    assert!(double.refused().is_empty());
+}
+
+#[tokio::test]
+async fn old_vapid_keys_go_on_signing_for_their_subscriptions() {
+    let double = Double::start().await;
+    let mut perennial = Setup::new().sending_to(&double).start().await;
+    let key = async |perennial: &Perennial| perennial.client().get("/push/key").await.json()["key"].clone();
+    let subscribe = async |perennial: &Perennial, key: &Value| {
+        let bound = double.mint_for(key.as_str().unwrap());
+        let request = json!({ "subscription": bound, "key": key });
+        assert_eq!(perennial.client().post("/subscriptions", &request).await.status, 201);
+    };
+    let old = key(&perennial).await;
+    subscribe(&perennial, &old).await;
+    assert_eq!(perennial.stop().await, Some(0));
+    let rotated = perennial.setup.run(&["keys", "rotate"]).await;
+    assert!(rotated.status.success(), "{}", String::from_utf8_lossy(&rotated.stderr));
+    let perennial = perennial.start_again().await;
+    let new = key(&perennial).await;
+    assert_ne!(new, old);
+    subscribe(&perennial, &new).await;
+    // A page that had the old key when it loaded.
+    subscribe(&perennial, &old).await;
+    let progress = perennial.notify_and_wait(&to_all()).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 3 }), "{:?}", double.refused());
+    let stranger = json!({ "subscription": double.mint(), "key": "BAAA" });
+    assert_eq!(perennial.client().post("/subscriptions", &stranger).await.status, 422);
+}
+
+#[tokio::test]
+async fn an_urgent_one_is_out_within_a_second_beside_a_broadcast() {
+    let (double, perennial) =
+        start_with(|setup| setup.set("push.small_audience=10").set("push.batch=500").set("push.timeout=20s"))
+            .await;
+    let slow = Arc::new(AtomicUsize::new(0));
+    double.script(move |push| {
+        // The service is slow for the broadcast.
+        if push.topic.is_some() {
+            slow.fetch_add(1, Ordering::SeqCst);
+            std::thread::sleep(Duration::from_micros(500));
+        }
+        Answer::Take
+    });
+    let ids = perennial.subscribe(&double, 50).await;
+    let receiver = double.mint();
+    perennial.fill((0..100_000).map(|number| {
+        let mut subscription = receiver.clone();
+        let token = receiver["endpoint"].as_str().unwrap();
+        subscription["endpoint"] = format!("{token}?{number}").into();
+        subscription
+    }));
+    let broadcast = json!({ "to": {"all": true}, "payload": "news", "topic": "news" });
+    let id = perennial.notify(&broadcast).await;
+    eventually("it is under way", || async { (double.asked() > 500).then_some(()) }).await;
+    let mut took = Vec::new();
+    for number in 0..20 {
+        let began = Instant::now();
+        let request =
+            json!({ "to": {"subscriptions": [ids[number]]}, "payload": "reset", "urgency": "high" });
+        let reset = perennial.notify(&request).await;
+        perennial.done(&reset).await;
+        took.push(began.elapsed());
+    }
+    let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
+    assert_eq!(progress["state"], "sending", "{progress}");
+    took.sort();
+    assert!(took[18] < Duration::from_secs(1), "{took:?}");
+    perennial.client().post(&format!("/notifications/{id}/cancel"), &json!({})).await;
+}
