@@ -28,30 +28,35 @@ pub struct Nginx {
 impl Nginx {
     /// Starts it with the certificate in `certificates`, closing each connection after so many requests.
     pub async fn start(certificates: &Path, keepalive_requests: u32) -> Self {
-        Self::start_with(certificates, &any(), keepalive_requests, true).await
+        Self::start_with(certificates, &any(), keepalive_requests, "access.log").await
     }
 
     /// The same at an address that was chosen, `127.0.0.2:8443`.
     pub async fn start_at(certificates: &Path, address: &str) -> Self {
-        Self::start_with(certificates, address, 1_000_000, true).await
+        Self::start_with(certificates, address, 1_000_000, "access.log").await
     }
 
     /// The same without a log of its requests, for benches.
     pub async fn start_silent(certificates: &Path, keepalive_requests: u32) -> Self {
-        Self::start_with(certificates, &any(), keepalive_requests, false).await
+        Self::start_with(certificates, &any(), keepalive_requests, "").await
     }
 
-    async fn start_with(certificates: &Path, address: &str, keepalive_requests: u32, log: bool) -> Self {
+    /// The same with nothing but the time of each request in its log.
+    pub async fn start_timed(certificates: &Path) -> Self {
+        Self::start_with(certificates, &any(), 1_000_000_000, "access.log timed buffer=64k flush=100ms").await
+    }
+
+    async fn start_with(certificates: &Path, address: &str, keepalive_requests: u32, log: &str) -> Self {
         let directory = TempDir::new().unwrap();
         let port = address.rsplit(':').next().unwrap().parse().unwrap();
         let at = directory.path().display();
         let certificates = certificates.display();
-        let log = if log { format!("{at}/access.log") } else { "off".to_owned() };
+        let log = if log.is_empty() { "off".to_owned() } else { format!("{at}/{log}") };
         let config = format!(
             "daemon off; master_process off; pid {at}/pid; error_log {at}/error.log; worker_processes 1;
              events {{ worker_connections 4096; }}
              http {{
-                 access_log {log}; client_body_temp_path {at}; proxy_temp_path {at};
+                 log_format timed '$msec'; access_log {log}; client_body_temp_path {at}; proxy_temp_path {at};
                  fastcgi_temp_path {at}; uwsgi_temp_path {at}; scgi_temp_path {at};
                  keepalive_requests {keepalive_requests};
                  server {{
@@ -80,6 +85,15 @@ impl Nginx {
         })
         .await;
         Self { port, directory, _child: child }
+    }
+
+    /// When it answered each request, in seconds since 1970, if it was started for that.
+    pub async fn times(&self) -> Vec<f64> {
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let log = std::fs::read_to_string(self.directory.path().join("access.log")).unwrap_or_default();
+        let mut times: Vec<f64> = log.lines().filter_map(|line| line.parse().ok()).collect();
+        times.sort_by(f64::total_cmp);
+        times
     }
 
     /// How many requests it has answered with 201.

@@ -3,7 +3,7 @@
 use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
-use perennial_webpush::{HttpVersion, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
+use perennial_webpush::{Endpoint, HttpVersion, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
 use tracing::debug;
 
 use super::Tools;
@@ -65,11 +65,12 @@ impl Outgoing {
     pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Sent {
         let began = Instant::now();
         let Member { id, strikes, .. } = member;
-        let (report, outcome) = self.attempt(tools, sender, &member).await;
+        let (report, outcome, endpoint) = self.attempt(tools, sender, member).await;
         tools.meters.sent(report.verdict, began.elapsed());
         if report.verdict == Verdict::Delivered {
             return Sent { id, endpoint: String::new(), strikes, report, outcome };
         }
+        let endpoint = endpoint.map(|endpoint| endpoint.url()).unwrap_or_default();
         debug!(
             subscription = id,
             verdict = ?report.verdict,
@@ -77,23 +78,28 @@ impl Outgoing {
             detail = report.detail,
             "not delivered"
         );
-        Sent { id, endpoint: member.endpoint, strikes, report, outcome }
+        Sent { id, endpoint, strikes, report, outcome }
     }
 
-    async fn attempt(&self, tools: &Tools, sender: &Sender, member: &Member) -> (Report, Option<Outcome>) {
+    async fn attempt(
+        &self,
+        tools: &Tools,
+        sender: &Sender,
+        member: Member,
+    ) -> (Report, Option<Outcome>, Option<Endpoint>) {
         let not_sent = |verdict, detail: String| Report { verdict, status: None, detail };
         // Checked when it was stored; the policy may have changed since.
-        let endpoint = match sender.endpoint(member.endpoint.clone()) {
+        let endpoint = match sender.endpoint(member.endpoint) {
             Ok(endpoint) => endpoint,
-            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None),
+            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None, None),
         };
         let keys = match Keys::from_store(&member.p256dh, &member.auth) {
             Ok(keys) => keys,
-            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None),
+            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None, Some(endpoint)),
         };
         let Some(vapid) = tools.vapid.of(member.vapid_key) else {
             let detail = "made with a VAPID key that is not there".to_owned();
-            return (not_sent(Verdict::Unauthorized, detail), None);
+            return (not_sent(Verdict::Unauthorized, detail), None, Some(endpoint));
         };
         let rendered;
         let message = match &self.template {
@@ -104,18 +110,21 @@ impl Outgoing {
                         rendered = self.message.with_payload(payload);
                         &rendered
                     }
-                    Err(error) => return (not_sent(Verdict::TooLarge, error.to_string()), None),
+                    Err(error) => {
+                        return (not_sent(Verdict::TooLarge, error.to_string()), None, Some(endpoint));
+                    }
                 },
                 Err(missing) => {
                     let detail = format!("its metadata has no {missing}");
-                    return (not_sent(Verdict::Rejected, detail), Some(Outcome::Incomplete));
+                    return (not_sent(Verdict::Rejected, detail), Some(Outcome::Incomplete), Some(endpoint));
                 }
             },
         };
         if let Some(pace) = tools.flows.origin(endpoint.origin()) {
             pace.wait(!message.is_bulk()).await;
         }
-        (sender.send(&endpoint, &keys, message, vapid).await, None)
+        let report = sender.send(&endpoint, &keys, message, vapid).await;
+        (report, None, Some(endpoint))
     }
 }
 

@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, Version};
@@ -157,10 +157,14 @@ impl Client {
         body: Bytes,
     ) -> Result<Answer, ClientError> {
         let limit = self.shared.limits.timeout;
-        let asked = std::time::Instant::now();
-        let turn = tokio::time::timeout(limit, lane.turns.take(bulk)).await;
-        let turn = turn.map_err(|_| ClientError::Timeout(limit))?;
-        let left = limit.saturating_sub(asked.elapsed());
+        let (turn, left) = match lane.turns.take_at_once(bulk) {
+            Some(turn) => (turn, limit),
+            None => {
+                let asked = Instant::now();
+                let turn = tokio::time::timeout(limit, lane.turns.take(bulk)).await;
+                (turn.map_err(|_| ClientError::Timeout(limit))?, limit.saturating_sub(asked.elapsed()))
+            }
+        };
         let answer = tokio::time::timeout(left, send_on(lane, make, body)).await;
         let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
         match &answer {

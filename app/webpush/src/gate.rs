@@ -93,6 +93,11 @@ struct Hold {
 }
 
 impl Gate {
+    /// Whether nothing keeps messages back.
+    pub(crate) fn is_open(&self) -> bool {
+        self.hold.is_none()
+    }
+
     /// Asks for one message.
     pub(crate) fn admit(&mut self, now: Instant) -> Admission {
         let Some(hold) = &mut self.hold else { return Admission::Open };

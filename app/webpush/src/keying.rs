@@ -21,6 +21,9 @@ use crate::subscription::{AUTH, Keys, POINT};
 /// What one entry of the cache takes, in bytes: its key, its value, and the cache's own bookkeeping.
 const ENTRY: u32 = 300;
 
+/// How many random bytes are fetched at once: a whole number of salts.
+const RANDOM: usize = 256 * SALT;
+
 /// How sender keys are made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SenderKey {
@@ -39,7 +42,14 @@ pub enum SenderKey {
 #[derive(Debug)]
 pub(crate) struct Keying {
     how: SenderKey,
-    pair: Mutex<Option<Arc<Pair>>>,
+    state: Mutex<State>,
+}
+
+/// The pair in use, and random bytes for salts: fetching few at a time costs more than all else of a salt.
+#[derive(Debug, Default)]
+struct State {
+    pair: Option<Arc<Pair>>,
+    random: Vec<u8>,
 }
 
 /// A pair in use, and what was derived with it: never stored, and not more than the settings allow.
@@ -58,13 +68,13 @@ impl std::fmt::Debug for Pair {
 
 impl Keying {
     pub(crate) fn new(how: SenderKey) -> Self {
-        Self { how, pair: Mutex::default() }
+        Self { how, state: Mutex::default() }
     }
 
     /// Encrypts a payload for one subscription.
     pub(crate) fn encrypt(&self, keys: &Keys, payload: &Payload) -> Result<Vec<u8>, CryptoError> {
         let SenderKey::Rotating { life, cache } = self.how else { return encrypt(keys, payload) };
-        let pair = self.pair(life, cache, Instant::now())?;
+        let (pair, salt) = self.next(life, cache, Instant::now())?;
         let who = (*keys.p256dh(), *keys.auth());
         let ikm = match pair.derived.get(&who) {
             Some(ikm) => ikm,
@@ -74,25 +84,32 @@ impl Keying {
                 ikm
             }
         };
-        let mut salt = [0; SALT];
-        rand::fill(&mut salt)?;
         Ok(seal(&ikm, &pair.public, payload.as_bytes(), salt)?)
     }
 
-    /// The pair in use, or a new one when it has grown old.
-    fn pair(&self, life: Duration, cache: u64, now: Instant) -> Result<Arc<Pair>, CryptoError> {
-        let mut pair = lock(&self.pair);
-        if let Some(pair) = &*pair
+    /// The pair in use, or a new one when it has grown old; and a salt that nobody has had before.
+    fn next(&self, life: Duration, cache: u64, now: Instant) -> Result<(Arc<Pair>, [u8; SALT]), CryptoError> {
+        let mut state = lock(&self.state);
+        if state.random.is_empty() {
+            let mut random = vec![0; RANDOM];
+            rand::fill(&mut random)?;
+            state.random = random;
+        }
+        let at = state.random.len() - SALT;
+        let mut salt = [0; SALT];
+        salt.copy_from_slice(&state.random[at..]);
+        state.random.truncate(at);
+        if let Some(pair) = &state.pair
             && now.duration_since(pair.made) < life
         {
-            return Ok(Arc::clone(pair));
+            return Ok((Arc::clone(pair), salt));
         }
         let private = PrivateKey::generate(&ECDH_P256)?;
         let public = private.compute_public_key()?.as_ref().try_into().map_err(|_| CryptoError)?;
         let derived = Cache::builder().max_capacity(cache).weigher(|_, _| ENTRY).build();
         let new = Arc::new(Pair { private, public, made: now, derived });
-        *pair = Some(Arc::clone(&new));
-        Ok(new)
+        state.pair = Some(Arc::clone(&new));
+        Ok((new, salt))
     }
 }
 
@@ -127,7 +144,7 @@ mod tests {
     fn a_pair_that_has_grown_old_is_replaced() {
         let keying = rotating();
         let now = Instant::now();
-        let public = |at| keying.pair(HOUR, 1 << 20, at).unwrap().public;
+        let public = |at| keying.next(HOUR, 1 << 20, at).unwrap().0.public;
         let first = public(now);
         assert_eq!(public(now + HOUR - Duration::from_secs(1)), first);
         assert_ne!(public(now + HOUR), first);

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -15,6 +16,7 @@ use crate::lock;
 use crate::sender::Report;
 use crate::target::{Endpoint, Origin, Policy, TargetError, origin_of};
 use crate::vapid::Claimed;
+use crate::verdict::Verdict;
 
 /// How many push services are known at once, and how many of them may be such that the settings do not name: any
 /// visitor can bring one where every host is allowed.
@@ -22,7 +24,8 @@ const MAX_SERVICES: usize = 1024;
 const MAX_UNLISTED: usize = 512;
 /// How far the clocks may be apart before somebody should look: claims are good for a while only.
 const SKEW: Duration = Duration::from_secs(30);
-/// How often a service's clock is looked at.
+/// How often a service's clock is looked at: with one answer in so many, and not so soon again.
+const LOOK_AT_ONE_IN: u64 = 256;
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(300);
 
 /// What is known about one push service.
@@ -33,6 +36,7 @@ pub(crate) struct Service {
     pub(crate) addresses: Addresses,
     gate: Mutex<Gate>,
     clock: Mutex<Clock>,
+    answers: AtomicU64,
 }
 
 /// How far a service's clock is from ours.
@@ -63,12 +67,17 @@ impl Service {
             addresses: Addresses::default(),
             gate: Mutex::default(),
             clock: Mutex::default(),
+            answers: AtomicU64::new(0),
         }
     }
 
     /// Asks whether a message may go, and notes what comes of it.
     pub(crate) fn admit(&self) -> Result<Errand<'_>, (Duration, Cause)> {
-        match lock(&self.gate).admit(Instant::now()) {
+        let mut gate = lock(&self.gate);
+        if gate.is_open() {
+            return Ok(Errand { service: self, probe: false });
+        }
+        match gate.admit(Instant::now()) {
             Admission::Open => Ok(Errand { service: self, probe: false }),
             Admission::Probe => Ok(Errand { service: self, probe: true }),
             Admission::Held(wait, cause) => Err((wait, cause)),
@@ -77,6 +86,9 @@ impl Service {
 
     /// Warns when the service's clock and ours are apart: it would take our claims for too old, or too new.
     pub(crate) fn compare_clocks(&self, headers: &HeaderMap) {
+        if !self.answers.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOK_AT_ONE_IN) {
+            return;
+        }
         let mut clock = lock(&self.clock);
         if clock.looked.is_some_and(|looked| looked.elapsed() < LOOK_AT_CLOCK) {
             return;
@@ -117,6 +129,10 @@ impl Errand<'_> {
     /// from now on.
     pub(crate) fn end(mut self, report: &Report, endpoint: &Endpoint) -> bool {
         self.probe = false;
+        if report.verdict == Verdict::Delivered {
+            lock(&self.service.gate).open();
+            return false;
+        }
         let mut who = DefaultHasher::new();
         endpoint.uri.path_and_query().hash(&mut who);
         lock(&self.service.gate).note(report.verdict, report.status.is_some(), who.finish(), Instant::now())

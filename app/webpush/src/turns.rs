@@ -32,6 +32,13 @@ impl Turns {
         Self { window: Mutex::new(window), all: Rights::new(limit), bulk: Rights::new(share_of_bulk(limit)) }
     }
 
+    /// The right to send one message, if nobody need wait for it.
+    pub(crate) fn take_at_once(&self, bulk: bool) -> Option<Turn<'_>> {
+        let bulk = if bulk { Some(self.bulk.take_at_once()?) } else { None };
+        let all = self.all.take_at_once()?;
+        Some(Turn { turns: self, sent: Instant::now(), _all: all, _bulk: bulk })
+    }
+
     /// Waits for the right to send one message.
     pub(crate) async fn take(&self, bulk: bool) -> Turn<'_> {
         let bulk = if bulk { Some(self.bulk.take().await) } else { None };
@@ -107,6 +114,10 @@ impl Rights {
     async fn take(&self) -> Right<'_> {
         // A semaphore that is never closed always has another one.
         Right { rights: self, permit: self.free.acquire().await.ok() }
+    }
+
+    fn take_at_once(&self) -> Option<Right<'_>> {
+        Some(Right { rights: self, permit: Some(self.free.try_acquire().ok()?) })
     }
 
     fn free(&self) -> usize {
