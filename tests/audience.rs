@@ -202,7 +202,7 @@ impl Backend {
         let url = format!("http://{}/ended", listener.local_addr().unwrap());
         let mut running = JoinSet::new();
         running.spawn(async move {
-            axum::serve(listener, Router::new().route("/ended", post(handler))).await.unwrap()
+            axum::serve(listener, Router::new().route("/ended", post(handler))).await.unwrap();
         });
         Self { url, told, _running: running }
     }

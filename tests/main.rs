@@ -25,6 +25,7 @@ mod scope;
 mod settings;
 mod sockets;
 mod stores;
+mod storm;
 mod subscriptions;
 mod succession;
 mod tcp;

@@ -57,7 +57,7 @@ enum Command {
     Jobs(jobs::Jobs),
     /// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
     /// of its audience could be delivered to
-    Notify(notify::Notify),
+    Notify(Box<notify::Notify>),
     /// Subscriptions, in and out by the million
     #[command(subcommand)]
     Subscriptions(subscriptions::Subscriptions),

@@ -2,7 +2,7 @@
 //!
 //! `tests/bench/run push` builds the release and prints it. Rounds are interleaved, since machines are noisy: compare
 //! lines of one run, not of two. `PUSH_BENCH=boot,cost,peers,million,import,pace,ramp,spread` chooses parts; `CHARTS=DIR`
-//! writes the charts of the last three.
+//! writes the charts of the last three, `PUSH_SET="push.window=250 .."` tries other settings.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails should stop")]
 #![allow(
@@ -112,7 +112,9 @@ impl Service {
     }
 
     fn setup(&self) -> Setup {
-        Setup::new().sending_to(&self.double).set("telemetry.log=warn")
+        let setup = Setup::new().sending_to(&self.double).set("telemetry.log=warn");
+        let more = std::env::var("PUSH_SET").unwrap_or_default();
+        more.split_whitespace().fold(setup, Setup::set)
     }
 }
 

@@ -32,7 +32,15 @@ pub fn full() -> bool {
 }
 
 /// Waits until `condition` gives a value; panics with `what` when it does not soon.
-pub async fn eventually<T, F>(what: &str, mut condition: impl FnMut() -> F) -> T
+pub async fn eventually<T, F>(what: &str, condition: impl FnMut() -> F) -> T
+where
+    F: Future<Output = Option<T>>,
+{
+    eventually_within(SOON, what, condition).await
+}
+
+/// The same with more patience.
+pub async fn eventually_within<T, F>(patience: Duration, what: &str, mut condition: impl FnMut() -> F) -> T
 where
     F: Future<Output = Option<T>>,
 {
@@ -41,7 +49,7 @@ where
         if let Some(value) = condition().await {
             return value;
         }
-        assert!(began.elapsed() < SOON, "not within {SOON:?}: {what}");
+        assert!(began.elapsed() < patience, "not within {patience:?}: {what}");
         tokio::time::sleep(Duration::from_millis(10)).await;
     }
 }

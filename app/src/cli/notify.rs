@@ -29,7 +29,7 @@ pub(super) struct Notify {
     #[command(flatten)]
     to: To,
     /// The title of the notification
-    #[arg(long, required_unless_present = "payload")]
+    #[arg(long, required_unless_present_any = ["payload", "watch"])]
     title: Option<String>,
     /// Its text
     #[arg(long)]
@@ -49,6 +49,36 @@ pub(super) struct Notify {
     /// A later notification with the same topic replaces this one while it waits
     #[arg(long)]
     topic: Option<String>,
+    /// Sends per second, kept evenly: 0.5 is one every two seconds
+    #[arg(long)]
+    rate: Option<f64>,
+    /// How long the rate takes to rise from nothing: 30s
+    #[arg(long, requires = "rate", value_name = "DURATION")]
+    ramp_up: Option<String>,
+    /// Not before then: 2026-01-31T12:00:00Z
+    #[arg(long, value_name = "TIME")]
+    at: Option<String>,
+    /// Not after then
+    #[arg(long, value_name = "TIME")]
+    expires: Option<String>,
+    /// The version of HTTP to send with: auto, 1 or 2
+    #[arg(long, value_name = "VERSION")]
+    http: Option<String>,
+    /// The name of a webhook in the settings, to be told when it has ended
+    #[arg(long, value_name = "NAME")]
+    webhook: Option<String>,
+    /// Whether browsers that can may show it without a service worker; it needs --link
+    #[arg(long, requires = "link")]
+    declarative: bool,
+    /// Only say whom it would be for
+    #[arg(long)]
+    dry_run: bool,
+    /// Follow one that was accepted before, instead of sending another
+    #[arg(long, value_name = "ID", conflicts_with_all = ["title", "payload"])]
+    watch: Option<String>,
+    /// Do not follow it
+    #[arg(long, conflicts_with = "watch")]
+    detach: bool,
     /// Makes repeating the command safe for 24 hours
     #[arg(long, value_name = "TEXT")]
     idempotency_key: Option<String>,
@@ -62,10 +92,10 @@ pub(super) struct Notify {
 
 /// Whom it is for.
 #[derive(Args, Debug)]
-#[group(required = true, multiple = false)]
+#[group(multiple = false)]
 struct To {
     /// Every subscription
-    #[arg(long)]
+    #[arg(long, required_unless_present_any = ["user", "tags", "subscriptions", "watch"])]
     all: bool,
     /// Those of one user
     #[arg(long)]
@@ -95,22 +125,26 @@ impl Notify {
     }
 
     async fn send(&self, client: &Client) -> anyhow::Result<()> {
+        if let Some(id) = &self.watch {
+            return told(id, &follow(client, id).await?);
+        }
         let request = self.request();
         let idempotency_key = self.idempotency_key.as_deref().map(|key| ("idempotency-key", key));
         let accepted = client.call_with(Method::POST, "/notify", Some(&request), idempotency_key).await?;
+        for warning in accepted["warnings"].as_array().into_iter().flatten() {
+            eprintln!("warning: {}", warning.as_str().unwrap_or_default());
+        }
+        if self.dry_run {
+            println!("{}", accepted["audience"]);
+            return Ok(());
+        }
         let id = accepted["id"].as_str().context("the answer has no id")?;
+        if self.detach {
+            println!("{id}");
+            return Ok(());
+        }
         eprintln!("accepted as {id}");
-        let progress = follow(client, id).await?;
-        println!("{id} {}", outcomes(&progress));
-        if let Some(error) = progress["error"].as_str() {
-            bail!("not everybody could be sent to: {error}");
-        }
-        let audience = progress["audience"].as_u64().unwrap_or_default();
-        let delivered = progress["outcomes"]["delivered"].as_u64().unwrap_or_default();
-        if audience > 0 && delivered == 0 {
-            bail!("nobody could be delivered to");
-        }
-        Ok(())
+        told(id, &follow(client, id).await?)
     }
 
     fn request(&self) -> Value {
@@ -130,8 +164,19 @@ impl Notify {
                 given.into_iter().filter_map(|(name, value)| Some((name.to_owned(), json!(value.as_ref()?))));
             request["notification"] = Value::Object(given.collect());
         }
-        let optional =
-            [("ttl", json!(self.ttl)), ("urgency", json!(self.urgency)), ("topic", json!(self.topic))];
+        let optional = [
+            ("ttl", json!(self.ttl)),
+            ("urgency", json!(self.urgency)),
+            ("topic", json!(self.topic)),
+            ("rate", json!(self.rate)),
+            ("ramp_up", json!(self.ramp_up)),
+            ("at", json!(self.at)),
+            ("expires", json!(self.expires)),
+            ("http", json!(self.http)),
+            ("webhook", json!(self.webhook)),
+            ("declarative", json!(self.declarative.then_some(true))),
+            ("dry_run", json!(self.dry_run.then_some(true))),
+        ];
         for (name, value) in optional.into_iter().filter(|(_, value)| !value.is_null()) {
             request[name] = value;
         }
@@ -139,7 +184,25 @@ impl Notify {
     }
 }
 
-/// Shows a bar until the notification is done.
+/// Says how it ended. Fails when that was not well.
+fn told(id: &str, progress: &Value) -> anyhow::Result<()> {
+    println!("{id} {}", outcomes(progress));
+    if let Some(error) = progress["error"].as_str() {
+        bail!("not everybody could be sent to: {error}");
+    }
+    let state = progress["state"].as_str().unwrap_or_default();
+    if state != "done" {
+        bail!("it was {state}");
+    }
+    let audience = progress["audience"].as_u64().unwrap_or_default();
+    let delivered = progress["outcomes"]["delivered"].as_u64().unwrap_or_default();
+    if audience > 0 && delivered == 0 {
+        bail!("nobody could be delivered to");
+    }
+    Ok(())
+}
+
+/// Shows a bar until the notification has ended.
 async fn follow(client: &Client, id: &str) -> anyhow::Result<Value> {
     let style = ProgressStyle::with_template("{bar:40} {pos}/{len} {msg}")?;
     let bar = ProgressBar::new(0).with_style(style);
@@ -150,7 +213,7 @@ async fn follow(client: &Client, id: &str) -> anyhow::Result<Value> {
             Ok(progress) => {
                 answered = Instant::now();
                 show(&bar, &progress);
-                if progress["state"] == "done" {
+                if progress["audience_final"] == true {
                     bar.finish_and_clear();
                     return Ok(progress);
                 }
@@ -169,7 +232,10 @@ fn show(bar: &ProgressBar, progress: &Value) {
     let eta = progress["eta_seconds"].as_u64().map(|eta| format!(", {eta} s left")).unwrap_or_default();
     let retrying = progress["retrying"].as_u64().filter(|count| *count > 0);
     let retrying = retrying.map(|count| format!(", {count} to be tried again")).unwrap_or_default();
-    bar.set_message(format!("{:.0}/s{eta}{retrying}", progress["rate"].as_f64().unwrap_or_default()));
+    let rate = progress["rate"].as_f64().unwrap_or_default();
+    let wanted = progress["rate_wanted"].as_f64().map(|wanted| format!(" of {wanted}/s")).unwrap_or_default();
+    let state = progress["state"].as_str().filter(|state| *state != "sending").unwrap_or_default();
+    bar.set_message(format!("{rate:.0}/s{wanted}{eta}{retrying}  {}  {state}", outcomes(progress)));
 }
 
 fn outcomes(progress: &Value) -> String {

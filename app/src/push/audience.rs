@@ -23,9 +23,48 @@ pub(crate) enum Audience {
     Inline,
 }
 
+/// Which rows of `subscriptions` are meant, as the parts of a statement.
+#[derive(Clone, Debug)]
+pub(crate) struct Selection {
+    pub(crate) from: &'static str,
+    pub(crate) condition: String,
+    /// What `from` is read in the order of.
+    pub(crate) id: &'static str,
+    pub(crate) parameters: Vec<Value>,
+}
+
 impl Audience {
+    /// Those of one site with `after < id <= upto`.
+    pub(crate) fn select(&self, dialect: Dialect, site: i64, after: i64, upto: i64) -> Selection {
+        if let Self::Tags(text) = self
+            && let Ok(expression) = Expression::parse(text)
+            && let Some(tag) = expression.needed()
+        {
+            // Only those with this tag are looked at, however many others there are.
+            let mut parameters = vec![site.into(), tag.into(), after.into(), upto.into()];
+            let condition = format!(
+                "needed.site = ? AND needed.tag = ? AND needed.subscription > ? AND needed.subscription <= ? AND {}",
+                expression.to_sql(&mut parameters)
+            );
+            let from = match dialect {
+                // In this order, whatever statistics say.
+                Dialect::Sqlite => {
+                    "subscription_tags AS needed CROSS JOIN subscriptions ON subscriptions.id = needed.subscription"
+                }
+                Dialect::Postgres => {
+                    "subscription_tags AS needed JOIN subscriptions ON subscriptions.id = needed.subscription"
+                }
+            };
+            return Selection { from, condition, id: "needed.subscription", parameters };
+        }
+        let mut parameters = vec![site.into(), after.into(), upto.into()];
+        let filter = self.filter(dialect, site, &mut parameters);
+        let condition = format!("site = ? AND id > ? AND id <= ? AND {filter}");
+        Selection { from: "subscriptions", condition, id: "id", parameters }
+    }
+
     /// A condition on `subscriptions` of one site, its parameters appended to `parameters`.
-    pub(crate) fn to_sql(&self, dialect: Dialect, site: i64, parameters: &mut Vec<Value>) -> String {
+    fn filter(&self, dialect: Dialect, site: i64, parameters: &mut Vec<Value>) -> String {
         match self {
             Self::All => "TRUE".to_owned(),
             Self::User(user) => {

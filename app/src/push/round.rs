@@ -185,7 +185,8 @@ impl<'a> Round<'a> {
             if idle && saving.is_none() && (stop.is_some() || self.waiting.len() == 0) {
                 break;
             }
-            let full = self.ended.len() * 2 >= limit || idle || Instant::now() >= due;
+            // In time, so that nothing waits for the commit while there is room for some more.
+            let full = self.ended.len() * 4 >= limit * 3 || idle || Instant::now() >= due;
             if full && saving.is_none() && !self.ended.is_empty() {
                 let (count, checkpoint) = self.checkpoint(None);
                 let batch = Arc::clone(&self.batch);

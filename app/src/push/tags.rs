@@ -64,6 +64,15 @@ impl Expression {
         }
     }
 
+    /// A tag that everybody has who is meant, if there is one.
+    pub(crate) fn needed(&self) -> Option<&str> {
+        match self {
+            Self::Tag(tag) => Some(tag),
+            Self::And(left, right) => left.needed().or_else(|| right.needed()),
+            Self::Not(_) | Self::Or(..) => None,
+        }
+    }
+
     /// A condition on `subscriptions`, its parameters appended to `parameters`.
     pub(crate) fn to_sql(&self, parameters: &mut Vec<Value>) -> String {
         match self {
@@ -192,6 +201,15 @@ mod tests {
         assert_eq!(shape("(a or b) and not (c or not d)"), "((a|b)&!(c|!d))");
         assert_eq!(shape(" lang:fr "), "lang:fr");
         assert_eq!(shape("not not(a)"), "!!a");
+    }
+
+    #[test]
+    fn what_everybody_has_is_found() {
+        let needed = |text: &str| Expression::parse(text).unwrap().needed().map(str::to_owned);
+        assert_eq!(needed("not a and (b or c) and d").as_deref(), Some("d"));
+        assert_eq!(needed("news").as_deref(), Some("news"));
+        assert_eq!(needed("a or b"), None);
+        assert_eq!(needed("not a"), None);
     }
 
     #[test]

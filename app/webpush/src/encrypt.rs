@@ -9,7 +9,9 @@
 use aws_lc_rs::aead::{AES_128_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
 use aws_lc_rs::agreement::{self, ECDH_P256, PrivateKey, UnparsedPublicKey};
 use aws_lc_rs::error::Unspecified;
-use aws_lc_rs::{hmac, rand};
+use aws_lc_rs::rand;
+use hkdf::Hkdf;
+use sha2::Sha256;
 
 use crate::message::Payload;
 use crate::subscription::{AUTH, Keys, POINT};
@@ -99,21 +101,21 @@ fn agree(
 ) -> Result<[u8; IKM], Unspecified> {
     let peer = UnparsedPublicKey::new(&ECDH_P256, peer);
     agreement::agree(own, peer, Unspecified, |secret| {
-        let prk = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, auth), secret);
-        let info = [b"WebPush: info\0", receiver_public, sender_public, &[1]].concat();
-        let ikm = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, prk.as_ref()), &info);
-        ikm.as_ref().try_into().map_err(|_| Unspecified)
+        let info = [b"WebPush: info\0", receiver_public, sender_public];
+        let mut ikm = [0; IKM];
+        let prk = Hkdf::<Sha256>::new(Some(auth), secret);
+        prk.expand_multi_info(&info, &mut ikm).map_err(|_| Unspecified)?;
+        Ok(ikm)
     })
 }
 
-/// RFC 8188, section 2.2 and 2.3: HKDF with one block of output, so two HMACs.
+/// RFC 8188, section 2.2 and 2.3.
 fn content_key(ikm: &[u8; IKM], salt: &[u8]) -> Result<(LessSafeKey, Nonce), Unspecified> {
-    let prk = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, salt), ikm);
-    let prk = hmac::Key::new(hmac::HMAC_SHA256, prk.as_ref());
-    let key = hmac::sign(&prk, b"Content-Encoding: aes128gcm\0\x01");
-    let nonce = hmac::sign(&prk, b"Content-Encoding: nonce\0\x01");
-    let key = LessSafeKey::new(UnboundKey::new(&AES_128_GCM, &key.as_ref()[..16])?);
-    Ok((key, Nonce::try_assume_unique_for_key(&nonce.as_ref()[..12])?))
+    let prk = Hkdf::<Sha256>::new(Some(salt), ikm);
+    let (mut key, mut nonce) = ([0; 16], [0; 12]);
+    prk.expand(b"Content-Encoding: aes128gcm\0", &mut key).map_err(|_| Unspecified)?;
+    prk.expand(b"Content-Encoding: nonce\0", &mut nonce).map_err(|_| Unspecified)?;
+    Ok((LessSafeKey::new(UnboundKey::new(&AES_128_GCM, &key)?), Nonce::assume_unique_for_key(nonce)))
 }
 
 /// The browser's side: the private key and the secret of a subscription, for push services that developers

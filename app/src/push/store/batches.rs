@@ -14,7 +14,7 @@ use uuid::Uuid;
 use super::pacing::Standing;
 use super::subscriptions::endpoint_hash;
 use super::{Store, add_outcome, now_ms};
-use crate::push::audience::Audience;
+use crate::push::audience::{Audience, Selection};
 use crate::push::outcome::Outcome;
 use crate::push::webhook::{Event, Webhook};
 
@@ -156,11 +156,9 @@ pub(crate) struct FanOut {
 }
 
 impl FanOut {
-    /// A condition for those who are in no batch yet, and its parameters.
-    fn left_to_sql(&self, dialect: Dialect) -> (String, Vec<Value>) {
-        let mut parameters = values![self.site, self.fanned_to, self.watermark].to_vec();
-        let filter = self.audience.to_sql(dialect, self.site, &mut parameters);
-        (format!("site = ? AND id > ? AND id <= ? AND {filter}"), parameters)
+    /// Those who are in no batch yet.
+    fn left(&self, dialect: Dialect) -> Selection {
+        self.audience.select(dialect, self.site, self.fanned_to, self.watermark)
     }
 }
 
@@ -210,10 +208,10 @@ impl Store {
 
     /// The id at which the next `size` members end; none when there is nobody left.
     pub(crate) async fn next_page(&self, fan_out: &FanOut, size: usize) -> Result<Option<i64>> {
-        let (left, mut parameters) = fan_out.left_to_sql(self.sql.dialect());
+        let Selection { from, condition, id, mut parameters } = fan_out.left(self.sql.dialect());
         parameters.push(size.into());
         let sql = format!(
-            "SELECT max(id) FROM (SELECT id FROM subscriptions WHERE {left} ORDER BY id LIMIT ?) AS page"
+            "SELECT max(id) FROM (SELECT {id} AS id FROM {from} WHERE {condition} ORDER BY {id} LIMIT ?) AS page"
         );
         self.sql.value(sql, parameters).await
     }
@@ -245,8 +243,8 @@ impl Store {
         reason: Option<String>,
     ) -> Result<bool> {
         let Some(fan_out) = self.open_fan_out(notification, epoch).await? else { return Ok(false) };
-        let (left, parameters) = fan_out.left_to_sql(self.sql.dialect());
-        let sql = format!("SELECT count(*) FROM subscriptions WHERE {left}");
+        let Selection { from, condition, parameters, .. } = fan_out.left(self.sql.dialect());
+        let sql = format!("SELECT count(*) FROM {from} WHERE {condition}");
         let left: usize = self.sql.value(sql, parameters).await?;
         let jobs = self.jobs.clone();
         transact!(&self.sql, tx => give_up_fan_out(tx, &jobs, notification, epoch, (outcome, left), &reason))
@@ -380,35 +378,34 @@ fn audience(row: &Row) -> Result<Audience> {
 }
 
 fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
-    let (mut sql, mut parameters) = if batch.audience == Audience::Inline {
-        let sql = "SELECT id, endpoint, p256dh, auth FROM recipients WHERE notification = ?";
-        (sql.to_owned(), values![batch.notification].to_vec())
-    } else {
-        let metadata = if batch.is_template { ", metadata" } else { "" };
-        let sql = format!(
-            "SELECT id, endpoint, p256dh, auth, vapid_key, strikes{metadata} FROM subscriptions WHERE site = ?"
-        );
-        (sql, values![batch.site].to_vec())
-    };
-    sql.push_str(" AND id > ?");
-    parameters.push(batch.low_id.into());
-    match &batch.part {
-        Part::Range { upto } => {
-            sql.push_str(" AND id <= ?");
-            parameters.push((*upto).into());
-            if batch.audience != Audience::Inline {
-                sql.push_str(" AND ");
-                sql.push_str(&batch.audience.to_sql(dialect, batch.site, &mut parameters));
-            }
+    let (site, low) = (batch.site, batch.low_id);
+    let keys = "id, endpoint, p256dh, auth";
+    let stored = format!("{keys}, vapid_key, strikes{}", if batch.is_template { ", metadata" } else { "" });
+    match (&batch.part, batch.audience == Audience::Inline) {
+        (Part::Range { upto }, true) => {
+            let sql = format!(
+                "SELECT {keys} FROM recipients WHERE notification = ? AND id > ? AND id <= ? ORDER BY id"
+            );
+            (sql, values![batch.notification, low, *upto].to_vec())
+        }
+        (Part::Range { upto }, false) => {
+            let Selection { from, condition, id, parameters } =
+                batch.audience.select(dialect, site, low, *upto);
+            (format!("SELECT {stored} FROM {from} WHERE {condition} ORDER BY {id}"), parameters)
         }
         // They were members when they were tried first.
-        Part::Ids(ids) => {
-            sql.push_str(&format!(" AND id IN ({})", dialect.numbers_in("?")));
-            parameters.push(serde_json::to_string(ids).unwrap_or_default().into());
+        (Part::Ids(ids), is_inline) => {
+            let ids = serde_json::to_string(ids).unwrap_or_default();
+            let among = dialect.numbers_in("?");
+            let (columns, table, owner): (_, _, Value) = if is_inline {
+                (keys, "recipients WHERE notification", batch.notification.into())
+            } else {
+                (&*stored, "subscriptions WHERE site", site.into())
+            };
+            let sql = format!("SELECT {columns} FROM {table} = ? AND id > ? AND id IN ({among}) ORDER BY id");
+            (sql, vec![owner, low.into(), ids.into()])
         }
     }
-    sql.push_str(" ORDER BY id");
-    (sql, parameters)
 }
 
 fn member(row: &Row, stored: bool, with_metadata: bool) -> Result<Member> {

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::batches::insert_batch;
 use super::pacing::{Stage, Standing};
 use super::{Store, now_ms, timestamp};
-use crate::push::audience::Audience;
+use crate::push::audience::{Audience, Selection};
 
 /// For how long an idempotency key is kept, in milliseconds.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
@@ -122,9 +122,9 @@ impl Store {
     pub(crate) async fn estimate(&self, site: i64, audience: Audience) -> Result<(u64, i64)> {
         let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
         let watermark: i64 = self.sql.value(newest, values![site]).await?;
-        let mut parameters = values![site, watermark].to_vec();
-        let filter = audience.to_sql(self.sql.dialect(), site, &mut parameters);
-        let sql = format!("SELECT count(*) FROM subscriptions WHERE site = ? AND id <= ? AND {filter}");
+        let Selection { from, condition, parameters, .. } =
+            audience.select(self.sql.dialect(), site, 0, watermark);
+        let sql = format!("SELECT count(*) FROM {from} WHERE {condition}");
         Ok((self.sql.value(sql, parameters).await?, watermark))
     }
 
