@@ -313,3 +313,51 @@ async fn an_urgent_one_is_out_within_a_second_beside_a_broadcast() {
     assert!(took[18] < Duration::from_secs(1), "{took:?}");
     perennial.client().post(&format!("/notifications/{id}/cancel"), &json!({})).await;
 }
+
+#[tokio::test]
+async fn clocks_that_are_apart_are_noticed() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    perennial.subscribe(&double, 1).await;
+    double.script(|_| status_answer(201, &[("date", "Sun, 06 Nov 1994 08:49:37 GMT")]));
+    perennial.notify_and_wait(&to_all()).await;
+    let warned = perennial.logged("the push service's clock and ours are apart").await;
+    assert!(warned["ahead_seconds"].as_i64().unwrap() < -900_000_000, "{warned}");
+    assert!(origin(&perennial).await["clock_ahead_seconds"].as_i64().unwrap() < -900_000_000);
+}
+
+#[tokio::test]
+async fn three_strikes_far_apart_end_a_subscription_and_a_success_forgives() {
+    let (double, perennial) = start_with(|setup| setup.set("push.allow_hosts=*")).await;
+    perennial.subscribe(&double, 1).await;
+    let receiver = double.mint();
+    // What Chrome hands out after unsubscribing.
+    perennial.fill(std::iter::once({
+        let mut subscription = receiver.clone();
+        subscription["endpoint"] = "https://permanently-removed.invalid/fcm/send/x".into();
+        subscription
+    }));
+    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
+    store.busy_timeout(Duration::from_secs(5)).unwrap();
+    let strikes = || {
+        let mut found = store.prepare("SELECT strikes FROM subscriptions ORDER BY id").unwrap();
+        found.query_map([], |row| row.get::<_, i64>(0)).unwrap().map(Result::unwrap).collect::<Vec<_>>()
+    };
+    let half_a_day = || {
+        let sql = "UPDATE subscriptions SET struck_at = struck_at - 12 * 3600 * 1000";
+        store.execute(sql, []).unwrap();
+    };
+    let unreachable = json!({ "delivered": 1, "unreachable": 1 });
+    for _ in 0..3 {
+        assert_eq!(perennial.notify_and_wait(&to_all()).await["outcomes"], unreachable);
+    }
+    assert_eq!(strikes(), [0, 1], "on the same day it is one strike");
+    half_a_day();
+    double.answer(403);
+    let refused = json!({ "unauthorized": 1, "unreachable": 1 });
+    assert_eq!(perennial.notify_and_wait(&to_all()).await["outcomes"], refused);
+    assert_eq!(strikes(), [1, 2]);
+    half_a_day();
+    double.script(|_| Answer::Take);
+    assert_eq!(perennial.notify_and_wait(&to_all()).await["outcomes"], unreachable);
+    assert_eq!(strikes(), [0], "forgiven, and deleted");
+}

@@ -13,7 +13,7 @@
 //! | `GET /workers` | token* | what the workers are busy with |
 //! | `GET /modules` | token* | what each module says of itself |
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
-//! | `GET ..` | token* | what modules show, as `/origins` |
+//! | `GET ..` | token* | what modules show, as `/origins` and `/notifications` |
 //! | `POST ..` | token | whatever changes something; a page elsewhere may not (`Origin`) |
 //!
 //! \* or anybody, when the listener is bound to loopback. The `Host` header is checked on these, so that a

@@ -11,8 +11,11 @@ use perennial_server::http::problem::FieldError;
 use perennial_webpush::{Cause, ServiceStatus};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
+use uuid::Uuid;
 
 use super::Tools;
+use super::progress::NotificationView;
+use crate::access::SiteId;
 use crate::api::{Json, Result};
 
 /// How often what is known is exchanged.
@@ -21,6 +24,9 @@ const EXCHANGE: Duration = Duration::from_secs(1);
 const SAME: Duration = Duration::from_millis(1500);
 /// Changes are read again for so long, by the store's clock, in milliseconds: transactions commit out of order.
 const AGAIN_MS: i64 = 5000;
+
+/// How many notifications operators are shown.
+const NOTIFICATIONS: usize = 100;
 
 /// What was exchanged so far.
 #[derive(Debug, Default)]
@@ -123,7 +129,10 @@ struct AddressView {
 
 /// What operators may look at.
 pub(super) fn looking(tools: Tools) -> Router {
-    Router::new().route("/origins", get(origins)).with_state(tools)
+    Router::new()
+        .route("/origins", get(origins))
+        .route("/notifications", get(notifications))
+        .with_state(tools)
 }
 
 /// What operators may change.
@@ -152,6 +161,12 @@ async fn origins(State(tools): State<Tools>) -> Answer<Vec<OriginView>> {
         }
     };
     Answer(tools.senders.any().services().into_iter().map(view).collect())
+}
+
+/// The newest notifications, as `GET /notifications` shows them.
+async fn notifications(State(tools): State<Tools>) -> Result<Json<Vec<NotificationView>>> {
+    let found = tools.store.notifications(SiteId::DEFAULT.0, Uuid::max(), NOTIFICATIONS).await?;
+    Ok(Json(found.into_iter().map(|found| NotificationView::of(found, &tools.progress)).collect()))
 }
 
 #[derive(Debug, Deserialize)]

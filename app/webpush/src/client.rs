@@ -20,6 +20,7 @@ use crate::connect::{ConnectError, Connector, HttpVersion};
 use crate::lane::{Lane, Room};
 use crate::lock;
 use crate::service::Service;
+use crate::turns::Turn;
 
 /// How much of an answer's body is read, and for how long: error texts are shorter, and nothing else is of
 /// interest.
@@ -148,25 +149,31 @@ impl Client {
         Some(lane)
     }
 
+    /// Waits for the right to send one message, and returns what is left of its time.
+    pub(crate) async fn turn<'a>(
+        &self,
+        lane: &'a Lane,
+        bulk: bool,
+    ) -> Result<(Turn<'a>, Duration), ClientError> {
+        let limit = self.shared.limits.timeout;
+        if let Some(turn) = lane.turns.take_at_once(bulk) {
+            return Ok((turn, limit));
+        }
+        let asked = Instant::now();
+        let turn = tokio::time::timeout(limit, lane.turns.take(bulk)).await;
+        Ok((turn.map_err(|_| ClientError::Timeout(limit))?, limit.saturating_sub(asked.elapsed())))
+    }
+
     /// Sends what `make` makes, as often as it takes to have it looked at once.
     pub(crate) async fn send(
         &self,
         lane: &Arc<Lane>,
-        bulk: bool,
+        (turn, left): (Turn<'_>, Duration),
         make: impl Fn(Version) -> Request<()> + Send + Sync,
         body: Bytes,
     ) -> Result<Answer, ClientError> {
-        let limit = self.shared.limits.timeout;
-        let (turn, left) = match lane.turns.take_at_once(bulk) {
-            Some(turn) => (turn, limit),
-            None => {
-                let asked = Instant::now();
-                let turn = tokio::time::timeout(limit, lane.turns.take(bulk)).await;
-                (turn.map_err(|_| ClientError::Timeout(limit))?, limit.saturating_sub(asked.elapsed()))
-            }
-        };
         let answer = tokio::time::timeout(left, send_on(lane, make, body)).await;
-        let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
+        let answer = answer.unwrap_or(Err(ClientError::Timeout(self.shared.limits.timeout)));
         match &answer {
             Ok(answer) if is_choking(answer.status) => turn.choked(),
             Ok(_) => turn.answered(),

@@ -57,6 +57,10 @@ impl Resolver {
         if let Ok(address) = host.parse() {
             return Ok(vec![address]);
         }
+        // RFC 6761, section 6.4: nobody need be asked.
+        if host.ends_with(".invalid") {
+            return Err(ResolveError::NotFound(host.to_owned()));
+        }
         if let Some(addresses) = self.pins.get(host) {
             return Ok(addresses.clone());
         }

@@ -19,9 +19,10 @@ use crate::lane::Lane;
 use crate::message::Message;
 use crate::proxy::Proxy;
 use crate::resolve::{Pin, ResolveError, Resolver};
-use crate::service::{Errand, Service, ServiceStatus, Services};
+use crate::service::{Errand, ServiceStatus, Services};
 use crate::subscription::Keys;
 use crate::target::{Endpoint, Policy, TargetError};
+use crate::turns::Turn;
 use crate::vapid::{Contact, VapidKey};
 use crate::verdict::{Verdict, verdict};
 
@@ -77,7 +78,7 @@ impl Default for Config {
             resolve: Vec::new(),
             proxy: None,
             sender_key: SenderKey::Fresh,
-            connections: 4,
+            connections: 16,
             streams: 100,
             http1_connections: 64,
             max_connections: 1024,
@@ -216,21 +217,43 @@ impl Sender {
         let Some(lane) = lane else {
             return Report::failed(RETRY, &"too many different push services at once");
         };
-        let service = &lane.service;
-        let errand = match admit(service).await {
-            Ok(errand) => errand,
-            Err((wait, cause)) => return Report::failed(Verdict::Held(wait), &cause.as_str()),
+        let (turn, errand) = match self.admit(&lane, message.bulk).await {
+            Ok(admitted) => admitted,
+            Err(report) => return report,
         };
-        let report = self.send_on(&lane, endpoint, keys, message, key).await;
+        let report = self.send_on(&lane, turn, endpoint, keys, message, key).await;
         if errand.end(&report, endpoint) {
             lane.turns.restart();
         }
         report
     }
 
+    /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
+    /// asked again in a moment is waited for.
+    async fn admit<'a>(
+        &self,
+        lane: &'a Lane,
+        bulk: bool,
+    ) -> Result<((Turn<'a>, Duration), Errand<'a>), Report> {
+        let asked = Instant::now();
+        loop {
+            let turn = self.0.client.turn(lane, bulk).await.map_err(|error| Report::failed(RETRY, &error))?;
+            let (wait, cause) = match lane.service.admit() {
+                Ok(errand) => return Ok((turn, errand)),
+                Err(held) => held,
+            };
+            drop(turn);
+            if asked.elapsed() + wait > PATIENCE {
+                return Err(Report::failed(Verdict::Held(wait), &cause.as_str()));
+            }
+            tokio::time::sleep(wait).await;
+        }
+    }
+
     async fn send_on(
         &self,
         lane: &Arc<Lane>,
+        turn: (Turn<'_>, Duration),
         endpoint: &Endpoint,
         keys: &Keys,
         message: &Message,
@@ -256,7 +279,7 @@ impl Sender {
             }
         };
         let make = |version| request(version, endpoint, message, claim.clone(), body.is_empty());
-        match self.0.client.send(lane, message.bulk, make, body.clone()).await {
+        match self.0.client.send(lane, turn, make, body.clone()).await {
             Ok(answer) => {
                 lane.service.compare_clocks(&answer.headers);
                 let verdict = verdict(endpoint.host(), answer.status, &answer.headers, SystemTime::now());
@@ -325,17 +348,6 @@ pub struct LaneStatus {
 }
 
 const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };
-
-/// Asks a service; one that will be asked again in a moment is waited for.
-async fn admit(service: &Service) -> Result<Errand<'_>, (Duration, Cause)> {
-    let asked = Instant::now();
-    loop {
-        match service.admit() {
-            Err((wait, _)) if asked.elapsed() + wait <= PATIENCE => tokio::time::sleep(wait).await,
-            answer => return answer,
-        }
-    }
-}
 
 fn request(
     version: Version,
