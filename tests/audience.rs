@@ -255,3 +255,28 @@ async fn the_backend_is_told_with_a_signature_and_told_again() {
     let again = told.iter().filter(|(headers, _)| headers["webhook-id"] == told[0].0["webhook-id"]).count();
     assert_eq!(again, 2, "the same id");
 }
+
+#[tokio::test]
+async fn subscriptions_that_come_with_a_notification_are_nobody_elses() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    for _ in 0..3 {
+        subscribe(&perennial, &double, &json!({ "user": "ada" })).await;
+    }
+    let push: Vec<Value> = (0..3).map(|_| double.mint()).collect();
+    for (status, outcome) in [(403, "unauthorized"), (410, "gone")] {
+        double.answer(status);
+        let progress = perennial.notify_and_wait(&json!({ "to": {"push": push}, "payload": "x" })).await;
+        assert_eq!(progress["outcomes"], json!({ outcome: 3 }));
+        let id = progress["id"].as_str().unwrap();
+        let log = perennial.client().get(&format!("/notifications/{id}/deliveries?outcome={outcome}")).await;
+        assert!(log.text().contains("\"subscription\":-3"), "{}", log.text());
+    }
+    let ada = perennial.client().get("/users/ada").await.json();
+    assert_eq!((ada["subscriptions"].as_array().unwrap().len(), &ada["deliveries"]), (3, &json!([])));
+    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
+    let struck = store.query_row("SELECT sum(strikes) FROM subscriptions", [], |row| row.get::<_, i64>(0));
+    assert_eq!(struck.unwrap(), 0);
+    let id = perennial.notify_and_wait(&json!({ "to": {"push": push}, "payload": "x" })).await["id"].clone();
+    let strange = format!("/notifications/{}/deliveries?outcome=%00", id.as_str().unwrap());
+    assert_eq!(perennial.client().get(&strange).await.status, 422);
+}

@@ -36,7 +36,7 @@ async fn a_service_that_asks_to_wait_is_left_alone_by_all_replicas() {
     let (double, database) = (Double::start().await, Database::new().await);
     let setup = || on_postgres(Setup::new().sending_to(&double), database.url());
     let (one, other) = (setup().await.start().await, setup().await.start().await);
-    one.subscribe(&double, 10).await;
+    one.subscribe(&double, 60).await;
     double.script(|_| status_answer(429, &[("retry-after", "4")]));
     let id = one.notify(&to_all()).await;
     eventually("both know that it asked", || async {
@@ -52,7 +52,7 @@ async fn a_service_that_asks_to_wait_is_left_alone_by_all_replicas() {
     assert!(since.elapsed() > Duration::from_secs(1), "{:?}", since.elapsed());
     for (perennial, id) in [(&one, id), (&other, second)] {
         let progress = perennial.done(&id).await;
-        assert_eq!(progress["outcomes"], json!({ "delivered": 10 }));
+        assert_eq!(progress["outcomes"], json!({ "delivered": 60 }));
     }
 }
 

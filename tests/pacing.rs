@@ -298,3 +298,56 @@ async fn progress_is_told_as_it_happens() {
     assert_eq!(counts.last(), Some(&40));
     assert!(text.contains("event: end"), "{text}");
 }
+
+#[tokio::test]
+async fn what_waits_ends_with_its_notification() {
+    let (double, perennial, _arrivals) = start(20).await;
+    let end = async |id: &str| {
+        perennial.client().post(&format!("/notifications/{id}/cancel"), &json!({})).await;
+        eventually("it has ended", || async {
+            let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
+            (progress["audience_final"] == true).then_some(progress)
+        })
+        .await
+    };
+    let next_month = jiff::Timestamp::now() + Duration::from_secs(30 * 24 * 3600);
+    let id = perennial.notify(&json!({ "to": {"all": true}, "payload": "x", "at": next_month })).await;
+    let ended = end(&id).await;
+    assert_eq!((&ended["state"], &ended["outcomes"]), (&json!("cancelled"), &json!({ "cancelled": 20 })));
+    assert_eq!(double.asked(), 0);
+    // One that is paused ends with its time, too.
+    let expires = jiff::Timestamp::now() + Duration::from_secs(2);
+    let request = json!({ "to": {"all": true}, "payload": "x", "rate": 1, "expires": expires });
+    let id = perennial.notify(&request).await;
+    perennial.client().post(&format!("/notifications/{id}/pause"), &json!({})).await;
+    let ended = eventually("it has expired", || async {
+        let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
+        (progress["audience_final"] == true).then_some(progress)
+    })
+    .await;
+    let of = |outcome: &str| ended["outcomes"][outcome].as_u64().unwrap_or_default();
+    assert_eq!((ended["state"].as_str(), of("expired") + of("delivered")), (Some("expired"), 20), "{ended}");
+}
+
+#[tokio::test]
+async fn a_slow_notification_gives_up_its_place_to_another() {
+    let double = Double::start().await;
+    let setup = Setup::new()
+        .sending_to(&double)
+        .set("push.small_audience=5")
+        .set("push.batch=20")
+        .set("push.batches=1");
+    let perennial = setup.start().await;
+    perennial.subscribe(&double, 100).await;
+    double.script(|_| {
+        std::thread::sleep(Duration::from_millis(5));
+        Answer::Take
+    });
+    let slow = perennial.notify(&json!({ "to": {"all": true}, "payload": "slow" })).await;
+    perennial.client().patch(&format!("/notifications/{slow}"), &json!({ "rate": 0.1 })).await;
+    let other = perennial.notify(&json!({ "to": {"all": true}, "payload": "other" })).await;
+    let progress = perennial.done(&other).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 100 }));
+    perennial.client().patch(&format!("/notifications/{slow}"), &json!({ "rate": 1000 })).await;
+    assert_eq!(perennial.done(&slow).await["outcomes"], json!({ "delivered": 100 }));
+}

@@ -12,6 +12,7 @@
 //! ```
 
 mod audience;
+mod close;
 mod deliver;
 mod fanout;
 mod flows;
@@ -122,6 +123,8 @@ struct Config {
     /// Messages per second to one push service.
     origin_rate: Option<f64>,
     threads: usize,
+    /// How long one send may take, and as long again its wait for a turn.
+    send_timeout: Duration,
     /// For how long notifications that have ended are kept.
     retention: Duration,
     webhooks: BTreeMap<String, Registered>,
@@ -220,6 +223,7 @@ impl Module for Push {
         host.serve_queue(PACED_QUEUE, application.config.paced_batches);
         host.serve_queue(WEBHOOK_QUEUE, WEBHOOKS);
         host.job::<webhook::Webhook>(Arc::clone(&application));
+        host.job::<close::Close>(Arc::clone(&application));
         host.job::<fanout::FanOut>(Arc::clone(&application));
         host.job::<deliver::Deliver>(Arc::clone(&application));
         host.looking(services::looking(Arc::clone(&application)));
@@ -286,6 +290,7 @@ impl Application {
             let before = jiff::Timestamp::now().as_millisecond()
                 - i64::try_from(self.config.retention.as_millis()).unwrap_or(i64::MAX);
             while self.store.forget_notifications(before).await? > 0 && drain.phase() < Phase::Soft {}
+            self.store.forget_services().await?;
         }
     }
 
@@ -365,7 +370,9 @@ fn config(settings: &mut Reader<'_>) -> Config {
         paced_batches: settings.number("push.paced_batches", 1..=1000),
         origin_rate: origin_rate(settings),
         threads: threads(settings),
-        retention: settings.duration("push.retention", HOUR..=HOUR * 24 * 3660),
+        send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
+        // Idempotency keys are good for a day.
+        retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
         webhooks: webhooks(settings),
         // The rest of that phase is for writing down what they were.
         last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),

@@ -236,6 +236,11 @@ pub enum Stopped {
 }
 
 impl Context {
+    /// The queue that it waited in.
+    pub fn queue(&self) -> &str {
+        &self.queue
+    }
+
     /// Which attempt this is: 1 is the first. Snoozes and hand-backs are none.
     pub fn attempt(&self) -> u32 {
         self.spent.failures + self.spent.recoveries + 1

@@ -24,6 +24,11 @@ pub(super) struct Client {
     http: HttpClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
+/// What was asked is wrong, and will be.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub(super) struct Refused(String);
+
 /// An answer, whatever its status.
 #[derive(Debug)]
 pub(super) struct Answer {
@@ -123,6 +128,9 @@ impl Answer {
         for error in body["errors"].as_array().into_iter().flatten() {
             let part = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
             text.push_str(&format!("\n  {}: {}", part("field"), part("wanted")));
+        }
+        if status.is_client_error() {
+            return Err(Refused(text).into());
         }
         bail!(text)
     }

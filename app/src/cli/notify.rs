@@ -9,7 +9,7 @@ use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use super::client::Client;
+use super::client::{Client, Refused};
 use super::{block_on, load, read};
 use crate::addresses::{Addresses, url};
 use crate::data_dir::API_KEY;
@@ -218,7 +218,7 @@ async fn follow(client: &Client, id: &str) -> anyhow::Result<Value> {
                     return Ok(progress);
                 }
             }
-            Err(error) if answered.elapsed() > AWAY => return Err(error),
+            Err(error) if answered.elapsed() > AWAY || error.is::<Refused>() => return Err(error),
             // It goes on sending when it is back.
             Err(error) => bar.set_message(format!("{error:#}")),
         }

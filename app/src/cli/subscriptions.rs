@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -114,7 +115,9 @@ async fn export(desk: &Desk, file: &Path) -> anyhow::Result<()> {
     let mut out: Box<dyn Write> = if file.as_os_str() == "-" {
         Box::new(BufWriter::new(std::io::stdout()))
     } else {
-        let file = File::create(file).with_context(|| format!("{} cannot be written", file.display()))?;
+        // Whoever can read it could change and delete subscriptions.
+        let made = File::options().create(true).truncate(true).write(true).mode(0o600).open(file);
+        let file = made.with_context(|| format!("{} cannot be written", file.display()))?;
         Box::new(BufWriter::new(file))
     };
     let bar = bar(0, "{spinner} {pos} subscriptions")?;

@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::Tools;
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
-use super::round::{CAREFUL, Round, save};
+use super::round::{CAREFUL, Round, is_paused, pause, save};
 use super::store::{Checkpoint, Deferred, Part};
 
 /// See the module. The batch has the id of its job.
@@ -50,6 +50,9 @@ impl Job for Deliver {
         let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else {
             return Ok(Fate::Done);
         };
+        if is_paused(&batch) {
+            return Ok(Fate::Snooze(pause(&batch)));
+        }
         let members = tools.store.members(&batch).await?;
         let flow = tools.flows.flow(batch.notification, batch.standing);
         let senders = tools.senders.clone();

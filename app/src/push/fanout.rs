@@ -22,6 +22,8 @@ const AHEAD: usize = 4;
 const AT_ONCE: usize = 16;
 /// How soon to look again when that many do.
 const PAUSE: Duration = Duration::from_millis(100);
+/// The same at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
 /// How soon to look again at a notification that is paused.
 const PAUSED: Duration = Duration::from_secs(1);
 /// A batch of a paced notification is what is due in this many seconds,
@@ -30,6 +32,13 @@ const PACED_SECONDS: i64 = 2;
 const PACED_SIZE: usize = 10;
 /// so many of them may wait or run.
 const PACED_AHEAD: usize = 4;
+
+/// How soon to look again: a paced one when a quarter of what is ahead may have been sent.
+fn pause(standing: Standing, ahead: usize) -> Duration {
+    let Some((rate_milli, _)) = standing.rate else { return PAUSE };
+    let ahead_ms = i64::try_from(ahead).unwrap_or(i64::MAX).saturating_mul(1_000_000) / rate_milli.max(1);
+    Duration::from_millis(u64::try_from(ahead_ms / 4).unwrap_or_default()).clamp(PAUSE, LONGEST_PAUSE)
+}
 
 /// How far the cutting stays ahead of the sending.
 struct Ahead {
@@ -80,9 +89,10 @@ impl Job for FanOut {
         let standing = fan_out.standing;
         let expired = standing.expires_at.is_some_and(|at| Timestamp::now().as_millisecond() >= at);
         let over = match standing.state {
-            Stage::Paused => return Ok(Fate::Snooze(PAUSED)),
             Stage::Cancelled => Some(Outcome::Cancelled),
-            _ => expired.then_some(Outcome::Expired),
+            _ if expired => Some(Outcome::Expired),
+            Stage::Paused => return Ok(Fate::Snooze(PAUSED)),
+            _ => None,
         };
         if let Some(outcome) = over {
             if store.give_up_fan_out(id, context.epoch, outcome, None).await? {
@@ -115,7 +125,7 @@ impl Job for FanOut {
             }
         }
         context.advanced();
-        Ok(Fate::Snooze(PAUSE))
+        Ok(Fate::Snooze(pause(standing, fan_out.ahead * size)))
     }
 
     async fn give_up(&self, context: Context, tools: Tools, reason: String) -> anyhow::Result<()> {

@@ -21,7 +21,11 @@ use super::store::{Reserved, Stage, Standing, Store};
 
 /// How often the store is asked how notifications stand.
 const LOOK: Duration = Duration::from_millis(500);
-/// After a reservation that failed, and while others hold what is next, at most.
+/// How many origins' paces are kept.
+const MAX_ORIGINS: usize = 1024;
+/// Before asking again for what others hold, at least.
+const SOON: Duration = Duration::from_millis(5);
+/// After a reservation that failed.
 const AGAIN: Duration = Duration::from_millis(100);
 
 /// A notification that this process sends.
@@ -63,7 +67,8 @@ impl Flow {
 pub(crate) struct Flows {
     store: Store,
     notifications: Registry<Uuid, Flow>,
-    origins: Registry<String, Pace>,
+    /// Kept while nobody waits: what was reserved is not lost.
+    origins: Arc<Mutex<HashMap<String, Arc<Pace>>>>,
     /// Messages per second to one origin, by all notifications together.
     origin_rate: Option<f64>,
     wake: Arc<Notify>,
@@ -110,7 +115,7 @@ impl Flows {
         Self {
             store,
             notifications: Registry::new(),
-            origins: Registry::new(),
+            origins: Arc::default(),
             origin_rate,
             wake: Arc::default(),
             clock: Arc::default(),
@@ -130,7 +135,16 @@ impl Flows {
     /// The pace of an origin, if there is a rate for all.
     pub(crate) fn origin(&self, origin: &str) -> Option<Arc<Pace>> {
         self.origin_rate?;
-        Some(self.origins.get(&origin.to_owned(), || Pace::new(Arc::clone(&self.wake))))
+        let mut origins = lock(&self.origins);
+        if let Some(pace) = origins.get(origin) {
+            return Some(Arc::clone(pace));
+        }
+        if origins.len() >= MAX_ORIGINS {
+            origins.retain(|_, pace| Arc::strong_count(pace) > 1);
+        }
+        let pace = Arc::new(Pace::new(Arc::clone(&self.wake)));
+        origins.insert(origin.to_owned(), Arc::clone(&pace));
+        Some(pace)
     }
 
     /// Somebody has changed how a notification stands, here and now.
@@ -162,6 +176,7 @@ impl Flows {
                 }
             }
             if now >= reserve {
+                // Others may be asked for meanwhile: by a wake-up.
                 let next = join_all(self.paces().into_iter().map(|wanting| self.reserve(wanting))).await;
                 let next = next.into_iter().flatten().min();
                 reserve = next.map_or(now + LOOK, |wait| Instant::now() + wait);
@@ -186,8 +201,9 @@ impl Flows {
     fn paces(&self) -> Vec<Wanting> {
         let flows = self.notifications.all().into_iter().filter(|(_, flow)| flow.pace.is_wanted());
         let flows = flows.map(|(_, flow)| Wanting::Flow(flow));
-        let origins = self.origins.all().into_iter().filter(|(_, pace)| pace.is_wanted());
-        flows.chain(origins.map(|(origin, pace)| Wanting::Origin(origin, pace))).collect()
+        let origins = lock(&self.origins);
+        let wanted = origins.iter().filter(|(_, pace)| pace.is_wanted());
+        flows.chain(wanted.map(|(origin, pace)| Wanting::Origin(origin.clone(), Arc::clone(pace)))).collect()
     }
 
     /// Reserves a slice; if there is none to be had now, returns when to try again.
@@ -209,13 +225,13 @@ impl Flows {
                 None
             }
             Ok(Reserved::Later(wait)) => {
-                pace.want();
-                Some(wait)
+                pace.want_still();
+                Some(wait.clamp(SOON, LOOK))
             }
             Ok(Reserved::Nothing) => None,
             Err(error) => {
                 warn!(error = format!("{error:#}"), "no slice could be reserved");
-                pace.want();
+                pace.want_still();
                 Some(AGAIN)
             }
         }

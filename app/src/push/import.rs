@@ -17,12 +17,12 @@ use futures_util::stream;
 use http::StatusCode;
 use http_body_util::{BodyExt, Limited};
 use perennial_server::http::problem::Problem;
-use perennial_webpush::{Endpoint, Keys, Sender, VapidKey};
+use perennial_webpush::{Endpoint, Keys, Sender};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use super::store::{Exported, NewSubscription, Proof, Store, Upserted};
-use super::subscriptions::{PushSubscription, is_metadata, is_user};
+use super::subscriptions::{MAX_TAGS, PushSubscription, is_metadata, is_user};
 use super::tags::is_tag;
 use super::vapid::VapidKeys;
 use crate::access::SiteId;
@@ -37,7 +37,7 @@ const LOOKUPS: usize = 32;
 /// How many lines that were refused are told of each request.
 const MAX_REFUSED: usize = 100;
 /// The most subscriptions in one answer of an export.
-const PAGE: usize = 5000;
+const PAGE: usize = 1000;
 
 /// One line.
 #[derive(Debug, Serialize, Deserialize)]
@@ -91,6 +91,8 @@ impl Porter {
 
     /// Stores a chunk of lines. What does not fit is refused by its line; all else is stored.
     pub(crate) async fn take(&self, site: i64, chunk: &[u8]) -> anyhow::Result<Imported> {
+        // A name that was not found before may be there now.
+        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, refused| refused.is_none());
         let mut imported = Imported::default();
         let mut read = Vec::new();
         for (number, line) in (1..).zip(chunk.split(|byte| *byte == b'\n')) {
@@ -129,7 +131,7 @@ impl Porter {
         let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
         let PushSubscription { endpoint: url, keys, .. } = line.subscription;
         let endpoint =
-            self.sender.endpoint(url.clone()).map_err(|error| format!("subscription.endpoint: {error}"))?;
+            self.sender.policy().check(&url).map_err(|error| format!("subscription.endpoint: {error}"))?;
         let keys =
             Keys::parse(&keys.p256dh, &keys.auth).map_err(|error| format!("subscription.keys: {error}"))?;
         let vapid_key = match &line.key {
@@ -138,6 +140,9 @@ impl Porter {
         };
         if line.user.as_ref().is_some_and(|user| !is_user(user)) {
             return Err("user: no user id".to_owned());
+        }
+        if line.tags.as_ref().is_some_and(|tags| tags.len() > MAX_TAGS) {
+            return Err(format!("tags: at most {MAX_TAGS} tags"));
         }
         if let Some(bad) = line.tags.iter().flatten().find(|tag| !is_tag(tag)) {
             return Err(format!("tags: {bad:?} is no tag"));
@@ -169,7 +174,7 @@ impl Porter {
             let keys = json!({ "p256dh": base64(&exported.p256dh), "auth": base64(&exported.auth) });
             without_nulls(json!({
                 "subscription": { "endpoint": exported.endpoint, "keys": keys },
-                "key": self.vapid.of(Some(exported.vapid_key)).map(VapidKey::public_key),
+                "key": base64(&exported.public_key),
                 "user": exported.user,
                 "tags": exported.tags,
                 "metadata": exported.metadata,

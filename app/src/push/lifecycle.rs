@@ -21,6 +21,7 @@ use uuid::Uuid;
 
 use super::Tools;
 use super::notify::{RATE_WANTED, rate_milli};
+use super::outcome::Outcome;
 use super::progress::NotificationView;
 use super::store::{Change, DeliveryView};
 use crate::access::{Authorized, Notify, Read};
@@ -150,6 +151,7 @@ pub(super) async fn events(
         id,
         drain: scope.drain().clone(),
         told: String::new(),
+        asked: false,
         over: false,
     };
     Ok(Sse::new(follower.events()).keep_alive(KeepAlive::default()).into_response())
@@ -163,6 +165,7 @@ struct Follower {
     drain: Drain,
     /// What was told last.
     told: String,
+    asked: bool,
     over: bool,
 }
 
@@ -173,7 +176,7 @@ impl Follower {
 
     async fn next(&mut self) -> Option<Event> {
         while !self.over {
-            if !self.told.is_empty() {
+            if std::mem::replace(&mut self.asked, true) {
                 tokio::select! {
                     () = tokio::time::sleep(TELL) => {}
                     // Whoever comes again finds another replica, or the next process.
@@ -206,8 +209,8 @@ pub(super) struct Which {
 
 /// How a notification went for each subscription
 ///
-/// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids. Failures, or
-/// all with `"log": "all"`. Needs a key with the scope `read`.
+/// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids, those that
+/// came with the notification under -1, -2 and so on. Failures, or with `"log": "all"` everybody who was sent to. Needs a key with the scope `read`.
 #[utoipa::path(
     get, path = "/notifications/{id}/deliveries", params(("id" = Uuid, Path), Which),
     responses((status = OK, content_type = "application/x-ndjson"))
@@ -219,6 +222,9 @@ pub(super) async fn deliveries(
     Query(which): Query<Which>,
 ) -> Result<Response> {
     let id = parse(&id)?;
+    if which.outcome.as_ref().is_some_and(|word| Outcome::parse(word).is_none()) {
+        return Err(FieldError::new("outcome", "a word of the outcomes of a notification").into());
+    }
     view(&tools, caller.site.0, id).await?;
     let pages = stream::try_unfold(Some(i64::MIN), move |cursor| {
         let (tools, outcome) = (tools.clone(), which.outcome.clone());

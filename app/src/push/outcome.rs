@@ -47,6 +47,25 @@ impl Outcome {
         }
     }
 
+    const ALL: [Self; 11] = [
+        Self::Delivered,
+        Self::Gone,
+        Self::Rejected,
+        Self::Unauthorized,
+        Self::TooLarge,
+        Self::Forbidden,
+        Self::Unreachable,
+        Self::Expired,
+        Self::Incomplete,
+        Self::Cancelled,
+        Self::Failed,
+    ];
+
+    /// The outcome that a word stands for.
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|outcome| outcome.as_str() == word)
+    }
+
     /// The outcome of a verdict that decides something; none when it is to be tried again.
     pub(crate) fn of(verdict: Verdict) -> Option<Self> {
         match verdict {

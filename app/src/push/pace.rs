@@ -151,6 +151,11 @@ impl Pace {
         }
     }
 
+    /// What was asked for could not be had yet; whoever reserves knows.
+    pub(crate) fn want_still(&self) {
+        self.wanted.store(true, Ordering::Relaxed);
+    }
+
     fn slices(&self) -> MutexGuard<'_, VecDeque<Slice>> {
         self.slices.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -202,6 +207,19 @@ mod tests {
         assert!(began.elapsed() < Duration::from_millis(5));
         pace.wait(false).await;
         assert!(began.elapsed() >= Duration::from_millis(195), "its place was taken");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn whoever_reserves_is_not_woken_for_what_could_not_be_had() {
+        let pacer = Arc::new(Notify::new());
+        let pace = Pace::new(Arc::clone(&pacer));
+        pace.take(Instant::now());
+        tokio::time::timeout(Duration::from_millis(1), pacer.notified()).await.unwrap();
+        assert!(pace.is_wanted());
+        pace.want_still();
+        pace.take(Instant::now());
+        assert!(tokio::time::timeout(Duration::from_secs(1), pacer.notified()).await.is_err());
+        assert!(pace.is_wanted());
     }
 
     #[tokio::test(start_paused = true)]

@@ -25,19 +25,19 @@ use perennial_server::pool::{postgres, sql, sqlite};
 use perennial_webpush::{Sender, Verdict};
 use perennial_workers::job::Stopped;
 use perennial_workers::queue::Due;
-use perennial_workers::{Context, Fate, NewJob};
+use perennial_workers::{Context, Fate};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
 
 use super::Tools;
+use super::audience::Audience;
 use super::deliver::Deliver;
 use super::flows::Flow;
 use super::outcome::Outcome;
 use super::pace::Take;
 use super::send::{Outgoing, Sent};
 use super::store::{Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Stage, Standing};
-use super::webhook::{Event, Pruned, Webhook};
 
 /// Between two attempts for one subscription, unless its push service says otherwise.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(900));
@@ -50,6 +50,10 @@ pub(super) const CAREFUL: u32 = 2;
 const PAUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
 /// A batch that waits for its pace makes room for others after this long.
 const TURN: Duration = Duration::from_secs(60);
+/// The same where it keeps others from their work.
+const SHORT_TURN: Duration = Duration::from_secs(1);
+/// How long others have their turn.
+const OTHERS: Duration = Duration::from_millis(200);
 /// The longest that sends wait for a push service that nothing is sent to.
 const LONGEST_HOLD: Duration = Duration::from_secs(3600);
 
@@ -120,7 +124,7 @@ impl<'a> Round<'a> {
             context,
             sender,
             flow,
-            outgoing: Arc::new(Outgoing::new(tools, &batch, waited)?),
+            outgoing: Arc::new(Outgoing::new(tools, flow, &batch, waited)?),
             newest: batch.low_id,
             above: batch.above.iter().copied().collect(),
             in_flight: BTreeSet::new(),
@@ -157,7 +161,7 @@ impl<'a> Round<'a> {
         let mut sends = FuturesUnordered::new();
         let mut saving = None;
         let mut due = Instant::now() + every;
-        let turn = Instant::now() + TURN;
+        let turn = Instant::now() + if self.is_in_its_queue() { TURN } else { SHORT_TURN };
         let mut cut = pin!(sleep(Duration::MAX));
         let mut over = pin!(sleep(self.time_left(*standing.borrow())));
         loop {
@@ -235,6 +239,11 @@ impl<'a> Round<'a> {
         self.end(stop).await
     }
 
+    /// Whether a batch that has a pace waits where it keeps nobody waiting: its notification may have got one late.
+    fn is_in_its_queue(&self) -> bool {
+        self.flow.pace().is_none() || self.context.queue() == super::PACED_QUEUE
+    }
+
     /// Whether it sends one by one, to find out what crashes the process.
     fn is_careful(&self) -> bool {
         self.context.spent.recoveries >= CAREFUL
@@ -244,11 +253,12 @@ impl<'a> Round<'a> {
     fn must_stop(&self, standing: &watch::Receiver<Standing>) -> Option<Stop> {
         let standing = *standing.borrow();
         match standing.state {
-            Stage::Cancelled => return Some(Stop::Over(Outcome::Cancelled)),
-            Stage::Paused => return Some(Stop::Paused),
-            _ => {}
+            Stage::Cancelled => Some(Stop::Over(Outcome::Cancelled)),
+            // Also of one that is paused.
+            _ if self.time_left(standing).is_zero() => Some(Stop::Over(Outcome::Expired)),
+            Stage::Paused => Some(Stop::Paused),
+            _ => None,
         }
-        self.time_left(standing).is_zero().then_some(Stop::Over(Outcome::Expired))
     }
 
     /// How long there is for sending.
@@ -299,11 +309,10 @@ impl<'a> Round<'a> {
         let mut checkpoint = Checkpoint { low_id, ..Checkpoint::default() };
         let mut outcomes = BTreeMap::<Outcome, usize>::new();
         let mut later = BTreeMap::<(u64, u32), Vec<i64>>::new();
-        let mut pruned = Vec::new();
         // One draw for all that failed together and were asked for nothing else: one job, not hundreds.
         let usual = RETRY.jittered(self.batch.attempt + 1);
         for sent in std::mem::take(&mut self.ended) {
-            let outcome = match self.decide(&sent, usual) {
+            let outcome = match self.decide(&sent, usual, left) {
                 Next::Decided(outcome) => outcome,
                 Next::Later(wait, attempt) => {
                     later.entry((wait.as_secs().max(1), attempt)).or_default().push(sent.id);
@@ -311,18 +320,23 @@ impl<'a> Round<'a> {
                 }
             };
             *outcomes.entry(outcome).or_default() += 1;
-            match sent.report.verdict {
-                Verdict::Unauthorized | Verdict::Unresolvable => checkpoint.struck.push(sent.id),
-                Verdict::Delivered if sent.strikes > 0 => checkpoint.cleared.push(sent.id),
-                _ => {}
-            }
+            // Those that came with the notification are no stored subscriptions, whatever their numbers.
+            let is_stored = self.batch.audience != Audience::Inline;
             if outcome != Outcome::Delivered || self.batch.logs_all {
+                let subscription = if is_stored { sent.id } else { -sent.id };
                 let (status, detail) = (sent.report.status, sent.report.detail);
-                checkpoint.deliveries.push(Delivery { subscription: sent.id, outcome, status, detail });
+                checkpoint.deliveries.push(Delivery { subscription, outcome, status, detail });
             }
-            if outcome == Outcome::Gone && !sent.endpoint.is_empty() {
-                pruned.push(Pruned { id: sent.id });
-                checkpoint.ended.push((sent.id, sent.endpoint));
+            match (sent.report.verdict, sent.report.status) {
+                _ if !is_stored => {}
+                (Verdict::Unauthorized, Some(_)) | (Verdict::Unresolvable, _) => {
+                    checkpoint.struck.push((sent.id, sent.endpoint));
+                }
+                (Verdict::Delivered, _) if sent.strikes > 0 => checkpoint.cleared.push(sent.id),
+                (Verdict::Gone, _) if !sent.endpoint.is_empty() => {
+                    checkpoint.ended.push((sent.id, sent.endpoint));
+                }
+                _ => {}
             }
         }
         if let Some(outcome) = left.filter(|_| self.waiting.len() > 0) {
@@ -334,25 +348,17 @@ impl<'a> Round<'a> {
         }
         self.again += later.values().map(Vec::len).sum::<usize>();
         checkpoint.deferred = later.into_iter().filter_map(|(when, ids)| self.defer(when, ids)).collect();
-        checkpoint.follow_ups = self.tell(pruned).into_iter().collect();
+        checkpoint.tell = self.batch.webhook.clone().filter(|name| self.tools.webhooks.wants_pruned(name));
         checkpoint.above = self.above.iter().copied().collect();
         checkpoint.outcomes = outcomes.into_iter().collect();
         (count, checkpoint)
     }
 
-    /// Tells whoever wants to know which subscriptions are deleted.
-    fn tell(&self, pruned: Vec<Pruned>) -> Option<NewJob> {
-        let webhook = self
-            .batch
-            .webhook
-            .clone()
-            .filter(|name| !pruned.is_empty() && self.tools.webhooks.wants_pruned(name))?;
-        let event = Event::Pruned { notification: self.batch.notification, subscriptions: pruned };
-        self.context.follow_up(&Webhook { webhook, event }).ok()
-    }
-
-    fn decide(&self, sent: &Sent, usual: Duration) -> Next {
+    fn decide(&self, sent: &Sent, usual: Duration, left: Option<Outcome>) -> Next {
         if let Some(outcome) = sent.outcome.or_else(|| Outcome::of(sent.report.verdict)) {
+            return Next::Decided(outcome);
+        }
+        if let Some(outcome) = left {
             return Next::Decided(outcome);
         }
         let (wait, attempt) = match sent.report.verdict {
@@ -366,7 +372,11 @@ impl<'a> Round<'a> {
         if attempt >= self.tools.config.attempts {
             return Next::Decided(Outcome::Unreachable);
         }
-        if age(&self.batch) + wait >= self.batch.ttl {
+        let ends_before = self.batch.standing.expires_at.is_some_and(|at| {
+            let left = at - Timestamp::now().as_millisecond();
+            u128::try_from(left).unwrap_or_default() <= wait.as_millis()
+        });
+        if ends_before || age(&self.batch) + wait >= self.batch.ttl {
             return Next::Decided(Outcome::Expired);
         }
         Next::Later(wait, attempt)
@@ -375,7 +385,7 @@ impl<'a> Round<'a> {
     fn defer(&self, (seconds, attempt): (u64, u32), ids: Vec<i64>) -> Option<Deferred> {
         let queue = if self.flow.pace().is_some() { super::PACED_QUEUE } else { super::RETRY_QUEUE };
         let job = Deliver::job(self.batch.notification, queue, 0).ok()?;
-        let job = job.due(Due::In(Duration::from_secs(seconds)));
+        let job = if seconds == 0 { job } else { job.due(Due::In(Duration::from_secs(seconds))) };
         Some(Deferred { ids, job, attempt })
     }
 
@@ -386,6 +396,10 @@ impl<'a> Round<'a> {
             _ => None,
         };
         let (_, mut checkpoint) = self.checkpoint(left);
+        if stop == Some(Stop::Turn) && !self.is_in_its_queue() {
+            let ids: Vec<i64> = std::mem::take(&mut self.waiting).map(|member| member.id).collect();
+            checkpoint.deferred.extend(self.defer((0, self.batch.attempt), ids));
+        }
         let finished = self.waiting.len() == 0 && self.in_flight.is_empty();
         checkpoint.finished = finished;
         save(self.tools, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
@@ -393,7 +407,8 @@ impl<'a> Round<'a> {
         Ok(match stop {
             _ if finished => Fate::Done,
             Some(Stop::Paused) => Fate::Snooze(pause(&self.batch)),
-            Some(Stop::Turn) => Fate::Snooze(Duration::ZERO),
+            // Not at once: then it would keep its place before the others.
+            Some(Stop::Turn) => Fate::Snooze(OTHERS),
             _ => Fate::HandBack,
         })
     }
@@ -424,6 +439,12 @@ async fn paced(flow: &Flow, pause: Option<Take>) {
         }
         _ => {}
     }
+}
+
+/// Whether there is nothing to do now: not before somebody goes on with it, or its time is over.
+pub(super) fn is_paused(batch: &Batch) -> bool {
+    let over = batch.standing.expires_at.is_some_and(|at| Timestamp::now().as_millisecond() >= at);
+    batch.standing.state == Stage::Paused && !over
 }
 
 /// How soon to look again at a notification that is paused.

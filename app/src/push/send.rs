@@ -4,17 +4,25 @@ use std::time::{Duration, Instant};
 
 use jiff::Timestamp;
 use perennial_webpush::{Endpoint, HttpVersion, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
+use tokio::sync::watch;
 use tracing::debug;
 
 use super::Tools;
+use super::flows::Flow;
 use super::outcome::Outcome;
-use super::store::{Batch, Member};
+use super::store::{Batch, Member, Stage, Standing};
 use super::template::Template;
+
+/// The longest that a message waits for the rate of its origin before others have its place.
+const ORIGIN_WAIT: Duration = Duration::from_secs(5);
+/// After a VAPID key was missing.
+const NO_KEY: Duration = Duration::from_secs(300);
 
 /// What a batch sends.
 pub(super) struct Outgoing {
     message: Message,
     template: Option<Template>,
+    standing: watch::Receiver<Standing>,
 }
 
 /// What came of it.
@@ -38,7 +46,7 @@ impl Sent {
 
 impl Outgoing {
     /// The message of a batch, its time to live shortened by the time that its members have waited.
-    pub(super) fn new(tools: &Tools, batch: &Batch, waited: Duration) -> anyhow::Result<Self> {
+    pub(super) fn new(tools: &Tools, flow: &Flow, batch: &Batch, waited: Duration) -> anyhow::Result<Self> {
         let text = batch.payload.clone();
         let template = if batch.is_template { Template::parse(&text) } else { None };
         // A template's own text may be longer than what comes of it.
@@ -59,7 +67,12 @@ impl Outgoing {
         if batch.is_declarative {
             message = message.declarative();
         }
-        Ok(Self { message, template })
+        Ok(Self { message, template, standing: flow.standing() })
+    }
+
+    /// Whether the notification is still to be sent.
+    fn goes_on(&self) -> bool {
+        !matches!(self.standing.borrow().state, Stage::Paused | Stage::Cancelled)
     }
 
     pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Sent {
@@ -98,8 +111,9 @@ impl Outgoing {
             Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None, Some(endpoint)),
         };
         let Some(vapid) = tools.vapid.of(member.vapid_key) else {
+            // It may come with the next start: of another replica that has it, or of this one with a copy restored.
             let detail = "made with a VAPID key that is not there".to_owned();
-            return (not_sent(Verdict::Unauthorized, detail), None, Some(endpoint));
+            return (not_sent(Verdict::Held(NO_KEY), detail), None, Some(endpoint));
         };
         let rendered;
         let message = match &self.template {
@@ -121,7 +135,12 @@ impl Outgoing {
             },
         };
         if let Some(pace) = tools.flows.origin(endpoint.origin()) {
-            pace.wait(!message.is_bulk()).await;
+            let waited = tokio::time::timeout(ORIGIN_WAIT, pace.wait(!message.is_bulk())).await;
+            // Others need the place; and it may have been paused or cancelled meanwhile.
+            if waited.is_err() || !self.goes_on() {
+                let detail = "it waits for push.origin_rate".to_owned();
+                return (not_sent(Verdict::Held(ORIGIN_WAIT), detail), None, Some(endpoint));
+            }
         }
         let report = sender.send(&endpoint, &keys, message, vapid).await;
         (report, None, Some(endpoint))

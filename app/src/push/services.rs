@@ -25,6 +25,8 @@ const SAME: Duration = Duration::from_millis(1500);
 /// Changes are read again for so long, by the store's clock, in milliseconds: transactions commit out of order.
 const AGAIN_MS: i64 = 5000;
 
+/// Everything is read again once in so many exchanges.
+const ALL_ONE_IN: u64 = 60;
 /// How many notifications operators are shown.
 const NOTIFICATIONS: usize = 100;
 
@@ -37,6 +39,8 @@ struct Exchange {
     newest: i64,
     /// Those that were read, with when they changed.
     seen: HashMap<String, i64>,
+    /// How often.
+    count: u64,
 }
 
 /// Exchanges, until nothing is sent any more.
@@ -80,6 +84,12 @@ impl Exchange {
             }
             tools.store.hold_service(&origin, wait, why).await?;
             self.known.insert(origin, until);
+        }
+        self.count += 1;
+        if self.count.is_multiple_of(ALL_ONE_IN) {
+            // A store's clock may have been set back.
+            self.newest = 0;
+            self.seen.retain(|origin, _| self.known.contains_key(origin));
         }
         for held in tools.store.held_services(self.newest - AGAIN_MS).await? {
             self.newest = self.newest.max(held.changed_at);

@@ -28,7 +28,7 @@ use crate::api::{Json, Query, Result, not_found, within_page};
 /// The longest user id, in bytes.
 const MAX_USER: usize = 256;
 /// The most tags of one subscription.
-const MAX_TAGS: usize = 64;
+pub(super) const MAX_TAGS: usize = 64;
 /// The longest metadata, in bytes of JSON.
 const MAX_METADATA: usize = 4096;
 /// The most subscriptions in one answer.
@@ -261,6 +261,12 @@ pub(super) async fn list(
     State(tools): State<Tools>,
     Query(filter): Query<Filter>,
 ) -> Result<Json<Subscriptions>> {
+    if filter.user.as_ref().is_some_and(|user| !is_user(user)) {
+        return Err(FieldError::new("user", USER_WANTED).into());
+    }
+    if filter.tag.as_ref().is_some_and(|tag| !is_tag(tag)) {
+        return Err(FieldError::new("tag", TAG_WANTED).into());
+    }
     let limit = within_page(filter.limit, 100, PAGE)?;
     let cursor = filter.cursor.unwrap_or(0);
     let found = tools.store.subscriptions(caller.site.0, filter.user, filter.tag, cursor, limit).await?;

@@ -23,13 +23,17 @@ impl Template {
     /// Reads a payload; none when there are no places in it.
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
         let text = std::str::from_utf8(payload).ok()?;
+        let is_json = matches!(
+            serde_json::from_slice(payload),
+            Ok(Value::Object(_) | Value::Array(_) | Value::String(_))
+        );
         let mut parts = Vec::new();
         let mut rest = text;
         let mut plain = String::new();
         while let Some(at) = rest.find("{{") {
             let (before, opened) = rest.split_at(at);
             plain.push_str(before);
-            match place(opened) {
+            match place(opened, is_json) {
                 Some((part, length)) => {
                     parts.push(Part::Text(std::mem::take(&mut plain)));
                     parts.push(part);
@@ -88,9 +92,12 @@ impl Template {
 }
 
 /// A place at the beginning of `text`, and its length. Anything else between braces is left as it is.
-fn place(text: &str) -> Option<(Part, usize)> {
+fn place(text: &str, is_json: bool) -> Option<(Part, usize)> {
     let end = text.find("}}")?;
     let (name, default) = match text[2..end].split_once('|') {
+        Some((name, default)) if is_json => {
+            (name, Some(serde_json::from_str(&format!("\"{default}\"")).ok()?))
+        }
         Some((name, default)) => (name, Some(default.to_owned())),
         None => (&text[2..end], None),
     };
@@ -124,6 +131,13 @@ mod tests {
         let read: Value = serde_json::from_str(&rendered).unwrap();
         assert_eq!(read["title"], "Hello \"},{\"x\":\"\n");
         assert_eq!(render("Hello {{name}}", r#"{"name":"\"A\""}"#), Ok("Hello \"A\"".to_owned()), "no JSON");
+    }
+
+    #[test]
+    fn a_default_is_written_as_the_text_around_it() {
+        let json = r#"{"title":"Hello {{name|\"you\"}}"}"#;
+        let read: Value = serde_json::from_str(&render(json, "{}").unwrap()).unwrap();
+        assert_eq!(read["title"], "Hello \"you\"");
     }
 
     #[test]

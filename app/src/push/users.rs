@@ -31,7 +31,7 @@ pub(super) struct Deleted {
 
 /// Everything of one user
 ///
-/// Needs a key with the scope `read`.
+/// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `read`.
 #[utoipa::path(get, path = "/users/{user}", params(("user" = String, Path)), responses((status = OK, body = UserView)))]
 pub(super) async fn one(
     Authorized { caller, .. }: Authorized<Read>,
@@ -46,7 +46,7 @@ pub(super) async fn one(
 
 /// Deletes everything of one user
 ///
-/// Needs a key with the scope `subscribe`.
+/// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `subscribe`.
 #[utoipa::path(delete, path = "/users/{user}", params(("user" = String, Path)), responses((status = OK, body = Deleted)))]
 pub(super) async fn delete(
     Authorized { caller, .. }: Authorized<Subscribe>,

@@ -33,6 +33,9 @@ use super::progress::NotificationView;
 
 /// How long the backend has to answer.
 const TIMEOUT: Duration = Duration::from_secs(15);
+/// Between two attempts, at least and at most.
+const FIRST: Duration = Duration::from_secs(2);
+const LAST: Duration = Duration::from_secs(3600);
 /// For how long an idle connection to it is kept.
 const IDLE: Duration = Duration::from_secs(30);
 
@@ -174,7 +177,7 @@ impl Job for Webhook {
                 failures: 20,
                 recoveries: 10,
                 window: Duration::from_secs(72 * 3600),
-                backoff: Backoff::new(Duration::from_secs(2), Duration::from_secs(3600)),
+                backoff: Backoff::new(FIRST, LAST),
             },
             ..Options::default()
         }
@@ -199,7 +202,7 @@ impl Job for Webhook {
         let reason = format!("{} answered {status}", webhook.url);
         Ok(match (status, after) {
             (StatusCode::GONE, _) => Fate::Dead(reason),
-            (_, Some(after)) => Fate::Retry { after, reason },
+            (_, Some(after)) => Fate::Retry { after: after.clamp(FIRST, LAST), reason },
             _ => anyhow::bail!(reason),
         })
     }

@@ -46,8 +46,9 @@ impl Addresses {
     /// `resolved` in the order in which to try them: first those that are well, the least used of them first.
     pub(crate) fn in_turn(&self, mut resolved: Vec<IpAddr>, now: Instant) -> Vec<IpAddr> {
         let mut known = lock(&self.0);
-        if known.health.len() + resolved.len() > MAX_ADDRESSES {
-            known.health.retain(|address, health| health.open > 0 || resolved.contains(address));
+        resolved.truncate(MAX_ADDRESSES);
+        if known.health.len() + resolved.len() > 2 * MAX_ADDRESSES {
+            known.health.retain(|_, health| health.open > 0);
         }
         resolved.sort_by_key(|address| {
             let health = known.health.get(address).copied().unwrap_or_default();

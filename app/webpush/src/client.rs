@@ -8,7 +8,7 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, Version};
@@ -45,7 +45,7 @@ pub(crate) struct Limits {
     pub(crate) http1_connections: usize,
     /// Between two connections to one service.
     pub(crate) connect_every: Duration,
-    /// From asking for a turn to the end of the answer.
+    /// From a turn to the end of the answer; and as long for the turn.
     pub(crate) timeout: Duration,
 }
 
@@ -149,35 +149,31 @@ impl Client {
         Some(lane)
     }
 
-    /// Waits for the right to send one message, and returns what is left of its time.
-    pub(crate) async fn turn<'a>(
-        &self,
-        lane: &'a Lane,
-        bulk: bool,
-    ) -> Result<(Turn<'a>, Duration), ClientError> {
-        let limit = self.shared.limits.timeout;
+    /// Waits for the right to send one message; none when it takes too long.
+    pub(crate) async fn turn<'a>(&self, lane: &'a Lane, bulk: bool) -> Option<Turn<'a>> {
         if let Some(turn) = lane.turns.take_at_once(bulk) {
-            return Ok((turn, limit));
+            return Some(turn);
         }
-        let asked = Instant::now();
-        let turn = tokio::time::timeout(limit, lane.turns.take(bulk)).await;
-        Ok((turn.map_err(|_| ClientError::Timeout(limit))?, limit.saturating_sub(asked.elapsed())))
+        tokio::time::timeout(self.shared.limits.timeout, lane.turns.take(bulk)).await.ok()
     }
 
     /// Sends what `make` makes, as often as it takes to have it looked at once.
     pub(crate) async fn send(
         &self,
         lane: &Arc<Lane>,
-        (turn, left): (Turn<'_>, Duration),
+        turn: Turn<'_>,
         make: impl Fn(Version) -> Request<()> + Send + Sync,
         body: Bytes,
     ) -> Result<Answer, ClientError> {
-        let answer = tokio::time::timeout(left, send_on(lane, make, body)).await;
-        let answer = answer.unwrap_or(Err(ClientError::Timeout(self.shared.limits.timeout)));
+        // Its own time, however long it has waited: what is cut off in the middle may have been taken.
+        let limit = self.shared.limits.timeout;
+        let answer = tokio::time::timeout(limit, send_on(lane, make, body)).await;
+        let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
         match &answer {
             Ok(answer) if is_choking(answer.status) => turn.choked(),
-            Ok(_) => turn.answered(),
-            Err(ClientError::Closed) => {}
+            Ok(answer) if answer.status.is_success() => turn.answered(),
+            // A refusal is quick, and says nothing about how long deliveries take.
+            Ok(_) | Err(ClientError::Closed) => {}
             Err(_) => turn.choked(),
         }
         answer

@@ -28,6 +28,9 @@ const SILENCE_MS: u32 = 20_000;
 /// of the system.
 const GATHER: usize = 32 * 1024;
 
+/// How many addresses of a name are tried for one connection.
+const MAX_DIALS: usize = 8;
+
 /// Which versions of HTTP are offered to push services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum HttpVersion {
@@ -146,9 +149,11 @@ impl Connector {
             let (stream, http2) = self.dial(origin, None, http).await?;
             return Ok(Connected { stream, http2, chosen: None });
         };
-        let addresses = known.in_turn(addresses, Instant::now());
-        // Each gets its share of the time, so that one that swallows packets does not spend all of it.
-        let share = self.timeout / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
+        let mut addresses = known.in_turn(addresses, Instant::now());
+        addresses.truncate(MAX_DIALS);
+        // Each gets its share of the time, so that one that swallows packets does not spend all of it; and all of them
+        // less than there is, so that the last one is known to be at fault.
+        let share = self.timeout * 9 / 10 / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
         let mut last = ConnectError::Timeout(self.timeout);
         for address in addresses {
             let chosen = known.choose(address);

@@ -14,15 +14,17 @@
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
-use crate::verdict::{MAX_RETRY_AFTER, Verdict};
+use crate::verdict::MAX_RETRY_AFTER;
 
 /// Of so many distinct subscriptions in a row: being asked to wait, not being reachable, refusing our key.
-const THROTTLED: usize = 3;
+const THROTTLED: usize = 20;
 const UNREACHABLE: usize = 5;
 const UNAUTHORIZED: usize = 20;
 /// The first wait when none was asked for, which doubles with each probe that fails, and the longest.
 const WAIT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 const UNAUTHORIZED_WAIT: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(600));
+/// So many probes of distinct subscriptions are refused before the wait for an operator doubles.
+const PROBES: usize = 3;
 /// A probe that has not ended by then is lost.
 const PROBE: Duration = Duration::from_secs(60);
 
@@ -74,6 +76,23 @@ pub(crate) enum Admission {
     Held(Duration, Cause),
 }
 
+/// What came of a message, as far as it is about the push service.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum News {
+    /// It does what it is there for.
+    Well,
+    /// It answers.
+    Answers,
+    /// It asks to wait, perhaps for so long.
+    Asks(Option<Duration>),
+    /// It refuses our key.
+    Refuses,
+    /// Nobody is there.
+    Silent,
+    /// Nothing.
+    Nothing,
+}
+
 /// See the module. Time is an argument.
 #[derive(Debug, Default)]
 pub(crate) struct Gate {
@@ -82,6 +101,8 @@ pub(crate) struct Gate {
     failed: [HashSet<u64>; 3],
     /// How many holds there were since the last success.
     holds: u32,
+    /// The subscriptions that were probes of this hold.
+    probed: HashSet<u64>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,50 +134,75 @@ impl Gate {
         }
     }
 
+    /// A message that was no probe went well. If the gate has closed meanwhile, it was sent before that, and says nothing new.
+    pub(crate) fn well(&mut self) {
+        if self.hold.is_none_or(|hold| hold.cause == Cause::Unreachable) {
+            self.open();
+        }
+    }
+
     /// What came of a message to the subscription `who`. True when this closed the gate.
-    pub(crate) fn note(&mut self, verdict: Verdict, answered: bool, who: u64, now: Instant) -> bool {
-        let (cause, asked) = match verdict {
-            Verdict::Delivered | Verdict::Gone => {
-                self.open();
-                return false;
-            }
-            // It answers, and does not mind being asked.
-            Verdict::TooLarge | Verdict::Rejected => {
-                self.failed[Cause::Throttled as usize].clear();
-                self.failed[Cause::Unreachable as usize].clear();
-                if self.hold.is_some_and(|hold| hold.probe.is_some() && hold.cause != Cause::Unauthorized) {
+    pub(crate) fn note(&mut self, news: News, probe: bool, who: u64, now: Instant) -> bool {
+        let held_for = self.hold.map(|hold| hold.cause);
+        let (cause, asked) = match news {
+            News::Well => {
+                if probe {
                     self.open();
+                } else {
+                    self.well();
                 }
                 return false;
             }
-            Verdict::Unauthorized => (Cause::Unauthorized, None),
-            Verdict::Retry { after, throttled } if throttled || after.is_some() => (Cause::Throttled, after),
-            Verdict::Retry { .. } if !answered => (Cause::Unreachable, None),
-            Verdict::Retry { .. } => {
+            News::Answers => {
+                self.failed[Cause::Throttled as usize].clear();
                 self.failed[Cause::Unreachable as usize].clear();
-                self.lose_probe(now);
+                match held_for {
+                    Some(Cause::Unauthorized) => self.lose_probe(probe),
+                    Some(Cause::Throttled) if !probe => {}
+                    _ => self.open(),
+                }
                 return false;
             }
-            Verdict::Forbidden | Verdict::Unresolvable | Verdict::Held(_) => {
-                self.lose_probe(now);
+            News::Nothing => {
+                self.lose_probe(probe);
                 return false;
             }
+            News::Refuses if probe && held_for != Some(Cause::Unauthorized) => {
+                // It answers. Whether it refuses everybody is for others to say.
+                let mut refused = std::mem::take(&mut self.failed[Cause::Unauthorized as usize]);
+                self.open();
+                refused.insert(who);
+                self.failed[Cause::Unauthorized as usize] = refused;
+                return false;
+            }
+            News::Refuses => (Cause::Unauthorized, None),
+            News::Asks(after) => (Cause::Throttled, after),
+            News::Silent => (Cause::Unreachable, None),
         };
         let failed = &mut self.failed[cause as usize];
         if failed.len() < cause.after() {
             failed.insert(who);
         }
-        let was_probe = self.hold.is_some_and(|hold| hold.probe.is_some() && hold.until <= now);
-        if !was_probe && failed.len() < cause.after() {
+        if !probe && (failed.len() < cause.after() || held_for.is_some()) {
             return false;
         }
-        let was_open = self.hold.is_none();
-        let wait = asked.unwrap_or_default().max(self.backoff(cause));
-        if was_open || was_probe {
-            self.holds += 1;
+        if probe && cause == Cause::Unauthorized {
+            // One that was refused before, or is hostile, may have been the probe.
+            self.probed.insert(who);
+            if self.probed.len() < PROBES {
+                self.hold = None;
+                self.hold(WAIT.0, cause, now);
+                return false;
+            }
         }
+        // What one subscription is asked for is believed for as long as it takes to ask another.
+        let most = if probe { WAIT.1 } else { MAX_RETRY_AFTER };
+        let wait = asked.unwrap_or_default().min(most).max(self.backoff(cause));
+        self.holds += 1;
+        self.probed.clear();
+        self.hold = None;
         self.hold(wait, cause, now);
-        was_open
+        held_for.is_none()
     }
 
     /// Holds it for at least this long.
@@ -172,21 +218,23 @@ impl Gate {
     pub(crate) fn open(&mut self) {
         self.hold = None;
         self.holds = 0;
+        self.probed.clear();
         self.failed.iter_mut().for_each(HashSet::clear);
     }
 
-    /// A probe ended without saying anything: the next may be one.
-    pub(crate) fn lose_probe(&mut self, now: Instant) {
+    /// A probe, if it was one, ended without saying anything: the next may be one.
+    pub(crate) fn lose_probe(&mut self, probe: bool) {
         if let Some(hold) = &mut self.hold
-            && hold.until <= now
+            && probe
         {
             hold.probe = None;
         }
     }
 
-    /// For how long it is held, and why.
+    /// For how long it is still held, and why.
     pub(crate) fn held(&self, now: Instant) -> Option<(Duration, Cause)> {
-        self.hold.map(|hold| (hold.until.saturating_duration_since(now), hold.cause))
+        let hold = self.hold.filter(|hold| hold.until > now)?;
+        Some((hold.until - now, hold.cause))
     }
 
     fn backoff(&self, cause: Cause) -> Duration {
@@ -201,28 +249,32 @@ mod tests {
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn asked(seconds: u64) -> Verdict {
-        Verdict::Retry { after: Some(SECOND * u32::try_from(seconds).unwrap()), throttled: true }
+    fn asked(seconds: u32) -> News {
+        News::Asks(Some(SECOND * seconds))
     }
 
-    const NOBODY: Verdict = Verdict::Retry { after: None, throttled: false };
+    fn throttled(now: Instant, seconds: u32) -> Gate {
+        let mut gate = Gate::default();
+        for who in 0..20 {
+            gate.note(asked(seconds), false, who, now);
+        }
+        gate
+    }
 
     #[test]
     fn one_subscription_stops_nobody_and_many_stop_the_lane() {
         let now = Instant::now();
-        for (verdict, answered, needed) in
-            [(asked(9), true, 3), (NOBODY, false, 5), (Verdict::Unauthorized, true, 20)]
-        {
+        for (news, needed) in [(asked(9), 20), (News::Silent, 5), (News::Refuses, 20)] {
             let mut gate = Gate::default();
             for _ in 0..1000 {
-                gate.note(verdict, answered, 7, now);
+                gate.note(news, false, 7, now);
             }
             assert_eq!(gate.admit(now), Admission::Open, "a hostile one");
             for who in 100..100 + needed - 2 {
-                assert!(!gate.note(verdict, answered, who, now));
+                assert!(!gate.note(news, false, who, now));
             }
             assert_eq!(gate.admit(now), Admission::Open);
-            assert!(gate.note(verdict, answered, 99, now), "{verdict:?}");
+            assert!(gate.note(news, false, 99, now), "{news:?}");
             assert!(matches!(gate.admit(now), Admission::Held(..)));
         }
     }
@@ -232,21 +284,27 @@ mod tests {
         let now = Instant::now();
         let mut gate = Gate::default();
         for who in 0..1000 {
-            gate.note(Verdict::Unauthorized, true, who, now);
+            gate.note(News::Refuses, false, who, now);
             if who % 10 == 0 {
-                gate.note(Verdict::Delivered, true, 5000, now);
+                gate.well();
             }
         }
         assert_eq!(gate.admit(now), Admission::Open);
     }
 
     #[test]
+    fn a_success_that_was_under_way_does_not_end_a_wait() {
+        let now = Instant::now();
+        let mut gate = throttled(now, 30);
+        gate.well();
+        gate.note(News::Answers, false, 8, now);
+        assert!(matches!(gate.admit(now), Admission::Held(_, Cause::Throttled)));
+    }
+
+    #[test]
     fn a_wait_ends_with_one_probe_that_decides() {
         let start = Instant::now();
-        let mut gate = Gate::default();
-        for who in 0..3 {
-            gate.note(asked(30), true, who, start);
-        }
+        let mut gate = throttled(start, 30);
         assert_eq!(gate.admit(start + SECOND), Admission::Held(29 * SECOND, Cause::Throttled));
         let later = start + 31 * SECOND;
         assert_eq!(gate.admit(later), Admission::Probe);
@@ -255,8 +313,40 @@ mod tests {
         assert_eq!(gate.admit(later + SECOND), Admission::Held(9 * SECOND, Cause::Throttled));
         let later = later + 11 * SECOND;
         assert_eq!(gate.admit(later), Admission::Probe);
-        gate.note(Verdict::Delivered, true, 78, later);
+        gate.note(News::Well, true, 78, later);
         assert_eq!(gate.admit(later), Admission::Open);
+    }
+
+    #[test]
+    fn a_hostile_probe_stops_nobody_for_long() {
+        let now = Instant::now();
+        let mut gate = throttled(now, 1);
+        let later = now + 2 * SECOND;
+        assert_eq!(gate.admit(later), Admission::Probe);
+        gate.note(News::Refuses, true, 66, later);
+        assert_eq!(gate.admit(later), Admission::Open, "it answers, and refuses one");
+
+        let mut gate = throttled(now, 1);
+        assert_eq!(gate.admit(later), Admission::Probe);
+        gate.note(asked(3600), true, 66, later);
+        assert_eq!(
+            gate.held(later),
+            Some((60 * SECOND, Cause::Throttled)),
+            "one is not believed for an hour"
+        );
+
+        let mut gate = Gate::default();
+        (0..20).for_each(|who| assert!(gate.note(News::Refuses, false, who, now) == (who == 19)));
+        let mut later = now + 31 * SECOND;
+        for who in 0..2 {
+            assert_eq!(gate.admit(later), Admission::Probe);
+            gate.note(News::Refuses, true, who, later);
+            assert_eq!(gate.held(later), Some((SECOND, Cause::Unauthorized)), "another one is asked soon");
+            later += SECOND;
+        }
+        assert_eq!(gate.admit(later), Admission::Probe);
+        gate.note(News::Refuses, true, 2, later);
+        assert_eq!(gate.held(later), Some((60 * SECOND, Cause::Unauthorized)));
     }
 
     #[test]
@@ -264,7 +354,7 @@ mod tests {
         let mut now = Instant::now();
         let mut gate = Gate::default();
         for who in 0..5 {
-            gate.note(NOBODY, false, who, now);
+            gate.note(News::Silent, false, who, now);
         }
         let mut waits = Vec::new();
         for _ in 0..8 {
@@ -272,7 +362,7 @@ mod tests {
             waits.push(wait.as_secs());
             now += wait;
             assert_eq!(gate.admit(now), Admission::Probe);
-            gate.note(NOBODY, false, 1, now);
+            gate.note(News::Silent, true, 1, now);
         }
         assert_eq!(waits, [1, 2, 4, 8, 16, 32, 60, 60]);
     }
@@ -281,10 +371,12 @@ mod tests {
     fn a_probe_that_never_ends_is_followed_by_another() {
         let now = Instant::now();
         let mut gate = Gate::default();
-        gate.hold(SECOND, Cause::Throttled, now);
+        gate.hold(SECOND, Cause::Unauthorized, now);
         assert_eq!(gate.admit(now + SECOND), Admission::Probe);
         assert!(matches!(gate.admit(now + 2 * SECOND), Admission::Held(..)));
-        gate.lose_probe(now + 2 * SECOND);
+        gate.note(News::Answers, true, 1, now + 2 * SECOND);
+        assert_eq!(gate.admit(now + 2 * SECOND), Admission::Probe);
+        gate.lose_probe(true);
         assert_eq!(gate.admit(now + 2 * SECOND), Admission::Probe);
         assert_eq!(gate.admit(now + 2 * SECOND + PROBE), Admission::Probe);
     }
@@ -292,9 +384,9 @@ mod tests {
     #[test]
     fn no_wait_is_longer_than_an_hour_and_an_operator_may_end_it() {
         let now = Instant::now();
-        let mut gate = Gate::default();
-        gate.hold(SECOND * 100_000, Cause::Throttled, now);
+        let mut gate = throttled(now, 100_000);
         assert_eq!(gate.held(now), Some((MAX_RETRY_AFTER, Cause::Throttled)));
+        assert_eq!(gate.held(now + MAX_RETRY_AFTER), None, "it is over, and nothing to remember");
         gate.open();
         assert_eq!(gate.admit(now), Admission::Open);
     }

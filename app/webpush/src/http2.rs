@@ -23,6 +23,8 @@ use crate::lock;
 /// A connection that carries requests and is silent for this long is asked whether it lives, and has as long
 /// to answer. Pings on idle connections are answered with GOAWAY `ENHANCE_YOUR_CALM`.
 const PING: Duration = Duration::from_secs(20);
+/// The most bytes of headers in an answer.
+const MAX_HEADERS: u32 = 16 * 1024;
 /// How many requests at once before the service has said how many it allows.
 const STREAMS_AT_FIRST: usize = 100;
 
@@ -51,6 +53,7 @@ impl Http2 {
         let Connected { stream, chosen, .. } = connected;
         let handshake = h2::client::Builder::new()
             .enable_push(false)
+            .max_header_list_size(MAX_HEADERS)
             .initial_max_send_streams(STREAMS_AT_FIRST)
             .handshake(stream)
             .await;
@@ -109,6 +112,11 @@ impl Http2 {
         ours.min(self.streams.load(Ordering::Relaxed)).max(1)
     }
 
+    /// Whether it was of any use.
+    pub(crate) fn has_answered(&self) -> bool {
+        self.answers.load(Ordering::Relaxed) > 0
+    }
+
     /// Whether requests may be sent on it.
     pub(crate) fn is_usable(&self) -> bool {
         let forgotten = self.load() == 0 && lock(&self.last_used).elapsed() > IDLE;
@@ -124,14 +132,23 @@ impl Http2 {
         let mut in_flight = InFlight::on(&self);
         let mut sender = lock(&self.sender).clone();
         let sent = async {
-            poll_fn(|context| sender.poll_ready(context)).await.map_err(|_| SendError::NotLookedAt)?;
-            let (response, mut stream) =
-                sender.send_request(request, body.is_empty()).map_err(|_| SendError::NotLookedAt)?;
+            let over = |_| {
+                // It is going away: the others are asked first.
+                self.over.store(true, Ordering::Relaxed);
+                SendError::NotLookedAt
+            };
+            poll_fn(|context| sender.poll_ready(context)).await.map_err(over)?;
+            let (response, mut stream) = sender.send_request(request, body.is_empty()).map_err(over)?;
             if !body.is_empty() {
                 // If this fails, the answer says why.
                 let _ = stream.send_data(body, true);
             }
-            response.await.map_err(|error| classify(&error))
+            response.await.map_err(|error| {
+                if error.is_go_away() {
+                    self.over.store(true, Ordering::Relaxed);
+                }
+                classify(&error)
+            })
         };
         let sent = sent.await;
         // Also an error is an answer: the connection itself knows how it is.
@@ -140,11 +157,6 @@ impl Http2 {
             Ok(response) => {
                 self.answers.fetch_add(1, Ordering::Relaxed);
                 Ok(read(response).await)
-            }
-            Err(SendError::NotLookedAt) => {
-                // It is going away, or full: the others are asked first.
-                self.over.store(true, Ordering::Relaxed);
-                Err(SendError::NotLookedAt)
             }
             Err(error) => Err(error),
         }

@@ -54,8 +54,12 @@ struct State {
     idle: Vec<Http1>,
     /// Whether the last new connection spoke HTTP/1.1.
     is_http1: bool,
+    /// HTTP/1.1 connections that carry a request.
+    lent: usize,
     is_dialing: bool,
     dialed: Option<Instant>,
+    /// Connections in a row that were over before they were of any use.
+    fruitless: u32,
     failed: Option<(Instant, Arc<ConnectError>)>,
 }
 
@@ -93,16 +97,18 @@ impl Lane {
                 if let Some(found) = self.pick(&mut state) {
                     return Ok(found);
                 }
-                // It failed while we waited for the same.
-                if let Some((when, error)) = &state.failed
-                    && *when >= asked
-                {
-                    return Err(Arc::clone(error).into());
-                }
                 if self.shared.drivers.is_stopped() {
                     return Err(ClientError::Closed);
                 }
-                self.dial(&mut state);
+                match &state.failed {
+                    // Those that carry requests now come back.
+                    Some((when, _)) if state.lent > 0 && when.elapsed() < DIAL_AGAIN => {}
+                    // It failed while we waited for the same.
+                    Some((when, error)) if state.lent == 0 && *when >= asked => {
+                        return Err(Arc::clone(error).into());
+                    }
+                    _ => self.dial(&mut state),
+                }
             }
             changed.await;
         }
@@ -123,6 +129,10 @@ impl Lane {
         let sent = connection.send(request, body).await;
         unanswered.0 = None;
         let mut state = self.state();
+        state.lent -= 1;
+        if sent.answer.is_ok() {
+            state.fruitless = 0;
+        }
         if sent.closed {
             // Whoever closes one without a word may have closed the others.
             state.idle.retain(|idle| !idle.used);
@@ -151,12 +161,23 @@ impl Lane {
         if state.is_http1 {
             while let Some(idle) = state.idle.pop() {
                 if idle.is_usable() {
+                    state.lent += 1;
                     return Some(Checkout::Http1(idle));
                 }
+                state.fruitless += u32::from(!idle.used);
             }
             return None;
         }
-        state.http2.retain(|connection| connection.is_usable());
+        let State { http2, fruitless, .. } = state;
+        http2.retain(|connection| {
+            let keep = connection.is_usable();
+            match (keep, connection.has_answered()) {
+                (_, true) => *fruitless = 0,
+                (false, false) => *fruitless += 1,
+                (true, false) => {}
+            }
+            keep
+        });
         let limits = &self.shared.limits;
         let least = state.http2.iter().min_by_key(|connection| connection.load())?;
         let least = Arc::clone(least);
@@ -173,10 +194,12 @@ impl Lane {
         if std::mem::replace(&mut state.is_dialing, true) {
             return;
         }
-        let lane = Arc::clone(self);
-        let not_before = state.dialed.map(|dialed| dialed + self.shared.limits.connect_every);
+        let pause = self.shared.limits.connect_every.max(fruitless_pause(state.fruitless));
+        let not_before = state.dialed.map(|dialed| dialed + pause);
+        // Before it is spawned: whoever waits is told also if it never runs.
+        let dialing = Dialing(Arc::clone(self));
         self.shared.drivers.spawn(async move {
-            let dialing = Dialing(&lane);
+            let lane = &dialing.0;
             if let Some(not_before) = not_before {
                 sleep_until(not_before.into()).await;
             }
@@ -184,7 +207,6 @@ impl Lane {
             if let Err(error) = lane.open().await {
                 lane.state().failed = Some((Instant::now(), Arc::new(error)));
             }
-            drop(dialing);
         });
     }
 
@@ -222,10 +244,18 @@ fn most(limits: &Limits, is_http1: bool) -> usize {
     if is_http1 { limits.http1_connections } else { limits.connections * limits.streams }
 }
 
-/// A connection is being opened; whoever waits for it is told how that ended.
-struct Dialing<'a>(&'a Lane);
+/// Before another connection to a service that ends them at once: none after the first, up to a second.
+fn fruitless_pause(fruitless: u32) -> Duration {
+    match fruitless {
+        0 | 1 => Duration::ZERO,
+        more => Duration::from_millis(10).saturating_mul(2_u32.saturating_pow(more.min(16))).min(DIAL_AGAIN),
+    }
+}
 
-impl Drop for Dialing<'_> {
+/// A connection is being opened; whoever waits for it is told how that ended.
+struct Dialing(Arc<Lane>);
+
+impl Drop for Dialing {
     fn drop(&mut self) {
         self.0.state().is_dialing = false;
         self.0.changed.notify_waiters();
@@ -239,7 +269,10 @@ impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if let Some(lane) = self.0 {
             // Whatever swallowed this request may swallow others.
-            lane.state().idle.clear();
+            let mut state = lane.state();
+            state.lent -= 1;
+            state.idle.clear();
+            drop(state);
             lane.changed.notify_one();
         }
     }

@@ -13,7 +13,7 @@ use rustls_pki_types::pem::PemObject;
 
 use crate::client::{Client, ClientError, Limits, Rooms};
 use crate::connect::{ConnectError, Connector, HttpVersion};
-use crate::gate::Cause;
+use crate::gate::{Cause, News};
 use crate::keying::{Keying, SenderKey};
 use crate::lane::Lane;
 use crate::message::Message;
@@ -64,7 +64,7 @@ pub struct Config {
     pub connect_every: Duration,
     /// How long dialing may take, over all addresses.
     pub connect_timeout: Duration,
-    /// How long one request may take, waiting for its turn included.
+    /// How long one request may take; as long again its wait for a turn.
     pub timeout: Duration,
 }
 
@@ -221,8 +221,8 @@ impl Sender {
             Ok(admitted) => admitted,
             Err(report) => return report,
         };
-        let report = self.send_on(&lane, turn, endpoint, keys, message, key).await;
-        if errand.end(&report, endpoint) {
+        let (report, news) = self.send_on(&lane, turn, endpoint, keys, message, key).await;
+        if errand.end(news, endpoint) {
             lane.turns.restart();
         }
         report
@@ -230,21 +230,23 @@ impl Sender {
 
     /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
     /// asked again in a moment is waited for.
-    async fn admit<'a>(
-        &self,
-        lane: &'a Lane,
-        bulk: bool,
-    ) -> Result<((Turn<'a>, Duration), Errand<'a>), Report> {
+    async fn admit<'a>(&self, lane: &'a Lane, bulk: bool) -> Result<(Turn<'a>, Errand<'a>), Report> {
         let asked = Instant::now();
+        let held = |(wait, cause): (Duration, Cause)| Report::failed(Verdict::Held(wait), &cause.as_str());
         loop {
-            let turn = self.0.client.turn(lane, bulk).await.map_err(|error| Report::failed(RETRY, &error))?;
+            if let Some(closed) = lane.service.is_held(PATIENCE) {
+                return Err(held(closed));
+            }
+            let Some(turn) = self.0.client.turn(lane, bulk).await else {
+                return Err(Report::failed(Verdict::Held(PATIENCE), &"it bears no more at once"));
+            };
             let (wait, cause) = match lane.service.admit() {
                 Ok(errand) => return Ok((turn, errand)),
                 Err(held) => held,
             };
             drop(turn);
             if asked.elapsed() + wait > PATIENCE {
-                return Err(Report::failed(Verdict::Held(wait), &cause.as_str()));
+                return Err(held((wait, cause)));
             }
             tokio::time::sleep(wait).await;
         }
@@ -253,18 +255,18 @@ impl Sender {
     async fn send_on(
         &self,
         lane: &Arc<Lane>,
-        turn: (Turn<'_>, Duration),
+        turn: Turn<'_>,
         endpoint: &Endpoint,
         keys: &Keys,
         message: &Message,
         key: &VapidKey,
-    ) -> Report {
+    ) -> (Report, News) {
         let shared = &self.0.shared;
         let contact = shared.contact.as_ref();
         let claim = lane.service.claimed.header(key, &endpoint.origin.name, contact, SystemTime::now());
         let claim = match claim {
             Ok(claim) => claim,
-            Err(error) => return Report::failed(RETRY, &error),
+            Err(error) => return (Report::failed(RETRY, &error), News::Nothing),
         };
         let body = if message.payload.as_bytes().is_empty() {
             Bytes::new()
@@ -274,28 +276,34 @@ impl Sender {
                 // Keys from a store were not looked at before.
                 Err(error) => {
                     let verdict = if keys.are_valid() { RETRY } else { Verdict::Forbidden };
-                    return Report::failed(verdict, &error);
+                    return (Report::failed(verdict, &error), News::Nothing);
                 }
             }
         };
-        let make = |version| request(version, endpoint, message, claim.clone(), body.is_empty());
+        let make = |version| request(version, endpoint, message, claim.clone(), body.len());
         match self.0.client.send(lane, turn, make, body.clone()).await {
             Ok(answer) => {
                 lane.service.compare_clocks(&answer.headers);
                 let verdict = verdict(endpoint.host(), answer.status, &answer.headers, SystemTime::now());
                 let detail =
                     if verdict == Verdict::Delivered { String::new() } else { excerpt(&answer.body) };
-                Report { verdict, status: Some(answer.status.as_u16()), detail }
+                (Report { verdict, status: Some(answer.status.as_u16()), detail }, news(verdict))
             }
             Err(ClientError::Connect(error)) => {
-                let verdict = match &*error {
-                    ConnectError::Forbidden(_) => Verdict::Forbidden,
-                    ConnectError::Resolve(ResolveError::NotFound(_)) => Verdict::Unresolvable,
-                    _ => RETRY,
+                let (verdict, news) = match &*error {
+                    ConnectError::Forbidden(_) => (Verdict::Forbidden, News::Nothing),
+                    ConnectError::Resolve(ResolveError::NotFound(_)) => {
+                        (Verdict::Unresolvable, News::Nothing)
+                    }
+                    // That is our own doing.
+                    ConnectError::TooMany => (RETRY, News::Nothing),
+                    _ => (RETRY, News::Silent),
                 };
-                Report::failed(verdict, &error)
+                (Report::failed(verdict, &error), news)
             }
-            Err(error) => Report::failed(RETRY, &error),
+            Err(error @ ClientError::Timeout(_)) => (Report::failed(RETRY, &error), News::Silent),
+            // A connection that breaks takes much along, and says nothing about the next one.
+            Err(error) => (Report::failed(RETRY, &error), News::Nothing),
         }
     }
 
@@ -349,12 +357,23 @@ pub struct LaneStatus {
 
 const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };
 
+/// What an answer says about the push service.
+fn news(verdict: Verdict) -> News {
+    match verdict {
+        Verdict::Delivered | Verdict::Gone => News::Well,
+        Verdict::Unauthorized => News::Refuses,
+        Verdict::Retry { after, throttled } if throttled || after.is_some() => News::Asks(after),
+        Verdict::TooLarge | Verdict::Rejected | Verdict::Retry { .. } => News::Answers,
+        Verdict::Forbidden | Verdict::Unresolvable | Verdict::Held(_) => News::Nothing,
+    }
+}
+
 fn request(
     version: Version,
     endpoint: &Endpoint,
     message: &Message,
     claim: HeaderValue,
-    is_empty: bool,
+    length: usize,
 ) -> Request<()> {
     let mut request = Request::new(());
     *request.method_mut() = Method::POST;
@@ -368,9 +387,8 @@ fn request(
     if let Some(topic) = &message.topic {
         headers.insert(TOPIC, topic.clone());
     }
-    if is_empty {
-        headers.insert(CONTENT_LENGTH, HeaderValue::from(0));
-    } else {
+    headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    if length > 0 {
         headers.insert(CONTENT_ENCODING, HeaderValue::from_static("aes128gcm"));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(message.content_type));
     }

@@ -11,12 +11,11 @@ use http::{HeaderMap, header};
 use tracing::warn;
 
 use crate::addresses::{AddressStatus, Addresses};
-use crate::gate::{Admission, Cause, Gate};
+use crate::gate::{Admission, Cause, Gate, News};
 use crate::lock;
-use crate::sender::Report;
 use crate::target::{Endpoint, Origin, Policy, TargetError, origin_of};
 use crate::vapid::Claimed;
-use crate::verdict::Verdict;
+use crate::verdict::is_windows;
 
 /// How many push services are known at once, and how many of them may be such that the settings do not name: any
 /// visitor can bring one where every host is allowed.
@@ -84,6 +83,12 @@ impl Service {
         }
     }
 
+    /// Whether it makes no sense to wait for a turn: for how long nothing is sent, and why.
+    pub(crate) fn is_held(&self, patience: Duration) -> Option<(Duration, Cause)> {
+        let gate = lock(&self.gate);
+        if gate.is_open() { None } else { gate.held(Instant::now()).filter(|(wait, _)| *wait > patience) }
+    }
+
     /// Warns when the service's clock and ours are apart: it would take our claims for too old, or too new.
     pub(crate) fn compare_clocks(&self, headers: &HeaderMap) {
         if !self.answers.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOK_AT_ONE_IN) {
@@ -127,22 +132,28 @@ pub(crate) struct Errand<'a> {
 impl Errand<'_> {
     /// Notes what came of it, for the subscription with this endpoint. True when the service is not sent to
     /// from now on.
-    pub(crate) fn end(mut self, report: &Report, endpoint: &Endpoint) -> bool {
-        self.probe = false;
-        if report.verdict == Verdict::Delivered {
-            lock(&self.service.gate).open();
+    pub(crate) fn end(mut self, news: News, endpoint: &Endpoint) -> bool {
+        let probe = std::mem::take(&mut self.probe);
+        let mut gate = lock(&self.service.gate);
+        if news == News::Well && !probe {
+            gate.well();
             return false;
         }
+        // Without what follows a question mark, which anybody can make up; except where the token stands there.
         let mut who = DefaultHasher::new();
-        endpoint.uri.path_and_query().hash(&mut who);
-        lock(&self.service.gate).note(report.verdict, report.status.is_some(), who.finish(), Instant::now())
+        if is_windows(endpoint.host()) {
+            endpoint.uri.path_and_query().hash(&mut who);
+        } else {
+            endpoint.uri.path().hash(&mut who);
+        }
+        gate.note(news, probe, who.finish(), Instant::now())
     }
 }
 
 impl Drop for Errand<'_> {
     fn drop(&mut self) {
         if self.probe {
-            lock(&self.service.gate).lose_probe(Instant::now());
+            lock(&self.service.gate).lose_probe(true);
         }
     }
 }

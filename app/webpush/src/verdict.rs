@@ -41,7 +41,7 @@ const WNS_STATUS: HeaderName = HeaderName::from_static("x-wns-notificationstatus
 
 /// The verdict on an answer of `host`, at `now`.
 pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Verdict {
-    let wns = host.ends_with(".notify.windows.com");
+    let wns = is_windows(host);
     let retry = |throttled| Verdict::Retry { after: retry_after(headers, now), throttled };
     match status.as_u16() {
         // Windows says 200 and drops the message all the same.
@@ -60,6 +60,11 @@ pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, now: SystemT
         // Redirects are not followed: the place they name was never checked.
         _ => Verdict::Rejected,
     }
+}
+
+/// Whether a host belongs to the Windows Notification Service.
+pub(crate) fn is_windows(host: &str) -> bool {
+    host.ends_with(".notify.windows.com")
 }
 
 /// Delta-seconds or a date (RFC 9110, section 10.2.3).

@@ -16,7 +16,7 @@ use super::subscriptions::endpoint_hash;
 use super::{Store, add_outcome, now_ms};
 use crate::push::audience::{Audience, Selection};
 use crate::push::outcome::Outcome;
-use crate::push::webhook::{Event, Webhook};
+use crate::push::webhook::{Event, Pruned, Webhook};
 
 /// A part of an audience, in the hands of a job.
 #[derive(Clone, Debug)]
@@ -101,14 +101,14 @@ pub(crate) struct Checkpoint {
     /// Subscriptions that have ended, with the endpoint that was sent to.
     pub(crate) ended: Vec<(i64, String)>,
     /// Subscriptions that were refused or not found,
-    pub(crate) struck: Vec<i64>,
+    pub(crate) struck: Vec<(i64, String)>,
     /// and those that were delivered to after that.
     pub(crate) cleared: Vec<i64>,
     pub(crate) deliveries: Vec<Delivery>,
     /// Members to be tried again later.
     pub(crate) deferred: Vec<Deferred>,
-    /// Jobs that follow from it.
-    pub(crate) follow_ups: Vec<NewJob>,
+    /// The webhook that is told which subscriptions are deleted.
+    pub(crate) tell: Option<String>,
     /// Whether this was the last.
     pub(crate) finished: bool,
 }
@@ -192,13 +192,18 @@ impl Store {
         checkpoint: Checkpoint,
     ) -> Result<Recorded> {
         let (jobs, batch) = (self.jobs.clone(), (batch.id, batch.notification, batch.site));
-        let deferred = checkpoint.deferred.iter().map(|deferred| &deferred.job);
-        let woken: Vec<_> = deferred.chain(&checkpoint.follow_ups).map(|job| job.queue.clone()).collect();
+        let woken: Vec<_> = checkpoint.deferred.iter().map(|deferred| deferred.job.queue.clone()).collect();
         let recorded = transact!(&self.sql, tx => record(tx, &jobs, batch, epoch, &checkpoint))?;
         if !woken.is_empty() {
             self.jobs.wake(woken.iter().map(|queue| &**queue));
         }
         Ok(recorded)
+    }
+
+    /// The batches of a notification that are not finished.
+    pub(crate) async fn batches_of(&self, notification: Uuid) -> Result<Vec<Uuid>> {
+        let sql = "SELECT id FROM batches WHERE notification = ? LIMIT 1000";
+        self.sql.query(sql, values![notification]).await?.iter().map(Row::first).collect()
     }
 
     /// Takes the cutting of an audience for the claim `epoch`. None when it is done.
@@ -424,39 +429,83 @@ fn member(row: &Row, stored: bool, with_metadata: bool) -> Result<Member> {
 const STRIKES: i64 = 3;
 const STRIKE_MS: i64 = 12 * 3600 * 1000;
 
-/// Counts against subscriptions, and for them.
-async fn strike<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<()> {
-    let now = now_ms();
-    let list = |ids: &[i64]| serde_json::to_string(ids).unwrap_or_default();
-    let among = tx.dialect().numbers_in("?2");
-    if !checkpoint.struck.is_empty() {
-        let sql = format!(
-            "UPDATE subscriptions SET strikes = strikes + 1, struck_at = ?3
-             WHERE site = ?1 AND id IN ({among}) AND (struck_at IS NULL OR struck_at <= ?3 - {STRIKE_MS})"
-        );
-        tx.execute(&sql, &values![site, list(&checkpoint.struck), now]).await?;
-        let sql =
-            format!("DELETE FROM subscriptions WHERE site = ?1 AND id IN ({among}) AND strikes >= {STRIKES}");
-        tx.execute(&sql, &values![site, list(&checkpoint.struck)]).await?;
+/// Counts against subscriptions and for them, deletes those that have ended, and returns which these are. All rows are
+/// changed in the order of their ids, as everybody does: two checkpoints never wait for each other.
+async fn strike<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<i64>> {
+    enum Change<'a> {
+        End(&'a str),
+        Strike(&'a str),
+        Clear,
     }
-    if !checkpoint.cleared.is_empty() {
-        let sql = format!(
-            "UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE site = ?1 AND id IN ({among})"
-        );
-        tx.execute(&sql, &values![site, list(&checkpoint.cleared)]).await?;
+    let ended = checkpoint.ended.iter().map(|(id, endpoint)| (*id, Change::End(endpoint)));
+    let struck = checkpoint.struck.iter().map(|(id, endpoint)| (*id, Change::Strike(endpoint)));
+    let cleared = checkpoint.cleared.iter().map(|id| (*id, Change::Clear));
+    let changes: BTreeMap<i64, Change<'_>> = ended.chain(struck).chain(cleared).collect();
+    let (now, mut deleted) = (now_ms(), Vec::new());
+    for (id, change) in changes {
+        // Not if the browser has subscribed anew meanwhile and kept the row.
+        let gone = match change {
+            Change::End(endpoint) => {
+                let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
+                tx.execute(sql, &values![site, id, endpoint_hash(endpoint)]).await?
+            }
+            Change::Strike(endpoint) => {
+                let sql = format!(
+                    "UPDATE subscriptions SET strikes = strikes + 1, struck_at = ?4
+                     WHERE site = ?1 AND id = ?2 AND endpoint_hash = ?3
+                       AND (struck_at IS NULL OR struck_at <= ?4 - {STRIKE_MS}) RETURNING strikes"
+                );
+                let parameters = values![site, id, endpoint_hash(endpoint), now];
+                let strikes: i64 = match sql::first(tx, &sql, &parameters).await? {
+                    Some(row) => row.first()?,
+                    None => 0,
+                };
+                if strikes < STRIKES {
+                    continue;
+                }
+                tx.execute("DELETE FROM subscriptions WHERE site = ? AND id = ?", &values![site, id]).await?
+            }
+            Change::Clear => {
+                let sql = "UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE site = ? AND id = ?";
+                tx.execute(sql, &values![site, id]).await?;
+                0
+            }
+        };
+        if gone == 1 {
+            deleted.push(id);
+        }
     }
-    Ok(())
+    Ok(deleted)
 }
 
 async fn log<T: Tx>(tx: &T, notification: Uuid, deliveries: &[Delivery]) -> Result<()> {
-    let sql = "INSERT INTO deliveries (notification, subscription, outcome, status, detail, at)
-               VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING";
-    let now = now_ms();
-    for Delivery { subscription, outcome, status, detail } in deliveries {
-        let status = status.map(i64::from);
-        tx.execute(sql, &values![notification, *subscription, outcome.as_str(), status, detail, now]).await?;
+    if deliveries.is_empty() {
+        return Ok(());
     }
-    Ok(())
+    let line = |delivery: &Delivery| {
+        serde_json::json!([
+            delivery.subscription,
+            delivery.outcome.as_str(),
+            delivery.status,
+            delivery.detail
+        ])
+    };
+    let lines: Vec<_> = deliveries.iter().map(line).collect();
+    let lines = serde_json::to_string(&lines).unwrap_or_default();
+    let rows = match tx.dialect() {
+        Dialect::Sqlite => {
+            "SELECT ?1, json_extract(value, '$[0]'), json_extract(value, '$[1]'), json_extract(value, '$[2]'),
+                    json_extract(value, '$[3]'), ?3 FROM json_each(?2) WHERE TRUE"
+        }
+        Dialect::Postgres => {
+            "SELECT ?1, (value->>0)::bigint, value->>1, (value->>2)::bigint, value->>3, ?3
+             FROM json_array_elements(?2::json) AS value"
+        }
+    };
+    let sql = format!(
+        "INSERT INTO deliveries (notification, subscription, outcome, status, detail, at) {rows} ON CONFLICT DO NOTHING"
+    );
+    tx.execute(&sql, &values![notification, lines, now_ms()]).await.map(drop)
 }
 
 async fn record<T: Tx>(
@@ -471,20 +520,12 @@ async fn record<T: Tx>(
     if tx.execute(held, &values![checkpoint.low_id, above, id, epoch]).await? == 0 {
         return Ok(Recorded::TooLate);
     }
-    for (outcome, count) in &checkpoint.outcomes {
-        add_outcome(tx, notification, outcome.as_str(), *count).await?;
-    }
-    // In the order of their ids, as everybody deletes them: two checkpoints never wait for each other.
-    let ended: BTreeMap<i64, &String> =
-        checkpoint.ended.iter().map(|(id, endpoint)| (*id, endpoint)).collect();
-    for (id, endpoint) in ended {
-        // Not if the browser has subscribed anew meanwhile and kept the row.
-        let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
-        tx.execute(sql, &values![site, id, endpoint_hash(endpoint)]).await?;
-    }
-    strike(tx, site, checkpoint).await?;
+    let deleted = strike(tx, site, checkpoint).await?;
     log(tx, notification, &checkpoint.deliveries).await?;
-    jobs.insert(tx, &checkpoint.follow_ups).await?;
+    if let Some(webhook) = checkpoint.tell.clone().filter(|_| !deleted.is_empty()) {
+        let subscriptions = deleted.into_iter().map(|id| Pruned { id }).collect();
+        jobs.insert(tx, &[webhook_job(webhook, Event::Pruned { notification, subscriptions })?]).await?;
+    }
     for deferred in &checkpoint.deferred {
         insert_deferred(tx, jobs, notification, deferred).await?;
     }
@@ -492,11 +533,13 @@ async fn record<T: Tx>(
         tx.execute("DELETE FROM batches WHERE id = ?", &values![id]).await?;
         let sql = "UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?";
         tx.execute(sql, &values![notification]).await?;
-        if end_if_done(tx, jobs, notification).await? {
-            return Ok(Recorded::Last);
-        }
     }
-    Ok(Recorded::Kept)
+    // Last, and after the notification itself: all its batches change these rows.
+    for (outcome, count) in &checkpoint.outcomes {
+        add_outcome(tx, notification, outcome.as_str(), *count).await?;
+    }
+    let is_last = checkpoint.finished && end_if_done(tx, jobs, notification).await?;
+    Ok(if is_last { Recorded::Last } else { Recorded::Kept })
 }
 
 async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferred: &Deferred) -> Result<()> {
@@ -508,6 +551,11 @@ async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferre
     let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
     tx.execute(sql, &values![notification]).await?;
     jobs.insert(tx, std::slice::from_ref(&deferred.job)).await
+}
+
+fn webhook_job(webhook: String, event: Event) -> Result<NewJob> {
+    let job = NewJob::new(&Webhook { webhook, event });
+    Ok(job.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
 }
 
 /// A notification whose last batch has finished has ended: its own recipients are not needed any more, and whoever

@@ -7,13 +7,16 @@ use jiff::Timestamp;
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
 use perennial_server::{transact, values};
 use perennial_webpush::Keys;
+use perennial_workers::queue::Due;
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
 use super::pacing::{Stage, Standing};
 use super::{Store, now_ms, timestamp};
+use crate::push::FAN_OUT_QUEUE;
 use crate::push::audience::{Audience, Selection};
+use crate::push::close::Close;
 
 /// For how long an idempotency key is kept, in milliseconds.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
@@ -102,6 +105,7 @@ pub(crate) enum Accepted {
 #[derive(Clone, Debug)]
 pub(crate) struct Notification {
     pub(crate) id: Uuid,
+    pub(crate) site: i64,
     pub(crate) state: String,
     pub(crate) estimate: u64,
     pub(crate) outcomes: BTreeMap<String, u64>,
@@ -158,7 +162,12 @@ impl Store {
     /// Changes how a notification stands, and returns how it stands now. None when there is none, and as it was when it
     /// has ended.
     pub(crate) async fn change(&self, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
-        transact!(&self.sql, tx => apply(tx, site, id, change))
+        let jobs = self.jobs.clone();
+        let changed = transact!(&self.sql, tx => apply(tx, &jobs, site, id, change))?;
+        if change == Change::Cancel {
+            self.jobs.wake([FAN_OUT_QUEUE]);
+        }
+        Ok(changed)
     }
 
     /// How it went for subscriptions after `cursor`, in the order of their ids.
@@ -176,9 +185,17 @@ impl Store {
         rows.iter().map(DeliveryView::read).collect()
     }
 
-    /// Deletes some notifications that ended before `before`, in milliseconds since 1970, with all that belongs to them;
-    /// returns how many.
+    /// Deletes some of what belongs to notifications that ended before `before`, in milliseconds since 1970; returns how
+    /// many rows.
     pub(crate) async fn forget_notifications(&self, before: i64) -> Result<u64> {
+        // Slice by slice: the log of one may have a million lines.
+        let sql = "DELETE FROM deliveries WHERE (notification, subscription) IN (
+                       SELECT notification, subscription FROM deliveries JOIN notifications ON id = notification
+                       WHERE ended_at < ? LIMIT 5000)";
+        let lines = self.sql.execute(sql, values![before]).await?;
+        if lines > 0 {
+            return Ok(lines);
+        }
         let sql = "DELETE FROM notifications WHERE id IN (
                        SELECT id FROM notifications WHERE ended_at < ? ORDER BY ended_at LIMIT 100)";
         self.sql.execute(sql, values![before]).await
@@ -254,10 +271,14 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
         insert_batch(tx, new.job.id, new.id, 0, new.watermark).await?;
     }
     jobs.insert(tx, std::slice::from_ref(&new.job)).await?;
+    if let Some(at) = plan.expires_at {
+        let due = Due::At(Timestamp::from_millisecond(at + 1000).unwrap_or_default());
+        jobs.insert(tx, &[close(new.id, at)?.due(due)]).await?;
+    }
     Ok(Accepted::Now)
 }
 
-async fn apply<T: Tx>(tx: &T, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
+async fn apply<T: Tx>(tx: &T, jobs: &Jobs, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
     // A pause, or another rate, begins the schedule anew.
     let (set, from): (&str, &str) = match change {
         Change::Pause => ("state = 'paused'", "'scheduled', 'queued', 'sending'"),
@@ -278,9 +299,19 @@ async fn apply<T: Tx>(tx: &T, site: i64, id: Uuid, change: Change) -> Result<Opt
         "UPDATE notifications SET {set} WHERE site = ?1 AND id = ?2 AND ended_at IS NULL AND state IN ({from})
          AND ?3 = ?3 AND coalesce(?4, 0) = coalesce(?4, 0)"
     );
-    tx.execute(&sql, &values![site, id, now_ms(), rate]).await?;
+    let now = now_ms();
+    let changed = tx.execute(&sql, &values![site, id, now, rate]).await?;
+    if changed == 1 && change == Change::Cancel {
+        jobs.insert(tx, &[close(id, now)?]).await?;
+    }
     let sql = format!("SELECT {} FROM notifications WHERE site = ? AND id = ?", Standing::COLUMNS);
     sql::first(tx, &sql, &values![site, id]).await?.as_ref().map(Standing::read).transpose()
+}
+
+/// The job that ends what waits of a notification that is over since `since`.
+fn close(notification: Uuid, since: i64) -> Result<NewJob> {
+    let job = NewJob::new(&Close { notification, since });
+    Ok(job.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
 }
 
 /// How it went for one subscription.
@@ -328,7 +359,7 @@ async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Optio
 fn columns(dialect: Dialect) -> String {
     let outcomes = dialect.object_of("outcome", "count");
     format!(
-        "id, state, estimate, error, created_at, started_at, ended_at, rate_milli, due_at, expires_at,
+        "id, site, state, estimate, error, created_at, started_at, ended_at, rate_milli, due_at, expires_at,
          (SELECT CAST(coalesce(sum(again), 0) AS bigint) FROM batches
           WHERE notification = notifications.id AND (ids IS NULL) = FALSE) AS again,
          (SELECT {outcomes} FROM notification_outcomes WHERE notification = notifications.id) AS outcomes"
@@ -339,6 +370,7 @@ fn read(row: &Row) -> Result<Notification> {
     let outcomes: String = row.get("outcomes")?;
     Ok(Notification {
         id: row.get("id")?,
+        site: row.get("site")?,
         state: row.get("state")?,
         estimate: row.get("estimate")?,
         outcomes: serde_json::from_str(&outcomes).unwrap_or_default(),

@@ -135,18 +135,17 @@ async fn reserve<T: Tx>(tx: &T, id: Uuid) -> Result<Reserved> {
          WHERE id = ? AND rate_milli IS NOT NULL AND state IN ('queued', 'sending')"
     );
     let Some(row) = sql::first(tx, &sql, &values![id]).await? else { return Ok(Reserved::Nothing) };
+    let (rate_milli, ramp_ms): (i64, i64) = (row.get("rate_milli")?, row.get("ramp_ms")?);
     #[expect(clippy::cast_precision_loss, reason = "rates and ramps are far below 2^52")]
-    let schedule = Schedule {
-        rate: row.get::<i64>("rate_milli")? as f64 / 1e3,
-        ramp: row.get::<i64>("ramp_ms")? as f64 / 1e3,
-    };
+    let schedule = Schedule { rate: rate_milli as f64 / 1e3, ramp: ramp_ms as f64 / 1e3 };
     let next: Option<i64> = row.get("pace_next")?;
     let from: Option<i64> = row.get("pace_from")?;
     let (reserved, from, end) = slice(schedule, row.get("now")?, from, next);
     let Reserved::Slice { .. } = reserved else { return Ok(reserved) };
     let sql = "UPDATE notifications SET pace_from = ?, pace_next = ?
-               WHERE id = ? AND (pace_next IS NOT DISTINCT FROM ?)";
-    let changed = tx.execute(sql, &values![from, end, id, next]).await?;
+               WHERE id = ? AND (pace_next IS NOT DISTINCT FROM ?) AND rate_milli = ? AND ramp_ms = ?
+                 AND state IN ('queued', 'sending')";
+    let changed = tx.execute(sql, &values![from, end, id, next, rate_milli, ramp_ms]).await?;
     Ok(if changed == 1 { reserved } else { Reserved::Later(Duration::ZERO) })
 }
 
@@ -178,6 +177,12 @@ async fn reserve_origin<T: Tx>(tx: &T, origin: &str, schedule: Schedule) -> Resu
 fn slice(schedule: Schedule, now: i64, from: Option<i64>, next: Option<i64>) -> (Reserved, i64, i64) {
     let mut from = from.unwrap_or(now + LEAD_US);
     let mut next = next.unwrap_or(from);
+    let longest = SLICE.as_secs_f64() + (1.0 / schedule.rate).max(schedule.at(1.0));
+    if next - now > AHEAD_US + (longest * 1e6) as i64 {
+        // Nobody reserves so far ahead: the store's clock was set back.
+        from += now - next;
+        next = now;
+    }
     if next - now > AHEAD_US {
         let wait = Duration::from_micros((next - now - AHEAD_US).unsigned_abs());
         return (Reserved::Later(wait), from, next);
@@ -212,6 +217,16 @@ mod tests {
         let (third, ..) = slice(STEADY, now + 2000, Some(from), Some(next));
         let Reserved::Later(wait) = third else { panic!("{third:?}") };
         assert_eq!(wait, Duration::from_micros(18_000));
+    }
+
+    #[test]
+    fn a_clock_that_is_set_back_stops_nobody() {
+        let now = 1_000_000_000_000_000;
+        let (reserved, ..) = slice(STEADY, now, Some(now), Some(now + 3_600_000_000));
+        assert!(matches!(reserved, Reserved::Slice { .. }));
+        let slow = Schedule { rate: 0.001, ramp: 0.0 };
+        let (reserved, ..) = slice(slow, now, Some(now), Some(now + 999_000_000));
+        assert!(matches!(reserved, Reserved::Later(_)), "that is how slow it is");
     }
 
     #[test]

@@ -47,8 +47,8 @@ impl Store {
     pub(crate) async fn held_services(&self, changed_at: i64) -> Result<Vec<Held>> {
         let now = self.now();
         let sql = format!(
-            "SELECT origin, cause, changed_at, held_until - {now} AS wait FROM push_services WHERE changed_at > ?
-             ORDER BY changed_at LIMIT 1024"
+            "SELECT origin, cause, changed_at, held_until - {now} AS wait FROM push_services
+             WHERE changed_at > ? AND changed_at > 0 ORDER BY changed_at DESC LIMIT 2048"
         );
         let rows = self.sql.query(sql, values![changed_at]).await?;
         let read = |row: &perennial_server::pool::sql::Row| {
@@ -61,6 +61,16 @@ impl Store {
             })
         };
         rows.iter().map(read).collect()
+    }
+
+    /// Forgets services that nothing has been said about for a day.
+    pub(crate) async fn forget_services(&self) -> Result<()> {
+        let now = self.now();
+        let sql = format!(
+            "DELETE FROM push_services WHERE changed_at < {now} - 86400000
+             AND coalesce(held_until, 0) < {now} AND coalesce(pace_next, 0) / 1000 < {now} - 86400000"
+        );
+        self.sql.execute(sql, values![]).await.map(drop)
     }
 
     /// The store's clock in milliseconds, as an expression.

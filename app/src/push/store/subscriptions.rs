@@ -72,7 +72,8 @@ pub(crate) struct Exported {
     pub(crate) endpoint: String,
     pub(crate) p256dh: Vec<u8>,
     pub(crate) auth: Vec<u8>,
-    pub(crate) vapid_key: i64,
+    /// The VAPID key that it was made with.
+    pub(crate) public_key: Vec<u8>,
     pub(crate) user: Option<String>,
     pub(crate) tags: Option<Vec<String>>,
     pub(crate) metadata: Option<serde_json::Value>,
@@ -109,13 +110,22 @@ impl Store {
         limit: usize,
     ) -> Result<Vec<Subscription>> {
         let columns = columns(self.sql.dialect());
+        let (mut conditions, mut parameters) = (String::new(), values![site, cursor].to_vec());
+        if let Some(user) = user {
+            conditions.push_str(r#" AND "user" = ?"#);
+            parameters.push(user.into());
+        }
+        if let Some(tag) = tag {
+            conditions.push_str(
+                " AND id IN (SELECT subscription FROM subscription_tags WHERE site = ? AND tag = ?)",
+            );
+            parameters.extend([site.into(), tag.into()]);
+        }
+        parameters.push(limit.into());
         let sql = format!(
-            r#"SELECT {columns} FROM subscriptions
-               WHERE site = ?1 AND id > ?2 AND (?3 IS NULL OR "user" = ?3)
-                 AND (?4 IS NULL OR id IN (SELECT subscription FROM subscription_tags WHERE site = ?1 AND tag = ?4))
-               ORDER BY id LIMIT ?5"#
+            "SELECT {columns} FROM subscriptions WHERE site = ? AND id > ?{conditions} ORDER BY id LIMIT ?"
         );
-        self.sql.query(sql, values![site, cursor, user, tag, limit]).await?.iter().map(read).collect()
+        self.sql.query(sql, parameters).await?.iter().map(read).collect()
     }
 
     /// Stores many, whatever was known about them before: all or none.
@@ -128,7 +138,8 @@ impl Store {
         let tags = self.sql.dialect().list_of("tag");
         let sql = format!(
             r#"SELECT id, endpoint, p256dh, auth, vapid_key, "user", metadata,
-                      (SELECT {tags} FROM subscription_tags WHERE subscription = subscriptions.id) AS tags
+                      (SELECT {tags} FROM subscription_tags WHERE subscription = subscriptions.id) AS tags,
+                      (SELECT public_key FROM vapid_keys WHERE vapid_keys.id = vapid_key) AS public_key
                FROM subscriptions WHERE site = ? AND id > ? ORDER BY id LIMIT ?"#
         );
         let rows = self.sql.query(sql, values![site, cursor, limit]).await?;
@@ -140,7 +151,7 @@ impl Store {
                 endpoint: row.get("endpoint")?,
                 p256dh: row.get("p256dh")?,
                 auth: row.get("auth")?,
-                vapid_key: row.get("vapid_key")?,
+                public_key: row.get("public_key")?,
                 user: row.get("user")?,
                 tags: Some(tags).filter(|tags| !tags.is_empty()),
                 metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
@@ -203,6 +214,7 @@ async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>>
         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)
         ON CONFLICT (site, endpoint_hash) DO UPDATE
         SET vapid_key = excluded.vapid_key, p256dh = excluded.p256dh, auth = excluded.auth,
+            strikes = 0, struck_at = NULL,
             "user" = coalesce(excluded."user", known."user"), metadata = coalesce(excluded.metadata, known.metadata),
             updated_at = CASE WHEN known.created_at >= ?9 THEN ?9 + 1 ELSE ?9 END
         RETURNING id, created_at = updated_at AS created"#;
@@ -315,7 +327,7 @@ async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
     let sql = r#"
         UPDATE subscriptions
         SET vapid_key = ?, endpoint = ?, endpoint_hash = ?, p256dh = ?, auth = ?, "user" = coalesce(?, "user"),
-            metadata = coalesce(?, metadata), updated_at = ?
+            metadata = coalesce(?, metadata), updated_at = ?, strikes = 0, struck_at = NULL
         WHERE id = ?"#;
     let parameters = values![
         new.vapid_key,

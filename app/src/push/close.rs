@@ -1,0 +1,102 @@
+//! The job that ends what is still waiting of a notification that was cancelled, or whose time is over: a batch that is to
+//! be tried again in an hour, or one that was not to begin before next month.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use perennial_workers::{Context, Fate, Job, Options};
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use super::Tools;
+use super::fanout::BUDGET;
+use super::outcome::Outcome;
+use super::store::{Checkpoint, Part, Recorded, Stage};
+
+/// The claim of this job on a batch: later than any that a worker may have.
+const LAST_EPOCH: i64 = i64::MAX / 2;
+/// What a batch may take to stop, besides its sends in flight.
+const STOP: Duration = Duration::from_secs(5);
+
+/// See the module.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(crate) struct Close {
+    pub(crate) notification: Uuid,
+    /// Since when nothing more is begun, in milliseconds since 1970.
+    pub(crate) since: i64,
+}
+
+impl Job for Close {
+    const KIND: &'static str = "push.close";
+    type Tools = Tools;
+
+    fn options() -> Options {
+        Options {
+            queue: super::FAN_OUT_QUEUE,
+            timeout: Duration::from_secs(300),
+            budget: BUDGET,
+            ..Options::default()
+        }
+    }
+
+    fn subject(&self) -> Option<String> {
+        Some(format!("notification {}", self.notification))
+    }
+
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+        let (store, id) = (&tools.store, self.notification);
+        let Some(found) = store.any_notification(id).await?.filter(|found| found.ended_at.is_none()) else {
+            return Ok(Fate::Done);
+        };
+        let now = Timestamp::now().as_millisecond();
+        let outcome = match found.expires_at {
+            _ if found.state == Stage::Cancelled.as_str() => Outcome::Cancelled,
+            Some(at) if at.as_millisecond() <= now => Outcome::Expired,
+            _ => return Ok(Fate::Done),
+        };
+        // Those that run stop by themselves, and know what became of their last sends.
+        let patience = tools.config.send_timeout + STOP;
+        let waited = Duration::from_millis(u64::try_from(now - self.since).unwrap_or_default());
+        if found.started_at.is_some() && waited < patience {
+            return Ok(Fate::Snooze(patience.checked_sub(waited).unwrap_or_default()));
+        }
+        let mut last = store.give_up_fan_out(id, LAST_EPOCH, outcome, None).await?;
+        loop {
+            let batches = store.batches_of(id).await?;
+            if batches.is_empty() {
+                break;
+            }
+            for batch in batches {
+                context.check()?;
+                last |= self.end(&tools, batch, outcome).await?;
+            }
+        }
+        if last {
+            tools.ended(id, found.site).await;
+        }
+        Ok(Fate::Done)
+    }
+}
+
+impl Close {
+    /// Ends a batch. True when it was the last.
+    async fn end(&self, tools: &Tools, id: Uuid, outcome: Outcome) -> anyhow::Result<bool> {
+        let Some(batch) = tools.store.open_batch(id, LAST_EPOCH).await? else { return Ok(false) };
+        let left = match &batch.part {
+            Part::Range { .. } => tools.store.members(&batch).await?.len(),
+            // Whether they still exist or not.
+            Part::Ids(ids) => ids.iter().filter(|id| !batch.is_recorded(**id)).count(),
+        };
+        let mut checkpoint = Checkpoint {
+            low_id: batch.low_id,
+            above: batch.above.clone(),
+            finished: true,
+            ..Checkpoint::default()
+        };
+        if left > 0 {
+            checkpoint.outcomes = vec![(outcome, left)];
+        }
+        tools.meters.decided(&checkpoint.outcomes);
+        Ok(tools.store.checkpoint(&batch, LAST_EPOCH, checkpoint).await? == Recorded::Last)
+    }
+}
