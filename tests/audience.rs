@@ -280,3 +280,21 @@ async fn subscriptions_that_come_with_a_notification_are_nobody_elses() {
     let strange = format!("/notifications/{}/deliveries?outcome=%00", id.as_str().unwrap());
     assert_eq!(perennial.client().get(&strange).await.status, 422);
 }
+
+#[tokio::test]
+async fn an_import_of_any_length_goes_through() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    let keys = double.mint()["keys"].clone();
+    let line = |number: usize| {
+        let subscription =
+            json!({ "endpoint": format!("{}/wpush/v2/{number:0>300}", double.origin()), "keys": keys });
+        json!({ "subscription": subscription }).to_string()
+    };
+    let file = perennial.setup.file("long.ndjson");
+    std::fs::write(&file, (0..6000).map(line).collect::<Vec<_>>().join("\n")).unwrap();
+    assert!(file.metadata().unwrap().len() > 2 << 20, "more than one body holds");
+    let output = perennial.setup.run(&["subscriptions", "import", file.to_str().unwrap()]).await;
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let counts: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(counts, json!({ "created": 6000, "updated": 0, "refused": 0 }));
+}

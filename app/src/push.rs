@@ -13,6 +13,7 @@
 
 mod audience;
 mod close;
+mod config;
 mod deliver;
 mod fanout;
 mod flows;
@@ -38,7 +39,6 @@ mod users;
 mod vapid;
 mod webhook;
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -46,9 +46,9 @@ use axum::extract::FromRef;
 use perennial_server::drain::{Drain, Phase};
 use perennial_server::http::detach::Detach;
 use perennial_server::pool::sql;
-use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Proxy, SenderKey};
+use perennial_webpush::Contact;
 use perennial_workers::Jobs;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use serde_json::json;
 use tracing::{info, warn};
 use utoipa_axum::router::OpenApiRouter;
@@ -58,7 +58,8 @@ use uuid::Uuid;
 use crate::access::{Access, Scope};
 use crate::data_dir::DataDir;
 use crate::module::{Host, Module};
-use crate::settings::{Network, Reader, Size};
+use crate::settings::Reader;
+use config::Config;
 use flows::Flows;
 use import::Porter;
 use limits::Limits;
@@ -66,7 +67,7 @@ use progress::Progress;
 use senders::Senders;
 use store::Store;
 use vapid::VapidKeys;
-use webhook::{Registered, Webhooks};
+use webhook::Webhooks;
 
 /// Cuts audiences into batches.
 const FAN_OUT_QUEUE: &str = "push-fan-out";
@@ -89,12 +90,6 @@ const FAN_OUTS: usize = 4;
 /// How long the page's token is good for.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
-const SECOND: Duration = Duration::from_secs(1);
-const MILLISECOND: Duration = Duration::from_millis(1);
-const HOUR: Duration = Duration::from_secs(3600);
-/// The longest time to live that every push service grants: 28 days.
-const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
-
 /// The module, with its settings read.
 #[derive(Debug)]
 pub struct Push {
@@ -102,36 +97,6 @@ pub struct Push {
     contact: Result<Contact, String>,
     sender: perennial_webpush::Config,
     limits: limits::Config,
-}
-
-/// What the routes and jobs need to know.
-#[derive(Debug)]
-struct Config {
-    page: bool,
-    origins: Vec<String>,
-    public_tags: Vec<String>,
-    user_secret: Option<SecretString>,
-    ttl: Duration,
-    attempts: u32,
-    batch: usize,
-    window: usize,
-    batches: usize,
-    small_batches: usize,
-    small_audience: u64,
-    retry_batches: usize,
-    paced_batches: usize,
-    /// Messages per second to one push service.
-    origin_rate: Option<f64>,
-    threads: usize,
-    /// How long one send may take, and as long again its wait for a turn.
-    send_timeout: Duration,
-    /// For how long notifications that have ended are kept.
-    retention: Duration,
-    webhooks: BTreeMap<String, Registered>,
-    /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
-    last_sends: Duration,
-    checkpoint_every: Duration,
-    checkpoint_sends: usize,
 }
 
 /// Everything that routes and jobs work with.
@@ -175,10 +140,10 @@ impl Module for Push {
     }
 
     fn configure(settings: &mut Reader<'_>) -> Self {
-        let contact = contact(settings);
+        let contact = config::contact(settings);
         Self {
-            config: config(settings),
-            sender: perennial_webpush::Config { contact: contact.clone().ok(), ..sender(settings) },
+            config: config::config(settings),
+            sender: perennial_webpush::Config { contact: contact.clone().ok(), ..config::sender(settings) },
             contact,
             limits: limits::Config {
                 address_burst: settings.number("push.address_burst", 1..=1_000_000),
@@ -329,58 +294,6 @@ fn routes(application: &Tools) -> OpenApiRouter {
     routes.with_state(Arc::clone(application))
 }
 
-/// What pages' user tokens are made with.
-const USER_SECRET: &str = "sites.default.user_secret_file";
-/// The shortest secret for it, in bytes.
-const MIN_USER_SECRET: usize = 16;
-
-fn config(settings: &mut Reader<'_>) -> Config {
-    let origins = settings.read_with(
-        "sites.default.origins",
-        "a list of origins such as https://www.example.com",
-        |value| {
-            let origins = <Vec<String> as crate::settings::Setting>::read(value)?;
-            origins.iter().all(|origin| subscriptions::is_origin(origin)).then_some(origins)
-        },
-    );
-    let public_tags = settings.read_with("sites.default.public_tags", "a list of tags", |value| {
-        let tags = <Vec<String> as crate::settings::Setting>::read(value)?;
-        tags.iter().all(|tag| tags::is_tag(tag)).then_some(tags)
-    });
-    let user_secret = settings.secret_file(USER_SECRET);
-    if user_secret.as_ref().is_some_and(|secret| secret.expose_secret().len() < MIN_USER_SECRET) {
-        settings.refuse::<()>(
-            USER_SECRET,
-            "a file with a secret of at least 16 bytes; this one is guessed in no time",
-        );
-    }
-    Config {
-        page: settings.get("push.page"),
-        origins,
-        public_tags,
-        user_secret,
-        ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
-        attempts: settings.number("push.attempts", 1..=100),
-        batch: settings.number("push.batch", 1..=100_000),
-        window: settings.number("push.window", 1..=10_000),
-        batches: settings.number("push.batches", 1..=1000),
-        small_batches: settings.number("push.small_batches", 1..=1000),
-        small_audience: settings.number("push.small_audience", 0..=10_000),
-        retry_batches: settings.number("push.retry_batches", 1..=1000),
-        paced_batches: settings.number("push.paced_batches", 1..=1000),
-        origin_rate: origin_rate(settings),
-        threads: threads(settings),
-        send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
-        // Idempotency keys are good for a day.
-        retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
-        webhooks: webhooks(settings),
-        // The rest of that phase is for writing down what they were.
-        last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
-        checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
-        checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
-    }
-}
-
 /// Imports and exports for a command that runs while no server does.
 pub(crate) async fn porter(
     settings: &mut Reader<'_>,
@@ -390,166 +303,6 @@ pub(crate) async fn porter(
 ) -> anyhow::Result<Porter> {
     let store = Store::new(sql.clone(), jobs);
     let vapid = VapidKeys::load(data_dir, sql, &store).await?;
-    let sender = perennial_webpush::Sender::new(sender(settings))?;
+    let sender = perennial_webpush::Sender::new(config::sender(settings))?;
     Ok(Porter::new(store, sender, Arc::new(vapid)))
-}
-
-/// The threads that send: one for each processor, unless the settings say.
-fn threads(settings: &mut Reader<'_>) -> usize {
-    match settings.number("push.threads", 0..=1024) {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
-        threads => threads,
-    }
-}
-
-/// A rate for each push service; none when it is 0.
-fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
-    let rate: f64 =
-        settings.read_with("push.origin_rate", "messages per second, or 0 for no limit", |value| {
-            #[expect(clippy::cast_precision_loss, reason = "a rate")]
-            let rate = value.as_float().or_else(|| value.as_integer().map(|rate| rate as f64))?;
-            (rate == 0.0 || (0.001..=1e6).contains(&rate)).then_some(rate)
-        });
-    (rate > 0.0).then_some(rate)
-}
-
-const WEBHOOKS_KEY: &str = "sites.default.webhooks";
-
-/// Whom notifications may name to be told.
-fn webhooks(settings: &mut Reader<'_>) -> BTreeMap<String, Registered> {
-    let wanted = "a list of { name, url, secret_file, pruned = false }";
-    let found: Vec<(String, http::Uri, std::path::PathBuf, bool)> =
-        settings.read_with(WEBHOOKS_KEY, wanted, |value| {
-            let webhook = |webhook: &toml::Value| {
-                let text = |key: &str| webhook.get(key).and_then(toml::Value::as_str);
-                let url: http::Uri = text("url")?.parse().ok()?;
-                let is_web = matches!(url.scheme_str(), Some("http" | "https"));
-                let pruned = webhook.get("pruned").is_some_and(|pruned| pruned.as_bool() == Some(true));
-                let known = ["name", "url", "secret_file", "pruned"];
-                let only_known = webhook.as_table()?.keys().all(|key| known.contains(&key.as_str()));
-                (is_web && only_known).then_some(())?;
-                Some((text("name")?.to_owned(), url, text("secret_file")?.into(), pruned))
-            };
-            value.as_array()?.iter().map(webhook).collect()
-        });
-    let mut registered = BTreeMap::new();
-    for (name, url, file, pruned) in found {
-        match std::fs::read_to_string(&file) {
-            Ok(secret) if secret.trim().len() >= MIN_USER_SECRET => {
-                let secret = secret.trim().to_owned().into();
-                registered.insert(name, Registered { url, secret, pruned });
-            }
-            _ => {
-                let wanted = format!("that {} is a file with a secret of at least 16 bytes", file.display());
-                settings.refuse::<()>(WEBHOOKS_KEY, &wanted);
-            }
-        }
-    }
-    registered
-}
-
-/// The proxy that connections to push services go out through.
-fn proxy(settings: &mut Reader<'_>) -> Option<Proxy> {
-    let resolves: bool = settings.get("push.proxy_resolves");
-    let credentials = settings.secret_file("push.proxy_credentials_file");
-    let proxy: Option<Proxy> = settings.read_with(
-        "push.proxy",
-        "a proxy such as http://proxy.example.net:3128",
-        |value| match value.as_str()? {
-            "" => Some(None),
-            text => text.parse().ok().map(Some),
-        },
-    );
-    let proxy = proxy?.resolving(resolves);
-    Some(match credentials {
-        Some(credentials) => proxy.with_credentials(credentials.expose_secret()),
-        None => proxy,
-    })
-}
-
-/// How sender keys are made.
-fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
-    let life = settings.duration("push.sender_key_life", SECOND..=HOUR * 24 * 30);
-    let Size(cache) = settings.get("push.sender_key_cache");
-    let rotates =
-        settings.read_with("push.sender_key", "fresh or rotating", |value| match value.as_str()? {
-            "fresh" => Some(false),
-            "rotating" => Some(true),
-            _ => None,
-        });
-    if rotates { SenderKey::Rotating { life, cache: cache as u64 } } else { SenderKey::Fresh }
-}
-
-fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
-    perennial_webpush::Config {
-        policy: Policy {
-            hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
-            networks: settings
-                .parse_list::<Network>("push.allow_networks", "networks such as 10.1.0.0/16")
-                .into_iter()
-                .map(|Network(network)| network)
-                .collect(),
-            insecure: settings.get("push.allow_insecure"),
-        },
-        contact: None,
-        http: settings.read_with("push.http", "auto, 1 or 2", |value| {
-            match value.to_string().trim_matches('"') {
-                "auto" => Some(HttpVersion::Auto),
-                "1" => Some(HttpVersion::One),
-                "2" => Some(HttpVersion::Two),
-                _ => None,
-            }
-        }),
-        extra_ca_file: settings.file("push.extra_ca_file"),
-        resolve: settings.read_with(
-            "push.resolve",
-            "a list of { host = \"name\", addresses = [\"192.0.2.7\"] }",
-            pins,
-        ),
-        proxy: proxy(settings),
-        sender_key: sender_key(settings),
-        connections: settings.number("push.connections", 1..=1000),
-        streams: settings.number("push.streams", 1..=10_000),
-        http1_connections: settings.number("push.http1_connections", 1..=10_000),
-        max_connections: settings.number("push.max_connections", 2..=100_000),
-        connect_every: settings.duration("push.connect_every", Duration::ZERO..=HOUR),
-        connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
-        timeout: settings.duration("push.timeout", SECOND..=HOUR),
-    }
-}
-
-/// Whom push services may ask, or why Apple would refuse to deliver.
-fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
-    let text: String = settings.get("push.contact");
-    let contact = match text.as_str() {
-        "" => Err("push.contact is not set".to_owned()),
-        text => text.parse().map_err(|error: ContactError| format!("push.contact cannot be used: {error}")),
-    };
-    if contact.is_err() && settings.get("push.contact_required") {
-        settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
-    }
-    contact
-}
-
-fn pins(value: &toml::Value) -> Option<Vec<Pin>> {
-    let pin = |pin: &toml::Value| {
-        let host = pin.get("host")?.as_str()?.to_owned();
-        let addresses = pin.get("addresses")?.as_array()?;
-        let addresses =
-            addresses.iter().map(|address| address.as_str()?.parse().ok()).collect::<Option<Vec<_>>>()?;
-        (!addresses.is_empty()).then_some(Pin { host, addresses })
-    };
-    value.as_array()?.iter().map(pin).collect()
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_hosts_in_the_settings_are_those_of_the_library() {
-        let defaults: toml::Table = Push::DEFAULTS.parse().unwrap();
-        let listed = defaults["push"]["allow_hosts"].as_array().unwrap();
-        assert!(listed.iter().filter_map(|host| host.as_str()).eq(perennial_webpush::DEFAULT_HOSTS));
-    }
 }

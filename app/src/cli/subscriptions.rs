@@ -19,8 +19,8 @@ use crate::module::Blueprint;
 use crate::push;
 use crate::settings::{Reader, Sources};
 
-/// How much is sent at once, in bytes: some thousands of lines.
-const CHUNK: usize = 2 << 20;
+/// How much is sent at once, in bytes: less than the admin listener takes in one body.
+const CHUNK: usize = 900 << 10;
 /// How many lines that were refused are shown.
 const SHOWN: usize = 20;
 
@@ -167,6 +167,6 @@ mod tests {
             sizes.push(chunk.len());
         }
         assert_eq!(sizes.iter().sum::<usize>(), 5_000_000);
-        assert_eq!(sizes.len(), 3);
+        assert_eq!(sizes.len(), 6);
     }
 }

@@ -11,10 +11,11 @@ use perennial_workers::{Context, Fate, Job, Options};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use super::Tools;
+use super::config::Config;
 use super::deliver::Deliver;
 use super::outcome::Outcome;
 use super::store::{Added, Stage, Standing};
-use super::{Config, Tools};
 
 /// How many batches of one notification may wait or run, for each that can run at once.
 const AHEAD: usize = 4;

@@ -3,7 +3,7 @@
 //! One task asks the store twice a second how they stand, since another replica may have been told to pause one; and it
 //! reserves the slices of those that are paced.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
@@ -34,12 +34,20 @@ pub(crate) struct Flow {
     pub(crate) id: Uuid,
     standing: watch::Sender<Standing>,
     pace: Pace,
+    /// The batches that have members left, the oldest first.
+    line: Mutex<BTreeSet<Uuid>>,
 }
 
 impl Flow {
     /// How it stands, and when that changes.
     pub(crate) fn standing(&self) -> watch::Receiver<Standing> {
         self.standing.subscribe()
+    }
+
+    /// Puts a batch into the line of those that send.
+    pub(crate) fn stand_in_line(self: &Arc<Self>, batch: Uuid) -> Place {
+        lock(&self.line).insert(batch);
+        Place { flow: Arc::clone(self), batch }
     }
 
     /// The pace that it keeps, if it has one.
@@ -59,6 +67,27 @@ impl Flow {
         if repaced {
             self.pace.reset();
         }
+    }
+}
+
+/// A batch's place in the line of its notification. Whoever is first takes what is due, and the others what it leaves: so
+/// that batches end one after the other, and not all at once before there are new ones.
+#[derive(Debug)]
+pub(crate) struct Place {
+    flow: Arc<Flow>,
+    batch: Uuid,
+}
+
+impl Place {
+    /// How many are before it.
+    pub(crate) fn rank(&self) -> u32 {
+        u32::try_from(lock(&self.flow.line).range(..self.batch).count()).unwrap_or(u32::MAX)
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        lock(&self.flow.line).remove(&self.batch);
     }
 }
 
@@ -126,7 +155,7 @@ impl Flows {
     pub(crate) fn flow(&self, id: Uuid, standing: Standing) -> Arc<Flow> {
         let flow = self.notifications.get(&id, || {
             let standing = watch::Sender::new(standing);
-            Flow { id, standing, pace: Pace::new(Arc::clone(&self.wake)) }
+            Flow { id, standing, pace: Pace::new(Arc::clone(&self.wake)), line: Mutex::default() }
         });
         flow.set(standing);
         flow

@@ -29,7 +29,7 @@ use crate::access::SiteId;
 use crate::api::{Json, Result, is_too_long};
 
 /// The most bytes in one request.
-const MAX_CHUNK: usize = 16 << 20;
+const MAX_CHUNK: usize = 1 << 20;
 /// How many rows one transaction takes: others get to write in between.
 const ROWS: usize = 2000;
 /// How many hosts are looked up at once.

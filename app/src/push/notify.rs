@@ -22,13 +22,14 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use super::audience::Audience;
+use super::config::MAX_TTL;
 use super::deliver::Deliver;
 use super::fanout::FanOut;
 use super::store::{Accepted, Idempotency, NewNotification, Plan, Recipient, Stage};
 use super::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is_user};
 use super::tags::Expression;
 use super::template::Template;
-use super::{BULK_QUEUE, MAX_TTL, PACED_QUEUE, SMALL_QUEUE, Tools, metrics};
+use super::{BULK_QUEUE, PACED_QUEUE, SMALL_QUEUE, Tools, metrics};
 use crate::access::{Authorized, Notify};
 use crate::api::{Json, Result, trace};
 use crate::settings::parse_duration;

@@ -33,7 +33,7 @@ use tracing::{info, warn};
 use super::Tools;
 use super::audience::Audience;
 use super::deliver::Deliver;
-use super::flows::Flow;
+use super::flows::{Flow, Place};
 use super::outcome::Outcome;
 use super::pace::Take;
 use super::send::{Outgoing, Sent};
@@ -54,6 +54,8 @@ const TURN: Duration = Duration::from_secs(60);
 const SHORT_TURN: Duration = Duration::from_secs(1);
 /// How long others have their turn.
 const OTHERS: Duration = Duration::from_millis(200);
+/// How much later than the batch before it a batch looks whether a send is due.
+const LOOK_LATER: Duration = Duration::from_millis(2);
 /// The longest that sends wait for a push service that nothing is sent to.
 const LONGEST_HOLD: Duration = Duration::from_secs(3600);
 
@@ -63,6 +65,8 @@ pub(super) struct Round<'a> {
     context: &'a Context,
     sender: &'a Sender,
     flow: &'a Flow,
+    /// Until its last member is begun.
+    place: Option<Place>,
     batch: Arc<Batch>,
     outgoing: Arc<Outgoing>,
     waiting: std::vec::IntoIter<Member>,
@@ -114,7 +118,7 @@ impl<'a> Round<'a> {
         tools: &'a Tools,
         context: &'a Context,
         sender: &'a Sender,
-        flow: &'a Flow,
+        flow: &'a Arc<Flow>,
         batch: Batch,
         members: Vec<Member>,
     ) -> anyhow::Result<Self> {
@@ -124,6 +128,7 @@ impl<'a> Round<'a> {
             context,
             sender,
             flow,
+            place: Some(flow.stand_in_line(batch.id)),
             outgoing: Arc::new(Outgoing::new(tools, flow, &batch, waited)?),
             newest: batch.low_id,
             above: batch.above.iter().copied().collect(),
@@ -173,6 +178,7 @@ impl<'a> Round<'a> {
                     checked => checked?,
                 }
                 if self.waiting.len() == 0 {
+                    self.place = None;
                     break;
                 }
                 match self.flow.pace().map_or(Take::Now, |pace| pace.take(Instant::now())) {
@@ -198,6 +204,7 @@ impl<'a> Round<'a> {
                 due = Instant::now() + every;
             }
             let timed = saving.is_none() && !self.ended.is_empty();
+            let rank = pause.and(self.place.as_ref()).map_or(0, Place::rank);
             let saved = async {
                 match saving.as_mut() {
                     Some(saving) => saving.await,
@@ -223,7 +230,7 @@ impl<'a> Round<'a> {
                     }
                 }
                 Some(sent) = sends.next() => self.note(sent),
-                () = paced(self.flow, pause), if pause.is_some() => {
+                () = paced(self.flow, pause, rank), if pause.is_some() => {
                     if stop.is_none() && Instant::now() >= turn {
                         stop = Some(Stop::Turn);
                     }
@@ -427,9 +434,10 @@ impl<'a> Round<'a> {
 }
 
 /// Waits until the next send may be due.
-async fn paced(flow: &Flow, pause: Option<Take>) {
+async fn paced(flow: &Flow, pause: Option<Take>, rank: u32) {
     match (pause, flow.pace()) {
-        (Some(Take::At(at)), _) => sleep_until(at).await,
+        // Those before it in the line look first.
+        (Some(Take::At(at)), _) => sleep_until(at + LOOK_LATER * rank.min(10)).await,
         (Some(Take::WhenReserved), Some(pace)) => {
             // Whoever was told just before is told again in a moment.
             tokio::select! {

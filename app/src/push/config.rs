@@ -1,0 +1,262 @@
+//! The settings of web push, from `config/push.toml` to types.
+
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Proxy, SenderKey};
+use secrecy::{ExposeSecret, SecretString};
+
+use super::webhook::Registered;
+use super::{subscriptions, tags};
+use crate::settings::{Network, Reader, Setting, Size};
+
+const SECOND: Duration = Duration::from_secs(1);
+const MILLISECOND: Duration = Duration::from_millis(1);
+const HOUR: Duration = Duration::from_secs(3600);
+/// The longest time to live that every push service grants: 28 days.
+pub(super) const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
+
+/// What the routes and jobs need to know.
+#[derive(Debug)]
+pub(super) struct Config {
+    pub(super) page: bool,
+    pub(super) origins: Vec<String>,
+    pub(super) public_tags: Vec<String>,
+    pub(super) user_secret: Option<SecretString>,
+    pub(super) ttl: Duration,
+    pub(super) attempts: u32,
+    pub(super) batch: usize,
+    pub(super) window: usize,
+    pub(super) batches: usize,
+    pub(super) small_batches: usize,
+    pub(super) small_audience: u64,
+    pub(super) retry_batches: usize,
+    pub(super) paced_batches: usize,
+    /// Messages per second to one push service.
+    pub(super) origin_rate: Option<f64>,
+    pub(super) threads: usize,
+    /// How long one send may take, and as long again its wait for a turn.
+    pub(super) send_timeout: Duration,
+    /// For how long notifications that have ended are kept.
+    pub(super) retention: Duration,
+    pub(super) webhooks: BTreeMap<String, Registered>,
+    /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
+    pub(super) last_sends: Duration,
+    pub(super) checkpoint_every: Duration,
+    pub(super) checkpoint_sends: usize,
+}
+
+/// What pages' user tokens are made with.
+const USER_SECRET: &str = "sites.default.user_secret_file";
+/// The shortest secret for it, in bytes.
+const MIN_USER_SECRET: usize = 16;
+
+/// What the routes and jobs need to know.
+pub(super) fn config(settings: &mut Reader<'_>) -> Config {
+    let origins = settings.read_with(
+        "sites.default.origins",
+        "a list of origins such as https://www.example.com",
+        |value| {
+            let origins = <Vec<String> as Setting>::read(value)?;
+            origins.iter().all(|origin| subscriptions::is_origin(origin)).then_some(origins)
+        },
+    );
+    let public_tags = settings.read_with("sites.default.public_tags", "a list of tags", |value| {
+        let tags = <Vec<String> as Setting>::read(value)?;
+        tags.iter().all(|tag| tags::is_tag(tag)).then_some(tags)
+    });
+    let user_secret = settings.secret_file(USER_SECRET);
+    if user_secret.as_ref().is_some_and(|secret| secret.expose_secret().len() < MIN_USER_SECRET) {
+        settings.refuse::<()>(
+            USER_SECRET,
+            "a file with a secret of at least 16 bytes; this one is guessed in no time",
+        );
+    }
+    Config {
+        page: settings.get("push.page"),
+        origins,
+        public_tags,
+        user_secret,
+        ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
+        attempts: settings.number("push.attempts", 1..=100),
+        batch: settings.number("push.batch", 1..=100_000),
+        window: settings.number("push.window", 1..=10_000),
+        batches: settings.number("push.batches", 1..=1000),
+        small_batches: settings.number("push.small_batches", 1..=1000),
+        small_audience: settings.number("push.small_audience", 0..=10_000),
+        retry_batches: settings.number("push.retry_batches", 1..=1000),
+        paced_batches: settings.number("push.paced_batches", 1..=1000),
+        origin_rate: origin_rate(settings),
+        threads: threads(settings),
+        send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
+        // Idempotency keys are good for a day.
+        retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
+        webhooks: webhooks(settings),
+        // The rest of that phase is for writing down what they were.
+        last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
+        checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
+        checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
+    }
+}
+
+/// The threads that send: one for each processor, unless the settings say.
+fn threads(settings: &mut Reader<'_>) -> usize {
+    match settings.number("push.threads", 0..=1024) {
+        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        threads => threads,
+    }
+}
+
+/// A rate for each push service; none when it is 0.
+fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
+    let rate: f64 =
+        settings.read_with("push.origin_rate", "messages per second, or 0 for no limit", |value| {
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            let rate = value.as_float().or_else(|| value.as_integer().map(|rate| rate as f64))?;
+            (rate == 0.0 || (0.001..=1e6).contains(&rate)).then_some(rate)
+        });
+    (rate > 0.0).then_some(rate)
+}
+
+const WEBHOOKS_KEY: &str = "sites.default.webhooks";
+
+/// Whom notifications may name to be told.
+fn webhooks(settings: &mut Reader<'_>) -> BTreeMap<String, Registered> {
+    let wanted = "a list of { name, url, secret_file, pruned = false }";
+    let found: Vec<(String, http::Uri, std::path::PathBuf, bool)> =
+        settings.read_with(WEBHOOKS_KEY, wanted, |value| {
+            let webhook = |webhook: &toml::Value| {
+                let text = |key: &str| webhook.get(key).and_then(toml::Value::as_str);
+                let url: http::Uri = text("url")?.parse().ok()?;
+                let is_web = matches!(url.scheme_str(), Some("http" | "https"));
+                let pruned = webhook.get("pruned").is_some_and(|pruned| pruned.as_bool() == Some(true));
+                let known = ["name", "url", "secret_file", "pruned"];
+                let only_known = webhook.as_table()?.keys().all(|key| known.contains(&key.as_str()));
+                (is_web && only_known).then_some(())?;
+                Some((text("name")?.to_owned(), url, text("secret_file")?.into(), pruned))
+            };
+            value.as_array()?.iter().map(webhook).collect()
+        });
+    let mut registered = BTreeMap::new();
+    for (name, url, file, pruned) in found {
+        match std::fs::read_to_string(&file) {
+            Ok(secret) if secret.trim().len() >= MIN_USER_SECRET => {
+                let secret = secret.trim().to_owned().into();
+                registered.insert(name, Registered { url, secret, pruned });
+            }
+            _ => {
+                let wanted = format!("that {} is a file with a secret of at least 16 bytes", file.display());
+                settings.refuse::<()>(WEBHOOKS_KEY, &wanted);
+            }
+        }
+    }
+    registered
+}
+
+/// The proxy that connections to push services go out through.
+fn proxy(settings: &mut Reader<'_>) -> Option<Proxy> {
+    let resolves: bool = settings.get("push.proxy_resolves");
+    let credentials = settings.secret_file("push.proxy_credentials_file");
+    let proxy: Option<Proxy> = settings.read_with(
+        "push.proxy",
+        "a proxy such as http://proxy.example.net:3128",
+        |value| match value.as_str()? {
+            "" => Some(None),
+            text => text.parse().ok().map(Some),
+        },
+    );
+    let proxy = proxy?.resolving(resolves);
+    Some(match credentials {
+        Some(credentials) => proxy.with_credentials(credentials.expose_secret()),
+        None => proxy,
+    })
+}
+
+/// How sender keys are made.
+fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
+    let life = settings.duration("push.sender_key_life", SECOND..=HOUR * 24 * 30);
+    let Size(cache) = settings.get("push.sender_key_cache");
+    let rotates =
+        settings.read_with("push.sender_key", "fresh or rotating", |value| match value.as_str()? {
+            "fresh" => Some(false),
+            "rotating" => Some(true),
+            _ => None,
+        });
+    if rotates { SenderKey::Rotating { life, cache: cache as u64 } } else { SenderKey::Fresh }
+}
+
+/// How to send, without a contact.
+pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
+    perennial_webpush::Config {
+        policy: Policy {
+            hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
+            networks: settings
+                .parse_list::<Network>("push.allow_networks", "networks such as 10.1.0.0/16")
+                .into_iter()
+                .map(|Network(network)| network)
+                .collect(),
+            insecure: settings.get("push.allow_insecure"),
+        },
+        contact: None,
+        http: settings.read_with("push.http", "auto, 1 or 2", |value| {
+            match value.to_string().trim_matches('"') {
+                "auto" => Some(HttpVersion::Auto),
+                "1" => Some(HttpVersion::One),
+                "2" => Some(HttpVersion::Two),
+                _ => None,
+            }
+        }),
+        extra_ca_file: settings.file("push.extra_ca_file"),
+        resolve: settings.read_with(
+            "push.resolve",
+            "a list of { host = \"name\", addresses = [\"192.0.2.7\"] }",
+            pins,
+        ),
+        proxy: proxy(settings),
+        sender_key: sender_key(settings),
+        connections: settings.number("push.connections", 1..=1000),
+        streams: settings.number("push.streams", 1..=10_000),
+        http1_connections: settings.number("push.http1_connections", 1..=10_000),
+        max_connections: settings.number("push.max_connections", 2..=100_000),
+        connect_every: settings.duration("push.connect_every", Duration::ZERO..=HOUR),
+        connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
+        timeout: settings.duration("push.timeout", SECOND..=HOUR),
+    }
+}
+
+/// Whom push services may ask, or why Apple would refuse to deliver.
+pub(super) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
+    let text: String = settings.get("push.contact");
+    let contact = match text.as_str() {
+        "" => Err("push.contact is not set".to_owned()),
+        text => text.parse().map_err(|error: ContactError| format!("push.contact cannot be used: {error}")),
+    };
+    if contact.is_err() && settings.get("push.contact_required") {
+        settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
+    }
+    contact
+}
+
+fn pins(value: &toml::Value) -> Option<Vec<Pin>> {
+    let pin = |pin: &toml::Value| {
+        let host = pin.get("host")?.as_str()?.to_owned();
+        let addresses = pin.get("addresses")?.as_array()?;
+        let addresses =
+            addresses.iter().map(|address| address.as_str()?.parse().ok()).collect::<Option<Vec<_>>>()?;
+        (!addresses.is_empty()).then_some(Pin { host, addresses })
+    };
+    value.as_array()?.iter().map(pin).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Push;
+    use crate::module::Module;
+
+    #[test]
+    fn the_hosts_in_the_settings_are_those_of_the_library() {
+        let defaults: toml::Table = Push::DEFAULTS.parse().unwrap();
+        let listed = defaults["push"]["allow_hosts"].as_array().unwrap();
+        assert!(listed.iter().filter_map(|host| host.as_str()).eq(perennial_webpush::DEFAULT_HOSTS));
+    }
+}
