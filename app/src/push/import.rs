@@ -30,8 +30,8 @@ use crate::api::{Json, Result, is_too_long};
 
 /// The most bytes in one request.
 const MAX_CHUNK: usize = 1 << 20;
-/// How many rows one transaction takes: others get to write in between.
-const ROWS: usize = 2000;
+/// How many rows one write takes. SQLite keeps what its savepoint changes in a list that it walks for every row.
+const ROWS: usize = 250;
 /// How many hosts are looked up at once.
 const LOOKUPS: usize = 32;
 /// How many lines that were refused are told of each request.
@@ -115,13 +115,10 @@ impl Porter {
                 }
             }
         }
-        let mut rows = rows.into_iter().peekable();
-        while rows.peek().is_some() {
-            for upserted in self.store.import(rows.by_ref().take(ROWS).collect()).await? {
-                match upserted {
-                    Upserted::Created(_) => imported.created += 1,
-                    _ => imported.updated += 1,
-                }
+        for upserted in self.store.import_all(rows, ROWS).await? {
+            match upserted {
+                Upserted::Created(_) => imported.created += 1,
+                _ => imported.updated += 1,
             }
         }
         Ok(imported)

@@ -1,6 +1,7 @@
 //! Browsers that may be sent to.
 
 use aws_lc_rs::digest;
+use futures_util::future::try_join_all;
 use jiff::Timestamp;
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
 use perennial_server::{transact, values};
@@ -128,8 +129,25 @@ impl Store {
         self.sql.query(sql, parameters).await?.iter().map(read).collect()
     }
 
-    /// Stores many, whatever was known about them before: all or none.
-    pub(crate) async fn import(&self, new: Vec<NewSubscription>) -> Result<Vec<Upserted>> {
+    /// Stores many, whatever was known about them before, so many in one transaction.
+    pub(crate) async fn import_all(&self, new: Vec<NewSubscription>, size: usize) -> Result<Vec<Upserted>> {
+        let mut new = new.into_iter();
+        let parts = std::iter::from_fn(|| {
+            Some(new.by_ref().take(size).collect::<Vec<_>>()).filter(|part| !part.is_empty())
+        });
+        let parts: Vec<_> = parts.collect();
+        if self.sql.dialect() == Dialect::Sqlite {
+            // The writer takes those that wait at once into one commit.
+            return Ok(try_join_all(parts.into_iter().map(|part| self.import(part))).await?.concat());
+        }
+        let mut upserted = Vec::new();
+        for part in parts {
+            upserted.extend(self.import(part).await?);
+        }
+        Ok(upserted)
+    }
+
+    async fn import(&self, new: Vec<NewSubscription>) -> Result<Vec<Upserted>> {
         transact!(&self.sql, tx => import(tx, &new))
     }
 
