@@ -28,6 +28,12 @@ impl Addresses {
             .with_context(|| format!("the server on {} has not opened its listeners yet", path.display()))?;
         serde_json::from_reader(opened).with_context(|| format!("{} is no JSON", file.display()))
     }
+
+    /// Where our own commands reach the admin listener.
+    pub(crate) fn admin_url(&self) -> anyhow::Result<String> {
+        url(&self.admin)
+            .context("this command cannot use a Unix socket, and the server has no other admin address")
+    }
 }
 
 /// The URL of the first of these addresses that a client on this machine can open; none for Unix sockets.

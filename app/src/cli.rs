@@ -15,8 +15,11 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
+use perennial_server::pool::sql;
 
+use crate::boot;
 use crate::config::Config;
+use crate::data_dir::DataDir;
 use crate::module::{Blueprint, Configured};
 use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
 
@@ -105,6 +108,14 @@ fn read(settings: &Settings, modules: &[Blueprint]) -> Result<(Config, Vec<Confi
     let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
     reader.finish()?;
     Ok((config, configured))
+}
+
+/// The store, for a command that runs while no server does.
+async fn open_alone(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(DataDir, sql::Store)> {
+    let data_dir = DataDir::lock(&config.data_dir)?;
+    let store = boot::open_store(&data_dir, config).await?;
+    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+    Ok((data_dir, store))
 }
 
 /// A runtime for commands that talk to a server.

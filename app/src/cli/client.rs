@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
+use http::request::Builder;
 use http::{Method, Request, StatusCode, Uri, header};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
@@ -54,38 +55,39 @@ impl Client {
         body: Option<&Value>,
         extra: Option<(&str, &str)>,
     ) -> anyhow::Result<Answer> {
-        let uri: Uri =
-            format!("{}{path}", self.base).parse().with_context(|| format!("{} is no URL", self.base))?;
-        let mut request = Request::builder().method(method).uri(uri);
-        if let Some(key) = &self.key {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
-        }
+        let mut request = self.request(method, path)?;
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
         }
         if let Some((name, value)) = extra {
             request = request.header(name, value);
         }
-        let body = body.map(Value::to_string).unwrap_or_default();
-        let request = request.body(Full::new(Bytes::from(body)))?;
-        tokio::time::timeout(self.timeout, self.send(request))
-            .await
-            .with_context(|| format!("{} does not answer", self.base))?
+        self.send(request, Bytes::from(body.map(Value::to_string).unwrap_or_default())).await
     }
 
     /// Posts lines of JSON, and takes any answer.
     pub(super) async fn post_lines(&self, path: &str, lines: Bytes) -> anyhow::Result<Answer> {
-        let mut request = Request::post(format!("{}{path}", self.base));
-        request = request.header(header::CONTENT_TYPE, "application/x-ndjson");
-        if let Some(key) = &self.key {
-            request = request.header(header::AUTHORIZATION, format!("Bearer {key}"));
-        }
-        tokio::time::timeout(self.timeout, self.send(request.body(Full::new(lines))?))
+        let request = self.request(Method::POST, path)?;
+        self.send(request.header(header::CONTENT_TYPE, "application/x-ndjson"), lines).await
+    }
+
+    fn request(&self, method: Method, path: &str) -> anyhow::Result<Builder> {
+        let uri: Uri =
+            format!("{}{path}", self.base).parse().with_context(|| format!("{} is no URL", self.base))?;
+        let request = Request::builder().method(method).uri(uri);
+        Ok(match &self.key {
+            Some(key) => request.header(header::AUTHORIZATION, format!("Bearer {key}")),
+            None => request,
+        })
+    }
+
+    async fn send(&self, request: Builder, body: Bytes) -> anyhow::Result<Answer> {
+        tokio::time::timeout(self.timeout, self.answer(request.body(Full::new(body))?))
             .await
             .with_context(|| format!("{} does not answer", self.base))?
     }
 
-    async fn send(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
+    async fn answer(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
         let response =
             self.http.request(request).await.with_context(|| format!("cannot reach {}", self.base))?;
         let status = response.status();

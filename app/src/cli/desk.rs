@@ -16,7 +16,8 @@ use serde_json::Value;
 use tower::ServiceExt;
 
 use super::client::{Answer, Client};
-use crate::addresses::{Addresses, url};
+use super::open_alone;
+use crate::addresses::Addresses;
 use crate::boot;
 use crate::config::Config;
 use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
@@ -50,9 +51,7 @@ impl Desk {
         F: Future<Output = anyhow::Result<Router>>,
     {
         if data_dir::is_locked(&config.data_dir) {
-            let base = url(&Addresses::of_running(&config.data_dir)?.admin).context(
-                "this command cannot use a Unix socket, and the server has no other admin address",
-            )?;
+            let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
             let file = config.data_dir.join(ADMIN_TOKEN);
             let token = std::fs::read_to_string(&file)
                 .with_context(|| format!("the admin token in {} cannot be read", file.display()))?;
@@ -61,9 +60,8 @@ impl Desk {
         if !config.data_dir.exists() {
             bail!("there is no store in {} yet", config.data_dir.display());
         }
-        let data_dir = Arc::new(DataDir::lock(&config.data_dir)?);
-        let store = boot::open_store(&data_dir, config).await?;
-        store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+        let (data_dir, store) = open_alone(config, modules).await?;
+        let data_dir = Arc::new(data_dir);
         let (queue, _) = boot::open_queue(config, &store).await?;
         let jobs = Jobs::new(queue, Admission::new(config.bounds));
         let router = answer(Arc::clone(&data_dir), store.clone(), jobs).await?;

@@ -2,13 +2,13 @@
 
 use std::time::Duration;
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
 use http::Method;
 
 use super::client::Client;
 use super::{block_on, load, read};
-use crate::addresses::{Addresses, url};
+use crate::addresses::Addresses;
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
@@ -26,9 +26,7 @@ impl Health {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
-        let addresses = Addresses::of_running(&config.data_dir)?;
-        let base = url(&addresses.admin)
-            .context("this command cannot use a Unix socket, and the server has no other admin address")?;
+        let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
         let client = Client::new(&base, None, TIMEOUT)?;
         let path = if self.live { "/livez" } else { "/readyz" };
         let answer = block_on(client.ask(Method::GET, path, None, None))??;

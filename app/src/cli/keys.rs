@@ -2,13 +2,12 @@
 
 use anyhow::bail;
 use clap::Subcommand;
-use perennial_server::pool::sql;
 
-use super::{block_on, load, read};
+use super::{block_on, load, open_alone, read};
 use crate::access;
 use crate::boot;
 use crate::config::{Config, Store};
-use crate::data_dir::{self, ADMIN_TOKEN, API_KEY, DataDir, VAPID_KEY};
+use crate::data_dir::{self, ADMIN_TOKEN, API_KEY, VAPID_KEY};
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
@@ -47,7 +46,7 @@ impl Keys {
 }
 
 async fn rotate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
-    let (data_dir, store) = open(config, modules).await?;
+    let (data_dir, store) = open_alone(config, modules).await?;
     let mut shown = Vec::new();
     for module in modules {
         shown.extend((module.rotate)(&data_dir, &store).await?);
@@ -62,16 +61,8 @@ async fn rotate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The store, for a command that runs while no server does.
-async fn open(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(DataDir, sql::Store)> {
-    let data_dir = DataDir::lock(&config.data_dir)?;
-    let store = boot::open_store(&data_dir, config).await?;
-    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
-    Ok((data_dir, store))
-}
-
 async fn generate(config: &Config, modules: &[Blueprint]) -> anyhow::Result<()> {
-    let (data_dir, store) = open(config, modules).await?;
+    let (data_dir, store) = open_alone(config, modules).await?;
     if !access::has_keys(&store).await? || !data_dir.join(API_KEY).exists() {
         boot::make_api_key(&data_dir, &store).await?;
     }

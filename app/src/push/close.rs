@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::Tools;
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
-use super::store::{Checkpoint, Part, Recorded, Stage};
+use super::store::{Checkpoint, Recorded, Stage};
 
 /// The claim of this job on a batch: later than any that a worker may have.
 const LAST_EPOCH: i64 = i64::MAX / 2;
@@ -82,11 +82,7 @@ impl Close {
     /// Ends a batch. True when it was the last.
     async fn end(&self, tools: &Tools, id: Uuid, outcome: Outcome) -> anyhow::Result<bool> {
         let Some(batch) = tools.store.open_batch(id, LAST_EPOCH).await? else { return Ok(false) };
-        let left = match &batch.part {
-            Part::Range { .. } => tools.store.members(&batch).await?.len(),
-            // Whether they still exist or not.
-            Part::Ids(ids) => ids.iter().filter(|id| !batch.is_recorded(**id)).count(),
-        };
+        let left = tools.store.left(&batch).await?.len();
         let mut checkpoint = Checkpoint {
             low_id: batch.low_id,
             above: batch.above.clone(),

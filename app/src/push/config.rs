@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use perennial_webpush::{Contact, ContactError, HostPattern, HttpVersion, Pin, Policy, Proxy, SenderKey};
+use perennial_webpush::{Contact, ContactError, HostPattern, Pin, Policy, Proxy, SenderKey};
 use secrecy::{ExposeSecret, SecretString};
 
 use super::webhook::Registered;
@@ -198,14 +198,8 @@ pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
             insecure: settings.get("push.allow_insecure"),
         },
         contact: None,
-        http: settings.read_with("push.http", "auto, 1 or 2", |value| {
-            match value.to_string().trim_matches('"') {
-                "auto" => Some(HttpVersion::Auto),
-                "1" => Some(HttpVersion::One),
-                "2" => Some(HttpVersion::Two),
-                _ => None,
-            }
-        }),
+        http: settings
+            .read_with("push.http", "auto, 1 or 2", |value| value.to_string().trim_matches('"').parse().ok()),
         extra_ca_file: settings.file("push.extra_ca_file"),
         resolve: settings.read_with(
             "push.resolve",

@@ -14,7 +14,7 @@ use super::Tools;
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
 use super::round::{CAREFUL, Round, is_paused, pause, save};
-use super::store::{Checkpoint, Deferred, Part};
+use super::store::{Checkpoint, Deferred};
 
 /// See the module. The batch has the id of its job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -66,11 +66,7 @@ impl Job for Deliver {
 
     async fn give_up(&self, context: Context, tools: Tools, _reason: String) -> anyhow::Result<()> {
         let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else { return Ok(()) };
-        let mut left: Vec<i64> = match &batch.part {
-            Part::Range { .. } => tools.store.members(&batch).await?.iter().map(|member| member.id).collect(),
-            // Whether they still exist or not.
-            Part::Ids(ids) => ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(),
-        };
+        let mut left = tools.store.left(&batch).await?;
         let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
         // It was sent to alone, and the process crashed: the others are none the worse for it.
         let suspect = batch.trying.filter(|id| left.contains(id));

@@ -4,7 +4,6 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
 use perennial_workers::state::Budget;
 use perennial_workers::{Context, Fate, Job, Options};
@@ -88,10 +87,9 @@ impl Job for FanOut {
             return Ok(Fate::Done);
         };
         let standing = fan_out.standing;
-        let expired = standing.expires_at.is_some_and(|at| Timestamp::now().as_millisecond() >= at);
         let over = match standing.state {
             Stage::Cancelled => Some(Outcome::Cancelled),
-            _ if expired => Some(Outcome::Expired),
+            _ if standing.has_expired() => Some(Outcome::Expired),
             Stage::Paused => return Ok(Fate::Snooze(PAUSED)),
             _ => None,
         };

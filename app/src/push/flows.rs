@@ -4,7 +4,6 @@
 //! reserves the slices of those that are paced.
 
 use std::collections::{BTreeSet, HashMap};
-use std::hash::Hash;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
@@ -31,7 +30,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 /// A notification that this process sends.
 #[derive(Debug)]
 pub(crate) struct Flow {
-    pub(crate) id: Uuid,
+    id: Uuid,
     standing: watch::Sender<Standing>,
     pace: Pace,
     /// The batches that have members left, the oldest first.
@@ -95,7 +94,8 @@ impl Drop for Place {
 #[derive(Clone, Debug)]
 pub(crate) struct Flows {
     store: Store,
-    notifications: Registry<Uuid, Flow>,
+    /// For as long as one of their batches is in hand.
+    notifications: Arc<Mutex<HashMap<Uuid, Weak<Flow>>>>,
     /// Kept while nobody waits: what was reserved is not lost.
     origins: Arc<Mutex<HashMap<String, Arc<Pace>>>>,
     /// Messages per second to one origin, by all notifications together.
@@ -104,46 +104,11 @@ pub(crate) struct Flows {
     clock: Arc<Mutex<Option<StoreClock>>>,
 }
 
-#[derive(Debug)]
-struct Registry<K, V>(Arc<Mutex<HashMap<K, Weak<V>>>>);
-
-impl<K, V> Clone for Registry<K, V> {
-    fn clone(&self) -> Self {
-        Self(Arc::clone(&self.0))
-    }
-}
-
-impl<K: Hash + Eq + Clone, V> Registry<K, V> {
-    fn new() -> Self {
-        Self(Arc::default())
-    }
-
-    fn get(&self, key: &K, make: impl FnOnce() -> V) -> Arc<V> {
-        let mut all = lock(&self.0);
-        if let Some(there) = all.get(key).and_then(Weak::upgrade) {
-            return there;
-        }
-        let new = Arc::new(make());
-        all.insert(key.clone(), Arc::downgrade(&new));
-        new
-    }
-
-    fn known(&self, key: &K) -> Option<Arc<V>> {
-        lock(&self.0).get(key).and_then(Weak::upgrade)
-    }
-
-    fn all(&self) -> Vec<(K, Arc<V>)> {
-        let mut all = lock(&self.0);
-        all.retain(|_, value| value.strong_count() > 0);
-        all.iter().filter_map(|(key, value)| Some((key.clone(), value.upgrade()?))).collect()
-    }
-}
-
 impl Flows {
     pub(crate) fn new(store: Store, origin_rate: Option<f64>) -> Self {
         Self {
             store,
-            notifications: Registry::new(),
+            notifications: Arc::default(),
             origins: Arc::default(),
             origin_rate,
             wake: Arc::default(),
@@ -153,12 +118,22 @@ impl Flows {
 
     /// The flow of a notification that stands like this.
     pub(crate) fn flow(&self, id: Uuid, standing: Standing) -> Arc<Flow> {
-        let flow = self.notifications.get(&id, || {
-            let standing = watch::Sender::new(standing);
-            Flow { id, standing, pace: Pace::new(Arc::clone(&self.wake)), line: Mutex::default() }
-        });
-        flow.set(standing);
+        let mut flows = lock(&self.notifications);
+        if let Some(flow) = flows.get(&id).and_then(Weak::upgrade) {
+            flow.set(standing);
+            return flow;
+        }
+        let (standing, pace) = (watch::Sender::new(standing), Pace::new(Arc::clone(&self.wake)));
+        let flow = Arc::new(Flow { id, standing, pace, line: Mutex::default() });
+        flows.insert(id, Arc::downgrade(&flow));
         flow
+    }
+
+    /// Those that are sent now.
+    fn flows(&self) -> Vec<Arc<Flow>> {
+        let mut flows = lock(&self.notifications);
+        flows.retain(|_, flow| flow.strong_count() > 0);
+        flows.values().filter_map(Weak::upgrade).collect()
     }
 
     /// The pace of an origin, if there is a rate for all.
@@ -178,7 +153,8 @@ impl Flows {
 
     /// Somebody has changed how a notification stands, here and now.
     pub(crate) fn changed(&self, id: Uuid, standing: Standing) {
-        if let Some(flow) = self.notifications.known(&id) {
+        let flow = lock(&self.notifications).get(&id).and_then(Weak::upgrade);
+        if let Some(flow) = flow {
             flow.set(standing);
         }
     }
@@ -189,7 +165,7 @@ impl Flows {
         let mut reserve = look;
         loop {
             // What is being sent when the process stops is sent at its pace to the end.
-            if drain.phase() >= Phase::Soft && self.notifications.all().is_empty() {
+            if drain.phase() >= Phase::Soft && self.flows().is_empty() {
                 return Ok(());
             }
             tokio::select! {
@@ -205,7 +181,6 @@ impl Flows {
                 }
             }
             if now >= reserve {
-                // Others may be asked for meanwhile: by a wake-up.
                 let next = join_all(self.paces().into_iter().map(|wanting| self.reserve(wanting))).await;
                 let next = next.into_iter().flatten().min();
                 reserve = next.map_or(now + LOOK, |wait| Instant::now() + wait);
@@ -214,22 +189,21 @@ impl Flows {
     }
 
     async fn look(&self) -> anyhow::Result<()> {
-        let flows = self.notifications.all();
+        let flows = self.flows();
         if flows.is_empty() {
             return Ok(());
         }
-        let ids: Vec<Uuid> = flows.iter().map(|(id, _)| *id).collect();
+        let ids: Vec<Uuid> = flows.iter().map(|flow| flow.id).collect();
         let standings: HashMap<Uuid, Standing> = self.store.standings(&ids).await?.into_iter().collect();
-        for (id, flow) in flows {
-            flow.set(standings.get(&id).copied().unwrap_or(Standing::GONE));
+        for flow in flows {
+            flow.set(standings.get(&flow.id).copied().unwrap_or(Standing::GONE));
         }
         Ok(())
     }
 
     /// Those that want another slice.
     fn paces(&self) -> Vec<Wanting> {
-        let flows = self.notifications.all().into_iter().filter(|(_, flow)| flow.pace.is_wanted());
-        let flows = flows.map(|(_, flow)| Wanting::Flow(flow));
+        let flows = self.flows().into_iter().filter(|flow| flow.pace.is_wanted()).map(Wanting::Flow);
         let origins = lock(&self.origins);
         let wanted = origins.iter().filter(|(_, pace)| pace.is_wanted());
         flows.chain(wanted.map(|(origin, pace)| Wanting::Origin(origin.clone(), Arc::clone(pace)))).collect()
@@ -266,7 +240,7 @@ impl Flows {
         }
     }
 
-    /// The store's clock in ours: returns when its zero was, as microseconds before an instant of ours.
+    /// The store's clock as far as is known, with what it showed when an answer came.
     fn local(&self, store_us: i64, replied: Instant) -> StoreClock {
         let mut clock = lock(&self.clock);
         let new = StoreClock { at: replied, us: store_us };

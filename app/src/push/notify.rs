@@ -12,7 +12,7 @@ use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
-use perennial_webpush::{Payload, Topic, Urgency};
+use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
 use perennial_workers::NewJob;
 use perennial_workers::queue::Due;
 use serde::{Deserialize, Serialize};
@@ -391,11 +391,10 @@ fn plan(tools: &Tools, request: &NotifyRequest, errors: &mut Vec<FieldError>) ->
         Some("all") => plan.logs_all = true,
         Some(_) => wanted("log", "failures or all"),
     }
-    match request.http.as_deref() {
-        None | Some("auto") => {}
-        Some("1") => plan.http = Some("1"),
-        Some("2") => plan.http = Some("2"),
-        Some(_) => wanted("http", "auto, 1 or 2"),
+    match request.http.as_deref().map(str::parse::<HttpVersion>) {
+        None => {}
+        Some(Ok(http)) => plan.http = http,
+        Some(Err(error)) => wanted("http", &error.to_string()),
     }
     plan.is_declarative = request.declarative.unwrap_or_default();
     if plan.is_declarative && request.notification.is_none() {

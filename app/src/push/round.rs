@@ -270,12 +270,9 @@ impl<'a> Round<'a> {
 
     /// How long there is for sending.
     fn time_left(&self, standing: Standing) -> Duration {
-        let until = standing.expires_at.map_or(Duration::MAX, |at| {
-            let left = at - Timestamp::now().as_millisecond();
-            Duration::from_millis(u64::try_from(left).unwrap_or_default())
-        });
         // A message for now or never is always tried once.
         let ttl = self.batch.ttl;
+        let until = standing.time_left().unwrap_or(Duration::MAX);
         until.min(if ttl.is_zero() { Duration::MAX } else { ttl.saturating_sub(age(&self.batch)) })
     }
 
@@ -379,10 +376,7 @@ impl<'a> Round<'a> {
         if attempt >= self.tools.config.attempts {
             return Next::Decided(Outcome::Unreachable);
         }
-        let ends_before = self.batch.standing.expires_at.is_some_and(|at| {
-            let left = at - Timestamp::now().as_millisecond();
-            u128::try_from(left).unwrap_or_default() <= wait.as_millis()
-        });
+        let ends_before = self.batch.standing.time_left().is_some_and(|left| left <= wait);
         if ends_before || age(&self.batch) + wait >= self.batch.ttl {
             return Next::Decided(Outcome::Expired);
         }
@@ -451,8 +445,7 @@ async fn paced(flow: &Flow, pause: Option<Take>, rank: u32) {
 
 /// Whether there is nothing to do now: not before somebody goes on with it, or its time is over.
 pub(super) fn is_paused(batch: &Batch) -> bool {
-    let over = batch.standing.expires_at.is_some_and(|at| Timestamp::now().as_millisecond() >= at);
-    batch.standing.state == Stage::Paused && !over
+    batch.standing.state == Stage::Paused && !batch.standing.has_expired()
 }
 
 /// How soon to look again at a notification that is paused.

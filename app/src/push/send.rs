@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
-use perennial_webpush::{Endpoint, HttpVersion, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
+use perennial_webpush::{Endpoint, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
 use tokio::sync::watch;
 use tracing::debug;
 
@@ -52,15 +51,12 @@ impl Outgoing {
         // A template's own text may be longer than what comes of it.
         let payload = if template.is_some() { Payload::new("")? } else { Payload::new(text)? };
         let urgency: Urgency = batch.urgency.parse()?;
-        let until = batch.standing.expires_at.map(|at| {
-            let left = at - Timestamp::now().as_millisecond();
-            Duration::from_millis(u64::try_from(left).unwrap_or_default())
-        });
+        let until = batch.standing.time_left();
         let waited = Duration::from_secs(waited.as_secs());
         let ttl = batch.ttl.saturating_sub(waited).min(until.unwrap_or(Duration::MAX));
         let bulk = batch.attempt > 0 || batch.estimate > tools.config.small_audience;
         let mut message =
-            Message::new(payload).ttl(ttl).urgency(urgency).bulk(bulk).http(http_version(&batch.http));
+            Message::new(payload).ttl(ttl).urgency(urgency).bulk(bulk).http(batch.http.parse()?);
         if let Some(topic) = &batch.topic {
             message = message.topic(&topic.parse()?);
         }
@@ -144,14 +140,5 @@ impl Outgoing {
         }
         let report = sender.send(&endpoint, &keys, message, vapid).await;
         (report, None, Some(endpoint))
-    }
-}
-
-/// The version of HTTP that a word stands for.
-pub(super) fn http_version(word: &str) -> HttpVersion {
-    match word {
-        "1" => HttpVersion::One,
-        "2" => HttpVersion::Two,
-        _ => HttpVersion::Auto,
     }
 }

@@ -65,7 +65,6 @@ impl Exchange {
             .services()
             .into_iter()
             .filter_map(|service| service.held.map(|(wait, cause)| (service.origin, wait, cause)))
-            .filter(|(_, wait, _)| !wait.is_zero())
             .collect();
         tools.meters.held(held.len());
         for (origin, wait, cause) in held {

@@ -21,7 +21,7 @@ mod tables;
 use jiff::Timestamp;
 use perennial_server::pool::sql::{self, Result, Tx};
 use perennial_server::values;
-use perennial_workers::{Jobs, NewJob, queue};
+use perennial_workers::{Job, Jobs, NewJob, queue};
 use uuid::Uuid;
 
 pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded};
@@ -84,6 +84,11 @@ fn now_ms() -> i64 {
 
 fn timestamp(ms: i64) -> Timestamp {
     Timestamp::from_millisecond(ms).unwrap_or_default()
+}
+
+/// A job to be stored in a transaction of this store.
+fn job<J: Job>(job: &J) -> Result<NewJob> {
+    Ok(NewJob::new(job).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
 }
 
 /// Adds up a notification's outcomes.

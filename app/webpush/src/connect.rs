@@ -3,6 +3,7 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
+use std::str::FromStr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -41,6 +42,33 @@ pub enum HttpVersion {
     One,
     /// Only HTTP/2.
     Two,
+}
+
+/// Why a text is no version of HTTP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("auto, 1 or 2")]
+pub struct HttpVersionError;
+
+impl HttpVersion {
+    /// The word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Auto => "auto",
+            Self::One => "1",
+            Self::Two => "2",
+        }
+    }
+}
+
+impl FromStr for HttpVersion {
+    type Err = HttpVersionError;
+
+    fn from_str(text: &str) -> Result<Self, HttpVersionError> {
+        [Self::Auto, Self::One, Self::Two]
+            .into_iter()
+            .find(|version| version.as_str() == text)
+            .ok_or(HttpVersionError)
+    }
 }
 
 /// Why there is no connection.

@@ -13,7 +13,7 @@ use tracing::debug;
 
 use crate::addresses::Chosen;
 use crate::client::{Answer, BODY, Drivers, MAX_ANSWER, SendError};
-use crate::connect::{ConnectError, Connected};
+use crate::connect::Connected;
 use crate::lane::{IDLE, Room};
 
 /// A connection between two requests.
@@ -37,14 +37,12 @@ pub(crate) struct Sent {
 
 impl Http1 {
     /// Begins to speak HTTP/1.1. The connection's task runs among `drivers`.
-    pub(crate) async fn open(
-        connected: Connected,
-        room: Room,
-        drivers: &Drivers,
-    ) -> Result<Self, ConnectError> {
-        let (sender, connection) = handshake(TokioIo::new(connected.stream))
-            .await
-            .map_err(|error| ConnectError::Handshake(String::new(), error.to_string()))?;
+    ///
+    /// # Errors
+    /// Why that failed, in words.
+    pub(crate) async fn open(connected: Connected, room: Room, drivers: &Drivers) -> Result<Self, String> {
+        let (sender, connection) =
+            handshake(TokioIo::new(connected.stream)).await.map_err(|error| error.to_string())?;
         drivers.spawn(async move {
             if let Err(error) = connection.await {
                 debug!(%error, "a connection to a push service ended with an error");

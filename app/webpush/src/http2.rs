@@ -16,7 +16,7 @@ use tracing::debug;
 
 use crate::addresses::Chosen;
 use crate::client::{Answer, BODY, Drivers, MAX_ANSWER, SendError};
-use crate::connect::{ConnectError, Connected};
+use crate::connect::Connected;
 use crate::lane::{IDLE, Room};
 use crate::lock;
 
@@ -45,11 +45,14 @@ pub(crate) struct Http2 {
 
 impl Http2 {
     /// Begins to speak HTTP/2. The connection's task runs among `drivers`.
+    ///
+    /// # Errors
+    /// Why that failed, in words.
     pub(crate) async fn open(
         connected: Connected,
         room: Room,
         drivers: &Drivers,
-    ) -> Result<Arc<Self>, ConnectError> {
+    ) -> Result<Arc<Self>, String> {
         let Connected { stream, chosen, .. } = connected;
         let handshake = h2::client::Builder::new()
             .enable_push(false)
@@ -57,8 +60,7 @@ impl Http2 {
             .initial_max_send_streams(STREAMS_AT_FIRST)
             .handshake(stream)
             .await;
-        let (sender, mut connection) =
-            handshake.map_err(|error| ConnectError::Handshake(String::new(), error.to_string()))?;
+        let (sender, mut connection) = handshake.map_err(|error| error.to_string())?;
         let http2 = Arc::new(Self {
             sender: Mutex::new(sender),
             chosen,
@@ -153,13 +155,9 @@ impl Http2 {
         let sent = sent.await;
         // Also an error is an answer: the connection itself knows how it is.
         in_flight.answered = true;
-        match sent {
-            Ok(response) => {
-                self.answers.fetch_add(1, Ordering::Relaxed);
-                Ok(read(response).await)
-            }
-            Err(error) => Err(error),
-        }
+        let response = sent?;
+        self.answers.fetch_add(1, Ordering::Relaxed);
+        Ok(read(response).await)
     }
 }
 

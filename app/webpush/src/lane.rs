@@ -214,16 +214,13 @@ impl Lane {
         let origin = &self.service.origin;
         let room = self.shared.room(origin.is_listed)?;
         let connected = self.shared.connector.connect(origin, &self.service.addresses, self.http).await?;
-        let named = |error| match error {
-            ConnectError::Handshake(_, why) => ConnectError::Handshake(origin.to_string(), why),
-            other => other,
-        };
+        let failed = |why| ConnectError::Handshake(origin.to_string(), why);
         let is_http1 = !connected.http2;
         if is_http1 {
-            let connection = Http1::open(connected, room, &self.shared.drivers).await.map_err(named)?;
+            let connection = Http1::open(connected, room, &self.shared.drivers).await.map_err(failed)?;
             self.state().idle.push(connection);
         } else {
-            let connection = Http2::open(connected, room, &self.shared.drivers).await.map_err(named)?;
+            let connection = Http2::open(connected, room, &self.shared.drivers).await.map_err(failed)?;
             self.state().http2.push(connection);
         }
         let mut state = self.state();

@@ -24,7 +24,7 @@ mod window;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 pub use addresses::AddressStatus;
-pub use connect::HttpVersion;
+pub use connect::{HttpVersion, HttpVersionError};
 pub use encrypt::{CryptoError, DecryptError, ReceiverKeys, encrypt};
 pub use gate::Cause;
 pub use keying::SenderKey;

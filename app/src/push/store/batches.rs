@@ -13,7 +13,7 @@ use uuid::Uuid;
 
 use super::pacing::Standing;
 use super::subscriptions::endpoint_hash;
-use super::{Store, add_outcome, now_ms};
+use super::{Store, add_outcome, job, now_ms};
 use crate::push::audience::{Audience, Selection};
 use crate::push::outcome::Outcome;
 use crate::push::webhook::{Event, Pruned, Webhook};
@@ -176,6 +176,14 @@ impl Store {
         let members = rows.iter().map(|row| member(row, stored, batch.is_template && stored));
         let members: Vec<Member> = members.collect::<Result<_>>()?;
         Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
+    }
+
+    /// The ids of those whose outcomes are not recorded; of those that are tried again, also such as do not exist any more.
+    pub(crate) async fn left(&self, batch: &Batch) -> Result<Vec<i64>> {
+        match &batch.part {
+            Part::Range { .. } => Ok(self.members(batch).await?.iter().map(|member| member.id).collect()),
+            Part::Ids(ids) => Ok(ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect()),
+        }
     }
 
     /// Notes that a member is about to be sent to, alone: should the process crash, it was with that one.
@@ -524,7 +532,8 @@ async fn record<T: Tx>(
     log(tx, notification, &checkpoint.deliveries).await?;
     if let Some(webhook) = checkpoint.tell.clone().filter(|_| !deleted.is_empty()) {
         let subscriptions = deleted.into_iter().map(|id| Pruned { id }).collect();
-        jobs.insert(tx, &[webhook_job(webhook, Event::Pruned { notification, subscriptions })?]).await?;
+        let event = Event::Pruned { notification, subscriptions };
+        jobs.insert(tx, &[job(&Webhook { webhook, event })?]).await?;
     }
     for deferred in &checkpoint.deferred {
         insert_deferred(tx, jobs, notification, deferred).await?;
@@ -551,11 +560,6 @@ async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferre
     let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
     tx.execute(sql, &values![notification]).await?;
     jobs.insert(tx, std::slice::from_ref(&deferred.job)).await
-}
-
-fn webhook_job(webhook: String, event: Event) -> Result<NewJob> {
-    let job = NewJob::new(&Webhook { webhook, event });
-    Ok(job.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
 }
 
 /// A notification whose last batch has finished has ended: its own recipients are not needed any more, and whoever

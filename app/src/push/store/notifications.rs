@@ -6,14 +6,14 @@ use std::time::Duration;
 use jiff::Timestamp;
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
 use perennial_server::{transact, values};
-use perennial_webpush::Keys;
+use perennial_webpush::{HttpVersion, Keys};
 use perennial_workers::queue::Due;
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
 use super::pacing::{Stage, Standing};
-use super::{Store, now_ms, timestamp};
+use super::{Store, job, now_ms, timestamp};
 use crate::push::FAN_OUT_QUEUE;
 use crate::push::audience::{Audience, Selection};
 use crate::push::close::Close;
@@ -60,8 +60,7 @@ pub(crate) struct Plan {
     pub(crate) webhook: Option<String>,
     /// Whether every delivery is logged, not only failures.
     pub(crate) logs_all: bool,
-    /// auto, 1 or 2
-    pub(crate) http: Option<&'static str>,
+    pub(crate) http: HttpVersion,
     pub(crate) is_declarative: bool,
 }
 
@@ -257,7 +256,7 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
         plan.expires_at,
         &plan.webhook,
         if plan.logs_all { "all" } else { "failures" },
-        plan.http.unwrap_or("auto"),
+        plan.http.as_str(),
         plan.is_declarative,
         new.is_template,
     ];
@@ -273,7 +272,8 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
     jobs.insert(tx, std::slice::from_ref(&new.job)).await?;
     if let Some(at) = plan.expires_at {
         let due = Due::At(Timestamp::from_millisecond(at + 1000).unwrap_or_default());
-        jobs.insert(tx, &[close(new.id, at)?.due(due)]).await?;
+        let close = Close { notification: new.id, since: at };
+        jobs.insert(tx, &[job(&close)?.due(due)]).await?;
     }
     Ok(Accepted::Now)
 }
@@ -302,16 +302,10 @@ async fn apply<T: Tx>(tx: &T, jobs: &Jobs, site: i64, id: Uuid, change: Change) 
     let now = now_ms();
     let changed = tx.execute(&sql, &values![site, id, now, rate]).await?;
     if changed == 1 && change == Change::Cancel {
-        jobs.insert(tx, &[close(id, now)?]).await?;
+        jobs.insert(tx, &[job(&Close { notification: id, since: now })?]).await?;
     }
     let sql = format!("SELECT {} FROM notifications WHERE site = ? AND id = ?", Standing::COLUMNS);
     sql::first(tx, &sql, &values![site, id]).await?.as_ref().map(Standing::read).transpose()
-}
-
-/// The job that ends what waits of a notification that is over since `since`.
-fn close(notification: Uuid, since: i64) -> Result<NewJob> {
-    let job = NewJob::new(&Close { notification, since });
-    Ok(job.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
 }
 
 /// How it went for one subscription.

@@ -6,7 +6,7 @@ use perennial_server::pool::sql::{self, Result, Row, Tx};
 use perennial_server::{transact, values};
 use uuid::Uuid;
 
-use super::Store;
+use super::{Store, now_ms};
 use crate::push::pace::{CATCH_UP, SLICE};
 use crate::push::schedule::Schedule;
 
@@ -71,6 +71,17 @@ pub(crate) struct Standing {
 impl Standing {
     /// One that is not there any more.
     pub(crate) const GONE: Self = Self { state: Stage::Cancelled, rate: None, expires_at: None };
+
+    /// How long it may still be sent; none when that is for ever.
+    pub(crate) fn time_left(&self) -> Option<Duration> {
+        let left = self.expires_at? - now_ms();
+        Some(Duration::from_millis(u64::try_from(left).unwrap_or_default()))
+    }
+
+    /// Whether its time is over.
+    pub(crate) fn has_expired(&self) -> bool {
+        self.time_left().is_some_and(|left| left.is_zero())
+    }
 
     pub(super) const COLUMNS: &'static str = "state, rate_milli, ramp_ms, expires_at";
 

@@ -3,7 +3,7 @@
 use aws_lc_rs::digest;
 use futures_util::future::try_join_all;
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
+use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
 use perennial_server::{transact, values};
 use perennial_webpush::Keys;
 
@@ -239,18 +239,7 @@ async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>>
     let now = now_ms();
     let mut upserted = Vec::with_capacity(all.len());
     for new in all {
-        let parameters = values![
-            new.site,
-            new.vapid_key,
-            &new.endpoint,
-            endpoint_hash(&new.endpoint),
-            new.keys.p256dh(),
-            new.keys.auth(),
-            &new.user,
-            &new.metadata,
-            now,
-        ];
-        let Some(row) = sql::first(tx, sql, &parameters).await? else { continue };
+        let Some(row) = sql::first(tx, sql, &new_row(new, now)).await? else { continue };
         let id = row.get("id")?;
         let created: bool = row.get("created")?;
         if new.tags.is_some() {
@@ -319,13 +308,9 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<Upserted> {
     Ok(upserted)
 }
 
-async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
-    let now = now_ms();
-    let sql = r#"
-        INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
-                                   created_at, updated_at)
-        VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id"#;
-    let parameters = values![
+/// What a new row is made of, in the order of its columns.
+fn new_row(new: &NewSubscription, now: i64) -> [Value; 9] {
+    values![
         new.site,
         new.vapid_key,
         &new.endpoint,
@@ -335,9 +320,15 @@ async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
         &new.user,
         &new.metadata,
         now,
-        now,
-    ];
-    let row = sql::first(tx, sql, &parameters).await?;
+    ]
+}
+
+async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
+    let sql = r#"
+        INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
+                                   created_at, updated_at)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9) RETURNING id"#;
+    let row = sql::first(tx, sql, &new_row(new, now_ms())).await?;
     row.map_or_else(|| Ok(0), |row| row.first())
 }
 
