@@ -312,11 +312,7 @@ impl Engine {
     /// With a worker, and somebody who looks after all jobs.
     fn work(&mut self, slots: usize, lease: Duration) {
         self.work_alone(slots, lease);
-        let upkeep = upkeep::Config {
-            rescue_every: Duration::from_millis(100),
-            lease: LEASE,
-            retention: Duration::MAX,
-        };
+        let upkeep = upkeep::Config { rescue_every: Duration::from_millis(100), lease: LEASE };
         let admission = Admission::new(Bounds { jobs: 1000, bytes: 1 << 20 });
         let (queue, drain) = (self.queue.clone(), self.trigger.listen());
         self.tasks.critical("upkeep", upkeep::run(queue, self.registry(slots), admission, upkeep, drain));

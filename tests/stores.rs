@@ -30,7 +30,7 @@ pub(crate) async fn on_postgres(setup: Setup, url: &str) -> Setup {
     setup
 }
 
-fn with_redis(setup: Setup, prefix: &Prefix) -> Setup {
+pub(crate) fn with_redis(setup: Setup, prefix: &Prefix) -> Setup {
     setup.set(&format!("queue.url={}", prefix.url())).set(&format!("queue.prefix={}", prefix.name()))
 }
 

@@ -13,6 +13,7 @@
 //! | `GET /workers` | token* | what the workers are busy with |
 //! | `GET /modules` | token* | what each module says of itself |
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
+//! | `GET /schedules` | token* | the schedules, see [`schedules`] |
 //! | `GET ..` | token* | what modules show, as `/origins` and `/notifications` |
 //! | `POST ..` | token | whatever changes something; a page elsewhere may not (`Origin`) |
 //!
@@ -23,6 +24,7 @@
 //! serves does not run any more.
 
 pub(crate) mod jobs;
+pub(crate) mod schedules;
 
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
@@ -110,9 +112,14 @@ impl Admin {
             .route("/connections", get(connections))
             .route("/workers", get(workers))
             .route("/modules", get(modules))
-            .merge(jobs::looking().layer(from_fn_with_state(self.clone(), open_books)))
+            .merge(
+                jobs::looking()
+                    .merge(schedules::looking())
+                    .layer(from_fn_with_state(self.clone(), open_books)),
+            )
             .layer(from_fn_with_state(self.clone(), guard));
         let acting = jobs::acting()
+            .merge(schedules::acting())
             .layer(from_fn_with_state(self.clone(), open_books))
             .layer(from_fn_with_state(self.clone(), guard_change));
         Router::new()

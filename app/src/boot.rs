@@ -20,6 +20,7 @@ use perennial_server::pool::sql::{self, Tables};
 use perennial_server::pool::sqlite::{self, Sqlite};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::Admission;
+use perennial_workers::cron::{Crontab, tick, timer::Timer};
 use perennial_workers::job::DEFAULT_QUEUE;
 use perennial_workers::limits::Limits;
 use perennial_workers::outbox::{self, Outbox};
@@ -40,6 +41,7 @@ use crate::addresses::{Addresses, url};
 use crate::admin::jobs::Books;
 use crate::config::{self, Config};
 use crate::data_dir::{self, DataDir};
+use crate::maintenance;
 use crate::module::{Closer, Configured, Host, StatusFn};
 use crate::succession::Inheritance;
 
@@ -116,18 +118,20 @@ pub(crate) async fn boot(
         tasks: tasks.clone(),
         routes: OpenApiRouter::new(),
         registry,
+        schedules: Vec::new(),
         status: Vec::new(),
         announcements: Vec::new(),
         closers: Vec::new(),
         looking: Router::new(),
         acting: Router::new(),
     };
+    maintenance::mount(&mut host, config.retention)?;
     for module in modules {
         let name = module.name;
         (module.mount)(&mut host).await.with_context(|| format!("the module {name} cannot be mounted"))?;
         info!(module = name, "mounted");
     }
-    let Host { routes, registry, status, announcements, closers, looking, acting, .. } = host;
+    let Host { routes, registry, schedules, status, announcements, closers, looking, acting, .. } = host;
     let kinds = Arc::new(OnceLock::new());
     let routes = routes.merge(crate::jobs::routes(jobs.clone(), access.clone(), Arc::clone(&kinds)));
 
@@ -146,7 +150,15 @@ pub(crate) async fn boot(
     let worker = Worker::new(jobs.store().clone(), Arc::clone(&registry), config.worker)?;
     let workers = worker.status();
     let _ = kinds.set(Arc::clone(&registry));
-    let books = Books { jobs: jobs.clone(), registry: Arc::clone(&registry), worker: Some(workers.clone()) };
+    let schedules = config.cron.schedules(schedules, &registry)?;
+    let crontab = Crontab::new(queue.clone(), admission.clone(), schedules);
+    crontab.define().await.context("the schedules cannot be written down")?;
+    let books = Books {
+        jobs: jobs.clone(),
+        registry: Arc::clone(&registry),
+        worker: Some(workers.clone()),
+        crontab: crontab.clone(),
+    };
     let addresses = Addresses { server: server.addresses(), admin: admin_addresses };
     data_dir.write(data_dir::ADDRESSES, &format!("{}\n", serde_json::to_string(&addresses)?))?;
 
@@ -166,6 +178,12 @@ pub(crate) async fn boot(
         let drain = drain.clone();
         tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
     }
+    if config.cron.tick {
+        let (crontab, drain) = (crontab.clone(), drain.clone());
+        tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
+    }
+    let timer = Timer::new(crontab, config.cron.poll, workers.clone());
+    tasks.critical("cron", timer.run(drain.clone()));
     tasks.critical("http", server.run(public(routes), Some(cpu), drain));
     health.started();
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");

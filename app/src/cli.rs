@@ -2,6 +2,7 @@
 
 mod check;
 mod client;
+mod cron;
 mod desk;
 mod health;
 mod jobs;
@@ -58,6 +59,9 @@ enum Command {
     /// Jobs: look at them, and act on those that have ended
     #[command(subcommand)]
     Jobs(jobs::Jobs),
+    /// Schedules: look at them, run one now, pause and resume them
+    #[command(subcommand)]
+    Cron(cron::Cron),
     /// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
     /// of its audience could be delivered to
     Notify(Box<notify::Notify>),
@@ -78,6 +82,7 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         Command::Keys(keys) => keys.run(&sources, modules),
         Command::Health(health) => health.run(&sources, modules),
         Command::Jobs(jobs) => jobs.run(&sources, modules),
+        Command::Cron(cron) => cron.run(&sources, modules),
         Command::Notify(notify) => notify.run(&sources, modules),
         Command::Subscriptions(subscriptions) => subscriptions.run(&sources, modules),
         Command::Sink(sink) => sink.run(&sources, modules),

@@ -15,6 +15,7 @@ use perennial_workers::limits::Limits;
 use perennial_workers::{upkeep, worker};
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::cron;
 use crate::settings::{Network, Reader, Size};
 use crate::stop::Phases;
 
@@ -37,6 +38,9 @@ pub(crate) struct Config {
     pub(crate) queue: Option<RedisQueue>,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
+    pub(crate) cron: cron::Config,
+    /// For how long jobs that have ended are kept.
+    pub(crate) retention: Duration,
     /// How much may wait in one queue.
     pub(crate) bounds: Bounds,
     /// When the process has done enough.
@@ -85,11 +89,9 @@ impl Config {
             store: store(settings),
             queue: queue(settings),
             worker: worker(settings),
-            upkeep: upkeep::Config {
-                rescue_every: RESCUE_EVERY,
-                lease: settings.get("queue.lease"),
-                retention: settings.duration("queue.retention", SECOND..=400 * DAY),
-            },
+            upkeep: upkeep::Config { rescue_every: RESCUE_EVERY, lease: settings.get("queue.lease") },
+            cron: cron::config(settings),
+            retention: settings.duration("queue.retention", SECOND..=400 * DAY),
             bounds: Bounds {
                 jobs: settings.number("queue.max_jobs", 1..=u64::MAX),
                 bytes: settings.get::<Size>("queue.max_bytes").0 as u64,

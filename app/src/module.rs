@@ -39,7 +39,7 @@ use perennial_server::drain::Drain;
 use perennial_server::health::{Condition, Health};
 use perennial_server::pool::sql::{Store, Tables};
 use perennial_server::tasks::Tasks;
-use perennial_workers::{Job, Jobs, Registry};
+use perennial_workers::{Job, Jobs, Registry, Schedule};
 use serde_json::Value;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -106,6 +106,7 @@ pub struct Host {
     pub(crate) tasks: Tasks,
     pub(crate) routes: OpenApiRouter,
     pub(crate) registry: Registry,
+    pub(crate) schedules: Vec<Schedule>,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) announcements: Vec<Announcement>,
     pub(crate) closers: Vec<Closer>,
@@ -132,6 +133,16 @@ impl Host {
     /// Runs jobs of this kind.
     pub fn job<J: Job>(&mut self, tools: J::Tools) {
         self.registry.register::<J>(tools);
+    }
+
+    /// Enqueues a job by the clock. Settings may change when, or pause it (`cron.schedules`).
+    ///
+    /// # Panics
+    /// When there is one of this name already: that is a mistake in the program.
+    pub fn schedule(&mut self, schedule: Schedule) {
+        let twice = self.schedules.iter().any(|other| other.name == schedule.name);
+        assert!(!twice, "the schedule {} is defined twice", schedule.name);
+        self.schedules.push(schedule);
     }
 
     /// Runs up to `slots` jobs of a queue at once.

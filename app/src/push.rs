@@ -26,6 +26,7 @@ mod outcome;
 mod pace;
 mod page;
 mod progress;
+mod retention;
 mod round;
 mod schedule;
 mod send;
@@ -43,7 +44,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::FromRef;
-use perennial_server::drain::{Drain, Phase};
+use perennial_server::drain::Drain;
 use perennial_server::http::detach::Detach;
 use perennial_server::pool::sql;
 use perennial_webpush::Contact;
@@ -83,8 +84,6 @@ const PACED_QUEUE: &str = "push-paced";
 const WEBHOOK_QUEUE: &str = "push-webhook";
 /// How many requests to the backend at once.
 const WEBHOOKS: usize = 8;
-/// How often notifications that have ended long ago are looked for.
-const FORGET_EVERY: Duration = Duration::from_secs(600);
 /// How many audiences are cut at once.
 const FAN_OUTS: usize = 4;
 /// How long the page's token is good for.
@@ -191,16 +190,13 @@ impl Module for Push {
         host.job::<close::Close>(Arc::clone(&application));
         host.job::<fanout::FanOut>(Arc::clone(&application));
         host.job::<deliver::Deliver>(Arc::clone(&application));
+        retention::mount(host, &application)?;
         host.looking(services::looking(Arc::clone(&application)));
         host.acting(services::acting(Arc::clone(&application)));
         host.acting(import::acting(Arc::clone(&application.porter)));
         host.task("push limits", {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || Arc::clone(&application).forget_limits(drain.clone())
-        });
-        host.task("push retention", {
-            let (application, drain) = (Arc::clone(&application), host.drain.clone());
-            move || Arc::clone(&application).forget_notifications(drain.clone())
         });
         host.task("push flows", {
             let drain = host.drain.clone();
@@ -243,20 +239,6 @@ impl Application {
         let outcomes = outcomes.collect::<Vec<_>>().join(", ");
         let took = ended.ended_at.unwrap_or(ended.created_at).duration_since(ended.created_at);
         info!(%notification, outcomes, took_ms = took.as_millis(), "notification done");
-    }
-
-    /// Forgets notifications that ended long ago, until nothing new is taken.
-    async fn forget_notifications(self: Arc<Self>, drain: Drain) -> anyhow::Result<()> {
-        loop {
-            tokio::select! {
-                () = tokio::time::sleep(FORGET_EVERY) => {}
-                () = drain.soft() => return Ok(()),
-            }
-            let before = jiff::Timestamp::now().as_millisecond()
-                - i64::try_from(self.config.retention.as_millis()).unwrap_or(i64::MAX);
-            while self.store.forget_notifications(before).await? > 0 && drain.phase() < Phase::Soft {}
-            self.store.forget_services().await?;
-        }
     }
 
     /// Forgets the addresses that have kept within their limits, until nothing new is taken.

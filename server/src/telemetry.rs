@@ -76,7 +76,8 @@ impl FromStr for Filter {
 
 impl Filter {
     fn directives(&self) -> EnvFilter {
-        EnvFilter::new(&self.0)
+        // Its level info is about its own making.
+        EnvFilter::new(format!("tokio_cron_scheduler=warn,{}", self.0))
     }
 }
 

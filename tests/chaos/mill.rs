@@ -80,11 +80,7 @@ async fn main() {
     let tasks = Tasks::new(drain.clone());
     let worker = Worker::new(queue.clone(), Arc::clone(&registry), config).unwrap();
     tasks.critical("worker", worker.run(drain.clone()));
-    let upkeep = upkeep::Config {
-        rescue_every: Duration::from_millis(500),
-        lease,
-        retention: Duration::from_secs(3600),
-    };
+    let upkeep = upkeep::Config { rescue_every: Duration::from_millis(500), lease };
     let admission = Admission::new(Bounds { jobs: 1 << 30, bytes: 1 << 30 });
     tasks.critical("upkeep", upkeep::run(queue.clone(), registry, admission, upkeep, drain.clone()));
     tasks.contained("wake-ups", move || {

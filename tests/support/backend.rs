@@ -4,13 +4,14 @@ use std::time::Duration;
 
 use perennial_server::pool::postgres::Postgres;
 use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::Script;
+use perennial_server::pool::redis::client::{Script, cmd};
 use perennial_server::pool::sqlite::{self, Sqlite};
 use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};
 use perennial_workers::store::{self, Store};
 use tempfile::TempDir;
+use tokio_postgres::types::Type;
 
 use crate::postgres::Database;
 use crate::redis::Prefix;
@@ -98,7 +99,8 @@ impl Backend {
                         "UPDATE jobs SET run_at = run_at - ?1, scheduled_at = scheduled_at - ?1,
                                 created_at = created_at - ?1, recovered_at = recovered_at - ?1",
                         [ms],
-                    )
+                    )?;
+                    tx.execute(SHIFT_SCHEDULES, [ms])
                 };
                 store.write(shift).await.unwrap();
             }
@@ -110,14 +112,45 @@ impl Backend {
                             recovered_at = recovered_at - interval '{seconds} s'"
                 );
                 postgres.execute(&sql, &[]).await.unwrap();
+                let shift = SHIFT_SCHEDULES.replace("?1", "$1");
+                postgres.execute(&shift, &[(&(seconds * 1000), Type::INT8)]).await.unwrap();
             }
             Inner::Redis { prefix, redis } => {
                 let parts = ["leases", "scheduled", "waits"];
                 shift(redis, prefix.name(), &parts, seconds * 1000).await;
+                let script = Script::new(
+                    "for _, name in ipairs(redis.call('SMEMBERS', KEYS[1] .. ':schedules')) do
+                         local schedule = KEYS[1] .. ':schedule:' .. name
+                         for _, field in ipairs({ 'last_fire', 'queued', 'seen_at' }) do
+                             if redis.call('HEXISTS', schedule, field) == 1 then
+                                 redis.call('HINCRBY', schedule, field, -ARGV[1])
+                             end
+                         end
+                     end",
+                );
+                let mut invocation = script.prepare_invoke();
+                redis.invoke::<()>(invocation.key(prefix.name()).arg(seconds * 1000)).await.unwrap();
+            }
+        }
+    }
+
+    /// Loses everything that is known about schedules.
+    pub async fn forget_schedules(&self) {
+        let sql = "DELETE FROM schedules";
+        match &self.0 {
+            Inner::Sqlite { store, .. } => drop(store.write(move |tx| tx.execute(sql, [])).await.unwrap()),
+            Inner::Postgres { postgres, .. } => drop(postgres.execute(sql, &[]).await.unwrap()),
+            Inner::Redis { prefix, redis } => {
+                let key = |key: &str| format!("{}:{key}", prefix.name());
+                redis.query::<()>(cmd("DEL").arg(key("schedules")).arg(key("schedule:test"))).await.unwrap();
             }
         }
     }
 }
+
+/// Makes earlier what schedules say, by so many milliseconds.
+const SHIFT_SCHEDULES: &str =
+    "UPDATE schedules SET last_fire = last_fire - ?1, queued = queued - ?1, seen_at = seen_at - ?1";
 
 /// A store by its name, `sqlite:FILE`, `postgres://..` or `redis://..`, with its tables made: as a process of its own
 /// would have it.

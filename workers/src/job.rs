@@ -15,6 +15,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::cron::Occurrence;
 use crate::lease::Lease;
 use crate::queue::{self, Held, NewJob, Progress};
 use crate::state::{Budget, Spent};
@@ -239,6 +240,12 @@ impl Context {
     /// The queue that it waited in.
     pub fn queue(&self) -> &str {
         &self.queue
+    }
+
+    /// For which time of which schedule it was enqueued; none if something else did it. Jobs that follow from such
+    /// a one know it, too.
+    pub fn occurrence(&self) -> Option<Occurrence> {
+        Occurrence::of_trace(self.trace.as_deref()?)
     }
 
     /// Which attempt this is: 1 is the first. Snoozes and hand-backs are none.

@@ -9,6 +9,7 @@
 //! | [`queue`] | what a store of jobs can do for those who enqueue and those who work |
 //! | [`ledger`] | what it can do for operators: look, retry, discard, cancel, pause |
 //! | [`store`] | the stores |
+//! | [`cron`] | schedules: jobs that are enqueued by the clock; [`schedules`] what a store can do for them |
 //! | [`outbox`] | jobs of a transaction in one store that are kept in another |
 //! | [`worker`] | claim, run, renew, settle |
 //! | [`upkeep`] | take jobs from workers that died, count, forget |
@@ -23,6 +24,7 @@
 //! writes elsewhere. A worker whose lease has lapsed settles nothing.
 
 pub mod admission;
+pub mod cron;
 pub mod job;
 pub mod jobs;
 pub mod lease;
@@ -32,15 +34,18 @@ pub mod metrics;
 pub mod outbox;
 pub mod queue;
 pub mod registry;
+pub mod schedules;
 pub mod state;
 pub mod store;
 pub mod upkeep;
 pub mod wake;
 pub mod worker;
 
+pub use cron::{Crontab, Schedule};
 pub use job::{Context, Fate, Job, Options};
 pub use jobs::Jobs;
 pub use ledger::Ledger;
 pub use queue::{NewJob, Queue};
 pub use registry::Registry;
+pub use schedules::Schedules;
 pub use worker::Worker;

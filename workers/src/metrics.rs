@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use metrics::{
     Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
@@ -31,6 +32,13 @@ pub const JOBS_RESCUED: &str = "perennial_jobs_rescued_total";
 pub const JOBS_RELAYED: &str = "perennial_jobs_relayed_total";
 /// Histogram, seconds: how much later than wanted leases were renewed.
 pub const RENEWAL_LAG: &str = "perennial_lease_renewal_lag_seconds";
+/// Counter by `schedule`, `outcome` (fired, passed, overlapped): what became of the times of a schedule. Passed are
+/// those that were missed, or that one run stands for.
+pub const CRON_OCCURRENCES: &str = "perennial_cron_occurrences_total";
+/// Histogram by `schedule`, seconds: from when a time was due to its claim.
+pub const CRON_LAG: &str = "perennial_cron_lag_seconds";
+/// Gauge by `schedule`, seconds since 1970: the last time that was claimed, here or elsewhere.
+pub const CRON_LAST_FIRE: &str = "perennial_cron_last_fire_timestamp_seconds";
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,6 +93,13 @@ pub fn describe() {
     describe_counter!(JOBS_RESCUED, Unit::Count, "leases that lapsed and were taken from their worker");
     describe_counter!(JOBS_RELAYED, Unit::Count, "jobs that were passed on from the outbox");
     describe_histogram!(RENEWAL_LAG, Unit::Seconds, "how much later than wanted leases were renewed");
+    describe_counter!(
+        CRON_OCCURRENCES,
+        Unit::Count,
+        "times of schedules, by schedule and what became of them"
+    );
+    describe_histogram!(CRON_LAG, Unit::Seconds, "from when a time was due to its claim, by schedule");
+    describe_gauge!(CRON_LAST_FIRE, Unit::Seconds, "the last time that was claimed, by schedule");
 }
 
 /// The gauge of jobs that run.
@@ -129,6 +144,23 @@ pub(crate) fn relayed(jobs: usize) {
 
 pub(crate) fn renewal_lag(lag: Duration) {
     histogram!(RENEWAL_LAG).record(lag);
+}
+
+/// What became of so many times of a schedule.
+pub(crate) fn occurrences(schedule: &str, outcome: &'static str, count: usize) {
+    if count > 0 {
+        let counter = counter!(CRON_OCCURRENCES, "schedule" => schedule.to_owned(), "outcome" => outcome);
+        counter.increment(count as u64);
+    }
+}
+
+pub(crate) fn cron_lag(schedule: &str, lag: Duration) {
+    histogram!(CRON_LAG, "schedule" => schedule.to_owned()).record(lag);
+}
+
+pub(crate) fn last_fire(schedule: &str, time: Timestamp) {
+    let seconds = u64::try_from(time.as_second()).unwrap_or_default();
+    gauge!(CRON_LAST_FIRE, "schedule" => schedule.to_owned()).set(number(seconds));
 }
 
 #[expect(clippy::cast_precision_loss, reason = "gauges are floats, and nobody counts 2^52 jobs")]

@@ -162,6 +162,13 @@ impl Registry {
         self.kinds.get(name).cloned()
     }
 
+    /// The names of all kinds, in their order.
+    pub fn kinds(&self) -> impl Iterator<Item = &'static str> {
+        let mut names: Vec<&'static str> = self.kinds.keys().copied().collect();
+        names.sort_unstable();
+        names.into_iter()
+    }
+
     /// The queues, and the lanes of kinds with limits of their own.
     pub fn lanes(&self) -> Vec<Lane> {
         let limited = self.kinds.values().filter_map(|kind| {

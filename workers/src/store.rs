@@ -2,6 +2,7 @@
 
 pub mod postgres;
 pub mod redis;
+mod schedules;
 pub mod sqlite;
 
 use std::collections::BTreeSet;
@@ -14,13 +15,18 @@ use perennial_server::pool::sql;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;
+use tracing::warn;
 use uuid::Uuid;
 
+use crate::cron::{Claim as Firing, Ending, Occurrence, Outcome, Run, Schedule, Standings};
 use crate::ledger::{Cancelled, Filter, JobView, Ledger};
 use crate::queue::{Claim, Claims, Depth, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement};
+use crate::schedules::Schedules;
+use crate::state::{State, Transition};
 use crate::wake::Wake;
 use postgres::PostgresQueue;
 use redis::RedisQueue;
+use schedules::SqlSchedules;
 use sqlite::SqliteQueue;
 
 /// The tables of jobs that are kept beside what they are about.
@@ -78,7 +84,11 @@ impl Queue for Store {
     }
 
     async fn settle(&self, settlements: Vec<Settlement>) -> Result<Vec<bool>> {
-        either!(self, store => store.settle(settlements).await)
+        let scheduled: Vec<_> = settlements.iter().map(ending).collect();
+        let kept = either!(self, store => store.settle(settlements).await)?;
+        let ended = scheduled.into_iter().zip(&kept).filter_map(|(ending, kept)| ending.filter(|_| *kept));
+        self.note(ended.collect()).await;
+        Ok(kept)
     }
 
     async fn lapsed(&self, limit: usize, worker: String, lease: Duration) -> Result<Lapsed> {
@@ -116,7 +126,15 @@ impl Ledger for Store {
     }
 
     async fn cancel(&self, id: Uuid, reason: String) -> Result<Cancelled> {
-        either!(self, store => store.cancel(id, reason).await)
+        let cancelled = either!(self, store => store.cancel(id, reason.clone()).await)?;
+        if cancelled == Cancelled::Now
+            && let Some(job) = self.show(id).await?
+            && let Some(occurrence) = job.trace.as_deref().and_then(Occurrence::of_trace)
+        {
+            let ending = Ending { outcome: Outcome::Cancelled, reason: Some(reason), at: Timestamp::now() };
+            self.note(vec![(occurrence.schedule, id, ending)]).await;
+        }
+        Ok(cancelled)
     }
 
     async fn pause(&self, queue: String, paused: bool) -> Result<()> {
@@ -134,6 +152,79 @@ impl Ledger for Store {
     async fn prune(&self, older: Duration) -> Result<usize> {
         either!(self, store => store.prune(older).await)
     }
+}
+
+/// The same of whichever store it is, for schedules.
+macro_rules! schedules {
+    ($self:ident, $store:ident => $call:expr) => {
+        match $self {
+            Self::Sqlite(queue) => {
+                let $store = SqlSchedules::new($self, queue.store());
+                $call
+            }
+            Self::Postgres(queue) => {
+                let $store = SqlSchedules::new($self, queue.store());
+                $call
+            }
+            Self::Redis($store) => $call,
+        }
+    };
+}
+
+impl Schedules for Store {
+    async fn sync(&self, schedules: Vec<Arc<Schedule>>, takes_over: bool) -> Result<()> {
+        schedules!(self, store => store.sync(schedules, takes_over).await)
+    }
+
+    async fn due(&self) -> Result<Standings> {
+        schedules!(self, store => store.due().await)
+    }
+
+    async fn fire(&self, claim: Firing) -> Result<bool> {
+        schedules!(self, store => store.fire(claim).await)
+    }
+
+    async fn set(&self, schedule: String, paused: bool) -> Result<bool> {
+        schedules!(self, store => store.set(schedule, paused).await)
+    }
+
+    async fn unfinished(&self, schedule: &str, queue: &str) -> Result<Vec<Uuid>> {
+        schedules!(self, store => store.unfinished(schedule, queue).await)
+    }
+
+    async fn runs(&self, schedule: &str, limit: usize) -> Result<Vec<Run>> {
+        schedules!(self, store => store.runs(schedule, limit).await)
+    }
+
+    async fn record_endings(&self, endings: Vec<(String, Uuid, Ending)>) -> Result<()> {
+        schedules!(self, store => store.record_endings(endings).await)
+    }
+}
+
+impl Store {
+    /// Writes down how jobs of schedules ended. They have, whether that succeeds or not.
+    async fn note(&self, endings: Vec<(String, Uuid, Ending)>) {
+        if endings.is_empty() {
+            return;
+        }
+        if let Err(error) = self.record_endings(endings).await {
+            warn!(error = error.in_one_line(), "how jobs of schedules ended could not be written down");
+        }
+    }
+}
+
+/// How the job of a schedule ends by this settlement; none if another enqueued it, or it does not end.
+fn ending(settlement: &Settlement) -> Option<(String, Uuid, Ending)> {
+    let (outcome, reason) = match &settlement.transition {
+        Transition::Again { .. } => return None,
+        Transition::Finished => (Outcome::Done, None),
+        Transition::Ended { state: State::Cancelled, reason, .. } => {
+            (Outcome::Cancelled, Some(reason.clone()))
+        }
+        Transition::Ended { reason, .. } => (Outcome::Dead, Some(reason.clone())),
+    };
+    let Occurrence { schedule, .. } = Occurrence::of_trace(settlement.job.trace.as_deref()?)?;
+    Some((schedule, settlement.job.id, Ending { outcome, reason, at: Timestamp::now() }))
 }
 
 /// JSON for a column. What is written here cannot fail to be JSON.

@@ -1,5 +1,4 @@
-//! What somebody has to do for all jobs: take them from workers that died, count them, and forget those that
-//! ended long ago.
+//! What somebody has to do for all jobs: take them from workers that died, and count them.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -10,7 +9,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::admission::Admission;
-use crate::ledger::{Ledger, STEP};
+use crate::ledger::Ledger;
 use crate::metrics;
 use crate::queue::{Queue, Result, Settlement};
 use crate::registry::Registry;
@@ -22,8 +21,6 @@ const BATCH: usize = 100;
 const NAME: &str = "rescue";
 /// How often to count, at the most: and never more than a fiftieth of the time is spent with it.
 const COUNT: Duration = Duration::from_secs(1);
-/// How often to look for what may be forgotten.
-const PRUNE: Duration = Duration::from_secs(60);
 
 /// How to keep the books.
 #[derive(Clone, Copy, Debug)]
@@ -32,8 +29,6 @@ pub struct Config {
     pub rescue_every: Duration,
     /// For how long workers claim jobs.
     pub lease: Duration,
-    /// For how long jobs that have ended are kept.
-    pub retention: Duration,
 }
 
 /// Looks after all jobs, until nothing new may be claimed here.
@@ -48,10 +43,10 @@ pub async fn run<Q: Queue + Ledger>(
     drain: Drain,
 ) -> std::result::Result<(), Infallible> {
     let begin = Instant::now();
-    let (mut rescue_at, mut count_at, mut prune_at) = (begin, begin, begin + PRUNE);
+    let (mut rescue_at, mut count_at) = (begin, begin);
     loop {
         tokio::select! {
-            () = tokio::time::sleep_until(rescue_at.min(count_at).min(prune_at)) => {}
+            () = tokio::time::sleep_until(rescue_at.min(count_at)) => {}
             () = drain.notice() => return Ok(()),
         }
         let now = Instant::now();
@@ -62,12 +57,6 @@ pub async fn run<Q: Queue + Ledger>(
         if now >= count_at {
             complain(count(&queue, &registry, &admission).await, "jobs could not be counted");
             count_at = Instant::now() + COUNT.max(now.elapsed() * 50);
-        }
-        if now >= prune_at {
-            let pruned = queue.prune(config.retention).await;
-            // What is left over is next.
-            prune_at = Instant::now() + if matches!(pruned, Ok(STEP..)) { Duration::ZERO } else { PRUNE };
-            complain(pruned, "jobs that ended long ago could not be deleted");
         }
     }
 }

@@ -19,7 +19,7 @@ use perennial_server::http::problem::FieldError;
 use perennial_workers::ledger::{Filter, JobView};
 use perennial_workers::queue::Depth;
 use perennial_workers::worker::Status;
-use perennial_workers::{Jobs, Ledger, Queue, Registry};
+use perennial_workers::{Crontab, Jobs, Ledger, Queue, Registry};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -40,6 +40,15 @@ pub(crate) struct Books {
     pub(crate) registry: Arc<Registry>,
     /// The worker of this process, if it has one.
     pub(crate) worker: Option<Status>,
+    pub(crate) crontab: Crontab,
+}
+
+impl Books {
+    /// Those of a store that no server runs on: without kinds, a worker, or schedules of its own.
+    pub(crate) fn alone(jobs: Jobs) -> Self {
+        let crontab = Crontab::new(jobs.store().clone(), jobs.admission().clone(), Vec::new());
+        Self { jobs, registry: Arc::default(), worker: None, crontab }
+    }
 }
 
 /// What may be looked at.

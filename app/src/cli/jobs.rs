@@ -1,13 +1,11 @@
 //! `perennial jobs`.
 
 use std::io::Write;
-use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use axum::Extension;
 use clap::{Args, Subcommand};
 use http::Method;
-use perennial_workers::Registry;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
@@ -127,8 +125,7 @@ impl Jobs {
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::open(&config, modules, async |_, _, jobs| {
-                let books = Books { jobs, registry: Arc::new(Registry::new()), worker: None };
-                Ok(looking::<()>().merge(acting()).layer(Extension(books)))
+                Ok(looking::<()>().merge(acting()).layer(Extension(Books::alone(jobs))))
             })
             .await?;
             let answer = self.ask(&desk).await;

@@ -126,6 +126,7 @@ impl Porter {
 
     fn read(&self, site: i64, line: &[u8]) -> std::result::Result<(Endpoint, NewSubscription), String> {
         let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let expires_at = line.subscription.expires_at();
         let PushSubscription { endpoint: url, keys, .. } = line.subscription;
         let endpoint =
             self.sender.policy().check(&url).map_err(|error| format!("subscription.endpoint: {error}"))?;
@@ -157,6 +158,7 @@ impl Porter {
             tags: line.tags,
             own_tags: None,
             metadata,
+            expires_at,
             replaces: None,
             proof: Proof::Key,
         };
@@ -169,8 +171,13 @@ impl Porter {
         let next = page.last().filter(|_| page.len() == PAGE).map(|last| last.id);
         let line = |exported: Exported| {
             let keys = json!({ "p256dh": base64(&exported.p256dh), "auth": base64(&exported.auth) });
+            let subscription = json!({
+                "endpoint": exported.endpoint,
+                "expirationTime": exported.expires_at,
+                "keys": keys,
+            });
             without_nulls(json!({
-                "subscription": { "endpoint": exported.endpoint, "keys": keys },
+                "subscription": without_nulls(subscription),
                 "key": base64(&exported.public_key),
                 "user": exported.user,
                 "tags": exported.tags,

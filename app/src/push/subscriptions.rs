@@ -40,7 +40,19 @@ pub(super) struct PushSubscription {
     /// Where to send
     #[schema(example = "https://updates.push.services.mozilla.com/wpush/v2/gAAAAA")]
     pub(super) endpoint: String,
+    /// When it ends, in milliseconds since 1970, if the browser says so: it is deleted then
+    #[serde(default, rename = "expirationTime")]
+    pub(super) expiration_time: Option<f64>,
     pub(super) keys: SubscriptionKeys,
+}
+
+impl PushSubscription {
+    /// When it ends, in milliseconds since 1970.
+    #[expect(clippy::cast_possible_truncation, reason = "within the bounds of a time")]
+    pub(super) fn expires_at(&self) -> Option<i64> {
+        const END: f64 = 253_402_300_799_000.0;
+        self.expiration_time.filter(|time| (0.0..=END).contains(time)).map(|time| time as i64)
+    }
 }
 
 /// How to encrypt
@@ -405,6 +417,7 @@ fn check(
     {
         check_user_token(tools, user, request.user_token.as_deref())?;
     }
+    let expires_at = request.subscription.expires_at();
     let new = NewSubscription {
         site: visitor.site().0,
         vapid_key,
@@ -415,6 +428,7 @@ fn check(
         // What the backend has set is not the page's to take away.
         own_tags: visitor.caller.is_none().then(|| tools.config.public_tags.clone()),
         metadata,
+        expires_at,
         replaces,
         proof: if visitor.caller.is_some() { Proof::Key } else { Proof::Auth },
     };

@@ -116,6 +116,17 @@ impl<'a> Reader<'a> {
         None
     }
 
+    /// Notes the same of a part of the value: `part` is where in it, such as `[0].name`.
+    pub fn refuse_part(&mut self, key: &str, part: &str, value: Option<&Value>, wanted: &str) {
+        let problem = Problem {
+            key: format!("{key}{part}"),
+            value: value.map(|value| super::mask(value).to_string()),
+            source: self.entry(key).source.clone(),
+            wanted: wanted.to_owned(),
+        };
+        self.problems.push(problem);
+    }
+
     /// The end of reading.
     ///
     /// # Errors

@@ -25,8 +25,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::Migrations;
 use perennial_server::pool::postgres::{self, Parameter, Postgres, Session};
+use perennial_server::pool::{Migrations, sql};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 use uuid::Uuid;
@@ -43,7 +43,8 @@ use claim::Cursors;
 /// The tables of the engine.
 pub const MIGRATIONS: Migrations = Migrations {
     module: "jobs",
-    steps: &["CREATE TABLE jobs (
+    steps: &[
+    "CREATE TABLE jobs (
         id           uuid PRIMARY KEY DEFAULT gen_random_uuid(),
         kind         text NOT NULL,
         queue        text NOT NULL DEFAULT 'default',
@@ -106,7 +107,32 @@ pub const MIGRATIONS: Migrations = Migrations {
     );
     CREATE INDEX ended_jobs_age ON ended_jobs (ended_at);
 
-    CREATE TABLE paused_queues (queue text PRIMARY KEY);"],
+    CREATE TABLE paused_queues (queue text PRIMARY KEY);",
+    "CREATE TABLE schedules (
+        name       text PRIMARY KEY,
+        definition text NOT NULL,                        -- JSON
+        timing     text NOT NULL,                        -- the expression and the zone that last_fire is about
+        -- milliseconds since 1970, here as below: the last time that was claimed, or when it was known first
+        last_fire  bigint NOT NULL,
+        queued     bigint,                               -- a time that waits for the job of an earlier one
+        paused     boolean NOT NULL,                     -- as defined
+        held       boolean,                              -- as an operator wants it
+        version    bigint NOT NULL,                      -- what claims compare and swap
+        seen_at    bigint NOT NULL                       -- when a process last said that it is defined so
+    );
+
+    CREATE TABLE schedule_runs (
+        id         bytea PRIMARY KEY,                    -- that of its job, if it has one
+        schedule   text NOT NULL,
+        has_job    boolean NOT NULL,
+        occurrence bigint NOT NULL,
+        claimed_at bigint NOT NULL,
+        cause      text NOT NULL,                        -- JSON, as ending
+        passed     bigint NOT NULL,
+        ending     text
+    );
+    CREATE INDEX schedule_runs_of ON schedule_runs (schedule, claimed_at);",
+    ],
 };
 
 /// Where new jobs are announced: the payload is the queue.
@@ -128,6 +154,11 @@ impl PostgresQueue {
     /// The queue in `postgres`, where [`MIGRATIONS`] have been applied.
     pub fn new(postgres: Postgres) -> Self {
         Self { postgres, wake: Wake::default(), announce: Wake::default(), cursors: Cursors::default() }
+    }
+
+    /// Where it is kept.
+    pub(super) fn store(&self) -> sql::Store {
+        sql::Store::Postgres(self.postgres.clone())
     }
 
     /// To be called after the commit of a transaction that used [`insert_jobs`].

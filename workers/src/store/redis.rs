@@ -19,6 +19,7 @@
 //! lane: `{queue/kind}`.
 
 mod ledger;
+mod schedules;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -79,6 +80,10 @@ struct Scripts {
     prune: Script,
     view: Script,
     discard: Script,
+    define: Script,
+    due: Script,
+    set: Script,
+    fire: Script,
 }
 
 impl Scripts {
@@ -99,6 +104,16 @@ impl Scripts {
             prune: script!("prune"),
             view: script!("view"),
             discard: script!("discard"),
+            define: Script::new(include_str!("redis/define.lua")),
+            due: Script::new(include_str!("redis/due.lua")),
+            set: Script::new(include_str!("redis/set.lua")),
+            fire: Script::new(concat!(
+                include_str!("redis/prelude.lua"),
+                "\n",
+                include_str!("redis/fire.lua"),
+                "\n",
+                include_str!("redis/enqueue.lua")
+            )),
         }
     }
 }
@@ -386,26 +401,31 @@ impl RedisQueue {
     async fn add(&self, queue: &str, jobs: &[&NewJob]) -> Result<Vec<String>> {
         let mut script = self.on(&self.0.scripts.enqueue, queue);
         script.arg(self.channel()).arg(queue);
-        let now = Timestamp::now();
-        for job in jobs {
-            let header = Header {
-                kind: job.kind.to_string(),
-                created_at: now.as_millisecond(),
-                trace: job.trace.clone(),
-                unique: job.unique_key(),
-            };
-            let spent = Spent { recoveries: job.recoveries, since: Some(now), ..Spent::default() };
-            let entry = Entry {
-                id: job.id,
-                record: Record { priority: job.priority, header, payload: job.payload.clone() },
-                due: job.due,
-                state: if job.recoveries > 0 { write_state(spent, &[]) } else { String::new() },
-                until: job.unique.as_ref().map_or(UniqueUntil::Ended, |unique| unique.until),
-                last_epoch: None,
-            };
-            entry.push(&mut script);
-        }
+        push_new(&mut script, jobs);
         self.invoke(&script).await
+    }
+}
+
+/// Says which jobs are new, as the script that enqueues wants it.
+fn push_new(script: &mut ScriptInvocation<'_>, jobs: &[&NewJob]) {
+    let now = Timestamp::now();
+    for job in jobs {
+        let header = Header {
+            kind: job.kind.to_string(),
+            created_at: now.as_millisecond(),
+            trace: job.trace.clone(),
+            unique: job.unique_key(),
+        };
+        let spent = Spent { recoveries: job.recoveries, since: Some(now), ..Spent::default() };
+        let entry = Entry {
+            id: job.id,
+            record: Record { priority: job.priority, header, payload: job.payload.clone() },
+            due: job.due,
+            state: if job.recoveries > 0 { write_state(spent, &[]) } else { String::new() },
+            until: job.unique.as_ref().map_or(UniqueUntil::Ended, |unique| unique.until),
+            last_epoch: None,
+        };
+        entry.push(script);
     }
 }
 

@@ -21,8 +21,8 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::Migrations;
 use perennial_server::pool::sqlite::Sqlite;
+use perennial_server::pool::{Migrations, sql};
 use rusqlite::{Connection, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
@@ -38,7 +38,8 @@ use crate::wake::Wake;
 /// The tables of the engine.
 pub const MIGRATIONS: Migrations = Migrations {
     module: "jobs",
-    steps: &["CREATE TABLE jobs (
+    steps: &[
+        "CREATE TABLE jobs (
         id           BLOB PRIMARY KEY DEFAULT (randomblob(16)) CHECK (length(id) = 16),
         kind         TEXT NOT NULL,
         queue        TEXT NOT NULL DEFAULT 'default',
@@ -97,7 +98,31 @@ pub const MIGRATIONS: Migrations = Migrations {
     ) WITHOUT ROWID;
     CREATE INDEX ended_jobs_age ON ended_jobs (ended_at);
 
-    CREATE TABLE paused_queues (queue TEXT PRIMARY KEY) WITHOUT ROWID;"],
+    CREATE TABLE paused_queues (queue TEXT PRIMARY KEY) WITHOUT ROWID;",
+        "CREATE TABLE schedules (
+        name       TEXT PRIMARY KEY,
+        definition TEXT NOT NULL,            -- JSON
+        timing     TEXT NOT NULL,            -- the expression and the zone that last_fire is about
+        last_fire  INTEGER NOT NULL,         -- the last time that was claimed, or when it was known first
+        queued     INTEGER,                  -- a time that waits for the job of an earlier one
+        paused     INTEGER NOT NULL,         -- as defined
+        held       INTEGER,                  -- as an operator wants it
+        version    INTEGER NOT NULL,         -- what claims compare and swap
+        seen_at    INTEGER NOT NULL          -- when a process last said that it is defined so
+    ) WITHOUT ROWID;
+
+    CREATE TABLE schedule_runs (
+        id         BLOB PRIMARY KEY,         -- that of its job, if it has one
+        schedule   TEXT NOT NULL,
+        has_job    INTEGER NOT NULL,
+        occurrence INTEGER NOT NULL,
+        claimed_at INTEGER NOT NULL,
+        cause      TEXT NOT NULL,            -- JSON, as ending
+        passed     INTEGER NOT NULL,
+        ending     TEXT
+    ) WITHOUT ROWID;
+    CREATE INDEX schedule_runs_of ON schedule_runs (schedule, claimed_at);",
+    ],
 };
 
 /// The queue in an embedded store. A cheap handle.
@@ -111,6 +136,11 @@ impl SqliteQueue {
     /// The queue in `store`, whose [`MIGRATIONS`] have been applied.
     pub fn new(store: Sqlite) -> Self {
         Self { store, wake: Wake::default() }
+    }
+
+    /// Where it is kept.
+    pub(super) fn store(&self) -> sql::Store {
+        sql::Store::Sqlite(self.store.clone())
     }
 
     /// Ends every lease, at boot: the lock on the store says that no other process can hold one, so nobody has

@@ -25,6 +25,8 @@ pub(crate) struct NewSubscription {
     pub(crate) own_tags: Option<Vec<String>>,
     /// Kept as it was when there is none.
     pub(crate) metadata: Option<String>,
+    /// In milliseconds since 1970.
+    pub(crate) expires_at: Option<i64>,
     pub(crate) replaces: Option<Replaced>,
     pub(crate) proof: Proof,
 }
@@ -78,6 +80,8 @@ pub(crate) struct Exported {
     pub(crate) user: Option<String>,
     pub(crate) tags: Option<Vec<String>>,
     pub(crate) metadata: Option<serde_json::Value>,
+    /// In milliseconds since 1970.
+    pub(crate) expires_at: Option<i64>,
 }
 
 /// The columns of [`Subscription`].
@@ -155,7 +159,7 @@ impl Store {
     pub(crate) async fn export(&self, site: i64, cursor: i64, limit: usize) -> Result<Vec<Exported>> {
         let tags = self.sql.dialect().list_of("tag");
         let sql = format!(
-            r#"SELECT id, endpoint, p256dh, auth, vapid_key, "user", metadata,
+            r#"SELECT id, endpoint, p256dh, auth, vapid_key, "user", metadata, expires_at,
                       (SELECT {tags} FROM subscription_tags WHERE subscription = subscriptions.id) AS tags,
                       (SELECT public_key FROM vapid_keys WHERE vapid_keys.id = vapid_key) AS public_key
                FROM subscriptions WHERE site = ? AND id > ? ORDER BY id LIMIT ?"#
@@ -173,6 +177,7 @@ impl Store {
                 user: row.get("user")?,
                 tags: Some(tags).filter(|tags| !tags.is_empty()),
                 metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
+                expires_at: row.get("expires_at")?,
             })
         };
         rows.iter().map(read).collect()
@@ -209,6 +214,13 @@ impl Store {
         Ok(self.sql.execute(sql, values![site, id]).await? == 1)
     }
 
+    /// Deletes some of those that end before `before`, in milliseconds since 1970; returns how many.
+    pub(crate) async fn forget_expired(&self, before: i64) -> Result<u64> {
+        let sql = "DELETE FROM subscriptions WHERE id IN (
+                       SELECT id FROM subscriptions WHERE expires_at < ? ORDER BY expires_at LIMIT 1000)";
+        self.sql.execute(sql, values![before]).await
+    }
+
     /// Deletes the one with this endpoint for somebody who knows its secret; false when there is none such.
     pub(crate) async fn delete_by_endpoint(&self, site: i64, endpoint: &str, auth: Vec<u8>) -> Result<bool> {
         let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ? AND auth = ?";
@@ -228,11 +240,11 @@ async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>>
     // One statement for each: what is known already is brought up to date. New rows have never been updated.
     let sql = r#"
         INSERT INTO subscriptions AS known (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
-                                            created_at, updated_at)
-        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9)
+                                            created_at, updated_at, expires_at)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9, ?10)
         ON CONFLICT (site, endpoint_hash) DO UPDATE
         SET vapid_key = excluded.vapid_key, p256dh = excluded.p256dh, auth = excluded.auth,
-            strikes = 0, struck_at = NULL,
+            strikes = 0, struck_at = NULL, expires_at = excluded.expires_at,
             "user" = coalesce(excluded."user", known."user"), metadata = coalesce(excluded.metadata, known.metadata),
             updated_at = CASE WHEN known.created_at >= ?9 THEN ?9 + 1 ELSE ?9 END
         RETURNING id, created_at = updated_at AS created"#;
@@ -309,7 +321,7 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<Upserted> {
 }
 
 /// What a new row is made of, in the order of its columns.
-fn new_row(new: &NewSubscription, now: i64) -> [Value; 9] {
+fn new_row(new: &NewSubscription, now: i64) -> [Value; 10] {
     values![
         new.site,
         new.vapid_key,
@@ -320,14 +332,15 @@ fn new_row(new: &NewSubscription, now: i64) -> [Value; 9] {
         &new.user,
         &new.metadata,
         now,
+        new.expires_at,
     ]
 }
 
 async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
     let sql = r#"
         INSERT INTO subscriptions (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
-                                   created_at, updated_at)
-        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9) RETURNING id"#;
+                                   created_at, updated_at, expires_at)
+        VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9, ?10) RETURNING id"#;
     let row = sql::first(tx, sql, &new_row(new, now_ms())).await?;
     row.map_or_else(|| Ok(0), |row| row.first())
 }
@@ -336,7 +349,7 @@ async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
     let sql = r#"
         UPDATE subscriptions
         SET vapid_key = ?, endpoint = ?, endpoint_hash = ?, p256dh = ?, auth = ?, "user" = coalesce(?, "user"),
-            metadata = coalesce(?, metadata), updated_at = ?, strikes = 0, struck_at = NULL
+            metadata = coalesce(?, metadata), updated_at = ?, expires_at = ?, strikes = 0, struck_at = NULL
         WHERE id = ?"#;
     let parameters = values![
         new.vapid_key,
@@ -347,6 +360,7 @@ async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
         &new.user,
         &new.metadata,
         now_ms(),
+        new.expires_at,
         id,
     ];
     tx.execute(sql, &parameters).await?;

@@ -134,6 +134,10 @@ pub(crate) const SQLITE: &[&str] = &[
         pace_next  INTEGER                     -- microseconds, as with notifications
     ) WITHOUT ROWID;
 "#,
+    r#"
+    ALTER TABLE subscriptions ADD COLUMN expires_at INTEGER;     -- as its browser said
+    CREATE INDEX subscriptions_expired ON subscriptions (expires_at) WHERE expires_at IS NOT NULL;
+"#,
 ];
 
 /// The same for Postgres.
@@ -269,5 +273,9 @@ pub(crate) const POSTGRES: &[&str] = &[
         changed_at bigint NOT NULL,
         pace_next  bigint
     );
+"#,
+    r#"
+    ALTER TABLE subscriptions ADD COLUMN expires_at bigint;
+    CREATE INDEX subscriptions_expired ON subscriptions (expires_at) WHERE expires_at IS NOT NULL;
 "#,
 ];

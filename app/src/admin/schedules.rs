@@ -1,0 +1,90 @@
+//! Schedules, as operators see them and act on them.
+//!
+//! | route | what |
+//! |---|---|
+//! | `GET /schedules` | what each is, its next time and its newest run |
+//! | `GET /schedules/{name}/runs?limit=` | its newest runs, the newest first |
+//! | `POST /schedules/{name}/run` | runs its job now: 409 if one has not ended and its policy lets none run beside it |
+//! | `POST /schedules/{name}/pause`, `/resume` | in every process; resumed, it goes on from now |
+
+use axum::extract::Path;
+use axum::routing::{get, post};
+use axum::{Extension, Router};
+use http::StatusCode;
+use perennial_server::http::problem::Problem;
+use perennial_workers::cron::crontab::{Asked, RunView, ScheduleView};
+use perennial_workers::schedules::KEPT_RUNS;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::info;
+
+use super::jobs::Books;
+use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::jobs::Enqueued;
+
+/// What may be looked at.
+pub(crate) fn looking<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new().route("/schedules", get(list)).route("/schedules/{name}/runs", get(runs))
+}
+
+/// What may be changed.
+pub(crate) fn acting<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    Router::new()
+        .route("/schedules/{name}/run", post(run))
+        .route("/schedules/{name}/pause", post(pause))
+        .route("/schedules/{name}/resume", post(resume))
+}
+
+async fn list(Extension(books): Extension<Books>) -> Result<Json<Vec<ScheduleView>>> {
+    Ok(Json(books.crontab.list().await?))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Page {
+    limit: Option<usize>,
+}
+
+async fn runs(
+    Extension(books): Extension<Books>,
+    Path(name): Path<String>,
+    Query(page): Query<Page>,
+) -> Result<Json<Vec<RunView>>> {
+    let limit = within_page(page.limit, 20, KEPT_RUNS)?;
+    books.crontab.runs(&name, limit).await?.map(Json).ok_or_else(|| not_found("schedule").into())
+}
+
+async fn run(Extension(books): Extension<Books>, Path(name): Path<String>) -> Result<Json<Enqueued>> {
+    match books.crontab.run(&name).await? {
+        Asked::Enqueued(id) => {
+            info!(schedule = name, job = %id, "run by an operator");
+            Ok(Json(Enqueued { id }))
+        }
+        Asked::Unfinished(jobs) => {
+            let jobs = jobs.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ");
+            let detail = format!("an earlier run has not ended, and none may run beside it: {jobs}");
+            Err(Problem::new(StatusCode::CONFLICT, detail).into())
+        }
+        Asked::Busy => {
+            let detail = "others change the schedule all the time; try again";
+            Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).into())
+        }
+        Asked::Unknown => Err(not_found("schedule").into()),
+    }
+}
+
+async fn pause(Extension(books): Extension<Books>, Path(name): Path<String>) -> Result<Json<Value>> {
+    set(&books, &name, true).await
+}
+
+async fn resume(Extension(books): Extension<Books>, Path(name): Path<String>) -> Result<Json<Value>> {
+    set(&books, &name, false).await
+}
+
+async fn set(books: &Books, name: &str, paused: bool) -> Result<Json<Value>> {
+    if !books.crontab.pause(name, paused).await? {
+        return Err(not_found("schedule").into());
+    }
+    info!(schedule = name, paused, "set by an operator");
+    Ok(Json(json!({})))
+}

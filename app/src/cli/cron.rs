@@ -1,0 +1,172 @@
+//! `perennial cron`.
+
+use std::io::Write;
+
+use axum::Extension;
+use clap::Subcommand;
+use http::Method;
+use serde_json::Value;
+
+use super::desk::Desk;
+use super::{block_on, load, read};
+use crate::admin::jobs::Books;
+use crate::admin::schedules::{acting, looking};
+use crate::module::Blueprint;
+use crate::settings::Sources;
+
+/// What is shown for nothing.
+const NONE: &str = "-";
+
+#[derive(Debug, Subcommand)]
+pub(super) enum Cron {
+    /// List schedules: the next time and the newest run of each, by UTC and on the wall clock of its zone
+    List {
+        /// Everything that is known, a line of JSON for each
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show the newest runs of a schedule
+    History {
+        /// Its name
+        name: String,
+        /// At most so many
+        #[arg(long, default_value_t = 20)]
+        limit: usize,
+        /// Everything that is known, a line of JSON for each
+        #[arg(long)]
+        json: bool,
+    },
+    /// Run a schedule's job now, and print the job's id
+    Run {
+        /// Its name
+        name: String,
+    },
+    /// Let nothing of a schedule begin, in any process, until it is resumed
+    Pause {
+        /// Its name
+        name: String,
+    },
+    /// Let a schedule go on from now: what was due meanwhile is not made up for
+    Resume {
+        /// Its name
+        name: String,
+    },
+}
+
+impl Cron {
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+        let settings = load(sources, modules)?;
+        let (config, _) = read(&settings, modules)?;
+        block_on(async {
+            let desk = Desk::open(&config, modules, async |_, _, jobs| {
+                Ok(looking::<()>().merge(acting()).layer(Extension(Books::alone(jobs))))
+            })
+            .await?;
+            let answer = self.ask(&desk).await;
+            desk.close().await;
+            self.print(&answer?)
+        })?
+    }
+
+    async fn ask(&self, desk: &Desk) -> anyhow::Result<Value> {
+        let (method, path) = match self {
+            Self::List { .. } => (Method::GET, "/schedules".to_owned()),
+            Self::History { name, limit, .. } => (Method::GET, of(name, &format!("runs?limit={limit}"))),
+            Self::Run { name } => (Method::POST, of(name, "run")),
+            Self::Pause { name } => (Method::POST, of(name, "pause")),
+            Self::Resume { name } => (Method::POST, of(name, "resume")),
+        };
+        desk.call(method, &path, None).await
+    }
+
+    fn print(&self, answer: &Value) -> anyhow::Result<()> {
+        let entries = answer.as_array().map(Vec::as_slice).unwrap_or_default();
+        let text = match self {
+            Self::List { json: true } | Self::History { json: true, .. } => {
+                entries.iter().map(|entry| format!("{entry}\n")).collect()
+            }
+            Self::List { .. } => {
+                let titles =
+                    ["NAME", "WHEN", "ZONE", "NEXT", "NEXT (UTC)", "LAST", "LAST (UTC)", "LAG", "OUTCOME"];
+                table(titles, entries.iter().map(schedule))
+            }
+            Self::History { .. } => {
+                table(["DUE", "DUE (UTC)", "CAUSE", "LAG", "TOOK", "OUTCOME", "JOB"], entries.iter().map(run))
+            }
+            Self::Run { .. } => format!("{}\n", text(&answer["id"])),
+            Self::Pause { .. } | Self::Resume { .. } => String::new(),
+        };
+        match std::io::stdout().lock().write_all(text.as_bytes()) {
+            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+            written => Ok(written?),
+        }
+    }
+}
+
+/// The path of something about a schedule.
+fn of(name: &str, what: &str) -> String {
+    let name: String = url::form_urlencoded::byte_serialize(name.as_bytes()).collect();
+    format!("/schedules/{name}/{what}")
+}
+
+fn schedule(entry: &Value) -> [String; 9] {
+    let (next, last) = (&entry["next"], &entry["last"]);
+    let outcome = text(&last["outcome"]);
+    let is_paused = entry["paused"].as_bool() == Some(true);
+    [
+        text(&entry["name"]),
+        text(&entry["expression"]),
+        text(&entry["zone"]),
+        match (is_paused, entry["is_upheld"].as_bool() == Some(true)) {
+            (true, _) => "paused".to_owned(),
+            (false, true) => text(&next["local"]),
+            (false, false) => "when a server runs it".to_owned(),
+        },
+        utc(next),
+        text(&last["occurrence"]["local"]),
+        utc(&last["occurrence"]),
+        time(&last["lag_ms"]),
+        if entry["queued"].is_null() { outcome } else { format!("{outcome}, one queued") },
+    ]
+}
+
+fn run(entry: &Value) -> [String; 7] {
+    let passed = entry["passed"].as_u64().unwrap_or_default();
+    let outcome = text(&entry["outcome"]);
+    let reason = entry["reason"].as_str().map(|reason| format!(": {reason}")).unwrap_or_default();
+    let passed = if passed > 0 { format!(" (and {passed} before it)") } else { String::new() };
+    [
+        text(&entry["occurrence"]["local"]),
+        utc(&entry["occurrence"]),
+        text(&entry["cause"]),
+        time(&entry["lag_ms"]),
+        time(&entry["took_ms"]),
+        format!("{outcome}{reason}{passed}"),
+        text(&entry["job"]),
+    ]
+}
+
+fn text(value: &Value) -> String {
+    value.as_str().unwrap_or(NONE).to_owned()
+}
+
+fn utc(moment: &Value) -> String {
+    let time: Option<jiff::Timestamp> = moment["utc"].as_str().and_then(|text| text.parse().ok());
+    time.map_or_else(|| NONE.to_owned(), |time| time.strftime("%F %T").to_string())
+}
+
+fn time(ms: &Value) -> String {
+    ms.as_i64().map_or_else(|| NONE.to_owned(), |ms| format!("{}.{:03}s", ms / 1000, ms % 1000))
+}
+
+/// Columns as wide as what is in them.
+fn table<const N: usize>(titles: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
+    let rows: Vec<[String; N]> = std::iter::once(titles.map(str::to_owned)).chain(rows).collect();
+    let widths: [usize; N] =
+        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
+    let line = |row: &[String; N]| {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
+    };
+    rows.iter().map(line).collect()
+}

@@ -1,0 +1,291 @@
+//! Schedules from settings, over those that the program has.
+
+use std::time::Duration;
+
+use jiff::Timestamp;
+use perennial_workers::cron::expression::Unreadable;
+use perennial_workers::cron::{Expression, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule};
+use perennial_workers::{Registry, queue};
+use serde::{Deserialize, Deserializer, de};
+use toml::Value;
+
+use crate::settings::{Reader, parse_duration};
+
+const KEY: &str = "cron.schedules";
+const MILLISECOND: Duration = Duration::from_millis(1);
+const MINUTE: Duration = Duration::from_secs(60);
+/// What is caught up unless something else is said: so many, within so long.
+const CATCH_UP: (u32, Duration) = (10, Duration::from_secs(3600));
+
+/// What the settings say about schedules.
+#[derive(Debug)]
+pub(crate) struct Config {
+    entries: Vec<(String, Entry)>,
+    /// How often to look for what is due.
+    pub(crate) poll: Duration,
+    /// Whether a beat wakes up whoever looks.
+    pub(crate) tick: bool,
+}
+
+/// A schedule of the settings, or what they change about one that the program has.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Entry {
+    name: String,
+    expression: Option<String>,
+    zone: Option<String>,
+    job: Option<String>,
+    payload: Option<Value>,
+    misfire: Option<MisfireWord>,
+    #[serde(default, deserialize_with = "duration")]
+    grace: Option<Duration>,
+    catch_up: Option<u32>,
+    #[serde(default, deserialize_with = "duration")]
+    catch_up_within: Option<Duration>,
+    overlap: Option<Overlap>,
+    #[serde(default, deserialize_with = "duration")]
+    jitter: Option<Duration>,
+    #[serde(default, deserialize_with = "time")]
+    from: Option<Timestamp>,
+    #[serde(default, deserialize_with = "time")]
+    until: Option<Timestamp>,
+    paused: Option<bool>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum MisfireWord {
+    Skip,
+    Coalesce,
+    CatchUp,
+}
+
+/// A field that does not fit, and what was wanted.
+type Wrong = (&'static str, String);
+
+fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    let duration = parse_duration(&text);
+    duration.map(Some).ok_or_else(|| de::Error::custom("a duration such as 30s, 200ms or 1h"))
+}
+
+fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
+    // TOML has times of its own, besides texts.
+    let text = Value::deserialize(deserializer)?.to_string();
+    let time = text.trim_matches('"').parse();
+    time.map(Some).map_err(|_| de::Error::custom("a time such as 2027-01-01T00:00:00Z"))
+}
+
+/// Reads the settings, noting every field that does not fit.
+pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
+    let values: Vec<Value> = settings.read_with(KEY, "a list of tables", |value| value.as_array().cloned());
+    let mut entries = Vec::<(String, Entry)>::new();
+    for (index, value) in values.into_iter().enumerate() {
+        let entry: Entry = match serde_path_to_error::deserialize(value.clone()) {
+            Ok(entry) => entry,
+            Err(error) => {
+                let path = Some(error.path().to_string()).filter(|path| path != ".");
+                let field = path.as_deref().unwrap_or_default();
+                let dot = if field.is_empty() { "" } else { "." };
+                let wanted = error.inner().to_string();
+                let wanted = wanted.lines().next().unwrap_or_default();
+                settings.refuse_part(KEY, &format!("[{index}]{dot}{field}"), value.get(field), wanted);
+                continue;
+            }
+        };
+        let mut wrong = entry.check();
+        if entries.iter().any(|(_, other)| other.name == entry.name) {
+            wrong.push(("name", "a name that no other entry has".to_owned()));
+        }
+        for (field, wanted) in wrong {
+            settings.refuse_part(KEY, &format!("[{index}].{field}"), value.get(field), &wanted);
+        }
+        entries.push((format!("{KEY}[{index}]"), entry));
+    }
+    Config {
+        entries,
+        poll: settings.duration("cron.poll", MILLISECOND..=MINUTE),
+        tick: settings.get("cron.tick"),
+    }
+}
+
+impl Config {
+    /// The schedules of the program, as the settings change them, and those of the settings.
+    ///
+    /// # Errors
+    /// Everything that does not fit to the kinds of jobs that there are.
+    pub(crate) fn schedules(&self, own: Vec<Schedule>, registry: &Registry) -> anyhow::Result<Vec<Schedule>> {
+        let mut schedules = own;
+        let mut problems = Vec::new();
+        for (place, entry) in &self.entries {
+            let own = schedules.iter().position(|schedule| schedule.name == entry.name);
+            let made = match own {
+                Some(index) => entry.change(schedules[index].clone(), registry),
+                None => entry.schedule(registry),
+            };
+            match (made, own) {
+                (Ok(schedule), Some(index)) => schedules[index] = schedule,
+                (Ok(schedule), None) => schedules.push(schedule),
+                (Err((field, wanted)), _) => problems.push(format!("{place}.{field}: wanted {wanted}")),
+            }
+        }
+        if problems.is_empty() {
+            return Ok(schedules);
+        }
+        anyhow::bail!("the schedules in the settings cannot be used:\n  {}", problems.join("\n  "))
+    }
+}
+
+impl Entry {
+    /// What can be said before it is known which jobs there are.
+    fn check(&self) -> Vec<Wrong> {
+        let mut wrong = Vec::new();
+        let mut unless = |fits: bool, field, wanted: &str| {
+            if !fits {
+                wrong.push((field, wanted.to_owned()));
+            }
+        };
+        let misfire = |word| self.misfire == Some(word);
+        unless(self.grace.is_none() || misfire(MisfireWord::Skip), "grace", "misfire = \"skip\" beside it");
+        let catches_up = misfire(MisfireWord::CatchUp);
+        unless(self.catch_up.is_none() || catches_up, "catch_up", "misfire = \"catch_up\" beside it");
+        let within = self.catch_up_within.is_none() || catches_up;
+        unless(within, "catch_up_within", "misfire = \"catch_up\" beside it");
+        let most = format!("a whole number from 1 to {MAX_CATCH_UP}");
+        unless(self.catch_up.is_none_or(|most| (1..=MAX_CATCH_UP).contains(&most)), "catch_up", &most);
+        unless(self.jitter.is_none_or(|jitter| jitter <= MAX_JITTER), "jitter", "at most 24h");
+        let is_window = self.from.zip(self.until).is_none_or(|(from, until)| from <= until);
+        unless(is_window, "until", "a time after from");
+        let expression = self.expression.as_deref().unwrap_or("@daily");
+        if let Err(error) = Expression::parse(expression, self.zone.as_deref().unwrap_or("UTC")) {
+            wrong.push(unreadable(&error));
+        }
+        wrong
+    }
+
+    /// A schedule that only the settings know.
+    fn schedule(&self, registry: &Registry) -> Result<Schedule, Wrong> {
+        let what = "that the program has none of this name";
+        let expression = self.expression.as_deref();
+        let expression = expression.ok_or_else(|| ("expression", format!("when it is due: {what}")))?;
+        let kind = self.job.as_deref().ok_or_else(|| ("job", format!("a kind of job: {what}")))?;
+        let zone = self.zone.as_deref().unwrap_or("UTC");
+        let expression = Expression::parse(expression, zone).map_err(|error| unreadable(&error))?;
+        let template = job(registry, kind, self.payload.as_ref())?;
+        let schedule = Schedule::of(&self.name, expression, template);
+        self.change(schedule.map_err(|error| ("name", format!("one that can be used; {error}")))?, registry)
+    }
+
+    /// The schedule with what is said here.
+    fn change(&self, schedule: Schedule, registry: &Registry) -> Result<Schedule, Wrong> {
+        let mut changed = schedule;
+        if self.expression.is_some() || self.zone.is_some() {
+            let expression = self.expression.as_deref().unwrap_or(changed.expression.as_str());
+            let zone = self.zone.as_deref().unwrap_or(changed.expression.zone_name());
+            changed.expression = Expression::parse(expression, zone).map_err(|error| unreadable(&error))?;
+        }
+        if self.job.is_some() || self.payload.is_some() {
+            let kind = self.job.as_deref().unwrap_or(&changed.job.kind);
+            changed.job = job(registry, kind, self.payload.as_ref())?;
+        }
+        if let Some(misfire) = self.misfire {
+            changed.misfire = self.misfire(misfire);
+        }
+        changed.overlap = self.overlap.unwrap_or(changed.overlap);
+        if let Some(jitter) = self.jitter {
+            changed = changed.jitter(jitter);
+        }
+        changed.from = self.from.or(changed.from);
+        changed.until = self.until.or(changed.until);
+        changed.paused = self.paused.unwrap_or(changed.paused);
+        Ok(changed)
+    }
+
+    fn misfire(&self, word: MisfireWord) -> Misfire {
+        let ms = |duration: Duration| u64::try_from(duration.as_millis()).unwrap_or(u64::MAX);
+        match word {
+            MisfireWord::Skip => match self.grace {
+                Some(grace) => Misfire::Skip { grace_ms: ms(grace) },
+                None => Misfire::SKIP,
+            },
+            MisfireWord::Coalesce => Misfire::Coalesce,
+            MisfireWord::CatchUp => Misfire::CatchUp {
+                most: self.catch_up.unwrap_or(CATCH_UP.0),
+                within_ms: ms(self.catch_up_within.unwrap_or(CATCH_UP.1)),
+            },
+        }
+    }
+}
+
+fn unreadable(error: &Unreadable) -> Wrong {
+    let field = match error {
+        Unreadable::Expression(_) => "expression",
+        Unreadable::Zone(_) => "zone",
+    };
+    (field, format!("one that can be read; {error}"))
+}
+
+fn job(
+    registry: &Registry,
+    kind: &str,
+    payload: Option<&Value>,
+) -> Result<perennial_workers::cron::Template, Wrong> {
+    let Some(kind) = registry.kind(kind) else {
+        let known = registry.kinds().collect::<Vec<_>>().join(", ");
+        return Err(("job", format!("one of {known}; there is no {kind}")));
+    };
+    let payload = payload.map(serde_json::to_string).transpose();
+    let payload = payload.map_err(|error| ("payload", error.to_string()))?.unwrap_or_else(|| "{}".to_owned());
+    let job = kind.job(&payload).map_err(|error| match error {
+        queue::Error::Misfit { field, reason, .. } => {
+            ("payload", format!("what the job reads; {field}: {reason}"))
+        }
+        error => ("payload", format!("a payload that the job reads; {error}")),
+    })?;
+    Ok(job.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::settings::{Settings, Sources};
+
+    fn problems(list: &str) -> String {
+        let set = vec![format!("cron.schedules={list}")];
+        let schema = "[cron]\nschedules = []\npoll = '1s'\ntick = true";
+        let settings = Settings::load(&[schema], &Sources { set, ..Sources::default() }).unwrap();
+        let mut reader = Reader::new(&settings);
+        config(&mut reader);
+        reader.finish().map_or_else(|problems| problems.to_string(), |()| String::new())
+    }
+
+    #[test]
+    fn every_field_that_does_not_fit_is_named() {
+        for (entry, part) in [
+            ("{ expression = '* * * * *' }", "cron.schedules[0] "),
+            ("{ expression = '* * * * *' }", "missing field `name`"),
+            ("{ name = 'a', expression = '61 * * * *' }", "cron.schedules[0].expression = \"61 * * * *\""),
+            ("{ name = 'a', expression = '61 * * * *' }", "the minute 61 cannot be read"),
+            ("{ name = 'a', zone = 'Mars' }", "cron.schedules[0].zone = \"Mars\""),
+            ("{ name = 'a', expresion = '1' }", "unknown field `expresion`"),
+            ("{ name = 'a', misfire = 'retry' }", "cron.schedules[0].misfire = \"retry\""),
+            ("{ name = 'a', jitter = 'soon' }", "cron.schedules[0].jitter = \"soon\""),
+            ("{ name = 'a', jitter = '30h' }", "wanted at most 24h"),
+            ("{ name = 'a', from = 'tomorrow' }", "wanted a time such as"),
+            ("{ name = 'a', grace = '1m' }", "wanted misfire = \"skip\" beside it"),
+            ("{ name = 'a', misfire = 'catch_up', catch_up = 501 }", "wanted a whole number from 1 to 500"),
+            (
+                "{ name = 'a', from = 2027-01-02T00:00:00Z, until = 2027-01-01T00:00:00Z }",
+                "cron.schedules[0].until",
+            ),
+            ("{ name = 'a' }, { name = 'a' }", "cron.schedules[1].name = \"a\""),
+        ] {
+            let found = problems(&format!("[{entry}]"));
+            assert!(found.contains(part), "{entry}: {found}");
+        }
+        let all = "{ name = 'a', expression = '5 4 * * SUN', zone = 'Europe/Berlin', job = 'x', payload = { a = 1 },
+            misfire = 'catch_up', catch_up = 3, catch_up_within = '2h', overlap = 'cancel_other', jitter = '30s',
+            from = 2027-01-01T00:00:00Z, until = '2028-01-01T00:00:00Z', paused = true }";
+        assert_eq!(problems(&format!("[{}]", all.replace('\n', " "))), "");
+    }
+}

@@ -1,0 +1,258 @@
+//! The schedules of a process, as operators have them in hand.
+
+use std::sync::Arc;
+
+use jiff::{SignedDuration, Timestamp};
+use serde::Serialize;
+use tokio::sync::Notify;
+use tracing::warn;
+use uuid::Uuid;
+
+use super::claim::by_hand;
+use super::{Cause, Ending, Outcome, Overlap, Run, Schedule, Standing};
+use crate::admission::Admission;
+use crate::ledger::Ledger;
+use crate::queue::{NewJob, Result};
+use crate::schedules::{ABANDONED, Schedules};
+use crate::state::State;
+use crate::store::Store;
+
+/// How often a run by hand is tried again when somebody else changes the schedule at the same moment.
+const ATTEMPTS: usize = 20;
+
+/// Looks at schedules, and acts on them. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Crontab {
+    store: Store,
+    admission: Admission,
+    schedules: Arc<[Arc<Schedule>]>,
+    wake: Arc<Notify>,
+}
+
+/// A schedule as operators see it.
+#[derive(Clone, Debug, Serialize)]
+pub struct ScheduleView {
+    /// What it is, and whether it is paused now.
+    #[serde(flatten)]
+    pub schedule: Schedule,
+    /// When it is due next.
+    pub next: Option<Moment>,
+    /// A time that waits for the job of an earlier one.
+    pub queued: Option<Moment>,
+    /// Its newest run.
+    pub last: Option<RunView>,
+    /// Whether a process runs it: one has said so within the last minute.
+    pub is_upheld: bool,
+}
+
+/// A time, for people in two places.
+#[derive(Clone, Debug, Serialize)]
+pub struct Moment {
+    /// By UTC.
+    pub utc: Timestamp,
+    /// On the wall clock of the schedule's zone.
+    pub local: String,
+}
+
+/// What became of one occurrence, as operators see it.
+#[derive(Clone, Debug, Serialize)]
+pub struct RunView {
+    /// When it was due.
+    pub occurrence: Moment,
+    /// Why it ran.
+    pub cause: Cause,
+    /// How much later than due it was claimed, in milliseconds.
+    pub lag_ms: i128,
+    /// How many times before it have no run of their own.
+    pub passed: u32,
+    /// Its job, if it has one.
+    pub job: Option<Uuid>,
+    /// How it ended, or where its job stands: unknown if neither was written down.
+    pub outcome: String,
+    /// Why it ended so.
+    pub reason: Option<String>,
+    /// From its claim to its end, in milliseconds.
+    pub took_ms: Option<i128>,
+}
+
+/// What came of asking for a run.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Asked {
+    /// Its job is enqueued.
+    Enqueued(Uuid),
+    /// These of it have not ended, and its policy lets no others run beside them.
+    Unfinished(Vec<Uuid>),
+    /// Somebody else changes it all the time.
+    Busy,
+    /// There is no such schedule.
+    Unknown,
+}
+
+impl Crontab {
+    /// The schedules that this process defines, in a store of jobs.
+    pub fn new(store: Store, admission: Admission, schedules: Vec<Schedule>) -> Self {
+        let schedules = schedules.into_iter().map(Arc::new).collect();
+        Self { store, admission, schedules, wake: Arc::default() }
+    }
+
+    /// Makes the schedules known to the store, in place of what other processes define; warns of those that are never
+    /// due.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn define(&self) -> Result<()> {
+        for schedule in self.schedules.iter() {
+            if schedule.next_after(Timestamp::now()).is_none() {
+                warn!(
+                    schedule = schedule.name,
+                    expression = schedule.expression.as_str(),
+                    "this schedule is never due"
+                );
+            }
+        }
+        self.store.sync(self.schedules.to_vec(), true).await
+    }
+
+    /// What this process defines.
+    pub(super) fn schedules(&self) -> &[Arc<Schedule>] {
+        &self.schedules
+    }
+
+    pub(super) fn store(&self) -> &Store {
+        &self.store
+    }
+
+    pub(super) fn admission(&self) -> &Admission {
+        &self.admission
+    }
+
+    /// There may be something to fire.
+    pub fn wake(&self) {
+        self.wake.notify_one();
+    }
+
+    pub(super) async fn woken(&self) {
+        self.wake.notified().await;
+    }
+
+    /// Every schedule that the store knows. One that cannot be read, since another version defined it, is left out.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn list(&self) -> Result<Vec<ScheduleView>> {
+        let standings = self.store.due().await?;
+        let mut views = Vec::with_capacity(standings.all.len());
+        for standing in &standings.all {
+            let Ok(schedule) = standing.schedule() else { continue };
+            let last = match self.store.runs(&standing.name, 1).await?.pop() {
+                Some(run) => Some(self.view(&schedule, run).await?),
+                None => None,
+            };
+            let moment = |time| Moment::of(time, &schedule);
+            let next = schedule.next_after(standing.last_fire.max(standings.now));
+            let paused = standing.is_paused();
+            views.push(ScheduleView {
+                next: next.filter(|_| !paused).map(|next| moment(next + schedule.delay(next))),
+                queued: standing.queued.map(moment),
+                last,
+                is_upheld: standings.now.duration_since(standing.seen_at).unsigned_abs() < ABANDONED,
+                schedule: Schedule { paused, ..schedule },
+            });
+        }
+        Ok(views)
+    }
+
+    /// The newest runs of a schedule, the newest first; none if there is no such schedule.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn runs(&self, name: &str, limit: usize) -> Result<Option<Vec<RunView>>> {
+        let Some((_, schedule)) = self.find(name).await? else { return Ok(None) };
+        let mut views = Vec::new();
+        for run in self.store.runs(name, limit).await? {
+            views.push(self.view(&schedule, run).await?);
+        }
+        Ok(Some(views))
+    }
+
+    /// Runs a schedule's job now, also while it is paused.
+    ///
+    /// # Errors
+    /// When its queue is full, or the store fails.
+    pub async fn run(&self, name: &str) -> Result<Asked> {
+        for _ in 0..ATTEMPTS {
+            let Some((standing, schedule)) = self.find(name).await? else { return Ok(Asked::Unknown) };
+            let unfinished = match schedule.overlap {
+                Overlap::Allow => Vec::new(),
+                _ => self.store.unfinished(name, &schedule.job.queue).await?,
+            };
+            let now = self.store.due().await?.now;
+            let Some(claim) = by_hand(&schedule, &standing, &unfinished, now) else {
+                return Ok(Asked::Unfinished(unfinished));
+            };
+            self.admission.admit(&claim.jobs)?;
+            let job = claim.jobs.first().map(|job: &NewJob| job.id);
+            if self.store.fire(claim).await? {
+                return Ok(job.map_or(Asked::Unknown, Asked::Enqueued));
+            }
+        }
+        Ok(Asked::Busy)
+    }
+
+    /// Pauses a schedule, or lets it go on from now, in every process; false when there is none.
+    ///
+    /// # Errors
+    /// When the store fails.
+    pub async fn pause(&self, name: &str, paused: bool) -> Result<bool> {
+        let is_there = self.store.set(name.to_owned(), paused).await?;
+        self.wake();
+        Ok(is_there)
+    }
+
+    async fn find(&self, name: &str) -> Result<Option<(Standing, Schedule)>> {
+        let found = self.store.due().await?.all.into_iter().find(|standing| standing.name == name);
+        found.map(|standing| standing.schedule().map(|schedule| (standing, schedule))).transpose()
+    }
+
+    async fn view(&self, schedule: &Schedule, run: Run) -> Result<RunView> {
+        let (outcome, reason) = match &run.ending {
+            Some(Ending { outcome, reason, .. }) => (outcome.as_str().to_owned(), reason.clone()),
+            None => match self.store.show(run.id).await? {
+                Some(job) => (job.state.as_str().to_owned(), job.reason),
+                None => ("unknown".to_owned(), None),
+            },
+        };
+        let took = run.ending.filter(|_| run.has_job);
+        Ok(RunView {
+            occurrence: Moment::of(run.occurrence, schedule),
+            cause: run.cause,
+            lag_ms: run.claimed_at.duration_since(run.occurrence).max(SignedDuration::ZERO).as_millis(),
+            passed: run.passed,
+            job: run.has_job.then_some(run.id),
+            outcome,
+            reason,
+            took_ms: took.map(|ending| ending.at.duration_since(run.claimed_at).as_millis()),
+        })
+    }
+}
+
+impl Moment {
+    fn of(time: Timestamp, schedule: &Schedule) -> Self {
+        let local = time.to_zoned(schedule.expression.zone().clone());
+        Self { utc: time, local: local.strftime("%F %T %:z").to_string() }
+    }
+}
+
+impl Outcome {
+    /// The word for it; for the ends of jobs, that of [`State`].
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Done => "done",
+            Self::Dead => State::Dead.as_str(),
+            Self::Cancelled => State::Cancelled.as_str(),
+            Self::Overlapped => "overlapped",
+            Self::Missed => "missed",
+        }
+    }
+}

@@ -1,0 +1,288 @@
+//! When something is due: an expression, in a time zone.
+//!
+//! The expressions are those of croner (OCPS 1.4: Vixie's, with seconds, `L`, `W` and `#`). What happens when clocks
+//! change is decided here, by what a person means:
+//!
+//! * A **fixed time**, without a wildcard or a step in its seconds, minutes or hours (`30 2 * * *`,
+//!   `0 6,18 * * MON`), is due once for each time on the wall clock. One that a clock skips is due at the first
+//!   instant after the gap; of one that comes twice, the first counts.
+//! * An **interval**, with one of them (`*/10 * * * *`), is due whenever the wall clock shows it: nothing is made up
+//!   for in a gap, and a repeated hour has all of it twice. So the time between two of them stays the same.
+//! * **`@every 90s`** does not look at the wall clock at all.
+
+use std::fmt;
+use std::str::FromStr;
+use std::time::Duration;
+
+use croner::Cron;
+use croner::parser::{CronParser, Seconds, Year};
+use jiff::civil::DateTime;
+use jiff::tz::{AmbiguousOffset, TimeZone};
+use jiff::{SignedDuration, Timestamp};
+use serde::{Deserialize, Serialize};
+
+/// The shortest interval.
+const SHORTEST: Duration = Duration::from_secs(1);
+/// The longest interval: what is rarer than once in ten years is a mistake.
+const LONGEST: Duration = Duration::from_secs(3650 * 24 * 3600);
+/// The names that stand for expressions.
+const NICKNAMES: [(&str, &str); 7] = [
+    ("@yearly", "0 0 1 1 *"),
+    ("@annually", "0 0 1 1 *"),
+    ("@monthly", "0 0 1 * *"),
+    ("@weekly", "0 0 * * 0"),
+    ("@daily", "0 0 * * *"),
+    ("@midnight", "0 0 * * *"),
+    ("@hourly", "0 * * * *"),
+];
+/// The fields of an expression with seconds.
+const FIELDS: [&str; 6] = ["second", "minute", "hour", "day of month", "month", "day of week"];
+/// How far back the newest times are looked for at first, in milliseconds.
+const FIRST_LOOK: i64 = 60_000;
+
+/// An expression and its time zone.
+#[derive(Clone, Serialize, Deserialize)]
+#[serde(try_from = "Written", into = "Written")]
+pub struct Expression {
+    written: Written,
+    zone: TimeZone,
+    form: Form,
+}
+
+/// As it is written down.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Written {
+    expression: String,
+    zone: String,
+}
+
+#[derive(Clone)]
+enum Form {
+    Fixed(Cron),
+    Interval(Cron),
+    Every(SignedDuration),
+}
+
+/// What is wrong with an expression or a zone.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Unreadable {
+    /// It is no expression.
+    #[error("{0}")]
+    Expression(String),
+    /// There is no such zone.
+    #[error("there is no time zone {0}: wanted an IANA name such as Europe/Berlin")]
+    Zone(String),
+}
+
+impl Expression {
+    /// Reads an expression of 5 or 6 fields, `@hourly` and the like, or `@every 30s`, for the wall clock of `zone`, an
+    /// IANA name.
+    ///
+    /// # Errors
+    /// [`Unreadable`] names the field of the expression, or the zone.
+    pub fn parse(expression: &str, zone: &str) -> Result<Self, Unreadable> {
+        let written = Written { expression: expression.trim().to_owned(), zone: zone.to_owned() };
+        let zone = TimeZone::get(zone).map_err(|_| Unreadable::Zone(zone.to_owned()))?;
+        let form = match written.expression.strip_prefix("@every") {
+            Some(interval) => Form::Every(every(interval)?),
+            None => wall_clock(&written.expression)?,
+        };
+        Ok(Self { written, zone, form })
+    }
+
+    /// As it was written, without the zone.
+    pub fn as_str(&self) -> &str {
+        &self.written.expression
+    }
+
+    /// The name of its zone.
+    pub fn zone_name(&self) -> &str {
+        &self.written.zone
+    }
+
+    /// Its zone.
+    pub fn zone(&self) -> &TimeZone {
+        &self.zone
+    }
+
+    /// Whether it is about time that has passed, and not about the wall clock.
+    pub fn is_elapsed(&self) -> bool {
+        matches!(self.form, Form::Every(_))
+    }
+
+    /// The first time after `after`, which for `@every` is the last time that it was due; none when there will never
+    /// be one.
+    pub fn next_after(&self, after: Timestamp) -> Option<Timestamp> {
+        match &self.form {
+            Form::Every(interval) => after.checked_add(*interval).ok(),
+            Form::Interval(cron) => {
+                let next = cron.find_next_occurrence(&after.to_zoned(self.zone.clone()), false).ok()?;
+                Some(next.timestamp())
+            }
+            Form::Fixed(cron) => {
+                let mut time = self.zone.to_datetime(after);
+                // In an hour that comes again, what its first half had is over.
+                loop {
+                    time = cron.find_next_occurrence(&time, false).ok()?;
+                    let instant = self.instant(time)?;
+                    if instant > after {
+                        return Some(instant);
+                    }
+                }
+            }
+        }
+    }
+
+    /// The newest times after `after` and not after `until`, at most so many, the oldest first.
+    pub fn newest(&self, after: Timestamp, until: Timestamp, most: usize) -> Vec<Timestamp> {
+        if let Form::Every(interval) = self.form {
+            return newest_of_interval(interval, after, until, most);
+        }
+        // From further and further back, so that years of every second are not gone through.
+        let mut look = FIRST_LOOK;
+        loop {
+            let from = until.checked_sub(SignedDuration::from_millis(look)).unwrap_or(after).max(after);
+            let mut found: Vec<Timestamp> = self.between(from, until).collect();
+            if found.len() >= most || from == after {
+                found.drain(..found.len().saturating_sub(most));
+                return found;
+            }
+            look = look.saturating_mul(2);
+        }
+    }
+
+    /// How many times there are after `after` and not after `until`, counting no further than `most`.
+    pub fn count(&self, after: Timestamp, until: Timestamp, most: usize) -> usize {
+        self.between(after, until).take(most).count()
+    }
+
+    fn between(&self, after: Timestamp, until: Timestamp) -> impl Iterator<Item = Timestamp> {
+        let times = std::iter::successors(self.next_after(after), |last| self.next_after(*last));
+        times.take_while(move |time| *time <= until)
+    }
+
+    /// When the wall clock shows this time first; when it never does, the first instant after it should have.
+    fn instant(&self, time: DateTime) -> Option<Timestamp> {
+        match self.zone.to_ambiguous_timestamp(time).offset() {
+            AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
+                offset.to_timestamp(time).ok()
+            }
+            AmbiguousOffset::Gap { before, .. } => {
+                // Had the clock not been changed, it would be this late: the change is the last one before.
+                let unchanged = before.to_timestamp(time).ok()?;
+                let second = SignedDuration::from_secs(1);
+                Some(self.zone.preceding(unchanged.checked_add(second).ok()?).next()?.timestamp())
+            }
+        }
+    }
+}
+
+impl PartialEq for Expression {
+    fn eq(&self, other: &Self) -> bool {
+        self.written == other.written
+    }
+}
+
+impl fmt::Debug for Expression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("Expression").field(&self.as_str()).field(&self.zone_name()).finish()
+    }
+}
+
+/// With its zone.
+impl fmt::Display for Expression {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {}", self.written.expression, self.written.zone)
+    }
+}
+
+/// In UTC.
+impl FromStr for Expression {
+    type Err = Unreadable;
+
+    fn from_str(expression: &str) -> Result<Self, Unreadable> {
+        Self::parse(expression, "UTC")
+    }
+}
+
+impl TryFrom<Written> for Expression {
+    type Error = Unreadable;
+
+    fn try_from(Written { expression, zone }: Written) -> Result<Self, Unreadable> {
+        Self::parse(&expression, &zone)
+    }
+}
+
+impl From<Expression> for Written {
+    fn from(expression: Expression) -> Self {
+        expression.written
+    }
+}
+
+/// Those of a row of times that are all as far apart.
+fn newest_of_interval(
+    interval: SignedDuration,
+    after: Timestamp,
+    until: Timestamp,
+    most: usize,
+) -> Vec<Timestamp> {
+    let (step, span) = (interval.as_millis(), until.duration_since(after).as_millis());
+    let last = if step > 0 { span / step } else { 0 };
+    let first = last.saturating_sub(i128::try_from(most).unwrap_or(i128::MAX)).max(0) + 1;
+    let time = |number: i128| {
+        let since = i64::try_from(number * step).ok()?;
+        after.checked_add(SignedDuration::from_millis(since)).ok()
+    };
+    (first..=last).filter_map(time).collect()
+}
+
+fn every(interval: &str) -> Result<SignedDuration, Unreadable> {
+    let wanted = || {
+        Unreadable::Expression("wanted @every with an interval of 1s to 3650d, such as 30s or 1h".to_owned())
+    };
+    let interval: SignedDuration = interval.trim().parse().map_err(|_| wanted())?;
+    let unsigned = Duration::try_from(interval).map_err(|_| wanted())?;
+    // Times are kept in milliseconds.
+    if !(SHORTEST..=LONGEST).contains(&unsigned) || unsigned.subsec_nanos() % 1_000_000 != 0 {
+        return Err(wanted());
+    }
+    Ok(interval)
+}
+
+fn wall_clock(expression: &str) -> Result<Form, Unreadable> {
+    let refuse = |reason: String| Err(Unreadable::Expression(reason));
+    let nickname = NICKNAMES.iter().find(|(name, _)| name.eq_ignore_ascii_case(expression));
+    let fields = nickname.map_or(expression, |(_, fields)| fields);
+    if fields.starts_with('@') {
+        let known = NICKNAMES.map(|(name, _)| name).join(", ");
+        return refuse(format!("there is no {fields}: wanted @every or one of {known}"));
+    }
+    let split: Vec<&str> = fields.split_whitespace().collect();
+    if !matches!(split.len(), 5 | 6) {
+        return refuse(format!("wanted 5 fields, or 6 with seconds; it has {}", split.len()));
+    }
+    let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
+    let Ok(cron) = parser.parse(fields) else { return refuse(wrong_field(&parser, &split)) };
+    // Of 5 fields, the first two; of 6, the first three.
+    let of_day = &split[..split.len() - 3];
+    let is_interval = of_day.iter().any(|field| field.contains(['*', '?', '/']));
+    Ok(if is_interval { Form::Interval(cron) } else { Form::Fixed(cron) })
+}
+
+/// Which field cannot be read: the one that cannot even among wildcards.
+fn wrong_field(parser: &CronParser, fields: &[&str]) -> String {
+    let names = &FIELDS[FIELDS.len() - fields.len()..];
+    for (index, (name, field)) in names.iter().zip(fields).enumerate() {
+        let mut alone = vec!["*"; fields.len()];
+        alone[index] = field;
+        if let Err(error) = parser.parse(&alone.join(" ")) {
+            let error = error.to_string();
+            let reason = error.rsplit_once("rror: ").map_or(&*error, |(_, reason)| reason);
+            return format!("the {name} {field} cannot be read: {}", reason.trim_end_matches('.'));
+        }
+    }
+    format!("{} cannot be read", fields.join(" "))
+}
+
+#[cfg(test)]
+mod tests;

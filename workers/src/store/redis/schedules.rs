@@ -1,0 +1,157 @@
+//! Schedules in Redis: a hash for each, and its runs.
+//!
+//! They are no queue's, and their keys have no hash tag: a job that moves to another queue has the same schedule.
+
+use std::sync::Arc;
+
+use perennial_server::pool::redis::client::cmd;
+use serde_json::json;
+use uuid::Uuid;
+
+use super::{AT_ONCE, Found, RedisQueue, push_new};
+use crate::cron::{Claim, Ending, Run, Schedule, Standing, Standings};
+use crate::queue::{NewJob, Result};
+use crate::schedules::{ABANDONED, KEPT_RUNS, KEPT_UNFINISHED, Schedules};
+use crate::store::{json as to_json, millis, read_json, timestamp};
+
+/// A schedule as a script returns it: name, definition, timing, last_fire, queued, paused, held, version, seen_at.
+type Fields = (String, String, String, i64, Option<i64>, String, Option<String>, i64, i64);
+
+impl Schedules for RedisQueue {
+    async fn sync(&self, schedules: Vec<Arc<Schedule>>, takes_over: bool) -> Result<()> {
+        for schedule in schedules {
+            let mut script = self.0.scripts.define.prepare_invoke();
+            script.key(self.schedule(&schedule.name)).key(self.all_schedules());
+            script.arg(&schedule.name).arg(to_json(&*schedule)).arg(schedule.expression.to_string());
+            script.arg(u8::from(schedule.paused)).arg(u8::from(takes_over)).arg(millis(ABANDONED));
+            self.invoke::<()>(&script).await?;
+        }
+        Ok(())
+    }
+
+    async fn due(&self) -> Result<Standings> {
+        let mut script = self.0.scripts.due.prepare_invoke();
+        script.key(self.all_schedules()).arg(self.schedule(""));
+        let (now, found): (i64, Vec<Fields>) = self.invoke(&script).await?;
+        let mut all: Vec<Standing> = found.into_iter().map(standing).collect();
+        all.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(Standings { now: timestamp(now), all })
+    }
+
+    async fn fire(&self, claim: Claim) -> Result<bool> {
+        let queue = claim.jobs.first().map_or("", |job| &*job.queue);
+        if !queue.is_empty() {
+            self.note(queue).await?;
+        }
+        let mut script = self.on(&self.0.scripts.fire, queue);
+        for part in ["", ":ids", ":runs", ":endings"] {
+            script.key(format!("{}{part}", self.schedule(&claim.schedule)));
+        }
+        let runs = claim.runs.iter().map(|run| {
+            let ending = run.ending.as_ref().map(to_json).unwrap_or_default();
+            let run_only = to_json(&Run { ending: None, ..run.clone() });
+            json!({ "id": run.id, "claimed_at": run.claimed_at.as_millisecond().to_string(), "run": run_only, "ending": ending })
+        });
+        let claimed = json!({
+            "version": claim.version.to_string(),
+            "last_fire": claim.last_fire.as_millisecond().to_string(),
+            "queued": claim.queued.map(|queued| queued.as_millisecond().to_string()).unwrap_or_default(),
+            "runs": runs.collect::<Vec<_>>(),
+            "kept": KEPT_RUNS,
+            "kept_unfinished": KEPT_UNFINISHED,
+        });
+        script.arg(claimed.to_string()).arg(self.channel()).arg(queue);
+        push_new(&mut script, &claim.jobs.iter().collect::<Vec<&NewJob>>());
+        let fired = self.invoke::<Option<Vec<String>>>(&script).await?.is_some();
+        if fired && !queue.is_empty() {
+            self.0.wake.queues([queue]);
+        }
+        Ok(fired)
+    }
+
+    async fn set(&self, schedule: String, paused: bool) -> Result<bool> {
+        let mut script = self.0.scripts.set.prepare_invoke();
+        script.key(self.schedule(&schedule)).arg(u8::from(paused));
+        self.invoke(&script).await
+    }
+
+    async fn unfinished(&self, schedule: &str, queue: &str) -> Result<Vec<Uuid>> {
+        let ids = self.run_ids(schedule, 0, -1).await?;
+        let mut unfinished = Vec::new();
+        for some in ids.chunks(AT_ONCE) {
+            let found = self.find(queue, some).await?;
+            let waiting = some.iter().zip(found).filter(|(_, found)| *found == Found::Waiting);
+            unfinished.extend(waiting.map(|(id, _)| *id));
+        }
+        Ok(unfinished)
+    }
+
+    async fn runs(&self, schedule: &str, limit: usize) -> Result<Vec<Run>> {
+        let last = isize::try_from(limit).unwrap_or(isize::MAX);
+        let mut ids = self.run_ids(schedule, -last, -1).await?;
+        if ids.is_empty() {
+            return Ok(Vec::new());
+        }
+        ids.reverse();
+        let of = async |part: &str| {
+            let mut get = cmd("HMGET");
+            get.arg(format!("{}:{part}", self.schedule(schedule)));
+            for id in &ids {
+                get.arg(id.to_string());
+            }
+            self.0.redis.query::<Vec<Option<String>>>(&get).await
+        };
+        let runs = of("runs").await?.into_iter().zip(of("endings").await?);
+        let read = |(run, ending): (Option<String>, Option<String>)| {
+            let run: Option<Run> = read_json(run);
+            run.map(|run| Run { ending: read_json(ending), ..run })
+        };
+        Ok(runs.filter_map(read).collect())
+    }
+
+    async fn record_endings(&self, endings: Vec<(String, Uuid, Ending)>) -> Result<()> {
+        for (schedule, job, ending) in endings {
+            let (schedule, job) = (self.schedule(&schedule), job.to_string());
+            let is_kept = cmd("HEXISTS").arg(format!("{schedule}:runs")).arg(&job).clone();
+            if self.0.redis.query::<bool>(&is_kept).await? {
+                let set =
+                    cmd("HSET").arg(format!("{schedule}:endings")).arg(job).arg(to_json(&ending)).clone();
+                self.0.redis.query::<()>(&set).await?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl RedisQueue {
+    fn schedule(&self, name: &str) -> String {
+        format!("{}:schedule:{name}", self.0.prefix)
+    }
+
+    fn all_schedules(&self) -> String {
+        format!("{}:schedules", self.0.prefix)
+    }
+
+    /// The ids of runs by their places, the oldest first.
+    async fn run_ids(&self, schedule: &str, first: isize, last: isize) -> Result<Vec<Uuid>> {
+        let mut range = cmd("ZRANGE");
+        range.arg(format!("{}:ids", self.schedule(schedule))).arg(first).arg(last);
+        let ids: Vec<String> = self.0.redis.query(&range).await?;
+        Ok(ids.iter().filter_map(|id| id.parse().ok()).collect())
+    }
+}
+
+fn standing(fields: Fields) -> Standing {
+    let (name, definition, timing, last_fire, queued, paused, held, version, seen_at) = fields;
+    Standing {
+        name,
+        definition,
+        timing,
+        last_fire: timestamp(last_fire),
+        queued: queued.map(timestamp),
+        paused: paused == "1",
+        held: held.map(|held| held == "1"),
+        version,
+        seen_at: timestamp(seen_at),
+    }
+}
