@@ -11,9 +11,9 @@ use jiff::{SignedDuration, Timestamp};
 use perennial_server::drain::{self, Phase, Trigger};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
-use perennial_workers::cron::crontab::{Asked, RunView};
+use perennial_workers::cron::crontab::{Asked, RunView, ScheduleState};
 use perennial_workers::cron::timer::Timer;
-use perennial_workers::cron::{Claim, Expression, Misfire, Occurrence, Overlap, Standing, tick};
+use perennial_workers::cron::{Claim, Expression, Misfire, Occurrence, Overlap, Standing, TakeOver, tick};
 use perennial_workers::store::Store;
 use perennial_workers::worker::Config;
 use perennial_workers::{
@@ -51,6 +51,7 @@ promises! {
     what_was_missed_is_for_the_policy
     a_clock_that_was_set_back_doubles_nothing
     what_has_not_ended_is_for_the_policy
+    rivals_cancel_only_what_came_before
     a_pause_holds_and_is_not_made_up_for
     a_definition_stands_until_nobody_upholds_it
     the_history_says_how_each_run_ended
@@ -132,8 +133,8 @@ impl Replica {
             payload_bytes: 1 << 20,
         };
         let worker = Worker::new(queue.clone(), Arc::new(registry), config).unwrap();
-        let timer = Timer::new(crontab.clone(), Duration::from_millis(100), worker.status());
         let (trigger, drain) = drain::channel();
+        let timer = Timer::new(crontab.clone(), Duration::from_millis(100), worker.status(), drain.clone());
         let tasks = Tasks::new(drain.clone());
         tasks.critical("worker", worker.run(drain));
         (Self { queue, crontab, trigger, tasks, ran: runs, gate }, timer)
@@ -147,7 +148,7 @@ impl Replica {
     }
 
     fn fire(&self, timer: Timer, ticks: bool) {
-        self.tasks.critical("cron", timer.run(self.trigger.listen()));
+        self.tasks.critical("cron", timer.run());
         if ticks {
             let (crontab, drain) = (self.crontab.clone(), self.trigger.listen());
             self.tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
@@ -381,8 +382,38 @@ async fn a_pause_holds_and_is_not_made_up_for(kind: Kind, ticks: bool) {
     let paused = || vec![Schedule { paused: true, ..hourly(Act::End) }];
     let mut replica = Replica::start(&backend, paused(), ticks).await;
     backend.jump(HOUR).await;
+    assert!(replica.is_quiet().await);
+    replica.crontab.pause("test", false).await.unwrap();
+    assert_eq!(replica.standing().await.held, Some(false));
+    backend.jump(HOUR).await;
     replica.next_run().await;
+    replica.crontab.pause("test", true).await.unwrap();
+    assert_eq!(replica.standing().await.held, None, "which is what is defined");
     replica.stop().await;
+}
+
+/// Of several that would cancel it, none cancels what another has just begun.
+async fn rivals_cancel_only_what_came_before(kind: Kind, ticks: bool) {
+    let backend = Backend::new(kind).await;
+    let mut replicas = Vec::new();
+    for _ in 0..3 {
+        let every_second = vec![schedule("@every 1s", Act::Wait).overlap(Overlap::CancelOther)];
+        replicas.push(Replica::start(&backend, every_second, ticks).await);
+    }
+    tokio::time::sleep(Duration::from_secs(4)).await;
+    for replica in &replicas {
+        replica.trigger.advance(Phase::Notice);
+    }
+    tokio::time::sleep(Duration::from_millis(300)).await;
+    let runs: Vec<RunView> = replicas[0].runs().await.into_iter().filter(|run| run.job.is_some()).collect();
+    assert!(runs.len() >= 2, "{runs:?}");
+    let newest = runs[0].outcome.as_str();
+    let is_replaced = replicas[0].standing().await.queued.is_some();
+    assert!(matches!(newest, "running" | "ready") || is_replaced, "the newest goes on: {runs:?}");
+    assert!(runs[1..].iter().all(|run| run.outcome == "cancelled"), "{runs:?}");
+    for replica in &mut replicas {
+        replica.stop().await;
+    }
 }
 
 async fn a_definition_stands_until_nobody_upholds_it(kind: Kind, ticks: bool) {
@@ -398,12 +429,14 @@ async fn a_definition_stands_until_nobody_upholds_it(kind: Kind, ticks: bool) {
     while old.ran.try_recv().is_ok() {}
     assert!(old.is_quiet().await, "the old one fires no more");
     old.crontab.clone().define().await.unwrap();
-    old.queue.sync(vec![Arc::new(schedule("0 0 2 2 *", Act::End))], false).await.unwrap();
+    old.queue.sync(vec![Arc::new(schedule("0 0 2 2 *", Act::End))], TakeOver::IfAbandoned).await.unwrap();
     assert_eq!(new.standing().await.timing, "@every 1s UTC", "whoever boots counts, and nobody else");
     new.stop().await;
     old.stop().await;
     backend.jump(HOUR).await;
-    old.queue.sync(vec![Arc::new(schedule("0 0 2 2 *", Act::End))], false).await.unwrap();
+    old.queue.sync(vec![Arc::new(schedule("0 0 3 3 *", Act::End))], TakeOver::Never).await.unwrap();
+    assert_eq!(old.standing().await.timing, "@every 1s UTC");
+    old.queue.sync(vec![Arc::new(schedule("0 0 2 2 *", Act::End))], TakeOver::IfAbandoned).await.unwrap();
     assert_eq!(old.standing().await.timing, "0 0 2 2 * UTC", "nobody upholds the other any more");
 }
 
@@ -434,7 +467,7 @@ async fn the_history_says_how_each_run_ended(kind: Kind, ticks: bool) {
     let next = listed.next.unwrap();
     assert!(next.utc > Timestamp::now() && next.local.contains(":00:00 +05:45"), "{next:?}");
     assert!(next.utc.duration_since(Timestamp::now()) <= SignedDuration::from_hours(1));
-    assert!(listed.is_upheld);
+    assert_eq!(listed.state, ScheduleState::Active);
     // It is bounded; and what has not ended stays, since overlaps are found by it.
     replica.crontab.run("test").await.unwrap();
     replica.outcomes(&["running"]).await;
@@ -493,12 +526,15 @@ async fn a_full_queue_is_waited_for(kind: Kind, ticks: bool) {
             payload_bytes: 1,
         },
     );
-    let timer = Timer::new(full, Duration::from_millis(100), worker.unwrap().status());
+    let status = worker.unwrap().status();
+    let timer = Timer::new(full, Duration::from_millis(100), status, replica.trigger.listen());
     replica.fire(timer, ticks);
     backend.jump(HOUR).await;
     assert!(replica.is_quiet().await);
     let missed = replica.standing().await.last_fire;
     assert!(missed < Timestamp::now() - SignedDuration::from_mins(59), "it is still due");
+    let overdue = replica.crontab.list().await.unwrap().remove(0).overdue_ms;
+    assert!(overdue.is_some_and(|ms| (0..60_000).contains(&ms)), "{overdue:?}");
     replica.stop().await;
     let mut with_room = Replica::start(&backend, vec![hourly(Act::End)], ticks).await;
     with_room.next_run().await;

@@ -1,4 +1,4 @@
-//! An application of one's own: a setting, a route, a table, a job, a condition for readiness, a status.
+//! An application of one's own: a setting, a route, a table, a job, a schedule, a condition for readiness, a status.
 //!
 //! `cargo run --example hello`, then `curl -X POST http://127.0.0.1:8080/hello/world`.
 
@@ -14,7 +14,7 @@ use perennial::module::{Host, Module};
 use perennial::server::pool::sql::Store;
 use perennial::server::values;
 use perennial::settings::Reader;
-use perennial::workers::{Context, Fate, Job, Jobs, NewJob, Options};
+use perennial::workers::{Context, Fate, Job, Jobs, NewJob, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -36,6 +36,12 @@ impl Module for Hello {
     async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
         let ready = host.readiness("hello", "warming up");
         host.job::<Count>(host.store.clone());
+        // Settings may change when (cron.schedules); `perennial cron run hello.morning` does not wait for it.
+        host.schedule(Schedule::new(
+            "hello.morning",
+            "0 7 * * *",
+            &Count { name: "the morning".to_owned() },
+        )?);
         let greeting = self.greeting.clone();
         host.status(Self::NAME, move || json!({ "greeting": greeting }));
         let state = (self.greeting, host.jobs.clone());

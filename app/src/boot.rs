@@ -182,8 +182,8 @@ pub(crate) async fn boot(
         let (crontab, drain) = (crontab.clone(), drain.clone());
         tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
     }
-    let timer = Timer::new(crontab, config.cron.poll, workers.clone());
-    tasks.critical("cron", timer.run(drain.clone()));
+    let timer = Timer::new(crontab, config.cron.poll, workers.clone(), drain.clone());
+    tasks.critical("cron", timer.run());
     tasks.critical("http", server.run(public(routes), Some(cpu), drain));
     health.started();
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
@@ -269,8 +269,8 @@ pub(crate) async fn open_queue(
 /// In a store of our own, the lock says that no other process works on it: what was running, was running in one
 /// that died.
 async fn take_over(queue: &store::Store, registry: &Registry, config: &Config) -> anyhow::Result<()> {
-    let store::Store::Sqlite(queue) = queue else { return Ok(()) };
-    if queue.end_leases().await? > 0 {
+    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
+    if sqlite.end_leases().await? > 0 {
         info!("the last process did not stop in order: taking over its jobs");
         upkeep::rescue(queue, registry, config.worker.lease).await?;
     }

@@ -12,6 +12,7 @@ mod serve;
 mod sink;
 mod subscriptions;
 
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
@@ -121,6 +122,14 @@ async fn open_alone(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(D
     let store = boot::open_store(&data_dir, config).await?;
     store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
     Ok((data_dir, store))
+}
+
+/// Prints, for as long as somebody reads.
+fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
 }
 
 /// A runtime for commands that talk to a server.

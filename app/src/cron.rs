@@ -4,7 +4,9 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_workers::cron::expression::Unreadable;
-use perennial_workers::cron::{Expression, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule};
+use perennial_workers::cron::{
+    Expression, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule, Template, check_name,
+};
 use perennial_workers::{Registry, queue};
 use serde::{Deserialize, Deserializer, de};
 use toml::Value;
@@ -29,7 +31,7 @@ pub(crate) struct Config {
 
 /// A schedule of the settings, or what they change about one that the program has.
 #[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "a table")]
 struct Entry {
     name: String,
     expression: Option<String>,
@@ -87,9 +89,8 @@ pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
                 let path = Some(error.path().to_string()).filter(|path| path != ".");
                 let field = path.as_deref().unwrap_or_default();
                 let dot = if field.is_empty() { "" } else { "." };
-                let wanted = error.inner().to_string();
-                let wanted = wanted.lines().next().unwrap_or_default();
-                settings.refuse_part(KEY, &format!("[{index}]{dot}{field}"), value.get(field), wanted);
+                let wanted = wanted(&error.inner().to_string());
+                settings.refuse_part(KEY, &format!("[{index}]{dot}{field}"), value.get(field), &wanted);
                 continue;
             }
         };
@@ -116,17 +117,20 @@ impl Config {
     /// Everything that does not fit to the kinds of jobs that there are.
     pub(crate) fn schedules(&self, own: Vec<Schedule>, registry: &Registry) -> anyhow::Result<Vec<Schedule>> {
         let mut schedules = own;
+        let names = own_names(&schedules);
         let mut problems = Vec::new();
         for (place, entry) in &self.entries {
             let own = schedules.iter().position(|schedule| schedule.name == entry.name);
             let made = match own {
                 Some(index) => entry.change(schedules[index].clone(), registry),
-                None => entry.schedule(registry),
+                None => entry.schedule(registry, &names),
             };
             match (made, own) {
                 (Ok(schedule), Some(index)) => schedules[index] = schedule,
                 (Ok(schedule), None) => schedules.push(schedule),
-                (Err((field, wanted)), _) => problems.push(format!("{place}.{field}: wanted {wanted}")),
+                (Err((field, wanted)), _) => {
+                    problems.push(format!("{place}.{field}, of {:?}: wanted {wanted}", entry.name));
+                }
             }
         }
         if problems.is_empty() {
@@ -156,6 +160,9 @@ impl Entry {
         unless(self.jitter.is_none_or(|jitter| jitter <= MAX_JITTER), "jitter", "at most 24h");
         let is_window = self.from.zip(self.until).is_none_or(|(from, until)| from <= until);
         unless(is_window, "until", "a time after from");
+        if let Err(error) = check_name(&self.name) {
+            wrong.push(("name", format!("one that can be used; {error}")));
+        }
         let expression = self.expression.as_deref().unwrap_or("@daily");
         if let Err(error) = Expression::parse(expression, self.zone.as_deref().unwrap_or("UTC")) {
             wrong.push(unreadable(&error));
@@ -164,11 +171,13 @@ impl Entry {
     }
 
     /// A schedule that only the settings know.
-    fn schedule(&self, registry: &Registry) -> Result<Schedule, Wrong> {
-        let what = "that the program has none of this name";
-        let expression = self.expression.as_deref();
-        let expression = expression.ok_or_else(|| ("expression", format!("when it is due: {what}")))?;
-        let kind = self.job.as_deref().ok_or_else(|| ("job", format!("a kind of job: {what}")))?;
+    fn schedule(&self, registry: &Registry, names: &str) -> Result<Schedule, Wrong> {
+        let (Some(expression), Some(kind)) = (&self.expression, &self.job) else {
+            return Err((
+                "name",
+                format!("one of {names}, to change it; or an expression and a job beside it"),
+            ));
+        };
         let zone = self.zone.as_deref().unwrap_or("UTC");
         let expression = Expression::parse(expression, zone).map_err(|error| unreadable(&error))?;
         let template = job(registry, kind, self.payload.as_ref())?;
@@ -184,9 +193,12 @@ impl Entry {
             let zone = self.zone.as_deref().unwrap_or(changed.expression.zone_name());
             changed.expression = Expression::parse(expression, zone).map_err(|error| unreadable(&error))?;
         }
-        if self.job.is_some() || self.payload.is_some() {
-            let kind = self.job.as_deref().unwrap_or(&changed.job.kind);
-            changed.job = job(registry, kind, self.payload.as_ref())?;
+        match (&self.job, &self.payload) {
+            (Some(kind), payload) => changed.job = job(registry, kind, payload.as_ref())?,
+            (None, Some(payload)) => {
+                changed.job.payload = job(registry, &changed.job.kind, Some(payload))?.payload;
+            }
+            (None, None) => {}
         }
         if let Some(misfire) = self.misfire {
             changed.misfire = self.misfire(misfire);
@@ -217,6 +229,21 @@ impl Entry {
     }
 }
 
+/// What was wanted, of an error of serde's.
+fn wanted(error: &str) -> String {
+    let error = error.lines().next().unwrap_or_default();
+    match (error.strip_prefix("missing field "), error.rsplit_once("expected ")) {
+        (Some(field), _) => format!("the field {field}"),
+        (None, Some((_, expected))) => expected.replace("u32", "a whole number"),
+        (None, None) => error.to_owned(),
+    }
+}
+
+/// The schedules that the program has, in words.
+fn own_names(schedules: &[Schedule]) -> String {
+    schedules.iter().map(|schedule| schedule.name.as_str()).collect::<Vec<_>>().join(", ")
+}
+
 fn unreadable(error: &Unreadable) -> Wrong {
     let field = match error {
         Unreadable::Expression(_) => "expression",
@@ -225,11 +252,7 @@ fn unreadable(error: &Unreadable) -> Wrong {
     (field, format!("one that can be read; {error}"))
 }
 
-fn job(
-    registry: &Registry,
-    kind: &str,
-    payload: Option<&Value>,
-) -> Result<perennial_workers::cron::Template, Wrong> {
+fn job(registry: &Registry, kind: &str, payload: Option<&Value>) -> Result<Template, Wrong> {
     let Some(kind) = registry.kind(kind) else {
         let known = registry.kinds().collect::<Vec<_>>().join(", ");
         return Err(("job", format!("one of {known}; there is no {kind}")));
@@ -263,12 +286,18 @@ mod tests {
     fn every_field_that_does_not_fit_is_named() {
         for (entry, part) in [
             ("{ expression = '* * * * *' }", "cron.schedules[0] "),
-            ("{ expression = '* * * * *' }", "missing field `name`"),
+            ("{ expression = '* * * * *' }", "wanted the field `name`"),
             ("{ name = 'a', expression = '61 * * * *' }", "cron.schedules[0].expression = \"61 * * * *\""),
             ("{ name = 'a', expression = '61 * * * *' }", "the minute 61 cannot be read"),
             ("{ name = 'a', zone = 'Mars' }", "cron.schedules[0].zone = \"Mars\""),
-            ("{ name = 'a', expresion = '1' }", "unknown field `expresion`"),
+            ("{ name = 'X y', expression = '* * * * *' }", "cron.schedules[0].name = \"X y\""),
+            ("'nightly'", "wanted a table"),
+            ("{ name = 3 }", "cron.schedules[0].name = 3"),
+            ("{ name = 3 }", "wanted a string"),
+            ("{ name = 'a', expresion = '1' }", "cron.schedules[0].expresion = \"1\""),
+            ("{ name = 'a', expresion = '1' }", "wanted one of `name`, `expression`"),
             ("{ name = 'a', misfire = 'retry' }", "cron.schedules[0].misfire = \"retry\""),
+            ("{ name = 'a', misfire = 'retry' }", "wanted one of `skip`, `coalesce`, `catch_up`"),
             ("{ name = 'a', jitter = 'soon' }", "cron.schedules[0].jitter = \"soon\""),
             ("{ name = 'a', jitter = '30h' }", "wanted at most 24h"),
             ("{ name = 'a', from = 'tomorrow' }", "wanted a time such as"),

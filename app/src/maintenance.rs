@@ -7,7 +7,7 @@ use perennial_server::pool::sql;
 use perennial_server::pool::sqlite::Sqlite;
 use perennial_workers::cron::Overlap;
 use perennial_workers::state::Budget;
-use perennial_workers::{Context, Fate, Job, Jobs, Options, Schedule};
+use perennial_workers::{Context, Fate, Job, Jobs, Ledger, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
@@ -29,6 +29,21 @@ pub(crate) fn options() -> Options {
             ..Options::default().budget
         },
         ..Options::default()
+    }
+}
+
+/// Forgets some at a time until there are none left, and returns how many there were.
+pub(crate) async fn until_none<F>(context: &Context, mut some: impl FnMut() -> F) -> anyhow::Result<u64>
+where
+    F: Future<Output = anyhow::Result<u64>>,
+{
+    let mut all = 0;
+    loop {
+        context.check()?;
+        match some().await? {
+            0 => return Ok(all),
+            forgotten => all += forgotten,
+        }
     }
 }
 
@@ -59,10 +74,11 @@ impl Job for ForgetJobs {
         options()
     }
 
-    async fn run(&self, _context: Context, (jobs, retention): Self::Tools) -> anyhow::Result<Fate> {
-        let pruned = jobs.prune(retention).await?;
-        if pruned > 0 {
-            info!(jobs = pruned, "deleted jobs that ended long ago");
+    async fn run(&self, context: Context, (jobs, retention): Self::Tools) -> anyhow::Result<Fate> {
+        let forget = || async { Ok(jobs.store().prune(retention).await? as u64) };
+        let forgotten = until_none(&context, forget).await?;
+        if forgotten > 0 {
+            info!(jobs = forgotten, "deleted jobs that ended long ago");
         }
         Ok(Fate::Done)
     }

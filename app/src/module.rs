@@ -135,7 +135,7 @@ impl Host {
         self.registry.register::<J>(tools);
     }
 
-    /// Enqueues a job by the clock. Settings may change when, or pause it (`cron.schedules`).
+    /// Enqueues a job by the clock. Settings may change everything about it but its name (`cron.schedules`).
     ///
     /// # Panics
     /// When there is one of this name already: that is a mistake in the program.

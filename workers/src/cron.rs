@@ -29,7 +29,7 @@ use std::fmt;
 use std::time::Duration;
 
 use jiff::{SignedDuration, Timestamp};
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, ser};
 use uuid::Uuid;
 
 use crate::job::Job;
@@ -72,7 +72,8 @@ pub struct Schedule {
     pub paused: bool,
 }
 
-/// The job that a schedule enqueues.
+/// The job that a schedule enqueues. A unique key that its kind may have is not asked for: what may run at once is for
+/// the schedule's policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Template {
     /// Its kind.
@@ -82,7 +83,18 @@ pub struct Template {
     /// Lower goes first.
     pub priority: i16,
     /// JSON.
+    #[serde(serialize_with = "write_payload", deserialize_with = "read_payload")]
     pub payload: String,
+}
+
+/// As JSON within JSON, and not as a text.
+fn write_payload<S: Serializer>(payload: &str, serializer: S) -> Result<S::Ok, S::Error> {
+    let value: serde_json::Value = serde_json::from_str(payload).map_err(ser::Error::custom)?;
+    value.serialize(serializer)
+}
+
+fn read_payload<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(serde_json::Value::deserialize(deserializer)?.to_string())
 }
 
 impl From<NewJob> for Template {
@@ -94,7 +106,7 @@ impl From<NewJob> for Template {
 
 /// What becomes of times that were missed: the process was stopped, its store was away, or the clock was set forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
+#[serde(rename_all = "snake_case", tag = "policy")]
 pub enum Misfire {
     /// Nothing: what is later than this many milliseconds is skipped.
     Skip {
@@ -148,6 +160,16 @@ impl Overlap {
 #[error("a name has 1 to {MAX_NAME} lower-case letters, digits, dots, dashes and underscores")]
 pub struct BadName;
 
+/// Whether a schedule can have this name.
+///
+/// # Errors
+/// When it cannot.
+pub fn check_name(name: &str) -> Result<(), BadName> {
+    let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
+    let is_name = !name.is_empty() && name.len() <= MAX_NAME && name.bytes().all(fits);
+    if is_name { Ok(()) } else { Err(BadName) }
+}
+
 impl Schedule {
     /// Enqueues `job` when `expression` says, by UTC; what was missed once, and side by side.
     ///
@@ -162,10 +184,7 @@ impl Schedule {
     /// # Errors
     /// When the name is not usable.
     pub fn of(name: &str, expression: Expression, job: Template) -> Result<Self, BadName> {
-        let fits = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"._-".contains(&byte);
-        if name.is_empty() || name.len() > MAX_NAME || !name.bytes().all(fits) {
-            return Err(BadName);
-        }
+        check_name(name)?;
         Ok(Self {
             name: name.to_owned(),
             expression,
@@ -214,29 +233,26 @@ impl Schedule {
         SignedDuration::from_millis(i64::try_from(random % self.jitter_ms).unwrap_or_default())
     }
 
-    /// The job for an occurrence. Its id is made of both: it can be enqueued again without becoming two.
-    fn job_at(&self, occurrence: Timestamp) -> NewJob {
-        let name = Uuid::new_v5(&NAMESPACE, self.name.as_bytes());
-        let mut random = [0; 10];
-        random.copy_from_slice(&name.as_bytes()[..10]);
-        let ms = u64::try_from(occurrence.as_millisecond()).unwrap_or_default();
-        let id = uuid::Builder::from_unix_timestamp_millis(ms, &random).into_uuid();
-        // What was missed keeps its order.
-        self.job_with(id, occurrence, Due::At(occurrence + self.delay(occurrence)))
+    /// The schedule in JSON.
+    pub(crate) fn definition(&self) -> String {
+        crate::store::json(self)
     }
 
-    fn job_with(&self, id: Uuid, occurrence: Timestamp, due: Due) -> NewJob {
+    /// The job for an occurrence, which may be one that somebody asked for.
+    fn job(&self, occurrence: Timestamp, is_manual: bool) -> NewJob {
         let Template { kind, queue, priority, payload } = self.job.clone();
-        let trace = Occurrence { schedule: self.name.clone(), time: occurrence }.to_string();
+        let of = Occurrence { schedule: self.name.clone(), time: occurrence };
+        // What was missed keeps its order.
+        let due = if is_manual { Due::Now } else { Due::At(occurrence + self.delay(occurrence)) };
         NewJob {
-            id,
+            id: of.job(is_manual),
             kind: kind.into(),
             queue: queue.into(),
             priority,
             payload,
             due,
             unique: None,
-            trace: Some(trace),
+            trace: Some(of.to_string()),
             recoveries: 0,
         }
     }
@@ -268,6 +284,21 @@ impl Occurrence {
         let (schedule, time) = trace.strip_prefix(Self::TRACE)?.split_once('@')?;
         Some(Self { schedule: schedule.to_owned(), time: time.parse().ok()? })
     }
+
+    /// Whether this is its job, and not one that follows from it and has the same trace.
+    pub(crate) fn has_job(&self, id: Uuid) -> bool {
+        id == self.job(false) || id == self.job(true)
+    }
+
+    /// The id of its job: made of the schedule and the time, so that it can be enqueued again without becoming two.
+    fn job(&self, is_manual: bool) -> Uuid {
+        let seed = if is_manual { format!("{} by hand", self.schedule) } else { self.schedule.clone() };
+        let name = Uuid::new_v5(&NAMESPACE, seed.as_bytes());
+        let mut random = [0; 10];
+        random.copy_from_slice(&name.as_bytes()[..10]);
+        let ms = u64::try_from(self.time.as_millisecond()).unwrap_or_default();
+        uuid::Builder::from_unix_timestamp_millis(ms, &random).into_uuid()
+    }
 }
 
 /// As a trace.
@@ -292,12 +323,23 @@ pub struct Standing {
     pub queued: Option<Timestamp>,
     /// Whether it is paused as defined.
     pub paused: bool,
-    /// Whether an operator wants it paused.
+    /// Whether an operator wants it paused, if that is not as defined.
     pub held: Option<bool>,
     /// Raised by every change.
     pub version: i64,
     /// When a process last said that it is defined so.
     pub seen_at: Timestamp,
+}
+
+/// What becomes of the definitions of other processes when a process says what it defines.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum TakeOver {
+    /// They stand.
+    Never,
+    /// They stand as long as another process upholds them: see [`ABANDONED`](crate::schedules::ABANDONED).
+    IfAbandoned,
+    /// They are replaced: of two versions of a program, the one that booted last counts.
+    Always,
 }
 
 impl Standing {
@@ -311,7 +353,10 @@ impl Standing {
     /// # Errors
     /// When this program cannot read it.
     pub fn schedule(&self) -> queue::Result<Schedule> {
-        serde_json::from_str(&self.definition).map_err(|error| queue::Error::Unreadable(error.to_string()))
+        let unreadable = |error: serde_json::Error| {
+            queue::Error::Unreadable(format!("the schedule {}: {error}", self.name))
+        };
+        serde_json::from_str(&self.definition).map_err(unreadable)
     }
 }
 

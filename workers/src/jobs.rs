@@ -1,7 +1,5 @@
 //! The jobs of a process, as applications and operators have them in hand.
 
-use std::time::Duration;
-
 use perennial_server::pool::sql::{self, Tx};
 use uuid::Uuid;
 
@@ -105,21 +103,6 @@ impl Jobs {
         let mut all = 0;
         loop {
             let some = self.store.discard(filter.clone()).await?;
-            all += some;
-            if some < STEP {
-                return Ok(all);
-            }
-        }
-    }
-
-    /// Deletes jobs that ended longer ago than this, and returns how many.
-    ///
-    /// # Errors
-    /// When the store fails: some may have been deleted.
-    pub async fn prune(&self, older: Duration) -> Result<usize> {
-        let mut all = 0;
-        loop {
-            let some = self.store.prune(older).await?;
             all += some;
             if some < STEP {
                 return Ok(all);

@@ -2,7 +2,6 @@
 
 use std::time::Duration;
 
-use jiff::Timestamp;
 use metrics::{
     Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
@@ -32,13 +31,13 @@ pub const JOBS_RESCUED: &str = "perennial_jobs_rescued_total";
 pub const JOBS_RELAYED: &str = "perennial_jobs_relayed_total";
 /// Histogram, seconds: how much later than wanted leases were renewed.
 pub const RENEWAL_LAG: &str = "perennial_lease_renewal_lag_seconds";
-/// Counter by `schedule`, `outcome` (fired, passed, overlapped): what became of the times of a schedule. Passed are
-/// those that were missed, or that one run stands for.
+/// Counter by `schedule`, `outcome` (fired, missed, overlapped, passed): what became of the times of a schedule. Passed
+/// are those that another one stands for.
 pub const CRON_OCCURRENCES: &str = "perennial_cron_occurrences_total";
 /// Histogram by `schedule`, seconds: from when a time was due to its claim.
 pub const CRON_LAG: &str = "perennial_cron_lag_seconds";
-/// Gauge by `schedule`, seconds since 1970: the last time that was claimed, here or elsewhere.
-pub const CRON_LAST_FIRE: &str = "perennial_cron_last_fire_timestamp_seconds";
+/// Gauge by `schedule`, seconds: for how long a time has been due that nobody could claim.
+pub const CRON_OVERDUE: &str = "perennial_cron_overdue_seconds";
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -99,7 +98,7 @@ pub fn describe() {
         "times of schedules, by schedule and what became of them"
     );
     describe_histogram!(CRON_LAG, Unit::Seconds, "from when a time was due to its claim, by schedule");
-    describe_gauge!(CRON_LAST_FIRE, Unit::Seconds, "the last time that was claimed, by schedule");
+    describe_gauge!(CRON_OVERDUE, Unit::Seconds, "for how long a time has been due, by schedule");
 }
 
 /// The gauge of jobs that run.
@@ -158,9 +157,8 @@ pub(crate) fn cron_lag(schedule: &str, lag: Duration) {
     histogram!(CRON_LAG, "schedule" => schedule.to_owned()).record(lag);
 }
 
-pub(crate) fn last_fire(schedule: &str, time: Timestamp) {
-    let seconds = u64::try_from(time.as_second()).unwrap_or_default();
-    gauge!(CRON_LAST_FIRE, "schedule" => schedule.to_owned()).set(number(seconds));
+pub(crate) fn overdue(schedule: &str, by: Duration) {
+    gauge!(CRON_OVERDUE, "schedule" => schedule.to_owned()).set(by.as_secs_f64());
 }
 
 #[expect(clippy::cast_precision_loss, reason = "gauges are floats, and nobody counts 2^52 jobs")]

@@ -60,7 +60,7 @@ pub enum Error {
         queue: String,
     },
     /// What is stored cannot be read: somebody else wrote it, or it was damaged.
-    #[error("a stored job cannot be read: {0}")]
+    #[error("what is stored cannot be read: {0}")]
     Unreadable(String),
 }
 

@@ -6,25 +6,26 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::cron::{Claim, Ending, Run, Schedule, Standings};
+use crate::cron::{Claim, Ending, Run, Schedule, Standings, TakeOver};
 use crate::queue::Result;
 
-/// How many runs that have ended are kept of each schedule,
+/// How many runs are kept of each schedule once they have ended,
 pub const KEPT_RUNS: usize = 100;
-/// and how many in all.
+/// and how many as long as they have not.
 pub const KEPT_UNFINISHED: usize = 1000;
 /// A definition that no process has upheld for so long may be replaced by another.
 pub const ABANDONED: Duration = Duration::from_secs(60);
+/// What no process has upheld for so long is forgotten at the next boot of one.
+pub const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3600);
 
 /// The schedules of a store of jobs. A cheap handle.
 pub trait Schedules: Clone + Send + Sync + 'static {
     /// Says which schedules this process defines. One whose expression or zone has changed, or that was paused and is
-    /// no more, begins anew from now. `takes_over` replaces what other processes define, as boot does; else their word
-    /// stands for as long as one of them upholds it.
+    /// no more, begins anew from now.
     fn sync(
         &self,
         schedules: Vec<Arc<Schedule>>,
-        takes_over: bool,
+        take_over: TakeOver,
     ) -> impl Future<Output = Result<()>> + Send;
 
     /// Where all stand.

@@ -18,10 +18,10 @@ use serde_json::value::RawValue;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::cron::{Claim as Firing, Ending, Occurrence, Outcome, Run, Schedule, Standings};
+use crate::cron::{Claim as ScheduleClaim, Ending, Occurrence, Outcome, Run, Schedule, Standings, TakeOver};
 use crate::ledger::{Cancelled, Filter, JobView, Ledger};
 use crate::queue::{Claim, Claims, Depth, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement};
-use crate::schedules::Schedules;
+use crate::schedules::{ABANDONED, Schedules};
 use crate::state::{State, Transition};
 use crate::wake::Wake;
 use postgres::PostgresQueue;
@@ -130,6 +130,7 @@ impl Ledger for Store {
         if cancelled == Cancelled::Now
             && let Some(job) = self.show(id).await?
             && let Some(occurrence) = job.trace.as_deref().and_then(Occurrence::of_trace)
+            && occurrence.has_job(id)
         {
             let ending = Ending { outcome: Outcome::Cancelled, reason: Some(reason), at: Timestamp::now() };
             self.note(vec![(occurrence.schedule, id, ending)]).await;
@@ -172,15 +173,15 @@ macro_rules! schedules {
 }
 
 impl Schedules for Store {
-    async fn sync(&self, schedules: Vec<Arc<Schedule>>, takes_over: bool) -> Result<()> {
-        schedules!(self, store => store.sync(schedules, takes_over).await)
+    async fn sync(&self, schedules: Vec<Arc<Schedule>>, take_over: TakeOver) -> Result<()> {
+        schedules!(self, store => store.sync(schedules, take_over).await)
     }
 
     async fn due(&self) -> Result<Standings> {
         schedules!(self, store => store.due().await)
     }
 
-    async fn fire(&self, claim: Firing) -> Result<bool> {
+    async fn fire(&self, claim: ScheduleClaim) -> Result<bool> {
         schedules!(self, store => store.fire(claim).await)
     }
 
@@ -223,8 +224,20 @@ fn ending(settlement: &Settlement) -> Option<(String, Uuid, Ending)> {
         }
         Transition::Ended { reason, .. } => (Outcome::Dead, Some(reason.clone())),
     };
-    let Occurrence { schedule, .. } = Occurrence::of_trace(settlement.job.trace.as_deref()?)?;
-    Some((schedule, settlement.job.id, Ending { outcome, reason, at: Timestamp::now() }))
+    let id = settlement.job.id;
+    let occurrence = Occurrence::of_trace(settlement.job.trace.as_deref()?)?;
+    let ending = Ending { outcome, reason, at: Timestamp::now() };
+    occurrence.has_job(id).then_some((occurrence.schedule, id, ending))
+}
+
+/// For how many milliseconds after the last word for it another definition stands. All of them may have said it in this
+/// very moment.
+fn stands_for(take_over: TakeOver) -> i64 {
+    match take_over {
+        TakeOver::Never => i64::MAX / 2,
+        TakeOver::IfAbandoned => millis(ABANDONED),
+        TakeOver::Always => i64::MIN / 2,
+    }
 }
 
 /// JSON for a column. What is written here cannot fail to be JSON.

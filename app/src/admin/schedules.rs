@@ -85,6 +85,7 @@ async fn set(books: &Books, name: &str, paused: bool) -> Result<Json<Value>> {
     if !books.crontab.pause(name, paused).await? {
         return Err(not_found("schedule").into());
     }
-    info!(schedule = name, paused, "set by an operator");
+    let what = if paused { "paused by an operator" } else { "resumed by an operator" };
+    info!(schedule = name, "{what}");
     Ok(Json(json!({})))
 }

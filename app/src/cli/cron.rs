@@ -1,14 +1,12 @@
 //! `perennial cron`.
 
-use std::io::Write;
-
 use axum::Extension;
 use clap::Subcommand;
 use http::Method;
 use serde_json::Value;
 
 use super::desk::Desk;
-use super::{block_on, load, read};
+use super::{block_on, load, print, read};
 use crate::admin::jobs::Books;
 use crate::admin::schedules::{acting, looking};
 use crate::module::Blueprint;
@@ -16,6 +14,8 @@ use crate::settings::Sources;
 
 /// What is shown for nothing.
 const NONE: &str = "-";
+/// What is due for less than this, in milliseconds, is just being claimed.
+const OVERDUE_MS: i64 = 3000;
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Cron {
@@ -86,8 +86,18 @@ impl Cron {
                 entries.iter().map(|entry| format!("{entry}\n")).collect()
             }
             Self::List { .. } => {
-                let titles =
-                    ["NAME", "WHEN", "ZONE", "NEXT", "NEXT (UTC)", "LAST", "LAST (UTC)", "LAG", "OUTCOME"];
+                let titles = [
+                    "NAME",
+                    "WHEN",
+                    "ZONE",
+                    "STATE",
+                    "NEXT",
+                    "NEXT (UTC)",
+                    "LAST",
+                    "LAST (UTC)",
+                    "LAG",
+                    "OUTCOME",
+                ];
                 table(titles, entries.iter().map(schedule))
             }
             Self::History { .. } => {
@@ -96,10 +106,7 @@ impl Cron {
             Self::Run { .. } => format!("{}\n", text(&answer["id"])),
             Self::Pause { .. } | Self::Resume { .. } => String::new(),
         };
-        match std::io::stdout().lock().write_all(text.as_bytes()) {
-            Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-            written => Ok(written?),
-        }
+        print(&text)
     }
 }
 
@@ -109,19 +116,16 @@ fn of(name: &str, what: &str) -> String {
     format!("/schedules/{name}/{what}")
 }
 
-fn schedule(entry: &Value) -> [String; 9] {
+fn schedule(entry: &Value) -> [String; 10] {
     let (next, last) = (&entry["next"], &entry["last"]);
+    let overdue = entry["overdue_ms"].as_i64().filter(|ms| *ms >= OVERDUE_MS);
     let outcome = text(&last["outcome"]);
-    let is_paused = entry["paused"].as_bool() == Some(true);
     [
         text(&entry["name"]),
         text(&entry["expression"]),
         text(&entry["zone"]),
-        match (is_paused, entry["is_upheld"].as_bool() == Some(true)) {
-            (true, _) => "paused".to_owned(),
-            (false, true) => text(&next["local"]),
-            (false, false) => "when a server runs it".to_owned(),
-        },
+        overdue.map_or_else(|| text(&entry["state"]), |ms| format!("overdue by {}s", ms / 1000)),
+        text(&next["local"]),
         utc(next),
         text(&last["occurrence"]["local"]),
         utc(&last["occurrence"]),

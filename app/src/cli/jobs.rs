@@ -1,7 +1,5 @@
 //! `perennial jobs`.
 
-use std::io::Write;
-
 use anyhow::{Context, bail};
 use axum::Extension;
 use clap::{Args, Subcommand};
@@ -10,7 +8,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::desk::Desk;
-use super::{block_on, load, read};
+use super::{block_on, load, print, read};
 use crate::admin::jobs::{Books, acting, looking};
 use crate::module::Blueprint;
 use crate::settings::Sources;
@@ -130,7 +128,7 @@ impl Jobs {
             .await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
-            print(&answer?)
+            print(&lines(&answer?))
         })?
     }
 
@@ -185,16 +183,11 @@ async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) 
     Ok(Value::Object(sums))
 }
 
-fn print(answer: &Value) -> anyhow::Result<()> {
-    let mut out = std::io::stdout().lock();
-    // A line for each, so that other programs can read on.
+/// A line for each of a list, so that other programs can read on.
+fn lines(answer: &Value) -> String {
     let list = answer.as_array().or_else(|| answer["jobs"].as_array());
-    let written = match list {
-        Some(list) => list.iter().try_for_each(|entry| writeln!(out, "{entry}")),
-        None => writeln!(out, "{answer:#}"),
-    };
-    match written {
-        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
-        written => Ok(written?),
+    match list {
+        Some(list) => list.iter().map(|entry| format!("{entry}\n")).collect(),
+        None => format!("{answer:#}\n"),
     }
 }

@@ -1,15 +1,13 @@
 //! What is forgotten by the clock.
 
-use std::time::Duration;
-
-use jiff::Timestamp;
 use perennial_workers::cron::Overlap;
 use perennial_workers::{Context, Fate, Job, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use super::Tools;
-use crate::maintenance;
+use super::store::now_ms;
+use crate::maintenance::{self, until_none};
 use crate::module::Host;
 
 /// Hands in the jobs, and when they run.
@@ -37,15 +35,10 @@ impl Job for ForgetNotifications {
     }
 
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
-        let before = ms_ago(tools.config.retention);
-        let mut rows = 0;
-        loop {
-            context.check()?;
-            match tools.store.forget_notifications(before).await? {
-                0 => break,
-                some => rows += some,
-            }
-        }
+        let retention = i64::try_from(tools.config.retention.as_millis()).unwrap_or(i64::MAX);
+        let before = now_ms().saturating_sub(retention);
+        let rows =
+            until_none(&context, || async { Ok(tools.store.forget_notifications(before).await?) }).await?;
         if rows > 0 {
             info!(rows, "deleted notifications that ended long ago");
         }
@@ -68,23 +61,12 @@ impl Job for ForgetExpired {
     }
 
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
-        let before = ms_ago(Duration::ZERO);
-        let mut subscriptions = 0;
-        loop {
-            context.check()?;
-            match tools.store.forget_expired(before).await? {
-                0 => break,
-                some => subscriptions += some,
-            }
-        }
+        let now = now_ms();
+        let subscriptions =
+            until_none(&context, || async { Ok(tools.store.forget_expired(now).await?) }).await?;
         if subscriptions > 0 {
             info!(subscriptions, "deleted subscriptions that had expired");
         }
         Ok(Fate::Done)
     }
-}
-
-/// So long ago, in milliseconds since 1970.
-fn ms_ago(age: Duration) -> i64 {
-    Timestamp::now().as_millisecond() - i64::try_from(age.as_millis()).unwrap_or(i64::MAX)
 }

@@ -78,7 +78,7 @@ pub(crate) async fn has_subscriptions(store: &sql::Store) -> Result<bool> {
     store.value("SELECT EXISTS (SELECT 1 FROM subscriptions)", values![]).await
 }
 
-fn now_ms() -> i64 {
+pub(super) fn now_ms() -> i64 {
     Timestamp::now().as_millisecond()
 }
 

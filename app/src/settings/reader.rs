@@ -122,7 +122,7 @@ impl<'a> Reader<'a> {
             key: format!("{key}{part}"),
             value: value.map(|value| super::mask(value).to_string()),
             source: self.entry(key).source.clone(),
-            wanted: wanted.to_owned(),
+            wanted: if value.is_some() { wanted.to_owned() } else { format!("wanted {wanted}") },
         };
         self.problems.push(problem);
     }

@@ -19,10 +19,6 @@ pub struct Decision {
     pub claim: Option<Claim>,
     /// Jobs that must not go on.
     pub cancel: Vec<Uuid>,
-    /// How many times passed without a run of their own: too late, or one for several.
-    pub passed: usize,
-    /// How many times found the job of an earlier one.
-    pub overlapped: usize,
     /// By how much the clock was set back, if the schedule begins anew for that.
     pub set_back: Option<Duration>,
 }
@@ -35,7 +31,7 @@ pub fn due_at(
     next: Option<Timestamp>,
     now: Timestamp,
 ) -> Option<Timestamp> {
-    if !is_ours(schedule, standing) {
+    if !may_claim(schedule, standing) {
         return None;
     }
     let at_once = standing.queued.is_some() || set_back(schedule, standing, now).is_some();
@@ -45,12 +41,12 @@ pub fn due_at(
 /// What is to be done about `schedule`, which stands so, at `now` by the store's clock, while the jobs `unfinished` of
 /// it have not ended.
 pub fn decide(schedule: &Schedule, standing: &Standing, unfinished: &[Uuid], now: Timestamp) -> Decision {
-    if !is_ours(schedule, standing) {
+    if !may_claim(schedule, standing) {
         return Decision::default();
     }
     if let Some(by) = set_back(schedule, standing, now) {
         let claim = Claim { last_fire: now, ..stays(standing) };
-        return Decision { claim: Some(claim), set_back: Some(by), ..Decision::default() };
+        return Decision { claim: Some(claim), cancel: Vec::new(), set_back: Some(by) };
     }
     let mut firing = Firing::new(schedule, standing, unfinished, now);
     if let Some(queued) = standing.queued
@@ -69,29 +65,28 @@ pub fn decide(schedule: &Schedule, standing: &Standing, unfinished: &[Uuid], now
             }
             None => firing.note(newest, passed.saturating_sub(1), Outcome::Missed),
         }
-        firing.decision.passed = passed;
     }
     firing.finish(standing)
 }
 
-/// A run that somebody asks for at `now`; none if the policy for overlaps refuses it.
+/// A run that somebody asks for at `now`, and its job; none if the policy for overlaps refuses it.
 pub fn by_hand(
     schedule: &Schedule,
     standing: &Standing,
     unfinished: &[Uuid],
     now: Timestamp,
-) -> Option<Claim> {
+) -> Option<(Uuid, Claim)> {
     if schedule.overlap != Overlap::Allow && !unfinished.is_empty() {
         return None;
     }
     let mut firing = Firing::new(schedule, standing, unfinished, now);
     firing.run(now, Cause::Manual, 0);
-    Some(firing.claim)
+    Some((firing.claim.jobs.first()?.id, firing.claim))
 }
 
-/// Whether this process has a say in it: another version of it may define the schedule differently.
-fn is_ours(schedule: &Schedule, standing: &Standing) -> bool {
-    !standing.is_paused() && standing.timing == schedule.expression.to_string()
+/// Whether it is not paused, and defined as this process has it: another version may have it differently.
+fn may_claim(schedule: &Schedule, standing: &Standing) -> bool {
+    !standing.is_paused() && standing.definition == schedule.definition()
 }
 
 /// By how much the clock was set back, if that is too much to wait until it is where it was.
@@ -153,14 +148,13 @@ struct Firing<'a> {
     /// Whether nothing of the schedule is under way.
     is_free: bool,
     claim: Claim,
-    decision: Decision,
 }
 
 impl<'a> Firing<'a> {
     fn new(schedule: &'a Schedule, standing: &Standing, unfinished: &'a [Uuid], now: Timestamp) -> Self {
         let is_free = unfinished.is_empty();
         let claim = stays(standing);
-        Self { schedule, unfinished, now, is_free, claim, decision: Decision::default() }
+        Self { schedule, unfinished, now, is_free, claim }
     }
 
     /// An occurrence that is due, and the policy for overlaps.
@@ -180,10 +174,7 @@ impl<'a> Firing<'a> {
 
     /// Has it run.
     fn run(&mut self, occurrence: Timestamp, cause: Cause, passed: usize) {
-        let job = match cause {
-            Cause::Due | Cause::Queued => self.schedule.job_at(occurrence),
-            Cause::Manual => self.schedule.job_with(Uuid::now_v7(), occurrence, crate::queue::Due::Now),
-        };
+        let job = self.schedule.job(occurrence, cause == Cause::Manual);
         self.is_free = false;
         let passed = u32::try_from(passed).unwrap_or(u32::MAX);
         let (id, claimed_at) = (job.id, self.now);
@@ -193,9 +184,6 @@ impl<'a> Firing<'a> {
 
     /// Writes down why it does not run.
     fn note(&mut self, occurrence: Timestamp, passed: usize, outcome: Outcome) {
-        if outcome == Outcome::Overlapped {
-            self.decision.overlapped += 1;
-        }
         self.claim.runs.push(Run {
             id: Uuid::now_v7(),
             has_job: false,
@@ -208,18 +196,18 @@ impl<'a> Firing<'a> {
     }
 
     fn finish(self, standing: &Standing) -> Decision {
-        let Self { schedule, unfinished, claim, decision, .. } = self;
+        let Self { schedule, unfinished, claim, .. } = self;
         let gives_way = schedule.overlap == Overlap::CancelOther && claim.queued.is_some();
         let cancel = if gives_way { unfinished.to_vec() } else { Vec::new() };
         let changes = claim.last_fire != standing.last_fire || claim.queued != standing.queued;
-        Decision { claim: changes.then_some(claim), cancel, ..decision }
+        Decision { claim: changes.then_some(claim), cancel, set_back: None }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cron::Template;
+    use crate::cron::{Occurrence, Template};
 
     fn at(text: &str) -> Timestamp {
         format!("2026-11-21T{text}Z").parse().unwrap()
@@ -238,7 +226,7 @@ mod tests {
     fn standing(schedule: &Schedule, last_fire: &str) -> Standing {
         Standing {
             name: schedule.name.clone(),
-            definition: String::new(),
+            definition: schedule.definition(),
             timing: schedule.expression.to_string(),
             last_fire: at(last_fire),
             queued: None,
@@ -292,7 +280,8 @@ mod tests {
         let years = "2020-01-01T00:00:00Z".parse().unwrap();
         let seconds = schedule("* * * * * *");
         let standing = Standing { last_fire: years, ..standing(&seconds, last) };
-        assert_eq!(decide(&seconds, &standing, &[], at(now)).passed, COUNTED);
+        let claim = decide(&seconds, &standing, &[], at(now)).claim.unwrap();
+        assert_eq!(claim.runs[0].passed as usize, COUNTED);
     }
 
     #[test]
@@ -301,9 +290,9 @@ mod tests {
         let decide = |overlap, queued: Option<&str>, unfinished: &[Uuid]| {
             let schedule = schedule("* * * * *").overlap(overlap);
             let standing = Standing { queued: queued.map(at), ..standing(&schedule, "10:00:00") };
-            let Decision { claim, cancel, overlapped, .. } =
-                decide(&schedule, &standing, unfinished, at("10:01:00"));
+            let Decision { claim, cancel, .. } = decide(&schedule, &standing, unfinished, at("10:01:00"));
             let claim = claim.unwrap();
+            let overlapped = claim.runs.iter().filter(|run| !run.has_job).count();
             let jobs: Vec<Timestamp> =
                 claim.runs.iter().filter(|run| run.has_job).map(|run| run.occurrence).collect();
             (jobs, claim.queued, cancel, overlapped)
@@ -349,7 +338,8 @@ mod tests {
         assert!(!is_claimed(&Standing { paused: true, ..due.clone() }));
         assert!(is_claimed(&Standing { paused: true, held: Some(false), ..due.clone() }));
         assert!(!is_claimed(&Standing { held: Some(true), ..due.clone() }));
-        assert!(!is_claimed(&Standing { timing: "*/2 * * * * UTC".to_owned(), ..due }));
+        let other = schedule("* * * * *").overlap(Overlap::Skip).definition();
+        assert!(!is_claimed(&Standing { definition: other, ..due }));
     }
 
     #[test]
@@ -386,19 +376,24 @@ mod tests {
 
     #[test]
     fn the_id_of_a_job_is_made_of_its_schedule_and_its_time() {
-        let id =
-            |name: &str, time| Schedule { name: name.to_owned(), ..schedule("@daily") }.job_at(at(time)).id;
+        let id = |name: &str, time| {
+            Schedule { name: name.to_owned(), ..schedule("@daily") }.job(at(time), false).id
+        };
         assert_eq!(id("a", "10:00:00"), id("a", "10:00:00"));
         assert_ne!(id("a", "10:00:00"), id("b", "10:00:00"));
         assert!(id("a", "10:00:00") < id("a", "10:00:01"), "in the order of time, as all ids");
         assert_eq!(id("a", "10:00:00").get_version_num(), 7);
+        let occurrence = Occurrence { schedule: "a".to_owned(), time: at("10:00:00") };
+        assert!(occurrence.has_job(id("a", "10:00:00")));
+        assert!(!occurrence.has_job(Uuid::now_v7()), "one that follows from it has its trace, too");
     }
 
     #[test]
     fn a_run_by_hand_keeps_to_the_policy_for_overlaps_and_moves_nothing() {
         let schedule = schedule("@daily").overlap(Overlap::Skip);
         let standing = Standing { held: Some(true), ..standing(&schedule, "10:00:00") };
-        let claim = by_hand(&schedule, &standing, &[], at("11:11:11")).unwrap();
+        let (job, claim) = by_hand(&schedule, &standing, &[], at("11:11:11")).unwrap();
+        assert_eq!(claim.jobs[0].id, job);
         assert_eq!((claim.last_fire, claim.jobs.len()), (standing.last_fire, 1));
         assert_eq!(claim.runs[0].cause, Cause::Manual);
         assert!(by_hand(&schedule, &standing, &[Uuid::nil()], at("11:11:11")).is_none());

@@ -9,10 +9,10 @@ use tracing::warn;
 use uuid::Uuid;
 
 use super::claim::by_hand;
-use super::{Cause, Ending, Outcome, Overlap, Run, Schedule, Standing};
+use super::{Cause, Ending, Outcome, Overlap, Run, Schedule, Standing, Standings, TakeOver};
 use crate::admission::Admission;
 use crate::ledger::Ledger;
-use crate::queue::{NewJob, Result};
+use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};
 use crate::state::State;
 use crate::store::Store;
@@ -35,14 +35,30 @@ pub struct ScheduleView {
     /// What it is, and whether it is paused now.
     #[serde(flatten)]
     pub schedule: Schedule,
+    /// Whether anything may come of it.
+    pub state: ScheduleState,
     /// When it is due next.
     pub next: Option<Moment>,
+    /// For how long a time has been due that nobody could claim, in milliseconds.
+    pub overdue_ms: Option<i128>,
     /// A time that waits for the job of an earlier one.
     pub queued: Option<Moment>,
     /// Its newest run.
     pub last: Option<RunView>,
-    /// Whether a process runs it: one has said so within the last minute.
-    pub is_upheld: bool,
+}
+
+/// Whether anything may come of a schedule.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ScheduleState {
+    /// It is fired when it is due.
+    Active,
+    /// It is fired when it is resumed.
+    Paused,
+    /// It is never due, or not any more.
+    Never,
+    /// No process has said within the last minute that it defines it.
+    Undefined,
 }
 
 /// A time, for people in two places.
@@ -71,13 +87,12 @@ pub struct RunView {
     pub outcome: String,
     /// Why it ended so.
     pub reason: Option<String>,
-    /// From its claim to its end, in milliseconds.
+    /// From when it should have begun, or was claimed if that was later, to its end, in milliseconds.
     pub took_ms: Option<i128>,
 }
 
 /// What came of asking for a run.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "snake_case")]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asked {
     /// Its job is enqueued.
     Enqueued(Uuid),
@@ -111,7 +126,7 @@ impl Crontab {
                 );
             }
         }
-        self.store.sync(self.schedules.to_vec(), true).await
+        self.store.sync(self.schedules.to_vec(), TakeOver::Always).await
     }
 
     /// What this process defines.
@@ -150,13 +165,25 @@ impl Crontab {
                 None => None,
             };
             let moment = |time| Moment::of(time, &schedule);
-            let next = schedule.next_after(standing.last_fire.max(standings.now));
-            let paused = standing.is_paused();
+            let (now, paused) = (standings.now, standing.is_paused());
+            let due = schedule.next_after(standing.last_fire);
+            let overdue =
+                due.filter(|due| *due < now && !paused).map(|due| now.duration_since(due).as_millis());
+            let next = if due.is_some_and(|due| due > now) { due } else { schedule.next_after(now) };
+            let state = match next {
+                _ if now.duration_since(standing.seen_at).unsigned_abs() > ABANDONED => {
+                    ScheduleState::Undefined
+                }
+                _ if paused => ScheduleState::Paused,
+                None => ScheduleState::Never,
+                Some(_) => ScheduleState::Active,
+            };
             views.push(ScheduleView {
-                next: next.filter(|_| !paused).map(|next| moment(next + schedule.delay(next))),
+                state,
+                next: next.filter(|_| state == ScheduleState::Active).map(moment),
+                overdue_ms: overdue,
                 queued: standing.queued.map(moment),
                 last,
-                is_upheld: standings.now.duration_since(standing.seen_at).unsigned_abs() < ABANDONED,
                 schedule: Schedule { paused, ..schedule },
             });
         }
@@ -168,7 +195,7 @@ impl Crontab {
     /// # Errors
     /// When the store fails.
     pub async fn runs(&self, name: &str, limit: usize) -> Result<Option<Vec<RunView>>> {
-        let Some((_, schedule)) = self.find(name).await? else { return Ok(None) };
+        let Some((_, _, schedule)) = self.find(name).await? else { return Ok(None) };
         let mut views = Vec::new();
         for run in self.store.runs(name, limit).await? {
             views.push(self.view(&schedule, run).await?);
@@ -182,19 +209,17 @@ impl Crontab {
     /// When its queue is full, or the store fails.
     pub async fn run(&self, name: &str) -> Result<Asked> {
         for _ in 0..ATTEMPTS {
-            let Some((standing, schedule)) = self.find(name).await? else { return Ok(Asked::Unknown) };
+            let Some((now, standing, schedule)) = self.find(name).await? else { return Ok(Asked::Unknown) };
             let unfinished = match schedule.overlap {
                 Overlap::Allow => Vec::new(),
                 _ => self.store.unfinished(name, &schedule.job.queue).await?,
             };
-            let now = self.store.due().await?.now;
-            let Some(claim) = by_hand(&schedule, &standing, &unfinished, now) else {
+            let Some((job, claim)) = by_hand(&schedule, &standing, &unfinished, now) else {
                 return Ok(Asked::Unfinished(unfinished));
             };
             self.admission.admit(&claim.jobs)?;
-            let job = claim.jobs.first().map(|job: &NewJob| job.id);
             if self.store.fire(claim).await? {
-                return Ok(job.map_or(Asked::Unknown, Asked::Enqueued));
+                return Ok(Asked::Enqueued(job));
             }
         }
         Ok(Asked::Busy)
@@ -210,19 +235,27 @@ impl Crontab {
         Ok(is_there)
     }
 
-    async fn find(&self, name: &str) -> Result<Option<(Standing, Schedule)>> {
-        let found = self.store.due().await?.all.into_iter().find(|standing| standing.name == name);
-        found.map(|standing| standing.schedule().map(|schedule| (standing, schedule))).transpose()
+    /// A schedule, where it stands, and what time it is.
+    async fn find(&self, name: &str) -> Result<Option<(Timestamp, Standing, Schedule)>> {
+        let Standings { now, all } = self.store.due().await?;
+        let found = all.into_iter().find(|standing| standing.name == name);
+        found.map(|standing| standing.schedule().map(|schedule| (now, standing, schedule))).transpose()
     }
 
     async fn view(&self, schedule: &Schedule, run: Run) -> Result<RunView> {
-        let (outcome, reason) = match &run.ending {
-            Some(Ending { outcome, reason, .. }) => (outcome.as_str().to_owned(), reason.clone()),
-            None => match self.store.show(run.id).await? {
-                Some(job) => (job.state.as_str().to_owned(), job.reason),
-                None => ("unknown".to_owned(), None),
-            },
+        let job = match &run.ending {
+            // One that was given up may have been given another life.
+            None | Some(Ending { outcome: Outcome::Dead | Outcome::Cancelled, .. }) => {
+                self.store.show(run.id).await?
+            }
+            Some(_) => None,
         };
+        let (outcome, reason) = match (&run.ending, job) {
+            (Some(Ending { outcome, reason, .. }), None) => (outcome.as_str().to_owned(), reason.clone()),
+            (_, Some(job)) => (job.state.as_str().to_owned(), job.reason),
+            (None, None) => ("unknown".to_owned(), None),
+        };
+        let begin = run.claimed_at.max(run.occurrence + schedule.delay(run.occurrence));
         let took = run.ending.filter(|_| run.has_job);
         Ok(RunView {
             occurrence: Moment::of(run.occurrence, schedule),
@@ -232,7 +265,7 @@ impl Crontab {
             job: run.has_job.then_some(run.id),
             outcome,
             reason,
-            took_ms: took.map(|ending| ending.at.duration_since(run.claimed_at).as_millis()),
+            took_ms: took.map(|ending| ending.at.duration_since(begin).as_millis().max(0)),
         })
     }
 }

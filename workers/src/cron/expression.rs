@@ -37,8 +37,6 @@ const NICKNAMES: [(&str, &str); 7] = [
 ];
 /// The fields of an expression with seconds.
 const FIELDS: [&str; 6] = ["second", "minute", "hour", "day of month", "month", "day of week"];
-/// How far back the newest times are looked for at first, in milliseconds.
-const FIRST_LOOK: i64 = 60_000;
 
 /// An expression and its time zone.
 #[derive(Clone, Serialize, Deserialize)]
@@ -70,7 +68,7 @@ pub enum Unreadable {
     #[error("{0}")]
     Expression(String),
     /// There is no such zone.
-    #[error("there is no time zone {0}: wanted an IANA name such as Europe/Berlin")]
+    #[error("there is no time zone {0}; an IANA name is such as Europe/Berlin")]
     Zone(String),
 }
 
@@ -138,17 +136,16 @@ impl Expression {
         if let Form::Every(interval) = self.form {
             return newest_of_interval(interval, after, until, most);
         }
-        // From further and further back, so that years of every second are not gone through.
-        let mut look = FIRST_LOOK;
-        loop {
-            let from = until.checked_sub(SignedDuration::from_millis(look)).unwrap_or(after).max(after);
-            let mut found: Vec<Timestamp> = self.between(from, until).collect();
-            if found.len() >= most || from == after {
-                found.drain(..found.len().saturating_sub(most));
-                return found;
-            }
-            look = look.saturating_mul(2);
+        // The latest beginning that has as many: years of every second are not gone through.
+        let has_all = |begin| self.between(begin, until).take(most).count() == most;
+        let (mut begin, mut end) = (after, until);
+        while has_all(begin) && end.duration_since(begin) > SignedDuration::from_secs(1) {
+            let middle = begin + (end.duration_since(begin) / 2);
+            if has_all(middle) { begin = middle } else { end = middle }
         }
+        let mut found: Vec<Timestamp> = self.between(begin, until).collect();
+        found.drain(..found.len().saturating_sub(most));
+        found
     }
 
     /// How many times there are after `after` and not after `until`, counting no further than `most`.
@@ -237,9 +234,8 @@ fn newest_of_interval(
 }
 
 fn every(interval: &str) -> Result<SignedDuration, Unreadable> {
-    let wanted = || {
-        Unreadable::Expression("wanted @every with an interval of 1s to 3650d, such as 30s or 1h".to_owned())
-    };
+    let wanted =
+        || Unreadable::Expression("@every takes an interval of 1s to 3650d, such as 30s or 1h".to_owned());
     let interval: SignedDuration = interval.trim().parse().map_err(|_| wanted())?;
     let unsigned = Duration::try_from(interval).map_err(|_| wanted())?;
     // Times are kept in milliseconds.
@@ -255,11 +251,15 @@ fn wall_clock(expression: &str) -> Result<Form, Unreadable> {
     let fields = nickname.map_or(expression, |(_, fields)| fields);
     if fields.starts_with('@') {
         let known = NICKNAMES.map(|(name, _)| name).join(", ");
-        return refuse(format!("there is no {fields}: wanted @every or one of {known}"));
+        return refuse(format!("there is no {fields}; there are @every and {known}"));
     }
     let split: Vec<&str> = fields.split_whitespace().collect();
     if !matches!(split.len(), 5 | 6) {
-        return refuse(format!("wanted 5 fields, or 6 with seconds; it has {}", split.len()));
+        return refuse(format!("it has {} fields, and not 5, or 6 with seconds", split.len()));
+    }
+    // croner takes nothing for a value, which is never due.
+    if let Some(field) = split.iter().find(|field| field.split(',').any(str::is_empty)) {
+        return refuse(format!("{field} lists nothing between two commas or at its end"));
     }
     let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
     let Ok(cron) = parser.parse(fields) else { return refuse(wrong_field(&parser, &split)) };

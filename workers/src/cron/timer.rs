@@ -1,6 +1,6 @@
 //! The task that fires what is due.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::claim::{Decision, decide, due_at};
-use super::{Claim, Crontab, Overlap, Schedule, Standing};
+use super::{Claim, Crontab, Overlap, Run, Schedule, Standing, Standings, TakeOver};
 use crate::ledger::Ledger;
 use crate::metrics;
 use crate::queue::Result;
@@ -33,131 +33,169 @@ pub struct Timer {
     poll: Duration,
     /// The jobs in hand here, which are told at once when they must not go on.
     workers: worker::Status,
+    drain: Drain,
     /// The next time of each schedule after its last: what is asked again and again.
     next: HashMap<String, (Timestamp, Option<Timestamp>)>,
+    /// Schedules whose queue is full.
+    held_up: HashSet<String>,
     uphold_at: Instant,
+    /// Since when the store answers: before that, nobody could uphold anything.
+    answers_since: Instant,
     is_skewed: bool,
 }
 
+/// What came of claiming.
+enum Claimed {
+    Won,
+    /// Somebody else was faster.
+    Lost,
+    /// There is no room, or the drain has begun.
+    HeldUp,
+}
+
 impl Timer {
-    /// Fires the schedules of `crontab`, looking at least every `poll`.
-    pub fn new(crontab: Crontab, poll: Duration, workers: worker::Status) -> Self {
-        Self { crontab, poll, workers, next: HashMap::new(), uphold_at: Instant::now(), is_skewed: false }
+    /// Fires the schedules of `crontab` until `drain` begins, looking at least every `poll`.
+    pub fn new(crontab: Crontab, poll: Duration, workers: worker::Status, drain: Drain) -> Self {
+        let now = Instant::now();
+        Self {
+            crontab,
+            poll,
+            workers,
+            drain,
+            next: HashMap::new(),
+            held_up: HashSet::new(),
+            uphold_at: now,
+            answers_since: now,
+            is_skewed: false,
+        }
     }
 
     /// Fires until the drain has begun: from then on nothing is claimed.
     ///
     /// # Errors
     /// Never: the type is that of a task. A store that fails is asked again.
-    pub async fn run(mut self, drain: Drain) -> std::result::Result<(), Infallible> {
-        while drain.phase() == Phase::Running {
-            let wait = match self.look(&drain).await {
+    pub async fn run(mut self) -> std::result::Result<(), Infallible> {
+        while self.drain.phase() == Phase::Running {
+            let wait = match self.look().await {
                 Ok(next) => next.map_or(self.poll, |next| (next + AFTER).min(self.poll)),
                 Err(error) => {
                     warn!(error = error.in_one_line(), "schedules could not be looked at");
+                    self.answers_since = Instant::now() + self.poll;
+                    self.uphold_at = self.answers_since;
                     self.poll
                 }
             };
             tokio::select! {
                 () = tokio::time::sleep(wait) => {}
                 () = self.crontab.woken() => {}
-                () = drain.notice() => {}
+                () = self.drain.notice() => {}
             }
         }
         Ok(())
     }
 
-    /// Fires what is due now, and returns how long until something else is.
-    async fn look(&mut self, drain: &Drain) -> Result<Option<Duration>> {
+    /// Fires what is due now, and returns how long until something else is. What waits for a job to end, or for room in
+    /// its queue, is for the next poll.
+    async fn look(&mut self) -> Result<Option<Duration>> {
         let crontab = self.crontab.clone();
         let schedules = crontab.schedules();
         if schedules.is_empty() {
             return Ok(None);
         }
-        let store = crontab.store();
-        let mut standings = store.due().await?;
-        let is_known = |schedule: &Arc<Schedule>| standings.all.iter().any(|one| one.name == schedule.name);
-        // A store that has lost everything learns it again.
-        if Instant::now() >= self.uphold_at || !schedules.iter().all(is_known) {
-            store.sync(schedules.to_vec(), false).await?;
-            self.uphold_at = Instant::now() + ABANDONED / 3;
-            standings = store.due().await?;
-        }
-        self.compare_clocks(standings.now);
-        let now = standings.now;
+        let Standings { now, all } = self.standings().await?;
         let mut soonest: Option<Duration> = None;
         for schedule in schedules {
-            let Some(standing) = standings.all.iter().find(|one| one.name == schedule.name) else { continue };
+            let Some(standing) = all.iter().find(|one| one.name == schedule.name) else { continue };
             let mut last_fire = standing.last_fire;
             let next = self.next_after(schedule, last_fire);
             if due_at(schedule, standing, next, now) == Some(now) {
-                if drain.phase() > Phase::Running {
-                    break;
+                match self.fire(schedule, standing, now).await {
+                    Ok(fired) => last_fire = fired,
+                    // The others are due, too.
+                    Err(error) => {
+                        warn!(schedule = schedule.name, error = error.in_one_line(), "it could not be fired");
+                    }
                 }
-                last_fire = self.fire(schedule, standing, now).await?;
             }
-            metrics::last_fire(&schedule.name, last_fire);
             let next = self.next_after(schedule, last_fire);
-            if let Some(due) = due_at(schedule, &Standing { last_fire, ..standing.clone() }, next, now) {
-                let wait = Duration::try_from(due.duration_since(now)).unwrap_or_default();
+            let due = due_at(schedule, &Standing { last_fire, ..standing.clone() }, next, now);
+            let overdue = next.filter(|_| due == Some(now)).map(|next| now.duration_since(next));
+            metrics::overdue(&schedule.name, overdue.and_then(|by| by.try_into().ok()).unwrap_or_default());
+            let wait = due.and_then(|due| Duration::try_from(due.duration_since(now)).ok());
+            if let Some(wait) = wait.filter(|wait| !wait.is_zero()) {
                 soonest = Some(soonest.map_or(wait, |soonest| soonest.min(wait)));
             }
         }
-        // What waits for a job to end, or for room in its queue, is for the next poll.
-        Ok(soonest.filter(|wait| !wait.is_zero()))
+        Ok(soonest)
+    }
+
+    /// Where schedules stand. From time to time, and when a store has lost some, it is told which there are.
+    async fn standings(&mut self) -> Result<Standings> {
+        let (store, schedules) = (self.crontab.store().clone(), self.crontab.schedules());
+        let mut standings = store.due().await?;
+        let is_known = |schedule: &Arc<Schedule>| standings.all.iter().any(|one| one.name == schedule.name);
+        let now = Instant::now();
+        if now >= self.uphold_at || !schedules.iter().all(is_known) {
+            // After an outage, others must have had the time to uphold theirs.
+            let answered = now.saturating_duration_since(self.answers_since);
+            let take_over = if answered > ABANDONED { TakeOver::IfAbandoned } else { TakeOver::Never };
+            store.sync(schedules.to_vec(), take_over).await?;
+            self.uphold_at = now + ABANDONED / 3;
+            standings = store.due().await?;
+        }
+        self.compare_clocks(standings.now);
+        Ok(standings)
     }
 
     /// Does what is to be done about one schedule, and returns its last time as it is then.
-    async fn fire(&self, schedule: &Schedule, standing: &Standing, now: Timestamp) -> Result<Timestamp> {
-        let store = self.crontab.store();
+    async fn fire(&mut self, schedule: &Schedule, standing: &Standing, now: Timestamp) -> Result<Timestamp> {
+        let store = self.crontab.store().clone();
         let unfinished = match schedule.overlap {
             Overlap::Allow => Vec::new(),
             _ => store.unfinished(&schedule.name, &schedule.job.queue).await?,
         };
-        let Decision { claim, cancel, passed, overlapped, set_back } =
-            decide(schedule, standing, &unfinished, now);
+        let Decision { claim, cancel, set_back } = decide(schedule, standing, &unfinished, now);
+        let mut last_fire = standing.last_fire;
+        if let Some(claim) = claim {
+            let (claimed, runs) = (claim.last_fire, claim.runs.clone());
+            match self.claim(claim).await? {
+                Claimed::Won => tell(schedule, &runs, now, set_back),
+                // Somebody else has done the same, or something that the next look will show.
+                Claimed::Lost => return Ok(claimed),
+                Claimed::HeldUp => return Ok(last_fire),
+            }
+            last_fire = claimed;
+        } else if !cancel.is_empty() {
+            // Jobs of a claim that came after what was read here must go on.
+            let standings = store.due().await?;
+            if standings.all.iter().all(|one| one.name != standing.name || one.version != standing.version) {
+                return Ok(last_fire);
+            }
+        }
         for job in cancel {
             store.cancel(job, GIVES_WAY.to_owned()).await?;
             self.workers.cancel(job, GIVES_WAY);
         }
-        let Some(claim) = claim else { return Ok(standing.last_fire) };
-        let (last_fire, runs) = (claim.last_fire, claim.runs.clone());
-        if !self.claim(claim).await? {
-            return Ok(standing.last_fire);
-        }
-        let name = &schedule.name;
-        if let Some(by) = set_back {
-            warn!(schedule = name, by_s = by.as_secs(), "the clock was set back: the schedule begins anew");
-        }
-        metrics::occurrences(name, "passed", passed);
-        metrics::occurrences(name, "overlapped", overlapped);
-        for run in &runs {
-            let (occurrence, passed) = (run.occurrence, run.passed);
-            match &run.ending {
-                None => {
-                    let lag = Duration::try_from(now.duration_since(occurrence)).unwrap_or_default();
-                    metrics::occurrences(name, "fired", 1);
-                    metrics::cron_lag(name, lag);
-                    let lag_ms = lag.as_millis();
-                    debug!(schedule = name, %occurrence, job = %run.id, lag_ms, passed, "fired");
-                }
-                Some(ending) => {
-                    let why = ending.outcome.as_str();
-                    info!(schedule = name, %occurrence, passed, why, "a schedule did not run");
-                }
-            }
-        }
         Ok(last_fire)
     }
 
-    /// Writes down a claim, if there is room for its jobs and nobody was faster.
-    async fn claim(&self, claim: Claim) -> Result<bool> {
+    /// Writes down a claim, if there is room for its jobs, nobody was faster, and the drain has not begun.
+    async fn claim(&mut self, claim: Claim) -> Result<Claimed> {
+        let schedule = claim.schedule.clone();
         if let Err(error) = self.crontab.admission().admit(&claim.jobs) {
             // It is due until there is room; then what was missed is for its policy.
-            warn!(schedule = claim.schedule, error = error.in_one_line(), "a schedule waits");
-            return Ok(false);
+            if self.held_up.insert(schedule.clone()) {
+                warn!(schedule, error = error.in_one_line(), "the schedule waits for room");
+            }
+            return Ok(Claimed::HeldUp);
         }
-        self.crontab.store().fire(claim).await
+        if self.held_up.remove(&schedule) {
+            info!(schedule, "there is room for the schedule again");
+        }
+        if self.drain.phase() > Phase::Running {
+            return Ok(Claimed::HeldUp);
+        }
+        Ok(if self.crontab.store().fire(claim).await? { Claimed::Won } else { Claimed::Lost })
     }
 
     fn next_after(&mut self, schedule: &Schedule, last: Timestamp) -> Option<Timestamp> {
@@ -182,5 +220,30 @@ impl Timer {
             );
         }
         self.is_skewed = is_skewed;
+    }
+}
+
+/// Counts and logs what became of times that were claimed at `now`.
+fn tell(schedule: &Schedule, runs: &[Run], now: Timestamp, set_back: Option<Duration>) {
+    let name = &schedule.name;
+    if let Some(by) = set_back {
+        warn!(schedule = name, by_s = by.as_secs(), "the clock was set back: the schedule begins anew");
+    }
+    for Run { id, occurrence, passed, ending, .. } in runs {
+        metrics::occurrences(name, "passed", *passed as usize);
+        match ending {
+            None => {
+                let lag = Duration::try_from(now.duration_since(*occurrence)).unwrap_or_default();
+                metrics::occurrences(name, "fired", 1);
+                metrics::cron_lag(name, lag);
+                let lag_ms = lag.as_millis();
+                debug!(schedule = name, %occurrence, job = %id, lag_ms, passed, "fired");
+            }
+            Some(ending) => {
+                let why = ending.outcome.as_str();
+                metrics::occurrences(name, why, 1);
+                info!(schedule = name, %occurrence, passed, why, "a schedule did not run");
+            }
+        }
     }
 }

@@ -276,8 +276,9 @@ impl RedisQueue {
             return Ok(Vec::new());
         }
         let mut places = vec![Found::Nowhere; ids.len()];
+        // In the order in which a job goes through them: none is missed on its way.
         for (command, part) in
-            [("HMGET", "epochs"), ("ZMSCORE", "ready"), ("ZMSCORE", "scheduled"), ("ZMSCORE", "ended_at")]
+            [("ZMSCORE", "scheduled"), ("ZMSCORE", "ready"), ("HMGET", "epochs"), ("ZMSCORE", "ended_at")]
         {
             let mut ask = cmd(command);
             ask.arg(self.key(queue, part));
@@ -286,8 +287,10 @@ impl RedisQueue {
             }
             let found: Vec<Option<String>> = self.0.redis.query(&ask).await?;
             let place = if part == "ended_at" { Found::Ended } else { Found::Waiting };
-            for (known, _) in places.iter_mut().zip(found).filter(|(_, found)| found.is_some()) {
-                *known = place;
+            for (known, found) in places.iter_mut().zip(found) {
+                if found.is_some() && *known == Found::Nowhere {
+                    *known = place;
+                }
             }
         }
         Ok(places)

@@ -8,10 +8,10 @@ use perennial_server::pool::sql::{self, Dialect, Row, Tx};
 use perennial_server::{transact, values};
 use uuid::Uuid;
 
-use super::{Store, json, postgres, read_json, sqlite, timestamp};
-use crate::cron::{Cause, Claim, Ending, Run, Schedule, Standing, Standings};
+use super::{Store, json, postgres, read_json, sqlite, stands_for, timestamp};
+use crate::cron::{Cause, Claim, Ending, Run, Schedule, Standing, Standings, TakeOver};
 use crate::queue::Result;
-use crate::schedules::{ABANDONED, KEPT_RUNS, KEPT_UNFINISHED};
+use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED};
 use crate::store::millis;
 
 /// The schedules of a store, to be asked one thing.
@@ -33,15 +33,17 @@ impl<'a> SqlSchedules<'a> {
         Self { jobs, sql }
     }
 
-    pub(super) async fn sync(&self, schedules: Vec<Arc<Schedule>>, takes_over: bool) -> Result<()> {
+    pub(super) async fn sync(&self, schedules: Vec<Arc<Schedule>>, take_over: TakeOver) -> Result<()> {
         let definitions = schedules.iter().map(|schedule| Definition {
             name: schedule.name.clone(),
-            json: json(&**schedule),
+            json: schedule.definition(),
             timing: schedule.expression.to_string(),
             paused: schedule.paused,
         });
-        let definitions: Vec<Definition> = definitions.collect();
-        Ok(transact!(&self.sql, tx => define(tx, &definitions, takes_over))?)
+        let mut definitions: Vec<Definition> = definitions.collect();
+        // Two that do this at once never wait for each other.
+        definitions.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(transact!(&self.sql, tx => define(tx, &definitions, take_over))?)
     }
 
     pub(super) async fn due(&self) -> Result<Standings> {
@@ -65,7 +67,7 @@ impl<'a> SqlSchedules<'a> {
     pub(super) async fn set(&self, schedule: String, paused: bool) -> Result<bool> {
         let now = now_ms(self.sql.dialect());
         let sql = format!(
-            "UPDATE schedules SET held = ?1, version = version + 1,
+            "UPDATE schedules SET held = CASE WHEN ?1 = paused THEN NULL ELSE ?1 END, version = version + 1,
                     last_fire = CASE WHEN coalesce(held, paused) AND NOT ?1 THEN {now} ELSE last_fire END
              WHERE name = ?2"
         );
@@ -75,6 +77,7 @@ impl<'a> SqlSchedules<'a> {
     pub(super) async fn unfinished(&self, schedule: &str, _queue: &str) -> Result<Vec<Uuid>> {
         let is_there = match self.sql.dialect() {
             Dialect::Sqlite => "jobs.id = schedule_runs.id",
+            // Uuids of statements for both stores are bytes; those of the jobs are of the type.
             Dialect::Postgres => "jobs.id = encode(schedule_runs.id, 'hex')::uuid",
         };
         let sql = format!(
@@ -96,7 +99,7 @@ impl<'a> SqlSchedules<'a> {
     }
 }
 
-async fn define<T: Tx>(tx: &T, definitions: &[Definition], takes_over: bool) -> sql::Result<()> {
+async fn define<T: Tx>(tx: &T, definitions: &[Definition], take_over: TakeOver) -> sql::Result<()> {
     let now = now_ms(tx.dialect());
     let sql = format!(
         "INSERT INTO schedules AS known (name, definition, timing, last_fire, paused, version, seen_at)
@@ -109,11 +112,18 @@ async fn define<T: Tx>(tx: &T, definitions: &[Definition], takes_over: bool) -> 
              last_fire = CASE WHEN known.timing <> excluded.timing
                                 OR (coalesce(known.held, known.paused) AND NOT coalesce(known.held, excluded.paused))
                               THEN excluded.last_fire ELSE known.last_fire END
-         WHERE ?5 OR known.definition = excluded.definition OR known.seen_at < excluded.seen_at - ?6"
+         WHERE known.definition = excluded.definition OR known.seen_at <= excluded.seen_at - ?5"
     );
-    let abandoned = millis(ABANDONED);
+    let stands_for = stands_for(take_over);
     for Definition { name, json, timing, paused } in definitions {
-        tx.execute(&sql, &values![name, json, timing, *paused, takes_over, abandoned]).await?;
+        tx.execute(&sql, &values![name, json, timing, *paused, stands_for]).await?;
+    }
+    if take_over == TakeOver::Always {
+        let sql = format!("DELETE FROM schedules WHERE seen_at < {now} - ?");
+        if tx.execute(&sql, &values![millis(FORGOTTEN)]).await? > 0 {
+            let sql = "DELETE FROM schedule_runs WHERE schedule NOT IN (SELECT name FROM schedules)";
+            tx.execute(sql, &values![]).await?;
+        }
     }
     Ok(())
 }

@@ -216,8 +216,9 @@ impl Store {
 
     /// Deletes some of those that end before `before`, in milliseconds since 1970; returns how many.
     pub(crate) async fn forget_expired(&self, before: i64) -> Result<u64> {
-        let sql = "DELETE FROM subscriptions WHERE id IN (
-                       SELECT id FROM subscriptions WHERE expires_at < ? ORDER BY expires_at LIMIT 1000)";
+        // Asked twice: one that is renewed at this moment stays.
+        let sql = "DELETE FROM subscriptions WHERE expires_at < ?1 AND id IN (
+                       SELECT id FROM subscriptions WHERE expires_at < ?1 ORDER BY expires_at LIMIT 1000)";
         self.sql.execute(sql, values![before]).await
     }
 

@@ -130,14 +130,16 @@ fn what_cannot_be_read_is_named() {
         ("0 0 32 * *", "the day of month 32 cannot be read"),
         ("0 0 1 FOO *", "the month FOO cannot be read"),
         ("0 0 * * 8", "the day of week 8 cannot be read"),
-        ("", "it has 0"),
+        ("", "it has 0 fields"),
         ("* * * *", "it has 4"),
         ("0 0 0 1 1 * 2027", "it has 7"),
         ("@reboot", "there is no @reboot"),
-        ("@every", "wanted @every with an interval"),
-        ("@every 0s", "wanted @every with an interval"),
-        ("@every 1.0001s", "wanted @every with an interval"),
-        ("@every -1h", "wanted @every with an interval"),
+        (", * * * *", "lists nothing"),
+        ("0 1,,2 * * *", "lists nothing"),
+        ("@every", "@every takes an interval"),
+        ("@every 0s", "@every takes an interval"),
+        ("@every 1.0001s", "@every takes an interval"),
+        ("@every -1h", "@every takes an interval"),
     ] {
         let error = Expression::parse(expression, "UTC").unwrap_err().to_string();
         assert!(error.contains(part), "{expression}: {error}");
@@ -163,6 +165,10 @@ fn the_newest_are_found_without_going_through_all() {
     let years = parse("@yearly", "UTC").newest(after, until, 100);
     assert_eq!((years.len(), years[0]), (36, at("1991-01-01T00:00:00Z")));
     assert_eq!(parse("* * * * * *", "UTC").count(after, until, 1000), 1000);
+    // A month of every second, long ago.
+    let january =
+        parse("* * * * 1 *", "UTC").newest(at("2026-01-10T00:00:00Z"), at("2026-03-01T00:00:00Z"), 2);
+    assert_eq!(january, ["2026-01-31T23:59:58Z", "2026-01-31T23:59:59Z"].map(at));
 }
 
 /// One field: the values that it means, and how it is written.

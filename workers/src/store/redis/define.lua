@@ -1,18 +1,17 @@
 -- Says what a process defines. KEYS: the schedule, all schedules. ARGV: its name, its definition, its timing, whether
--- it is paused (1 or 0), whether this process takes over (1 or 0), and for how many milliseconds a definition stands
--- that nobody upholds.
+-- it is paused (1 or 0), and for how many milliseconds after the last word for it another definition stands.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local known = redis.call('HMGET', KEYS[1], 'definition', 'timing', 'paused', 'held', 'seen_at')
 local at = string.format('%.0f', now)
+redis.call('SADD', KEYS[2], ARGV[1])
 if not known[1] then
   redis.call('HSET', KEYS[1], 'definition', ARGV[2], 'timing', ARGV[3], 'paused', ARGV[4], 'last_fire', at,
     'version', 0, 'seen_at', at)
-  redis.call('SADD', KEYS[2], ARGV[1])
   return
 end
 local same = known[1] == ARGV[2]
-if not (same or ARGV[5] == '1' or tonumber(known[5]) < now - tonumber(ARGV[6])) then
+if not same and tonumber(known[5]) > now - tonumber(ARGV[5]) then
   return
 end
 redis.call('HSET', KEYS[1], 'seen_at', at)

@@ -9,22 +9,28 @@ use serde_json::json;
 use uuid::Uuid;
 
 use super::{AT_ONCE, Found, RedisQueue, push_new};
-use crate::cron::{Claim, Ending, Run, Schedule, Standing, Standings};
+use crate::cron::{Claim, Ending, Run, Schedule, Standing, Standings, TakeOver};
 use crate::queue::{NewJob, Result};
-use crate::schedules::{ABANDONED, KEPT_RUNS, KEPT_UNFINISHED, Schedules};
-use crate::store::{json as to_json, millis, read_json, timestamp};
+use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED, Schedules};
+use crate::store::{json as to_json, read_json, stands_for, timestamp};
 
 /// A schedule as a script returns it: name, definition, timing, last_fire, queued, paused, held, version, seen_at.
 type Fields = (String, String, String, i64, Option<i64>, String, Option<String>, i64, i64);
 
+/// What the keys of a schedule end with: itself, the ids of its runs, its runs, their endings.
+const PARTS: [&str; 4] = ["", ":ids", ":runs", ":endings"];
+
 impl Schedules for RedisQueue {
-    async fn sync(&self, schedules: Vec<Arc<Schedule>>, takes_over: bool) -> Result<()> {
+    async fn sync(&self, schedules: Vec<Arc<Schedule>>, take_over: TakeOver) -> Result<()> {
         for schedule in schedules {
             let mut script = self.0.scripts.define.prepare_invoke();
             script.key(self.schedule(&schedule.name)).key(self.all_schedules());
-            script.arg(&schedule.name).arg(to_json(&*schedule)).arg(schedule.expression.to_string());
-            script.arg(u8::from(schedule.paused)).arg(u8::from(takes_over)).arg(millis(ABANDONED));
+            script.arg(&schedule.name).arg(schedule.definition()).arg(schedule.expression.to_string());
+            script.arg(u8::from(schedule.paused)).arg(stands_for(take_over));
             self.invoke::<()>(&script).await?;
+        }
+        if take_over == TakeOver::Always {
+            self.forget_schedules().await?;
         }
         Ok(())
     }
@@ -44,7 +50,7 @@ impl Schedules for RedisQueue {
             self.note(queue).await?;
         }
         let mut script = self.on(&self.0.scripts.fire, queue);
-        for part in ["", ":ids", ":runs", ":endings"] {
+        for part in PARTS {
             script.key(format!("{}{part}", self.schedule(&claim.schedule)));
         }
         let runs = claim.runs.iter().map(|run| {
@@ -130,6 +136,20 @@ impl RedisQueue {
 
     fn all_schedules(&self) -> String {
         format!("{}:schedules", self.0.prefix)
+    }
+
+    /// Forgets what no process has upheld for long.
+    async fn forget_schedules(&self) -> Result<()> {
+        let Standings { now, all } = self.due().await?;
+        for standing in all.iter().filter(|one| now.duration_since(one.seen_at).unsigned_abs() > FORGOTTEN) {
+            let mut delete = cmd("DEL");
+            for part in PARTS {
+                delete.arg(format!("{}{part}", self.schedule(&standing.name)));
+            }
+            self.0.redis.query::<()>(&delete).await?;
+            self.0.redis.query::<()>(cmd("SREM").arg(self.all_schedules()).arg(&standing.name)).await?;
+        }
+        Ok(())
     }
 
     /// The ids of runs by their places, the oldest first.

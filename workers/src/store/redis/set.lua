@@ -8,6 +8,10 @@ if (known[2] or known[1]) == '1' and ARGV[1] == '0' then
   local time = redis.call('TIME')
   redis.call('HSET', KEYS[1], 'last_fire', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)))
 end
-redis.call('HSET', KEYS[1], 'held', ARGV[1])
+if known[1] == ARGV[1] then
+  redis.call('HDEL', KEYS[1], 'held')
+else
+  redis.call('HSET', KEYS[1], 'held', ARGV[1])
+end
 redis.call('HINCRBY', KEYS[1], 'version', 1)
 return 1
