@@ -3,9 +3,8 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_workers::cron::expression::Unreadable;
 use perennial_workers::cron::{
-    Expression, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule, Template, check_name,
+    Expression, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule, Template, Unreadable, check_name,
 };
 use perennial_workers::{Registry, queue};
 use serde::{Deserialize, Deserializer, de};

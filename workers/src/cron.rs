@@ -35,7 +35,7 @@ use uuid::Uuid;
 use crate::job::Job;
 use crate::queue::{self, Due, NewJob};
 pub use crontab::Crontab;
-pub use expression::Expression;
+pub use expression::{Expression, Unreadable};
 
 /// The longest name of a schedule, in bytes.
 pub const MAX_NAME: usize = 100;
@@ -143,18 +143,6 @@ pub enum Overlap {
     CancelOther,
 }
 
-impl Overlap {
-    /// The word for it.
-    pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Allow => "allow",
-            Self::Skip => "skip",
-            Self::QueueOne => "queue_one",
-            Self::CancelOther => "cancel_other",
-        }
-    }
-}
-
 /// A name that a schedule cannot have.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a name has 1 to {MAX_NAME} lower-case letters, digits, dots, dashes and underscores")]
@@ -196,6 +184,15 @@ impl Schedule {
             until: None,
             paused: false,
         })
+    }
+
+    /// By the wall clock of another zone, an IANA name.
+    ///
+    /// # Errors
+    /// When there is no such zone.
+    pub fn zone(self, zone: &str) -> Result<Self, Unreadable> {
+        let expression = Expression::parse(self.expression.as_str(), zone)?;
+        Ok(Self { expression, ..self })
     }
 
     /// With another policy for what was missed.
