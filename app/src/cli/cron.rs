@@ -1,14 +1,11 @@
 //! `perennial cron`.
 
-use axum::Extension;
 use clap::Subcommand;
 use http::Method;
 use serde_json::Value;
 
 use super::desk::Desk;
 use super::{block_on, load, print, read};
-use crate::admin::jobs::Books;
-use crate::admin::schedules::{acting, looking};
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
@@ -58,10 +55,7 @@ impl Cron {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
         block_on(async {
-            let desk = Desk::open(&config, modules, async |_, _, jobs| {
-                Ok(looking::<()>().merge(acting()).layer(Extension(Books::alone(jobs))))
-            })
-            .await?;
+            let desk = Desk::of_books(&config, modules).await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
             self.print(&answer?)

@@ -4,8 +4,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
-use axum::Router;
 use axum::body::Body;
+use axum::{Extension, Router};
 use bytes::Bytes;
 use http::{Method, Request, header};
 use http_body_util::BodyExt;
@@ -18,6 +18,8 @@ use tower::ServiceExt;
 use super::client::{Answer, Client};
 use super::open_alone;
 use crate::addresses::Addresses;
+use crate::admin::jobs::{self, Books};
+use crate::admin::schedules;
 use crate::boot;
 use crate::config::Config;
 use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
@@ -66,6 +68,16 @@ impl Desk {
         let jobs = Jobs::new(queue, Admission::new(config.bounds));
         let router = answer(Arc::clone(&data_dir), store.clone(), jobs).await?;
         Ok(Self::Own(Own { store, router, _lock: data_dir }))
+    }
+
+    /// The same for what is asked about jobs and schedules.
+    pub(super) async fn of_books(config: &Config, modules: &[Blueprint]) -> anyhow::Result<Self> {
+        Self::open(config, modules, async |_, _, jobs| {
+            let routes = jobs::looking().merge(jobs::acting());
+            let routes = routes.merge(schedules::looking()).merge(schedules::acting());
+            Ok(routes.layer(Extension(Books::alone(jobs))))
+        })
+        .await
     }
 
     /// Asks with JSON.

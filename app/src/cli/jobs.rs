@@ -1,7 +1,6 @@
 //! `perennial jobs`.
 
 use anyhow::{Context, bail};
-use axum::Extension;
 use clap::{Args, Subcommand};
 use http::Method;
 use serde_json::{Map, Value, json};
@@ -9,7 +8,6 @@ use uuid::Uuid;
 
 use super::desk::Desk;
 use super::{block_on, load, print, read};
-use crate::admin::jobs::{Books, acting, looking};
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
@@ -122,10 +120,7 @@ impl Jobs {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
         block_on(async {
-            let desk = Desk::open(&config, modules, async |_, _, jobs| {
-                Ok(looking::<()>().merge(acting()).layer(Extension(Books::alone(jobs))))
-            })
-            .await?;
+            let desk = Desk::of_books(&config, modules).await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
             print(&lines(&answer?))
