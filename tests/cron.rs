@@ -27,13 +27,13 @@ fn with(setup: Setup, schedules: &str, ticks: bool) -> Setup {
 }
 
 /// The newest runs of a schedule, the newest first.
-async fn runs(perennial: &Perennial, name: &str) -> Vec<Value> {
+pub(crate) async fn runs(perennial: &Perennial, name: &str) -> Vec<Value> {
     let answer = perennial.admin().get(&format!("/schedules/{name}/runs?limit=100")).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     answer.json().as_array().unwrap().clone()
 }
 
-fn second(run: &Value) -> i64 {
+pub(crate) fn second(run: &Value) -> i64 {
     run["occurrence"]["utc"].as_str().unwrap().parse::<Timestamp>().unwrap().as_second()
 }
 
@@ -43,7 +43,7 @@ async fn of_schedule(perennial: &Perennial, name: &str) -> Value {
 }
 
 /// The jobs that were run for the times of a schedule, as the logs of these processes say.
-fn ended(logs: &[String], name: &str) -> Vec<String> {
+pub(crate) fn ended(logs: &[String], name: &str) -> Vec<String> {
     let of = format!("cron:{name}@");
     let lines = logs.iter().flat_map(|log| log.lines()).filter_map(|line| serde_json::from_str(line).ok());
     let ended = lines.filter(|line: &Value| line["message"] == "job ended" && line["settled"] == true);

@@ -2,7 +2,7 @@
 
 use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use tracing::warn;
@@ -149,8 +149,12 @@ pub fn is_locked(path: &Path) -> bool {
 }
 
 fn warn_if_others_can_read(path: &Path) {
-    let mode = fs::metadata(path).map_or(0, |file| file.permissions().mode());
-    if mode & 0o077 != 0 {
+    let Ok(file) = fs::metadata(path) else { return };
+    let mode = file.permissions().mode();
+    // A Secret of Kubernetes belongs to root, and its group is the pod's.
+    let is_ours = file.uid() == rustix::process::geteuid().as_raw();
+    let others = if is_ours { 0o077 } else { 0o007 };
+    if mode & others != 0 {
         warn!(file = %path.display(), mode = format!("{:o}", mode & 0o777), "others can read this secret");
     }
 }

@@ -204,8 +204,9 @@ impl Perennial {
             }
         })
         .await;
-        let key = std::fs::read_to_string(self.setup.data_dir().join("api.key")).unwrap();
-        self.client = Some(server.with_key(key.trim()));
+        // A pod that shares its store has no key of its own.
+        let key = std::fs::read_to_string(self.setup.data_dir().join("api.key"));
+        self.client = Some(key.map_or(server.clone(), |key| server.with_key(key.trim())));
         self.admin = Some(admin);
     }
 

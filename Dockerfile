@@ -1,0 +1,24 @@
+# syntax=docker/dockerfile:1
+# docker build -t perennial:0.1.0 .
+
+FROM rust:1.95-slim-trixie AS build
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
+WORKDIR /src
+COPY . .
+RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
+    cargo build --release --locked --bin perennial \
+    && install -D --strip target/release/perennial /out/perennial \
+    && install -d /out/data
+
+# The C library, certificates of authorities, and nothing else: no shell, no package manager.
+FROM gcr.io/distroless/cc-debian13:nonroot
+COPY --from=build /out/perennial /perennial
+COPY --from=build --chown=65532:65532 /out/data /var/lib/perennial
+ENV PERENNIAL_DATA_DIR=/var/lib/perennial
+# As a number, so that Kubernetes can see that it is not root.
+USER 65532:65532
+EXPOSE 8080 9090
+VOLUME /var/lib/perennial
+STOPSIGNAL SIGTERM
+HEALTHCHECK --interval=10s --timeout=4s --start-period=60s CMD ["/perennial", "health"]
+ENTRYPOINT ["/perennial"]
