@@ -23,6 +23,7 @@ mod notify;
 mod operators;
 mod pacing;
 mod page;
+mod pools;
 mod rollout;
 mod schedules;
 mod scope;

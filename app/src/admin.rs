@@ -11,6 +11,7 @@
 //! | `GET /requests` | token* | which requests run, what they wait for, since when |
 //! | `GET /connections` | token* | which connections are open, and what they do |
 //! | `GET /workers` | token* | what the workers are busy with |
+//! | `GET /pools` | token* | the pools of connections: how many, how many are free, who waits |
 //! | `GET /modules` | token* | what each module says of itself |
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
 //! | `GET /schedules` | token* | the schedules, see [`schedules`] |
@@ -26,6 +27,7 @@
 pub(crate) mod jobs;
 pub(crate) mod schedules;
 
+use std::collections::BTreeMap;
 use std::net::IpAddr;
 use std::sync::{Arc, OnceLock};
 
@@ -47,6 +49,7 @@ use serde_json::{Map, Value, json};
 use tower::ServiceExt;
 
 use crate::access::{Access, bearer};
+use crate::boot::PoolFn;
 use crate::module::StatusFn;
 use crate::settings::Settings;
 use jobs::Books;
@@ -77,6 +80,7 @@ pub(crate) struct Booted {
     pub(crate) access: Access,
     pub(crate) workers: worker::Status,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
+    pub(crate) pools: Vec<PoolFn>,
     pub(crate) connections: Connections,
     pub(crate) books: Books,
     /// Routes of modules that show something,
@@ -111,6 +115,7 @@ impl Admin {
             .route("/requests", get(requests))
             .route("/connections", get(connections))
             .route("/workers", get(workers))
+            .route("/pools", get(pools))
             .route("/modules", get(modules))
             .merge(
                 jobs::looking()
@@ -135,7 +140,7 @@ impl Admin {
 }
 
 async fn livez(State(Admin(known)): State<Admin>) -> Response {
-    probe(known.health.live().map_err(|reason| vec![reason]))
+    probe(known.health.live().map(|()| Vec::new()).map_err(|reason| vec![reason]))
 }
 
 async fn readyz(State(Admin(known)): State<Admin>) -> Response {
@@ -144,12 +149,19 @@ async fn readyz(State(Admin(known)): State<Admin>) -> Response {
 
 async fn startupz(State(Admin(known)): State<Admin>) -> Response {
     let started = known.health.has_started();
-    probe(if started { Ok(()) } else { Err(vec!["starting".to_owned()]) })
+    probe(if started { Ok(Vec::new()) } else { Err(vec!["starting".to_owned()]) })
 }
 
-fn probe(result: Result<(), Vec<String>>) -> Response {
+/// What is away while all is well is named beside it.
+fn probe(result: Result<Vec<String>, Vec<String>>) -> Response {
     match result {
-        Ok(()) => (StatusCode::OK, axum::Json(json!({ "status": "ok" }))).into_response(),
+        Ok(away) if away.is_empty() => {
+            (StatusCode::OK, axum::Json(json!({ "status": "ok" }))).into_response()
+        }
+        Ok(away) => {
+            let body = json!({ "status": "degraded", "reasons": away });
+            (StatusCode::OK, axum::Json(body)).into_response()
+        }
         Err(reasons) => {
             let body = json!({ "status": "unavailable", "reasons": reasons });
             (StatusCode::SERVICE_UNAVAILABLE, axum::Json(body)).into_response()
@@ -183,6 +195,12 @@ async fn connections(State(Admin(known)): State<Admin>) -> axum::Json<Vec<Connec
 
 async fn workers(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(known.booted.get().map(|booted| booted.workers.busy()).unwrap_or_default()).into_response()
+}
+
+async fn pools(State(Admin(known)): State<Admin>) -> Response {
+    let pools = known.booted.get().map(|booted| booted.pools.as_slice()).unwrap_or_default();
+    let pools = pools.iter().map(|pool| pool()).collect::<BTreeMap<_, _>>();
+    axum::Json(pools).into_response()
 }
 
 async fn modules(State(Admin(known)): State<Admin>) -> Response {

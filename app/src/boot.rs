@@ -14,10 +14,10 @@ use perennial_server::health::Health;
 use perennial_server::http::Server;
 use perennial_server::http::problem::{FieldError, MEDIA_TYPE, Problem};
 use perennial_server::net::{Connections, Sockets};
-use perennial_server::pool::postgres::Postgres;
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::sql::{self, Tables};
 use perennial_server::pool::sqlite::{self, Sqlite};
+use perennial_server::pool::{self, postgres::Postgres};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::Admission;
 use perennial_workers::cron::{Crontab, tick, timer::Timer};
@@ -54,6 +54,9 @@ const CLOSE: Duration = Duration::from_secs(5);
 /// How long a predecessor may take, besides its drain, until it has closed everything.
 const CLOSING: Duration = Duration::from_secs(30);
 
+/// A pool as it stands when somebody looks.
+pub(crate) type PoolFn = Arc<dyn Fn() -> (&'static str, pool::Status) + Send + Sync>;
+
 /// What serves, and what is needed to stop it.
 pub(crate) struct App {
     pub(crate) tasks: Tasks,
@@ -64,6 +67,7 @@ pub(crate) struct App {
     pub(crate) connections: Connections,
     pub(crate) sockets: Sockets,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
+    pub(crate) pools: Vec<PoolFn>,
     /// Lines for whoever started the program on a terminal.
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
@@ -174,6 +178,22 @@ pub(crate) async fn boot(
             async move { store.listen(drain).await }
         }
     });
+    let mut pools: Vec<PoolFn> = vec![Arc::new({
+        let store = store.clone();
+        move || store.pool()
+    })];
+    if let sql::Store::Postgres(postgres) = &store {
+        let (postgres, drain) = (postgres.clone(), drain.clone());
+        let condition = health.dependency("postgres", config.store_policy);
+        tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
+    }
+    if let store::Store::Redis(queue) = &queue {
+        let (redis, drain) = (queue.redis().clone(), drain.clone());
+        let condition = health.dependency("redis", config.queue_policy);
+        let watched = redis.clone();
+        pools.push(Arc::new(move || ("redis", watched.status())));
+        tasks.contained("redis", move || redis.clone().tend(condition.clone(), drain.clone()));
+    }
     if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
         let drain = drain.clone();
         tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
@@ -201,6 +221,7 @@ pub(crate) async fn boot(
         connections,
         sockets,
         status,
+        pools,
         announcements,
         closers,
         looking,

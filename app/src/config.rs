@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use perennial_server::cpu;
-use perennial_server::health;
+use perennial_server::health::{self, Policy};
 use perennial_server::http;
 use perennial_server::net::{self, Listen, Timeouts, tls};
 use perennial_server::pool::{postgres, redis};
@@ -36,6 +36,9 @@ pub(crate) struct Config {
     pub(crate) health: health::Config,
     pub(crate) store: Store,
     pub(crate) queue: Option<RedisQueue>,
+    /// What it means for readiness that one of them is away.
+    pub(crate) store_policy: Policy,
+    pub(crate) queue_policy: Policy,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
     pub(crate) cron: cron::Config,
@@ -88,6 +91,8 @@ impl Config {
             },
             store: store(settings),
             queue: queue(settings),
+            store_policy: settings.parse("store.readiness", "required or degraded"),
+            queue_policy: settings.parse("queue.readiness", "required or degraded"),
             worker: worker(settings),
             upkeep: upkeep::Config { rescue_every: RESCUE_EVERY, lease: settings.get("queue.lease") },
             cron: cron::config(settings),
@@ -239,6 +244,7 @@ fn store(settings: &mut Reader<'_>) -> Store {
         wait,
         connect_timeout: settings.duration("store.connect_timeout", MILLISECOND..=DAY),
         statement_timeout: settings.duration("store.statement_timeout", MILLISECOND..=DAY),
+        max_age: settings.duration("store.max_age", SECOND..=30 * DAY),
         pgbouncer: settings.get("store.pgbouncer"),
     };
     match url.expose_secret().strip_prefix("sqlite:") {
@@ -260,6 +266,7 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
         wait: settings.duration("queue.wait", MILLISECOND..=DAY),
         connect_timeout: settings.duration("queue.connect_timeout", MILLISECOND..=DAY),
         response_timeout: settings.duration("queue.response_timeout", MILLISECOND..=DAY),
+        max_age: settings.duration("queue.max_age", SECOND..=30 * DAY),
     };
     let prefix = settings.get("queue.prefix");
     (url.expose_secret() != "store").then_some(RedisQueue { redis, prefix })

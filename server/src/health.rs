@@ -10,9 +10,12 @@
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
+use std::str::FromStr;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use tracing::{info, warn};
 
 use crate::drain::Drain;
 
@@ -39,7 +42,40 @@ struct State {
     last_beat_ms: AtomicU64,
     started: AtomicBool,
     draining: AtomicBool,
-    unmet: Mutex<BTreeMap<&'static str, String>>,
+    unmet: Mutex<BTreeMap<&'static str, Unmet>>,
+}
+
+/// A condition that does not hold.
+#[derive(Clone, Debug)]
+struct Unmet {
+    reason: String,
+    policy: Policy,
+}
+
+/// What it means for readiness when something that a process depends on is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Policy {
+    /// Requests should not be sent here. What all replicas depend on takes all of them away.
+    Required,
+    /// They may, and those that need it are refused. It is named all the same.
+    Degraded,
+}
+
+/// A word that names no policy.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("wanted required or degraded")]
+pub struct NoPolicy;
+
+impl FromStr for Policy {
+    type Err = NoPolicy;
+
+    fn from_str(word: &str) -> Result<Self, NoPolicy> {
+        match word {
+            "required" => Ok(Self::Required),
+            "degraded" => Ok(Self::Degraded),
+            _ => Err(NoPolicy),
+        }
+    }
 }
 
 impl Health {
@@ -57,9 +93,14 @@ impl Health {
 
     /// Registers a condition for readiness, unmet until it is said to be met.
     pub fn condition(&self, name: &'static str, reason: &str) -> Condition {
-        let condition = Condition { health: self.clone(), name };
+        let condition = Condition { health: self.clone(), name, policy: Policy::Required };
         condition.unmet(reason);
         condition
+    }
+
+    /// Registers something that the process depends on, and that is there.
+    pub fn dependency(&self, name: &'static str, policy: Policy) -> Condition {
+        Condition { health: self.clone(), name, policy }
     }
 
     /// Boot has ended.
@@ -85,11 +126,11 @@ impl Health {
         self.fresh_within(self.0.config.stall_after)
     }
 
-    /// Whether requests should be sent here.
+    /// Whether requests should be sent here; if so, what is away all the same.
     ///
     /// # Errors
     /// Every reason why not.
-    pub fn ready(&self) -> Result<(), Vec<String>> {
+    pub fn ready(&self) -> Result<Vec<String>, Vec<String>> {
         let mut reasons = Vec::new();
         if self.0.draining.load(Ordering::Acquire) {
             reasons.push("draining".to_owned());
@@ -99,8 +140,12 @@ impl Health {
         }
         reasons.extend(self.fresh_within(self.0.config.unready_after).err());
         let unmet = self.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
-        reasons.extend(unmet.iter().map(|(name, reason)| format!("{name}: {reason}")));
-        if reasons.is_empty() { Ok(()) } else { Err(reasons) }
+        let of = |policy: Policy| {
+            let unmet = unmet.iter().filter(move |(_, unmet)| unmet.policy == policy);
+            unmet.map(|(name, unmet)| format!("{name}: {}", unmet.reason))
+        };
+        reasons.extend(of(Policy::Required));
+        if reasons.is_empty() { Ok(of(Policy::Degraded).collect()) } else { Err(reasons) }
     }
 
     fn fresh_within(&self, limit: Duration) -> Result<(), String> {
@@ -137,18 +182,27 @@ impl Health {
 pub struct Condition {
     health: Health,
     name: &'static str,
+    policy: Policy,
 }
 
 impl Condition {
     /// It holds.
     pub fn met(&self) {
-        self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner).remove(self.name);
+        let mut unmet = self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
+        if unmet.remove(self.name).is_some() {
+            info!(condition = self.name, "met");
+        }
     }
 
     /// It does not hold, for this reason.
     pub fn unmet(&self, reason: &str) {
+        let new = Unmet { reason: reason.to_owned(), policy: self.policy };
         let mut unmet = self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
-        unmet.insert(self.name, reason.to_owned());
+        let before = unmet.insert(self.name, new);
+        // What boot begins with is no news.
+        if self.health.has_started() && before.is_none_or(|before| before.reason != reason) {
+            warn!(condition = self.name, reason, "not met");
+        }
     }
 }
 
@@ -167,7 +221,10 @@ mod tests {
         assert_eq!(health.ready(), Err(vec!["starting".into(), "store: opening".into()]));
         health.started();
         store.met();
-        assert_eq!(health.ready(), Ok(()));
+        assert_eq!(health.ready(), Ok(vec![]));
+        let cache = health.dependency("cache", Policy::Degraded);
+        cache.unmet("refused");
+        assert_eq!(health.ready(), Ok(vec!["cache: refused".into()]));
         store.unmet("disk full");
         health.draining();
         assert_eq!(health.ready(), Err(vec!["draining".into(), "store: disk full".into()]));

@@ -14,6 +14,7 @@ use metrics::{
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::drain::Drain;
+use crate::pool::Status;
 
 /// Counter by `listener`, `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
 pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
@@ -51,6 +52,10 @@ pub const SQLITE_LOST: &str = "perennial_sqlite_lost_total";
 pub const SQLITE_WRITE_DURATION: &str = "perennial_sqlite_write_duration_seconds";
 /// Counter: log lines that were dropped because the log's reader was too slow.
 pub const LOG_LINES_DROPPED: &str = "perennial_log_lines_dropped_total";
+/// Gauge by `pool`, `state` (used, available, waiting): connections, and those who wait for one.
+pub const POOL: &str = "perennial_pool";
+/// Histogram by `pool`, seconds: how long a connection was waited for.
+pub const POOL_WAIT: &str = "perennial_pool_wait_seconds";
 
 /// Upper bounds, in seconds, of the buckets of every histogram of durations.
 const SECONDS: [f64; 14] =
@@ -124,6 +129,8 @@ fn describe() {
     describe_counter!(SQLITE_LOST, Unit::Count, "transactions that were lost, with every write in them");
     describe_histogram!(SQLITE_WRITE_DURATION, Unit::Seconds, "from asking for a write to its commit");
     describe_counter!(LOG_LINES_DROPPED, Unit::Count, "log lines dropped because their reader was too slow");
+    describe_gauge!(POOL, Unit::Count, "connections of a pool, and those who wait for one");
+    describe_histogram!(POOL_WAIT, Unit::Seconds, "how long a connection of a pool was waited for");
 }
 
 /// The metrics of a listener's requests. What the recorder finds by labels is looked up once.
@@ -247,6 +254,20 @@ pub(crate) fn sqlite_write_took(took: Duration) {
 /// The number of log lines dropped so far.
 pub(crate) fn log_lines_dropped(total: u64) {
     counter!(LOG_LINES_DROPPED).absolute(total);
+}
+
+/// How long connections of a pool are waited for.
+pub(crate) fn pool_waits(pool: &'static str) -> Histogram {
+    histogram!(POOL_WAIT, "pool" => pool)
+}
+
+/// How a pool stands.
+pub(crate) fn pool(pool: &'static str, status: Status) {
+    let used = status.size.saturating_sub(status.available);
+    for (state, count) in [("used", used), ("available", status.available), ("waiting", status.waiting)] {
+        let count = u32::try_from(count).unwrap_or(u32::MAX);
+        gauge!(POOL, "pool" => pool, "state" => state).set(count);
+    }
 }
 
 /// Something that is counted while it exists: the gauge falls when the value drops, by any path.

@@ -1,14 +1,14 @@
 //! Stores behind bounded waits.
 
+mod bounded;
 pub mod postgres;
 pub mod redis;
 pub mod sql;
 pub mod sqlite;
 
-use std::time::Duration;
+use std::error::Error;
 
-use deadpool::Runtime;
-use deadpool::managed::{BuildError, Manager, Object, Pool, PoolBuilder};
+pub use bounded::Status;
 
 /// The tables of one part of the program, in the steps in which they came to be.
 #[derive(Clone, Copy, Debug)]
@@ -42,19 +42,13 @@ impl Migrations {
     }
 }
 
-/// A pool of up to `size` connections in which every wait has its end: for a free one, and for a new one or a sign
-/// of life of an old one.
-fn bounded<M: Manager, W: From<Object<M>>>(
-    builder: PoolBuilder<M, W>,
-    size: usize,
-    wait: Duration,
-    connect_timeout: Duration,
-) -> Result<Pool<M, W>, BuildError> {
-    builder
-        .max_size(size)
-        .wait_timeout(Some(wait))
-        .create_timeout(Some(connect_timeout))
-        .recycle_timeout(Some(connect_timeout))
-        .runtime(Runtime::Tokio1)
-        .build()
+/// An error with its causes, in one line.
+fn with_causes(error: &dyn Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(&format!(": {error}"));
+        cause = error.source();
+    }
+    text
 }

@@ -61,6 +61,7 @@ pub fn config(url: &str) -> Config {
         wait: Duration::from_secs(10),
         connect_timeout: Duration::from_secs(5),
         statement_timeout: Duration::from_secs(10),
+        max_age: Duration::from_secs(1800),
         pgbouncer: false,
     }
 }

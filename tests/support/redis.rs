@@ -62,6 +62,7 @@ pub fn config(url: &str) -> Config {
         wait: Duration::from_secs(10),
         connect_timeout: Duration::from_secs(5),
         response_timeout: Duration::from_secs(10),
+        max_age: Duration::from_secs(1800),
     }
 }
 

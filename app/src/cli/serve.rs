@@ -152,6 +152,7 @@ impl Prepared {
                     access: app.access.clone(),
                     workers: app.workers.clone(),
                     status: app.status.clone(),
+                    pools: app.pools.clone(),
                     connections: app.connections.clone(),
                     books: app.books.clone(),
                     looking: app.looking.clone(),

@@ -7,6 +7,7 @@
 //! on: all of it works through a PgBouncer that pools transactions. Only [`Postgres::listen`] needs a connection
 //! of its own.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::str::FromStr;
@@ -14,17 +15,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType};
+use deadpool_postgres::{
+    ClientWrapper, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType,
+};
+use futures_util::future::join_all;
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
-use tokio::sync::mpsc;
+use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
+use tokio::time::Instant;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
 use tokio_postgres::{AsyncMessage, NoTls, Row};
-use tracing::{info, warn};
+use tracing::{debug, info, warn};
 
-use super::{Migrations, Newer, bounded};
+use super::bounded::{Bounded, Limits};
+use super::{Migrations, Newer, Status, with_causes};
+use crate::drain::Drain;
+use crate::health::Condition;
 
 /// How much longer than the server's own limit an answer is waited for.
 const GRACE: Duration = Duration::from_secs(1);
@@ -34,6 +42,12 @@ const MIGRATION: Duration = Duration::from_secs(600);
 const MIGRATION_LOCK: i64 = 0x7065_7265_6e6e_6961;
 /// A clock that is off by more than this is worth a warning.
 const SKEW: Duration = Duration::from_secs(30);
+/// How many connections are made at boot: a server that is slow to accept them is noticed then.
+const WARM: usize = 2;
+/// How often the server is asked how it is, and connections are looked through.
+const LOOK: Duration = Duration::from_secs(2);
+/// How many connections may wait for what nobody asks for any more to be cancelled on the server.
+const ABANDONED: usize = 64;
 /// How many notifications may wait for whoever listens.
 const NOTIFICATIONS: usize = 1024;
 
@@ -50,6 +64,8 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// How long one statement may take.
     pub statement_timeout: Duration,
+    /// How old a connection may grow.
+    pub max_age: Duration,
     /// Whether a PgBouncer that pools transactions may stand in between: then nothing is set for a session, and
     /// `statement_timeout` should be set on the role.
     pub pgbouncer: bool,
@@ -116,19 +132,22 @@ pub type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 pub struct Postgres(Arc<Shared>);
 
 struct Shared {
-    pool: Pool,
+    pool: Bounded<Manager>,
     dedicated: tokio_postgres::Config,
     config: Config,
+    /// Connections on which a statement may still run that nobody waits for, to whoever tends.
+    abandoned: mpsc::Sender<ClientWrapper>,
+    to_be_cancelled: Mutex<mpsc::Receiver<ClientWrapper>>,
 }
 
 impl fmt::Debug for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Postgres").field("pool", &self.0.pool.status()).finish_non_exhaustive()
+        f.debug_struct("Postgres").field("pool", &self.0.pool).finish_non_exhaustive()
     }
 }
 
 impl Postgres {
-    /// Connects once, so that a server that cannot be used is noticed here.
+    /// Connects, so that a server that cannot be used is noticed here.
     ///
     /// # Errors
     /// When the URL cannot be read, and when the server cannot be reached.
@@ -152,11 +171,75 @@ impl Postgres {
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = Manager::from_config(wanted.clone(), NoTls, recycling);
-        let pool = bounded(Pool::builder(manager), config.size, config.wait, config.connect_timeout);
+        let limits = Limits {
+            size: config.size,
+            wait: config.wait,
+            connect_timeout: config.connect_timeout,
+            max_age: config.max_age,
+        };
+        let pool = Bounded::new("postgres", Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
-        let postgres = Self(Arc::new(Shared { pool, dedicated: wanted, config }));
+        let (abandoned, to_be_cancelled) = mpsc::channel(ABANDONED);
+        let to_be_cancelled = Mutex::new(to_be_cancelled);
+        let shared = Shared { pool, dedicated: wanted, config, abandoned, to_be_cancelled };
+        let postgres = Self(Arc::new(shared));
         postgres.check().await?;
+        let warm = WARM.min(postgres.0.config.size);
+        // All at once, and given back when the last is there.
+        let warmed = join_all((0..warm).map(|_| postgres.get())).await;
+        warmed.into_iter().collect::<Result<Vec<_>>>()?;
         Ok(postgres)
+    }
+
+    /// How its pool stands.
+    pub fn status(&self) -> Status {
+        self.0.pool.status()
+    }
+
+    /// Looks after connections until the very end: retires those that are dead or old, has the server cancel what
+    /// nobody waits for any more, and says in `condition` whether it is there and takes writes.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
+        let mut to_be_cancelled = self.0.to_be_cancelled.lock().await;
+        let mut look_at = Instant::now();
+        loop {
+            tokio::select! {
+                Some(connection) = to_be_cancelled.recv() => self.cancel(connection).await,
+                () = tokio::time::sleep_until(look_at) => {
+                    self.look(&condition).await;
+                    look_at = Instant::now() + LOOK;
+                }
+                () = drain.hard() => return Ok(()),
+            }
+        }
+    }
+
+    async fn look(&self, condition: &Condition) {
+        self.0.pool.retire(|connection| connection.is_closed());
+        let sql = "SELECT current_setting('transaction_read_only') = 'on'";
+        let asked = self.query(sql, &[]).await;
+        match asked.map(|rows| rows.first().is_some_and(|row| row.get(0))) {
+            Ok(false) => condition.met(),
+            Ok(true) => {
+                // It is not the primary any more: the next connection finds the new one, if the URL names several.
+                self.0.pool.retire(|_| true);
+                condition.unmet("it only reads");
+            }
+            // That says something about us.
+            Err(Error::Busy) => {}
+            Err(error) => condition.unmet(&with_causes(&error)),
+        }
+    }
+
+    /// Cancels what runs on a connection, and ends it then: nobody else may get what the cancelling hits.
+    async fn cancel(&self, connection: ClientWrapper) {
+        let token = connection.cancel_token();
+        let cancelled = tokio::time::timeout(self.0.config.connect_timeout, token.cancel_query(NoTls)).await;
+        if let Ok(Err(error)) = cancelled {
+            debug!(%error, "a statement that nobody waits for could not be cancelled");
+        }
     }
 
     /// Looks at the server for what would go wrong later.
@@ -200,6 +283,7 @@ impl Postgres {
             object: Some(object),
             unanswered: AtomicUsize::new(0),
             timeout: self.0.config.statement_timeout + GRACE,
+            abandoned: self.0.abandoned.clone(),
         })
     }
 
@@ -298,6 +382,7 @@ pub struct Connection {
     /// How many statements were not answered.
     unanswered: AtomicUsize,
     timeout: Duration,
+    abandoned: mpsc::Sender<ClientWrapper>,
 }
 
 impl fmt::Debug for Connection {
@@ -337,7 +422,7 @@ impl Connection {
     /// # Errors
     /// See [`Error`].
     pub async fn begin(&mut self) -> Result<Transaction<'_>> {
-        let Self { object, unanswered, timeout } = self;
+        let Self { object, unanswered, timeout, .. } = self;
         let Some(object) = object else { return Err(Error::Busy) };
         let inner = asked(unanswered, *timeout, object.transaction()).await?;
         Ok(Transaction { inner, unanswered, timeout: *timeout })
@@ -363,7 +448,8 @@ impl Drop for Connection {
         if self.unanswered.load(Ordering::Relaxed) > 0
             && let Some(object) = self.object.take()
         {
-            drop(Object::take(object));
+            // Without anybody who tends, the server ends it by its own limit.
+            let _ = self.abandoned.try_send(Object::take(object));
         }
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! What is kept in Redis here must not vanish: a server that evicts keys is refused.
 
+use std::convert::Infallible;
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,12 +15,18 @@ use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
 
-use super::bounded;
+use super::bounded::{Bounded, Limits};
+use super::{Status, with_causes};
+use crate::drain::Drain;
+use crate::health::Condition;
 
 pub use ::redis as client;
 
 /// The oldest server whose commands are enough.
 const OLDEST: (u32, u32) = (7, 0);
+
+/// How often the server is asked how it is, and connections are looked through.
+const LOOK: Duration = Duration::from_secs(2);
 
 /// Where the server is, and how long to wait for it.
 #[derive(Clone, Debug)]
@@ -34,6 +41,8 @@ pub struct Config {
     pub connect_timeout: Duration,
     /// How long an answer may take.
     pub response_timeout: Duration,
+    /// How old a connection may grow.
+    pub max_age: Duration,
 }
 
 /// Why Redis did not do what it should.
@@ -85,14 +94,14 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Redis(Arc<Shared>);
 
 struct Shared {
-    pool: Pool,
+    pool: Bounded<Manager, Connection>,
     client: Client,
     config: Config,
 }
 
 impl fmt::Debug for Redis {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Redis").field("pool", &self.0.pool.status()).finish_non_exhaustive()
+        f.debug_struct("Redis").field("pool", &self.0.pool).finish_non_exhaustive()
     }
 }
 
@@ -108,11 +117,54 @@ impl Redis {
             // The library's own is half a second, and one slow answer would end a connection.
             .set_response_timeout(Some(config.response_timeout));
         let manager = Manager::new_with_config(url.clone(), connection)?;
-        let pool = bounded(Pool::builder(manager), config.size, config.wait, config.connect_timeout);
+        let limits = Limits {
+            size: config.size,
+            wait: config.wait,
+            connect_timeout: config.connect_timeout,
+            max_age: config.max_age,
+        };
+        let pool = Bounded::new("redis", Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
         let redis = Self(Arc::new(Shared { pool, client: Client::open(url)?, config }));
         redis.check().await?;
         Ok(redis)
+    }
+
+    /// How its pool stands.
+    pub fn status(&self) -> Status {
+        self.0.pool.status()
+    }
+
+    /// Looks after connections until the very end: retires those that are old, and says in `condition` whether the
+    /// server is there and takes writes.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
+        loop {
+            self.0.pool.retire(|_| false);
+            match self.query::<Vec<::redis::Value>>(&::redis::cmd("ROLE")).await {
+                Ok(role)
+                    if role
+                        .first()
+                        .is_some_and(|role| *role == ::redis::Value::BulkString(b"master".to_vec())) =>
+                {
+                    condition.met();
+                }
+                Ok(_) => {
+                    // The next connection may find a new primary behind the same name.
+                    self.0.pool.retire(|_| true);
+                    condition.unmet("it is a replica");
+                }
+                // That says something about us.
+                Err(Error::Busy) => {}
+                Err(error) => condition.unmet(&with_causes(&error)),
+            }
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = drain.hard() => return Ok(()),
+            }
+        }
     }
 
     /// Looks at the server for what would go wrong later.

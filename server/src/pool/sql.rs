@@ -16,9 +16,9 @@ use rusqlite::types::{ToSqlOutput, ValueRef};
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 
-use super::Migrations;
 use super::postgres::{self, Parameter, Postgres, Session, Transaction};
 use super::sqlite::{self, Sqlite};
+use super::{Migrations, Status};
 
 #[doc(hidden)]
 pub use rusqlite::Connection;
@@ -465,6 +465,14 @@ impl Store {
         match self {
             Self::Sqlite(_) => Dialect::Sqlite,
             Self::Postgres(_) => Dialect::Postgres,
+        }
+    }
+
+    /// How its pool stands, and what that is called. Of SQLite, it is the readers'.
+    pub fn pool(&self) -> (&'static str, Status) {
+        match self {
+            Self::Sqlite(sqlite) => ("sqlite", sqlite.status()),
+            Self::Postgres(postgres) => ("postgres", postgres.status()),
         }
     }
 

@@ -22,7 +22,8 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tracing::info;
 
-use super::{Migrations, Newer, bounded};
+use super::bounded::{Bounded, Limits};
+use super::{Migrations, Newer, Status};
 use crate::metrics;
 use crate::tasks::panic_message;
 
@@ -116,7 +117,7 @@ struct Shared {
     config: Config,
     writes: Mutex<Option<mpsc::Sender<Box<dyn Write>>>>,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
-    readers: managed::Pool<Readers>,
+    readers: Bounded<Readers>,
 }
 
 impl Sqlite {
@@ -138,7 +139,13 @@ impl Sqlite {
             .spawn(move || write_loop(connection, receiver))
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let readers = managed::Pool::builder(Readers { path: config.path.clone() });
-        let readers = bounded(readers, config.readers, config.wait, config.wait);
+        let limits = Limits {
+            size: config.readers,
+            wait: config.wait,
+            connect_timeout: config.wait,
+            max_age: Duration::MAX,
+        };
+        let readers = Bounded::new("sqlite", readers, limits);
         let readers = readers.map_err(|_| Error::Busy("runtime"))?;
         let shared =
             Shared { config, writes: Mutex::new(Some(sender)), writer: Mutex::new(Some(writer)), readers };
@@ -234,6 +241,11 @@ impl Sqlite {
             info!(module, version, "migrated");
         }
         Ok(())
+    }
+
+    /// How the pool of readers stands.
+    pub fn status(&self) -> Status {
+        self.0.readers.status()
     }
 
     /// Takes no more writes, commits those that were taken, and closes every connection.

@@ -260,6 +260,11 @@ impl RedisQueue {
         }))
     }
 
+    /// The server.
+    pub fn redis(&self) -> &Redis {
+        &self.0.redis
+    }
+
     /// To be called after the commit of a transaction that put jobs into the outbox.
     pub fn committed(&self) {
         if let Some(outbox) = &self.0.outbox {

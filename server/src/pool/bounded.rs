@@ -1,0 +1,124 @@
+//! A pool of connections in which every wait has its end.
+
+use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use ::metrics::Histogram;
+use deadpool::Runtime;
+use deadpool::managed::{BuildError, Manager, Metrics, Object, Pool, PoolBuilder, PoolError};
+use serde::Serialize;
+
+use crate::metrics;
+
+/// How many connections there may be, and how long to wait.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// The most connections.
+    pub(super) size: usize,
+    /// How long a caller waits for a free one.
+    pub(super) wait: Duration,
+    /// How long making one may take, or a sign of life of an old one.
+    pub(super) connect_timeout: Duration,
+    /// How old one may grow.
+    pub(super) max_age: Duration,
+}
+
+/// How a pool stands.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub struct Status {
+    /// The most connections.
+    pub max: usize,
+    /// How many there are.
+    pub size: usize,
+    /// How many of them nobody uses.
+    pub available: usize,
+    /// How many callers wait for one.
+    pub waiting: usize,
+    /// How old the oldest is that nobody used at the last look, in milliseconds.
+    pub oldest_ms: u64,
+}
+
+/// See the module.
+pub(super) struct Bounded<M: Manager, W: From<Object<M>> = Object<M>> {
+    name: &'static str,
+    pool: Pool<M, W>,
+    max_age: Duration,
+    oldest_ms: AtomicU64,
+    waits: Histogram,
+}
+
+impl<M: Manager, W: From<Object<M>>> fmt::Debug for Bounded<M, W> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple(self.name).field(&self.status()).finish()
+    }
+}
+
+impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
+    /// No connection yet. `name` is for those who look.
+    pub(super) fn new(
+        name: &'static str,
+        builder: PoolBuilder<M, W>,
+        limits: Limits,
+    ) -> Result<Self, BuildError> {
+        let pool = builder
+            .max_size(limits.size)
+            .wait_timeout(Some(limits.wait))
+            .create_timeout(Some(limits.connect_timeout))
+            .recycle_timeout(Some(limits.connect_timeout))
+            .runtime(Runtime::Tokio1)
+            .build()?;
+        let (oldest_ms, waits) = (AtomicU64::new(0), metrics::pool_waits(name));
+        Ok(Self { name, pool, max_age: limits.max_age, oldest_ms, waits })
+    }
+
+    /// A connection.
+    pub(super) async fn get(&self) -> Result<W, PoolError<M::Error>> {
+        let began = Instant::now();
+        let got = self.pool.get().await;
+        self.waits.record(began.elapsed());
+        got
+    }
+
+    /// How it stands.
+    pub(super) fn status(&self) -> Status {
+        let status = self.pool.status();
+        Status {
+            max: status.max_size,
+            size: status.size,
+            available: status.available,
+            waiting: status.waiting,
+            oldest_ms: self.oldest_ms.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Ends connections that nobody uses and that are dead or old enough.
+    pub(super) fn retire(&self, is_dead: impl Fn(&M::Type) -> bool) {
+        let mut oldest = Duration::ZERO;
+        self.pool.retain(|connection, metrics| {
+            let age = metrics.age();
+            let stays = !is_dead(connection) && age < self.lifetime(&metrics);
+            if stays {
+                oldest = oldest.max(age);
+            }
+            stays
+        });
+        self.oldest_ms.store(u64::try_from(oldest.as_millis()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        metrics::pool(self.name, self.status());
+    }
+
+    /// Takes no more callers, and closes every connection when it comes back.
+    pub(super) fn close(&self) {
+        self.pool.close();
+    }
+
+    /// How old a connection may grow: a bit less than the most, each by an amount of its own, so that those that were
+    /// made together do not end together.
+    fn lifetime(&self, metrics: &Metrics) -> Duration {
+        let mut hasher = DefaultHasher::new();
+        metrics.created.hash(&mut hasher);
+        self.max_age
+            .saturating_sub(self.max_age / 1000 * u32::try_from(hasher.finish() % 200).unwrap_or_default())
+    }
+}
