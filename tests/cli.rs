@@ -1,5 +1,7 @@
 //! The commands.
 
+use std::os::unix::fs::PermissionsExt;
+
 use serde_json::{Value, json};
 
 use nix::sys::signal::Signal;
@@ -133,4 +135,60 @@ async fn the_sink_subscribes_imaginary_browsers_and_prints_what_they_get() {
     printed.sort_by_key(|line| line["to"].as_str().unwrap().to_owned());
     assert_eq!(printed[0]["to"], "#1");
     assert!(printed[1]["text"].as_str().unwrap().contains("\"title\":\"Hi\""));
+}
+
+#[tokio::test]
+async fn a_backup_is_a_data_directory() {
+    let double = Double::start().await;
+    let mut perennial = Setup::new().sending_to(&double).start().await;
+    perennial.subscribe(&double, 3).await;
+    let directory = perennial.setup.file("copy");
+    let copied = perennial.setup.run(&["backup", directory.to_str().unwrap()]).await;
+    assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    let said = String::from_utf8_lossy(&copied.stdout).into_owned();
+    assert!(["perennial.db", "vapid.pem", "api.key"].iter().all(|file| said.contains(file)), "{said}");
+    for file in ["perennial.db", "vapid.pem", "api.key"] {
+        let mode = std::fs::metadata(directory.join(file)).unwrap().permissions().mode();
+        assert_eq!(mode & 0o077, 0, "{file} is nobody else's");
+    }
+    let again = perennial.setup.run(&["backup", directory.to_str().unwrap()]).await;
+    let error = String::from_utf8_lossy(&again.stderr).into_owned();
+    assert!(!again.status.success() && error.contains("wanted a new directory"), "{error}");
+
+    // The same through the running server, for whoever has its token.
+    let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
+    let admin = perennial.admin().with_key(token.trim());
+    let other = perennial.setup.file("other");
+    let answer = admin.post("/backup", &json!({ "directory": other })).await;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    assert_eq!(answer.json()["files"].as_array().unwrap().len(), 4, "{}", answer.text());
+    assert_eq!(admin.post("/backup", &json!({ "directory": "here" })).await.fields(), ["directory"]);
+    assert_eq!(perennial.admin().post("/backup", &json!({ "directory": other })).await.status, 401);
+
+    let key = perennial.client().get("/push/key").await.text();
+    perennial.stop().await;
+    let restored = Setup::new().sending_to(&double);
+    std::fs::rename(&directory, restored.data_dir()).unwrap();
+    let restored = restored.start().await;
+    assert_eq!(restored.client().get("/push/key").await.text(), key);
+    let progress = restored.notify_and_wait(&json!({ "to": { "all": true }, "payload": "hello" })).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 3 }));
+}
+
+#[tokio::test]
+async fn migrating_is_what_a_boot_does_first() {
+    let setup = Setup::new();
+    for _ in 0..2 {
+        let migrated = setup.run(&["migrate"]).await;
+        let said = String::from_utf8_lossy(&migrated.stdout).into_owned();
+        assert!(migrated.status.success() && said.contains("up to date"), "{said}");
+    }
+    let store = rusqlite::Connection::open(setup.data_dir().join("perennial.db")).unwrap();
+    let sql = "SELECT count(*) FROM migrations WHERE module IN ('push', 'jobs')";
+    let steps: i64 = store.query_row(sql, [], |row| row.get(0)).unwrap();
+    assert!(steps >= 2, "{steps}");
+    drop(store);
+    let perennial = setup.start().await;
+    let refused = perennial.setup.run(&["migrate"]).await;
+    assert!(!refused.status.success(), "one process at a time has the embedded store");
 }

@@ -16,6 +16,7 @@
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
 //! | `GET /schedules` | token* | the schedules, see [`schedules`] |
 //! | `GET ..` | token* | what modules show, as `/origins` and `/notifications` |
+//! | `POST /backup` | token | copies the embedded store and the keys, see [`backup`](crate::backup) |
 //! | `POST ..` | token | whatever changes something; a page elsewhere may not (`Origin`) |
 //!
 //! \* or anybody, when the listener is bound to loopback. The `Host` header is checked on these, so that a

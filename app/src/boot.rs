@@ -39,6 +39,7 @@ use utoipa_axum::router::OpenApiRouter;
 use crate::access::{self, Access};
 use crate::addresses::{Addresses, url};
 use crate::admin::jobs::Books;
+use crate::backup;
 use crate::config::{self, Config};
 use crate::data_dir::{self, DataDir};
 use crate::maintenance;
@@ -135,6 +136,8 @@ pub(crate) async fn boot(
         (module.mount)(&mut host).await.with_context(|| format!("the module {name} cannot be mounted"))?;
         info!(module = name, "mounted");
     }
+    let source = backup::Source::of(&config.data_dir, &config.store).ok();
+    host.acting(backup::acting(source));
     let Host { routes, registry, schedules, status, announcements, closers, looking, acting, .. } = host;
     let kinds = Arc::new(OnceLock::new());
     let routes = routes.merge(crate::jobs::routes(jobs.clone(), access.clone(), Arc::clone(&kinds)));

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod backup;
 mod check;
 mod client;
 mod cron;
@@ -55,6 +56,10 @@ enum Command {
     /// The keys: VAPID and API
     #[command(subcommand)]
     Keys(keys::Keys),
+    /// Bring the tables of the store up to date, and do nothing else
+    Migrate,
+    /// Copy the embedded store and the keys, also while a server runs
+    Backup(backup::Backup),
     /// Ask the running server whether it is ready; the exit code says it
     Health(health::Health),
     /// Jobs: look at them, and act on those that have ended
@@ -81,6 +86,8 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         Command::Serve => return serve::serve(&sources, modules),
         Command::Check => check::check(&sources, modules),
         Command::Keys(keys) => keys.run(&sources, modules),
+        Command::Migrate => migrate(&sources, modules),
+        Command::Backup(backup) => backup.run(&sources, modules),
         Command::Health(health) => health.run(&sources, modules),
         Command::Jobs(jobs) => jobs.run(&sources, modules),
         Command::Cron(cron) => cron.run(&sources, modules),
@@ -122,6 +129,17 @@ async fn open_alone(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(D
     let store = boot::open_store(&data_dir, config).await?;
     store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
     Ok((data_dir, store))
+}
+
+/// Does what a boot does first, so that the boots of many replicas find it done.
+fn migrate(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    let settings = load(sources, modules)?;
+    let (config, _) = read(&settings, modules)?;
+    block_on(async {
+        let (_data_dir, store) = open_alone(&config, modules).await?;
+        store.close().await;
+        print("the tables are up to date\n")
+    })?
 }
 
 /// Prints, for as long as somebody reads.

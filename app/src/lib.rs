@@ -10,6 +10,7 @@ pub mod access;
 mod addresses;
 mod admin;
 pub mod api;
+mod backup;
 mod boot;
 mod cli;
 mod config;

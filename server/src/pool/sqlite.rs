@@ -273,6 +273,22 @@ where
     }
 }
 
+/// Copies a store as it is at one moment, also while another process uses it, into a file that is not there yet. What
+/// was deleted takes no room in it.
+///
+/// # Errors
+/// When the one cannot be read or the other not be written.
+pub fn copy(from: &Path, to: &Path) -> Result<()> {
+    let at = |source| Error::Open { path: to.to_owned(), source };
+    let file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(to).map_err(at)?;
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(from, flags)?;
+    connection.busy_timeout(Duration::from_secs(5))?;
+    // Into a file that is there and empty: so it has our mode.
+    connection.execute("VACUUM INTO ?", [to.to_string_lossy()])?;
+    file.sync_all().map_err(at)
+}
+
 fn open_writer(path: &Path) -> Result<Connection> {
     // SQLite would make the file readable by others; its -wal and -shm take over this one's mode.
     OpenOptions::new()

@@ -1,0 +1,31 @@
+//! `perennial backup`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{load, print, read};
+use crate::backup::Source;
+use crate::module::Blueprint;
+use crate::settings::Sources;
+
+#[derive(Args, Debug)]
+pub(super) struct Backup {
+    /// A directory that is not there yet
+    directory: PathBuf,
+}
+
+impl Backup {
+    /// Reads the store itself, also while a server runs: a long copy keeps nobody waiting.
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+        let settings = load(sources, modules)?;
+        let (config, _) = read(&settings, modules)?;
+        let copied = Source::of(&config.data_dir, &config.store)?.copy_to(&self.directory)?;
+        print(&format!(
+            "{}: {} ({} bytes)\nTo restore it, start with it as data_dir; there is no other copy of vapid.pem.\n",
+            copied.directory.display(),
+            copied.files.join(", "),
+            copied.bytes
+        ))
+    }
+}
