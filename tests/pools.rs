@@ -6,6 +6,8 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
 use crate::stores::on_postgres;
+use support::certificates::Certificates;
+use support::double::Double;
 use support::postgres::{self, Database};
 use support::process::{Perennial, Setup};
 use support::{eventually, eventually_within, redis};
@@ -112,4 +114,63 @@ async fn what_a_client_has_left_is_cancelled_on_the_server() {
     assert_eq!((listed.status.as_u16(), listed.json()["subscriptions"].clone()), (200, json!([])));
     let pool: Value = perennial.admin().get("/pools").await.json()["postgres"].clone();
     assert_eq!(pool["waiting"], 0, "{pool}");
+}
+
+#[tokio::test]
+async fn connections_are_encrypted_and_servers_checked() {
+    let certificates = Certificates::new();
+    let file = |path: std::path::PathBuf| path.to_str().unwrap().to_owned();
+    let (certificate, key) = (file(certificates.certificate()), file(certificates.key()));
+    let postgres = postgres::Server::start(&[
+        "ssl=on",
+        &format!("ssl_cert_file={certificate}"),
+        &format!("ssl_key_file={key}"),
+    ])
+    .await;
+    let tls_port = support::free_port().to_string();
+    let redis = redis::Server::start(&[
+        "--tls-port",
+        &tls_port,
+        "--tls-cert-file",
+        &certificate,
+        "--tls-key-file",
+        &key,
+        "--tls-auth-clients",
+        "no",
+        "--tls-ca-cert-file",
+        &file(certificates.authority()),
+    ])
+    .await;
+    let url = format!("{}?sslmode=require", postgres.create().await);
+    let setup = || {
+        Setup::new()
+            .set(&format!("queue.url=rediss://127.0.0.1:{tls_port}/"))
+            .set(&format!("queue.ca_file={}", file(certificates.authority())))
+    };
+    let trusting = setup().set(&format!("store.ca_file={}", file(certificates.authority())));
+    let double = Double::start().await;
+    let perennial = on_postgres(trusting.sending_to(&double), &url).await.start().await;
+    perennial.subscribe(&double, 2).await;
+    let progress = perennial.notify_and_wait(&json!({ "to": { "all": true }, "payload": "hello" })).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 2 }));
+    // Jobs in Postgres, too: then one connection listens.
+    let listening = Setup::new().set(&format!("store.ca_file={}", file(certificates.authority())));
+    let listening = listening.set(&format!("store.url={url}")).start().await;
+    let plain =
+        postgres::connect(&format!("postgres://postgres@127.0.0.1:{}/postgres", postgres.port())).await;
+    let sql = "SELECT bool_and(ssl), count(*), count(*) FILTER (WHERE query LIKE 'LISTEN%')
+               FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+               WHERE datname <> 'postgres' AND application_name = 'perennial'";
+    eventually("all connections are encrypted, that which listens too", || async {
+        let row = plain.query(sql, &[]).await.unwrap().remove(0);
+        (row.get::<_, bool>(0) && row.get::<_, i64>(1) >= 4 && row.get::<_, i64>(2) == 1).then_some(())
+    })
+    .await;
+    drop(listening);
+
+    // A server that nobody has vouched for is none.
+    let mut refused = setup().set(&format!("store.url={url}")).spawn();
+    assert_eq!(refused.ended().await.code(), Some(1));
+    assert!(refused.log().contains("certificate"), "{}", refused.log());
+    drop(redis);
 }

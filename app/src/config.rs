@@ -240,6 +240,7 @@ fn store(settings: &mut Reader<'_>) -> Store {
         (settings.number("store.readers", 1..=64), settings.duration("store.wait", MILLISECOND..=DAY));
     let postgres = postgres::Config {
         url: url.clone(),
+        ca_file: settings.file("store.ca_file"),
         size: settings.number("store.connections", 1..=1000),
         wait,
         connect_timeout: settings.duration("store.connect_timeout", MILLISECOND..=DAY),
@@ -258,10 +259,11 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
         settings,
         "queue.url",
         "store, or redis://user:password@host/0",
-        &["store", "redis://", "redis+unix://"],
+        &["store", "redis://", "rediss://", "redis+unix://"],
     );
     let redis = redis::Config {
         url: url.clone(),
+        ca_file: settings.file("queue.ca_file"),
         size: settings.number("queue.connections", 1..=1000),
         wait: settings.duration("queue.wait", MILLISECOND..=DAY),
         connect_timeout: settings.duration("queue.connect_timeout", MILLISECOND..=DAY),

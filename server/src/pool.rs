@@ -5,6 +5,7 @@ pub mod postgres;
 pub mod redis;
 pub mod sql;
 pub mod sqlite;
+mod tls;
 
 use std::error::Error;
 

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 
 pub mod backend;
+pub mod certificates;
 pub mod double;
 pub mod figures;
 pub mod firefox;

@@ -57,6 +57,7 @@ pub async fn connect(url: &str) -> Postgres {
 pub fn config(url: &str) -> Config {
     Config {
         url: url.to_owned().into(),
+        ca_file: None,
         size: 8,
         wait: Duration::from_secs(10),
         connect_timeout: Duration::from_secs(5),

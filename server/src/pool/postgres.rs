@@ -10,6 +10,8 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::future::{Future, poll_fn};
+use std::path::PathBuf;
+use std::pin::Pin;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,16 +23,19 @@ use deadpool_postgres::{
 use futures_util::future::join_all;
 use jiff::Timestamp;
 use secrecy::{ExposeSecret, SecretString};
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::{ToSql, Type};
-use tokio_postgres::{AsyncMessage, NoTls, Row};
+use tokio_postgres::{AsyncMessage, NoTls, Row, Socket};
+use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{debug, info, warn};
 
 use super::bounded::{Bounded, Limits};
-use super::{Migrations, Newer, Status, with_causes};
+use super::{Migrations, Newer, Status, tls, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
 
@@ -54,8 +59,11 @@ const NOTIFICATIONS: usize = 1024;
 /// Where the server is, and how long to wait for it.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `postgres://user:password@host:5432/database`.
+    /// `postgres://user:password@host:5432/database`. With `sslmode=require`, TLS, and the server's certificate and name
+    /// are checked; otherwise none.
     pub url: SecretString,
+    /// The authority that has signed the server's certificate, a PEM file, if the system does not know it.
+    pub ca_file: Option<PathBuf>,
     /// The most connections.
     pub size: usize,
     /// How long a caller waits for a free one.
@@ -134,6 +142,7 @@ pub struct Postgres(Arc<Shared>);
 struct Shared {
     pool: Bounded<Manager>,
     dedicated: tokio_postgres::Config,
+    tls: Option<MakeRustlsConnect>,
     config: Config,
     /// Connections on which a statement may still run that nobody waits for, to whoever tends.
     abandoned: mpsc::Sender<ClientWrapper>,
@@ -152,8 +161,20 @@ impl Postgres {
     /// # Errors
     /// When the URL cannot be read, and when the server cannot be reached.
     pub async fn open(config: Config) -> Result<Self> {
-        let mut wanted =
-            tokio_postgres::Config::from_str(config.url.expose_secret()).map_err(|_| Error::Url)?;
+        // What is required is verified: there is no less.
+        let url = config.url.expose_secret();
+        let url = url.replace("sslmode=verify-full", "sslmode=require");
+        let mut wanted = tokio_postgres::Config::from_str(&url).map_err(|_| Error::Url)?;
+        let tls = match wanted.get_ssl_mode() {
+            SslMode::Require => {
+                let tls = tls::client(config.ca_file.as_deref()).map_err(Error::Away)?;
+                Some(MakeRustlsConnect::new(tls))
+            }
+            _ => {
+                wanted.ssl_mode(SslMode::Disable);
+                None
+            }
+        };
         wanted
             .application_name("perennial")
             .connect_timeout(config.connect_timeout)
@@ -170,7 +191,10 @@ impl Postgres {
             wanted.options(given.unwrap_or(options));
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
-        let manager = Manager::from_config(wanted.clone(), NoTls, recycling);
+        let manager = match &tls {
+            Some(tls) => Manager::from_config(wanted.clone(), tls.clone(), recycling),
+            None => Manager::from_config(wanted.clone(), NoTls, recycling),
+        };
         let limits = Limits {
             size: config.size,
             wait: config.wait,
@@ -181,7 +205,7 @@ impl Postgres {
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
         let (abandoned, to_be_cancelled) = mpsc::channel(ABANDONED);
         let to_be_cancelled = Mutex::new(to_be_cancelled);
-        let shared = Shared { pool, dedicated: wanted, config, abandoned, to_be_cancelled };
+        let shared = Shared { pool, dedicated: wanted, tls, config, abandoned, to_be_cancelled };
         let postgres = Self(Arc::new(shared));
         postgres.check().await?;
         let warm = WARM.min(postgres.0.config.size);
@@ -236,8 +260,13 @@ impl Postgres {
     /// Cancels what runs on a connection, and ends it then: nobody else may get what the cancelling hits.
     async fn cancel(&self, connection: ClientWrapper) {
         let token = connection.cancel_token();
-        let cancelled = tokio::time::timeout(self.0.config.connect_timeout, token.cancel_query(NoTls)).await;
-        if let Ok(Err(error)) = cancelled {
+        let cancel = async {
+            match &self.0.tls {
+                Some(tls) => token.cancel_query(tls.clone()).await,
+                None => token.cancel_query(NoTls).await,
+            }
+        };
+        if let Ok(Err(error)) = tokio::time::timeout(self.0.config.connect_timeout, cancel).await {
             debug!(%error, "a statement that nobody waits for could not be cancelled");
         }
     }
@@ -345,18 +374,19 @@ impl Postgres {
     /// When it cannot be made.
     pub async fn listen(&self, channel: &'static str) -> Result<Listener> {
         let patience = self.0.config.connect_timeout + GRACE;
-        let (client, mut connection) = within(patience, self.0.dedicated.connect(NoTls)).await?;
         let (sender, notifications) = mpsc::channel(NOTIFICATIONS);
-        let mut driver = JoinSet::new();
-        driver.spawn(async move {
-            while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
-                if let AsyncMessage::Notification(notification) = message
-                    && sender.send(notification.payload().to_owned()).await.is_err()
-                {
-                    return;
-                }
+        let (client, driven): (_, Pin<Box<dyn Future<Output = ()> + Send>>) = match &self.0.tls {
+            Some(tls) => {
+                let connected = within(patience, self.0.dedicated.connect(tls.clone())).await?;
+                (connected.0, Box::pin(drive(connected.1, sender)))
             }
-        });
+            None => {
+                let connected = within(patience, self.0.dedicated.connect(NoTls)).await?;
+                (connected.0, Box::pin(drive(connected.1, sender)))
+            }
+        };
+        let mut driver = JoinSet::new();
+        driver.spawn(driven);
         let timeout = self.0.config.statement_timeout + GRACE;
         let listener = Listener { client, notifications, channel, timeout, _driver: driver };
         within(timeout, listener.client.batch_execute(&format!("LISTEN {channel}"))).await?;
@@ -366,6 +396,20 @@ impl Postgres {
     /// Takes no more callers, and closes every connection when it comes back.
     pub fn close(&self) {
         self.0.pool.close();
+    }
+}
+
+/// Passes on notifications until the connection ends, or nobody listens any more.
+async fn drive<S>(mut connection: tokio_postgres::Connection<Socket, S>, sender: mpsc::Sender<String>)
+where
+    S: AsyncRead + AsyncWrite + Unpin,
+{
+    while let Some(Ok(message)) = poll_fn(|context| connection.poll_message(context)).await {
+        if let AsyncMessage::Notification(notification) = message
+            && sender.send(notification.payload().to_owned()).await.is_err()
+        {
+            return;
+        }
     }
 }
 

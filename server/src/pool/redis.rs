@@ -5,12 +5,13 @@
 
 use std::convert::Infallible;
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
 use ::redis::aio::PubSub;
 use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
-use ::redis::{IntoConnectionInfo, ServerErrorKind};
+use ::redis::{IntoConnectionInfo, ServerErrorKind, TlsCertificates};
 use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
@@ -31,8 +32,10 @@ const LOOK: Duration = Duration::from_secs(2);
 /// Where the server is, and how long to wait for it.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `redis://user:password@host:6379/0` or `redis+unix:///path`.
+    /// `redis://user:password@host:6379/0`, `rediss://..` with TLS, or `redis+unix:///path`.
     pub url: SecretString,
+    /// The authority that has signed the server's certificate, a PEM file, if the system does not know it.
+    pub ca_file: Option<PathBuf>,
     /// The most connections.
     pub size: usize,
     /// How long a caller waits for a free one.
@@ -116,7 +119,14 @@ impl Redis {
             .set_connection_timeout(Some(config.connect_timeout))
             // The library's own is half a second, and one slow answer would end a connection.
             .set_response_timeout(Some(config.response_timeout));
-        let manager = Manager::new_with_config(url.clone(), connection)?;
+        let client = match &config.ca_file {
+            Some(file) => {
+                let root_cert = std::fs::read(file).map_err(|error| Error::Away(error.into()))?;
+                Client::build_with_tls(url, TlsCertificates { client_tls: None, root_cert: Some(root_cert) })?
+            }
+            None => Client::open(url)?,
+        };
+        let manager = Manager::new_with_config(client.get_connection_info().clone(), connection)?;
         let limits = Limits {
             size: config.size,
             wait: config.wait,
@@ -125,7 +135,7 @@ impl Redis {
         };
         let pool = Bounded::new("redis", Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
-        let redis = Self(Arc::new(Shared { pool, client: Client::open(url)?, config }));
+        let redis = Self(Arc::new(Shared { pool, client, config }));
         redis.check().await?;
         Ok(redis)
     }
