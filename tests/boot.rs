@@ -232,3 +232,26 @@ async fn a_boot_that_fails_has_begun_no_job() {
     // The first line may have died with its process.
     assert_eq!(recoveries.last(), Some(&Value::from(1)), "one crash is one recovery: {recoveries:?}");
 }
+
+#[tokio::test]
+async fn a_pod_near_its_limit_of_memory_sheds_before_it_is_killed() {
+    let cgroup = tempfile::TempDir::new().unwrap();
+    let write = |file: &str, text: &str| std::fs::write(cgroup.path().join(file), text).unwrap();
+    write("cpu.max", "50000 100000\n");
+    write("memory.max", "100000000\n");
+    // Most of it is page cache.
+    write("memory.stat", "anon 10000000\nfile 60000000\nshmem 0\n");
+    write("memory.current", "95000000\n");
+    let perennial = Setup::new().set(&format!("process.cgroup={}", cgroup.path().display())).start().await;
+    let status = async || perennial.client().get("/push/key").await.status.as_u16();
+    assert_eq!(status().await, 200);
+    write("memory.stat", "anon 92000000\nfile 1000000\nshmem 0\n");
+    eventually("it sheds", || async { (status().await == 503).then_some(()) }).await;
+    assert!(perennial.client().get("/push/key").await.header("retry-after").is_some());
+    assert_eq!(perennial.admin().get("/readyz").await.status, 200, "probes are never shed");
+    assert!(
+        perennial.admin().get("/metrics").await.text().contains("perennial_memory_limit_bytes 100000000")
+    );
+    write("memory.stat", "anon 92000000\nfile 40000000\nshmem 0\n");
+    eventually("it serves again", || async { (status().await == 200).then_some(()) }).await;
+}

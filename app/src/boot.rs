@@ -181,6 +181,8 @@ pub(crate) async fn boot(
             async move { store.listen(drain).await }
         }
     });
+    let pressure = config.server.pressure.clone();
+    tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, drain.clone()));
     let mut pools: Vec<PoolFn> = vec![Arc::new({
         let store = store.clone();
         move || store.pool()

@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use perennial_server::cgroup::{self, Cgroup, Pressure};
 use perennial_server::cpu;
 use perennial_server::health::{self, Policy};
 use perennial_server::http;
@@ -52,6 +53,9 @@ pub(crate) struct Config {
     pub(crate) slots: usize,
     pub(crate) phases: Phases,
     pub(crate) telemetry: telemetry::Config,
+    /// What limits the process, and from how much of its memory on requests are shed, in hundredths.
+    pub(crate) cgroup: Cgroup,
+    pub(crate) shed_at: u64,
 }
 
 /// Where everything is kept.
@@ -110,6 +114,8 @@ impl Config {
                 hard: settings.get("drain.hard"),
             },
             telemetry: telemetry(settings),
+            cgroup: cgroup_of(settings),
+            shed_at: settings.number("process.shed_at", 10..=100),
         }
     }
 }
@@ -121,10 +127,19 @@ pub(crate) fn telemetry(settings: &mut Reader<'_>) -> telemetry::Config {
     }
 }
 
+/// How many processors this process may keep busy.
+pub(crate) fn processors(settings: &mut Reader<'_>) -> NonZeroUsize {
+    cgroup::processors(&cgroup_of(settings))
+}
+
+fn cgroup_of(settings: &mut Reader<'_>) -> Cgroup {
+    Cgroup::at(&settings.get::<PathBuf>("process.cgroup"))
+}
+
 fn threads(settings: &mut Reader<'_>) -> usize {
     match settings.number("server.threads", 0..=1024) {
         // With one thread, a handler that forgets to wait stops everything.
-        0_usize => std::thread::available_parallelism().map_or(2, usize::from).max(2),
+        0_usize => processors(settings).get().max(2),
         threads => threads,
     }
 }
@@ -175,6 +190,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         quiet: false,
         access_log: None,
         max_requests: settings.number("server.max_requests", 1..=10_000_000),
+        pressure: Pressure::default(),
         request_timeout: timeout(settings, "server.request_timeout"),
         body_idle_timeout: timeout(settings, "server.body_idle_timeout"),
         body_timeout: timeout(settings, "server.body_timeout"),
@@ -209,14 +225,15 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
         ..server.net.clone()
     };
     // Probes are never sent away.
-    http::Config { net, quiet: true, max_requests: usize::MAX, ..server.clone() }
+    let pressure = Pressure::default();
+    http::Config { net, quiet: true, max_requests: usize::MAX, pressure, ..server.clone() }
 }
 
 fn cpu(settings: &mut Reader<'_>) -> cpu::Config {
     let threads: usize = settings.number("server.cpu.threads", 0..=1024);
-    let all = || std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
+    let all = processors(settings);
     cpu::Config {
-        threads: NonZeroUsize::new(threads).unwrap_or_else(all),
+        threads: NonZeroUsize::new(threads).unwrap_or(all),
         queue: settings.number("server.cpu.queue", 1..=1_000_000),
     }
 }

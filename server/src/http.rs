@@ -26,6 +26,7 @@ use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
 
+use crate::cgroup::Pressure;
 use crate::cpu::Cpu;
 use crate::drain::Drain;
 use crate::net::{self, BindError, Connections, Inherited, Sockets};
@@ -46,6 +47,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     /// How many requests may run at once. More are answered with 503.
     pub max_requests: usize,
+    /// When memory is nearly used up, all are.
+    pub pressure: Pressure,
     /// How long a handler may take until it has a response.
     pub request_timeout: Duration,
     /// How long a handler may have to wait for a part of a request body.
@@ -73,6 +76,7 @@ impl Config {
             quiet: false,
             access_log: None,
             max_requests: 10_000,
+            pressure: Pressure::default(),
             request_timeout: seconds(30),
             body_idle_timeout: seconds(15),
             body_timeout: seconds(60),

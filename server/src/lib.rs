@@ -15,12 +15,14 @@
 //! | [`http`] | HTTP on them: the per-request scope, the stack around a router |
 //! | [`tcp`] | protocols beside HTTP on them |
 //! | [`cpu`] | work for the processor, off the threads that serve |
+//! | [`cgroup`] | what a pod may have of processors and memory |
 //! | [`pool`] | stores behind bounded waits |
 //! | [`backoff`] | how long to wait before trying again |
 //! | [`breaker`] | not asking, for a while, a dependency that fails again and again |
 
 pub mod backoff;
 pub mod breaker;
+pub mod cgroup;
 pub mod cpu;
 pub mod drain;
 pub mod health;

@@ -52,6 +52,10 @@ pub const SQLITE_LOST: &str = "perennial_sqlite_lost_total";
 pub const SQLITE_WRITE_DURATION: &str = "perennial_sqlite_write_duration_seconds";
 /// Counter: log lines that were dropped because the log's reader was too slow.
 pub const LOG_LINES_DROPPED: &str = "perennial_log_lines_dropped_total";
+/// Gauge, bytes: memory of the cgroup without the page cache,
+pub const MEMORY_USED: &str = "perennial_memory_used_bytes";
+/// and its limit, if it has one.
+pub const MEMORY_LIMIT: &str = "perennial_memory_limit_bytes";
 /// Gauge by `pool`, `state` (used, available, waiting): connections, and those who wait for one.
 pub const POOL: &str = "perennial_pool";
 /// Histogram by `pool`, seconds: how long a connection was waited for.
@@ -129,6 +133,8 @@ fn describe() {
     describe_counter!(SQLITE_LOST, Unit::Count, "transactions that were lost, with every write in them");
     describe_histogram!(SQLITE_WRITE_DURATION, Unit::Seconds, "from asking for a write to its commit");
     describe_counter!(LOG_LINES_DROPPED, Unit::Count, "log lines dropped because their reader was too slow");
+    describe_gauge!(MEMORY_USED, Unit::Bytes, "memory of the cgroup without the page cache");
+    describe_gauge!(MEMORY_LIMIT, Unit::Bytes, "the limit of the cgroup's memory");
     describe_gauge!(POOL, Unit::Count, "connections of a pool, and those who wait for one");
     describe_histogram!(POOL_WAIT, Unit::Seconds, "how long a connection of a pool was waited for");
 }
@@ -254,6 +260,13 @@ pub(crate) fn sqlite_write_took(took: Duration) {
 /// The number of log lines dropped so far.
 pub(crate) fn log_lines_dropped(total: u64) {
     counter!(LOG_LINES_DROPPED).absolute(total);
+}
+
+/// How much memory is used, of how much.
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
+pub(crate) fn memory(used: u64, limit: u64) {
+    gauge!(MEMORY_USED).set(used as f64);
+    gauge!(MEMORY_LIMIT).set(limit as f64);
 }
 
 /// How long connections of a pool are waited for.

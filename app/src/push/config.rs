@@ -8,6 +8,7 @@ use secrecy::{ExposeSecret, SecretString};
 
 use super::webhook::Registered;
 use super::{subscriptions, tags};
+use crate::config::processors;
 use crate::settings::{Network, Reader, Setting, Size};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -102,7 +103,7 @@ pub(super) fn config(settings: &mut Reader<'_>) -> Config {
 /// The threads that send: one for each processor, unless the settings say.
 fn threads(settings: &mut Reader<'_>) -> usize {
     match settings.number("push.threads", 0..=1024) {
-        0 => std::thread::available_parallelism().map_or(1, usize::from),
+        0 => processors(settings).get(),
         threads => threads,
     }
 }

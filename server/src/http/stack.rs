@@ -28,6 +28,7 @@ use super::exchange::{Exchange, FollowedBody, Ledger, logged, method_label};
 use super::problem::Problem;
 use super::scope::{Begun, REQUEST_ID, RequestId, Scope, Services};
 use super::timed::Timed;
+use crate::cgroup::Pressure;
 use crate::drain::Phase;
 use crate::metrics::{self, Requests};
 use crate::net::Connection;
@@ -45,6 +46,7 @@ pub(super) struct Stack {
     trusted_proxies: Arc<[IpNet]>,
     forwarded_header: ForwardedHeader,
     max_requests: usize,
+    pressure: Pressure,
     in_flight: Arc<AtomicUsize>,
     ledger: Arc<Ledger>,
     services: Arc<Services>,
@@ -72,6 +74,7 @@ impl Stack {
             trusted_proxies: Arc::clone(&config.net.trusted_proxies),
             forwarded_header: config.net.forwarded_header,
             max_requests: config.max_requests,
+            pressure: config.pressure.clone(),
             in_flight: Arc::default(),
             ledger: Arc::new(Ledger {
                 requests: Requests::new(config.net.name),
@@ -130,7 +133,8 @@ impl Stack {
     /// The right to be one of those that run.
     fn enter(&self) -> Option<InFlight> {
         let in_flight = InFlight(Arc::clone(&self.in_flight));
-        (self.in_flight.fetch_add(1, Ordering::Relaxed) < self.max_requests).then_some(in_flight)
+        let has_room = self.in_flight.fetch_add(1, Ordering::Relaxed) < self.max_requests;
+        (has_room && !self.pressure.is_high()).then_some(in_flight)
     }
 
     /// Sends a request away, as cheaply as can be.
