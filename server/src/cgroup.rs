@@ -96,14 +96,14 @@ impl Pressure {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// Looks at `cgroup` until the very end: pressure is high from `percent` of its limit on, and until a bit less than
+    /// Looks at `cgroup` until nothing new is taken: pressure is high from `percent` of its limit on, and until a bit less than
     /// that is used. Without a limit there is nothing to look at.
     ///
     /// # Errors
     /// Never: the type is that of a task.
     pub async fn watch(self, cgroup: Cgroup, percent: u64, drain: Drain) -> Result<(), Infallible> {
         let Some(limit) = cgroup.memory_limit() else {
-            drain.hard().await;
+            drain.soft().await;
             return Ok(());
         };
         loop {
@@ -113,7 +113,7 @@ impl Pressure {
             }
             tokio::select! {
                 () = tokio::time::sleep(LOOK) => {}
-                () = drain.hard() => return Ok(()),
+                () = drain.soft() => return Ok(()),
             }
         }
     }

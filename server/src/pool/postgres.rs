@@ -220,22 +220,28 @@ impl Postgres {
         self.0.pool.status()
     }
 
-    /// Looks after connections until the very end: retires those that are dead or old, has the server cancel what
+    /// Looks after connections until nothing new is taken: retires those that are dead or old, has the server cancel what
     /// nobody waits for any more, and says in `condition` whether it is there and takes writes.
     ///
     /// # Errors
     /// Never: the type is that of a task.
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
+        tokio::select! {
+            never = self.keep(&condition) => match never {},
+            () = drain.soft() => Ok(()),
+        }
+    }
+
+    async fn keep(&self, condition: &Condition) -> Infallible {
         let mut to_be_cancelled = self.0.to_be_cancelled.lock().await;
         let mut look_at = Instant::now();
         loop {
             tokio::select! {
                 Some(connection) = to_be_cancelled.recv() => self.cancel(connection).await,
                 () = tokio::time::sleep_until(look_at) => {
-                    self.look(&condition).await;
+                    self.look(condition).await;
                     look_at = Instant::now() + LOOK;
                 }
-                () = drain.hard() => return Ok(()),
             }
         }
     }

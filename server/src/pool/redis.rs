@@ -145,35 +145,37 @@ impl Redis {
         self.0.pool.status()
     }
 
-    /// Looks after connections until the very end: retires those that are old, and says in `condition` whether the
+    /// Looks after connections until nothing new is taken: retires those that are old, and says in `condition` whether the
     /// server is there and takes writes.
     ///
     /// # Errors
     /// Never: the type is that of a task.
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
-        loop {
-            self.0.pool.retire(|_| false);
-            match self.query::<Vec<::redis::Value>>(&::redis::cmd("ROLE")).await {
-                Ok(role)
-                    if role
-                        .first()
-                        .is_some_and(|role| *role == ::redis::Value::BulkString(b"master".to_vec())) =>
-                {
-                    condition.met();
-                }
-                Ok(_) => {
-                    // The next connection may find a new primary behind the same name.
-                    self.0.pool.retire(|_| true);
-                    condition.unmet("it is a replica");
-                }
-                // That says something about us.
-                Err(Error::Busy) => {}
-                Err(error) => condition.unmet(&with_causes(&error)),
+        let keep = async {
+            loop {
+                self.0.pool.retire(|_| false);
+                self.look(&condition).await;
+                tokio::time::sleep(LOOK).await;
             }
-            tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                () = drain.hard() => return Ok(()),
+        };
+        tokio::select! {
+            never = keep => never,
+            () = drain.soft() => Ok(()),
+        }
+    }
+
+    async fn look(&self, condition: &Condition) {
+        let master = ::redis::Value::BulkString(b"master".to_vec());
+        match self.query::<Vec<::redis::Value>>(&::redis::cmd("ROLE")).await {
+            Ok(role) if role.first() == Some(&master) => condition.met(),
+            Ok(_) => {
+                // The next connection may find a new primary behind the same name.
+                self.0.pool.retire(|_| true);
+                condition.unmet("it is a replica");
             }
+            // That says something about us.
+            Err(Error::Busy) => {}
+            Err(error) => condition.unmet(&with_causes(&error)),
         }
     }
 
