@@ -1,9 +1,13 @@
 //! What becomes of the program when the servers that it depends on are away, and of them when it asks too much.
 
+use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
+use perennial_server::pool::redis::Redis;
+use perennial_server::pool::redis::client::cmd;
 use serde_json::{Value, json};
+use tokio::process::Command;
 
 use crate::stores::on_postgres;
 use support::certificates::Certificates;
@@ -173,4 +177,46 @@ async fn connections_are_encrypted_and_servers_checked() {
     assert_eq!(refused.ended().await.code(), Some(1));
     assert!(refused.log().contains("certificate"), "{}", refused.log());
     drop(redis);
+}
+
+#[tokio::test]
+async fn a_redis_that_became_a_replica_is_away_until_it_is_the_primary_again() {
+    let server = redis::Server::durable().await;
+    let client = Redis::open(redis::config(&server.url())).await.unwrap();
+    let replicate = async |host: &str, port: &str| {
+        client.query::<()>(cmd("REPLICAOF").arg(host).arg(port)).await.unwrap();
+    };
+    let setup = || Setup::new().set(&format!("queue.url={}", server.url()));
+    let perennial = setup().start().await;
+    replicate("127.0.0.1", "1").await;
+    until_ready_says(&perennial, 200, "redis: it is a replica").await;
+    let mut refused = setup().spawn();
+    assert_eq!(refused.ended().await.code(), Some(1));
+    assert!(refused.log().contains("it is a replica, wanted the primary"), "{}", refused.log());
+    replicate("NO", "ONE").await;
+    until_ready_says(&perennial, 200, "").await;
+}
+
+#[tokio::test]
+async fn a_sentinel_is_refused_by_its_name() {
+    let directory = tempfile::TempDir::new().unwrap();
+    let port = support::free_port();
+    let config = directory.path().join("sentinel.conf");
+    std::fs::write(&config, format!("port {port}\nbind 127.0.0.1\ndir {}\n", directory.path().display()))
+        .unwrap();
+    let _sentinel = Command::new("redis-server")
+        .arg(&config)
+        .arg("--sentinel")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    eventually("it listens", || async {
+        tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok().then_some(())
+    })
+    .await;
+    let mut refused = Setup::new().set(&format!("queue.url=redis://127.0.0.1:{port}/")).spawn();
+    assert_eq!(refused.ended().await.code(), Some(1));
+    assert!(refused.log().contains("it is a Sentinel"), "{}", refused.log());
 }

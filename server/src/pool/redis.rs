@@ -194,10 +194,19 @@ impl Redis {
                 OLDEST.0, OLDEST.1
             )));
         }
-        if field("redis_mode") == "cluster" {
-            return Err(Error::Unfit(
-                "it is a cluster, wanted a single server or a primary with replicas".into(),
-            ));
+        match field("redis_mode").as_str() {
+            "cluster" => {
+                let reason = "it is a cluster, wanted a single server or a primary with replicas";
+                return Err(Error::Unfit(reason.into()));
+            }
+            "sentinel" => {
+                let reason = "it is a Sentinel, which keeps nothing: wanted a name that leads to the primary";
+                return Err(Error::Unfit(reason.into()));
+            }
+            _ => {}
+        }
+        if field("role") == "slave" {
+            return Err(Error::Unfit("it is a replica, wanted the primary".into()));
         }
         let policy = field("maxmemory_policy");
         if policy != "noeviction" {
