@@ -12,6 +12,8 @@
 //! | `GET /connections` | token* | which connections are open, and what they do |
 //! | `GET /workers` | token* | what the workers are busy with |
 //! | `GET /pools` | token* | the pools of connections: how many, how many are free, who waits |
+//! | `GET /cache` | token* | the caches: what they hold, and how often it was asked for |
+//! | `GET /keys` | token* | the API keys in the store, see [`keys`] |
 //! | `GET /modules` | token* | what each module says of itself |
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
 //! | `GET /schedules` | token* | the schedules, see [`schedules`] |
@@ -26,6 +28,7 @@
 //! serves does not run any more.
 
 pub(crate) mod jobs;
+pub(crate) mod keys;
 pub(crate) mod schedules;
 
 use std::collections::BTreeMap;
@@ -54,6 +57,7 @@ use crate::boot::PoolFn;
 use crate::module::StatusFn;
 use crate::settings::Settings;
 use jobs::Books;
+use keys::Keyring;
 
 /// What the admin listener knows. A cheap handle.
 #[derive(Clone)]
@@ -84,6 +88,7 @@ pub(crate) struct Booted {
     pub(crate) pools: Vec<PoolFn>,
     pub(crate) connections: Connections,
     pub(crate) books: Books,
+    pub(crate) keyring: Keyring,
     /// Routes of modules that show something,
     pub(crate) looking: Router,
     /// and that change something.
@@ -117,15 +122,18 @@ impl Admin {
             .route("/connections", get(connections))
             .route("/workers", get(workers))
             .route("/pools", get(pools))
+            .route("/cache", get(cache))
             .route("/modules", get(modules))
             .merge(
                 jobs::looking()
                     .merge(schedules::looking())
+                    .merge(keys::looking())
                     .layer(from_fn_with_state(self.clone(), open_books)),
             )
             .layer(from_fn_with_state(self.clone(), guard));
         let acting = jobs::acting()
             .merge(schedules::acting())
+            .merge(keys::acting())
             .layer(from_fn_with_state(self.clone(), open_books))
             .layer(from_fn_with_state(self.clone(), guard_change));
         Router::new()
@@ -204,6 +212,11 @@ async fn pools(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(pools).into_response()
 }
 
+async fn cache(State(Admin(known)): State<Admin>) -> Response {
+    let caches = known.booted.get().map(|booted| booted.keyring.caches.status()).unwrap_or_default();
+    axum::Json(caches.into_iter().collect::<BTreeMap<_, _>>()).into_response()
+}
+
 async fn modules(State(Admin(known)): State<Admin>) -> Response {
     let status = known.booted.get().map(|booted| booted.status.as_slice()).unwrap_or_default();
     let status: Map<String, Value> =
@@ -211,12 +224,13 @@ async fn modules(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(status).into_response()
 }
 
-/// Hands over the jobs, once boot has ended.
+/// Hands over the jobs and the keys, once boot has ended.
 async fn open_books(State(Admin(known)): State<Admin>, mut request: Request, next: Next) -> Response {
     let Some(booted) = known.booted.get() else {
         return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response();
     };
     request.extensions_mut().insert(booted.books.clone());
+    request.extensions_mut().insert(booted.keyring.clone());
     next.run(request).await
 }
 

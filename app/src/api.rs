@@ -2,6 +2,7 @@
 //! becomes a status.
 
 use std::error::Error as StdError;
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::Body;
@@ -12,7 +13,7 @@ use http::{HeaderMap, StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
-use perennial_server::pool::{sql, sqlite};
+use perennial_server::pool::{sql, sqlite, with_causes};
 use perennial_workers::queue;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -60,6 +61,13 @@ impl From<sql::Error> for Error {
     }
 }
 
+/// From a load that others have waited for, too.
+impl From<Arc<sql::Error>> for Error {
+    fn from(error: Arc<sql::Error>) -> Self {
+        Self::Problem(store_failed(&*error, error.is_passing()))
+    }
+}
+
 impl From<queue::Error> for Error {
     fn from(error: queue::Error) -> Self {
         match error {
@@ -83,25 +91,28 @@ impl From<anyhow::Error> for Error {
 
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
-        let error = match self {
-            Self::Problem(problem) => return problem.into_response(),
-            Self::Store(error) => {
-                let away = error.is_passing();
-                let error = anyhow::Error::from(error);
-                if away {
-                    error!(error = format!("{error:#}"), "the store is not available");
-                    return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the store is not available")
-                        .retry_after(Duration::from_secs(1))
-                        .into_response();
-                }
-                error
-            }
-            Self::Bug(error) => error,
-        };
-        error!(error = format!("{error:#}"), "a request failed");
-        Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; the log has the reason")
-            .into_response()
+        match self {
+            Self::Problem(problem) => problem,
+            Self::Store(error) => store_failed(&error, error.is_passing()),
+            Self::Bug(error) => failed(&*error),
+        }
+        .into_response()
     }
+}
+
+/// What is answered when the store did not do its part: that it may well do so in a moment, or that something is wrong.
+pub(crate) fn store_failed(error: &(dyn StdError + 'static), is_passing: bool) -> Problem {
+    if !is_passing {
+        return failed(error);
+    }
+    error!(error = with_causes(error), "the store is not available");
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, "the store is not available")
+        .retry_after(Duration::from_secs(1))
+}
+
+fn failed(error: &(dyn StdError + 'static)) -> Problem {
+    error!(error = with_causes(error), "a request failed");
+    Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; the log has the reason")
 }
 
 /// How many to list: `limit`, or `usual` if there is none.

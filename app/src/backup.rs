@@ -54,6 +54,18 @@ impl Source {
         }
     }
 
+    /// The files with keys: those of the default site, and the VAPID keys of others.
+    fn keys(&self) -> anyhow::Result<Vec<String>> {
+        let mut keys = [VAPID_KEY, API_KEY, ADMIN_TOKEN].map(str::to_owned).to_vec();
+        for entry in fs::read_dir(&self.data_dir).context("the data directory cannot be read")? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if name.starts_with("vapid.") && name.ends_with(".pem") && name != VAPID_KEY {
+                keys.push(name);
+            }
+        }
+        Ok(keys)
+    }
+
     /// Copies the store as it is at one moment, while it is in use, and the keys. The directory is there with
     /// everything in it, or not at all.
     pub(crate) fn copy_to(&self, directory: &Path) -> anyhow::Result<Copied> {
@@ -67,7 +79,7 @@ impl Source {
         let store = self.file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
         sqlite::copy(&self.file, &draft.join(&store)).context("the store cannot be copied")?;
         let mut files = vec![store];
-        for key in [VAPID_KEY, API_KEY, ADMIN_TOKEN] {
+        for key in &self.keys()? {
             match fs::read(self.data_dir.join(key)) {
                 Ok(secret) => {
                     let mut options = fs::OpenOptions::new();
@@ -78,7 +90,7 @@ impl Source {
                         file.sync_all()
                     });
                     written.with_context(|| at(&draft.join(key)))?;
-                    files.push(key.to_owned());
+                    files.push(key.clone());
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error).with_context(|| format!("{key} cannot be read")),

@@ -8,6 +8,7 @@ use axum::Router;
 use axum::routing::get;
 use bytes::Bytes;
 use http::header;
+use perennial_server::cache::{Bus, Caches};
 use perennial_server::cpu::Cpu;
 use perennial_server::drain::Drain;
 use perennial_server::health::Health;
@@ -36,14 +37,17 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Info, OpenApi, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::access::{self, Access};
+use crate::access::keys::Grant;
+use crate::access::{self, Access, Scope};
 use crate::addresses::{Addresses, url};
 use crate::admin::jobs::Books;
+use crate::admin::keys::Keyring;
 use crate::backup;
 use crate::config::{self, Config};
 use crate::data_dir::{self, DataDir};
 use crate::maintenance;
 use crate::module::{Closer, Configured, Host, StatusFn};
+use crate::sites::{SiteId, Sites};
 use crate::succession::Inheritance;
 
 /// How many writes may wait for the store's writer.
@@ -69,6 +73,7 @@ pub(crate) struct App {
     pub(crate) sockets: Sockets,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) pools: Vec<PoolFn>,
+    pub(crate) keyring: Keyring,
     /// Lines for whoever started the program on a terminal.
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
@@ -100,15 +105,19 @@ pub(crate) async fn boot(
     let data_dir = Arc::new(inheritance.lock(&config.data_dir, patience).await?);
     let store = open_store(&data_dir, &config).await?;
     store.migrate(&tables).await.context("the store cannot be brought up to date")?;
-    let admin_token = first_keys(&data_dir, &store).await?;
-    let access = Access::open(&store, admin_token).await.context("the API keys cannot be read")?;
-    if data_dir.read(data_dir::API_KEY).is_some_and(|key| access.caller(&key).is_none()) {
+    let tasks = Tasks::new(drain.clone());
+    let (queue, outbox) = open_queue(&config, &store).await?;
+    let caches = caches(&queue, &config);
+    let sites = config.sites.clone().open(&store).await.context("the sites cannot be written down")?;
+    let admin_token = first_keys(&data_dir, &store, !config.key_files.is_empty()).await?;
+    let access = open_access(&config, &store, &queue, &sites, &caches, admin_token);
+    if let Some(key) = data_dir.read(data_dir::API_KEY)
+        && access.caller(&key, None).await.is_ok_and(|caller| caller.is_none())
+    {
         let file = data_dir.join(data_dir::API_KEY);
         warn!(file = %file.display(), "this API key is not in the store, and opens nothing");
     }
 
-    let tasks = Tasks::new(drain.clone());
-    let (queue, outbox) = open_queue(&config, &store).await?;
     let admission = Admission::new(config.bounds);
     let jobs = Jobs::new(queue.clone(), admission.clone());
     let mut registry = Registry::new();
@@ -117,6 +126,8 @@ pub(crate) async fn boot(
         store: store.clone(),
         jobs: jobs.clone(),
         access: access.clone(),
+        sites: sites.clone(),
+        caches: caches.clone(),
         data_dir: Arc::clone(&data_dir),
         drain: drain.clone(),
         health: health.clone(),
@@ -182,6 +193,15 @@ pub(crate) async fn boot(
         }
     });
     let pressure = config.server.pressure.clone();
+    tasks.contained("API keys", {
+        let (access, drain) = (access.clone(), drain.clone());
+        move || access.clone().tend(drain.clone())
+    });
+    tasks.critical("caches", caches.clone().tidy(drain.clone()));
+    if caches.is_shared() {
+        let (caches, drain) = (caches.clone(), drain.clone());
+        tasks.contained("cache bus", move || caches.clone().listen(drain.clone()));
+    }
     tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, drain.clone()));
     let mut pools: Vec<PoolFn> = vec![Arc::new({
         let store = store.clone();
@@ -227,6 +247,7 @@ pub(crate) async fn boot(
         sockets,
         status,
         pools,
+        keyring: Keyring { store: store.clone(), sites, caches },
         announcements,
         closers,
         looking,
@@ -251,7 +272,7 @@ impl App {
 
 /// The tables of everything: those of the host, then those of each module.
 pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
-    [access::TABLES, store::TABLES, outbox::TABLES].into_iter().chain(modules).collect()
+    [access::keys::TABLES, store::TABLES, outbox::TABLES].into_iter().chain(modules).collect()
 }
 
 /// Opens the store.
@@ -292,6 +313,31 @@ pub(crate) async fn open_queue(
     Ok((queue, None))
 }
 
+/// The caches, which replicas forget together where they share a Redis.
+pub(crate) fn caches(queue: &store::Store, config: &Config) -> Caches {
+    Caches::new(shared_redis(queue, config).map(|(redis, prefix)| Bus::new(redis, &prefix)))
+}
+
+fn open_access(
+    config: &Config,
+    store: &sql::Store,
+    queue: &store::Store,
+    sites: &Sites,
+    caches: &Caches,
+    admin_token: SecretString,
+) -> Access {
+    let files = config.key_files.clone();
+    Access::new(store.clone(), sites.clone(), caches, files, shared_redis(queue, config), admin_token)
+}
+
+/// The Redis that replicas share, if they do, and what its keys begin with.
+fn shared_redis(queue: &store::Store, config: &Config) -> Option<(Redis, String)> {
+    match (queue, &config.queue) {
+        (store::Store::Redis(queue), Some(shared)) => Some((queue.redis().clone(), shared.prefix.clone())),
+        _ => None,
+    }
+}
+
 /// In a store of our own, the lock says that no other process works on it: what was running, was running in one
 /// that died.
 async fn take_over(queue: &store::Store, registry: &Registry, config: &Config) -> anyhow::Result<()> {
@@ -303,14 +349,19 @@ async fn take_over(queue: &store::Store, registry: &Registry, config: &Config) -
     Ok(())
 }
 
-/// Makes the keys that a first boot needs, and returns the admin token. Says once where they are.
-pub(crate) async fn first_keys(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<SecretString> {
+/// Makes the keys that a first boot needs, and returns the admin token. Says once where they are. No API key is needed
+/// where there are others.
+pub(crate) async fn first_keys(
+    data_dir: &DataDir,
+    store: &sql::Store,
+    has_others: bool,
+) -> anyhow::Result<SecretString> {
     let random = || access::random_key().expose_secret().to_owned();
     let (token, made) = data_dir.secret(data_dir::ADMIN_TOKEN, random)?;
     if made {
         info!(file = %data_dir.join(data_dir::ADMIN_TOKEN).display(), "made the admin token");
     }
-    if !access::has_keys(store).await? {
+    if !has_others && !access::keys::exist(store).await? {
         if store.dialect() == sql::Dialect::Postgres {
             anyhow::bail!(
                 "there is no API key in the store: make the keys once, with `perennial keys generate`"
@@ -325,7 +376,14 @@ pub(crate) async fn first_keys(data_dir: &DataDir, store: &sql::Store) -> anyhow
 pub(crate) async fn make_api_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<()> {
     let (key, made) =
         data_dir.secret(data_dir::API_KEY, || access::random_key().expose_secret().to_owned())?;
-    access::insert_key(store, data_dir::API_KEY, &key).await?;
+    let grant = Grant {
+        site: SiteId::DEFAULT,
+        name: data_dir::API_KEY.to_owned(),
+        scopes: Scope::ALL.into(),
+        per_minute: None,
+        ends_at: None,
+    };
+    access::keys::insert(store, &grant, &key).await?;
     if made {
         info!(file = %data_dir.join(data_dir::API_KEY).display(), "made an API key");
     }

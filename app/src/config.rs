@@ -16,8 +16,10 @@ use perennial_workers::limits::Limits;
 use perennial_workers::{upkeep, worker};
 use secrecy::{ExposeSecret, SecretString};
 
+use crate::access::KeyFile;
 use crate::cron;
 use crate::settings::{Network, Reader, Size};
+use crate::sites;
 use crate::stop::Phases;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -34,6 +36,9 @@ pub(crate) struct Config {
     pub(crate) server: http::Config,
     pub(crate) admin: http::Config,
     pub(crate) cpu: cpu::Config,
+    pub(crate) sites: sites::Config,
+    /// API keys besides those in the store.
+    pub(crate) key_files: Vec<KeyFile>,
     pub(crate) health: health::Config,
     pub(crate) store: Store,
     pub(crate) queue: Option<RedisQueue>,
@@ -89,6 +94,8 @@ impl Config {
             admin: admin(settings, &server),
             server,
             cpu: cpu(settings),
+            sites: sites::Config::read(settings),
+            key_files: KeyFile::read(settings),
             health: health::Config {
                 stall_after: settings.duration("admin.stall_after", MILLISECOND..=DAY),
                 unready_after: settings.duration("admin.unready_after", MILLISECOND..=DAY),

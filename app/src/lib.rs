@@ -22,6 +22,7 @@ pub mod module;
 pub mod push;
 pub mod settings;
 pub mod sink;
+pub mod sites;
 mod stop;
 mod succession;
 

@@ -35,6 +35,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use perennial_server::cache::Caches;
 use perennial_server::drain::Drain;
 use perennial_server::health::{Condition, Health};
 use perennial_server::pool::sql::{Store, Tables};
@@ -45,7 +46,8 @@ use utoipa_axum::router::OpenApiRouter;
 
 use crate::access::Access;
 use crate::data_dir::DataDir;
-use crate::settings::Reader;
+use crate::settings::{Reader, Settings};
+use crate::sites::Sites;
 
 /// An application that Perennial hosts.
 pub trait Module: Sized + Send + 'static {
@@ -64,18 +66,11 @@ pub trait Module: Sized + Send + 'static {
     /// Makes the keys that it needs and that are missing: before the first start, or when one was lost. What
     /// it returns is shown: each a label and something that is no secret.
     fn keys(
+        _settings: &Settings,
+        _sites: &Sites,
         _data_dir: &DataDir,
         _store: &Store,
-    ) -> impl Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send {
-        async { Ok(Vec::new()) }
-    }
-
-    /// Makes new keys for those that it has in use, and keeps these for what depends on them. What it returns is
-    /// shown.
-    fn rotate(
-        _data_dir: &DataDir,
-        _store: &Store,
-    ) -> impl Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send {
+    ) -> impl Future<Output = anyhow::Result<Vec<(String, String)>>> + Send {
         async { Ok(Vec::new()) }
     }
 
@@ -98,6 +93,10 @@ pub struct Host {
     pub jobs: Jobs,
     /// Who may call.
     pub access: Access,
+    /// The sites that are served.
+    pub sites: Sites,
+    /// Caches, which all replicas forget together.
+    pub caches: Caches,
     /// The directory of keys and other files, locked by this process.
     pub data_dir: Arc<DataDir>,
     /// The stop signal.
@@ -205,13 +204,12 @@ pub(crate) struct Blueprint {
     pub(crate) name: &'static str,
     pub(crate) defaults: &'static str,
     pub(crate) tables: Tables,
-    pub(crate) keys: for<'a> fn(&'a DataDir, &'a Store) -> MadeKeys<'a>,
-    pub(crate) rotate: for<'a> fn(&'a DataDir, &'a Store) -> MadeKeys<'a>,
+    pub(crate) keys: for<'a> fn(&'a Settings, &'a Sites, &'a DataDir, &'a Store) -> MadeKeys<'a>,
     configure: fn(&mut Reader<'_>) -> Mount,
 }
 
 pub(crate) type MadeKeys<'a> =
-    Pin<Box<dyn Future<Output = anyhow::Result<Vec<(&'static str, String)>>> + Send + 'a>>;
+    Pin<Box<dyn Future<Output = anyhow::Result<Vec<(String, String)>>> + Send + 'a>>;
 
 impl fmt::Debug for Blueprint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -225,8 +223,7 @@ impl Blueprint {
             name: M::NAME,
             defaults: M::DEFAULTS,
             tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
-            keys: |data_dir, store| Box::pin(M::keys(data_dir, store)),
-            rotate: |data_dir, store| Box::pin(M::rotate(data_dir, store)),
+            keys: |settings, sites, data_dir, store| Box::pin(M::keys(settings, sites, data_dir, store)),
             configure: |settings| {
                 let module = M::configure(settings);
                 Box::new(move |host| Box::pin(module.mount(host)))

@@ -25,6 +25,7 @@ mod notify;
 mod outcome;
 mod pace;
 mod page;
+mod profile;
 mod progress;
 mod retention;
 mod round;
@@ -40,12 +41,15 @@ mod users;
 mod vapid;
 mod webhook;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::FromRef;
+use perennial_server::cache::{self, Cache, Kept};
 use perennial_server::drain::Drain;
 use perennial_server::http::detach::Detach;
+use perennial_server::http::problem::Problem;
 use perennial_server::pool::sql;
 use perennial_webpush::Contact;
 use perennial_workers::Jobs;
@@ -57,17 +61,23 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::access::{Access, Scope};
+use crate::api::not_found;
+use crate::boot;
+use crate::config::Config as HostConfig;
 use crate::data_dir::DataDir;
 use crate::module::{Host, Module};
-use crate::settings::Reader;
+use crate::settings::{Reader, Settings};
+use crate::sites::{self, SiteId, Sites};
+use audience::Audience;
 use config::Config;
 use flows::Flows;
 use import::Porter;
 use limits::Limits;
+use profile::Profile;
 use progress::Progress;
 use senders::Senders;
 use store::Store;
-use vapid::VapidKeys;
+use vapid::{SiteKeys, VapidKeys};
 use webhook::Webhooks;
 
 /// Cuts audiences into batches.
@@ -89,6 +99,15 @@ const FAN_OUTS: usize = 4;
 /// How long the page's token is good for.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
+/// How many members big audiences have. A count that is a few seconds old decides nothing but how the notification is
+/// cut; who its members are is read when it is sent.
+const COUNTS: cache::Config = cache::Config {
+    name: "audience_counts",
+    bytes: 4 << 20,
+    ttl: Duration::from_secs(10),
+    negative_ttl: Duration::ZERO,
+};
+
 /// The module, with its settings read.
 #[derive(Debug)]
 pub struct Push {
@@ -96,6 +115,7 @@ pub struct Push {
     contact: Result<Contact, String>,
     sender: perennial_webpush::Config,
     limits: limits::Config,
+    profiles: Vec<Profile>,
 }
 
 /// Everything that routes and jobs work with.
@@ -106,6 +126,8 @@ pub(crate) struct Application {
     access: Access,
     senders: Senders,
     flows: Flows,
+    profiles: Arc<HashMap<SiteId, Profile>>,
+    counts: Cache<Count>,
     vapid: Arc<VapidKeys>,
     porter: Arc<Porter>,
     webhooks: Webhooks,
@@ -113,6 +135,24 @@ pub(crate) struct Application {
     progress: Progress,
     meters: metrics::Meters,
     in_flight: notify::InFlight,
+}
+
+/// How many members an audience has.
+#[derive(Clone, Copy, Debug)]
+struct Count {
+    members: u64,
+    is_small: bool,
+}
+
+impl Kept for Count {
+    fn bytes(&self) -> usize {
+        size_of::<Self>()
+    }
+
+    /// Small ones are counted in no time; and whoever has just subscribed is to be among them.
+    fn is_kept(&self) -> bool {
+        !self.is_small
+    }
 }
 
 /// A cheap handle on it.
@@ -130,12 +170,25 @@ impl Module for Push {
     const MIGRATIONS: &'static [&'static str] = store::SQLITE;
     const POSTGRES_MIGRATIONS: &'static [&'static str] = store::POSTGRES;
 
-    async fn keys(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<Vec<(&'static str, String)>> {
-        Ok(vec![("VAPID public key", vapid::make(data_dir, store).await?.public_key())])
-    }
-
-    async fn rotate(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<Vec<(&'static str, String)>> {
-        Ok(vec![("VAPID public key", vapid::rotate(data_dir, store).await?.public_key())])
+    async fn keys(
+        settings: &Settings,
+        sites: &Sites,
+        data_dir: &DataDir,
+        store: &sql::Store,
+    ) -> anyhow::Result<Vec<(String, String)>> {
+        let profiles = profile::read(&mut Reader::new(settings));
+        let mut made = Vec::new();
+        for (profile, site) in
+            profiles.iter().filter_map(|profile| Some((profile, sites.named(&profile.name)?)))
+        {
+            let label = match profile.name.as_str() {
+                sites::DEFAULT => "VAPID public key".to_owned(),
+                name => format!("{name}: VAPID key"),
+            };
+            let key = vapid::make(data_dir, store, site.id, &profile.vapid).await?;
+            made.push((label, key.public_key()));
+        }
+        Ok(made)
     }
 
     fn configure(settings: &mut Reader<'_>) -> Self {
@@ -144,6 +197,7 @@ impl Module for Push {
             config: config::config(settings),
             sender: perennial_webpush::Config { contact: contact.clone().ok(), ..config::sender(settings) },
             contact,
+            profiles: profile::read(settings),
             limits: limits::Config {
                 address_burst: settings.number("push.address_burst", 1..=1_000_000),
                 address_per_minute: settings.number("push.address_per_minute", 1..=100_000_000),
@@ -159,17 +213,23 @@ impl Module for Push {
         }
         metrics::describe();
         let store = Store::new(host.store.clone(), host.jobs.clone());
-        let vapid = Arc::new(VapidKeys::load(&host.data_dir, &host.store, &store).await?);
+        let profiles = Arc::new(profile::by_site(self.profiles, &host.sites));
+        let vapid = VapidKeys::open(&host.data_dir, &host.store, &store, &profiles, &host.caches).await?;
+        let vapid = Arc::new(vapid);
         let senders = Senders::start(self.sender, self.config.threads)?;
         let flows = Flows::new(store.clone(), self.config.origin_rate);
-        let porter = Porter::new(store.clone(), senders.any().clone(), Arc::clone(&vapid));
-        let webhooks = Webhooks::new(self.config.webhooks.clone())?;
+        let porter =
+            Porter::new(store.clone(), senders.any().clone(), Arc::clone(&vapid), host.sites.clone());
+        let webhooks = profiles.iter().map(|(site, profile)| (*site, profile.webhooks.clone())).collect();
+        let webhooks = Webhooks::new(webhooks)?;
         let application = Arc::new(Application {
             config: self.config,
             store,
             access: host.access.clone(),
             senders: senders.clone(),
             flows: flows.clone(),
+            profiles,
+            counts: host.caches.make(COUNTS),
             vapid,
             porter: Arc::new(porter),
             webhooks,
@@ -194,6 +254,7 @@ impl Module for Push {
         host.looking(services::looking(Arc::clone(&application)));
         host.acting(services::acting(Arc::clone(&application)));
         host.acting(import::acting(Arc::clone(&application.porter)));
+        host.acting(vapid::acting(Arc::clone(&application.vapid)));
         host.task("push limits", {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || Arc::clone(&application).forget_limits(drain.clone())
@@ -209,9 +270,12 @@ impl Module for Push {
         host.status(Self::NAME, {
             let application = Arc::clone(&application);
             move || {
+                let known = application.vapid.known();
+                let of = |(name, keys): &(&str, Arc<SiteKeys>)| {
+                    (*name).to_owned() + ": " + &keys.current.public_key()
+                };
                 json!({
-                    "vapid_key": application.vapid.current.public_key(),
-                    "vapid_keys": application.vapid.len(),
+                    "sites": known.iter().map(of).collect::<Vec<_>>(),
                     "addresses_limited": application.limits.len(),
                 })
             }
@@ -232,6 +296,27 @@ impl Module for Push {
 }
 
 impl Application {
+    /// What web push has of a site.
+    fn profile(&self, site: SiteId) -> Result<&Profile, Problem> {
+        // Callers are of sites that are served.
+        self.profiles.get(&site).ok_or_else(|| not_found("site"))
+    }
+
+    /// How many subscriptions an audience has now, about, and the highest id among all of its site: members are those
+    /// up to it.
+    async fn estimate(&self, site: SiteId, audience: &Audience) -> Result<(u64, i64), Arc<sql::Error>> {
+        let watermark = self.store.watermark(site.0).await?;
+        let load = async {
+            let members = self.store.count(site.0, audience, watermark).await?;
+            Ok(Some(Count { members, is_small: members <= self.config.small_audience }))
+        };
+        let count = self
+            .counts
+            .get(&format!("{} {}", site.0, serde_json::to_string(audience).unwrap_or_default()), load)
+            .await?;
+        Ok((count.map_or(0, |count| count.members), watermark))
+    }
+
     /// Says in the log how a notification went.
     async fn ended(&self, notification: Uuid, site: i64) {
         let Ok(Some(ended)) = self.store.notification(site, notification).await else { return };
@@ -256,7 +341,7 @@ fn routes(application: &Tools) -> OpenApiRouter {
     let from_pages = OpenApiRouter::new()
         .routes(routes!(subscriptions::key))
         .routes(routes!(subscriptions::subscribe, subscriptions::unsubscribe, subscriptions::list))
-        .layer(subscriptions::cors(&application.config.origins));
+        .layer(subscriptions::cors(application.access.sites()));
     let mut routes = OpenApiRouter::new()
         .merge(from_pages)
         .routes(routes!(subscriptions::one, subscriptions::delete))
@@ -278,13 +363,38 @@ fn routes(application: &Tools) -> OpenApiRouter {
 
 /// Imports and exports for a command that runs while no server does.
 pub(crate) async fn porter(
-    settings: &mut Reader<'_>,
-    data_dir: &DataDir,
+    settings: &Settings,
+    config: &HostConfig,
+    data_dir: &Arc<DataDir>,
     sql: &sql::Store,
     jobs: Jobs,
 ) -> anyhow::Result<Porter> {
-    let store = Store::new(sql.clone(), jobs);
-    let vapid = VapidKeys::load(data_dir, sql, &store).await?;
-    let sender = perennial_webpush::Sender::new(config::sender(settings))?;
-    Ok(Porter::new(store, sender, Arc::new(vapid)))
+    let sites = config.sites.clone().open(sql).await?;
+    let vapid = vapid_alone(settings, config, data_dir, sql, jobs.clone()).await?;
+    let sender = perennial_webpush::Sender::new(config::sender(&mut Reader::new(settings)))?;
+    Ok(Porter::new(Store::new(sql.clone(), jobs), sender, Arc::new(vapid), sites))
+}
+
+/// Making VAPID keys, for the same.
+pub(crate) async fn vapid_routes(
+    settings: &Settings,
+    config: &HostConfig,
+    data_dir: &Arc<DataDir>,
+    sql: &sql::Store,
+    jobs: Jobs,
+) -> anyhow::Result<axum::Router> {
+    Ok(vapid::acting(Arc::new(vapid_alone(settings, config, data_dir, sql, jobs).await?)))
+}
+
+async fn vapid_alone(
+    settings: &Settings,
+    config: &HostConfig,
+    data_dir: &Arc<DataDir>,
+    sql: &sql::Store,
+    jobs: Jobs,
+) -> anyhow::Result<VapidKeys> {
+    let sites = config.sites.clone().open(sql).await?;
+    let profiles = profile::by_site(profile::read(&mut Reader::new(settings)), &sites);
+    let caches = boot::caches(jobs.store(), config);
+    VapidKeys::open(data_dir, sql, &Store::new(sql.clone(), jobs), &Arc::new(profiles), &caches).await
 }

@@ -6,7 +6,7 @@
 
 mod reader;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
 
@@ -18,6 +18,12 @@ pub use reader::{Network, Reader, Setting, Size};
 
 /// The host's settings, commented: the reference is the default.
 pub const DEFAULTS: &str = include_str!("../../config/default.toml");
+
+/// Sections with a part for each of something that the operator names: `[sites.shop]` has the keys and the defaults of
+/// `[sites.default]`.
+const OPEN: [&str; 1] = [crate::sites::SECTION];
+/// The part that is there without being named.
+const FIRST: &str = crate::sites::DEFAULT;
 
 /// What the environment's variables begin with.
 const PREFIX: &str = "PERENNIAL_";
@@ -206,6 +212,7 @@ impl Settings {
 
     /// A value that is given as text has the type of its default.
     fn put_text(&mut self, key: String, text: &str, source: Source, problems: &mut Vec<Problem>) {
+        self.open_part(&key);
         let trimmed = text.trim();
         let value = match self.0.get(&key).map(|entry| &entry.default) {
             Some(Value::Boolean(_)) => trimmed.parse().map(Value::Boolean).ok(),
@@ -218,6 +225,10 @@ impl Settings {
     }
 
     fn put(&mut self, key: String, value: Value, source: Source, problems: &mut Vec<Problem>) {
+        let is_part = self.open_part(&key);
+        if is_part && value.as_table().is_some_and(Table::is_empty) {
+            return;
+        }
         if let Some(entry) = self.0.get_mut(&key) {
             entry.value = value;
             entry.source = source;
@@ -230,6 +241,32 @@ impl Settings {
             None => "there is no such setting".to_owned(),
         };
         problems.push(Problem { key, value: None, source, wanted });
+    }
+
+    /// Makes the part of an open section that a key is in, with all its defaults, unless it is there. Whether it is in one.
+    fn open_part(&mut self, key: &str) -> bool {
+        let Some((section, rest)) = key.split_once('.').filter(|(section, _)| OPEN.contains(section)) else {
+            return false;
+        };
+        let name = rest.split_once('.').map_or(rest, |(name, _)| name);
+        let first = format!("{section}.{FIRST}.");
+        let defaults = self.0.iter().filter_map(|(key, entry)| {
+            let key = format!("{section}.{name}.{}", key.strip_prefix(&first)?);
+            let (value, source) = (entry.default.clone(), Source::Default);
+            Some((key, Entry { value, source, default: entry.default.clone() }))
+        });
+        if is_name(name) && !self.0.keys().any(|key| key.starts_with(&format!("{section}.{name}."))) {
+            self.0.extend(defaults.collect::<Vec<_>>());
+        }
+        is_name(name)
+    }
+
+    /// The parts of an open section, the one that is always there first.
+    fn names(&self, section: &str) -> Vec<String> {
+        let parts =
+            self.0.keys().filter_map(|key| key.strip_prefix(section)?.strip_prefix('.')?.split_once('.'));
+        let names: BTreeSet<&str> = parts.map(|(name, _)| name).filter(|name| *name != FIRST).collect();
+        [FIRST].into_iter().chain(names).map(str::to_owned).collect()
     }
 
     /// Every setting in effect, as it may be shown.
@@ -250,12 +287,19 @@ impl Settings {
     }
 }
 
-/// Visits every value that is not itself a section, by its dotted key.
+/// What a part of an open section may be called: it becomes part of file names and of variables.
+fn is_name(text: &str) -> bool {
+    let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    (1..=32).contains(&text.len()) && text.bytes().all(allowed)
+}
+
+/// Visits every value that is not itself a section, by its dotted key; and sections with nothing in them.
 fn flatten(table: &Table, prefix: &str, visit: &mut impl FnMut(String, &Value)) {
     for (name, value) in table {
         let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
         match value {
-            Value::Table(section) => flatten(section, &key, visit),
+            Value::Table(section) if !section.is_empty() => flatten(section, &key, visit),
+            Value::Table(_) if !key.contains('.') => {}
             value => visit(key, value),
         }
     }
@@ -347,6 +391,28 @@ mod tests {
         let environment = ["PERENNIAL_SERVICE_HOST", "PERENNIAL_PORT", "PERENNIAL_PORT_8080_TCP_ADDR"];
         let environment = environment.map(|name| (name.to_owned(), "10.0.0.1".to_owned())).to_vec();
         assert!(load(&Sources { environment, ..Sources::default() }).is_ok());
+    }
+
+    #[test]
+    fn sites_are_named_by_whoever_has_them() {
+        const SITES: &str = "[sites.default]\norigins = []\ncontact = ''";
+        let read = |sources: &Sources| Settings::load(&[SITES], sources);
+        let environment =
+            vec![("PERENNIAL_SITES__NEWS__ORIGINS".to_owned(), "https://a, https://b".to_owned())];
+        let settings =
+            read(&Sources { environment, ..set(&["sites.shop.contact=mailto:a@b.example"]) }).unwrap();
+        assert_eq!(settings.names("sites"), ["default", "news", "shop"]);
+        assert_eq!(shown(&settings, "sites.news.origins").0, r#"["https://a", "https://b"]"#);
+        assert_eq!(shown(&settings, "sites.shop.origins"), ("[]".into(), "default".into()));
+        for bad in ["sites.shop.contract=x", "sites.Shop.contact=x", "sites.a.b.contact=x", "sites.shop=x"] {
+            let text = read(&set(&[bad])).unwrap_err().to_string();
+            assert!(text.contains("there is no such setting"), "{bad}: {text}");
+        }
+        let file = std::env::temp_dir().join(format!("perennial-sites-{}.toml", std::process::id()));
+        std::fs::write(&file, "[sites.bare]\n").unwrap();
+        let settings = read(&Sources { file: Some(file.clone()), ..Sources::default() }).unwrap();
+        assert_eq!(settings.names("sites"), ["default", "bare"]);
+        std::fs::remove_file(file).unwrap();
     }
 
     #[test]

@@ -17,11 +17,13 @@
 //! | [`cpu`] | work for the processor, off the threads that serve |
 //! | [`cgroup`] | what a pod may have of processors and memory |
 //! | [`pool`] | stores behind bounded waits |
+//! | [`cache`] | what need not be asked of them again |
 //! | [`backoff`] | how long to wait before trying again |
 //! | [`breaker`] | not asking, for a while, a dependency that fails again and again |
 
 pub mod backoff;
 pub mod breaker;
+pub mod cache;
 pub mod cgroup;
 pub mod cpu;
 pub mod drain;

@@ -13,6 +13,7 @@ use metrics::{
 };
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::cache;
 use crate::drain::Drain;
 use crate::pool::Status;
 
@@ -60,6 +61,14 @@ pub const MEMORY_LIMIT: &str = "perennial_memory_limit_bytes";
 pub const POOL: &str = "perennial_pool";
 /// Histogram by `pool`, seconds: how long a connection was waited for.
 pub const POOL_WAIT: &str = "perennial_pool_wait_seconds";
+/// Counter by `cache`, `result` (hit, miss): what was asked of a cache. A miss is a load.
+pub const CACHE_REQUESTS: &str = "perennial_cache_requests_total";
+/// Counter by `cache`: loads that failed.
+pub const CACHE_FAILURES: &str = "perennial_cache_load_failures_total";
+/// Counter by `cache`, `cause` (size, expired, forgotten): entries that were removed.
+pub const CACHE_REMOVALS: &str = "perennial_cache_removals_total";
+/// Gauge by `cache`, bytes: what its entries take.
+pub const CACHE_BYTES: &str = "perennial_cache_bytes";
 
 /// Upper bounds, in seconds, of the buckets of every histogram of durations.
 const SECONDS: [f64; 14] =
@@ -137,6 +146,10 @@ fn describe() {
     describe_gauge!(MEMORY_LIMIT, Unit::Bytes, "the limit of the cgroup's memory");
     describe_gauge!(POOL, Unit::Count, "connections of a pool, and those who wait for one");
     describe_histogram!(POOL_WAIT, Unit::Seconds, "how long a connection of a pool was waited for");
+    describe_counter!(CACHE_REQUESTS, Unit::Count, "what was asked of a cache, and whether it was there");
+    describe_counter!(CACHE_FAILURES, Unit::Count, "loads of a cache that failed");
+    describe_counter!(CACHE_REMOVALS, Unit::Count, "entries removed from a cache, by cause");
+    describe_gauge!(CACHE_BYTES, Unit::Bytes, "what the entries of a cache take");
 }
 
 /// The metrics of a listener's requests. What the recorder finds by labels is looked up once.
@@ -281,6 +294,19 @@ pub(crate) fn pool(pool: &'static str, status: Status) {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         gauge!(POOL, "pool" => pool, "state" => state).set(count);
     }
+}
+
+/// How a cache stands.
+#[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
+pub(crate) fn cache(cache: &'static str, status: cache::Status) {
+    counter!(CACHE_REQUESTS, "cache" => cache, "result" => "hit").absolute(status.hits);
+    counter!(CACHE_REQUESTS, "cache" => cache, "result" => "miss").absolute(status.misses);
+    counter!(CACHE_FAILURES, "cache" => cache).absolute(status.failed);
+    let removals = [("size", status.evicted), ("expired", status.expired), ("forgotten", status.forgotten)];
+    for (cause, count) in removals {
+        counter!(CACHE_REMOVALS, "cache" => cache, "cause" => cause).absolute(count);
+    }
+    gauge!(CACHE_BYTES, "cache" => cache).set(status.bytes as f64);
 }
 
 /// Something that is counted while it exists: the gauge falls when the value drops, by any path.

@@ -44,7 +44,7 @@ impl Migrations {
 }
 
 /// An error with its causes, in one line.
-fn with_causes(error: &dyn Error) -> String {
+pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

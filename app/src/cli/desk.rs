@@ -19,6 +19,7 @@ use super::client::{Answer, Client};
 use super::open_alone;
 use crate::addresses::Addresses;
 use crate::admin::jobs::{self, Books};
+use crate::admin::keys::{self, Keyring};
 use crate::admin::schedules;
 use crate::boot;
 use crate::config::Config;
@@ -76,6 +77,16 @@ impl Desk {
             let routes = jobs::looking().merge(jobs::acting());
             let routes = routes.merge(schedules::looking()).merge(schedules::acting());
             Ok(routes.layer(Extension(Books::alone(jobs))))
+        })
+        .await
+    }
+
+    /// The same for what is asked about API keys.
+    pub(super) async fn of_keys(config: &Config, modules: &[Blueprint]) -> anyhow::Result<Self> {
+        Self::open(config, modules, async |_, store, jobs| {
+            let sites = config.sites.clone().open(&store).await?;
+            let keyring = Keyring { store, sites, caches: boot::caches(jobs.store(), config) };
+            Ok(keys::looking().merge(keys::acting()).layer(Extension(keyring)))
         })
         .await
     }

@@ -155,6 +155,7 @@ impl Prepared {
                     pools: app.pools.clone(),
                     connections: app.connections.clone(),
                     books: app.books.clone(),
+                    keyring: app.keyring.clone(),
                     looking: app.looking.clone(),
                     acting: app.acting.clone(),
                 });

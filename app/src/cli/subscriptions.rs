@@ -17,7 +17,8 @@ use super::desk::Desk;
 use super::{block_on, load, read};
 use crate::module::Blueprint;
 use crate::push;
-use crate::settings::{Reader, Sources};
+use crate::settings::Sources;
+use crate::sites;
 
 /// How much is sent at once, in bytes: less than the admin listener takes in one body.
 const CHUNK: usize = 900 << 10;
@@ -31,12 +32,18 @@ pub(super) enum Subscriptions {
     Import {
         /// A file; - is standard input
         file: PathBuf,
+        /// Into which site
+        #[arg(long, default_value = sites::DEFAULT)]
+        site: String,
     },
     /// Write all subscriptions, one JSON object a line
     Export {
         /// A file; - is standard output
         #[arg(default_value = "-")]
         file: PathBuf,
+        /// Of which site
+        #[arg(long, default_value = sites::DEFAULT)]
+        site: String,
     },
 }
 
@@ -46,14 +53,13 @@ impl Subscriptions {
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::open(&config, modules, async |data_dir, store, jobs| {
-                let mut reader = Reader::new(&settings);
-                let porter = push::porter(&mut reader, &data_dir, &store, jobs).await?;
+                let porter = push::porter(&settings, &config, &data_dir, &store, jobs).await?;
                 Ok(push::import::acting(Arc::new(porter)))
             })
             .await?;
             let done = match self {
-                Self::Import { file } => import(&desk, file).await,
-                Self::Export { file } => export(&desk, file).await,
+                Self::Import { file, site } => import(&desk, file, site).await,
+                Self::Export { file, site } => export(&desk, file, site).await,
             };
             desk.close().await;
             done
@@ -61,7 +67,7 @@ impl Subscriptions {
     }
 }
 
-async fn import(desk: &Desk, file: &Path) -> anyhow::Result<()> {
+async fn import(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
     let (input, length): (Box<dyn Read>, u64) = if file.as_os_str() == "-" {
         (Box::new(std::io::stdin()), 0)
     } else {
@@ -78,7 +84,8 @@ async fn import(desk: &Desk, file: &Path) -> anyhow::Result<()> {
             break;
         }
         let (bytes, lines) = (chunk.len(), chunk.iter().filter(|byte| **byte == b'\n').count());
-        let answer = desk.post_lines("/subscriptions/import", Bytes::from(chunk)).await?;
+        let answer =
+            desk.post_lines(&format!("/subscriptions/import?site={site}"), Bytes::from(chunk)).await?;
         let count = |name: &str| answer[name].as_u64().unwrap_or_default();
         created += count("created");
         updated += count("updated");
@@ -111,7 +118,8 @@ fn next_chunk(input: &mut impl BufRead) -> anyhow::Result<Vec<u8>> {
     Ok(chunk)
 }
 
-async fn export(desk: &Desk, file: &Path) -> anyhow::Result<()> {
+async fn export(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
+    let path = format!("/subscriptions/export?site={site}");
     let mut out: Box<dyn Write> = if file.as_os_str() == "-" {
         Box::new(BufWriter::new(std::io::stdout()))
     } else {
@@ -123,8 +131,7 @@ async fn export(desk: &Desk, file: &Path) -> anyhow::Result<()> {
     let bar = bar(0, "{spinner} {pos} subscriptions")?;
     let mut cursor = 0;
     loop {
-        let page =
-            desk.call(Method::POST, "/subscriptions/export", Some(&json!({ "cursor": cursor }))).await?;
+        let page = desk.call(Method::POST, &path, Some(&json!({ "cursor": cursor }))).await?;
         let lines = page["subscriptions"].as_array().map(Vec::as_slice).unwrap_or_default();
         for line in lines {
             writeln!(out, "{line}")?;

@@ -1,15 +1,12 @@
 //! The settings of web push, from `config/push.toml` to types.
 
-use std::collections::BTreeMap;
 use std::time::Duration;
 
 use perennial_webpush::{Contact, ContactError, HostPattern, Pin, Policy, Proxy, SenderKey};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 
-use super::webhook::Registered;
-use super::{subscriptions, tags};
 use crate::config::processors;
-use crate::settings::{Network, Reader, Setting, Size};
+use crate::settings::{Network, Reader, Size};
 
 const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -21,9 +18,6 @@ pub(super) const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
 #[derive(Debug)]
 pub(super) struct Config {
     pub(super) page: bool,
-    pub(super) origins: Vec<String>,
-    pub(super) public_tags: Vec<String>,
-    pub(super) user_secret: Option<SecretString>,
     pub(super) ttl: Duration,
     pub(super) attempts: u32,
     pub(super) batch: usize,
@@ -40,44 +34,16 @@ pub(super) struct Config {
     pub(super) send_timeout: Duration,
     /// For how long notifications that have ended are kept.
     pub(super) retention: Duration,
-    pub(super) webhooks: BTreeMap<String, Registered>,
     /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
     pub(super) last_sends: Duration,
     pub(super) checkpoint_every: Duration,
     pub(super) checkpoint_sends: usize,
 }
 
-/// What pages' user tokens are made with.
-const USER_SECRET: &str = "sites.default.user_secret_file";
-/// The shortest secret for it, in bytes.
-const MIN_USER_SECRET: usize = 16;
-
 /// What the routes and jobs need to know.
 pub(super) fn config(settings: &mut Reader<'_>) -> Config {
-    let origins = settings.read_with(
-        "sites.default.origins",
-        "a list of origins such as https://www.example.com",
-        |value| {
-            let origins = <Vec<String> as Setting>::read(value)?;
-            origins.iter().all(|origin| subscriptions::is_origin(origin)).then_some(origins)
-        },
-    );
-    let public_tags = settings.read_with("sites.default.public_tags", "a list of tags", |value| {
-        let tags = <Vec<String> as Setting>::read(value)?;
-        tags.iter().all(|tag| tags::is_tag(tag)).then_some(tags)
-    });
-    let user_secret = settings.secret_file(USER_SECRET);
-    if user_secret.as_ref().is_some_and(|secret| secret.expose_secret().len() < MIN_USER_SECRET) {
-        settings.refuse::<()>(
-            USER_SECRET,
-            "a file with a secret of at least 16 bytes; this one is guessed in no time",
-        );
-    }
     Config {
         page: settings.get("push.page"),
-        origins,
-        public_tags,
-        user_secret,
         ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
         attempts: settings.number("push.attempts", 1..=100),
         batch: settings.number("push.batch", 1..=100_000),
@@ -92,7 +58,6 @@ pub(super) fn config(settings: &mut Reader<'_>) -> Config {
         send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
         // Idempotency keys are good for a day.
         retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
-        webhooks: webhooks(settings),
         // The rest of that phase is for writing down what they were.
         last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
@@ -117,41 +82,6 @@ fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
             (rate == 0.0 || (0.001..=1e6).contains(&rate)).then_some(rate)
         });
     (rate > 0.0).then_some(rate)
-}
-
-const WEBHOOKS_KEY: &str = "sites.default.webhooks";
-
-/// Whom notifications may name to be told.
-fn webhooks(settings: &mut Reader<'_>) -> BTreeMap<String, Registered> {
-    let wanted = "a list of { name, url, secret_file, pruned = false }";
-    let found: Vec<(String, http::Uri, std::path::PathBuf, bool)> =
-        settings.read_with(WEBHOOKS_KEY, wanted, |value| {
-            let webhook = |webhook: &toml::Value| {
-                let text = |key: &str| webhook.get(key).and_then(toml::Value::as_str);
-                let url: http::Uri = text("url")?.parse().ok()?;
-                let is_web = matches!(url.scheme_str(), Some("http" | "https"));
-                let pruned = webhook.get("pruned").is_some_and(|pruned| pruned.as_bool() == Some(true));
-                let known = ["name", "url", "secret_file", "pruned"];
-                let only_known = webhook.as_table()?.keys().all(|key| known.contains(&key.as_str()));
-                (is_web && only_known).then_some(())?;
-                Some((text("name")?.to_owned(), url, text("secret_file")?.into(), pruned))
-            };
-            value.as_array()?.iter().map(webhook).collect()
-        });
-    let mut registered = BTreeMap::new();
-    for (name, url, file, pruned) in found {
-        match std::fs::read_to_string(&file) {
-            Ok(secret) if secret.trim().len() >= MIN_USER_SECRET => {
-                let secret = secret.trim().to_owned().into();
-                registered.insert(name, Registered { url, secret, pruned });
-            }
-            _ => {
-                let wanted = format!("that {} is a file with a secret of at least 16 bytes", file.display());
-                settings.refuse::<()>(WEBHOOKS_KEY, &wanted);
-            }
-        }
-    }
-    registered
 }
 
 /// The proxy that connections to push services go out through.

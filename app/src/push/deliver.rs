@@ -15,6 +15,7 @@ use super::fanout::BUDGET;
 use super::outcome::Outcome;
 use super::round::{CAREFUL, Round, is_paused, pause, save};
 use super::store::{Checkpoint, Deferred};
+use crate::sites::SiteId;
 
 /// See the module. The batch has the id of its job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -54,11 +55,12 @@ impl Job for Deliver {
             return Ok(Fate::Snooze(pause(&batch)));
         }
         let members = tools.store.members(&batch).await?;
+        let keys = tools.vapid.of(SiteId(batch.site)).await?;
         let flow = tools.flows.flow(batch.notification, batch.standing);
         let senders = tools.senders.clone();
         senders
             .run(move |sender| async move {
-                let round = Round::new(&tools, &context, &sender, &flow, batch, members)?;
+                let round = Round::new(&tools, &context, &sender, &flow, batch, members, keys)?;
                 round.run().await
             })
             .await

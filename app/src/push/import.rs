@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use http::StatusCode;
 use http_body_util::{BodyExt, Limited};
-use perennial_server::http::problem::Problem;
+use perennial_server::http::problem::{FieldError, Problem};
 use perennial_webpush::{Endpoint, Keys, Sender};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -24,9 +24,9 @@ use serde_json::{Map, Value, json};
 use super::store::{Exported, NewSubscription, Proof, Store, Upserted};
 use super::subscriptions::{MAX_TAGS, PushSubscription, is_metadata, is_user};
 use super::tags::is_tag;
-use super::vapid::VapidKeys;
-use crate::access::SiteId;
-use crate::api::{Json, Result, is_too_long};
+use super::vapid::{SiteKeys, VapidKeys};
+use crate::api::{Json, Query, Result, is_too_long};
+use crate::sites::{self, SiteId, Sites};
 
 /// The most bytes in one request.
 const MAX_CHUNK: usize = 1 << 20;
@@ -80,17 +80,19 @@ pub(crate) struct Porter {
     store: Store,
     sender: Sender,
     vapid: Arc<VapidKeys>,
+    sites: Sites,
     /// What is known about hosts: why nobody is sent there, if so.
     hosts: Mutex<HashMap<String, Option<String>>>,
 }
 
 impl Porter {
-    pub(super) fn new(store: Store, sender: Sender, vapid: Arc<VapidKeys>) -> Self {
-        Self { store, sender, vapid, hosts: Mutex::default() }
+    pub(super) fn new(store: Store, sender: Sender, vapid: Arc<VapidKeys>, sites: Sites) -> Self {
+        Self { store, sender, vapid, sites, hosts: Mutex::default() }
     }
 
     /// Stores a chunk of lines. What does not fit is refused by its line; all else is stored.
-    pub(crate) async fn take(&self, site: i64, chunk: &[u8]) -> anyhow::Result<Imported> {
+    async fn take(&self, site: SiteId, chunk: &[u8]) -> anyhow::Result<Imported> {
+        let keys = self.vapid.of(site).await?;
         // A name that was not found before may be there now.
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, refused| refused.is_none());
         let mut imported = Imported::default();
@@ -99,7 +101,7 @@ impl Porter {
             if line.trim_ascii().is_empty() {
                 continue;
             }
-            match self.read(site, line) {
+            match self.read(site, &keys, line) {
                 Ok((endpoint, new)) => read.push((number, endpoint, new)),
                 Err(why) => imported.refuse(number, why),
             }
@@ -124,7 +126,12 @@ impl Porter {
         Ok(imported)
     }
 
-    fn read(&self, site: i64, line: &[u8]) -> std::result::Result<(Endpoint, NewSubscription), String> {
+    fn read(
+        &self,
+        site: SiteId,
+        keys_of_site: &SiteKeys,
+        line: &[u8],
+    ) -> std::result::Result<(Endpoint, NewSubscription), String> {
         let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
         let expires_at = line.subscription.expires_at();
         let PushSubscription { endpoint: url, keys, .. } = line.subscription;
@@ -133,8 +140,8 @@ impl Porter {
         let keys =
             Keys::parse(&keys.p256dh, &keys.auth).map_err(|error| format!("subscription.keys: {error}"))?;
         let vapid_key = match &line.key {
-            None => self.vapid.current_id,
-            Some(key) => self.vapid.id_of(key).ok_or("key: no VAPID key that is there")?,
+            None => keys_of_site.current_id,
+            Some(key) => keys_of_site.id_of(key).ok_or("key: no VAPID key that is there")?,
         };
         if line.user.as_ref().is_some_and(|user| !is_user(user)) {
             return Err("user: no user id".to_owned());
@@ -150,7 +157,7 @@ impl Porter {
             return Err("metadata: too long".to_owned());
         }
         let new = NewSubscription {
-            site,
+            site: site.0,
             vapid_key,
             endpoint: url,
             keys,
@@ -166,8 +173,8 @@ impl Porter {
     }
 
     /// The next subscriptions after `cursor`, as lines, and the cursor of the next page if there may be one.
-    async fn page(&self, site: i64, cursor: i64) -> anyhow::Result<Page> {
-        let page = self.store.export(site, cursor, PAGE).await?;
+    async fn page(&self, site: SiteId, cursor: i64) -> anyhow::Result<Page> {
+        let page = self.store.export(site.0, cursor, PAGE).await?;
         let next = page.last().filter(|_| page.len() == PAGE).map(|last| last.id);
         let line = |exported: Exported| {
             let keys = json!({ "p256dh": base64(&exported.p256dh), "auth": base64(&exported.auth) });
@@ -226,7 +233,31 @@ pub(crate) fn acting(porter: Arc<Porter>) -> Router {
         .with_state(porter)
 }
 
-async fn import(State(porter): State<Arc<Porter>>, request: Request) -> Result<Json<Imported>> {
+/// Of which site.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Of {
+    /// Its name; the default one without
+    site: Option<String>,
+}
+
+impl Porter {
+    fn site(&self, of: &Of) -> std::result::Result<SiteId, FieldError> {
+        let name = of.site.as_deref().unwrap_or(sites::DEFAULT);
+        let site = self
+            .sites
+            .named(name)
+            .ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
+        Ok(site.id)
+    }
+}
+
+async fn import(
+    State(porter): State<Arc<Porter>>,
+    Query(of): Query<Of>,
+    request: Request,
+) -> Result<Json<Imported>> {
+    let site = porter.site(&of)?;
     let chunk = match Limited::new(request.into_body(), MAX_CHUNK).collect().await {
         Ok(chunk) => chunk.to_bytes(),
         Err(error) if is_too_long(&*error) => {
@@ -235,7 +266,7 @@ async fn import(State(porter): State<Arc<Porter>>, request: Request) -> Result<J
         }
         Err(_) => return Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off").into()),
     };
-    Ok(Json(porter.take(SiteId::DEFAULT.0, &chunk).await?))
+    Ok(Json(porter.take(site, &chunk).await?))
 }
 
 #[derive(Debug, Deserialize)]
@@ -253,6 +284,11 @@ struct Page {
     next: Option<i64>,
 }
 
-async fn export(State(porter): State<Arc<Porter>>, Json(request): Json<ExportRequest>) -> Result<Json<Page>> {
-    Ok(Json(porter.page(SiteId::DEFAULT.0, request.cursor).await?))
+async fn export(
+    State(porter): State<Arc<Porter>>,
+    Query(of): Query<Of>,
+    Json(request): Json<ExportRequest>,
+) -> Result<Json<Page>> {
+    let site = porter.site(&of)?;
+    Ok(Json(porter.page(site, request.cursor).await?))
 }

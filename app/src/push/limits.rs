@@ -5,12 +5,13 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use governor::clock::{Clock, DefaultClock};
-use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::StatusCode;
 use perennial_server::http::problem::Problem;
 use perennial_server::net::network;
 
 use super::metrics;
+use crate::sites::SiteId;
 
 /// How often addresses that have kept within their limits are forgotten.
 pub(super) const FORGET_EVERY: Duration = Duration::from_secs(60);
@@ -29,8 +30,8 @@ pub(super) struct Config {
 
 /// What was called lately.
 pub(super) struct Limits {
-    addresses: DefaultKeyedRateLimiter<IpAddr>,
-    site: DefaultDirectRateLimiter,
+    addresses: DefaultKeyedRateLimiter<(SiteId, IpAddr)>,
+    sites: DefaultKeyedRateLimiter<SiteId>,
     clock: DefaultClock,
 }
 
@@ -48,30 +49,33 @@ impl Limits {
         };
         Self {
             addresses: RateLimiter::keyed(quota(config.address_per_minute, config.address_burst)),
-            site: RateLimiter::direct(quota(config.site_per_minute, config.site_burst)),
+            sites: RateLimiter::keyed(quota(config.site_per_minute, config.site_burst)),
             clock: DefaultClock::default(),
         }
     }
 
-    /// Counts one call from `address`. A caller without one is on this machine.
+    /// Counts one call from `address` for `site`. A caller without one is on this machine.
     ///
     /// The site's limit comes second, so that one address cannot use it up, unless [`MANY`] are remembered.
-    pub(super) fn check(&self, address: Option<IpAddr>) -> Result<(), Problem> {
+    pub(super) fn check(&self, site: SiteId, address: Option<IpAddr>) -> Result<(), Problem> {
         let over = |what, wait: Duration| {
             metrics::limited(what);
             let detail = format!("too many requests without an API key from this {what}");
             Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait)
         };
-        let site = || self.site.check().map_err(|until| over("site", until.wait_time_from(self.clock.now())));
+        let of_site = || {
+            let allowed = self.sites.check_key(&site);
+            allowed.map_err(|until| over("site", until.wait_time_from(self.clock.now())))
+        };
         let many = self.addresses.len() >= MANY;
         if many {
-            site()?;
+            of_site()?;
         }
         if let Some(address) = address {
-            let allowed = self.addresses.check_key(&network(address));
+            let allowed = self.addresses.check_key(&(site, network(address)));
             allowed.map_err(|until| over("address", until.wait_time_from(self.clock.now())))?;
         }
-        if many { Ok(()) } else { site() }
+        if many { Ok(()) } else { of_site() }
     }
 
     /// Forgets the addresses that have kept within their limits.
@@ -95,7 +99,7 @@ mod tests {
     }
 
     fn call(limits: &Limits, address: &str) -> bool {
-        limits.check(Some(address.parse().unwrap())).is_ok()
+        limits.check(SiteId::DEFAULT, Some(address.parse().unwrap())).is_ok()
     }
 
     #[test]
@@ -114,6 +118,17 @@ mod tests {
         assert!(
             call(&limits, "192.0.2.1") && call(&limits, "::ffff:192.0.2.1") && !call(&limits, "192.0.2.1")
         );
+    }
+
+    #[test]
+    fn what_is_used_up_at_one_site_is_not_at_another() {
+        let limits = limits();
+        let shop = SiteId(2);
+        for last in 1..=6 {
+            let _ = limits.check(shop, Some(format!("192.0.2.{last}").parse().unwrap()));
+        }
+        assert!(limits.check(shop, Some("192.0.2.9".parse().unwrap())).is_err());
+        assert!(call(&limits, "192.0.2.1") && call(&limits, "192.0.2.9"));
     }
 
     #[test]

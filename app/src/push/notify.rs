@@ -33,6 +33,7 @@ use super::{BULK_QUEUE, PACED_QUEUE, SMALL_QUEUE, Tools, metrics};
 use crate::access::{Authorized, Notify};
 use crate::api::{Json, Result, trace};
 use crate::settings::parse_duration;
+use crate::sites::SiteId;
 
 /// The most users in one audience.
 const MAX_USERS: usize = 1000;
@@ -166,12 +167,12 @@ pub(super) async fn notify(
     let id = Uuid::now_v7();
     let dry_run = request.dry_run.unwrap_or_default();
     let Checked { audience, recipients, payload, ttl, urgency, topic, plan, is_template, warnings } =
-        check(&tools, id, request).await?;
+        check(&tools, caller.site, id, request).await?;
 
     let (estimate, watermark) = if audience == Audience::Inline {
         (recipients.len() as u64, i64::try_from(recipients.len()).unwrap_or(i64::MAX))
     } else {
-        tools.store.estimate(caller.site.0, audience.clone()).await?
+        tools.estimate(caller.site, &audience).await?
     };
     if dry_run {
         return Ok(axum::Json(DryRun { dry_run, audience: estimate, warnings }).into_response());
@@ -298,9 +299,14 @@ struct Checked {
     warnings: Vec<String>,
 }
 
-async fn check(tools: &Tools, id: Uuid, request: NotifyRequest) -> std::result::Result<Checked, Problem> {
+async fn check(
+    tools: &Tools,
+    site: SiteId,
+    id: Uuid,
+    request: NotifyRequest,
+) -> std::result::Result<Checked, Problem> {
     let mut errors = Vec::new();
-    let plan = plan(tools, &request, &mut errors);
+    let plan = plan(tools, site, &request, &mut errors);
     let (audience, recipients) = audience(tools, request.to, &mut errors).await;
     let payload = payload(id, request.notification, request.payload, plan.is_declarative, &mut errors);
     let is_template = Template::parse(&payload).is_some();
@@ -349,7 +355,7 @@ async fn check(tools: &Tools, id: Uuid, request: NotifyRequest) -> std::result::
 }
 
 /// How and when to send, and whom to tell.
-fn plan(tools: &Tools, request: &NotifyRequest, errors: &mut Vec<FieldError>) -> Plan {
+fn plan(tools: &Tools, site: SiteId, request: &NotifyRequest, errors: &mut Vec<FieldError>) -> Plan {
     let mut plan = Plan::default();
     let mut wanted = |field: &str, wanted: &str| errors.push(FieldError::new(field, wanted));
     if let Some(rate) = request.rate {
@@ -380,9 +386,9 @@ fn plan(tools: &Tools, request: &NotifyRequest, errors: &mut Vec<FieldError>) ->
         plan.expires_at = Some(expires.as_millisecond());
     }
     if let Some(name) = &request.webhook {
-        if !tools.webhooks.has(name) {
-            let names = tools.webhooks.names().join(", ");
-            wanted("webhook", &format!("a name in sites.default.webhooks: {names}"));
+        if tools.webhooks.get(site, name).is_none() {
+            let names = tools.webhooks.names(site).join(", ");
+            wanted("webhook", &format!("the name of a webhook of this site: {names}"));
         }
         plan.webhook = Some(name.clone());
     }

@@ -38,6 +38,8 @@ use super::outcome::Outcome;
 use super::pace::Take;
 use super::send::{Outgoing, Sent};
 use super::store::{Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Stage, Standing};
+use super::vapid::SiteKeys;
+use crate::sites::SiteId;
 
 /// Between two attempts for one subscription, unless its push service says otherwise.
 const RETRY: Backoff = Backoff::new(Duration::from_secs(2), Duration::from_secs(900));
@@ -121,6 +123,7 @@ impl<'a> Round<'a> {
         flow: &'a Arc<Flow>,
         batch: Batch,
         members: Vec<Member>,
+        keys: Arc<SiteKeys>,
     ) -> anyhow::Result<Self> {
         let waited = age(&batch);
         let mut round = Self {
@@ -129,7 +132,7 @@ impl<'a> Round<'a> {
             sender,
             flow,
             place: Some(flow.stand_in_line(batch.id)),
-            outgoing: Arc::new(Outgoing::new(tools, flow, &batch, waited)?),
+            outgoing: Arc::new(Outgoing::new(tools, flow, &batch, waited, keys)?),
             newest: batch.low_id,
             above: batch.above.iter().copied().collect(),
             in_flight: BTreeSet::new(),
@@ -352,7 +355,11 @@ impl<'a> Round<'a> {
         }
         self.again += later.values().map(Vec::len).sum::<usize>();
         checkpoint.deferred = later.into_iter().filter_map(|(when, ids)| self.defer(when, ids)).collect();
-        checkpoint.tell = self.batch.webhook.clone().filter(|name| self.tools.webhooks.wants_pruned(name));
+        checkpoint.tell = self
+            .batch
+            .webhook
+            .clone()
+            .filter(|name| self.tools.webhooks.wants_pruned(SiteId(self.batch.site), name));
         checkpoint.above = self.above.iter().copied().collect();
         checkpoint.outcomes = outcomes.into_iter().collect();
         (count, checkpoint)

@@ -1,5 +1,6 @@
 //! One message to one member.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use perennial_webpush::{Endpoint, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
@@ -11,6 +12,7 @@ use super::flows::Flow;
 use super::outcome::Outcome;
 use super::store::{Batch, Member, Stage, Standing};
 use super::template::Template;
+use super::vapid::SiteKeys;
 
 /// The longest that a message waits for the rate of its origin before others have its place.
 const ORIGIN_WAIT: Duration = Duration::from_secs(5);
@@ -22,6 +24,7 @@ pub(super) struct Outgoing {
     message: Message,
     template: Option<Template>,
     standing: watch::Receiver<Standing>,
+    keys: Arc<SiteKeys>,
 }
 
 /// What came of it.
@@ -45,7 +48,13 @@ impl Sent {
 
 impl Outgoing {
     /// The message of a batch, its time to live shortened by the time that its members have waited.
-    pub(super) fn new(tools: &Tools, flow: &Flow, batch: &Batch, waited: Duration) -> anyhow::Result<Self> {
+    pub(super) fn new(
+        tools: &Tools,
+        flow: &Flow,
+        batch: &Batch,
+        waited: Duration,
+        keys: Arc<SiteKeys>,
+    ) -> anyhow::Result<Self> {
         let text = batch.payload.clone();
         let template = if batch.is_template { Template::parse(&text) } else { None };
         // A template's own text may be longer than what comes of it.
@@ -63,7 +72,7 @@ impl Outgoing {
         if batch.is_declarative {
             message = message.declarative();
         }
-        Ok(Self { message, template, standing: flow.standing() })
+        Ok(Self { message, template, standing: flow.standing(), keys })
     }
 
     /// Whether the notification is still to be sent.
@@ -106,7 +115,7 @@ impl Outgoing {
             Ok(keys) => keys,
             Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None, Some(endpoint)),
         };
-        let Some(vapid) = tools.vapid.of(member.vapid_key) else {
+        let Some(vapid) = self.keys.of(member.vapid_key) else {
             // It may come with the next start: of another replica that has it, or of this one with a copy restored.
             let detail = "made with a VAPID key that is not there".to_owned();
             return (not_sent(Verdict::Held(NO_KEY), detail), None, Some(endpoint));

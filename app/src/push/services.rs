@@ -15,8 +15,8 @@ use uuid::Uuid;
 
 use super::Tools;
 use super::progress::NotificationView;
-use crate::access::SiteId;
-use crate::api::{Json, Result};
+use crate::api::{Json, Query, Result, not_found};
+use crate::sites::SiteId;
 
 /// How often what is known is exchanged.
 const EXCHANGE: Duration = Duration::from_secs(1);
@@ -172,9 +172,23 @@ async fn origins(State(tools): State<Tools>) -> Answer<Vec<OriginView>> {
     Answer(tools.senders.any().services().into_iter().map(view).collect())
 }
 
+/// Of which site; the default one without a name.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Of {
+    site: Option<String>,
+}
+
 /// The newest notifications, as `GET /notifications` shows them.
-async fn notifications(State(tools): State<Tools>) -> Result<Json<Vec<NotificationView>>> {
-    let found = tools.store.notifications(SiteId::DEFAULT.0, Uuid::max(), NOTIFICATIONS).await?;
+async fn notifications(
+    State(tools): State<Tools>,
+    Query(of): Query<Of>,
+) -> Result<Json<Vec<NotificationView>>> {
+    let site = match &of.site {
+        None => SiteId::DEFAULT,
+        Some(name) => tools.access.sites().named(name).ok_or_else(|| not_found("site"))?.id,
+    };
+    let found = tools.store.notifications(site.0, Uuid::max(), NOTIFICATIONS).await?;
     Ok(Json(found.into_iter().map(|found| NotificationView::of(found, &tools.progress)).collect()))
 }
 

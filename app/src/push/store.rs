@@ -58,11 +58,11 @@ impl Store {
         self.sql.value(select, values![site, public_key]).await
     }
 
-    /// How many subscriptions were made with other keys than these.
-    pub(crate) async fn made_with_other_keys(&self, keys: &[i64]) -> Result<u64> {
-        let sql = "SELECT id FROM vapid_keys";
+    /// How many subscriptions of a site were made with other keys than these.
+    pub(crate) async fn made_with_other_keys(&self, site: i64, keys: &[i64]) -> Result<u64> {
+        let sql = "SELECT id FROM vapid_keys WHERE site = ?";
         let mut count = 0;
-        for row in self.sql.query(sql, values![]).await? {
+        for row in self.sql.query(sql, values![site]).await? {
             let id: i64 = row.get("id")?;
             if !keys.contains(&id) {
                 let sql = "SELECT count(*) FROM subscriptions WHERE vapid_key = ?";
@@ -73,9 +73,9 @@ impl Store {
     }
 }
 
-/// Whether there is any subscription at all.
-pub(crate) async fn has_subscriptions(store: &sql::Store) -> Result<bool> {
-    store.value("SELECT EXISTS (SELECT 1 FROM subscriptions)", values![]).await
+/// Whether a site has any subscription at all.
+pub(crate) async fn has_subscriptions(store: &sql::Store, site: i64) -> Result<bool> {
+    store.value("SELECT EXISTS (SELECT 1 FROM subscriptions WHERE site = ?)", values![site]).await
 }
 
 pub(super) fn now_ms() -> i64 {

@@ -6,7 +6,6 @@ use axum::response::{IntoResponse, Response};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::request::Parts;
-use http::uri::Authority;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use jiff::Timestamp;
 use perennial_server::http::problem::{FieldError, Problem};
@@ -20,10 +19,13 @@ use tracing::debug;
 use utoipa::{IntoParams, ToSchema};
 
 use super::Tools;
+use super::profile::Profile;
 use super::store::{NewSubscription, Proof, Replaced, Subscription, Upserted};
 use super::tags::{TAG_WANTED, is_tag};
-use crate::access::{Authorized, Caller, Read, Scope, SiteId, Subscribe};
+use super::vapid::SiteKeys;
+use crate::access::{Authorized, Caller, Read, Scope, Subscribe};
 use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::sites::{SiteId, Sites};
 
 /// The longest user id, in bytes.
 const MAX_USER: usize = 256;
@@ -107,7 +109,7 @@ pub(super) struct Subscribed {
 #[utoipa::path(get, path = "/push/key", responses((status = OK, body = KeyView)))]
 pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
-    let key = KeyView { key: tools.vapid.current.public_key() };
+    let key = KeyView { key: tools.vapid.of(visitor.site).await?.current.public_key() };
     Ok(([(header::CACHE_CONTROL, "no-cache")], axum::Json(key)).into_response())
 }
 
@@ -125,7 +127,8 @@ pub(super) async fn subscribe(
     Json(request): Json<SubscribeRequest>,
 ) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
-    let (endpoint, new) = check(&tools, &visitor, request)?;
+    let keys = tools.vapid.of(visitor.site).await?;
+    let (endpoint, new) = check(&tools, &visitor, &keys, request)?;
     if let Err(error) = tools.senders.any().check_addresses(&endpoint).await {
         debug!(%error, "refused an endpoint");
         // What our name servers answer is nothing to tell a stranger.
@@ -171,7 +174,7 @@ pub(super) async fn unsubscribe(
     visitor.may(Scope::Subscribe)?;
     let auth =
         Keys::decode_auth(&request.auth).map_err(|error| FieldError::new("auth", error.to_string()))?;
-    if tools.store.delete_by_endpoint(visitor.site().0, &request.endpoint, auth.to_vec()).await? {
+    if tools.store.delete_by_endpoint(visitor.site.0, &request.endpoint, auth.to_vec()).await? {
         Ok(StatusCode::NO_CONTENT)
     } else {
         Err(not_found("subscription").into())
@@ -286,26 +289,17 @@ pub(super) async fn list(
     Ok(Json(Subscriptions { subscriptions: found.into_iter().map(SubscriptionView::from).collect(), next }))
 }
 
-/// Who calls from a page: somebody with a key, or anybody within limits from an allowed origin.
+/// Who calls from a page: somebody with a key, or anybody within limits from a page of a site.
 #[derive(Debug)]
 pub(super) struct Visitor {
+    site: SiteId,
     caller: Option<Caller>,
 }
 
 impl Visitor {
-    fn site(&self) -> SiteId {
-        self.caller.as_ref().map_or(SiteId::DEFAULT, |caller| caller.site)
-    }
-
     /// Somebody who shows a key must have the right one.
     fn may(&self, scope: Scope) -> std::result::Result<(), Problem> {
-        match &self.caller {
-            Some(caller) if !caller.may(scope) => {
-                let detail = format!("this key does not have the scope {}", scope.as_str());
-                Err(Problem::new(StatusCode::FORBIDDEN, detail))
-            }
-            _ => Ok(()),
-        }
+        self.caller.as_ref().map_or(Ok(()), |caller| caller.may(scope))
     }
 }
 
@@ -313,49 +307,31 @@ impl FromRequestParts<Tools> for Visitor {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, tools: &Tools) -> std::result::Result<Self, Problem> {
-        let caller = tools.access.optional(&parts.headers)?;
-        if caller.is_none() {
-            let scope = parts.extensions.get::<RequestScope>();
-            // Before it is counted: a page elsewhere must not use up what its visitors' networks may do here.
-            if !is_allowed_origin(parts, &tools.config.origins) {
-                let detail = "pages of this origin may not subscribe browsers here (sites.default.origins)";
-                return Err(Problem::new(StatusCode::FORBIDDEN, detail));
-            }
-            // Reading the key changes nothing and costs nothing: only what is written is limited.
-            if parts.method != Method::GET {
-                tools.limits.check(scope.and_then(RequestScope::client))?;
-            }
+        if let Some(caller) = tools.access.optional(parts).await? {
+            return Ok(Self { site: caller.site, caller: Some(caller) });
         }
-        Ok(Self { caller })
+        // Before it is counted: a page elsewhere must not use up what its visitors' networks may do here.
+        let Some(site) = tools.access.sites().of_page(parts) else {
+            let detail = "pages of this origin may not subscribe browsers here (sites.NAME.origins)";
+            return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+        };
+        // Reading the key changes nothing and costs nothing: only what is written is limited.
+        if parts.method != Method::GET {
+            let scope = parts.extensions.get::<RequestScope>();
+            tools.limits.check(site.id, scope.and_then(RequestScope::client))?;
+        }
+        Ok(Self { site: site.id, caller: None })
     }
 }
 
-/// Pages of this server itself, and of the origins in the list. Whoever sends no origin is no page.
-fn is_allowed_origin(parts: &Parts, origins: &[String]) -> bool {
-    let Some(origin) = parts.headers.get(header::ORIGIN) else { return true };
-    let Ok(origin) = origin.to_str() else { return false };
-    let own = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
-    let own = own.or_else(|| parts.uri.authority().map(Authority::as_str));
-    let host = origin.split_once("://").map(|(_, host)| host);
-    origins.iter().any(|allowed| allowed == origin) || (host.is_some() && host == own)
-}
-
-/// Lets pages of the allowed origins read the answers.
-pub(super) fn cors(origins: &[String]) -> CorsLayer {
-    let origins: Vec<HeaderValue> = origins.iter().filter_map(|origin| origin.parse().ok()).collect();
+/// Lets pages of all sites read the answers: which site they belong to is said by [`Sites::of_page`].
+pub(super) fn cors(sites: &Sites) -> CorsLayer {
+    let origins = sites.all().flat_map(|site| &site.origins).filter_map(|origin| origin.parse().ok());
+    let origins: Vec<HeaderValue> = origins.collect();
     CorsLayer::new()
         .allow_origin(AllowOrigin::list(origins))
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, HeaderName::from_static("x-request-id")])
-}
-
-/// Whether a text is an origin as browsers write it.
-pub(super) fn is_origin(text: &str) -> bool {
-    let Ok(uri) = text.parse::<http::Uri>() else { return false };
-    let web = matches!(uri.scheme_str(), Some("http" | "https"));
-    web && uri.authority().is_some_and(|host| !host.as_str().contains('@'))
-        && !text.ends_with('/')
-        && uri.path() == "/"
 }
 
 /// Checks an endpoint and its keys, naming the fields below `field`.
@@ -380,22 +356,24 @@ pub(super) fn check_subscription(
 fn check(
     tools: &Tools,
     visitor: &Visitor,
+    keys_of_site: &SiteKeys,
     request: SubscribeRequest,
 ) -> std::result::Result<(Endpoint, NewSubscription), Problem> {
     let mut errors = Vec::new();
+    let profile = tools.profile(visitor.site)?;
     let checked = check_subscription(tools, "subscription", &request.subscription, &mut errors);
     let vapid_key = match &request.key {
-        None => tools.vapid.current_id,
-        Some(key) => tools.vapid.id_of(key).unwrap_or_else(|| {
+        None => keys_of_site.current_id,
+        Some(key) => keys_of_site.id_of(key).unwrap_or_else(|| {
             let wanted = "the key of GET /push/key, or one that was there before";
             errors.push(FieldError::new("key", wanted));
-            tools.vapid.current_id
+            keys_of_site.current_id
         }),
     };
     if request.user.as_ref().is_some_and(|user| !is_user(user)) {
         errors.push(FieldError::new("user", USER_WANTED));
     }
-    check_tags(tools, visitor, request.tags.as_deref().unwrap_or_default(), &mut errors)?;
+    check_tags(profile, visitor, request.tags.as_deref().unwrap_or_default(), &mut errors)?;
     let metadata = request.metadata.map(|metadata| Value::Object(metadata).to_string());
     if metadata.as_ref().is_some_and(|metadata| !is_metadata(metadata)) {
         errors.push(FieldError::new("metadata", format!("at most {MAX_METADATA} bytes of JSON")));
@@ -415,18 +393,18 @@ fn check(
     if let Some(user) = &request.user
         && visitor.caller.is_none()
     {
-        check_user_token(tools, user, request.user_token.as_deref())?;
+        check_user_token(profile, user, request.user_token.as_deref())?;
     }
     let expires_at = request.subscription.expires_at();
     let new = NewSubscription {
-        site: visitor.site().0,
+        site: visitor.site.0,
         vapid_key,
         endpoint: endpoint.url(),
         keys,
         user: request.user,
         tags: request.tags,
         // What the backend has set is not the page's to take away.
-        own_tags: visitor.caller.is_none().then(|| tools.config.public_tags.clone()),
+        own_tags: visitor.caller.is_none().then(|| profile.public_tags.clone()),
         metadata,
         expires_at,
         replaces,
@@ -449,7 +427,7 @@ pub(super) fn is_user(text: &str) -> bool {
 }
 
 fn check_tags(
-    tools: &Tools,
+    profile: &Profile,
     visitor: &Visitor,
     tags: &[String],
     errors: &mut Vec<FieldError>,
@@ -460,9 +438,10 @@ fn check_tags(
     for (index, tag) in tags.iter().enumerate().take(MAX_TAGS) {
         if !is_tag(tag) {
             errors.push(FieldError::new(format!("tags[{index}]"), TAG_WANTED));
-        } else if visitor.caller.is_none() && !tools.config.public_tags.contains(tag) {
+        } else if visitor.caller.is_none() && !profile.public_tags.contains(tag) {
+            let site = &profile.name;
             let detail =
-                format!("the tag {tag} takes an API key; pages may set those in sites.default.public_tags");
+                format!("the tag {tag} takes an API key; pages may set those in sites.{site}.public_tags");
             return Err(Problem::new(StatusCode::FORBIDDEN, detail));
         }
     }
@@ -470,12 +449,13 @@ fn check_tags(
 }
 
 /// A page may say whose browser it is only with a word from the backend.
-fn check_user_token(tools: &Tools, user: &str, token: Option<&str>) -> std::result::Result<(), Problem> {
-    let refused = |detail| Err(Problem::new(StatusCode::FORBIDDEN, detail));
-    let Some(secret) = &tools.config.user_secret else {
-        return refused(
-            "naming a user takes an API key (or sites.default.user_secret_file, and a user_token)",
-        );
+fn check_user_token(profile: &Profile, user: &str, token: Option<&str>) -> std::result::Result<(), Problem> {
+    let refused = |detail: &str| Err(Problem::new(StatusCode::FORBIDDEN, detail));
+    let Some(secret) = &profile.user_secret else {
+        let site = &profile.name;
+        return refused(&format!(
+            "naming a user takes an API key (or sites.{site}.user_secret_file, and a user_token)"
+        ));
     };
     let Some(token) = token else {
         return refused("naming a user takes an API key or a user_token");

@@ -1,51 +1,71 @@
-//! The keys that identify us to push services: the one that pages subscribe with, and those they subscribed with before.
+//! The keys that identify us to push services: for each site the one that its pages subscribe with, and those they
+//! subscribed with before.
 //!
 //! A file `vapid.pem` may hold several: the first is in use, the others go on signing for the subscriptions that were
-//! made with them.
+//! made with them. What a process knows of them is a cache: a key that is made while it runs is in use soon.
 
 use std::collections::HashMap;
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, anyhow};
+use axum::Router;
+use axum::extract::State;
+use axum::routing::post;
+use perennial_server::cache::{self, Cache, Caches, Kept};
+use perennial_server::http::problem::FieldError;
 use perennial_server::pool::sql::{self, Dialect};
 use perennial_webpush::VapidKey;
 use secrecy::ExposeSecret;
+use serde::Deserialize;
+use serde_json::{Value, json};
 use tracing::{info, warn};
 
+use super::profile::{Place, Profile};
 use super::store::{self, Store};
-use crate::access::{self, SiteId};
-use crate::data_dir::{DataDir, VAPID_KEY};
+use crate::access::secrets;
+use crate::api::{Json, Result};
+use crate::data_dir::DataDir;
+use crate::sites::SiteId;
 
-/// The keys of a site.
+/// What is known of the keys in files and in the store.
+pub(super) const CACHE: cache::Config = cache::Config {
+    name: "vapid_keys",
+    bytes: 1 << 20,
+    ttl: Duration::from_secs(60),
+    negative_ttl: Duration::from_secs(5),
+};
+
+/// The keys of all sites.
 #[derive(Debug)]
 pub(super) struct VapidKeys {
+    data_dir: Arc<DataDir>,
+    sql: sql::Store,
+    store: Store,
+    profiles: Arc<HashMap<SiteId, Profile>>,
+    caches: Caches,
+    cache: Cache<Arc<SiteKeys>>,
+    /// What was there the last time: good for as long as nobody can say what is there now.
+    last: RwLock<HashMap<SiteId, Arc<SiteKeys>>>,
+}
+
+/// The keys of one site.
+#[derive(Debug)]
+pub(super) struct SiteKeys {
     /// The one in use, and the id of its row.
     pub(super) current: VapidKey,
     pub(super) current_id: i64,
     all: HashMap<i64, VapidKey>,
 }
 
-impl VapidKeys {
-    /// Reads the keys, makes a first one if there is none, and notes them in the store.
-    pub(super) async fn load(data_dir: &DataDir, sql: &sql::Store, store: &Store) -> anyhow::Result<Self> {
-        let mut all = HashMap::new();
-        let mut current = None;
-        for key in read(data_dir, sql).await? {
-            let id = store.vapid_key(SiteId::DEFAULT.0, *key.public_bytes()).await?;
-            current.get_or_insert_with(|| (id, key.clone()));
-            all.insert(id, key);
-        }
-        let (current_id, current) = current.context("there is no VAPID key")?;
-        let known: Vec<i64> = all.keys().copied().collect();
-        let orphans = store.made_with_other_keys(&known).await?;
-        if orphans > 0 {
-            warn!(
-                subscriptions = orphans,
-                "made with VAPID keys that are not there: push services will refuse ours for them"
-            );
-        }
-        Ok(Self { current, current_id, all })
+impl Kept for SiteKeys {
+    fn bytes(&self) -> usize {
+        // What the library holds of a key pair, about.
+        self.all.len() * 1024
     }
+}
 
+impl SiteKeys {
     /// The key that a subscription was made with; one that came with a notification takes the one in use.
     pub(super) fn of(&self, id: Option<i64>) -> Option<&VapidKey> {
         id.map_or(Some(&self.current), |id| self.all.get(&id))
@@ -56,24 +76,132 @@ impl VapidKeys {
         let wanted = public_key.trim_end_matches('=');
         self.all.iter().find(|(_, key)| key.public_key() == wanted).map(|(id, _)| *id)
     }
+}
 
-    /// How many there are.
-    pub(super) fn len(&self) -> usize {
-        self.all.len()
+impl VapidKeys {
+    /// The keys of these sites: read once, so that those that are missing are made or missed now.
+    pub(super) async fn open(
+        data_dir: &Arc<DataDir>,
+        sql: &sql::Store,
+        store: &Store,
+        profiles: &Arc<HashMap<SiteId, Profile>>,
+        caches: &Caches,
+    ) -> anyhow::Result<Self> {
+        let keys = Self {
+            data_dir: Arc::clone(data_dir),
+            sql: sql.clone(),
+            store: store.clone(),
+            profiles: Arc::clone(profiles),
+            caches: caches.clone(),
+            cache: caches.make(CACHE),
+            last: RwLock::default(),
+        };
+        for (site, profile) in profiles.iter() {
+            let found = keys.of(*site).await?;
+            let known: Vec<i64> = found.all.keys().copied().collect();
+            let orphans = store.made_with_other_keys(site.0, &known).await?;
+            if orphans > 0 {
+                warn!(
+                    site = profile.name,
+                    subscriptions = orphans,
+                    "made with VAPID keys that are not there: push services will refuse ours for them"
+                );
+            }
+        }
+        Ok(keys)
+    }
+
+    /// Those of one site.
+    pub(super) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
+        let got = self.cache.get(&site.0.to_string(), async { self.load(site).await.map(Some) }).await;
+        match got {
+            Ok(keys) => keys.context("there is no VAPID key"),
+            Err(error) => {
+                let last = self.last.read().unwrap_or_else(PoisonError::into_inner).get(&site).cloned();
+                if last.is_some() {
+                    warn!(
+                        error = format!("{error:#}"),
+                        "VAPID keys cannot be looked up: using those from before"
+                    );
+                }
+                last.ok_or_else(|| anyhow!("{error:#}"))
+            }
+        }
+    }
+
+    /// What is known without asking anybody.
+    pub(super) fn known(&self) -> Vec<(&str, Arc<SiteKeys>)> {
+        let last = self.last.read().unwrap_or_else(PoisonError::into_inner);
+        let known = last
+            .iter()
+            .filter_map(|(site, keys)| Some((self.profiles.get(site)?.name.as_str(), Arc::clone(keys))));
+        known.collect()
+    }
+
+    /// Makes a new key for the pages of a site to subscribe with. Every process has it soon.
+    pub(super) async fn rotate(&self, site: SiteId) -> anyhow::Result<VapidKey> {
+        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        let key = rotate(&self.data_dir, &self.sql, &profile.vapid).await?;
+        self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
+        Ok(key)
+    }
+
+    async fn load(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
+        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        let mut all = HashMap::new();
+        let mut current = None;
+        for key in read(&self.data_dir, &self.sql, site, &profile.vapid).await? {
+            let id = self.store.vapid_key(site.0, *key.public_bytes()).await?;
+            let key = match &profile.contact {
+                Some(contact) => key.with_contact(contact.clone()),
+                None => key,
+            };
+            current.get_or_insert_with(|| (id, key.clone()));
+            all.insert(id, key);
+        }
+        let (current_id, current) = current.context("there is no VAPID key")?;
+        let keys = Arc::new(SiteKeys { current, current_id, all });
+        self.last.write().unwrap_or_else(PoisonError::into_inner).insert(site, Arc::clone(&keys));
+        Ok(keys)
     }
 }
 
-/// Makes the key pair if there is none, and returns the one in use.
-pub(super) async fn make(data_dir: &DataDir, sql: &sql::Store) -> anyhow::Result<VapidKey> {
+/// What operators may do: `POST /vapid/rotate {"site"}`.
+pub(super) fn acting(keys: Arc<VapidKeys>) -> Router {
+    Router::new().route("/vapid/rotate", post(make_new)).with_state(keys)
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rotate {
+    site: String,
+}
+
+async fn make_new(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Rotate>) -> Result<Json<Value>> {
+    let named = keys.profiles.iter().find(|(_, profile)| profile.name == request.site);
+    let (site, profile) =
+        named.ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
+    let key = keys.rotate(*site).await?;
+    info!(site = profile.name, key = key.public_key(), "an operator made a new VAPID key");
+    Ok(Json(json!({ "key": key.public_key() })))
+}
+
+/// Makes the key pair of a site if there is none, and returns the one in use.
+pub(super) async fn make(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    site: SiteId,
+    place: &Place,
+) -> anyhow::Result<VapidKey> {
     let keys = match sql.dialect() {
-        Dialect::Sqlite => read(data_dir, sql).await?,
+        Dialect::Sqlite => read(data_dir, sql, site, place).await?,
         // All replicas share it: the file's if there is one, or the one that is stored, or a new one.
         Dialect::Postgres => {
-            let pem = match data_dir.read(VAPID_KEY) {
+            let pem = match data_dir.read(&place.file) {
                 Some(pem) => pem,
                 None => VapidKey::generate()?.to_pem()?,
             };
-            let pem = access::share_secret(sql, VAPID_KEY, &pem).await?;
+            let pem = secrets::share(sql, &place.shared, &pem).await?;
             VapidKey::all_from_pem(pem.expose_secret())?
         }
     };
@@ -81,37 +209,43 @@ pub(super) async fn make(data_dir: &DataDir, sql: &sql::Store) -> anyhow::Result
 }
 
 /// Makes a new key for pages to subscribe with, and keeps those there are for the subscriptions made with them.
-pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store) -> anyhow::Result<VapidKey> {
-    make(data_dir, sql).await?;
-    let new = VapidKey::generate()?;
+pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
+    let is_file = data_dir.join(&place.file).exists();
     let before = match sql.dialect() {
-        Dialect::Postgres if !data_dir.join(VAPID_KEY).exists() => {
-            let shared = access::shared_secret(sql, VAPID_KEY).await?;
+        Dialect::Postgres if !is_file => {
+            let shared = secrets::shared(sql, &place.shared).await?;
             shared.context("there is no VAPID key in the store")?.expose_secret().to_owned()
         }
-        _ => data_dir.read(VAPID_KEY).context("there is no VAPID key")?,
+        _ => data_dir.read(&place.file).context("there is no VAPID key")?,
     };
+    let new = VapidKey::generate()?;
     let pem = format!("{}{before}", new.to_pem()?);
-    if data_dir.join(VAPID_KEY).exists() {
-        data_dir.write(VAPID_KEY, &pem)?;
+    if is_file {
+        data_dir.write(&place.file, &pem)?;
     } else {
-        access::replace_secret(sql, VAPID_KEY, &before, &pem).await?;
+        secrets::replace(sql, &place.shared, &before, &pem).await?;
     }
     Ok(new)
 }
 
-/// The keys in the data directory, or in a shared store. A first one is made, but never a second: whoever lost the
-/// first has lost its subscribers, and should hear of it.
-async fn read(data_dir: &DataDir, sql: &sql::Store) -> anyhow::Result<Vec<VapidKey>> {
-    let file = data_dir.join(VAPID_KEY);
+/// The keys in a file, or in a shared store. A first one is made, but never a second: whoever lost the first has lost
+/// its subscribers, and should hear of it.
+async fn read(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    site: SiteId,
+    place: &Place,
+) -> anyhow::Result<Vec<VapidKey>> {
+    let file = data_dir.join(&place.file);
     if sql.dialect() == Dialect::Postgres && !file.exists() {
-        let shared = access::shared_secret(sql, VAPID_KEY).await?;
-        let shared = shared
-            .context("there is no VAPID key in the store: make it once, with `perennial keys generate`")?;
+        let shared = secrets::shared(sql, &place.shared).await?;
+        let shared = shared.with_context(|| {
+            format!("there is no {} in the store: make it once, with `perennial keys generate`", place.shared)
+        })?;
         return VapidKey::all_from_pem(shared.expose_secret())
-            .context("the VAPID key in the store cannot be used");
+            .with_context(|| format!("{} in the store cannot be used", place.shared));
     }
-    if !file.exists() && store::has_subscriptions(sql).await? {
+    if !file.exists() && store::has_subscriptions(sql, site.0).await? {
         anyhow::bail!(
             "{} is missing, and the stored subscriptions were made with it: restore the file, \
              or delete the subscriptions with the store",
@@ -119,7 +253,7 @@ async fn read(data_dir: &DataDir, sql: &sql::Store) -> anyhow::Result<Vec<VapidK
         );
     }
     let new = VapidKey::generate()?.to_pem()?;
-    let (pem, made) = data_dir.secret(VAPID_KEY, || new)?;
+    let (pem, made) = data_dir.secret(&place.file, || new)?;
     if made {
         info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
     }

@@ -3,7 +3,7 @@
 //! Signed as Standard Webhooks (1.0) says: `webhook-id`, `webhook-timestamp` and `webhook-signature`, which is `v1,` and
 //! the base64 of HMAC-SHA256 over `id.timestamp.body`. The id is the same for every attempt.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -30,6 +30,7 @@ use uuid::Uuid;
 
 use super::Tools;
 use super::progress::NotificationView;
+use crate::sites::SiteId;
 
 /// How long the backend has to answer.
 const TIMEOUT: Duration = Duration::from_secs(15);
@@ -54,17 +55,17 @@ impl fmt::Debug for Registered {
     }
 }
 
-/// All of them, by name.
+/// All of them, by site and name.
 #[derive(Clone, Debug)]
 pub(super) struct Webhooks {
-    registered: Arc<BTreeMap<String, Registered>>,
+    registered: Arc<HashMap<SiteId, BTreeMap<String, Registered>>>,
     /// None where nobody wants to be told.
     http: Option<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
 }
 
 impl Webhooks {
-    pub(super) fn new(registered: BTreeMap<String, Registered>) -> anyhow::Result<Self> {
-        if registered.is_empty() {
+    pub(super) fn new(registered: HashMap<SiteId, BTreeMap<String, Registered>>) -> anyhow::Result<Self> {
+        if registered.values().all(BTreeMap::is_empty) {
             return Ok(Self { registered: Arc::default(), http: None });
         }
         let provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -77,19 +78,19 @@ impl Webhooks {
         Ok(Self { registered: Arc::new(registered), http: Some(http) })
     }
 
-    /// The names, for whoever asks for another one.
-    pub(super) fn names(&self) -> Vec<&str> {
-        self.registered.keys().map(String::as_str).collect()
+    /// The names of a site's, for whoever asks for another one.
+    pub(super) fn names(&self, site: SiteId) -> Vec<&str> {
+        self.registered.get(&site).into_iter().flatten().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// Whether there is one of this name.
-    pub(super) fn has(&self, name: &str) -> bool {
-        self.registered.contains_key(name)
+    /// The one of this name that a site has.
+    pub(super) fn get(&self, site: SiteId, name: &str) -> Option<&Registered> {
+        self.registered.get(&site)?.get(name)
     }
 
     /// Whether it wants to know which subscriptions are deleted.
-    pub(super) fn wants_pruned(&self, name: &str) -> bool {
-        self.registered.get(name).is_some_and(|webhook| webhook.pruned)
+    pub(super) fn wants_pruned(&self, site: SiteId, name: &str) -> bool {
+        self.get(site, name).is_some_and(|webhook| webhook.pruned)
     }
 
     async fn post(
@@ -128,6 +129,9 @@ fn sign(secret: &SecretString, id: Uuid, timestamp: i64, body: &str) -> String {
 /// Tells one backend about one event.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Webhook {
+    /// Jobs from before there were several sites do not name theirs.
+    #[serde(default = "SiteId::default_number")]
+    pub(crate) site: i64,
     pub(crate) webhook: String,
     pub(crate) event: Event,
 }
@@ -188,7 +192,7 @@ impl Job for Webhook {
     }
 
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
-        let Some(webhook) = tools.webhooks.registered.get(&self.webhook) else {
+        let Some(webhook) = tools.webhooks.get(SiteId(self.site), &self.webhook) else {
             return Ok(Fate::Dead(format!("there is no webhook {} in the settings", self.webhook)));
         };
         let Some(mut told) = self.event.told(&tools).await? else {

@@ -42,6 +42,11 @@ impl<'a> Reader<'a> {
         self.read(key, T::WANTED, T::read)
     }
 
+    /// The parts of a section whose parts the operator names, `default` first.
+    pub fn names(&self, section: &str) -> Vec<String> {
+        self.settings.names(section)
+    }
+
     /// A whole number within bounds.
     pub fn number<T>(&mut self, key: &str, bounds: RangeInclusive<T>) -> T
     where

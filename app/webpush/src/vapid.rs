@@ -48,7 +48,10 @@ pub enum VapidError {
 /// The key pair that identifies an application server. Every subscription is bound to the public key it was
 /// made with: losing the private one loses every subscriber.
 #[derive(Clone)]
-pub struct VapidKey(Arc<Pair>);
+pub struct VapidKey {
+    pair: Arc<Pair>,
+    contact: Option<Contact>,
+}
 
 struct Pair {
     keys: EcdsaKeyPair,
@@ -92,7 +95,13 @@ impl VapidKey {
 
     fn new(keys: EcdsaKeyPair) -> Result<Self, VapidError> {
         let public = keys.public_key().as_ref().try_into().map_err(|_| VapidError::Key)?;
-        Ok(Self(Arc::new(Pair { keys, public })))
+        Ok(Self { pair: Arc::new(Pair { keys, public }), contact: None })
+    }
+
+    /// The same key with a contact of its own, which its claims have in the place of the sender's.
+    #[must_use]
+    pub fn with_contact(self, contact: Contact) -> Self {
+        Self { contact: Some(contact), ..self }
     }
 
     /// The key as a PEM file. This is the secret itself.
@@ -100,18 +109,18 @@ impl VapidKey {
     /// # Errors
     /// When the cryptographic library fails.
     pub fn to_pem(&self) -> Result<String, VapidError> {
-        let der = self.0.keys.to_pkcs8v1().map_err(|_| VapidError::Crypto)?;
+        let der = self.pair.keys.to_pkcs8v1().map_err(|_| VapidError::Crypto)?;
         Ok(pem::encode(&Pem::new("PRIVATE KEY", der.as_ref())))
     }
 
     /// The public key, an uncompressed point of 65 bytes.
     pub fn public_bytes(&self) -> &[u8; POINT] {
-        &self.0.public
+        &self.pair.public
     }
 
     /// The public key as a browser wants it: the `applicationServerKey`, base64url.
     pub fn public_key(&self) -> String {
-        encode(self.0.public)
+        encode(self.pair.public)
     }
 
     /// The value of an `Authorization` header for one origin.
@@ -128,7 +137,7 @@ impl VapidKey {
         let head = encode(br#"{"typ":"JWT","alg":"ES256"}"#);
         let signed = format!("{head}.{}", encode(claims.to_string()));
         let signature =
-            self.0.keys.sign(&SystemRandom::new(), signed.as_bytes()).map_err(|_| VapidError::Crypto)?;
+            self.pair.keys.sign(&SystemRandom::new(), signed.as_bytes()).map_err(|_| VapidError::Crypto)?;
         let value = format!("vapid t={signed}.{}, k={}", encode(signature), self.public_key());
         let mut value = HeaderValue::from_str(&value).map_err(|_| VapidError::Crypto)?;
         value.set_sensitive(true);
@@ -153,6 +162,7 @@ pub(crate) struct Claimed(Mutex<Vec<Claim>>);
 #[derive(Clone, Debug)]
 struct Claim {
     key: [u8; POINT],
+    contact: Option<Contact>,
     header: HeaderValue,
     signed: SystemTime,
 }
@@ -166,18 +176,23 @@ impl Claimed {
         contact: Option<&Contact>,
         now: SystemTime,
     ) -> Result<HeaderValue, VapidError> {
+        let contact = key.contact.as_ref().or(contact);
         let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(claim) =
-            claims.iter().find(|claim| claim.key == *key.public_bytes() && claim.is_fresh(now))
-        {
+        let is_same = |claim: &Claim| claim.key == *key.public_bytes() && claim.contact.as_ref() == contact;
+        if let Some(claim) = claims.iter().find(|claim| is_same(claim) && claim.is_fresh(now)) {
             return Ok(claim.header.clone());
         }
         let header = key.authorize(origin, contact, now)?;
-        claims.retain(|claim| claim.key != *key.public_bytes());
+        claims.retain(|claim| !is_same(claim));
         if claims.len() >= MAX_CLAIMS {
             claims.remove(0);
         }
-        claims.push(Claim { key: *key.public_bytes(), header: header.clone(), signed: now });
+        claims.push(Claim {
+            key: *key.public_bytes(),
+            contact: contact.cloned(),
+            header: header.clone(),
+            signed: now,
+        });
         Ok(header)
     }
 }

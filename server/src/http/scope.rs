@@ -34,6 +34,7 @@ pub struct Scope(Arc<State>);
 struct State {
     begun: Begun,
     route: OnceLock<MatchedPath>,
+    headers: OnceLock<HeaderMap>,
     stage: AtomicU8,
     /// Why its body was given up.
     no_body: OnceLock<&'static str>,
@@ -97,6 +98,7 @@ impl Scope {
         Self(Arc::new(State {
             begun,
             route: OnceLock::new(),
+            headers: OnceLock::new(),
             stage: AtomicU8::new(Stage::Handler as u8),
             no_body: OnceLock::new(),
             stalled: AtomicU64::new(0),
@@ -136,6 +138,15 @@ impl Scope {
     /// The pattern of the route that matched, once it has.
     pub fn route(&self) -> Option<&str> {
         self.0.route.get().map(MatchedPath::as_str)
+    }
+
+    /// Headers that the response gets besides those of the handler, whatever it is: for what surrounds handlers, once.
+    pub fn add_headers(&self, headers: HeaderMap) {
+        let _ = self.0.headers.set(headers);
+    }
+
+    pub(super) fn added_headers(&self) -> Option<&HeaderMap> {
+        self.0.headers.get()
     }
 
     /// The stop signal: a response without an end should end when it comes.

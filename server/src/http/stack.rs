@@ -118,6 +118,9 @@ impl Stack {
         let span = info_span!("request", request_id = scope.id().as_str());
         let mut response = self.respond(request, leftover, &scope).instrument(span).await;
         response.headers_mut().insert(REQUEST_ID, scope.id().header());
+        if let Some(added) = scope.added_headers() {
+            response.headers_mut().extend(added.clone());
+        }
 
         // A client of a draining process should connect anew, to another one; and one whose connection is to
         // end should not find that out by its next request.

@@ -533,7 +533,7 @@ async fn record<T: Tx>(
     if let Some(webhook) = checkpoint.tell.clone().filter(|_| !deleted.is_empty()) {
         let subscriptions = deleted.into_iter().map(|id| Pruned { id }).collect();
         let event = Event::Pruned { notification, subscriptions };
-        jobs.insert(tx, &[job(&Webhook { webhook, event })?]).await?;
+        jobs.insert(tx, &[job(&Webhook { site, webhook, event })?]).await?;
     }
     for deferred in &checkpoint.deferred {
         insert_deferred(tx, jobs, notification, deferred).await?;
@@ -570,13 +570,12 @@ pub(super) async fn end_if_done<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid) 
                    WHEN expires_at <= ?2 AND EXISTS (SELECT 1 FROM notification_outcomes
                         WHERE notification = ?1 AND outcome = 'expired') THEN 'expired'
                    ELSE 'done' END
-               WHERE id = ?1 AND fanned_out AND outstanding = 0 AND ended_at IS NULL RETURNING webhook";
+               WHERE id = ?1 AND fanned_out AND outstanding = 0 AND ended_at IS NULL RETURNING site, webhook";
     let Some(row) = sql::first(tx, sql, &values![notification, now_ms()]).await? else { return Ok(false) };
     tx.execute("DELETE FROM recipients WHERE notification = ?", &values![notification]).await?;
     if let Some(webhook) = row.get::<Option<String>>("webhook")? {
-        let job = NewJob::new(&Webhook { webhook, event: Event::Ended { notification } });
-        jobs.insert(tx, &[job.map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?])
-            .await?;
+        let webhook = Webhook { site: row.get("site")?, webhook, event: Event::Ended { notification } };
+        jobs.insert(tx, &[job(&webhook)?]).await?;
     }
     Ok(true)
 }

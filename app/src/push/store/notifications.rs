@@ -120,15 +120,19 @@ pub(crate) struct Notification {
 }
 
 impl Store {
-    /// How many subscriptions an audience has now, and the highest id among all of the site: members are those
-    /// up to it. Whoever comes between this and the acceptance was not there when it was asked for.
-    pub(crate) async fn estimate(&self, site: i64, audience: Audience) -> Result<(u64, i64)> {
+    /// The highest id among the subscriptions of a site: members of an audience are those up to it. Whoever comes
+    /// between this and the acceptance was not there when it was asked for.
+    pub(crate) async fn watermark(&self, site: i64) -> Result<i64> {
         let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
-        let watermark: i64 = self.sql.value(newest, values![site]).await?;
+        self.sql.value(newest, values![site]).await
+    }
+
+    /// How many subscriptions an audience has now.
+    pub(crate) async fn count(&self, site: i64, audience: &Audience, watermark: i64) -> Result<u64> {
         let Selection { from, condition, parameters, .. } =
             audience.select(self.sql.dialect(), site, 0, watermark);
         let sql = format!("SELECT count(*) FROM {from} WHERE {condition}");
-        Ok((self.sql.value(sql, parameters).await?, watermark))
+        self.sql.value(sql, parameters).await
     }
 
     /// What the same request was answered before.

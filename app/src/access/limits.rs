@@ -1,0 +1,206 @@
+//! How often a key may call: a bucket of as many requests as it has a minute, which fills evenly.
+//!
+//! With Redis all replicas share it. When Redis does not answer, each counts for itself: a limit is no reason to refuse
+//! what is allowed.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use governor::clock::{Clock, DefaultClock};
+use governor::middleware::StateInformationMiddleware;
+use governor::state::{InMemoryState, NotKeyed};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use perennial_server::backoff::Backoff;
+use perennial_server::breaker::{self, Breaker};
+use perennial_server::http::problem::Problem;
+use perennial_server::net::network;
+use perennial_server::pool::redis::{Redis, client};
+
+use super::Caller;
+
+/// The window of every limit, in seconds.
+const WINDOW: u32 = 60;
+/// How long Redis may take.
+const PATIENCE: Duration = Duration::from_millis(250);
+/// How many keys that are not known here an address may show a minute. After that they are not looked for.
+const LOOKUPS_PER_MINUTE: NonZeroU32 = NonZeroU32::new(600).unwrap();
+
+/// The generic cell rate algorithm (ITU-T I.371, annex A) by the server's clock. ARGV: microseconds from one request to
+/// the next, how many at once. Returns how many are left, the microseconds until one more is allowed if none is, and
+/// until all are.
+const SCRIPT: &str = "
+    local time = redis.call('TIME')
+    local now = time[1] * 1000000 + time[2]
+    local interval, burst = tonumber(ARGV[1]), tonumber(ARGV[2])
+    local full = math.max(tonumber(redis.call('GET', KEYS[1])) or 0, now)
+    local wait = full + interval - now - interval * burst
+    if wait > 0 then
+        return { 0, math.ceil(wait), math.ceil(full - now) }
+    end
+    full = full + interval
+    redis.call('SET', KEYS[1], string.format('%.0f', full), 'PX', math.ceil((full - now) / 1000))
+    return { math.floor((now + interval * burst - full) / interval), 0, math.ceil(full - now) }
+";
+
+type Local = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
+
+/// What was called lately.
+pub(super) struct Limits {
+    shared: Option<Shared>,
+    /// By key: as many as there are keys with a limit.
+    local: Mutex<HashMap<String, (u32, Arc<Local>)>>,
+    lookups: DefaultKeyedRateLimiter<IpAddr>,
+    clock: DefaultClock,
+}
+
+struct Shared {
+    redis: Redis,
+    prefix: String,
+    script: client::Script,
+    breaker: Breaker,
+}
+
+impl std::fmt::Debug for Limits {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Limits")
+    }
+}
+
+/// Where a key stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Standing {
+    per_minute: u32,
+    remaining: u32,
+    /// How long until it is allowed again, if it is not now.
+    wait: Duration,
+    /// How long until all of it is.
+    full_in: Duration,
+}
+
+impl Standing {
+    /// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
+    pub(super) fn headers(self) -> HeaderMap {
+        let Self { per_minute, remaining, full_in, .. } = self;
+        let seconds = full_in.as_secs_f64().ceil();
+        let policy = format!("\"key\";q={per_minute};w={WINDOW}");
+        let limit = format!("\"key\";r={remaining};t={seconds}");
+        let header =
+            |name, value: String| Some((HeaderName::from_static(name), HeaderValue::from_str(&value).ok()?));
+        [header("ratelimit-policy", policy), header("ratelimit", limit)].into_iter().flatten().collect()
+    }
+
+    pub(super) fn verdict(self) -> Result<(), Problem> {
+        if self.wait.is_zero() {
+            return Ok(());
+        }
+        let detail = format!("this key may be used {} times a minute", self.per_minute);
+        Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(self.wait))
+    }
+}
+
+impl Limits {
+    /// Nothing was called yet. What `redis` has begins with a prefix.
+    pub(super) fn new(redis: Option<(Redis, String)>) -> Self {
+        let shared = redis.map(|(redis, prefix)| {
+            let pause = Backoff::new(Duration::from_secs(1), Duration::from_secs(10));
+            let breaker = Breaker::new("rate limits", breaker::Config { failures: 3, pause });
+            Shared { redis, prefix, script: client::Script::new(SCRIPT), breaker }
+        });
+        Self {
+            shared,
+            local: Mutex::default(),
+            lookups: RateLimiter::keyed(Quota::per_minute(LOOKUPS_PER_MINUTE)),
+            clock: DefaultClock::default(),
+        }
+    }
+
+    /// Counts one call; where the key stands then, if it has a limit.
+    pub(super) async fn count(&self, caller: &Caller) -> Option<Standing> {
+        let per_minute = NonZeroU32::new(caller.per_minute?)?;
+        if let Some(shared) = &self.shared
+            && let Some(standing) = shared.count(&caller.key, per_minute).await
+        {
+            return Some(standing);
+        }
+        Some(self.count_here(&caller.key, per_minute))
+    }
+
+    fn count_here(&self, key: &str, per_minute: NonZeroU32) -> Standing {
+        let limiter = {
+            let mut local = self.local.lock().unwrap_or_else(PoisonError::into_inner);
+            let known = local.entry(key.to_owned()).or_insert_with(|| (0, limiter(per_minute)));
+            if known.0 != per_minute.get() {
+                *known = (per_minute.get(), limiter(per_minute));
+            }
+            Arc::clone(&known.1)
+        };
+        let interval = Duration::from_secs(u64::from(WINDOW)) / per_minute.get();
+        let (remaining, wait) = match limiter.check() {
+            Ok(state) => (state.remaining_burst_capacity(), Duration::ZERO),
+            Err(until) => (0, until.wait_time_from(self.clock.now())),
+        };
+        let full_in = interval * (per_minute.get() - remaining);
+        Standing { per_minute: per_minute.get(), remaining, wait, full_in }
+    }
+
+    /// Counts one look for a key that is not known here; why there is to be none, if this address has had too many.
+    pub(super) fn is_guessing(&self, address: Option<IpAddr>) -> Option<Problem> {
+        let until = self.lookups.check_key(&network(address?)).err()?;
+        let detail = "too many keys from this address that are not known";
+        let wait = until.wait_time_from(self.clock.now());
+        Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait))
+    }
+
+    /// Forgets the addresses whose keys were not looked for lately.
+    pub(super) fn forget(&self) {
+        self.lookups.retain_recent();
+        self.lookups.shrink_to_fit();
+    }
+}
+
+fn limiter(per_minute: NonZeroU32) -> Arc<Local> {
+    Arc::new(RateLimiter::direct(Quota::per_minute(per_minute)).with_middleware())
+}
+
+impl Shared {
+    /// None when Redis does not answer.
+    async fn count(&self, key: &str, per_minute: NonZeroU32) -> Option<Standing> {
+        let interval = WINDOW * 1_000_000 / per_minute;
+        let mut script = self.script.key(format!("{}:limit:{key}", self.prefix));
+        script.arg(interval).arg(per_minute.get());
+        let asked = async {
+            match tokio::time::timeout(PATIENCE, self.redis.invoke::<(u32, u64, u64)>(&script)).await {
+                Ok(Ok(answer)) => Ok(answer),
+                _ => Err(()),
+            }
+        };
+        let (remaining, wait, full_in) = self.breaker.call(asked).await.ok()?;
+        let (wait, full_in) = (Duration::from_micros(wait), Duration::from_micros(full_in));
+        Some(Standing { per_minute: per_minute.get(), remaining, wait, full_in })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_key_has_as_many_as_it_may_and_is_told_how_many_are_left() {
+        let limits = Limits::new(None);
+        let three = NonZeroU32::new(3).unwrap();
+        let standings = [(); 4].map(|()| limits.count_here("a", three));
+        assert_eq!(standings.map(|standing| standing.remaining), [2, 1, 0, 0]);
+        assert!(standings[2].verdict().is_ok() && standings[3].verdict().is_err());
+        assert!(standings[3].wait > Duration::from_secs(15) && standings[3].wait <= Duration::from_secs(20));
+        assert!(limits.count_here("b", three).verdict().is_ok());
+        let headers = standings[0].headers();
+        assert_eq!(headers["ratelimit-policy"], "\"key\";q=3;w=60");
+        assert_eq!(headers["ratelimit"], "\"key\";r=2;t=20");
+        // Another limit counts anew.
+        assert!(limits.count_here("a", NonZeroU32::new(5).unwrap()).verdict().is_ok());
+    }
+}

@@ -1,0 +1,201 @@
+//! Sites: what one process serves side by side, each with its own keys, subscriptions and pages.
+//!
+//! An API key belongs to one site. Without a key, the page that calls (`Origin`) says which one it is, else the name that
+//! was asked for (`Host`), else it is the default site.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use http::request::Parts;
+use http::uri::Authority;
+use http::{HeaderMap, header};
+use perennial_server::pool::sql::{self, Store};
+use perennial_server::values;
+
+use crate::settings::{Reader, Setting};
+
+/// The section of the settings with a part for each.
+pub(crate) const SECTION: &str = "sites";
+/// The name of the site that needs no settings.
+pub const DEFAULT: &str = "default";
+
+/// A site in the store.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct SiteId(pub i64);
+
+impl SiteId {
+    /// The site that needs no settings.
+    pub const DEFAULT: Self = Self(1);
+
+    /// Its number, for what was written down without one.
+    pub(crate) fn default_number() -> i64 {
+        Self::DEFAULT.0
+    }
+}
+
+/// One of them.
+#[derive(Clone, Debug)]
+pub struct Site {
+    /// In the store.
+    pub id: SiteId,
+    /// In the settings.
+    pub name: String,
+    /// The web origins of its pages.
+    pub origins: Vec<String>,
+    /// The names that it is asked for by.
+    pub hosts: Vec<String>,
+}
+
+/// All of them. A cheap handle.
+#[derive(Clone, Debug)]
+pub struct Sites(Arc<Known>);
+
+#[derive(Debug)]
+struct Known {
+    all: Vec<Site>,
+    by_id: HashMap<SiteId, usize>,
+    by_origin: HashMap<String, usize>,
+    by_host: HashMap<String, usize>,
+}
+
+/// The settings of sites, before the store has told their ids.
+#[derive(Clone, Debug)]
+pub(crate) struct Config(Vec<Site>);
+
+impl Config {
+    /// Reads who they are; an origin or a host that two of them claim is refused.
+    pub(crate) fn read(settings: &mut Reader<'_>) -> Self {
+        let mut sites = Vec::<Site>::new();
+        for name in settings.names(SECTION) {
+            let origins_key = format!("{SECTION}.{name}.origins");
+            let origins = settings.read_with(
+                &origins_key,
+                "a list of origins such as https://www.example.com",
+                |value| {
+                    let origins = <Vec<String> as Setting>::read(value)?;
+                    origins.iter().all(|origin| is_origin(origin)).then_some(origins)
+                },
+            );
+            let hosts_key = format!("{SECTION}.{name}.hosts");
+            let hosts = settings.read_with(
+                &hosts_key,
+                "a list of host names, with a port if it is in URLs",
+                |value| {
+                    let hosts = <Vec<String> as Setting>::read(value)?;
+                    hosts
+                        .iter()
+                        .all(|host| host.parse::<Authority>().is_ok_and(|it| it.as_str() == *host))
+                        .then_some(hosts)
+                },
+            );
+            let hosts: Vec<String> = hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
+            for other in &sites {
+                if let Some(origin) = origins.iter().find(|origin| other.origins.contains(origin)) {
+                    let wanted =
+                        format!("{origin} in one site only; it is in sites.{}.origins, too", other.name);
+                    settings.refuse::<()>(&origins_key, &wanted);
+                }
+                if let Some(host) = hosts.iter().find(|host| other.hosts.contains(host)) {
+                    let wanted = format!("{host} in one site only; it is in sites.{}.hosts, too", other.name);
+                    settings.refuse::<()>(&hosts_key, &wanted);
+                }
+            }
+            let id = SiteId::DEFAULT;
+            sites.push(Site { id, name, origins, hosts });
+        }
+        Self(sites)
+    }
+
+    /// Has the store know them all.
+    ///
+    /// # Errors
+    /// When the store refuses.
+    pub(crate) async fn open(self, store: &Store) -> sql::Result<Sites> {
+        let mut all = self.0;
+        for site in &mut all {
+            site.id = register(store, &site.name).await?;
+        }
+        let (mut by_id, mut by_origin, mut by_host) = (HashMap::new(), HashMap::new(), HashMap::new());
+        for (index, site) in all.iter().enumerate() {
+            by_id.insert(site.id, index);
+            by_origin.extend(site.origins.iter().map(|origin| (origin.clone(), index)));
+            by_host.extend(site.hosts.iter().map(|host| (host.clone(), index)));
+        }
+        Ok(Sites(Arc::new(Known { all, by_id, by_origin, by_host })))
+    }
+}
+
+/// The id of a site; it is given one when the store does not know it.
+async fn register(store: &Store, name: &str) -> sql::Result<SiteId> {
+    loop {
+        let found: Option<i64> =
+            store.value("SELECT max(id) FROM sites WHERE name = ?", values![name]).await?;
+        if let Some(id) = found {
+            return Ok(SiteId(id));
+        }
+        // Of two who do this at once one inserts nothing, and finds what the other has.
+        let insert =
+            "INSERT INTO sites (id, name) SELECT max(id) + 1, ? FROM sites WHERE true ON CONFLICT DO NOTHING";
+        store.execute(insert, values![name]).await?;
+    }
+}
+
+impl Sites {
+    /// Each of them.
+    pub fn all(&self) -> impl Iterator<Item = &Site> {
+        self.0.all.iter()
+    }
+
+    /// The one with this id, if it is served here.
+    pub fn get(&self, id: SiteId) -> Option<&Site> {
+        self.0.by_id.get(&id).map(|index| &self.0.all[*index])
+    }
+
+    /// The one with this name.
+    pub fn named(&self, name: &str) -> Option<&Site> {
+        self.all().find(|site| site.name == name)
+    }
+
+    /// The site that a page belongs to: by its origin; by the name that was asked for if the page is from there; or if no
+    /// page asks. None for pages of any other origin.
+    pub fn of_page(&self, parts: &Parts) -> Option<&Site> {
+        let own = host(parts);
+        let Some(origin) = parts.headers.get(header::ORIGIN) else { return self.of_host(own) };
+        let origin = origin.to_str().ok()?;
+        if let Some(index) = self.0.by_origin.get(origin) {
+            return Some(&self.0.all[*index]);
+        }
+        let (_, host) = origin.split_once("://")?;
+        if own == Some(host) { self.of_host(own) } else { None }
+    }
+
+    /// Whether a page of another site than this one sends these headers.
+    pub fn is_elsewhere(&self, headers: &HeaderMap, id: SiteId) -> bool {
+        let origin = headers.get(header::ORIGIN).and_then(|origin| origin.to_str().ok());
+        let owner = origin.and_then(|origin| self.0.by_origin.get(origin));
+        owner.is_some_and(|index| self.0.all[*index].id != id)
+    }
+
+    /// The site of a host that was asked for: the default one unless another has that name.
+    fn of_host(&self, host: Option<&str>) -> Option<&Site> {
+        let host = host.map(str::to_ascii_lowercase).unwrap_or_default();
+        let without_port = host.rsplit_once(':').map_or(host.as_str(), |(name, _)| name);
+        let found = self.0.by_host.get(&host).or_else(|| self.0.by_host.get(without_port));
+        found.map(|index| &self.0.all[*index]).or_else(|| self.get(SiteId::DEFAULT))
+    }
+}
+
+/// The name that a request asks for.
+fn host(parts: &Parts) -> Option<&str> {
+    let header = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
+    header.or_else(|| parts.uri.authority().map(Authority::as_str))
+}
+
+/// Whether a text is an origin as browsers write it.
+fn is_origin(text: &str) -> bool {
+    let Ok(uri) = text.parse::<http::Uri>() else { return false };
+    let web = matches!(uri.scheme_str(), Some("http" | "https"));
+    web && uri.authority().is_some_and(|host| !host.as_str().contains('@'))
+        && !text.ends_with('/')
+        && uri.path() == "/"
+}

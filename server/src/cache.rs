@@ -1,0 +1,357 @@
+//! Caches in front of a store: one load at a time for each key, entries that end, answers that there is nothing among
+//! them, and a bound in bytes.
+//!
+//! ```text
+//!  get(key, load) ── there ──────────────────────────────► the entry
+//!        └─ not there ─ one load, everybody waits for it ─► kept for `ttl`, or for `negative_ttl` when there is nothing
+//!
+//!  forget(key) ─► dropped here ─► published ─► dropped by every process that listens
+//! ```
+//!
+//! What is forgotten while it is loaded is not kept. Between processes a word may be lost, with a connection or with
+//! Redis: so a process that has just begun to listen forgets everything, and `ttl` bounds what is left.
+
+mod bus;
+
+use std::convert::Infallible;
+use std::fmt;
+use std::future::Future;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use futures_util::future::{BoxFuture, FutureExt, join_all};
+use moka::Expiry;
+use moka::notification::RemovalCause;
+use serde::Serialize;
+
+pub use bus::Bus;
+
+use crate::drain::Drain;
+use crate::metrics;
+
+/// How often entries that have ended are removed, and sizes are counted. Nobody else does while nobody asks.
+const TIDY: Duration = Duration::from_secs(1);
+/// What an entry takes besides its key and value, in bytes.
+const OVERHEAD: usize = 128;
+
+/// How much a cache keeps, and for how long.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// What it is called: in metrics, in `/cache`, and between processes.
+    pub name: &'static str,
+    /// The most bytes of keys and values.
+    pub bytes: u64,
+    /// How long an answer is good,
+    pub ttl: Duration,
+    /// and how long one that there is nothing.
+    pub negative_ttl: Duration,
+}
+
+/// What can be kept.
+pub trait Kept: Send + Sync + 'static {
+    /// About how many bytes of memory it holds.
+    fn bytes(&self) -> usize;
+
+    /// Whether it is good for more than those who wait for it.
+    fn is_kept(&self) -> bool {
+        true
+    }
+}
+
+impl<T: Kept> Kept for Arc<T> {
+    fn bytes(&self) -> usize {
+        T::bytes(self)
+    }
+
+    fn is_kept(&self) -> bool {
+        T::is_kept(self)
+    }
+}
+
+/// How a cache stands, and what it has done since the start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub struct Status {
+    /// How many entries there are,
+    pub entries: u64,
+    /// and how many bytes they take, of how many.
+    pub bytes: u64,
+    /// The most bytes.
+    pub max_bytes: u64,
+    /// How often what was asked for was there, or about to be.
+    pub hits: u64,
+    /// How often it was not.
+    pub misses: u64,
+    /// How many of these loads failed.
+    pub failed: u64,
+    /// How many entries were removed for want of room,
+    pub evicted: u64,
+    /// since their time was over,
+    pub expired: u64,
+    /// and because somebody said that they had changed.
+    pub forgotten: u64,
+}
+
+/// A cache of `V`s by text. A cheap handle.
+pub struct Cache<V>(Arc<Shared<V>>);
+
+impl<V> Clone for Cache<V> {
+    fn clone(&self) -> Self {
+        Self(Arc::clone(&self.0))
+    }
+}
+
+struct Shared<V> {
+    config: Config,
+    entries: moka::future::Cache<String, Option<V>>,
+    /// Rises whenever something is forgotten, so that what was loaded before is not kept after.
+    forgotten: AtomicU64,
+    counts: Arc<Counts>,
+}
+
+#[derive(Default)]
+struct Counts {
+    hits: AtomicU64,
+    misses: AtomicU64,
+    failed: AtomicU64,
+    evicted: AtomicU64,
+    expired: AtomicU64,
+    forgotten: AtomicU64,
+}
+
+impl<V> fmt::Debug for Cache<V> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple(self.0.config.name).finish()
+    }
+}
+
+/// Which of the two times an entry gets.
+struct Lives(Config);
+
+impl<V: Kept> Expiry<String, Option<V>> for Lives {
+    fn expire_after_create(&self, _: &String, value: &Option<V>, _: Instant) -> Option<Duration> {
+        Some(match value {
+            Some(value) if value.is_kept() => self.0.ttl,
+            Some(_) => Duration::ZERO,
+            None => self.0.negative_ttl,
+        })
+    }
+}
+
+impl<V: Kept + Clone> Cache<V> {
+    /// An empty one.
+    pub fn new(config: Config) -> Self {
+        let counts = Arc::new(Counts::default());
+        let removed = Arc::clone(&counts);
+        let entries = moka::future::Cache::builder()
+            .name(config.name)
+            .max_capacity(config.bytes)
+            .weigher(|key: &String, value: &Option<V>| {
+                let bytes = OVERHEAD + key.len() + value.as_ref().map_or(0, Kept::bytes);
+                u32::try_from(bytes).unwrap_or(u32::MAX)
+            })
+            .expire_after(Lives(config))
+            .eviction_listener(move |_, _, cause| {
+                let count = match cause {
+                    RemovalCause::Size => &removed.evicted,
+                    RemovalCause::Expired => &removed.expired,
+                    RemovalCause::Explicit => &removed.forgotten,
+                    RemovalCause::Replaced => return,
+                };
+                count.fetch_add(1, Ordering::Relaxed);
+            })
+            .build();
+        Self(Arc::new(Shared { config, entries, forgotten: AtomicU64::new(0), counts }))
+    }
+
+    /// What is kept for `key`, or what `load` brings: nothing is an answer, too. However many ask at once, one of
+    /// them loads, and the others wait for it. When that one leaves, the next goes on.
+    ///
+    /// # Errors
+    /// What the load said, to all who waited for it; it is not kept.
+    pub async fn get<E>(
+        &self,
+        key: &str,
+        load: impl Future<Output = Result<Option<V>, E>>,
+    ) -> Result<Option<V>, Arc<E>>
+    where
+        E: Send + Sync + 'static,
+    {
+        let Shared { entries, forgotten, counts, .. } = &*self.0;
+        // What is there costs no more than a look: the library's load is a future of many kilobytes.
+        if let Some(value) = entries.get(key).await {
+            counts.hits.fetch_add(1, Ordering::Relaxed);
+            return Ok(value);
+        }
+        let (loads, before) = (AtomicBool::new(false), AtomicU64::new(0));
+        let load = async {
+            loads.store(true, Ordering::Relaxed);
+            before.store(forgotten.load(Ordering::Acquire), Ordering::Relaxed);
+            load.await
+        };
+        let got = Box::pin(entries.try_get_with_by_ref(key, load)).await;
+        if !loads.into_inner() {
+            counts.hits.fetch_add(1, Ordering::Relaxed);
+            return got;
+        }
+        counts.misses.fetch_add(1, Ordering::Relaxed);
+        if got.is_err() {
+            counts.failed.fetch_add(1, Ordering::Relaxed);
+        } else if forgotten.load(Ordering::Acquire) != before.into_inner() {
+            Box::pin(entries.invalidate(key)).await;
+        }
+        got
+    }
+
+    async fn forget(&self, key: Option<&str>) {
+        self.0.forgotten.fetch_add(1, Ordering::AcqRel);
+        match key {
+            Some(key) => Box::pin(self.0.entries.invalidate(key)).await,
+            None => self.0.entries.invalidate_all(),
+        }
+    }
+
+    fn status(&self) -> Status {
+        let Shared { config, entries, counts, .. } = &*self.0;
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        Status {
+            entries: entries.entry_count(),
+            bytes: entries.weighted_size(),
+            max_bytes: config.bytes,
+            hits: count(&counts.hits),
+            misses: count(&counts.misses),
+            failed: count(&counts.failed),
+            evicted: count(&counts.evicted),
+            expired: count(&counts.expired),
+            forgotten: count(&counts.forgotten),
+        }
+    }
+}
+
+/// A cache with its type taken off.
+trait AnyCache: Send + Sync {
+    fn name(&self) -> &'static str;
+    fn status(&self) -> Status;
+    fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()>;
+    fn tidy(&self) -> BoxFuture<'_, ()>;
+}
+
+impl<V: Kept + Clone> AnyCache for Cache<V> {
+    fn name(&self) -> &'static str {
+        self.0.config.name
+    }
+
+    fn status(&self) -> Status {
+        self.status()
+    }
+
+    fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()> {
+        self.forget(key).boxed()
+    }
+
+    fn tidy(&self) -> BoxFuture<'_, ()> {
+        self.0.entries.run_pending_tasks().boxed()
+    }
+}
+
+/// All caches of a process, and the other processes that keep the same. A cheap handle.
+#[derive(Clone, Default)]
+pub struct Caches(Arc<All>);
+
+#[derive(Default)]
+struct All {
+    caches: RwLock<Vec<Arc<dyn AnyCache>>>,
+    bus: Option<Bus>,
+}
+
+impl fmt::Debug for Caches {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_list().entries(self.all().iter().map(|cache| cache.name())).finish()
+    }
+}
+
+impl Caches {
+    /// None yet; what is forgotten is told to those on the bus, if there is one.
+    pub fn new(bus: Option<Bus>) -> Self {
+        Self(Arc::new(All { caches: RwLock::default(), bus }))
+    }
+
+    /// One more.
+    pub fn make<V: Kept + Clone>(&self, config: Config) -> Cache<V> {
+        let cache = Cache::new(config);
+        self.0.caches.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(cache.clone()));
+        cache
+    }
+
+    /// Something has changed in the store: what the cache `name` has of it is dropped, here and by whoever listens. All
+    /// of it when no key is named.
+    pub async fn forget(&self, name: &str, key: Option<&str>) {
+        self.forget_here(Some(name), key).await;
+        if let Some(bus) = &self.0.bus {
+            bus.tell(name, key).await;
+        }
+    }
+
+    /// How each stands.
+    pub fn status(&self) -> Vec<(&'static str, Status)> {
+        self.all().iter().map(|cache| (cache.name(), cache.status())).collect()
+    }
+
+    /// Removes what has ended, again and again, until nothing new is taken.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn tidy(self, drain: Drain) -> Result<(), Infallible> {
+        loop {
+            join_all(self.all().iter().map(|cache| cache.tidy())).await;
+            for (name, status) in self.status() {
+                metrics::cache(name, status);
+            }
+            tokio::select! {
+                () = tokio::time::sleep(TIDY) => {}
+                () = drain.soft() => return Ok(()),
+            }
+        }
+    }
+
+    /// Listens to what others have changed, until nothing new is taken.
+    ///
+    /// # Errors
+    /// When the connection ends; to be run again.
+    pub async fn listen(self, drain: Drain) -> Result<(), bus::Error> {
+        let Some(bus) = &self.0.bus else { return Ok(()) };
+        let listen = async {
+            let mut ear = bus.ear().await?;
+            // What was said before is lost.
+            self.forget_here(None, None).await;
+            loop {
+                let (name, key) = ear.next().await?;
+                self.forget_here(Some(&name), key.as_deref()).await;
+            }
+        };
+        tokio::select! {
+            ended = listen => ended,
+            () = drain.soft() => Ok(()),
+        }
+    }
+
+    /// Whether others may be told.
+    pub fn is_shared(&self) -> bool {
+        self.0.bus.is_some()
+    }
+
+    async fn forget_here(&self, name: Option<&str>, key: Option<&str>) {
+        for cache in self.all() {
+            if name.is_none_or(|name| name == cache.name()) {
+                cache.forget(key).await;
+            }
+        }
+    }
+
+    fn all(&self) -> Vec<Arc<dyn AnyCache>> {
+        self.0.caches.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+#[cfg(test)]
+mod tests;
