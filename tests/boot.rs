@@ -166,7 +166,7 @@ async fn probes_metrics_and_pages_for_operators() {
         (Some(r#"["127.0.0.1:0"]"#), Some("--set"))
     );
     assert_eq!(admin.get("/workers").await.json(), serde_json::json!([]));
-    assert!(admin.get("/modules").await.json()["push"]["vapid_key"].is_string());
+    assert!(admin.get("/modules").await.json()["push"]["vapid_keys"]["default"].is_string());
 
     // A page elsewhere that points a name of its own here is not let in (DNS rebinding).
     let rebound = admin.with_header("host", "attacker.example");

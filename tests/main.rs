@@ -13,6 +13,7 @@ mod cron;
 mod deadlines;
 mod delivery;
 mod drain;
+mod drills;
 mod host;
 mod http2;
 mod jobs;

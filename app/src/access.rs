@@ -42,6 +42,8 @@ pub(crate) const CACHE: cache::Config = cache::Config {
     // How long a key that was ended elsewhere is good, where there is no Redis that says so.
     ttl: Duration::from_secs(15),
     negative_ttl: Duration::from_secs(5),
+    // What does not need the store goes on for those who were known.
+    stale: Duration::from_secs(300),
 };
 /// The longest key, in bytes.
 const MAX_KEY: usize = 512;

@@ -41,7 +41,7 @@ mod users;
 mod vapid;
 mod webhook;
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -77,7 +77,7 @@ use profile::Profile;
 use progress::Progress;
 use senders::Senders;
 use store::Store;
-use vapid::{SiteKeys, VapidKeys};
+use vapid::VapidKeys;
 use webhook::Webhooks;
 
 /// Cuts audiences into batches.
@@ -106,6 +106,7 @@ const COUNTS: cache::Config = cache::Config {
     bytes: 4 << 20,
     ttl: Duration::from_secs(10),
     negative_ttl: Duration::ZERO,
+    stale: Duration::ZERO,
 };
 
 /// The module, with its settings read.
@@ -271,11 +272,9 @@ impl Module for Push {
             let application = Arc::clone(&application);
             move || {
                 let known = application.vapid.known();
-                let of = |(name, keys): &(&str, Arc<SiteKeys>)| {
-                    (*name).to_owned() + ": " + &keys.current.public_key()
-                };
+                let keys = known.iter().map(|(site, keys)| (site, keys.current.public_key()));
                 json!({
-                    "sites": known.iter().map(of).collect::<Vec<_>>(),
+                    "vapid_keys": keys.collect::<BTreeMap<_, _>>(),
                     "addresses_limited": application.limits.len(),
                 })
             }

@@ -5,6 +5,8 @@
 //!  get(key, load) ── there ──────────────────────────────► the entry
 //!        └─ not there ─ one load, everybody waits for it ─► kept for `ttl`, or for `negative_ttl` when there is nothing
 //!
+//!                                                           a load that fails ─► what was there before, for `stale`
+//!
 //!  forget(key) ─► dropped here ─► published ─► dropped by every process that listens
 //! ```
 //!
@@ -46,6 +48,8 @@ pub struct Config {
     pub ttl: Duration,
     /// and how long one that there is nothing.
     pub negative_ttl: Duration,
+    /// For how long an answer that has ended is given all the same, while nobody can say what is true now.
+    pub stale: Duration,
 }
 
 /// What can be kept.
@@ -82,8 +86,10 @@ pub struct Status {
     pub hits: u64,
     /// How often it was not.
     pub misses: u64,
-    /// How many of these loads failed.
+    /// How many of these loads failed,
     pub failed: u64,
+    /// and how often what was there before was given instead.
+    pub stale: u64,
     /// How many entries were removed for want of room,
     pub evicted: u64,
     /// since their time was over,
@@ -104,6 +110,8 @@ impl<V> Clone for Cache<V> {
 struct Shared<V> {
     config: Config,
     entries: moka::future::Cache<String, Option<V>>,
+    /// What was there, for when a load fails.
+    older: moka::sync::Cache<String, V>,
     /// Rises whenever something is forgotten, so that what was loaded before is not kept after.
     forgotten: AtomicU64,
     counts: Arc<Counts>,
@@ -114,6 +122,7 @@ struct Counts {
     hits: AtomicU64,
     misses: AtomicU64,
     failed: AtomicU64,
+    stale: AtomicU64,
     evicted: AtomicU64,
     expired: AtomicU64,
     forgotten: AtomicU64,
@@ -123,6 +132,10 @@ impl<V> fmt::Debug for Cache<V> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple(self.0.config.name).finish()
     }
+}
+
+fn weight<V: Kept>(key: &str, value: Option<&V>) -> u32 {
+    u32::try_from(OVERHEAD + key.len() + value.map_or(0, Kept::bytes)).unwrap_or(u32::MAX)
 }
 
 /// Which of the two times an entry gets.
@@ -146,10 +159,7 @@ impl<V: Kept + Clone> Cache<V> {
         let entries = moka::future::Cache::builder()
             .name(config.name)
             .max_capacity(config.bytes)
-            .weigher(|key: &String, value: &Option<V>| {
-                let bytes = OVERHEAD + key.len() + value.as_ref().map_or(0, Kept::bytes);
-                u32::try_from(bytes).unwrap_or(u32::MAX)
-            })
+            .weigher(|key: &String, value: &Option<V>| weight(key, value.as_ref()))
             .expire_after(Lives(config))
             .eviction_listener(move |_, _, cause| {
                 let count = match cause {
@@ -161,7 +171,12 @@ impl<V: Kept + Clone> Cache<V> {
                 count.fetch_add(1, Ordering::Relaxed);
             })
             .build();
-        Self(Arc::new(Shared { config, entries, forgotten: AtomicU64::new(0), counts }))
+        let older = moka::sync::Cache::builder()
+            .max_capacity(config.bytes)
+            .weigher(|key: &String, value: &V| weight(key, Some(value)))
+            .time_to_live(config.ttl + config.stale)
+            .build();
+        Self(Arc::new(Shared { config, entries, older, forgotten: AtomicU64::new(0), counts }))
     }
 
     /// What is kept for `key`, or what `load` brings: nothing is an answer, too. However many ask at once, one of
@@ -177,7 +192,7 @@ impl<V: Kept + Clone> Cache<V> {
     where
         E: Send + Sync + 'static,
     {
-        let Shared { entries, forgotten, counts, .. } = &*self.0;
+        let Shared { config, entries, older, forgotten, counts } = &*self.0;
         // What is there costs no more than a look: the library's load is a future of many kilobytes.
         if let Some(value) = entries.get(key).await {
             counts.hits.fetch_add(1, Ordering::Relaxed);
@@ -192,22 +207,46 @@ impl<V: Kept + Clone> Cache<V> {
         let got = Box::pin(entries.try_get_with_by_ref(key, load)).await;
         if !loads.into_inner() {
             counts.hits.fetch_add(1, Ordering::Relaxed);
-            return got;
+            return self.or_older(key, got);
         }
         counts.misses.fetch_add(1, Ordering::Relaxed);
-        if got.is_err() {
-            counts.failed.fetch_add(1, Ordering::Relaxed);
-        } else if forgotten.load(Ordering::Acquire) != before.into_inner() {
-            Box::pin(entries.invalidate(key)).await;
+        match &got {
+            Err(_) => drop(counts.failed.fetch_add(1, Ordering::Relaxed)),
+            Ok(_) if forgotten.load(Ordering::Acquire) != before.into_inner() => {
+                Box::pin(entries.invalidate(key)).await;
+            }
+            Ok(Some(value)) if !config.stale.is_zero() && value.is_kept() => {
+                older.insert(key.to_owned(), value.clone());
+            }
+            Ok(_) => older.invalidate(key),
         }
-        got
+        self.or_older(key, got)
+    }
+
+    /// What was there before, where a load has failed.
+    fn or_older<E>(&self, key: &str, got: Result<Option<V>, Arc<E>>) -> Result<Option<V>, Arc<E>> {
+        let Err(error) = got else { return got };
+        let older = self.0.older.get(key).ok_or(error)?;
+        self.0.counts.stale.fetch_add(1, Ordering::Relaxed);
+        Ok(Some(older))
+    }
+
+    /// What was loaded and may still be given, without a look at whether it has changed.
+    pub fn known(&self) -> Vec<(String, V)> {
+        self.0.older.iter().map(|(key, value)| (String::clone(&key), value)).collect()
     }
 
     async fn forget(&self, key: Option<&str>) {
         self.0.forgotten.fetch_add(1, Ordering::AcqRel);
         match key {
-            Some(key) => Box::pin(self.0.entries.invalidate(key)).await,
-            None => self.0.entries.invalidate_all(),
+            Some(key) => {
+                self.0.older.invalidate(key);
+                Box::pin(self.0.entries.invalidate(key)).await;
+            }
+            None => {
+                self.0.older.invalidate_all();
+                self.0.entries.invalidate_all();
+            }
         }
     }
 
@@ -221,6 +260,7 @@ impl<V: Kept + Clone> Cache<V> {
             hits: count(&counts.hits),
             misses: count(&counts.misses),
             failed: count(&counts.failed),
+            stale: count(&counts.stale),
             evicted: count(&counts.evicted),
             expired: count(&counts.expired),
             forgotten: count(&counts.forgotten),
@@ -250,6 +290,7 @@ impl<V: Kept + Clone> AnyCache for Cache<V> {
     }
 
     fn tidy(&self) -> BoxFuture<'_, ()> {
+        self.0.older.run_pending_tasks();
         self.0.entries.run_pending_tasks().boxed()
     }
 }

@@ -61,6 +61,8 @@ pub const MEMORY_LIMIT: &str = "perennial_memory_limit_bytes";
 pub const POOL: &str = "perennial_pool";
 /// Histogram by `pool`, seconds: how long a connection was waited for.
 pub const POOL_WAIT: &str = "perennial_pool_wait_seconds";
+/// Counter by `pool`: connections that were asked for by what held one already. It is to be none.
+pub const POOL_NESTED: &str = "perennial_pool_nested_total";
 /// Counter by `cache`, `result` (hit, miss): what was asked of a cache. A miss is a load.
 pub const CACHE_REQUESTS: &str = "perennial_cache_requests_total";
 /// Counter by `cache`: loads that failed.
@@ -146,6 +148,7 @@ fn describe() {
     describe_gauge!(MEMORY_LIMIT, Unit::Bytes, "the limit of the cgroup's memory");
     describe_gauge!(POOL, Unit::Count, "connections of a pool, and those who wait for one");
     describe_histogram!(POOL_WAIT, Unit::Seconds, "how long a connection of a pool was waited for");
+    describe_counter!(POOL_NESTED, Unit::Count, "connections asked for by what held one already");
     describe_counter!(CACHE_REQUESTS, Unit::Count, "what was asked of a cache, and whether it was there");
     describe_counter!(CACHE_FAILURES, Unit::Count, "loads of a cache that failed");
     describe_counter!(CACHE_REMOVALS, Unit::Count, "entries removed from a cache, by cause");
@@ -294,6 +297,11 @@ pub(crate) fn pool(pool: &'static str, status: Status) {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
         gauge!(POOL, "pool" => pool, "state" => state).set(count);
     }
+}
+
+/// A connection that is asked for by what holds one already.
+pub(crate) fn pool_nested(pool: &'static str) {
+    counter!(POOL_NESTED, "pool" => pool).increment(1);
 }
 
 /// How a cache stands.

@@ -56,7 +56,7 @@ pub async fn connect(url: &str) -> Postgres {
 /// How a server is connected to here.
 pub fn config(url: &str) -> Config {
     Config {
-        url: url.to_owned().into(),
+        url: url.into(),
         ca_file: None,
         size: 8,
         wait: Duration::from_secs(10),
@@ -142,6 +142,61 @@ impl Server {
         self.child.wait().await.unwrap();
         self.child = spawn(self.directory.path(), self.port, &self.settings);
         self.ready().await;
+    }
+
+    /// The user that it runs as.
+    pub fn user(&self) -> u32 {
+        use std::os::unix::fs::MetadataExt;
+        std::fs::metadata(self.directory.path().join("data")).unwrap().uid()
+    }
+
+    /// A standby of this one, which follows all that it does.
+    pub async fn standby(&self) -> Self {
+        let directory = TempDir::new().unwrap();
+        std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
+        let mut copy = as_postgres(bin().join("pg_basebackup"));
+        let port = self.port.to_string();
+        copy.args([
+            "--write-recovery-conf",
+            "--checkpoint=fast",
+            "--no-sync",
+            "-h",
+            "127.0.0.1",
+            "-U",
+            "postgres",
+        ]);
+        let output =
+            copy.args(["-p", &port, "-D"]).arg(directory.path().join("data")).output().await.unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let port = free_port();
+        let child = spawn(directory.path(), port, &self.settings);
+        let standby = Self { child, directory, port, settings: self.settings.clone() };
+        standby.ready().await;
+        standby
+    }
+
+    async fn admin(&self) -> Postgres {
+        connect(&format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)).await
+    }
+
+    /// Waits until this standby has everything that `primary` has.
+    pub async fn caught_up_with(&self, primary: &Self) {
+        let (here, there) = (self.admin().await, primary.admin().await);
+        let now = there.query("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap()[0].get::<_, String>(0);
+        let sql = format!("SELECT pg_last_wal_replay_lsn() >= '{now}'::pg_lsn");
+        eventually("the standby has caught up", || async {
+            here.query(&sql, &[]).await.unwrap()[0].get::<_, bool>(0).then_some(())
+        })
+        .await;
+        here.close();
+        there.close();
+    }
+
+    /// Makes this standby a primary.
+    pub async fn promote(&self) {
+        let here = self.admin().await;
+        here.query("SELECT pg_promote()", &[]).await.unwrap();
+        here.close();
     }
 
     fn pid(&self) -> Pid {

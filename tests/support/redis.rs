@@ -57,7 +57,7 @@ impl Prefix {
 /// How a server is connected to here.
 pub fn config(url: &str) -> Config {
     Config {
-        url: url.to_owned().into(),
+        url: url.into(),
         ca_file: None,
         size: 8,
         wait: Duration::from_secs(10),

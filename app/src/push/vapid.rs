@@ -5,7 +5,7 @@
 //! made with them. What a process knows of them is a cache: a key that is made while it runs is in use soon.
 
 use std::collections::HashMap;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow};
@@ -34,6 +34,7 @@ pub(super) const CACHE: cache::Config = cache::Config {
     bytes: 1 << 20,
     ttl: Duration::from_secs(60),
     negative_ttl: Duration::from_secs(5),
+    stale: Duration::from_secs(24 * 3600),
 };
 
 /// The keys of all sites.
@@ -45,8 +46,6 @@ pub(super) struct VapidKeys {
     profiles: Arc<HashMap<SiteId, Profile>>,
     caches: Caches,
     cache: Cache<Arc<SiteKeys>>,
-    /// What was there the last time: good for as long as nobody can say what is there now.
-    last: RwLock<HashMap<SiteId, Arc<SiteKeys>>>,
 }
 
 /// The keys of one site.
@@ -94,7 +93,6 @@ impl VapidKeys {
             profiles: Arc::clone(profiles),
             caches: caches.clone(),
             cache: caches.make(CACHE),
-            last: RwLock::default(),
         };
         for (site, profile) in profiles.iter() {
             let found = keys.of(*site).await?;
@@ -113,29 +111,18 @@ impl VapidKeys {
 
     /// Those of one site.
     pub(super) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
-        let got = self.cache.get(&site.0.to_string(), async { self.load(site).await.map(Some) }).await;
-        match got {
-            Ok(keys) => keys.context("there is no VAPID key"),
-            Err(error) => {
-                let last = self.last.read().unwrap_or_else(PoisonError::into_inner).get(&site).cloned();
-                if last.is_some() {
-                    warn!(
-                        error = format!("{error:#}"),
-                        "VAPID keys cannot be looked up: using those from before"
-                    );
-                }
-                last.ok_or_else(|| anyhow!("{error:#}"))
-            }
-        }
+        let load = async { self.load(site).await.map(Some) };
+        let keys = self.cache.get(&site.0.to_string(), load).await.map_err(|error| anyhow!("{error:#}"))?;
+        keys.context("there is no VAPID key")
     }
 
-    /// What is known without asking anybody.
-    pub(super) fn known(&self) -> Vec<(&str, Arc<SiteKeys>)> {
-        let last = self.last.read().unwrap_or_else(PoisonError::into_inner);
-        let known = last
-            .iter()
-            .filter_map(|(site, keys)| Some((self.profiles.get(site)?.name.as_str(), Arc::clone(keys))));
-        known.collect()
+    /// What is known without asking anybody, by the name of the site.
+    pub(super) fn known(&self) -> Vec<(String, Arc<SiteKeys>)> {
+        let named = |(site, keys): (String, _)| {
+            let site = SiteId(site.parse().ok()?);
+            Some((self.profiles.get(&site)?.name.clone(), keys))
+        };
+        self.cache.known().into_iter().filter_map(named).collect()
     }
 
     /// Makes a new key for the pages of a site to subscribe with. Every process has it soon.
@@ -160,9 +147,7 @@ impl VapidKeys {
             all.insert(id, key);
         }
         let (current_id, current) = current.context("there is no VAPID key")?;
-        let keys = Arc::new(SiteKeys { current, current_id, all });
-        self.last.write().unwrap_or_else(PoisonError::into_inner).insert(site, Arc::clone(&keys));
-        Ok(keys)
+        Ok(Arc::new(SiteKeys { current, current_id, all }))
     }
 }
 

@@ -17,6 +17,7 @@ const CONFIG: Config = Config {
     bytes: 10_000,
     ttl: Duration::from_secs(30),
     negative_ttl: Duration::from_millis(50),
+    stale: Duration::ZERO,
 };
 
 async fn get(cache: &Cache<String>, key: &str, value: Option<&str>) -> Option<String> {
@@ -71,6 +72,24 @@ async fn what_failed_is_told_to_all_and_tried_again() {
     assert_eq!(*error, "away");
     assert_eq!(get(&cache, "k", Some("v")).await.as_deref(), Some("v"));
     assert_eq!(cache.status().failed, 1);
+}
+
+#[tokio::test]
+async fn what_has_ended_is_given_while_nobody_knows_better() {
+    let config = Config { ttl: Duration::from_millis(20), stale: Duration::from_secs(60), ..CONFIG };
+    let caches = Caches::default();
+    let cache: Cache<String> = caches.make(config);
+    assert_eq!(get(&cache, "k", Some("v")).await.as_deref(), Some("v"));
+    tokio::time::sleep(config.ttl * 2).await;
+    let fail = async || cache.get("k", async { Err::<Option<String>, _>("away") }).await;
+    assert_eq!(fail().await.unwrap().as_deref(), Some("v"));
+    assert_eq!((cache.status().failed, cache.status().stale), (1, 1));
+    assert_eq!(get(&cache, "k", None).await, None, "it is not there any more");
+    tokio::time::sleep(CONFIG.negative_ttl * 2).await;
+    assert_eq!(*fail().await.unwrap_err(), "away");
+    get(&cache, "k", Some("v")).await;
+    caches.forget("test", Some("k")).await;
+    assert_eq!(*fail().await.unwrap_err(), "away", "what was forgotten is not given");
 }
 
 #[tokio::test]

@@ -13,8 +13,8 @@ use std::future::{Future, poll_fn};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use deadpool_postgres::{
@@ -22,7 +22,7 @@ use deadpool_postgres::{
 };
 use futures_util::future::join_all;
 use jiff::Timestamp;
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Mutex, mpsc};
 use tokio::task::JoinSet;
@@ -35,7 +35,8 @@ use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{debug, info, warn};
 
 use super::bounded::{Bounded, Limits};
-use super::{Migrations, Newer, Status, tls, with_causes};
+use super::holders::{Held, Holders};
+use super::{Migrations, Newer, Standing, Status, Url, tls, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
 
@@ -60,8 +61,8 @@ const NOTIFICATIONS: usize = 1024;
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `postgres://user:password@host:5432/database`. With `sslmode=require`, TLS, and the server's certificate and name
-    /// are checked; otherwise none.
-    pub url: SecretString,
+    /// are checked; otherwise none. With several hosts and `target_session_attrs=read-write`, the one that takes writes.
+    pub url: Url,
     /// The authority that has signed the server's certificate, a PEM file, if the system does not know it.
     pub ca_file: Option<PathBuf>,
     /// The most connections.
@@ -108,6 +109,11 @@ impl Error {
         matches!(self, Self::Sql(error) if error.code().is_some_and(|code| code.code().starts_with("40")))
     }
 
+    /// Whether the server only reads.
+    fn is_read_only(&self) -> bool {
+        matches!(self, Self::Sql(error) if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION))
+    }
+
     /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
     pub fn is_passing(&self) -> bool {
         match self {
@@ -140,10 +146,9 @@ pub type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 pub struct Postgres(Arc<Shared>);
 
 struct Shared {
-    pool: Bounded<Manager>,
-    dedicated: tokio_postgres::Config,
-    tls: Option<MakeRustlsConnect>,
     config: Config,
+    reach: RwLock<Arc<Reach>>,
+    holders: Arc<Holders>,
     /// Connections on which a statement may still run that nobody waits for, to whoever tends.
     abandoned: mpsc::Sender<ClientWrapper>,
     to_be_cancelled: Mutex<mpsc::Receiver<ClientWrapper>>,
@@ -151,20 +156,24 @@ struct Shared {
 
 impl fmt::Debug for Postgres {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Postgres").field("pool", &self.0.pool).finish_non_exhaustive()
+        f.debug_struct("Postgres").field("pool", &self.reach().pool).finish_non_exhaustive()
     }
 }
 
-impl Postgres {
-    /// Connects, so that a server that cannot be used is noticed here.
-    ///
-    /// # Errors
-    /// When the URL cannot be read, and when the server cannot be reached.
-    pub async fn open(config: Config) -> Result<Self> {
+/// The server as it is reached with the URL that holds now.
+struct Reach {
+    url: Url,
+    pool: Bounded<Manager>,
+    /// For connections that are nobody else's.
+    dedicated: tokio_postgres::Config,
+    tls: Option<MakeRustlsConnect>,
+}
+
+impl Reach {
+    fn new(config: &Config, url: Url) -> Result<Self> {
         // What is required is verified: there is no less.
-        let url = config.url.expose_secret();
-        let url = url.replace("sslmode=verify-full", "sslmode=require");
-        let mut wanted = tokio_postgres::Config::from_str(&url).map_err(|_| Error::Url)?;
+        let text = url.text.expose_secret().replace("sslmode=verify-full", "sslmode=require");
+        let mut wanted = tokio_postgres::Config::from_str(&text).map_err(|_| Error::Url)?;
         let tls = match wanted.get_ssl_mode() {
             SslMode::Require => {
                 let tls = tls::client(config.ca_file.as_deref()).map_err(Error::Away)?;
@@ -203,21 +212,37 @@ impl Postgres {
         };
         let pool = Bounded::new("postgres", Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
+        Ok(Self { url, pool, dedicated: wanted, tls })
+    }
+}
+
+impl Postgres {
+    /// Connects, so that a server that cannot be used is noticed here.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, and when the server cannot be reached.
+    pub async fn open(config: Config) -> Result<Self> {
+        let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
         let (abandoned, to_be_cancelled) = mpsc::channel(ABANDONED);
         let to_be_cancelled = Mutex::new(to_be_cancelled);
-        let shared = Shared { pool, dedicated: wanted, tls, config, abandoned, to_be_cancelled };
+        let holders = Holders::new("postgres");
+        let shared = Shared { config, reach, holders, abandoned, to_be_cancelled };
         let postgres = Self(Arc::new(shared));
         postgres.check().await?;
         let warm = WARM.min(postgres.0.config.size);
         // All at once, and given back when the last is there.
-        let warmed = join_all((0..warm).map(|_| postgres.get())).await;
+        let warmed = join_all((0..warm).map(|_| postgres.take())).await;
         warmed.into_iter().collect::<Result<Vec<_>>>()?;
         Ok(postgres)
     }
 
+    fn reach(&self) -> Arc<Reach> {
+        Arc::clone(&self.0.reach.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// How its pool stands.
     pub fn status(&self) -> Status {
-        self.0.pool.status()
+        self.reach().pool.status()
     }
 
     /// Looks after connections until nothing new is taken: retires those that are dead or old, has the server cancel what
@@ -246,15 +271,30 @@ impl Postgres {
         }
     }
 
+    /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
+    /// who uses the old pool, or waits for it, is done.
+    fn follow_url(&self) {
+        let before = self.reach();
+        let Some(url) = before.url.changed() else { return };
+        match Reach::new(&self.0.config, url) {
+            Ok(reach) => {
+                *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
+                info!("the URL of Postgres has changed: connecting anew");
+            }
+            Err(error) => warn!(%error, "the URL of Postgres has changed, and cannot be used"),
+        }
+    }
+
     async fn look(&self, condition: &Condition) {
-        self.0.pool.retire(|connection| connection.is_closed());
+        self.follow_url();
+        self.reach().pool.retire(|connection| connection.is_closed());
         let sql = "SELECT current_setting('transaction_read_only') = 'on'";
         let asked = self.query(sql, &[]).await;
         match asked.map(|rows| rows.first().is_some_and(|row| row.get(0))) {
             Ok(false) => condition.met(),
             Ok(true) => {
                 // It is not the primary any more: the next connection finds the new one, if the URL names several.
-                self.0.pool.retire(|_| true);
+                self.reach().pool.retire(|_| true);
                 condition.unmet("it only reads");
             }
             // That says something about us.
@@ -267,7 +307,7 @@ impl Postgres {
     async fn cancel(&self, connection: ClientWrapper) {
         let token = connection.cancel_token();
         let cancel = async {
-            match &self.0.tls {
+            match &self.reach().tls {
                 Some(tls) => token.cancel_query(tls.clone()).await,
                 None => token.cancel_query(NoTls).await,
             }
@@ -309,13 +349,19 @@ impl Postgres {
     /// # Errors
     /// [`Error::Busy`] when none is free in time, [`Error::Away`] when none can be made.
     pub async fn get(&self) -> Result<Connection> {
-        let object = match self.0.pool.get().await {
+        self.0.holders.asked();
+        self.take().await
+    }
+
+    async fn take(&self) -> Result<Connection> {
+        let object = match self.reach().pool.get().await {
             Ok(object) => object,
             Err(PoolError::Timeout(TimeoutType::Wait)) => return Err(Error::Busy),
             Err(error) => return Err(Error::Away(error.into())),
         };
         Ok(Connection {
             object: Some(object),
+            _held: self.0.holders.hold(),
             unanswered: AtomicUsize::new(0),
             timeout: self.0.config.statement_timeout + GRACE,
             abandoned: self.0.abandoned.clone(),
@@ -355,19 +401,32 @@ impl Postgres {
                      version    bigint NOT NULL,
                      applied_at timestamptz NOT NULL DEFAULT now(),
                      PRIMARY KEY (module, version)
-                 )",
+                 );
+                 CREATE TABLE IF NOT EXISTS migrations_served (
+                     module text PRIMARY KEY,
+                     oldest bigint NOT NULL
+                 );",
             )
             .await?;
         for migrations in all {
             let module = &migrations.module;
-            let sql = "SELECT coalesce(max(version), 0) FROM migrations WHERE module = $1";
+            let sql =
+                "SELECT coalesce(max(version), 0), (SELECT oldest FROM migrations_served WHERE module = $1)
+                       FROM migrations WHERE module = $1";
             let found = transaction.query(sql, &[(module, Type::TEXT)]).await?;
-            let found = found.first().map_or(0, |row| row.get::<_, i64>(0));
-            let found = usize::try_from(found).unwrap_or_default();
-            for (version, step) in migrations.missing(found)? {
+            let standing = found.first().map_or_else(Standing::default, |row| {
+                let number = |number: i64| usize::try_from(number).unwrap_or_default();
+                Standing { version: number(row.get(0)), serves: row.get::<_, Option<i64>>(1).map(number) }
+            });
+            let (missing, serves) = migrations.missing(standing)?;
+            let serves = i64::try_from(serves).unwrap_or(i64::MAX);
+            for (version, step) in missing {
                 transaction.batch(step).await?;
                 let sql = "INSERT INTO migrations (module, version) VALUES ($1, $2)";
                 transaction.query(sql, &[(module, Type::TEXT), (&version, Type::INT8)]).await?;
+                let sql = "INSERT INTO migrations_served (module, oldest) VALUES ($1, $2)
+                           ON CONFLICT (module) DO UPDATE SET oldest = $2";
+                transaction.query(sql, &[(module, Type::TEXT), (&serves, Type::INT8)]).await?;
                 info!(module, version, "migrated");
             }
         }
@@ -381,13 +440,14 @@ impl Postgres {
     pub async fn listen(&self, channel: &'static str) -> Result<Listener> {
         let patience = self.0.config.connect_timeout + GRACE;
         let (sender, notifications) = mpsc::channel(NOTIFICATIONS);
-        let (client, driven): (_, Pin<Box<dyn Future<Output = ()> + Send>>) = match &self.0.tls {
+        let Reach { dedicated, tls, .. } = &*self.reach();
+        let (client, driven): (_, Pin<Box<dyn Future<Output = ()> + Send>>) = match tls {
             Some(tls) => {
-                let connected = within(patience, self.0.dedicated.connect(tls.clone())).await?;
+                let connected = within(patience, dedicated.connect(tls.clone())).await?;
                 (connected.0, Box::pin(drive(connected.1, sender)))
             }
             None => {
-                let connected = within(patience, self.0.dedicated.connect(NoTls)).await?;
+                let connected = within(patience, dedicated.connect(NoTls)).await?;
                 (connected.0, Box::pin(drive(connected.1, sender)))
             }
         };
@@ -401,7 +461,7 @@ impl Postgres {
 
     /// Takes no more callers, and closes every connection when it comes back.
     pub fn close(&self) {
-        self.0.pool.close();
+        self.reach().pool.close();
     }
 }
 
@@ -429,6 +489,7 @@ async fn within<T>(
 /// A connection from the pool. It goes back when this drops, unless a statement on it was not answered.
 pub struct Connection {
     object: Option<Object>,
+    _held: Held,
     /// How many statements were not answered.
     unanswered: AtomicUsize,
     timeout: Duration,
@@ -460,7 +521,8 @@ async fn asked<T>(
 ) -> Result<T> {
     unanswered.fetch_add(1, Ordering::Relaxed);
     let answered = within(timeout, answer).await;
-    if !matches!(answered, Err(Error::Slow)) {
+    // Nor is one used again that leads to a server which is the primary no more.
+    if !answered.as_ref().is_err_and(|error| matches!(error, Error::Slow) || error.is_read_only()) {
         unanswered.fetch_sub(1, Ordering::Relaxed);
     }
     answered

@@ -6,18 +6,19 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use ::redis::aio::PubSub;
+use ::redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSub};
 use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
 use ::redis::{IntoConnectionInfo, ServerErrorKind, TlsCertificates};
 use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
-use secrecy::{ExposeSecret, SecretString};
+use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
 use super::bounded::{Bounded, Limits};
-use super::{Status, with_causes};
+use super::{Status, Url, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
 
@@ -33,7 +34,7 @@ const LOOK: Duration = Duration::from_secs(2);
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `redis://user:password@host:6379/0`, `rediss://..` with TLS, or `redis+unix:///path`.
-    pub url: SecretString,
+    pub url: Url,
     /// The authority that has signed the server's certificate, a PEM file, if the system does not know it.
     pub ca_file: Option<PathBuf>,
     /// The most connections.
@@ -97,24 +98,25 @@ pub type Result<T> = std::result::Result<T, Error>;
 pub struct Redis(Arc<Shared>);
 
 struct Shared {
-    pool: Bounded<Manager, Connection>,
-    client: Client,
     config: Config,
+    reach: RwLock<Arc<Reach>>,
 }
 
-impl fmt::Debug for Redis {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Redis").field("pool", &self.0.pool).finish_non_exhaustive()
-    }
+/// The server as it is reached with the URL that holds now.
+struct Reach {
+    url: Url,
+    client: Client,
+    /// For scripts, which may take their time: one has a connection to itself.
+    pool: Bounded<Manager, Connection>,
+    /// For single commands: they share one connection, which is made again when it breaks,
+    plain: RwLock<ConnectionManager>,
+    /// and has a number, since it is not made again by itself when it only says nothing.
+    number: AtomicU64,
 }
 
-impl Redis {
-    /// Connects once, and refuses a server that would lose what it keeps.
-    ///
-    /// # Errors
-    /// When the URL cannot be read, when the server cannot be reached, and when it is not fit.
-    pub async fn open(config: Config) -> Result<Self> {
-        let url = config.url.expose_secret().into_connection_info().map_err(|_| Error::Url)?;
+impl Reach {
+    fn new(config: &Config, url: Url) -> Result<Self> {
+        let info = url.text.expose_secret().into_connection_info().map_err(|_| Error::Url)?;
         let connection = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(config.connect_timeout))
             // The library's own is half a second, and one slow answer would end a connection.
@@ -122,9 +124,10 @@ impl Redis {
         let client = match &config.ca_file {
             Some(file) => {
                 let root_cert = std::fs::read(file).map_err(|error| Error::Away(error.into()))?;
-                Client::build_with_tls(url, TlsCertificates { client_tls: None, root_cert: Some(root_cert) })?
+                let certificates = TlsCertificates { client_tls: None, root_cert: Some(root_cert) };
+                Client::build_with_tls(info, certificates)?
             }
-            None => Client::open(url)?,
+            None => Client::open(info)?,
         };
         let manager = Manager::new_with_config(client.get_connection_info().clone(), connection)?;
         let limits = Limits {
@@ -135,14 +138,64 @@ impl Redis {
         };
         let pool = Bounded::new("redis", Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
-        let redis = Self(Arc::new(Shared { pool, client, config }));
+        let plain = RwLock::new(plain(config, &client)?);
+        Ok(Self { url, client, pool, plain, number: AtomicU64::new(0) })
+    }
+
+    /// The shared connection, and its number.
+    fn plain(&self) -> (ConnectionManager, u64) {
+        let plain = self.plain.read().unwrap_or_else(PoisonError::into_inner);
+        (plain.clone(), self.number.load(Ordering::Acquire))
+    }
+
+    /// Makes another in the place of the shared connection with this number, which has not answered.
+    fn replace_plain(&self, config: &Config, silent: u64) {
+        let mut current = self.plain.write().unwrap_or_else(PoisonError::into_inner);
+        if self.number.load(Ordering::Acquire) != silent {
+            return;
+        }
+        if let Ok(plain) = plain(config, &self.client) {
+            *current = plain;
+            self.number.fetch_add(1, Ordering::AcqRel);
+        }
+    }
+}
+
+/// A connection that is made when it is needed.
+fn plain(config: &Config, client: &Client) -> Result<ConnectionManager> {
+    let plain = ConnectionManagerConfig::new()
+        // Whoever asks has no time for more.
+        .set_number_of_retries(0)
+        .set_connection_timeout(Some(config.connect_timeout))
+        .set_response_timeout(Some(config.response_timeout));
+    Ok(ConnectionManager::new_lazy_with_config(client.clone(), plain)?)
+}
+
+impl fmt::Debug for Redis {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Redis").field("pool", &self.reach().pool).finish_non_exhaustive()
+    }
+}
+
+impl Redis {
+    /// Connects once, and refuses a server that would lose what it keeps.
+    ///
+    /// # Errors
+    /// When the URL cannot be read, when the server cannot be reached, and when it is not fit.
+    pub async fn open(config: Config) -> Result<Self> {
+        let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
+        let redis = Self(Arc::new(Shared { config, reach }));
         redis.check().await?;
         Ok(redis)
     }
 
+    fn reach(&self) -> Arc<Reach> {
+        Arc::clone(&self.0.reach.read().unwrap_or_else(PoisonError::into_inner))
+    }
+
     /// How its pool stands.
     pub fn status(&self) -> Status {
-        self.0.pool.status()
+        self.reach().pool.status()
     }
 
     /// Looks after connections until nothing new is taken: retires those that are old, and says in `condition` whether the
@@ -153,7 +206,8 @@ impl Redis {
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
         let keep = async {
             loop {
-                self.0.pool.retire(|_| false);
+                self.follow_url();
+                self.reach().pool.retire(|_| false);
                 self.look(&condition).await;
                 tokio::time::sleep(LOOK).await;
             }
@@ -164,13 +218,27 @@ impl Redis {
         }
     }
 
+    /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
+    /// who uses the old pool, or waits for it, is done.
+    fn follow_url(&self) {
+        let before = self.reach();
+        let Some(url) = before.url.changed() else { return };
+        match Reach::new(&self.0.config, url) {
+            Ok(reach) => {
+                *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
+                info!("the URL of Redis has changed: connecting anew");
+            }
+            Err(error) => warn!(%error, "the URL of Redis has changed, and cannot be used"),
+        }
+    }
+
     async fn look(&self, condition: &Condition) {
         let master = ::redis::Value::BulkString(b"master".to_vec());
         match self.query::<Vec<::redis::Value>>(&::redis::cmd("ROLE")).await {
             Ok(role) if role.first() == Some(&master) => condition.met(),
             Ok(_) => {
                 // The next connection may find a new primary behind the same name.
-                self.0.pool.retire(|_| true);
+                self.reach().pool.retire(|_| true);
                 condition.unmet("it is a replica");
             }
             // That says something about us.
@@ -228,20 +296,27 @@ impl Redis {
     }
 
     async fn get(&self) -> Result<Connection> {
-        match self.0.pool.get().await {
+        match self.reach().pool.get().await {
             Ok(connection) => Ok(connection),
             Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Busy),
             Err(error) => Err(Error::Away(error.into())),
         }
     }
 
-    /// Runs one command.
+    /// Runs one command that takes no time, beside those of others on one connection.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
-        let mut connection = self.get().await?;
-        Ok(command.query_async(&mut connection).await?)
+        let reach = self.reach();
+        let (mut plain, number) = reach.plain();
+        let answer: std::result::Result<T, RedisError> = command.query_async(&mut plain).await;
+        if answer.as_ref().is_err_and(RedisError::is_timeout) {
+            reach.replace_plain(&self.0.config, number);
+        }
+        answer.map_err(
+            |error| if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) },
+        )
     }
 
     /// Runs a script, which the server may have to be told first.
@@ -250,7 +325,15 @@ impl Redis {
     /// See [`Error`].
     pub async fn invoke<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
         let mut connection = self.get().await?;
-        Ok(script.invoke_async(&mut connection).await?)
+        let answer = script.invoke_async(&mut connection).await;
+        if answer
+            .as_ref()
+            .is_err_and(|error: &RedisError| error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly))
+        {
+            // It leads to what is the primary no more: the next one may find that which is.
+            drop(Connection::take(connection));
+        }
+        Ok(answer?)
     }
 
     /// A connection of its own that listens on a channel.
@@ -259,7 +342,7 @@ impl Redis {
     /// When it cannot be made in time.
     pub async fn subscribe(&self, channel: &str) -> Result<PubSub> {
         let subscribe = async {
-            let mut pubsub = self.0.client.get_async_pubsub().await?;
+            let mut pubsub = self.reach().client.get_async_pubsub().await?;
             pubsub.subscribe(channel).await?;
             Ok::<_, RedisError>(pubsub)
         };
@@ -272,6 +355,6 @@ impl Redis {
 
     /// Takes no more callers, and closes every connection when it comes back.
     pub fn close(&self) {
-        self.0.pool.close();
+        self.reach().pool.close();
     }
 }

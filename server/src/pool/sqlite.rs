@@ -23,7 +23,7 @@ use tokio::task::spawn_blocking;
 use tracing::info;
 
 use super::bounded::{Bounded, Limits};
-use super::{Migrations, Newer, Status};
+use super::{Migrations, Newer, Standing, Status};
 use crate::metrics;
 use crate::tasks::panic_message;
 
@@ -213,7 +213,11 @@ impl Sqlite {
                      version    INTEGER NOT NULL,
                      applied_at TEXT NOT NULL DEFAULT CURRENT_TIMESTAMP,
                      PRIMARY KEY (module, version)
-                 ) WITHOUT ROWID",
+                 ) WITHOUT ROWID;
+                 CREATE TABLE IF NOT EXISTS migrations_served (
+                     module TEXT PRIMARY KEY,
+                     oldest INTEGER NOT NULL
+                 ) WITHOUT ROWID;",
             )
         })
         .await?;
@@ -225,17 +229,24 @@ impl Sqlite {
 
     async fn migrate_module(&self, migrations: Migrations) -> Result<()> {
         let module = migrations.module;
-        let found: usize = self
+        let standing = self
             .read(move |connection| {
-                let sql = "SELECT coalesce(max(version), 0) FROM migrations WHERE module = ?";
-                connection.query_row(sql, [module], |row| row.get(0))
+                let sql = "SELECT coalesce(max(version), 0), (SELECT oldest FROM migrations_served WHERE module = ?1)
+                           FROM migrations WHERE module = ?1";
+                connection.query_row(sql, [module], |row| {
+                    Ok(Standing { version: row.get(0)?, serves: row.get(1)? })
+                })
             })
             .await?;
-        for (version, step) in migrations.missing(found)? {
+        let (missing, serves) = migrations.missing(standing)?;
+        for (version, step) in missing {
             self.write(move |connection| {
                 connection.execute_batch(step)?;
                 let sql = "INSERT INTO migrations (module, version) VALUES (?, ?)";
-                connection.execute(sql, (module, version)).map(drop)
+                connection.execute(sql, (module, version))?;
+                let sql = "INSERT INTO migrations_served (module, oldest) VALUES (?1, ?2)
+                           ON CONFLICT (module) DO UPDATE SET oldest = ?2";
+                connection.execute(sql, (module, serves)).map(drop)
             })
             .await?;
             info!(module, version, "migrated");
@@ -515,7 +526,15 @@ mod tests {
         store.migrate(&[TWO]).await.unwrap();
         store.migrate(&[TWO]).await.unwrap();
         store.write(|tx| tx.execute("INSERT INTO lions VALUES (1, 'Leo')", [])).await.unwrap();
+        store.migrate(&[ONE]).await.unwrap();
+        const THREE: Migrations = Migrations {
+            module: "zoo",
+            steps: &[TWO.steps[0], TWO.steps[1], "-- serves 2\nALTER TABLE lions DROP COLUMN id"],
+        };
+        store.migrate(&[THREE]).await.unwrap();
+        store.migrate(&[TWO]).await.unwrap();
         let older = store.migrate(&[ONE]).await;
-        assert!(matches!(older, Err(Error::Newer(Newer { module: "zoo", found: 2, known: 1 }))), "{older:?}");
+        let newer = Newer { module: "zoo", found: 3, serves: 2, known: 1 };
+        assert!(matches!(older, Err(Error::Newer(found)) if found == newer), "{older:?}");
     }
 }

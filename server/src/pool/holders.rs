@@ -1,0 +1,70 @@
+//! Who holds a connection. A task that takes a second one while it holds the first is fast for as long as few do so; and
+//! when as many do as there are connections, all of them wait for each other.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use tokio::task::{self, Id};
+use tracing::warn;
+
+use crate::metrics;
+
+/// The tasks that hold connections of one pool, and how many.
+#[derive(Debug)]
+pub(super) struct Holders {
+    pool: &'static str,
+    by_task: Mutex<HashMap<Id, usize>>,
+    warned: AtomicBool,
+}
+
+/// One connection that a task holds. It may be dropped by another.
+#[derive(Debug)]
+pub(super) struct Held {
+    holders: Arc<Holders>,
+    task: Option<Id>,
+}
+
+impl Holders {
+    pub(super) fn new(pool: &'static str) -> Arc<Self> {
+        Arc::new(Self { pool, by_task: Mutex::default(), warned: AtomicBool::new(false) })
+    }
+
+    /// Looks at who asks for a connection, before it waits for one. Says so once, and counts it each time.
+    pub(super) fn asked(&self) {
+        let holds = task::try_id().is_some_and(|task| self.lock().contains_key(&task));
+        if !holds {
+            return;
+        }
+        metrics::pool_nested(self.pool);
+        if !self.warned.swap(true, Ordering::Relaxed) {
+            warn!(
+                pool = self.pool,
+                "a second connection is taken by what holds one: when all do so at once, all wait for each other"
+            );
+        }
+    }
+
+    pub(super) fn hold(self: &Arc<Self>) -> Held {
+        let task = task::try_id();
+        if let Some(task) = task {
+            *self.lock().entry(task).or_default() += 1;
+        }
+        Held { holders: Arc::clone(self), task }
+    }
+
+    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Id, usize>> {
+        self.by_task.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Drop for Held {
+    fn drop(&mut self) {
+        let Some(task) = self.task else { return };
+        let mut by_task = self.holders.lock();
+        match by_task.get_mut(&task) {
+            Some(count) if *count > 1 => *count -= 1,
+            _ => drop(by_task.remove(&task)),
+        }
+    }
+}
