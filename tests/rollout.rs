@@ -17,9 +17,18 @@ use support::haproxy::Haproxy;
 use support::http::Client;
 use support::kubernetes::{Cluster, container, one};
 use support::postgres::Database;
-use support::process::{Perennial, Setup};
+use support::process::{Perennial, Setup, example};
 use support::redis::Prefix;
 use support::{eventually, full};
+
+/// Versions that are rolled out, one after the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Version {
+    /// This one,
+    This,
+    /// and one that has another step for the tables.
+    Next,
+}
 
 const REPLICAS: usize = 3;
 /// How many clients ask at once.
@@ -54,9 +63,13 @@ impl ControlPlane {
     }
 
     /// Starts a pod, probes it as it is written, and gives it to the load balancer once it is ready.
-    async fn start(&mut self) -> Pod {
+    async fn start(&mut self, version: Version) -> Pod {
         let (setup, command) = self.cluster.pod(self.template());
         assert!(command.is_empty());
+        let setup = match version {
+            Version::This => setup,
+            Version::Next => setup.program(example("next")),
+        };
         let setup = self.setup(setup);
         let mut process = setup.spawn();
         process.ready().await;
@@ -128,7 +141,9 @@ async fn client(base: String, key: String, stop: Arc<AtomicBool>) -> Seen {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
-    let rollouts = if full() { 5 } else { 1 };
+    use Version::{Next, This};
+    // To a version that changes the tables; in full also back, and between versions that do not.
+    let rollouts: &[Version] = if full() { &[This, Next, Next, This, This] } else { &[Next] };
     let (double, database, prefix) = (Double::start().await, Database::new().await, Prefix::new().await);
     let mut plane = ControlPlane {
         cluster: Cluster::new("production", database.url(), prefix.url()).await,
@@ -143,7 +158,7 @@ async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
     assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
     let mut pods = Vec::new();
     for _ in 0..REPLICAS {
-        pods.push(plane.start().await);
+        pods.push(plane.start(This).await);
     }
     let base = format!("http://127.0.0.1:{}", plane.haproxy.port);
     let key = plane.cluster.secret("api.key").trim().to_owned();
@@ -162,10 +177,10 @@ async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
     assert_eq!(strategy["strategy"]["rollingUpdate"], json!({ "maxUnavailable": 0, "maxSurge": 1 }));
     let min_ready = Duration::from_secs(strategy["minReadySeconds"].as_u64().unwrap());
     let (began, mut deleted) = (Instant::now(), JoinSet::new());
-    for _ in 0..rollouts {
+    for version in rollouts {
         for _ in 0..REPLICAS {
             // One more than there should be, and then one less of the old ones.
-            let new = plane.start().await;
+            let new = plane.start(*version).await;
             tokio::time::sleep(min_ready).await;
             pods.push(new);
             plane.delete(pods.remove(0), &mut deleted);
@@ -197,7 +212,7 @@ async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
     let done = ended(&logs, "second");
     assert_eq!(done.iter().collect::<BTreeSet<_>>().len(), done.len(), "and its job once");
     println!(
-        "{rollouts} rollouts of {REPLICAS} pods in {:.0} s: {requests} requests, none failed; {} notifications accepted \
+        "rollouts {rollouts:?} of {REPLICAS} pods in {:.0} s: {requests} requests, none failed; {} notifications accepted \
          and delivered; {} times of a schedule, each once",
         took.as_secs_f64(),
         accepted.len(),

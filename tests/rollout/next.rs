@@ -1,0 +1,59 @@
+//! The version after this one, as far as a store can tell: its tables have grown. For the test of a rollout.
+
+use std::process::ExitCode;
+
+use perennial::anyhow::Result;
+use perennial::data_dir::DataDir;
+use perennial::module::{Host, Module};
+use perennial::push::Push;
+use perennial::server::pool::sql::Store;
+use perennial::settings::{Reader, Settings};
+use perennial::sites::Sites;
+
+/// Web push, with one more step.
+struct Next(Push);
+
+const STEP: &str = "ALTER TABLE subscriptions ADD COLUMN colour TEXT DEFAULT 'blue';
+    ALTER TABLE notifications ADD COLUMN colour TEXT;
+    CREATE TABLE colours (name TEXT PRIMARY KEY);";
+
+const fn and_more<const N: usize>(steps: &[&'static str]) -> [&'static str; N] {
+    let mut all = [STEP; N];
+    let mut index = 0;
+    while index < steps.len() {
+        all[index] = steps[index];
+        index += 1;
+    }
+    all
+}
+
+const SQLITE: usize = Push::MIGRATIONS.len() + 1;
+const POSTGRES: usize = Push::POSTGRES_MIGRATIONS.len() + 1;
+
+impl Module for Next {
+    const NAME: &'static str = Push::NAME;
+    const DEFAULTS: &'static str = Push::DEFAULTS;
+    const MIGRATIONS: &'static [&'static str] = &and_more::<SQLITE>(Push::MIGRATIONS);
+    const POSTGRES_MIGRATIONS: &'static [&'static str] = &and_more::<POSTGRES>(Push::POSTGRES_MIGRATIONS);
+
+    async fn keys(
+        settings: &Settings,
+        sites: &Sites,
+        data_dir: &DataDir,
+        store: &Store,
+    ) -> Result<Vec<(String, String)>> {
+        Push::keys(settings, sites, data_dir, store).await
+    }
+
+    fn configure(settings: &mut Reader<'_>) -> Self {
+        Self(Push::configure(settings))
+    }
+
+    async fn mount(self, host: &mut Host) -> Result<()> {
+        self.0.mount(host).await
+    }
+}
+
+fn main() -> ExitCode {
+    perennial::Perennial::new().host::<Next>().main()
+}
