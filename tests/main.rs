@@ -2,6 +2,7 @@
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 
+mod adopt;
 mod api;
 mod audience;
 mod boot;

@@ -103,7 +103,7 @@ pub(crate) async fn boot(
     let early = if inheritance.succeeds() { Some(open().await?) } else { None };
     let patience = config.phases.succession + config.phases.hard + CLOSING;
     let data_dir = Arc::new(inheritance.lock(&config.data_dir, patience).await?);
-    let store = open_store(&data_dir, &config).await?;
+    let store = open_store(&data_dir, &config.store).await?;
     store.migrate(&tables).await.context("the store cannot be brought up to date")?;
     let tasks = Tasks::new(drain.clone());
     let (queue, outbox) = open_queue(&config, &store).await?;
@@ -276,8 +276,8 @@ pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
 }
 
 /// Opens the store.
-pub(crate) async fn open_store(data_dir: &DataDir, config: &Config) -> anyhow::Result<sql::Store> {
-    let opened = match &config.store {
+pub(crate) async fn open_store(data_dir: &DataDir, store: &config::Store) -> anyhow::Result<sql::Store> {
+    let opened = match store {
         config::Store::Sqlite { file, readers, wait } => {
             let config = sqlite::Config {
                 path: data_dir.join(file),

@@ -1,5 +1,6 @@
 //! The command line.
 
+mod adopt;
 mod backup;
 mod check;
 mod client;
@@ -58,6 +59,8 @@ enum Command {
     Keys(keys::Keys),
     /// Bring the tables of the store up to date, and do nothing else
     Migrate,
+    /// Move everything from an embedded store to the Postgres server that the settings name
+    Adopt(adopt::Adopt),
     /// Copy the embedded store and the keys, also while a server runs
     Backup(backup::Backup),
     /// Ask the running server whether it is ready; the exit code says it
@@ -87,6 +90,7 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         Command::Check => check::check(&sources, modules),
         Command::Keys(keys) => keys.run(&sources, modules),
         Command::Migrate => migrate(&sources, modules),
+        Command::Adopt(adopt) => adopt.run(&sources, modules),
         Command::Backup(backup) => backup.run(&sources, modules),
         Command::Health(health) => health.run(&sources, modules),
         Command::Jobs(jobs) => jobs.run(&sources, modules),
@@ -126,7 +130,7 @@ fn read(settings: &Settings, modules: &[Blueprint]) -> Result<(Config, Vec<Confi
 /// The store, for a command that runs while no server does.
 async fn open_alone(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(DataDir, sql::Store)> {
     let data_dir = DataDir::lock(&config.data_dir)?;
-    let store = boot::open_store(&data_dir, config).await?;
+    let store = boot::open_store(&data_dir, &config.store).await?;
     store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
     Ok((data_dir, store))
 }

@@ -9,6 +9,7 @@
 pub mod access;
 mod addresses;
 mod admin;
+mod adopt;
 pub mod api;
 mod backup;
 mod boot;

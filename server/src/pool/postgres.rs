@@ -29,10 +29,12 @@ use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
-use tokio_postgres::types::{ToSql, Type};
+use tokio_postgres::types::ToSql;
 use tokio_postgres::{AsyncMessage, NoTls, Row, Socket};
 use tokio_postgres_rustls::MakeRustlsConnect;
 use tracing::{debug, info, warn};
+
+pub use tokio_postgres::types::Type;
 
 use super::bounded::{Bounded, Limits};
 use super::holders::{Held, Holders};

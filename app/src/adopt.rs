@@ -1,0 +1,293 @@
+//! Moving from the embedded store to a Postgres server: everything that is in the one is put into the other, in one
+//! transaction, with the numbers and keys that it has.
+//!
+//! Tables have the same columns in both, so they are copied whatever they are. Jobs are not: they are enqueued again, in
+//! whatever store the settings name for them, and begin anew under their old ids. Dead jobs, pauses of queues and unique
+//! keys of jobs that have ended are left behind.
+
+use std::path::Path;
+
+use anyhow::{Context, bail, ensure};
+use jiff::Timestamp;
+use perennial_server::pool::postgres::{Postgres, Session, Transaction, Type};
+use perennial_workers::job::{Unique, UniqueUntil};
+use perennial_workers::queue::Due;
+use perennial_workers::{Jobs, NewJob};
+use rusqlite::types::ValueRef;
+use rusqlite::{Connection, OpenFlags, Row};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
+/// What each store keeps for itself.
+const OWN: [&str; 8] = [
+    "migrations",
+    "migrations_served",
+    "secrets",
+    "jobs",
+    "job_keys",
+    "ended_jobs",
+    "paused_queues",
+    "outbox",
+];
+/// What may be in the other store already: what every boot writes down.
+const MADE_AT_BOOT: [&str; 3] = ["sites", "schedules", "schedule_runs"];
+/// How many rows go at once.
+const ROWS: usize = 500;
+
+/// How much was moved.
+#[derive(Debug, Default)]
+pub(crate) struct Moved {
+    /// Each table, and how many rows of it.
+    pub(crate) tables: Vec<(String, usize)>,
+    pub(crate) jobs: usize,
+}
+
+/// An embedded store that nobody writes to.
+pub(crate) struct Source(Connection);
+
+impl Source {
+    /// Opens its file.
+    pub(crate) fn open(file: &Path) -> anyhow::Result<Self> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(file, flags);
+        Ok(Self(connection.with_context(|| format!("{} cannot be opened", file.display()))?))
+    }
+
+    /// Puts everything into a store in which there is nothing yet; `step` hears of every row.
+    pub(crate) async fn move_to(
+        &self,
+        postgres: &Postgres,
+        jobs: &Jobs,
+        step: impl Fn(&str, usize),
+    ) -> anyhow::Result<Moved> {
+        let mut connection = postgres.get().await?;
+        let transaction = connection.begin().await?;
+        let mut moved = Moved::default();
+        for table in self.tables()? {
+            let rows =
+                self.copy(&transaction, &table, &step).await.with_context(|| format!("table {table}"))?;
+            moved.tables.push((table, rows));
+        }
+        // Epochs are counted by the store of jobs: the other one begins anew.
+        for sql in ["UPDATE batches SET epoch = 0", "UPDATE notifications SET fanout_epoch = 0"] {
+            if moved.tables.iter().any(|(table, _)| sql.contains(&format!(" {table} "))) {
+                transaction.execute(sql, &[]).await?;
+            }
+        }
+        let waiting = self.jobs()?;
+        for some in waiting.chunks(ROWS) {
+            jobs.insert(&transaction, some).await?;
+            step("jobs", some.len());
+        }
+        moved.jobs = waiting.len();
+        transaction.commit().await?;
+        Ok(moved)
+    }
+
+    /// How many rows there are to copy.
+    pub(crate) fn rows(&self) -> anyhow::Result<u64> {
+        let count = |table: &str| {
+            self.0.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, u64>(0))
+        };
+        let tables = self.tables()?;
+        Ok(tables.iter().map(String::as_str).chain(["jobs"]).map(count).sum::<Result<u64, _>>()?)
+    }
+
+    /// Its tables, each after those that it refers to.
+    fn tables(&self) -> anyhow::Result<Vec<String>> {
+        let sql =
+            "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";
+        let mut left = self.texts(sql)?;
+        left.retain(|table| !OWN.contains(&table.as_str()));
+        let mut ordered = Vec::new();
+        while !left.is_empty() {
+            let refers = |table: &String| -> anyhow::Result<bool> {
+                let others =
+                    self.texts(&format!("SELECT \"table\" FROM pragma_foreign_key_list('{table}')"))?;
+                Ok(others.iter().any(|other| other != table && left.contains(other)))
+            };
+            let mut next = None;
+            for table in &left {
+                if !refers(table)? {
+                    next = Some(table.clone());
+                    break;
+                }
+            }
+            let next = next.context("tables refer to each other in a circle")?;
+            left.retain(|table| *table != next);
+            ordered.push(next);
+        }
+        Ok(ordered)
+    }
+
+    fn texts(&self, sql: &str) -> anyhow::Result<Vec<String>> {
+        let mut statement = self.0.prepare(sql)?;
+        let texts = statement.query_map([], |row| row.get(0))?;
+        Ok(texts.collect::<Result<_, _>>()?)
+    }
+
+    async fn copy(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &str,
+        step: &impl Fn(&str, usize),
+    ) -> anyhow::Result<usize> {
+        let columns = columns(transaction, table).await?;
+        ensure!(!columns.is_empty(), "the other store has no such table: does its module not know Postgres?");
+        let here = self.texts(&format!("SELECT name FROM pragma_table_info('{table}') ORDER BY name"))?;
+        let there: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
+        ensure!(here == there, "its columns differ: {here:?} here, {there:?} there");
+        if MADE_AT_BOOT.contains(&table) && table != "sites" {
+            transaction.execute(&format!("DELETE FROM {table}"), &[]).await?;
+        }
+        let is_empty = format!("SELECT NOT EXISTS (SELECT 1 FROM {table})");
+        let is_empty = transaction.query(&is_empty, &[]).await?.first().is_some_and(|row| row.get(0));
+        ensure!(is_empty || table == "sites", "wanted a store with nothing in it, and this table has rows");
+
+        let names: Vec<String> = columns.iter().map(|column| format!("\"{}\"", column.name)).collect();
+        let names = names.join(", ");
+        let insert = format!(
+            "INSERT INTO {table} ({names}) SELECT {names} FROM json_populate_recordset(NULL::{table}, $1::text::json)
+             ON CONFLICT DO NOTHING"
+        );
+        let mut statement = self.0.prepare(&format!("SELECT {names} FROM {table}"))?;
+        let mut rows = statement.query([])?;
+        let (mut batch, mut count) = (Vec::with_capacity(ROWS), 0);
+        loop {
+            let row = rows.next()?;
+            let is_last = row.is_none();
+            if let Some(row) = row {
+                batch.push(object(row, &columns)?);
+            }
+            if batch.len() == ROWS || (is_last && !batch.is_empty()) {
+                let text = serde_json::to_string(&batch)?;
+                let inserted = transaction.execute(&insert, &[(&text, Type::TEXT)]).await?;
+                let expected = batch.len();
+                ensure!(table == "sites" || inserted == expected as u64, "{inserted} of {expected} rows fit");
+                step(table, expected);
+                count += expected;
+                batch.clear();
+            }
+            if is_last {
+                break;
+            }
+        }
+        for column in columns.iter().filter(|column| column.counts) {
+            self.go_on_counting(transaction, table, &column.name).await?;
+        }
+        Ok(count)
+    }
+
+    /// The next number is one that was never given to anybody, also not to somebody who is gone.
+    async fn go_on_counting(
+        &self,
+        transaction: &Transaction<'_>,
+        table: &str,
+        column: &str,
+    ) -> anyhow::Result<()> {
+        let highest: i64 =
+            self.0.query_row(&format!("SELECT coalesce(max(\"{column}\"), 0) FROM {table}"), [], |row| {
+                row.get(0)
+            })?;
+        let given =
+            self.0.query_row("SELECT seq FROM sqlite_sequence WHERE name = ?", [table], |row| row.get(0));
+        let highest = highest.max(given.unwrap_or(0));
+        if highest > 0 {
+            let sql = format!("SELECT setval(pg_get_serial_sequence('{table}', '{column}'), $1)");
+            transaction.query(&sql, &[(&highest, Type::INT8)]).await?;
+        }
+        Ok(())
+    }
+
+    /// The jobs that have not ended. Those that were running when the server was killed are due again.
+    fn jobs(&self) -> anyhow::Result<Vec<NewJob>> {
+        let sql = "SELECT id, kind, queue, priority, payload, state, run_at, recoveries, trace, key, scope, until
+                   FROM jobs LEFT JOIN job_keys ON job_keys.job = jobs.id WHERE cancelled IS NULL ORDER BY id";
+        let mut statement = self.0.prepare(sql)?;
+        let jobs = statement.query_map([], job)?;
+        Ok(jobs.collect::<Result<_, _>>()?)
+    }
+}
+
+/// A column of the other store.
+struct Column {
+    name: String,
+    kind: String,
+    /// Whether it numbers rows by itself.
+    counts: bool,
+}
+
+async fn columns(transaction: &Transaction<'_>, table: &str) -> anyhow::Result<Vec<Column>> {
+    let sql = "SELECT column_name::text, data_type::text, is_identity = 'YES' FROM information_schema.columns
+               WHERE table_schema = current_schema() AND table_name = $1 ORDER BY column_name";
+    let rows = transaction.query(sql, &[(&table, Type::TEXT)]).await?;
+    Ok(rows.iter().map(|row| Column { name: row.get(0), kind: row.get(1), counts: row.get(2) }).collect())
+}
+
+/// A row as Postgres reads it from JSON.
+fn object(row: &Row<'_>, columns: &[Column]) -> anyhow::Result<Value> {
+    let mut object = Map::with_capacity(columns.len());
+    for (index, Column { name, kind, .. }) in columns.iter().enumerate() {
+        let value = match (row.get_ref(index)?, kind.as_str()) {
+            (ValueRef::Null, _) => Value::Null,
+            (ValueRef::Integer(number), "boolean") => Value::Bool(number != 0),
+            (ValueRef::Integer(number), _) => number.into(),
+            (ValueRef::Real(number), _) => number.into(),
+            // Without a zone, it is UTC.
+            (ValueRef::Text(text), kind) if kind.starts_with("timestamp") => {
+                format!("{}Z", std::str::from_utf8(text)?).into()
+            }
+            // In a column of bytes, text is bytes, too.
+            (ValueRef::Text(bytes) | ValueRef::Blob(bytes), "bytea") => hex(bytes).into(),
+            (ValueRef::Text(text), _) => std::str::from_utf8(text)?.into(),
+            (ValueRef::Blob(_), kind) => bail!("{name} has bytes, and wants {kind}"),
+        };
+        object.insert(name.clone(), value);
+    }
+    Ok(object.into())
+}
+
+fn hex(bytes: &[u8]) -> String {
+    use std::fmt::Write;
+    let mut text = String::with_capacity(2 + bytes.len() * 2);
+    text.push_str("\\x");
+    for byte in bytes {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
+}
+
+fn job(row: &Row<'_>) -> rusqlite::Result<NewJob> {
+    let id: [u8; 16] = row.get("id")?;
+    let at = |ms: i64| Timestamp::from_millisecond(ms).unwrap_or_default();
+    let due = match row.get::<_, String>("state")?.as_str() {
+        "scheduled" => Due::At(at(row.get("run_at")?)),
+        _ => Due::Now,
+    };
+    let unique = match (row.get::<_, Option<String>>("key")?, row.get::<_, Option<String>>("scope")?) {
+        (Some(key), Some(scope)) => Some(Unique {
+            key,
+            until: match scope.as_str() {
+                "started" => UniqueUntil::Started,
+                "window" => {
+                    let left = at(row.get::<_, Option<i64>>("until")?.unwrap_or_default())
+                        .duration_since(Timestamp::now());
+                    UniqueUntil::Window(left.try_into().unwrap_or_default())
+                }
+                _ => UniqueUntil::Ended,
+            },
+        }),
+        _ => None,
+    };
+    Ok(NewJob {
+        id: Uuid::from_bytes(id),
+        kind: row.get::<_, String>("kind")?.into(),
+        queue: row.get::<_, String>("queue")?.into(),
+        priority: row.get("priority")?,
+        payload: row.get("payload")?,
+        due,
+        unique,
+        trace: row.get("trace")?,
+        recoveries: row.get("recoveries")?,
+    })
+}

@@ -1,0 +1,118 @@
+//! `perennial adopt`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use indicatif::{ProgressBar, ProgressStyle};
+use perennial_server::pool::sql;
+use perennial_workers::Jobs;
+use perennial_workers::admission::Admission;
+use secrecy::ExposeSecret;
+
+use super::{block_on, load, open_alone, print, read};
+use crate::access::secrets;
+use crate::adopt::Source;
+use crate::boot;
+use crate::config::{Config, Store};
+use crate::data_dir::DataDir;
+use crate::module::Blueprint;
+use crate::settings::Sources;
+
+/// How long the embedded store may take for a step of its tables.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+#[derive(Args, Debug)]
+pub(super) struct Adopt {
+    /// The file of the embedded store, which no server may use: its keys stand beside it
+    file: PathBuf,
+}
+
+impl Adopt {
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+        let settings = load(sources, modules)?;
+        let (config, _) = read(&settings, modules)?;
+        block_on(self.adopt(config, modules))?
+    }
+
+    async fn adopt(&self, config: Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+        if !matches!(config.store, Store::Postgres(_)) {
+            bail!(
+                "the settings name an embedded store: wanted store.url = postgres://.., where everything is to go"
+            );
+        }
+        let directory = self.file.parent().context("the file has no directory")?;
+        let directory =
+            directory.canonicalize().with_context(|| format!("{} is not there", directory.display()))?;
+        // Nobody else uses either, and the file is as new as the program.
+        let is_ours = config.data_dir.canonicalize().is_ok_and(|ours| ours == directory);
+        let from = DataDir::lock(&directory)?;
+        bring_up_to_date(&from, &self.file, modules).await?;
+        let (_ours, store) = if is_ours {
+            let store = boot::open_store(&from, &config.store).await?;
+            store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+            (None, store)
+        } else {
+            let (ours, store) = open_alone(&config, modules).await?;
+            (Some(ours), store)
+        };
+        let done = move_all(&directory, &self.file, &config, &store).await;
+        store.close().await;
+        done
+    }
+}
+
+/// Has the embedded store have the tables that this program knows.
+async fn bring_up_to_date(data_dir: &DataDir, file: &Path, modules: &[Blueprint]) -> anyhow::Result<()> {
+    let file = file.canonicalize().with_context(|| format!("{} is not there", file.display()))?;
+    let embedded = Store::Sqlite { file, readers: 1, wait: PATIENCE };
+    let store = boot::open_store(data_dir, &embedded).await?;
+    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+    store.close().await;
+    Ok(())
+}
+
+async fn move_all(directory: &Path, file: &Path, config: &Config, store: &sql::Store) -> anyhow::Result<()> {
+    let sql::Store::Postgres(postgres) = store else { bail!("wanted a Postgres server") };
+    let (queue, _) = boot::open_queue(config, store).await?;
+    let jobs = Jobs::new(queue, Admission::new(config.bounds));
+    let source = Source::open(file)?;
+    let bar = ProgressBar::new(source.rows()?);
+    bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} rows  {msg}")?);
+    let moved = source.move_to(postgres, &jobs, |table, rows| {
+        bar.set_message(table.to_owned());
+        bar.inc(rows as u64);
+    });
+    let moved = moved.await.context("nothing was moved")?;
+    bar.finish_and_clear();
+    share_keys(directory, store).await?;
+    let mut text = String::new();
+    for (table, rows) in moved.tables.iter().filter(|(_, rows)| *rows > 0) {
+        text.push_str(&format!("{rows:>12}  {table}\n"));
+    }
+    text.push_str(&format!("{:>12}  jobs, to be done\n", moved.jobs));
+    print(&format!(
+        "{text}Everything is there, the keys too. {} is as it was: keep it until all is well.\n",
+        file.display()
+    ))
+}
+
+/// The VAPID keys, for all who use the store.
+async fn share_keys(directory: &Path, store: &sql::Store) -> anyhow::Result<()> {
+    for entry in std::fs::read_dir(directory)? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if !(name.starts_with("vapid.") && name.ends_with(".pem")) {
+            continue;
+        }
+        let pem = std::fs::read_to_string(directory.join(&name))?;
+        let shared = secrets::share(store, &name, pem.trim_end()).await?;
+        if shared.expose_secret().trim_end() != pem.trim_end() {
+            bail!(
+                "the store has another {name}: subscriptions were made with the one in {}",
+                directory.display()
+            );
+        }
+    }
+    Ok(())
+}
