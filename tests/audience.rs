@@ -273,9 +273,7 @@ async fn subscriptions_that_come_with_a_notification_are_nobody_elses() {
     }
     let ada = perennial.client().get("/users/ada").await.json();
     assert_eq!((ada["subscriptions"].as_array().unwrap().len(), &ada["deliveries"]), (3, &json!([])));
-    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
-    let struck = store.query_row("SELECT sum(strikes) FROM subscriptions", [], |row| row.get::<_, i64>(0));
-    assert_eq!(struck.unwrap(), 0);
+    assert_eq!(perennial.sql("SELECT sum(strikes) FROM subscriptions").await, 0);
     let id = perennial.notify_and_wait(&json!({ "to": {"push": push}, "payload": "x" })).await["id"].clone();
     let strange = format!("/notifications/{}/deliveries?outcome=%00", id.as_str().unwrap());
     assert_eq!(perennial.client().get(&strange).await.status, 422);

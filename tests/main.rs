@@ -23,6 +23,7 @@ mod kubernetes;
 mod lanes;
 mod module;
 mod notify;
+mod on_postgres;
 mod operators;
 mod pacing;
 mod page;

@@ -147,19 +147,16 @@ async fn one_bad_row_never_stops_a_batch() {
     let (double, perennial) = start_with(|setup| setup.set("push.small_audience=0")).await;
     let ids = perennial.subscribe(&double, 12).await;
     // As a restored backup, a bug or an older version may have left them.
-    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
-    store.busy_timeout(std::time::Duration::from_secs(5)).unwrap();
-    let damage = |id: i64, change: &str| {
-        assert_eq!(
-            store.execute(&format!("UPDATE subscriptions SET {change} WHERE id = {id}"), []).unwrap(),
-            1
-        );
-    };
-    damage(ids[0], "p256dh = zeroblob(65)");
-    damage(ids[3], "p256dh = x'04'");
-    damage(ids[5], "auth = x''");
-    damage(ids[7], "endpoint = 'nonsense'");
-    damage(ids[8], "endpoint = 'https://10.1.2.3/x'");
+    for (id, damage) in [
+        (ids[0], format!("p256dh = x'{}'", "00".repeat(65))),
+        (ids[3], "p256dh = x'04'".to_owned()),
+        (ids[5], "auth = x''".to_owned()),
+        (ids[7], "endpoint = 'nonsense'".to_owned()),
+        (ids[8], "endpoint = 'https://10.1.2.3/x'".to_owned()),
+    ] {
+        let changed = perennial.sql(&format!("UPDATE subscriptions SET {damage} WHERE id = {id}")).await;
+        assert_eq!(changed, 1);
+    }
     let progress = perennial.notify_and_wait(&hello(&json!({"all": true}))).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 7, "forbidden": 5 }));
     assert_eq!(double.taken().len(), 7);
@@ -351,8 +348,7 @@ async fn those_that_are_asked_to_wait_hold_up_nobody() {
     assert_eq!(progress["outcomes"], json!({ "delivered": 1 }));
     let progress = perennial.notify_and_wait(&hello(&json!({"all": true}))).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 200 }));
-    let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
-    let jobs: usize = store.query_row("SELECT count(*) FROM jobs", [], |row| row.get(0)).unwrap();
+    let jobs = perennial.sql("SELECT count(*) FROM jobs").await;
     assert!(jobs <= 20, "those of one batch wait together: {jobs}");
 }
 

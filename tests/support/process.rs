@@ -18,6 +18,7 @@ use tokio::process::{Child, Command};
 
 use crate::double::Double;
 use crate::http::Client;
+use crate::postgres::Database;
 use crate::{eventually, soon};
 
 /// The binary, built beside the tests.
@@ -64,6 +65,7 @@ pub struct Setup {
     set: Vec<String>,
     environment: Vec<(String, String)>,
     config: Option<String>,
+    database: Option<Database>,
 }
 
 impl Default for Setup {
@@ -81,6 +83,7 @@ impl Setup {
             set: Vec::new(),
             environment: Vec::new(),
             config: None,
+            database: None,
         };
         setup.set("server.listen=127.0.0.1:0").set("admin.listen=127.0.0.1:0").set("telemetry.format=json")
     }
@@ -158,6 +161,15 @@ impl Setup {
         soon(&format!("the end of {arguments:?}"), self.command(arguments).output()).await.unwrap()
     }
 
+    /// On a database, after its keys have been made.
+    async fn on_postgres(self, database: Database) -> Self {
+        let mut setup = self.set(&format!("store.url={}", database.url()));
+        setup.database = Some(database);
+        let made = setup.run(&["keys", "generate"]).await;
+        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
+        setup
+    }
+
     /// Starts it, without waiting for anything.
     pub fn spawn(self) -> Perennial {
         let log = self.file("log");
@@ -166,9 +178,14 @@ impl Setup {
         Perennial { setup: self, child, client: None, admin: None }
     }
 
-    /// Starts it and waits until it is ready.
+    /// Starts it and waits until it is ready. Tests of the module `on_postgres` have a database for a store.
     pub async fn start(self) -> Perennial {
-        let mut perennial = self.spawn();
+        let is_on_postgres =
+            std::thread::current().name().is_some_and(|name| name.starts_with("on_postgres::"));
+        let has_store = self.set.iter().any(|set| set.starts_with("store.url"));
+        let setup =
+            if is_on_postgres && !has_store { self.on_postgres(Database::new().await).await } else { self };
+        let mut perennial = setup.spawn();
         perennial.ready().await;
         perennial
     }
@@ -302,6 +319,27 @@ impl Perennial {
             ids.push(answer.json()["id"].as_i64().unwrap());
         }
         ids
+    }
+
+    /// Runs a statement on its store, past the interface: the number that it brings, or of rows that it changed.
+    pub async fn sql(&self, sql: &str) -> i64 {
+        let Some(database) = &self.setup.database else {
+            let store = rusqlite::Connection::open(self.setup.data_dir().join("perennial.db")).unwrap();
+            store.busy_timeout(crate::SOON).unwrap();
+            return if sql.starts_with("SELECT") {
+                store.query_row(sql, [], |row| row.get(0)).unwrap()
+            } else {
+                i64::try_from(store.execute(sql, []).unwrap()).unwrap()
+            };
+        };
+        // Bytes are written in another way.
+        let sql = sql.replace(" x'", " '\\x");
+        let postgres = database.connect().await;
+        if sql.starts_with("SELECT") {
+            let sql = sql.replacen("SELECT ", "SELECT (", 1).replacen(" FROM", ")::bigint FROM", 1);
+            return postgres.query(&sql, &[]).await.unwrap()[0].get(0);
+        }
+        i64::try_from(postgres.execute(&sql, &[]).await.unwrap()).unwrap()
     }
 
     /// Stores many subscriptions at once, past the interface, as an import would.

@@ -128,11 +128,11 @@ impl Dialect {
         }
     }
 
-    /// A JSON list of a column's values in a group.
+    /// A JSON list of a column's values in a group, in their order.
     pub fn list_of(self, column: &str) -> String {
         match self {
-            Self::Sqlite => format!("json_group_array({column})"),
-            Self::Postgres => format!("coalesce(json_agg({column}), '[]')::text"),
+            Self::Sqlite => format!("json_group_array({column} ORDER BY {column})"),
+            Self::Postgres => format!("coalesce(json_agg({column} ORDER BY {column}), '[]')::text"),
         }
     }
 

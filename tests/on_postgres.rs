@@ -1,0 +1,12 @@
+//! The same promises on the other store: `Setup::start` puts whatever is in this module on a Postgres database of its own.
+
+#[path = "audience.rs"]
+mod audience;
+#[path = "counts.rs"]
+mod counts;
+#[path = "delivery.rs"]
+mod delivery;
+#[path = "notify.rs"]
+mod notify;
+#[path = "subscriptions.rs"]
+mod subscriptions;
