@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use nix::sys::signal::Signal;
 use support::double::Double;
+use support::eventually;
 use support::process::{Perennial, Setup};
 
 fn text(bytes: &[u8]) -> String {
@@ -191,4 +192,25 @@ async fn migrating_is_what_a_boot_does_first() {
     let perennial = setup.start().await;
     let refused = perennial.setup.run(&["migrate"]).await;
     assert!(!refused.status.success(), "one process at a time has the embedded store");
+}
+
+#[tokio::test]
+async fn top_shows_what_goes_on() {
+    let double = Double::start().await;
+    let perennial = Setup::new().sending_to(&double).start().await;
+    perennial.subscribe(&double, 3).await;
+    let slow = json!({ "to": { "all": true }, "payload": "x", "rate": 0.1 });
+    let id = perennial.notify(&slow).await;
+    let shown = eventually("the notification is shown", || async {
+        let output = perennial.setup.run(&["top", "--once"]).await;
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let shown = String::from_utf8(output.stdout).unwrap();
+        shown.contains("sending").then_some(shown)
+    })
+    .await;
+    for part in [&id, ": ok\n", "REQUESTS  0 running", "sqlite", "api_keys", "push-paced", "push.deliver"] {
+        assert!(shown.contains(part), "{part}: {shown}");
+    }
+    let nobody = Setup::new().run(&["top", "--once"]).await;
+    assert_eq!(nobody.status.code(), Some(1));
 }

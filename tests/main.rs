@@ -1,6 +1,7 @@
 //! Perennial as its users meet it: a process on a port, among real peers. A file per promise.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
+#![allow(clippy::duplicate_mod, reason = "some promises are kept on two stores, by the same tests")]
 
 mod adopt;
 mod api;

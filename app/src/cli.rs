@@ -13,6 +13,7 @@ mod notify;
 mod serve;
 mod sink;
 mod subscriptions;
+mod top;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -71,6 +72,8 @@ enum Command {
     /// Schedules: look at them, run one now, pause and resume them
     #[command(subcommand)]
     Cron(cron::Cron),
+    /// Show what the running server does, each second anew
+    Top(top::Top),
     /// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
     /// of its audience could be delivered to
     Notify(Box<notify::Notify>),
@@ -97,6 +100,7 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         Command::Cron(cron) => cron.run(&sources, modules),
         Command::Notify(notify) => notify.run(&sources, modules),
         Command::Subscriptions(subscriptions) => subscriptions.run(&sources, modules),
+        Command::Top(top) => top.run(&sources, modules),
         Command::Sink(sink) => sink.run(&sources, modules),
     };
     match result {

@@ -144,6 +144,11 @@ impl Server {
         self.ready().await;
     }
 
+    /// What it has logged, with `logging_collector=on`, `log_directory=log` and `log_filename=log`.
+    pub fn log(&self) -> String {
+        std::fs::read_to_string(self.directory.path().join("data/log/log")).unwrap_or_default()
+    }
+
     /// The user that it runs as.
     pub fn user(&self) -> u32 {
         use std::os::unix::fs::MetadataExt;
@@ -234,6 +239,11 @@ pub(crate) fn as_postgres(program: PathBuf) -> Command {
     let mut command = Command::new("setpriv");
     command.args(["--reuid=postgres", "--regid=postgres", "--clear-groups"]).arg(program).current_dir("/");
     command
+}
+
+/// One of the programs of Postgres.
+pub fn client(name: &str) -> Command {
+    Command::new(bin().join(name))
 }
 
 /// Where Debian keeps them: beside each other, one directory a version.

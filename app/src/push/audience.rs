@@ -42,10 +42,18 @@ impl Audience {
         {
             // Only those with this tag are looked at, however many others there are.
             let mut parameters = vec![site.into(), tag.into(), after.into(), upto.into()];
-            let condition = format!(
-                "needed.site = ? AND needed.tag = ? AND needed.subscription > ? AND needed.subscription <= ? AND {}",
-                expression.to_sql(&mut parameters)
-            );
+            let mut condition =
+                "needed.site = ? AND needed.tag = ? AND needed.subscription > ? AND needed.subscription <= ?"
+                    .to_owned();
+            if dialect == Dialect::Postgres {
+                // It does not conclude this from the join, and would read all that comes before when it merges.
+                condition.push_str(" AND subscriptions.id > ? AND subscriptions.id <= ?");
+                parameters.extend([after.into(), upto.into()]);
+            }
+            if !matches!(expression, Expression::Tag(_)) {
+                condition.push_str(" AND ");
+                condition.push_str(&expression.to_sql(&mut parameters));
+            }
             let from = match dialect {
                 // In this order, whatever statistics say.
                 Dialect::Sqlite => {

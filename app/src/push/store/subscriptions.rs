@@ -9,6 +9,7 @@ use perennial_webpush::Keys;
 
 use super::notifications::DeliveryView;
 use super::{Store, now_ms, timestamp};
+use crate::push::audience::{Audience, Selection};
 
 /// A subscription that is about to be stored.
 #[derive(Clone, Debug)]
@@ -115,21 +116,15 @@ impl Store {
         limit: usize,
     ) -> Result<Vec<Subscription>> {
         let columns = columns(self.sql.dialect());
-        let (mut conditions, mut parameters) = (String::new(), values![site, cursor].to_vec());
+        let audience = tag.map_or(Audience::All, Audience::Tags);
+        let Selection { from, mut condition, id, mut parameters } =
+            audience.select(self.sql.dialect(), site, cursor, i64::MAX);
         if let Some(user) = user {
-            conditions.push_str(r#" AND "user" = ?"#);
+            condition.push_str(r#" AND "user" = ?"#);
             parameters.push(user.into());
         }
-        if let Some(tag) = tag {
-            conditions.push_str(
-                " AND id IN (SELECT subscription FROM subscription_tags WHERE site = ? AND tag = ?)",
-            );
-            parameters.extend([site.into(), tag.into()]);
-        }
         parameters.push(limit.into());
-        let sql = format!(
-            "SELECT {columns} FROM subscriptions WHERE site = ? AND id > ?{conditions} ORDER BY id LIMIT ?"
-        );
+        let sql = format!("SELECT {columns} FROM {from} WHERE {condition} ORDER BY {id} LIMIT ?");
         self.sql.query(sql, parameters).await?.iter().map(read).collect()
     }
 
