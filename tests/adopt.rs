@@ -19,6 +19,11 @@ async fn adopted(queue: Option<&Prefix>) {
     let (double, database) = (Double::start().await, Database::new().await);
     let setup = Setup::new().sending_to(&double).set("sites.shop.origins=https://shop.example");
     let mut before = setup.start().await;
+    // A site that comes later, and first in the alphabet: numbers are not those that a new store would give.
+    assert_eq!(before.stop().await, Some(0));
+    let mut before = before.setup.set("sites.news.origins=https://news.example").start().await;
+    let of_news = add_key(&before.setup, "backend", &["--site", "news"]).await;
+    let news_key = before.client().with_key(&of_news).get("/push/key").await.json();
     let ann = json!({ "subscription": double.mint(), "user": "ann", "tags": ["news", "fr"], "metadata": { "n": "Ann" } });
     let ann = before.client().post("/subscriptions", &ann).await.json()["id"].clone();
     let ids = before.subscribe(&double, 3).await;
@@ -51,10 +56,13 @@ async fn adopted(queue: Option<&Prefix>) {
         settings.extend([format!("queue.url={}", prefix.url()), format!("queue.prefix={}", prefix.name())]);
     }
     let flags: Vec<&str> = settings.iter().flat_map(|setting| ["--set", setting.as_str()]).collect();
-    let adopt: Vec<&str> = ["adopt", &file].into_iter().chain(flags).collect();
+    let adopt: Vec<&str> = ["adopt", &file].into_iter().chain(flags.clone()).collect();
     let refused = before.setup.run(&adopt).await;
     assert!(String::from_utf8_lossy(&refused.stderr).contains("in use by another process"));
     assert_eq!(before.stop().await, Some(0));
+    // Somebody was in a hurry: that has numbered the sites.
+    let hurried = before.setup.run(&[&["keys", "list"], flags.as_slice()].concat()).await;
+    assert!(hurried.status.success(), "{}", String::from_utf8_lossy(&hurried.stderr));
     let output = before.setup.run(&adopt).await;
     let (out, err) =
         (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr));
@@ -70,6 +78,7 @@ async fn adopted(queue: Option<&Prefix>) {
         assert_eq!(after.client().get(path).await.json(), told, "{path}");
     }
     assert_eq!(after.client().get("/push/key").await.json(), public);
+    assert_eq!(after.client().with_key(&of_news).get("/push/key").await.json(), news_key);
     assert_eq!(after.client().with_key(&of_shop).get("/push/key").await.json(), shop_key);
     let extra = after.client().with_key(&extra).get("/subscriptions").await;
     assert!(extra.status == 200 && extra.header("ratelimit").is_some());

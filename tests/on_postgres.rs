@@ -6,6 +6,8 @@ mod audience;
 mod counts;
 #[path = "delivery.rs"]
 mod delivery;
+#[path = "keys.rs"]
+mod keys;
 #[path = "notify.rs"]
 mod notify;
 #[path = "subscriptions.rs"]

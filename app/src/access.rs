@@ -25,7 +25,7 @@ use perennial_server::drain::Drain;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::Scope as RequestScope;
 use perennial_server::pool::redis::Redis;
-use perennial_server::pool::sql::{self, Store};
+use perennial_server::pool::sql::Store;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::api::store_failed;
@@ -47,7 +47,7 @@ pub(crate) const CACHE: cache::Config = cache::Config {
 };
 /// The longest key, in bytes.
 const MAX_KEY: usize = 512;
-/// How often addresses are forgotten whose keys were not looked for lately.
+/// How often addresses are forgotten that have not shown wrong keys lately.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
 /// What a key may be used for.
@@ -149,13 +149,6 @@ struct Token {
     ends: Instant,
 }
 
-/// Why a key is not looked for.
-enum Unanswered {
-    /// Too many of that address were wrong.
-    Guessing(Problem),
-    Store(sql::Error),
-}
-
 impl Access {
     /// The keys in the store, which `caches` keep for a while, and those in files. `redis`, with what its keys begin with,
     /// is where replicas share the limits.
@@ -218,23 +211,20 @@ impl Access {
         if let Some(caller) = self.token(&hash).or_else(|| self.0.files.find(&hash)) {
             return Ok(Some(caller));
         }
-        let load = async {
-            if let Some(problem) = self.0.limits.is_guessing(address) {
-                return Err(Unanswered::Guessing(problem));
-            }
-            keys::find(&self.0.store, hash).await.map_err(Unanswered::Store)
-        };
-        match self.0.stored.get(&hex(&hash), load).await {
-            Ok(caller) => {
-                let is_good =
-                    |caller: &Caller| !caller.has_ended() && self.0.sites.get(caller.site).is_some();
-                Ok(caller.filter(is_good))
-            }
-            Err(unanswered) => Err(match &*unanswered {
-                Unanswered::Guessing(problem) => problem.clone(),
-                Unanswered::Store(error) => store_failed(error, error.is_passing()),
-            }),
+        let name = hex(&hash);
+        if !self.0.stored.has(&name)
+            && let Some(problem) = self.0.limits.is_guessing(address)
+        {
+            return Err(problem);
         }
+        let load = keys::find(&self.0.store, hash);
+        let found = self.0.stored.get(&name, load).await;
+        let found = found.map_err(|error| store_failed(&*error, error.is_passing()))?;
+        if found.is_none() {
+            self.0.limits.guessed(address);
+        }
+        let is_good = |caller: &Caller| !caller.has_ended() && self.0.sites.get(caller.site).is_some();
+        Ok(found.filter(is_good))
     }
 
     fn token(&self, hash: &Hash) -> Option<Caller> {
@@ -277,7 +267,7 @@ impl Access {
     }
 }
 
-fn hex(hash: &Hash) -> String {
+pub(crate) fn hex(hash: &Hash) -> String {
     hash.iter().map(|byte| format!("{byte:02x}")).collect()
 }
 

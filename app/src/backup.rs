@@ -19,7 +19,7 @@ use tracing::info;
 
 use crate::api::{Json, Result};
 use crate::config::Store;
-use crate::data_dir::{ADMIN_TOKEN, API_KEY, VAPID_KEY};
+use crate::data_dir::{ADMIN_TOKEN, API_KEY};
 
 /// What is to be copied.
 #[derive(Clone, Debug)]
@@ -27,6 +27,8 @@ pub(crate) struct Source {
     data_dir: PathBuf,
     /// The file of the store.
     file: PathBuf,
+    /// Those of the VAPID keys, and what each is called in a data directory.
+    vapid: Vec<(String, String)>,
 }
 
 /// What was copied.
@@ -43,10 +45,10 @@ impl Source {
     ///
     /// # Errors
     /// When the store is a server: it has a tool of its own for that.
-    pub(crate) fn of(data_dir: &Path, store: &Store) -> anyhow::Result<Self> {
+    pub(crate) fn of(data_dir: &Path, store: &Store, vapid: Vec<(String, String)>) -> anyhow::Result<Self> {
         match store {
             Store::Sqlite { file, .. } => {
-                Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file) })
+                Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file), vapid })
             }
             Store::Postgres(_) => {
                 bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it")
@@ -54,16 +56,11 @@ impl Source {
         }
     }
 
-    /// The files with keys: those of the default site, and the VAPID keys of others.
-    fn keys(&self) -> anyhow::Result<Vec<String>> {
-        let mut keys = [VAPID_KEY, API_KEY, ADMIN_TOKEN].map(str::to_owned).to_vec();
-        for entry in fs::read_dir(&self.data_dir).context("the data directory cannot be read")? {
-            let name = entry?.file_name().to_string_lossy().into_owned();
-            if name.starts_with("vapid.") && name.ends_with(".pem") && name != VAPID_KEY {
-                keys.push(name);
-            }
-        }
-        Ok(keys)
+    /// The files with keys, each with its name in the copy.
+    fn keys(&self) -> impl Iterator<Item = (PathBuf, &str)> {
+        let own = [API_KEY, ADMIN_TOKEN].map(|name| (self.data_dir.join(name), name));
+        let vapid = self.vapid.iter().map(|(file, name)| (self.data_dir.join(file), name.as_str()));
+        vapid.chain(own)
     }
 
     /// Copies the store as it is at one moment, while it is in use, and the keys. The directory is there with
@@ -79,8 +76,8 @@ impl Source {
         let store = self.file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
         sqlite::copy(&self.file, &draft.join(&store)).context("the store cannot be copied")?;
         let mut files = vec![store];
-        for key in &self.keys()? {
-            match fs::read(self.data_dir.join(key)) {
+        for (file, key) in self.keys() {
+            match fs::read(file) {
                 Ok(secret) => {
                     let mut options = fs::OpenOptions::new();
                     let file =
@@ -90,7 +87,7 @@ impl Source {
                         file.sync_all()
                     });
                     written.with_context(|| at(&draft.join(key)))?;
-                    files.push(key.clone());
+                    files.push(key.to_owned());
                 }
                 Err(error) if error.kind() == io::ErrorKind::NotFound => {}
                 Err(error) => return Err(error).with_context(|| format!("{key} cannot be read")),

@@ -108,8 +108,8 @@ pub(crate) async fn boot(
     let tasks = Tasks::new(drain.clone());
     let (queue, outbox) = open_queue(&config, &store).await?;
     let caches = caches(&queue, &config);
-    let sites = config.sites.clone().open(&store).await.context("the sites cannot be written down")?;
     let admin_token = first_keys(&data_dir, &store, !config.key_files.is_empty()).await?;
+    let sites = config.sites.clone().open(&store).await.context("the sites cannot be written down")?;
     let access = open_access(&config, &store, &queue, &sites, &caches, admin_token);
     if let Some(key) = data_dir.read(data_dir::API_KEY)
         && access.caller(&key, None).await.is_ok_and(|caller| caller.is_none())
@@ -137,6 +137,7 @@ pub(crate) async fn boot(
         schedules: Vec::new(),
         status: Vec::new(),
         announcements: Vec::new(),
+        backed_up: Vec::new(),
         closers: Vec::new(),
         looking: Router::new(),
         acting: Router::new(),
@@ -147,7 +148,8 @@ pub(crate) async fn boot(
         (module.mount)(&mut host).await.with_context(|| format!("the module {name} cannot be mounted"))?;
         info!(module = name, "mounted");
     }
-    let source = backup::Source::of(&config.data_dir, &config.store).ok();
+    let source =
+        backup::Source::of(&config.data_dir, &config.store, std::mem::take(&mut host.backed_up)).ok();
     host.acting(backup::acting(source));
     let Host { routes, registry, schedules, status, announcements, closers, looking, acting, .. } = host;
     let kinds = Arc::new(OnceLock::new());

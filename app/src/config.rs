@@ -263,7 +263,7 @@ fn store(settings: &mut Reader<'_>) -> Store {
     let (readers, wait) =
         (settings.number("store.readers", 1..=64), settings.duration("store.wait", MILLISECOND..=DAY));
     let postgres = postgres::Config {
-        url: Url { text: url.clone(), file: settings.get("store.url_file") },
+        url: Url::new(url.clone(), settings.get("store.url_file")),
         ca_file: settings.file("store.ca_file"),
         size: settings.number("store.connections", 1..=1000),
         wait,
@@ -286,7 +286,7 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
         &["store", "redis://", "rediss://", "redis+unix://"],
     );
     let redis = redis::Config {
-        url: Url { text: url.clone(), file: settings.get("queue.url_file") },
+        url: Url::new(url.clone(), settings.get("queue.url_file")),
         ca_file: settings.file("queue.ca_file"),
         size: settings.number("queue.connections", 1..=1000),
         wait: settings.duration("queue.wait", MILLISECOND..=DAY),

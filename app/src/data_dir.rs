@@ -133,7 +133,11 @@ impl DataDir {
             // The name is as much worth as the content.
             File::open(&self.path)?.sync_all()
         };
-        write().map_err(at(&path))
+        write().map_err(|error| {
+            // It is a secret, and nobody's.
+            let _ = fs::remove_file(&draft);
+            at(&path)(error)
+        })
     }
 
     /// Removes a file if it is there.

@@ -101,6 +101,8 @@ pub struct Host {
     pub data_dir: Arc<DataDir>,
     /// The stop signal.
     pub drain: Drain,
+    /// Files that a copy of the embedded store must have beside it, each with its name there.
+    pub(crate) backed_up: Vec<(String, String)>,
     pub(crate) health: Health,
     pub(crate) tasks: Tasks,
     pub(crate) routes: OpenApiRouter,
@@ -168,6 +170,12 @@ impl Host {
     /// use them.
     pub fn acting(&mut self, routes: axum::Router) {
         self.acting = std::mem::take(&mut self.acting).merge(routes);
+    }
+
+    /// A file without which the embedded store is worth nothing: a relative path is inside the data directory. `perennial
+    /// backup` takes it along under `name`.
+    pub fn back_up(&mut self, file: String, name: String) {
+        self.backed_up.push((file, name));
     }
 
     /// A line for whoever starts the program on a terminal, made from the address of the public listener.

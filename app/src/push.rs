@@ -96,6 +96,9 @@ const WEBHOOK_QUEUE: &str = "push-webhook";
 const WEBHOOKS: usize = 8;
 /// How many audiences are cut at once.
 const FAN_OUTS: usize = 4;
+/// How soon a job is looked at again that is about a site which this process does not serve: another one may, of the version
+/// that is just being rolled out.
+const NOT_SERVED: Duration = Duration::from_secs(30);
 /// How long the page's token is good for.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
@@ -240,6 +243,9 @@ impl Module for Push {
             in_flight: notify::InFlight::default(),
         });
 
+        for profile in application.profiles.values() {
+            host.back_up(profile.vapid.file.clone(), profile.vapid.shared.clone());
+        }
         host.routes(routes(&application));
         host.serve_queue(FAN_OUT_QUEUE, FAN_OUTS);
         host.serve_queue(BULK_QUEUE, application.config.batches);
@@ -372,6 +378,12 @@ pub(crate) async fn porter(
     let vapid = vapid_alone(settings, config, data_dir, sql, jobs.clone()).await?;
     let sender = perennial_webpush::Sender::new(config::sender(&mut Reader::new(settings)))?;
     Ok(Porter::new(Store::new(sql.clone(), jobs), sender, Arc::new(vapid), sites))
+}
+
+/// The files of the VAPID keys of all sites, and what they are called in a store that replicas share.
+pub(crate) fn vapid_files(settings: &Settings) -> Vec<(String, String)> {
+    let profiles = profile::read(&mut Reader::new(settings));
+    profiles.into_iter().map(|profile| (profile.vapid.file, profile.vapid.shared)).collect()
 }
 
 /// Making VAPID keys, for the same.

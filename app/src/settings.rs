@@ -319,6 +319,9 @@ fn mask(value: &Value) -> Value {
     match value {
         Value::String(text) => Value::String(mask_url(text)),
         Value::Array(items) => Value::Array(items.iter().map(mask).collect()),
+        Value::Table(table) => {
+            Value::Table(table.iter().map(|(name, value)| (name.clone(), mask(value))).collect())
+        }
         other => other.clone(),
     }
 }
@@ -417,6 +420,8 @@ mod tests {
 
     #[test]
     fn passwords_in_urls_are_masked() {
+        let hook = list("[{ url = 'https://hook:s3cret@example.com/x' }]").unwrap();
+        assert!(!mask(&hook).to_string().contains("s3cret"));
         let settings = load(&set(&["store.url=postgres://app:s3cret@db:5432/p?x=1"])).unwrap();
         assert_eq!(shown(&settings, "store.url").0, "\"postgres://app:***@db:5432/p?x=1\"");
         for same in ["sqlite:perennial.db", "redis://host/1", "https://a/b:c@d"] {

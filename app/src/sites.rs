@@ -11,6 +11,7 @@ use http::uri::Authority;
 use http::{HeaderMap, header};
 use perennial_server::pool::sql::{self, Store};
 use perennial_server::values;
+use tracing::warn;
 
 use crate::settings::{Reader, Setting};
 
@@ -114,6 +115,15 @@ impl Config {
         let mut all = self.0;
         for site in &mut all {
             site.id = register(store, &site.name).await?;
+        }
+        for row in store.query("SELECT name FROM sites", values![]).await? {
+            let name: String = row.get("name")?;
+            if all.iter().all(|site| site.name != name) {
+                warn!(
+                    site = name,
+                    "this site is in the store and not in the settings: nothing of it is served or sent"
+                );
+            }
         }
         let (mut by_id, mut by_origin, mut by_host) = (HashMap::new(), HashMap::new(), HashMap::new());
         for (index, site) in all.iter().enumerate() {

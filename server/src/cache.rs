@@ -11,7 +11,7 @@
 //! ```
 //!
 //! What is forgotten while it is loaded is not kept. Between processes a word may be lost, with a connection or with
-//! Redis: so a process that has just begun to listen forgets everything, and `ttl` bounds what is left.
+//! Redis: so a process that has just begun to listen loads everything anew, and `ttl` bounds what is left.
 
 mod bus;
 
@@ -26,6 +26,7 @@ use futures_util::future::{BoxFuture, FutureExt, join_all};
 use moka::Expiry;
 use moka::notification::RemovalCause;
 use serde::Serialize;
+use tracing::warn;
 
 pub use bus::Bus;
 
@@ -34,6 +35,8 @@ use crate::metrics;
 
 /// How often entries that have ended are removed, and sizes are counted. Nobody else does while nobody asks.
 const TIDY: Duration = Duration::from_secs(1);
+/// Of answers that had ended, and were given all the same, one in so many is logged.
+const STALE_TOLD: u64 = 1000;
 /// What an entry takes besides its key and value, in bytes.
 const OVERHEAD: usize = 128;
 
@@ -212,22 +215,35 @@ impl<V: Kept + Clone> Cache<V> {
         counts.misses.fetch_add(1, Ordering::Relaxed);
         match &got {
             Err(_) => drop(counts.failed.fetch_add(1, Ordering::Relaxed)),
-            Ok(_) if forgotten.load(Ordering::Acquire) != before.into_inner() => {
-                Box::pin(entries.invalidate(key)).await;
-            }
             Ok(Some(value)) if !config.stale.is_zero() && value.is_kept() => {
                 older.insert(key.to_owned(), value.clone());
             }
             Ok(_) => older.invalidate(key),
         }
+        // After it was kept: whoever forgets it later finds it.
+        if forgotten.load(Ordering::Acquire) != before.into_inner() {
+            older.invalidate(key);
+            Box::pin(entries.invalidate(key)).await;
+        }
         self.or_older(key, got)
+    }
+
+    /// Whether an answer for `key` is there, or about to be.
+    pub fn has(&self, key: &str) -> bool {
+        self.0.entries.contains_key(key)
     }
 
     /// What was there before, where a load has failed.
     fn or_older<E>(&self, key: &str, got: Result<Option<V>, Arc<E>>) -> Result<Option<V>, Arc<E>> {
         let Err(error) = got else { return got };
         let older = self.0.older.get(key).ok_or(error)?;
-        self.0.counts.stale.fetch_add(1, Ordering::Relaxed);
+        // Once a second says it as well as once a request.
+        if self.0.counts.stale.fetch_add(1, Ordering::Relaxed).is_multiple_of(STALE_TOLD) {
+            warn!(
+                cache = self.0.config.name,
+                "what was known before is given, since nobody can say what is true now"
+            );
+        }
         Ok(Some(older))
     }
 
@@ -236,7 +252,14 @@ impl<V: Kept + Clone> Cache<V> {
         self.0.older.iter().map(|(key, value)| (String::clone(&key), value)).collect()
     }
 
-    async fn forget(&self, key: Option<&str>) {
+    /// Has everything loaded anew when it is asked for. What was there stays good for as long as that fails.
+    fn renew(&self) {
+        self.0.forgotten.fetch_add(1, Ordering::AcqRel);
+        self.0.entries.invalidate_all();
+    }
+
+    /// Something has changed, as this process alone has found out: [`Caches::forget`] tells others.
+    pub async fn forget(&self, key: Option<&str>) {
         self.0.forgotten.fetch_add(1, Ordering::AcqRel);
         match key {
             Some(key) => {
@@ -272,6 +295,7 @@ impl<V: Kept + Clone> Cache<V> {
 trait AnyCache: Send + Sync {
     fn name(&self) -> &'static str;
     fn status(&self) -> Status;
+    fn renew(&self);
     fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()>;
     fn tidy(&self) -> BoxFuture<'_, ()>;
 }
@@ -283,6 +307,10 @@ impl<V: Kept + Clone> AnyCache for Cache<V> {
 
     fn status(&self) -> Status {
         self.status()
+    }
+
+    fn renew(&self) {
+        self.renew();
     }
 
     fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()> {
@@ -327,7 +355,7 @@ impl Caches {
     /// Something has changed in the store: what the cache `name` has of it is dropped, here and by whoever listens. All
     /// of it when no key is named.
     pub async fn forget(&self, name: &str, key: Option<&str>) {
-        self.forget_here(Some(name), key).await;
+        self.forget_here(name, key).await;
         if let Some(bus) = &self.0.bus {
             bus.tell(name, key).await;
         }
@@ -364,10 +392,10 @@ impl Caches {
         let listen = async {
             let mut ear = bus.ear().await?;
             // What was said before is lost.
-            self.forget_here(None, None).await;
+            self.all().iter().for_each(|cache| cache.renew());
             loop {
                 let (name, key) = ear.next().await?;
-                self.forget_here(Some(&name), key.as_deref()).await;
+                self.forget_here(&name, key.as_deref()).await;
             }
         };
         tokio::select! {
@@ -381,11 +409,9 @@ impl Caches {
         self.0.bus.is_some()
     }
 
-    async fn forget_here(&self, name: Option<&str>, key: Option<&str>) {
-        for cache in self.all() {
-            if name.is_none_or(|name| name == cache.name()) {
-                cache.forget(key).await;
-            }
+    async fn forget_here(&self, name: &str, key: Option<&str>) {
+        for cache in self.all().iter().filter(|cache| cache.name() == name) {
+            cache.forget(key).await;
         }
     }
 

@@ -67,6 +67,8 @@ pub const POOL_NESTED: &str = "perennial_pool_nested_total";
 pub const CACHE_REQUESTS: &str = "perennial_cache_requests_total";
 /// Counter by `cache`: loads that failed.
 pub const CACHE_FAILURES: &str = "perennial_cache_load_failures_total";
+/// Counter by `cache`: answers that had ended, and were given since the load failed.
+pub const CACHE_STALE: &str = "perennial_cache_stale_total";
 /// Counter by `cache`, `cause` (size, expired, forgotten): entries that were removed.
 pub const CACHE_REMOVALS: &str = "perennial_cache_removals_total";
 /// Gauge by `cache`, bytes: what its entries take.
@@ -151,6 +153,11 @@ fn describe() {
     describe_counter!(POOL_NESTED, Unit::Count, "connections asked for by what held one already");
     describe_counter!(CACHE_REQUESTS, Unit::Count, "what was asked of a cache, and whether it was there");
     describe_counter!(CACHE_FAILURES, Unit::Count, "loads of a cache that failed");
+    describe_counter!(
+        CACHE_STALE,
+        Unit::Count,
+        "answers that had ended, and were given since the load failed"
+    );
     describe_counter!(CACHE_REMOVALS, Unit::Count, "entries removed from a cache, by cause");
     describe_gauge!(CACHE_BYTES, Unit::Bytes, "what the entries of a cache take");
 }
@@ -310,6 +317,7 @@ pub(crate) fn cache(cache: &'static str, status: cache::Status) {
     counter!(CACHE_REQUESTS, "cache" => cache, "result" => "hit").absolute(status.hits);
     counter!(CACHE_REQUESTS, "cache" => cache, "result" => "miss").absolute(status.misses);
     counter!(CACHE_FAILURES, "cache" => cache).absolute(status.failed);
+    counter!(CACHE_STALE, "cache" => cache).absolute(status.stale);
     let removals = [("size", status.evicted), ("expired", status.expired), ("forgotten", status.forgotten)];
     for (cause, count) in removals {
         counter!(CACHE_REMOVALS, "cache" => cache, "cause" => cause).absolute(count);

@@ -3,15 +3,15 @@
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
-use std::io;
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
-use std::time::{Duration, SystemTime};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
 
 use perennial_server::drain::Drain;
 use tracing::{error, info};
 
-use super::keys::{self, Grant, Hash};
+use super::keys::{self, Grant, Hash, MAX_PER_MINUTE};
 use super::{Caller, Scope};
 use crate::settings::Reader;
 use crate::sites::{self, Sites};
@@ -38,8 +38,17 @@ impl Config {
     pub(crate) fn read(settings: &mut Reader<'_>) -> Vec<Self> {
         let sites = settings.names(sites::SECTION);
         let wanted = "a list of { name, file, site = \"default\", scopes = [..], per_minute = 600 }";
-        let found = settings
-            .read_with(KEY, wanted, |value| value.as_array()?.iter().map(entry).collect::<Option<Vec<_>>>());
+        let entries = settings.read_with(KEY, wanted, |value| Some(value.as_array()?.clone()));
+        let mut found = Vec::new();
+        for (index, value) in entries.iter().enumerate() {
+            match entry(value) {
+                Ok(config) => found.push(config),
+                Err((part, wanted)) => {
+                    let at = if part.is_empty() { format!("[{index}]") } else { format!("[{index}].{part}") };
+                    settings.refuse_part(KEY, &at, None, &wanted);
+                }
+            }
+        }
         for (index, config) in found.iter().enumerate() {
             if !sites.contains(&config.site) {
                 settings.refuse_part(
@@ -58,40 +67,62 @@ impl Config {
                 let wanted = "a name that no other key of its site has; a file may hold several keys";
                 settings.refuse_part(KEY, &format!("[{index}].name"), None, wanted);
             }
-            if let Err(reason) = read(&config.file) {
-                settings.refuse_part(KEY, &format!("[{index}].file"), None, &reason);
-            }
+            let reason = match read(&config.file) {
+                Ok(keys) if keys.is_empty() => {
+                    "a file with a key a line; this one is empty, or not there".to_owned()
+                }
+                Ok(_) => continue,
+                Err(reason) => reason,
+            };
+            settings.refuse_part(KEY, &format!("[{index}].file"), None, &reason);
         }
         found
     }
 }
 
-fn entry(value: &toml::Value) -> Option<Config> {
-    let table = value.as_table()?;
+/// An entry; or the field that does not fit, and what was wanted.
+fn entry(value: &toml::Value) -> Result<Config, (String, String)> {
+    let refused = |part: &str, wanted: &str| (part.to_owned(), wanted.to_owned());
+    let table = value.as_table().ok_or_else(|| refused("", "a table { name, file, scopes }"))?;
     let known = ["name", "file", "site", "scopes", "per_minute"];
-    table.keys().all(|key| known.contains(&key.as_str())).then_some(())?;
+    if let Some(unknown) = table.keys().find(|key| !known.contains(&key.as_str())) {
+        return Err(refused(unknown, "no such field: there are name, file, site, scopes and per_minute"));
+    }
     let text = |key: &str| table.get(key).and_then(toml::Value::as_str).map(str::to_owned);
-    let scopes = table.get("scopes")?.as_array()?;
+    let words = Scope::ALL.map(Scope::as_str).join(", ");
+    let scopes = table.get("scopes").and_then(toml::Value::as_array).map(Vec::as_slice).unwrap_or_default();
+    let scopes: Option<BTreeSet<Scope>> = scopes.iter().map(|scope| scope.as_str()?.parse().ok()).collect();
+    let scopes = scopes.filter(|scopes| !scopes.is_empty());
     let per_minute = match table.get("per_minute") {
         None => None,
-        Some(number) => Some(u32::try_from(number.as_integer()?).ok().filter(|number| *number > 0)?),
+        Some(number) => {
+            let number = number.as_integer().and_then(|number| u32::try_from(number).ok());
+            let within = number.filter(|number| (1..=MAX_PER_MINUTE).contains(number));
+            let wanted = format!("a whole number from 1 to {MAX_PER_MINUTE}");
+            Some(within.ok_or_else(|| refused("per_minute", &wanted))?)
+        }
     };
-    Some(Config {
-        name: text("name")?,
-        file: text("file")?.into(),
-        site: if table.contains_key("site") { text("site")? } else { sites::DEFAULT.to_owned() },
-        scopes: scopes.iter().map(|scope| scope.as_str()?.parse().ok()).collect::<Option<_>>()?,
+    Ok(Config {
+        name: text("name").ok_or_else(|| refused("name", "what the key is called"))?,
+        file: text("file").ok_or_else(|| refused("file", "a file with a key a line"))?.into(),
+        site: if table.contains_key("site") {
+            text("site").unwrap_or_default()
+        } else {
+            sites::DEFAULT.to_owned()
+        },
+        scopes: scopes.ok_or_else(|| refused("scopes", &format!("at least one of {words}")))?,
         per_minute,
     })
 }
 
-/// The keys of a file.
+/// The keys of a file. One that is gone or empty has none.
 fn read(file: &Path) -> Result<Vec<Hash>, String> {
-    let text = fs::read_to_string(file).map_err(|error| format!("a file that can be read: {error}"))?;
+    let text = match fs::read_to_string(file) {
+        Ok(text) => text,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(error) => return Err(format!("a file that can be read: {error}")),
+    };
     let lines: Vec<&str> = text.lines().map(str::trim).filter(|line| !line.is_empty()).collect();
-    if lines.is_empty() {
-        return Err("a file with a key a line; this one is empty".to_owned());
-    }
     if lines.iter().any(|line| line.len() < MIN_KEY) {
         return Err(format!("keys of at least {MIN_KEY} characters, which nobody can guess"));
     }
@@ -104,7 +135,8 @@ pub(super) struct Files(Arc<Known>);
 
 #[derive(Debug)]
 struct Known {
-    files: Vec<(Config, Caller)>,
+    /// Each file, who shows its keys, and the keys that it had when it could last be read.
+    files: Mutex<Vec<(Config, Caller, Vec<Hash>)>>,
     keys: RwLock<HashMap<Hash, Caller>>,
 }
 
@@ -112,73 +144,68 @@ impl Files {
     /// Reads them for the first time. The settings have said that they can be read.
     pub(super) fn open(configs: Vec<Config>, sites: &Sites) -> Self {
         let caller = |config: Config| {
-            let site = sites.named(&config.site)?.id;
             let grant = Grant {
-                site,
+                site: sites.named(&config.site)?.id,
                 name: config.name.clone(),
                 scopes: config.scopes.clone(),
                 per_minute: config.per_minute,
                 ends_at: None,
             };
-            Some((config, grant))
+            let key = format!("file:{}:{}", config.site, config.name);
+            Some((config, Caller::new(key, grant), Vec::new()))
         };
-        let files = configs.into_iter().filter_map(caller);
-        let files: Vec<_> = files
-            .map(|(config, grant)| {
-                let key = format!("file:{}:{}", config.site, config.name);
-                (config, Caller::new(key, grant))
-            })
-            .collect();
-        let known = Known { files, keys: RwLock::default() };
-        for (config, caller) in &known.files {
-            known.replace(config, caller);
-        }
-        Self(Arc::new(known))
+        let files = configs.into_iter().filter_map(caller).collect();
+        let files = Self(Arc::new(Known { files: Mutex::new(files), keys: RwLock::default() }));
+        files.look();
+        files
     }
 
     pub(super) fn find(&self, hash: &Hash) -> Option<Caller> {
         self.0.keys.read().unwrap_or_else(PoisonError::into_inner).get(hash).cloned()
     }
 
-    /// Reads files again when they have changed, until nothing new is taken.
+    /// Reads files again and again, until nothing new is taken.
     pub(super) async fn follow(&self, drain: Drain) {
-        let mut seen: Vec<_> = self.0.files.iter().map(|(config, _)| stamp(&config.file)).collect();
         loop {
             tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
+                () = tokio::time::sleep(LOOK) => self.look(),
                 () = drain.soft() => return,
             }
-            for ((config, caller), seen) in self.0.files.iter().zip(&mut seen) {
-                let now = stamp(&config.file);
-                if now.is_some() && now != *seen {
-                    *seen = now;
-                    self.0.replace(config, caller);
+        }
+    }
+
+    /// Reads what files say now. One that cannot be used changes nothing.
+    fn look(&self) {
+        let mut files = self.0.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut changed = false;
+        for (config, _, known) in files.iter_mut() {
+            let (key, file) = (&config.name, config.file.display());
+            match read(&config.file) {
+                Ok(hashes) if hashes == *known => {}
+                Ok(hashes) => {
+                    match hashes.len() {
+                        0 => error!(key, %file, "the file is empty, or gone: its keys are good no more"),
+                        keys => info!(key, keys, %file, "read API keys"),
+                    }
+                    (*known, changed) = (hashes, true);
+                }
+                Err(wanted) => error!(key, %file, "the keys stay as they were: wanted {wanted}"),
+            }
+        }
+        if !changed {
+            return;
+        }
+        let mut keys = HashMap::new();
+        for (config, caller, hashes) in files.iter() {
+            for hash in hashes {
+                if keys.insert(*hash, caller.clone()).is_some() {
+                    error!(
+                        key = config.name,
+                        "this key is that of another entry of access.keys, too: only one of them counts"
+                    );
                 }
             }
         }
+        *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
     }
-}
-
-impl Known {
-    /// What a file says now. One that cannot be used changes nothing.
-    fn replace(&self, config: &Config, caller: &Caller) {
-        match read(&config.file) {
-            Ok(hashes) => {
-                let mut keys = self.keys.write().unwrap_or_else(PoisonError::into_inner);
-                keys.retain(|_, other| other.key != caller.key);
-                info!(key = config.name, keys = hashes.len(), file = %config.file.display(), "read API keys");
-                keys.extend(hashes.into_iter().map(|hash| (hash, caller.clone())));
-            }
-            Err(wanted) => {
-                error!(key = config.name, file = %config.file.display(), "the keys stay as they were: wanted {wanted}");
-            }
-        }
-    }
-}
-
-/// When a file was changed, and how long it is.
-fn stamp(file: &Path) -> Option<(SystemTime, u64)> {
-    let metadata: io::Result<_> = fs::metadata(file);
-    let metadata = metadata.ok()?;
-    Some((metadata.modified().ok()?, metadata.len()))
 }

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 
 use aws_lc_rs::digest;
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Row, Store, Tables};
-use perennial_server::values;
+use perennial_server::pool::sql::{self, Row, Store, Tables, Tx};
+use perennial_server::{transact, values};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 
@@ -58,11 +58,13 @@ pub const TABLES: Tables = Tables {
     ],
 };
 
+/// The most requests a minute that a limit may allow.
+pub(crate) const MAX_PER_MINUTE: u32 = 1_000_000;
 /// The longest name of a key.
 const MAX_NAME: usize = 64;
 
 /// The SHA-256 of a key.
-pub(super) type Hash = [u8; 32];
+pub(crate) type Hash = [u8; 32];
 
 /// What may be done with a key, and how often.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -113,17 +115,115 @@ pub async fn exist(store: &Store) -> sql::Result<bool> {
     store.value("SELECT EXISTS (SELECT 1 FROM api_keys)", values![]).await
 }
 
+/// The columns of a [`Grant`].
+const GRANT: &str = "site, name, scopes, per_minute, ends_at";
+
 /// Stores the hash of a key. One that is there already stays as it is.
 ///
 /// # Errors
 /// When the store refuses.
 pub async fn insert(store: &Store, grant: &Grant, key: &str) -> sql::Result<()> {
+    let (grant, hash) = (grant.clone(), hash(key));
+    transact!(store, tx => put(tx, &grant, hash))
+}
+
+async fn put<T: Tx>(tx: &T, grant: &Grant, hash: Hash) -> sql::Result<()> {
     let sql = "INSERT INTO api_keys (site, name, hash, scopes, per_minute, ends_at) VALUES (?, ?, ?, ?, ?, ?)
                ON CONFLICT (hash) DO NOTHING";
     let per_minute = grant.per_minute.map(i64::from);
     let parameters =
-        values![grant.site.0, &grant.name, hash(key), words(&grant.scopes), per_minute, grant.ends_at];
-    store.execute(sql, parameters).await.map(drop)
+        values![grant.site.0, &grant.name, hash, words(&grant.scopes), per_minute, grant.ends_at];
+    tx.execute(sql, &parameters).await.map(drop)
+}
+
+/// Stores the hash of a key with a name that no other has which is good at `now`. False if one has.
+///
+/// # Errors
+/// When the store refuses.
+pub(crate) async fn add(store: &Store, grant: Grant, key: &str, now: i64) -> sql::Result<bool> {
+    let hash = hash(key);
+    transact!(store, tx => add_in(tx, &grant, hash, now))
+}
+
+async fn add_in<T: Tx>(tx: &T, grant: &Grant, hash: Hash, now: i64) -> sql::Result<bool> {
+    lock(tx, grant.site, &grant.name).await?;
+    if newest(tx, grant.site, &grant.name, now).await?.is_some() {
+        return Ok(false);
+    }
+    put(tx, grant, hash).await?;
+    Ok(true)
+}
+
+/// When keys end that take turns, in milliseconds since 1970.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ends {
+    pub(crate) old: i64,
+    /// With the old one if there is none.
+    pub(crate) new: Option<i64>,
+}
+
+/// Puts another key in the place of those with this name. What the new one may be used for, and the
+/// hashes of the old ones; none if there is no key that is good at `now`.
+///
+/// # Errors
+/// When the store refuses.
+pub(crate) async fn replace(
+    store: &Store,
+    (site, name): (SiteId, String),
+    key: &str,
+    now: i64,
+    ends: Ends,
+) -> sql::Result<Option<(Grant, Vec<Hash>)>> {
+    let hash = hash(key);
+    transact!(store, tx => replace_in(tx, site, &name, hash, now, ends))
+}
+
+async fn replace_in<T: Tx>(
+    tx: &T,
+    site: SiteId,
+    name: &str,
+    hash: Hash,
+    now: i64,
+    ends: Ends,
+) -> sql::Result<Option<(Grant, Vec<Hash>)>> {
+    lock(tx, site, name).await?;
+    let Some(mut grant) = newest(tx, site, name, now).await? else { return Ok(None) };
+    grant.ends_at = ends.new.or(grant.ends_at);
+    let ended = end(tx, site, name, ends.old).await?;
+    put(tx, &grant, hash).await?;
+    Ok(Some((grant, ended)))
+}
+
+/// Ends every key with this name now, and returns the hashes of those that had not.
+///
+/// # Errors
+/// When the store refuses.
+pub(crate) async fn revoke(store: &Store, site: SiteId, name: String, now: i64) -> sql::Result<Vec<Hash>> {
+    transact!(store, tx => revoke_in(tx, site, &name, now))
+}
+
+async fn revoke_in<T: Tx>(tx: &T, site: SiteId, name: &str, now: i64) -> sql::Result<Vec<Hash>> {
+    lock(tx, site, name).await?;
+    end(tx, site, name, now).await
+}
+
+/// Of two who change keys with the same name, the second sees what the first has done.
+async fn lock<T: Tx>(tx: &T, site: SiteId, name: &str) -> sql::Result<()> {
+    tx.lock(format!("api key {} {name}", site.0).as_bytes()).await
+}
+
+async fn newest<T: Tx>(tx: &T, site: SiteId, name: &str, now: i64) -> sql::Result<Option<Grant>> {
+    let sql = format!(
+        "SELECT {GRANT} FROM api_keys WHERE site = ? AND name = ? AND (ends_at IS NULL OR ends_at > ?)
+         ORDER BY id DESC LIMIT 1"
+    );
+    sql::first(tx, &sql, &values![site.0, name, now]).await?.as_ref().map(read).transpose()
+}
+
+async fn end<T: Tx>(tx: &T, site: SiteId, name: &str, at: i64) -> sql::Result<Vec<Hash>> {
+    let sql = "UPDATE api_keys SET ends_at = ?1
+               WHERE site = ?2 AND name = ?3 AND (ends_at IS NULL OR ends_at > ?1) RETURNING hash";
+    tx.query(sql, &values![at, site.0, name]).await?.iter().map(|row| row.get("hash")).collect()
 }
 
 /// What a key is for, whether or not it has ended.
@@ -141,32 +241,14 @@ pub(super) async fn find(store: &Store, hash: Hash) -> sql::Result<Option<Caller
     row.as_ref().map(read).transpose()
 }
 
-/// Those with a name that have not ended at `now`, the newest first.
-///
-/// # Errors
-/// When the store cannot be read.
-pub async fn named(store: &Store, site: SiteId, name: &str, now: i64) -> sql::Result<Vec<Grant>> {
-    let sql = "SELECT * FROM api_keys WHERE site = ? AND name = ? AND (ends_at IS NULL OR ends_at > ?) ORDER BY id DESC";
-    store.query(sql, values![site.0, name, now]).await?.iter().map(read).collect()
-}
-
-/// Ends every key of this name at `at`, unless it ends before. How many that were.
-///
-/// # Errors
-/// When the store refuses.
-pub async fn end(store: &Store, site: SiteId, name: &str, at: i64) -> sql::Result<u64> {
-    let sql = "UPDATE api_keys SET ends_at = ?1 WHERE site = ?2 AND name = ?3 AND (ends_at IS NULL OR ends_at > ?1)";
-    store.execute(sql, values![at, site.0, name]).await
-}
-
 /// All of them.
 ///
 /// # Errors
 /// When the store cannot be read.
 pub async fn list(store: &Store) -> sql::Result<Vec<KeyView>> {
     let sql =
-        "SELECT api_keys.*, sites.name AS site_name FROM api_keys JOIN sites ON sites.id = api_keys.site
-               ORDER BY site_name, api_keys.name, api_keys.id";
+        "SELECT api_keys.id, site, api_keys.name, scopes, per_minute, ends_at, sites.name AS site_name
+               FROM api_keys JOIN sites ON sites.id = api_keys.site ORDER BY site_name, api_keys.name, api_keys.id";
     let now = Timestamp::now();
     let view = |row: &Row| {
         let grant = read(row)?;
@@ -201,7 +283,7 @@ fn words(scopes: &BTreeSet<Scope>) -> String {
 }
 
 /// What is stored of a key.
-pub(super) fn hash(key: &str) -> Hash {
+pub(crate) fn hash(key: &str) -> Hash {
     let digest = digest::digest(&digest::SHA256, key.as_bytes());
     let mut hash = [0; 32];
     hash.copy_from_slice(digest.as_ref());

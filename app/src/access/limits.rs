@@ -7,7 +7,7 @@ use std::collections::HashMap;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use governor::clock::{Clock, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
@@ -21,13 +21,17 @@ use perennial_server::net::network;
 use perennial_server::pool::redis::{Redis, client};
 
 use super::Caller;
+use super::keys::MAX_PER_MINUTE;
 
 /// The window of every limit, in seconds.
 const WINDOW: u32 = 60;
 /// How long Redis may take.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// How many keys that are not known here an address may show a minute. After that they are not looked for.
-const LOOKUPS_PER_MINUTE: NonZeroU32 = NonZeroU32::new(600).unwrap();
+/// How many wrong keys an address may show a minute. After that none is looked for that is not known already, for a while.
+const WRONG_PER_MINUTE: NonZeroU32 = NonZeroU32::new(600).unwrap();
+const NOT_LISTENED_TO: Duration = Duration::from_secs(5);
+/// How many addresses are remembered that have shown wrong ones.
+const ADDRESSES: usize = 100_000;
 
 /// The generic cell rate algorithm (ITU-T I.371, annex A) by the server's clock. ARGV: microseconds from one request to
 /// the next, how many at once. Returns how many are left, the microseconds until one more is allowed if none is, and
@@ -53,7 +57,11 @@ pub(super) struct Limits {
     shared: Option<Shared>,
     /// By key: as many as there are keys with a limit.
     local: Mutex<HashMap<String, (u32, Arc<Local>)>>,
-    lookups: DefaultKeyedRateLimiter<IpAddr>,
+    /// By key: where those stand that are used up, and since when. Nobody need be asked about them.
+    used_up: Mutex<HashMap<String, (Instant, Standing)>>,
+    wrong: DefaultKeyedRateLimiter<IpAddr>,
+    /// Until when.
+    not_listened_to: Mutex<HashMap<IpAddr, Instant>>,
     clock: DefaultClock,
 }
 
@@ -113,20 +121,44 @@ impl Limits {
         Self {
             shared,
             local: Mutex::default(),
-            lookups: RateLimiter::keyed(Quota::per_minute(LOOKUPS_PER_MINUTE)),
+            used_up: Mutex::default(),
+            wrong: RateLimiter::keyed(Quota::per_minute(WRONG_PER_MINUTE)),
+            not_listened_to: Mutex::default(),
             clock: DefaultClock::default(),
         }
     }
 
     /// Counts one call; where the key stands then, if it has a limit.
     pub(super) async fn count(&self, caller: &Caller) -> Option<Standing> {
-        let per_minute = NonZeroU32::new(caller.per_minute?)?;
-        if let Some(shared) = &self.shared
-            && let Some(standing) = shared.count(&caller.key, per_minute).await
-        {
+        let per_minute = NonZeroU32::new(caller.per_minute?.min(MAX_PER_MINUTE))?;
+        if let Some(standing) = self.still_used_up(&caller.key, per_minute) {
             return Some(standing);
         }
-        Some(self.count_here(&caller.key, per_minute))
+        let shared = match &self.shared {
+            Some(shared) => shared.count(&caller.key, per_minute).await,
+            None => None,
+        };
+        let standing = shared.unwrap_or_else(|| self.count_here(&caller.key, per_minute));
+        if !standing.wait.is_zero() {
+            let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
+            used_up.insert(caller.key.clone(), (Instant::now(), standing));
+        }
+        Some(standing)
+    }
+
+    fn still_used_up(&self, key: &str, per_minute: NonZeroU32) -> Option<Standing> {
+        let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let (since, standing) = *used_up.get(key)?;
+        let ago = since.elapsed();
+        if ago >= standing.wait || standing.per_minute != per_minute.get() {
+            used_up.remove(key);
+            return None;
+        }
+        Some(Standing {
+            wait: standing.wait - ago,
+            full_in: standing.full_in.saturating_sub(ago),
+            ..standing
+        })
     }
 
     fn count_here(&self, key: &str, per_minute: NonZeroU32) -> Standing {
@@ -147,18 +179,36 @@ impl Limits {
         Standing { per_minute: per_minute.get(), remaining, wait, full_in }
     }
 
-    /// Counts one look for a key that is not known here; why there is to be none, if this address has had too many.
+    /// Why no key is looked for that comes from this address, if it has shown too many wrong ones.
     pub(super) fn is_guessing(&self, address: Option<IpAddr>) -> Option<Problem> {
-        let until = self.lookups.check_key(&network(address?)).err()?;
-        let detail = "too many keys from this address that are not known";
-        let wait = until.wait_time_from(self.clock.now());
-        Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait))
+        let mut until = self.not_listened_to.lock().unwrap_or_else(PoisonError::into_inner);
+        let address = network(address?);
+        let left = until.get(&address)?.saturating_duration_since(Instant::now());
+        if left.is_zero() {
+            until.remove(&address);
+            return None;
+        }
+        let detail = "too many wrong keys from this address";
+        Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(left))
     }
 
-    /// Forgets the addresses whose keys were not looked for lately.
+    /// Counts a wrong key.
+    pub(super) fn guessed(&self, address: Option<IpAddr>) {
+        let Some(address) = address.map(network) else { return };
+        if self.wrong.len() < ADDRESSES && self.wrong.check_key(&address).is_err() {
+            let mut until = self.not_listened_to.lock().unwrap_or_else(PoisonError::into_inner);
+            until.insert(address, Instant::now() + NOT_LISTENED_TO);
+        }
+    }
+
+    /// Forgets the addresses that have not shown wrong keys lately.
     pub(super) fn forget(&self) {
-        self.lookups.retain_recent();
-        self.lookups.shrink_to_fit();
+        self.wrong.retain_recent();
+        self.wrong.shrink_to_fit();
+        let now = Instant::now();
+        self.not_listened_to.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, until| *until > now);
+        let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
+        used_up.retain(|_, (since, standing)| since.elapsed() < standing.wait);
     }
 }
 
@@ -173,7 +223,7 @@ impl Shared {
         let mut script = self.script.key(format!("{}:limit:{key}", self.prefix));
         script.arg(interval).arg(per_minute.get());
         let asked = async {
-            match tokio::time::timeout(PATIENCE, self.redis.invoke::<(u32, u64, u64)>(&script)).await {
+            match tokio::time::timeout(PATIENCE, self.redis.invoke_beside::<(u32, u64, u64)>(&script)).await {
                 Ok(Ok(answer)) => Ok(answer),
                 _ => Err(()),
             }

@@ -5,7 +5,7 @@
 //! |---|---|
 //! | `GET /keys` | what each may be used for, and until when; never a key itself |
 //! | `POST /keys` | `{"name", "site"?, "scopes"?, "per_minute"?, "expires_in"?}`: makes one, and shows it this once |
-//! | `POST /keys/{name}/replace` | `{"site"?, "overlap"?}`: makes another in its place; the old one is good for a while |
+//! | `POST /keys/{name}/replace` | `{"site"?, "overlap"?, "expires_in"?}`: makes another in its place; the old one is good for a while |
 //! | `POST /keys/{name}/revoke` | `{"site"?}`: ends it now |
 
 use std::collections::BTreeSet;
@@ -19,11 +19,11 @@ use jiff::Timestamp;
 use perennial_server::cache::Caches;
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::pool::sql::Store;
-use secrecy::ExposeSecret;
+use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use crate::access::keys::{self, Grant, KeyView};
+use crate::access::keys::{self, Ends, Grant, Hash, KeyView, MAX_PER_MINUTE};
 use crate::access::{self, Scope};
 use crate::api::{Json, Result, not_found};
 use crate::settings::{Setting, parse_duration};
@@ -46,19 +46,20 @@ impl Keyring {
         self.sites.named(name.unwrap_or(sites::DEFAULT)).ok_or_else(wanted)
     }
 
-    /// Makes a key, and has every process know.
-    async fn make(&self, site: &Site, grant: &Grant) -> Result<Json<Made>> {
-        let key = access::random_key();
-        keys::insert(&self.store, grant, key.expose_secret()).await?;
-        self.caches.forget(access::CACHE.name, None).await;
-        let scopes = grant.scopes.iter().map(|scope| scope.as_str()).collect();
-        Ok(Json(Made {
-            name: grant.name.clone(),
-            site: site.name.clone(),
-            scopes,
-            key: key.expose_secret().to_owned(),
-        }))
+    /// Has every process ask the store about these.
+    async fn forget(&self, hashes: &[Hash]) {
+        for hash in hashes {
+            self.caches.forget(access::CACHE.name, Some(&access::hex(hash))).await;
+        }
     }
+}
+
+/// A key that was just made, for whoever asked for it.
+fn made(site: &Site, grant: &Grant, key: &SecretString) -> Json<Made> {
+    let scopes = grant.scopes.iter().map(|scope| scope.as_str()).collect();
+    let (name, site) = (grant.name.clone(), site.name.clone());
+    let ends_at = grant.ends_at.and_then(|at| Timestamp::from_millisecond(at).ok());
+    Json(Made { name, site, scopes, ends_at, key: key.expose_secret().to_owned() })
 }
 
 /// A key that was just made.
@@ -67,6 +68,8 @@ struct Made {
     name: String,
     site: String,
     scopes: Vec<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    ends_at: Option<Timestamp>,
     key: String,
 }
 
@@ -112,8 +115,8 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
         let words = Scope::ALL.map(Scope::as_str).join(", ");
         errors.push(FieldError::new("scopes", format!("at least one of {words}")));
     }
-    if new.per_minute == Some(0) {
-        errors.push(FieldError::new("per_minute", "a whole number from 1"));
+    if new.per_minute.is_some_and(|number| !(1..=MAX_PER_MINUTE).contains(&number)) {
+        errors.push(FieldError::new("per_minute", format!("a whole number from 1 to {MAX_PER_MINUTE}")));
     }
     let life = duration("expires_in", new.expires_in.as_deref(), &mut errors);
     let site = keyring.site(new.site.as_deref())?;
@@ -121,10 +124,6 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
         return Err(Problem::invalid(errors).into());
     }
     let now = Timestamp::now().as_millisecond();
-    if !keys::named(&keyring.store, site.id, &new.name, now).await?.is_empty() {
-        let detail = format!("the site {} has a key {}: replace it, or revoke it first", site.name, new.name);
-        return Err(Problem::new(StatusCode::CONFLICT, detail).into());
-    }
     let grant = Grant {
         site: site.id,
         name: new.name,
@@ -132,9 +131,14 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
         per_minute: new.per_minute,
         ends_at: life.map(|life| after(now, life)),
     };
-    let made = keyring.make(site, &grant).await?;
+    let key = access::random_key();
+    if !keys::add(&keyring.store, grant.clone(), key.expose_secret(), now).await? {
+        let detail =
+            format!("the site {} has a key {}: replace it, or revoke it first", site.name, grant.name);
+        return Err(Problem::new(StatusCode::CONFLICT, detail).into());
+    }
     info!(key = grant.name, site = site.name, "an operator made an API key");
-    Ok(made)
+    Ok(made(site, &grant, &key))
 }
 
 #[derive(Debug, Deserialize)]
@@ -143,6 +147,8 @@ struct Replace {
     site: Option<String>,
     /// How long the old one is good: a duration, 24h without it
     overlap: Option<String>,
+    /// When the new one ends: a duration; with the old one's without it
+    expires_in: Option<String>,
 }
 
 async fn replace(
@@ -152,17 +158,19 @@ async fn replace(
 ) -> Result<Json<Made>> {
     let mut errors = Vec::new();
     let overlap = duration("overlap", request.overlap.as_deref(), &mut errors).unwrap_or(OVERLAP);
+    let life = duration("expires_in", request.expires_in.as_deref(), &mut errors);
     let site = keyring.site(request.site.as_deref())?;
     if !errors.is_empty() {
         return Err(Problem::invalid(errors).into());
     }
     let now = Timestamp::now().as_millisecond();
-    let newest = keys::named(&keyring.store, site.id, &name, now).await?.into_iter().next();
-    let grant = newest.ok_or_else(|| not_found("API key"))?;
-    keys::end(&keyring.store, site.id, &name, after(now, overlap)).await?;
-    let made = keyring.make(site, &grant).await?;
+    let (key, of) = (access::random_key(), (site.id, name.clone()));
+    let ends = Ends { old: after(now, overlap), new: life.map(|life| after(now, life)) };
+    let replaced = keys::replace(&keyring.store, of, key.expose_secret(), now, ends).await?;
+    let (grant, ended) = replaced.ok_or_else(|| not_found("API key"))?;
+    keyring.forget(&ended).await;
     info!(key = name, site = site.name, ?overlap, "an operator replaced an API key");
-    Ok(made)
+    Ok(made(site, &grant, &key))
 }
 
 #[derive(Debug, Deserialize)]
@@ -174,7 +182,7 @@ struct Revoke {
 /// How many keys of a name have ended.
 #[derive(Debug, Serialize)]
 struct Revoked {
-    revoked: u64,
+    revoked: usize,
 }
 
 async fn revoke(
@@ -183,13 +191,14 @@ async fn revoke(
     Json(request): Json<Revoke>,
 ) -> Result<Json<Revoked>> {
     let site = keyring.site(request.site.as_deref())?;
-    let revoked = keys::end(&keyring.store, site.id, &name, Timestamp::now().as_millisecond()).await?;
-    if revoked == 0 {
+    let now = Timestamp::now().as_millisecond();
+    let ended = keys::revoke(&keyring.store, site.id, name.clone(), now).await?;
+    if ended.is_empty() {
         return Err(not_found("API key").into());
     }
-    keyring.caches.forget(access::CACHE.name, None).await;
+    keyring.forget(&ended).await;
     info!(key = name, site = site.name, "an operator revoked an API key");
-    Ok(Json(Revoked { revoked }))
+    Ok(Json(Revoked { revoked: ended.len() }))
 }
 
 fn duration(field: &str, text: Option<&str>, errors: &mut Vec<FieldError>) -> Option<Duration> {

@@ -1,5 +1,6 @@
 //! `perennial adopt`.
 
+use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -9,16 +10,15 @@ use indicatif::{ProgressBar, ProgressStyle};
 use perennial_server::pool::sql;
 use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
-use secrecy::ExposeSecret;
 
 use super::{block_on, load, open_alone, print, read};
-use crate::access::secrets;
 use crate::adopt::Source;
 use crate::boot;
 use crate::config::{Config, Store};
 use crate::data_dir::DataDir;
 use crate::module::Blueprint;
-use crate::settings::Sources;
+use crate::push;
+use crate::settings::{Settings, Sources};
 
 /// How long the embedded store may take for a step of its tables.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -33,16 +33,17 @@ impl Adopt {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
-        block_on(self.adopt(config, modules))?
+        block_on(self.adopt(&settings, config, modules))?
     }
 
-    async fn adopt(&self, config: Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+    async fn adopt(&self, settings: &Settings, config: Config, modules: &[Blueprint]) -> anyhow::Result<()> {
         if !matches!(config.store, Store::Postgres(_)) {
             bail!(
                 "the settings name an embedded store: wanted store.url = postgres://.., where everything is to go"
             );
         }
-        let directory = self.file.parent().context("the file has no directory")?;
+        let directory = self.file.parent().filter(|parent| !parent.as_os_str().is_empty());
+        let directory = directory.unwrap_or_else(|| Path::new("."));
         let directory =
             directory.canonicalize().with_context(|| format!("{} is not there", directory.display()))?;
         // Nobody else uses either, and the file is as new as the program.
@@ -57,7 +58,7 @@ impl Adopt {
             let (ours, store) = open_alone(&config, modules).await?;
             (Some(ours), store)
         };
-        let done = move_all(&directory, &self.file, &config, &store).await;
+        let done = move_all(settings, &directory, &self.file, &config, &store).await;
         store.close().await;
         done
     }
@@ -73,20 +74,26 @@ async fn bring_up_to_date(data_dir: &DataDir, file: &Path, modules: &[Blueprint]
     Ok(())
 }
 
-async fn move_all(directory: &Path, file: &Path, config: &Config, store: &sql::Store) -> anyhow::Result<()> {
+async fn move_all(
+    settings: &Settings,
+    directory: &Path,
+    file: &Path,
+    config: &Config,
+    store: &sql::Store,
+) -> anyhow::Result<()> {
     let sql::Store::Postgres(postgres) = store else { bail!("wanted a Postgres server") };
     let (queue, _) = boot::open_queue(config, store).await?;
     let jobs = Jobs::new(queue, Admission::new(config.bounds));
     let source = Source::open(file)?;
     let bar = ProgressBar::new(source.rows()?);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} rows  {msg}")?);
-    let moved = source.move_to(postgres, &jobs, |table, rows| {
+    let keys = keys(settings, directory)?;
+    let moved = source.move_to(postgres, &jobs, &keys, |table, rows| {
         bar.set_message(table.to_owned());
         bar.inc(rows as u64);
     });
     let moved = moved.await.context("nothing was moved")?;
     bar.finish_and_clear();
-    share_keys(directory, store).await?;
     let mut text = String::new();
     for (table, rows) in moved.tables.iter().filter(|(_, rows)| *rows > 0) {
         text.push_str(&format!("{rows:>12}  {table}\n"));
@@ -98,21 +105,20 @@ async fn move_all(directory: &Path, file: &Path, config: &Config, store: &sql::S
     ))
 }
 
-/// The VAPID keys, for all who use the store.
-async fn share_keys(directory: &Path, store: &sql::Store) -> anyhow::Result<()> {
-    for entry in std::fs::read_dir(directory)? {
-        let name = entry?.file_name().to_string_lossy().into_owned();
-        if !(name.starts_with("vapid.") && name.ends_with(".pem")) {
-            continue;
-        }
-        let pem = std::fs::read_to_string(directory.join(&name))?;
-        let shared = secrets::share(store, &name, pem.trim_end()).await?;
-        if shared.expose_secret().trim_end() != pem.trim_end() {
-            bail!(
-                "the store has another {name}: subscriptions were made with the one in {}",
-                directory.display()
-            );
+/// The VAPID keys of all sites, each with its name in a store that is shared.
+fn keys(settings: &Settings, directory: &Path) -> anyhow::Result<Vec<(String, String)>> {
+    let mut keys = Vec::new();
+    for (file, name) in push::vapid_files(settings) {
+        let file = directory.join(file);
+        match std::fs::read_to_string(&file) {
+            Ok(pem) => keys.push((name, pem.trim_end().to_owned())),
+            // A site that was never served.
+            Err(error) if error.kind() == ErrorKind::NotFound => {}
+            Err(error) => return Err(error).with_context(|| format!("{} cannot be read", file.display())),
         }
     }
-    Ok(())
+    if keys.is_empty() {
+        bail!("there is no VAPID key beside the file: wanted the directory that the server has used");
+    }
+    Ok(keys)
 }

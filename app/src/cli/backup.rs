@@ -7,6 +7,7 @@ use clap::Args;
 use super::{load, print, read};
 use crate::backup::Source;
 use crate::module::Blueprint;
+use crate::push;
 use crate::settings::Sources;
 
 #[derive(Args, Debug)]
@@ -20,7 +21,8 @@ impl Backup {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
-        let copied = Source::of(&config.data_dir, &config.store)?.copy_to(&self.directory)?;
+        let copied = Source::of(&config.data_dir, &config.store, push::vapid_files(&settings))?
+            .copy_to(&self.directory)?;
         print(&format!(
             "{}: {} ({} bytes)\nTo restore it, start with it as data_dir; there is no other copy of vapid.pem.\n",
             copied.directory.display(),

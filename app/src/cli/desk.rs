@@ -22,7 +22,7 @@ use crate::admin::jobs::{self, Books};
 use crate::admin::keys::{self, Keyring};
 use crate::admin::schedules;
 use crate::boot;
-use crate::config::Config;
+use crate::config::{Config, Store};
 use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
 use crate::module::Blueprint;
 
@@ -60,7 +60,7 @@ impl Desk {
                 .with_context(|| format!("the admin token in {} cannot be read", file.display()))?;
             return Ok(Self::Server(Client::new(&base, Some(token.trim().to_owned()), TIMEOUT)?));
         }
-        if !config.data_dir.exists() {
+        if matches!(config.store, Store::Sqlite { .. }) && !config.data_dir.exists() {
             bail!("there is no store in {} yet", config.data_dir.display());
         }
         let (data_dir, store) = open_alone(config, modules).await?;

@@ -7,7 +7,7 @@ use clap::Args;
 use http::Method;
 
 use super::client::Client;
-use super::{block_on, load, read};
+use super::{block_on, load, print, read};
 use crate::addresses::Addresses;
 use crate::module::Blueprint;
 use crate::settings::Sources;
@@ -30,12 +30,17 @@ impl Health {
         let client = Client::new(&base, None, TIMEOUT)?;
         let path = if self.live { "/livez" } else { "/readyz" };
         let answer = block_on(client.ask(Method::GET, path, None, None))??;
-        if answer.status.is_success() {
-            println!("ok");
-            return Ok(());
-        }
         let reasons = answer.body["reasons"].as_array().into_iter().flatten();
         let reasons: Vec<_> = reasons.filter_map(|reason| reason.as_str()).collect();
+        if answer.status.is_success() {
+            // What is away while all is well is said beside it.
+            let but = if reasons.is_empty() {
+                String::new()
+            } else {
+                format!(", degraded: {}", reasons.join(", "))
+            };
+            return print(&format!("ok{but}\n"));
+        }
         bail!("{}: {}", answer.status, reasons.join(", "))
     }
 }

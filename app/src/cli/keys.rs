@@ -70,6 +70,9 @@ pub(super) struct Replace {
     /// How long the old one is good
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     overlap: String,
+    /// When the new one ends, such as 720h; with the old one's end, if it has one, without this
+    #[arg(long, value_name = "DURATION")]
+    expires_in: Option<String>,
 }
 
 impl Keys {
@@ -109,6 +112,15 @@ impl Keys {
     }
 
     async fn answer(self, desk: &Desk) -> anyhow::Result<()> {
+        let named = match &self {
+            Self::Add(Add { named, .. }) | Self::Replace(Replace { named, .. }) | Self::Revoke(named) => {
+                Some(named)
+            }
+            _ => None,
+        };
+        if named.is_some_and(|named| !access::keys::is_name(&named.name)) {
+            bail!("NAME: wanted 1 to 64 of a-z, 0-9, dots, dashes and underscores");
+        }
         match self {
             Self::List => list(&desk.call(Method::GET, "/keys", None).await?),
             Self::Add(Add { named, scopes, per_minute, expires_in }) => {
@@ -120,14 +132,19 @@ impl Keys {
                 }
                 made(&desk.call(Method::POST, "/keys", Some(&body)).await?)
             }
-            Self::Replace(Replace { named: Named { name, site }, overlap }) => {
-                let body = json!({ "site": site, "overlap": overlap });
+            Self::Replace(Replace { named: Named { name, site }, overlap, expires_in }) => {
+                let mut body = json!({ "site": site, "overlap": overlap });
+                if let Some(life) = expires_in {
+                    body["expires_in"] = life.into();
+                }
                 made(&desk.call(Method::POST, &format!("/keys/{name}/replace"), Some(&body)).await?)
             }
             Self::Revoke(Named { name, site }) => {
                 let path = format!("/keys/{name}/revoke");
                 desk.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
-                print(&format!("{name} is good for nothing any more\n"))
+                print(&format!(
+                    "{name} has ended. Where replicas share no Redis, one that has just seen it takes it for 15 s more.\n"
+                ))
             }
             Self::Rotate { site } => {
                 let body = json!({ "site": site });
@@ -144,7 +161,8 @@ impl Keys {
 
 /// Nothing but the key goes to standard output, so that it can be put where it belongs.
 fn made(answer: &Value) -> anyhow::Result<()> {
-    eprintln!("This key is shown once, and stored nowhere:");
+    let ends = answer["ends_at"].as_str().map_or(String::new(), |at| format!(", and ends at {at}"));
+    eprintln!("This key is shown once, is stored nowhere{ends}:");
     print(&format!("{}\n", answer["key"].as_str().unwrap_or_default()))
 }
 
@@ -170,7 +188,9 @@ fn list(keys: &Value) -> anyhow::Result<()> {
 
 async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) -> anyhow::Result<()> {
     let (data_dir, store) = open_alone(&config, modules).await?;
-    if !access::keys::exist(&store).await? || !data_dir.join(API_KEY).exists() {
+    // Who has keys in files needs none in the store.
+    let needs_one = !access::keys::exist(&store).await? || !data_dir.join(API_KEY).exists();
+    if config.key_files.is_empty() && needs_one {
         boot::make_api_key(&data_dir, &store).await?;
     }
     boot::first_keys(&data_dir, &store, true).await?;

@@ -55,6 +55,9 @@ impl Job for Deliver {
             return Ok(Fate::Snooze(pause(&batch)));
         }
         let members = tools.store.members(&batch).await?;
+        if tools.profile(SiteId(batch.site)).is_err() {
+            return Ok(Fate::Snooze(super::NOT_SERVED));
+        }
         let keys = tools.vapid.of(SiteId(batch.site)).await?;
         let flow = tools.flows.flow(batch.notification, batch.standing);
         let senders = tools.senders.clone();

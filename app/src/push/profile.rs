@@ -35,7 +35,7 @@ pub(super) struct Profile {
 /// Where the VAPID keys of a site are.
 #[derive(Clone, Debug)]
 pub(super) struct Place {
-    /// A file; a relative path is inside the data directory.
+    /// A file that the settings name, or one inside the data directory.
     pub(super) file: String,
     /// What they are called in a store that replicas share.
     pub(super) shared: String,
@@ -79,7 +79,11 @@ fn contact(settings: &mut Reader<'_>, key: &str) -> Option<Contact> {
 
 fn place(settings: &mut Reader<'_>, key: &str, site: &str) -> Place {
     let own = if site == sites::DEFAULT { VAPID_KEY.to_owned() } else { format!("vapid.{site}.pem") };
-    let file = settings.file(key).map(|file| file.to_string_lossy().into_owned());
+    let file = settings.file(key);
+    if file.as_ref().is_some_and(|file| !file.is_absolute()) {
+        settings.refuse::<()>(key, "an absolute path");
+    }
+    let file = file.map(|file| file.to_string_lossy().into_owned());
     Place { file: file.unwrap_or_else(|| own.clone()), shared: own }
 }
 

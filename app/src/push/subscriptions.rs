@@ -109,7 +109,7 @@ pub(super) struct Subscribed {
 #[utoipa::path(get, path = "/push/key", responses((status = OK, body = KeyView)))]
 pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
-    let key = KeyView { key: tools.vapid.of(visitor.site).await?.current.public_key() };
+    let key = KeyView { key: tools.vapid.for_request(visitor.site).await?.current.public_key() };
     Ok(([(header::CACHE_CONTROL, "no-cache")], axum::Json(key)).into_response())
 }
 
@@ -127,7 +127,10 @@ pub(super) async fn subscribe(
     Json(request): Json<SubscribeRequest>,
 ) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
-    let keys = tools.vapid.of(visitor.site).await?;
+    let keys = match &request.key {
+        Some(key) => tools.vapid.with(visitor.site, key).await?,
+        None => tools.vapid.for_request(visitor.site).await?,
+    };
     let (endpoint, new) = check(&tools, &visitor, &keys, request)?;
     if let Err(error) = tools.senders.any().check_addresses(&endpoint).await {
         debug!(%error, "refused an endpoint");

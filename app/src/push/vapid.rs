@@ -5,15 +5,16 @@
 //! made with them. What a process knows of them is a cache: a key that is made while it runs is in use soon.
 
 use std::collections::HashMap;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, anyhow};
+use anyhow::{Context as _, anyhow, bail};
 use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
+use http::StatusCode;
 use perennial_server::cache::{self, Cache, Caches, Kept};
-use perennial_server::http::problem::FieldError;
+use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::pool::sql::{self, Dialect};
 use perennial_webpush::VapidKey;
 use secrecy::ExposeSecret;
@@ -24,7 +25,7 @@ use tracing::{info, warn};
 use super::profile::{Place, Profile};
 use super::store::{self, Store};
 use crate::access::secrets;
-use crate::api::{Json, Result};
+use crate::api::{Json, Result, store_failed};
 use crate::data_dir::DataDir;
 use crate::sites::SiteId;
 
@@ -37,6 +38,9 @@ pub(super) const CACHE: cache::Config = cache::Config {
     stale: Duration::from_secs(24 * 3600),
 };
 
+/// How often the store is asked for a key that is not known.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
 /// The keys of all sites.
 #[derive(Debug)]
 pub(super) struct VapidKeys {
@@ -46,6 +50,8 @@ pub(super) struct VapidKeys {
     profiles: Arc<HashMap<SiteId, Profile>>,
     caches: Caches,
     cache: Cache<Arc<SiteKeys>>,
+    /// When the store was last asked for a key that is not known.
+    looked: Mutex<Option<Instant>>,
 }
 
 /// The keys of one site.
@@ -93,6 +99,7 @@ impl VapidKeys {
             profiles: Arc::clone(profiles),
             caches: caches.clone(),
             cache: caches.make(CACHE),
+            looked: Mutex::default(),
         };
         for (site, profile) in profiles.iter() {
             let found = keys.of(*site).await?;
@@ -114,6 +121,40 @@ impl VapidKeys {
         let load = async { self.load(site).await.map(Some) };
         let keys = self.cache.get(&site.0.to_string(), load).await.map_err(|error| anyhow!("{error:#}"))?;
         keys.context("there is no VAPID key")
+    }
+
+    /// Those of one site, for a request.
+    ///
+    /// # Errors
+    /// 503 while the store cannot be asked for keys that nobody knows.
+    pub(super) async fn for_request(&self, site: SiteId) -> Result<Arc<SiteKeys>> {
+        let load = async { self.load(site).await.map(Some) };
+        match self.cache.get(&site.0.to_string(), load).await {
+            Ok(keys) => Ok(keys.context("there is no VAPID key")?),
+            Err(error) => Err(match error.downcast_ref::<sql::Error>() {
+                Some(away) => store_failed(away, away.is_passing()).into(),
+                None => anyhow!("{error:#}").into(),
+            }),
+        }
+    }
+
+    /// Those of one site, one of which is to be `public_key`: it may have been made a moment ago, by another process.
+    pub(super) async fn with(&self, site: SiteId, public_key: &str) -> Result<Arc<SiteKeys>> {
+        let keys = self.for_request(site).await?;
+        let may_look = {
+            let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+            let is_due = looked.is_none_or(|at| at.elapsed() >= LOOK_AGAIN);
+            let may_look = is_due && keys.id_of(public_key).is_none();
+            if may_look {
+                *looked = Some(Instant::now());
+            }
+            may_look
+        };
+        if !may_look {
+            return Ok(keys);
+        }
+        self.cache.forget(Some(&site.0.to_string())).await;
+        self.for_request(site).await
     }
 
     /// What is known without asking anybody, by the name of the site.
@@ -166,7 +207,8 @@ async fn make_new(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Rotate
     let named = keys.profiles.iter().find(|(_, profile)| profile.name == request.site);
     let (site, profile) =
         named.ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
-    let key = keys.rotate(*site).await?;
+    let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
+    let key = keys.rotate(*site).await.map_err(refused)?;
     info!(site = profile.name, key = key.public_key(), "an operator made a new VAPID key");
     Ok(Json(json!({ "key": key.public_key() })))
 }
@@ -197,16 +239,23 @@ pub(super) async fn make(
 pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
     let is_file = data_dir.join(&place.file).exists();
     let before = match sql.dialect() {
-        Dialect::Postgres if !is_file => {
+        Dialect::Postgres if is_file => {
+            // Other processes have files of their own.
+            let file = data_dir.join(&place.file);
+            bail!("the keys are in {}: put a new one first in it, wherever it comes from", file.display());
+        }
+        Dialect::Postgres => {
             let shared = secrets::shared(sql, &place.shared).await?;
             shared.context("there is no VAPID key in the store")?.expose_secret().to_owned()
         }
-        _ => data_dir.read(&place.file).context("there is no VAPID key")?,
+        Dialect::Sqlite => data_dir.read(&place.file).context("there is no VAPID key")?,
     };
     let new = VapidKey::generate()?;
     let pem = format!("{}{before}", new.to_pem()?);
     if is_file {
-        data_dir.write(&place.file, &pem)?;
+        data_dir
+            .write(&place.file, &pem)
+            .context("the file of the keys cannot be changed: put a new one first in it")?;
     } else {
         secrets::replace(sql, &place.shared, &before, &pem).await?;
     }

@@ -192,6 +192,9 @@ impl Job for Webhook {
     }
 
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+        if tools.profile(SiteId(self.site)).is_err() {
+            return Ok(Fate::Snooze(super::NOT_SERVED));
+        }
         let Some(webhook) = tools.webhooks.get(SiteId(self.site), &self.webhook) else {
             return Ok(Fate::Dead(format!("there is no webhook {} in the settings", self.webhook)));
         };
@@ -203,7 +206,7 @@ impl Job for Webhook {
         if status.is_success() {
             return Ok(Fate::Done);
         }
-        let reason = format!("{} answered {status}", webhook.url);
+        let reason = format!("the webhook {} answered {status}", self.webhook);
         Ok(match (status, after) {
             (StatusCode::GONE, _) => Fate::Dead(reason),
             (_, Some(after)) => Fate::Retry { after: after.clamp(FIRST, LAST), reason },

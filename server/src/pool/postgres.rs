@@ -13,7 +13,7 @@ use std::future::{Future, poll_fn};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -24,7 +24,7 @@ use futures_util::future::join_all;
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::{Mutex, mpsc};
+use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
@@ -38,6 +38,7 @@ pub use tokio_postgres::types::Type;
 
 use super::bounded::{Bounded, Limits};
 use super::holders::{Held, Holders};
+use super::url::Candidate;
 use super::{Migrations, Newer, Standing, Status, Url, tls, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
@@ -121,13 +122,18 @@ impl Error {
         match self {
             Self::Busy | Self::Away(_) | Self::Slow => true,
             Self::Sql(error) => match error.code() {
-                // Without a code, the connection broke off.
-                None => true,
+                // Without a code, the connection broke off; or what came is not what was asked for, and never will be.
+                None => is_broken(error),
                 Some(code) => is_passing(code),
             },
             Self::Url | Self::Newer(_) => false,
         }
     }
+}
+
+fn is_broken(error: &tokio_postgres::Error) -> bool {
+    use std::error::Error;
+    error.is_closed() || error.source().is_some_and(<dyn Error>::is::<std::io::Error>)
 }
 
 /// Classes of errors (PostgreSQL, appendix A) that are about the moment: 08 connection, 40 rollback, 53 resources,
@@ -151,6 +157,10 @@ struct Shared {
     config: Config,
     reach: RwLock<Arc<Reach>>,
     holders: Arc<Holders>,
+    /// How often the way to the server has changed.
+    changed: watch::Sender<u64>,
+    /// How many steps of tables there were at boot.
+    steps: AtomicI64,
     /// Connections on which a statement may still run that nobody waits for, to whoever tends.
     abandoned: mpsc::Sender<ClientWrapper>,
     to_be_cancelled: Mutex<mpsc::Receiver<ClientWrapper>>,
@@ -228,7 +238,9 @@ impl Postgres {
         let (abandoned, to_be_cancelled) = mpsc::channel(ABANDONED);
         let to_be_cancelled = Mutex::new(to_be_cancelled);
         let holders = Holders::new("postgres");
-        let shared = Shared { config, reach, holders, abandoned, to_be_cancelled };
+        let steps = AtomicI64::new(0);
+        let changed = watch::Sender::new(0);
+        let shared = Shared { config, reach, holders, changed, steps, abandoned, to_be_cancelled };
         let postgres = Self(Arc::new(shared));
         postgres.check().await?;
         let warm = WARM.min(postgres.0.config.size);
@@ -275,20 +287,45 @@ impl Postgres {
 
     /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
     /// who uses the old pool, or waits for it, is done.
-    fn follow_url(&self) {
-        let before = self.reach();
-        let Some(url) = before.url.changed() else { return };
-        match Reach::new(&self.0.config, url) {
+    async fn follow_url(&self) {
+        let Some(Candidate { url, was_tried }) = self.reach().url.changed() else { return };
+        let reached = match Reach::new(&self.0.config, url) {
+            Ok(reach) => self.is_same_store(&reach).await.map(|()| reach),
+            Err(error) => Err(error),
+        };
+        match reached {
             Ok(reach) => {
                 *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
+                // Who listens by the old way is to listen by the new one.
+                self.0.changed.send_modify(|changes| *changes += 1);
                 info!("the URL of Postgres has changed: connecting anew");
             }
-            Err(error) => warn!(%error, "the URL of Postgres has changed, and cannot be used"),
+            Err(_) if was_tried => {}
+            Err(error) => {
+                let error = with_causes(&error);
+                warn!(
+                    error,
+                    "the URL of Postgres has changed, and cannot be used: going on with the one before"
+                );
+            }
         }
     }
 
+    /// Whether tables are there as they were at boot.
+    async fn is_same_store(&self, reach: &Reach) -> Result<()> {
+        let object = reach.pool.get().await.map_err(|error| Error::Away(error.into()))?;
+        let timeout = self.0.config.statement_timeout + GRACE;
+        let sql = "SELECT count(*) FROM migrations";
+        let rows = within(timeout, object.query_typed(sql, &[])).await?;
+        let steps = rows.first().map_or(0, |row| row.get::<_, i64>(0));
+        if steps < self.0.steps.load(Ordering::Relaxed) {
+            return Err(Error::Away("its tables are not those of this store".into()));
+        }
+        Ok(())
+    }
+
     async fn look(&self, condition: &Condition) {
-        self.follow_url();
+        self.follow_url().await;
         self.reach().pool.retire(|connection| connection.is_closed());
         let sql = "SELECT current_setting('transaction_read_only') = 'on'";
         let asked = self.query(sql, &[]).await;
@@ -432,7 +469,10 @@ impl Postgres {
                 info!(module, version, "migrated");
             }
         }
-        transaction.commit().await
+        let steps = transaction.query("SELECT count(*) FROM migrations", &[]).await?;
+        transaction.commit().await?;
+        self.0.steps.store(steps.first().map_or(0, |row| row.get(0)), Ordering::Relaxed);
+        Ok(())
     }
 
     /// A connection of its own that listens on a channel.
@@ -442,6 +482,7 @@ impl Postgres {
     pub async fn listen(&self, channel: &'static str) -> Result<Listener> {
         let patience = self.0.config.connect_timeout + GRACE;
         let (sender, notifications) = mpsc::channel(NOTIFICATIONS);
+        let changed = self.0.changed.subscribe();
         let Reach { dedicated, tls, .. } = &*self.reach();
         let (client, driven): (_, Pin<Box<dyn Future<Output = ()> + Send>>) = match tls {
             Some(tls) => {
@@ -456,7 +497,7 @@ impl Postgres {
         let mut driver = JoinSet::new();
         driver.spawn(driven);
         let timeout = self.0.config.statement_timeout + GRACE;
-        let listener = Listener { client, notifications, channel, timeout, _driver: driver };
+        let listener = Listener { client, notifications, channel, timeout, changed, _driver: driver };
         within(timeout, listener.client.batch_execute(&format!("LISTEN {channel}"))).await?;
         Ok(listener)
     }
@@ -615,6 +656,8 @@ pub struct Listener {
     notifications: mpsc::Receiver<String>,
     channel: &'static str,
     timeout: Duration,
+    /// Changes when another way leads to the server.
+    changed: watch::Receiver<u64>,
     _driver: JoinSet<()>,
 }
 
@@ -625,9 +668,12 @@ impl fmt::Debug for Listener {
 }
 
 impl Listener {
-    /// The next notification; none when the connection has ended.
+    /// The next notification; none when the connection has ended, or another is to take its place.
     pub async fn next(&mut self) -> Option<String> {
-        self.notifications.recv().await
+        tokio::select! {
+            notification = self.notifications.recv() => notification,
+            _ = self.changed.changed() => None,
+        }
     }
 
     /// Tells all who listen, ourselves too.

@@ -18,6 +18,7 @@ use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
 use super::bounded::{Bounded, Limits};
+use super::url::Candidate;
 use super::{Status, Url, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
@@ -78,6 +79,11 @@ impl Error {
             Self::Redis(error) => is_passing(error),
         }
     }
+}
+
+/// Whether it is the primary no more.
+fn is_read_only(error: &RedisError) -> bool {
+    error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
 }
 
 fn is_passing(error: &RedisError) -> bool {
@@ -142,6 +148,62 @@ impl Reach {
         Ok(Self { url, client, pool, plain, number: AtomicU64::new(0) })
     }
 
+    /// Looks at the server for what would go wrong later.
+    async fn check(&self) -> Result<()> {
+        let info: String = self.ask(::redis::cmd("INFO").arg("everything")).await?;
+        let field = |name: &str| {
+            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
+            line.unwrap_or_default().trim().to_owned()
+        };
+        let version = field("redis_version");
+        let mut numbers = version.split('.').map_while(|number| number.parse::<u32>().ok());
+        if (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default()) < OLDEST {
+            return Err(Error::Unfit(format!(
+                "it is version {version}, wanted {}.{} or newer",
+                OLDEST.0, OLDEST.1
+            )));
+        }
+        match field("redis_mode").as_str() {
+            "cluster" => {
+                let reason = "it is a cluster, wanted a single server or a primary with replicas";
+                return Err(Error::Unfit(reason.into()));
+            }
+            "sentinel" => {
+                let reason = "it is a Sentinel, which keeps nothing: wanted a name that leads to the primary";
+                return Err(Error::Unfit(reason.into()));
+            }
+            _ => {}
+        }
+        if field("role") == "slave" {
+            return Err(Error::Unfit("it is a replica, wanted the primary".into()));
+        }
+        let policy = field("maxmemory_policy");
+        if policy != "noeviction" {
+            let reason = format!("maxmemory-policy is {policy}, wanted noeviction: it would throw jobs away");
+            return Err(Error::Unfit(reason));
+        }
+        let durable = field("aof_enabled") == "1" && self.fsyncs_always().await;
+        if !durable {
+            warn!("Redis may lose the last writes in a crash: wanted appendonly yes and appendfsync always");
+        }
+        info!(version, durable, "Redis is fit");
+        Ok(())
+    }
+
+    /// Whether every write is on the disk before it is answered. Servers that do not say are believed not to.
+    async fn fsyncs_always(&self) -> bool {
+        let asked = self.ask::<Vec<String>>(::redis::cmd("CONFIG").arg("GET").arg("appendfsync")).await;
+        asked.is_ok_and(|answer| answer.get(1).is_some_and(|policy| policy == "always"))
+    }
+
+    async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
+        let mut plain = self.plain().0;
+        let answer: std::result::Result<T, RedisError> = command.query_async(&mut plain).await;
+        answer.map_err(
+            |error| if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) },
+        )
+    }
+
     /// The shared connection, and its number.
     fn plain(&self) -> (ConnectionManager, u64) {
         let plain = self.plain.read().unwrap_or_else(PoisonError::into_inner);
@@ -185,7 +247,7 @@ impl Redis {
     pub async fn open(config: Config) -> Result<Self> {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
         let redis = Self(Arc::new(Shared { config, reach }));
-        redis.check().await?;
+        redis.reach().check().await?;
         Ok(redis)
     }
 
@@ -206,7 +268,7 @@ impl Redis {
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
         let keep = async {
             loop {
-                self.follow_url();
+                self.follow_url().await;
                 self.reach().pool.retire(|_| false);
                 self.look(&condition).await;
                 tokio::time::sleep(LOOK).await;
@@ -220,15 +282,25 @@ impl Redis {
 
     /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
     /// who uses the old pool, or waits for it, is done.
-    fn follow_url(&self) {
-        let before = self.reach();
-        let Some(url) = before.url.changed() else { return };
-        match Reach::new(&self.0.config, url) {
+    async fn follow_url(&self) {
+        let Some(Candidate { url, was_tried }) = self.reach().url.changed() else { return };
+        let reached = match Reach::new(&self.0.config, url) {
+            Ok(reach) => reach.check().await.map(|()| reach),
+            Err(error) => Err(error),
+        };
+        match reached {
             Ok(reach) => {
                 *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
                 info!("the URL of Redis has changed: connecting anew");
             }
-            Err(error) => warn!(%error, "the URL of Redis has changed, and cannot be used"),
+            Err(_) if was_tried => {}
+            Err(error) => {
+                let error = with_causes(&error);
+                warn!(
+                    error,
+                    "the URL of Redis has changed, and cannot be used: going on with the one before"
+                );
+            }
         }
     }
 
@@ -238,61 +310,15 @@ impl Redis {
             Ok(role) if role.first() == Some(&master) => condition.met(),
             Ok(_) => {
                 // The next connection may find a new primary behind the same name.
-                self.reach().pool.retire(|_| true);
+                let reach = self.reach();
+                reach.pool.retire(|_| true);
+                reach.replace_plain(&self.0.config, reach.plain().1);
                 condition.unmet("it is a replica");
             }
             // That says something about us.
             Err(Error::Busy) => {}
             Err(error) => condition.unmet(&with_causes(&error)),
         }
-    }
-
-    /// Looks at the server for what would go wrong later.
-    async fn check(&self) -> Result<()> {
-        let info: String = self.query(::redis::cmd("INFO").arg("everything")).await?;
-        let field = |name: &str| {
-            let line = info.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(':'));
-            line.unwrap_or_default().trim().to_owned()
-        };
-        let version = field("redis_version");
-        let mut numbers = version.split('.').map_while(|number| number.parse::<u32>().ok());
-        if (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default()) < OLDEST {
-            return Err(Error::Unfit(format!(
-                "it is version {version}, wanted {}.{} or newer",
-                OLDEST.0, OLDEST.1
-            )));
-        }
-        match field("redis_mode").as_str() {
-            "cluster" => {
-                let reason = "it is a cluster, wanted a single server or a primary with replicas";
-                return Err(Error::Unfit(reason.into()));
-            }
-            "sentinel" => {
-                let reason = "it is a Sentinel, which keeps nothing: wanted a name that leads to the primary";
-                return Err(Error::Unfit(reason.into()));
-            }
-            _ => {}
-        }
-        if field("role") == "slave" {
-            return Err(Error::Unfit("it is a replica, wanted the primary".into()));
-        }
-        let policy = field("maxmemory_policy");
-        if policy != "noeviction" {
-            let reason = format!("maxmemory-policy is {policy}, wanted noeviction: it would throw jobs away");
-            return Err(Error::Unfit(reason));
-        }
-        let durable = field("aof_enabled") == "1" && self.fsyncs_always().await;
-        if !durable {
-            warn!("Redis may lose the last writes in a crash: wanted appendonly yes and appendfsync always");
-        }
-        info!(version, durable, "Redis is fit");
-        Ok(())
-    }
-
-    /// Whether every write is on the disk before it is answered. Servers that do not say are believed not to.
-    async fn fsyncs_always(&self) -> bool {
-        let asked = self.query::<Vec<String>>(::redis::cmd("CONFIG").arg("GET").arg("appendfsync")).await;
-        asked.is_ok_and(|answer| answer.get(1).is_some_and(|policy| policy == "always"))
     }
 
     async fn get(&self) -> Result<Connection> {
@@ -308,10 +334,25 @@ impl Redis {
     /// # Errors
     /// See [`Error`].
     pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
+        self.share(async |connection| command.query_async(connection).await).await
+    }
+
+    /// Runs a script that takes no time in the same way.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn invoke_beside<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
+        self.share(async |connection| script.invoke_async(connection).await).await
+    }
+
+    async fn share<T>(
+        &self,
+        ask: impl AsyncFnOnce(&mut ConnectionManager) -> std::result::Result<T, RedisError>,
+    ) -> Result<T> {
         let reach = self.reach();
         let (mut plain, number) = reach.plain();
-        let answer: std::result::Result<T, RedisError> = command.query_async(&mut plain).await;
-        if answer.as_ref().is_err_and(RedisError::is_timeout) {
+        let answer = ask(&mut plain).await;
+        if answer.as_ref().is_err_and(|error| error.is_timeout() || is_read_only(error)) {
             reach.replace_plain(&self.0.config, number);
         }
         answer.map_err(
@@ -326,10 +367,7 @@ impl Redis {
     pub async fn invoke<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
         let mut connection = self.get().await?;
         let answer = script.invoke_async(&mut connection).await;
-        if answer
-            .as_ref()
-            .is_err_and(|error: &RedisError| error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly))
-        {
+        if answer.as_ref().is_err_and(is_read_only) {
             // It leads to what is the primary no more: the next one may find that which is.
             drop(Connection::take(connection));
         }

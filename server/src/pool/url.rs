@@ -1,6 +1,7 @@
 //! Where a server is: said once, or in a file that somebody changes when the password does.
 
 use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use secrecy::{ExposeSecret, SecretString};
 
@@ -11,20 +12,42 @@ pub struct Url {
     pub text: SecretString,
     /// A file with it.
     pub file: Option<PathBuf>,
+    /// Another that was in the file at the last look: it may not have been written to its end.
+    /// Whether it was tried since.
+    seen: Arc<Mutex<Option<(SecretString, bool)>>>,
+}
+
+/// A URL that may take the place of another.
+pub(super) struct Candidate {
+    pub(super) url: Url,
+    /// Whether somebody has tried it before, and said why it was not taken.
+    pub(super) was_tried: bool,
 }
 
 impl From<&str> for Url {
     fn from(text: &str) -> Self {
-        Self { text: text.into(), file: None }
+        Self::new(text.into(), None)
     }
 }
 
 impl Url {
-    /// What it is now, if that is another than this.
-    pub(super) fn changed(&self) -> Option<Self> {
+    /// One that is known, and may change with a file.
+    pub fn new(text: SecretString, file: Option<PathBuf>) -> Self {
+        Self { text, file, seen: Arc::default() }
+    }
+
+    /// What it is now, if that is another than this and has been so for two looks.
+    pub(super) fn changed(&self) -> Option<Candidate> {
         let text = std::fs::read_to_string(self.file.as_ref()?).ok()?;
         let text = text.trim_end_matches(['\r', '\n']);
-        let is_new = !text.trim().is_empty() && text != self.text.expose_secret();
-        is_new.then(|| Self { text: text.into(), file: self.file.clone() })
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        if text.trim().is_empty() || text == self.text.expose_secret() {
+            *seen = None;
+            return None;
+        }
+        let before = seen.replace((text.into(), false));
+        let (_, was_tried) = before.filter(|(before, _)| before.expose_secret() == text)?;
+        *seen = Some((text.into(), true));
+        Some(Candidate { url: Self::new(text.into(), self.file.clone()), was_tried })
     }
 }
