@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use perennial_server::backoff::Backoff;
 use perennial_server::breaker::{self, Breaker};
+use perennial_server::cgroup::{Cgroup, Pressure};
 use perennial_server::drain::{self, Phase, Trigger};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
@@ -257,6 +258,7 @@ struct Engine {
     trigger: Trigger,
     tasks: Tasks,
     status: Option<Status>,
+    pressure: Pressure,
 }
 
 const LEASE: Duration = Duration::from_secs(4);
@@ -268,6 +270,7 @@ fn config(lease: Duration) -> Config {
         renew_every: lease / 4,
         poll: Duration::from_millis(200),
         payload_bytes: 64 << 20,
+        pressure: Pressure::default(),
     }
 }
 
@@ -296,6 +299,7 @@ impl Engine {
             tasks: Tasks::new(drain),
             trigger,
             status: None,
+            pressure: Pressure::default(),
         }
     }
 
@@ -320,7 +324,8 @@ impl Engine {
 
     /// With a worker.
     fn work_alone(&mut self, slots: usize, lease: Duration) {
-        let worker = Worker::new(self.queue.clone(), self.registry(slots), config(lease)).unwrap();
+        let config = Config { pressure: self.pressure.clone(), ..config(lease) };
+        let worker = Worker::new(self.queue.clone(), self.registry(slots), config).unwrap();
         self.status = Some(worker.status());
         self.tasks.critical("worker", worker.run(self.trigger.listen()));
         let (queue, drain) = (self.queue.clone(), self.trigger.listen());
@@ -983,6 +988,32 @@ async fn a_clock_that_jumps_loses_nothing(kind: Kind) {
         assert!(!engine.settle(&claimed, Transition::Finished).await, "{jump}");
         engine.is_empty().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn of_memory_that_is_nearly_used_up_no_more_is_taken() {
+    let mut engine = Engine::idle(Kind::Sqlite).await;
+    let cgroup = tempfile::TempDir::new().unwrap();
+    let write = |file: &str, text: &str| std::fs::write(cgroup.path().join(file), text).unwrap();
+    write("memory.max", "1000000");
+    write("memory.stat", "file 0\nshmem 0");
+    write("memory.current", "950000");
+    let watch = engine.pressure.clone().watch(Cgroup::at(cgroup.path()), 90, engine.trigger.listen());
+    engine.tasks.critical("memory", watch);
+    eventually("it is noticed", || async { engine.pressure.is_high().then_some(()) }).await;
+    for name in ["one", "two", "three"] {
+        engine.queue.enqueue(vec![job(name, Act::Wait)]).await.unwrap();
+    }
+    engine.work(4, LEASE);
+    engine.next_run().await;
+    // Several looks of a worker that has free slots.
+    tokio::time::sleep(Duration::from_secs(1)).await;
+    assert_eq!(engine.status.as_ref().unwrap().busy().len(), 1, "one at a time");
+    write("memory.current", "100000");
+    engine.next_run().await;
+    engine.next_run().await;
+    engine.tools.gate.add_permits(3);
+    engine.is_empty().await;
 }
 
 #[tokio::test]

@@ -131,6 +131,7 @@ impl Replica {
             renew_every: Duration::from_millis(200),
             poll: Duration::from_millis(50),
             payload_bytes: 1 << 20,
+            pressure: perennial_server::cgroup::Pressure::default(),
         };
         let worker = Worker::new(queue.clone(), Arc::new(registry), config).unwrap();
         let (trigger, drain) = drain::channel();
@@ -524,6 +525,7 @@ async fn a_full_queue_is_waited_for(kind: Kind, ticks: bool) {
             renew_every: Duration::from_secs(1),
             poll: Duration::from_secs(1),
             payload_bytes: 1,
+            pressure: perennial_server::cgroup::Pressure::default(),
         },
     );
     let status = worker.unwrap().status();

@@ -88,6 +88,7 @@ pub(crate) struct RedisQueue {
 impl Config {
     pub(crate) fn read(settings: &mut Reader<'_>) -> Self {
         let server = server(settings);
+        let pressure = server.pressure.clone();
         Self {
             data_dir: settings.get("data_dir"),
             threads: threads(settings),
@@ -104,7 +105,7 @@ impl Config {
             queue: queue(settings),
             store_policy: settings.parse("store.readiness", "required or degraded"),
             queue_policy: settings.parse("queue.readiness", "required or degraded"),
-            worker: worker(settings),
+            worker: worker(settings, pressure),
             upkeep: upkeep::Config { rescue_every: RESCUE_EVERY, lease: settings.get("queue.lease") },
             cron: cron::config(settings),
             retention: settings.duration("queue.retention", SECOND..=400 * DAY),
@@ -322,13 +323,14 @@ fn limits(settings: &mut Reader<'_>) -> Limits {
     }
 }
 
-fn worker(settings: &mut Reader<'_>) -> worker::Config {
+fn worker(settings: &mut Reader<'_>, pressure: Pressure) -> worker::Config {
     let config = worker::Config {
         name: format!("{}@{}", std::process::id(), rustix::system::uname().nodename().to_string_lossy()),
         lease: settings.duration("queue.lease", MILLISECOND..=DAY),
         renew_every: settings.duration("queue.renew_every", MILLISECOND..=DAY),
         poll: settings.duration("queue.poll", MILLISECOND..=DAY),
         payload_bytes: settings.get::<Size>("queue.payload_bytes").0,
+        pressure,
     };
     if config.renew_every * 3 > config.lease {
         settings.refuse::<()>("queue.lease", "at least three times queue.renew_every");

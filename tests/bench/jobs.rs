@@ -10,6 +10,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
+use perennial_server::cgroup::Pressure;
 use perennial_server::drain::{self, Phase};
 use perennial_server::tasks::Tasks;
 use perennial_workers::queue::{Claim, Due, NewJob, Settlement};
@@ -153,6 +154,7 @@ impl Working {
             renew_every: Duration::from_secs(5),
             poll: Duration::from_secs(1),
             payload_bytes: 128 << 20,
+            pressure: Pressure::default(),
         };
         let worker = Worker::new(queue.clone(), registry, config).unwrap();
         tasks.critical("worker", worker.run(drain.clone()));

@@ -75,6 +75,7 @@ async fn main() {
         renew_every: lease / 3,
         poll: Duration::from_millis(500),
         payload_bytes: 64 << 20,
+        pressure: perennial_server::cgroup::Pressure::default(),
     };
     let (trigger, drain) = drain::channel();
     let tasks = Tasks::new(drain.clone());

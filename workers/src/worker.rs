@@ -21,6 +21,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::metrics::Histogram;
+use perennial_server::cgroup::Pressure;
 use perennial_server::drain::{Drain, Phase};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
@@ -48,6 +49,8 @@ pub struct Config {
     pub poll: Duration,
     /// How many bytes of payloads may be in hand at once. At least one job is.
     pub payload_bytes: usize,
+    /// Whether memory is nearly used up.
+    pub pressure: Pressure,
 }
 
 /// A configuration that could not keep the promises.
@@ -202,9 +205,13 @@ impl<Q: Queue> Worker<Q> {
         lane.lane.slots.saturating_sub(self.slots.of_queue(&lane.lane.name))
     }
 
-    /// How many more payloads may be in hand, were they as long as they can be.
+    /// How many more payloads may be in hand, were they as long as they can be. Of memory that is nearly used up nothing
+    /// more is taken; but a process that does nothing would not get better by waiting.
     fn affordable(&self) -> usize {
         let in_hand = self.slots.payload_bytes();
+        if self.config.pressure.is_high() {
+            return usize::from(in_hand == 0);
+        }
         if in_hand == 0 {
             return (self.config.payload_bytes / MAX_PAYLOAD).max(1);
         }
