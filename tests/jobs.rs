@@ -611,7 +611,7 @@ async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {
 }
 
 async fn a_lease_is_renewed_for_as_long_as_the_job_runs(kind: Kind) {
-    let lease = Duration::from_millis(400);
+    let lease = Duration::from_millis(600);
     let mut engine = Engine::start_with(kind, 1, lease).await;
     engine.enqueue("long", Act::Wait).await;
     let (_, context) = engine.next_run().await;

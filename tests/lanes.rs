@@ -83,7 +83,8 @@ async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_re
     let asked = Arc::clone(&refuses);
     double.script(move |_| if asked.load(Ordering::SeqCst) { status_answer(403, &[]) } else { Answer::Take });
     let id = perennial.notify(&to_all()).await;
-    perennial.logged("a push service refuses our key for every subscription: nothing is sent to it").await;
+    let alarm = "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there";
+    perennial.logged(alarm).await;
     assert!(double.asked() < 100, "{} of 200 were refused before it stopped", double.asked());
     let view = origin(&perennial).await;
     assert_eq!(view["held"], "unauthorized");

@@ -1,5 +1,7 @@
 //! Several sites in one process: what belongs to one is not there for another.
 
+use std::time::{Duration, Instant};
+
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::Method;
@@ -7,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::keys::add_key;
 use crate::stores::on_postgres;
-use support::double::Double;
+use support::double::{Double, status_answer};
 use support::eventually;
 use support::http::{Answer, Client};
 use support::postgres::Database;
@@ -110,6 +112,36 @@ async fn messages_are_signed_for_their_site() {
         let contact = claims.get("sub").and_then(Value::as_str);
         assert_eq!(contact, (taken.text == "shop").then_some("mailto:push@shop.example.com"));
     }
+}
+
+/// A push service that refuses the key of one site goes on being sent to for the others.
+#[tokio::test]
+async fn a_key_that_is_refused_stops_its_own_site_only() {
+    let double = Double::start().await;
+    let perennial = two_sites(&double).start().await;
+    let page = |origin: &str| perennial.client().without_key().with_header("origin", origin);
+    let bad = URL_SAFE_NO_PAD.decode(key_of(&page(SHOP)).await).unwrap();
+    double.script(move |push| status_answer(if push.vapid_key == bad { 403 } else { 201 }, &[]));
+    let backend = async |site| {
+        perennial.client().with_key(&add_key(&perennial.setup, "backend", &["--site", site]).await)
+    };
+    let (shop, news) = (backend("shop").await, backend("news").await);
+    for _ in 0..40 {
+        subscribed(&shop, json!({ "subscription": double.mint() })).await;
+    }
+    subscribed(&news, json!({ "subscription": double.mint() })).await;
+    let request = json!({ "to": { "all": true }, "payload": "x" });
+    assert_eq!(shop.post("/notify", &request).await.status, 202);
+    eventually("the service is not sent to any more", || async {
+        let origins = perennial.admin().get("/origins").await.json();
+        (origins[0]["held"] == "unauthorized").then_some(())
+    })
+    .await;
+    // Long before the service would be asked again for the other.
+    let began = Instant::now();
+    let sent = news.post("/notify", &request).await;
+    assert_eq!(until_done(&news, &sent).await["outcomes"], json!({ "delivered": 1 }));
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
 /// Every route of the interface, asked by one site about what another has.

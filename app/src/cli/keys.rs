@@ -80,9 +80,9 @@ impl Keys {
         let settings = load(sources, modules)?;
         let (config, _) = read(&settings, modules)?;
         match self {
-            Self::Show => show(&config),
+            Self::Show => show(&config, &settings),
             Self::Generate if data_dir::is_locked(&config.data_dir) => {
-                show(&config);
+                show(&config, &settings);
                 let missing =
                     [VAPID_KEY, API_KEY, ADMIN_TOKEN].map(|file| config.data_dir.join(file).exists());
                 if missing.contains(&false) {
@@ -203,21 +203,29 @@ async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) ->
     for (label, value) in shown {
         println!("{label:<18}{value}");
     }
-    show(&config);
+    show(&config, settings);
     Ok(())
 }
 
 /// Never the secrets themselves.
-fn show(config: &Config) {
+fn show(config: &Config, settings: &Settings) {
     let is_shared = matches!(config.store, Store::Postgres(_));
-    for (label, name) in [("VAPID key pair", VAPID_KEY), ("API key", API_KEY), ("admin token", ADMIN_TOKEN)] {
-        let file = config.data_dir.join(name);
-        let place = match (file.exists(), is_shared && name == VAPID_KEY) {
+    let vapid = push::vapid_files(settings).into_iter().map(|(file, name)| {
+        let label = if name == VAPID_KEY { "VAPID key pair".to_owned() } else { name };
+        (label, file, is_shared)
+    });
+    let own = [("API key", API_KEY), ("admin token", ADMIN_TOKEN)];
+    let own = own.map(|(label, file)| (label.to_owned(), file.to_owned(), false));
+    for (label, file, is_in_store) in vapid.chain(own) {
+        let file = config.data_dir.join(file);
+        let place = match (file.exists(), is_in_store) {
             (true, _) => "",
             (false, true) => "in the store, unless there is ",
             (false, false) => "none yet: ",
         };
         println!("{label:<18}{place}{}", file.display());
     }
-    println!("Keep a copy of {VAPID_KEY}: every subscription is bound to it, and losing it loses them all.");
+    println!(
+        "Keep a copy of the VAPID keys: every subscription is bound to one, and losing it loses them all."
+    );
 }

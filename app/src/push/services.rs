@@ -76,12 +76,17 @@ impl Exchange {
             if cause == Cause::Unauthorized {
                 error!(
                     origin,
-                    seconds, "a push service refuses our key for every subscription: nothing is sent to it"
+                    seconds,
+                    "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there"
                 );
             } else {
                 warn!(origin, seconds, cause = why, "nothing is sent to a push service");
             }
-            tools.store.hold_service(&origin, wait, why).await?;
+            // With one site, the key of all replicas is the same. With several, each finds out whose key it is.
+            let is_ours_alone = cause == Cause::Unauthorized && tools.access.sites().all().nth(1).is_some();
+            if !is_ours_alone {
+                tools.store.hold_service(&origin, wait, why).await?;
+            }
             self.known.insert(origin, until);
         }
         self.count += 1;

@@ -35,7 +35,7 @@ pub enum Cause {
     Throttled,
     /// Nobody answers at its addresses.
     Unreachable,
-    /// It refuses our key for every subscription: the key or the contact is wrong.
+    /// It refuses a key for every subscription: the key or the contact is wrong.
     Unauthorized,
 }
 
@@ -76,6 +76,17 @@ pub(crate) enum Admission {
     Held(Duration, Cause),
 }
 
+impl Admission {
+    /// Whether what comes of the message decides; or for how long it has to wait, and why.
+    pub(crate) fn is_probe(self) -> Result<bool, (Duration, Cause)> {
+        match self {
+            Self::Open => Ok(false),
+            Self::Probe => Ok(true),
+            Self::Held(wait, cause) => Err((wait, cause)),
+        }
+    }
+}
+
 /// What came of a message, as far as it is about the push service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
@@ -85,7 +96,7 @@ pub(crate) enum News {
     Answers,
     /// It asks to wait, perhaps for so long.
     Asks(Option<Duration>),
-    /// It refuses our key.
+    /// It refuses the key.
     Refuses,
     /// Nobody is there.
     Silent,

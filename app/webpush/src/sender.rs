@@ -217,12 +217,12 @@ impl Sender {
         let Some(lane) = lane else {
             return Report::failed(RETRY, &"too many different push services at once");
         };
-        let (turn, errand) = match self.admit(&lane, message.bulk).await {
+        let (turn, errand) = match self.admit(&lane, message.bulk, key).await {
             Ok(admitted) => admitted,
             Err(report) => return report,
         };
         let (report, news) = self.send_on(&lane, turn, endpoint, keys, message, key).await;
-        if errand.end(news, endpoint) {
+        if errand.end(news, endpoint, key) {
             lane.turns.restart();
         }
         report
@@ -230,17 +230,22 @@ impl Sender {
 
     /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
     /// asked again in a moment is waited for.
-    async fn admit<'a>(&self, lane: &'a Lane, bulk: bool) -> Result<(Turn<'a>, Errand<'a>), Report> {
+    async fn admit<'a>(
+        &self,
+        lane: &'a Lane,
+        bulk: bool,
+        key: &VapidKey,
+    ) -> Result<(Turn<'a>, Errand<'a>), Report> {
         let asked = Instant::now();
         let held = |(wait, cause): (Duration, Cause)| Report::failed(Verdict::Held(wait), &cause.as_str());
         loop {
-            if let Some(closed) = lane.service.is_held(PATIENCE) {
+            if let Some(closed) = lane.service.is_held(key, PATIENCE) {
                 return Err(held(closed));
             }
             let Some(turn) = self.0.client.turn(lane, bulk).await else {
                 return Err(Report::failed(Verdict::Held(PATIENCE), &"it bears no more at once"));
             };
-            let (wait, cause) = match lane.service.admit() {
+            let (wait, cause) = match lane.service.admit(key) {
                 Ok(errand) => return Ok((turn, errand)),
                 Err(held) => held,
             };

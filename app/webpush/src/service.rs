@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,16 +11,18 @@ use http::{HeaderMap, header};
 use tracing::warn;
 
 use crate::addresses::{AddressStatus, Addresses};
-use crate::gate::{Admission, Cause, Gate, News};
+use crate::gate::{Cause, Gate, News};
 use crate::lock;
 use crate::target::{Endpoint, Origin, Policy, TargetError, origin_of};
-use crate::vapid::Claimed;
+use crate::vapid::{Claimed, KeyId, VapidKey};
 use crate::verdict::is_windows;
 
 /// How many push services are known at once, and how many of them may be such that the settings do not name: any
 /// visitor can bring one where every host is allowed.
 const MAX_SERVICES: usize = 1024;
 const MAX_UNLISTED: usize = 512;
+/// How many keys are known that a service refuses.
+const MAX_REFUSED: usize = 64;
 /// How far the clocks may be apart before somebody should look: claims are good for a while only.
 const SKEW: Duration = Duration::from_secs(30);
 /// How often a service's clock is looked at: with one answer in so many, and not so soon again.
@@ -34,6 +36,11 @@ pub(crate) struct Service {
     pub(crate) claimed: Claimed,
     pub(crate) addresses: Addresses,
     gate: Mutex<Gate>,
+    /// The keys that it has refused since it last took one, each with a gate of its own: what is wrong with one of them
+    /// is nothing to the others.
+    refused: Mutex<Vec<(KeyId, Gate)>>,
+    /// Whether there are any.
+    refuses: AtomicBool,
     clock: Mutex<Clock>,
     answers: AtomicU64,
 }
@@ -65,28 +72,84 @@ impl Service {
             claimed: Claimed::default(),
             addresses: Addresses::default(),
             gate: Mutex::default(),
+            refused: Mutex::default(),
+            refuses: AtomicBool::new(false),
             clock: Mutex::default(),
             answers: AtomicU64::new(0),
         }
     }
 
-    /// Asks whether a message may go, and notes what comes of it.
-    pub(crate) fn admit(&self) -> Result<Errand<'_>, (Duration, Cause)> {
+    /// Asks whether a message signed with `key` may go, and notes what comes of it.
+    pub(crate) fn admit(&self, key: &VapidKey) -> Result<Errand<'_>, (Duration, Cause)> {
+        let mut errand = Errand { service: self, key: None, key_probe: false, probe: false };
+        let now = Instant::now();
+        if let Some(admission) = self.of_key(key, |gate| gate.admit(now)) {
+            errand.key = Some(key.id());
+            errand.key_probe = admission.is_probe()?;
+        }
         let mut gate = lock(&self.gate);
-        if gate.is_open() {
-            return Ok(Errand { service: self, probe: false });
+        if !gate.is_open() {
+            let admission = gate.admit(now);
+            drop(gate);
+            errand.probe = admission.is_probe()?;
         }
-        match gate.admit(Instant::now()) {
-            Admission::Open => Ok(Errand { service: self, probe: false }),
-            Admission::Probe => Ok(Errand { service: self, probe: true }),
-            Admission::Held(wait, cause) => Err((wait, cause)),
-        }
+        Ok(errand)
     }
 
     /// Whether it makes no sense to wait for a turn: for how long nothing is sent, and why.
-    pub(crate) fn is_held(&self, patience: Duration) -> Option<(Duration, Cause)> {
-        let gate = lock(&self.gate);
-        if gate.is_open() { None } else { gate.held(Instant::now()).filter(|(wait, _)| *wait > patience) }
+    pub(crate) fn is_held(&self, key: &VapidKey, patience: Duration) -> Option<(Duration, Cause)> {
+        let now = Instant::now();
+        let of_key = self.of_key(key, |gate| gate.held(now)).flatten();
+        let held = of_key.or_else(|| {
+            let gate = lock(&self.gate);
+            if gate.is_open() { None } else { gate.held(now) }
+        });
+        held.filter(|(wait, _)| *wait > patience)
+    }
+
+    /// The gate of a key, if it was refused.
+    fn of_key<T>(&self, key: &VapidKey, look: impl FnOnce(&mut Gate) -> T) -> Option<T> {
+        if !self.refuses.load(Ordering::Relaxed) {
+            return None;
+        }
+        let (id, mut refused) = (key.id(), lock(&self.refused));
+        refused.iter_mut().find(|(known, _)| *known == id).map(|(_, gate)| look(gate))
+    }
+
+    /// What came of a message, as far as it is about its key. True when this closed the gate of that key.
+    fn note_key(&self, id: KeyId, news: News, probe: bool, who: u64, now: Instant) -> bool {
+        let mut refused = lock(&self.refused);
+        let known = refused.iter().position(|(known, _)| *known == id);
+        let closed = match (known, news) {
+            (Some(at), News::Well) => {
+                refused.remove(at);
+                false
+            }
+            (Some(at), News::Refuses | News::Answers) => refused[at].1.note(news, probe, who, now),
+            (Some(at), _) => {
+                refused[at].1.lose_probe(probe);
+                false
+            }
+            (None, News::Refuses) => {
+                if refused.len() >= MAX_REFUSED {
+                    refused.remove(0);
+                }
+                let mut gate = Gate::default();
+                let closed = gate.note(news, false, who, now);
+                refused.push((id, gate));
+                closed
+            }
+            (None, _) => false,
+        };
+        self.refuses.store(!refused.is_empty(), Ordering::Relaxed);
+        closed
+    }
+
+    /// Forgets everything that speaks against sending to it.
+    fn open(&self) {
+        lock(&self.gate).open();
+        lock(&self.refused).clear();
+        self.refuses.store(false, Ordering::Relaxed);
     }
 
     /// Warns when the service's clock and ours are apart: it would take our claims for too old, or too new.
@@ -112,10 +175,17 @@ impl Service {
         }
     }
 
+    /// For how long something is held back, and why: everything, or what is signed with one key.
+    fn held(&self, now: Instant) -> Option<(Duration, Cause)> {
+        let of_keys =
+            lock(&self.refused).iter().filter_map(|(_, gate)| gate.held(now)).max_by_key(|(wait, _)| *wait);
+        lock(&self.gate).held(now).or(of_keys)
+    }
+
     fn status(&self, now: Instant) -> ServiceStatus {
         ServiceStatus {
             origin: self.origin.name.clone(),
-            held: lock(&self.gate).held(now),
+            held: self.held(now),
             addresses: self.addresses.status(now),
             clock_ahead_seconds: lock(&self.clock).ahead_seconds,
         }
@@ -126,17 +196,21 @@ impl Service {
 #[derive(Debug)]
 pub(crate) struct Errand<'a> {
     service: &'a Service,
+    /// Its key, if that was refused before, and whether this is to find out whether it still is.
+    key: Option<KeyId>,
+    key_probe: bool,
     probe: bool,
 }
 
 impl Errand<'_> {
     /// Notes what came of it, for the subscription with this endpoint. True when the service is not sent to
     /// from now on.
-    pub(crate) fn end(mut self, news: News, endpoint: &Endpoint) -> bool {
+    pub(crate) fn end(mut self, news: News, endpoint: &Endpoint, key: &VapidKey) -> bool {
         let probe = std::mem::take(&mut self.probe);
-        let mut gate = lock(&self.service.gate);
-        if news == News::Well && !probe {
-            gate.well();
+        let key_probe = std::mem::take(&mut self.key_probe);
+        let is_about_key = news == News::Refuses || self.service.refuses.load(Ordering::Relaxed);
+        if news == News::Well && !probe && !is_about_key {
+            lock(&self.service.gate).well();
             return false;
         }
         // Without what follows a question mark, which anybody can make up; except where the token stands there.
@@ -146,7 +220,11 @@ impl Errand<'_> {
         } else {
             endpoint.uri.path().hash(&mut who);
         }
-        gate.note(news, probe, who.finish(), Instant::now())
+        let (who, now) = (who.finish(), Instant::now());
+        let closed = is_about_key && self.service.note_key(key.id(), news, key_probe, who, now);
+        // Who refuses a key is there, and does not choke.
+        let news = if news == News::Refuses { News::Answers } else { news };
+        lock(&self.service.gate).note(news, probe, who, now) || closed
     }
 }
 
@@ -154,6 +232,10 @@ impl Drop for Errand<'_> {
     fn drop(&mut self) {
         if self.probe {
             lock(&self.service.gate).lose_probe(true);
+        }
+        if let Some(id) = self.key.filter(|_| self.key_probe) {
+            let mut refused = lock(&self.service.refused);
+            refused.iter_mut().filter(|(known, _)| *known == id).for_each(|(_, gate)| gate.lose_probe(true));
         }
     }
 }
@@ -185,7 +267,7 @@ impl Services {
         if is_full(&known) {
             // One that nobody sends to can be made again, unless there is something to remember.
             known.retain(|_, service| {
-                Arc::strong_count(service) > 1 || lock(&service.gate).held(Instant::now()).is_some()
+                Arc::strong_count(service) > 1 || service.held(Instant::now()).is_some()
             });
             if is_full(&known) {
                 return None;
@@ -207,7 +289,7 @@ impl Services {
     /// Sends to an origin again. False when it is not known.
     pub(crate) fn resume(&self, origin: &str) -> bool {
         let service = lock(&self.0).get(origin).cloned();
-        service.inspect(|service| lock(&service.gate).open()).is_some()
+        service.inspect(|service| service.open()).is_some()
     }
 
     pub(crate) fn status(&self) -> Vec<ServiceStatus> {

@@ -6,6 +6,7 @@
 //! new claim an hour.
 
 use std::fmt;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -52,6 +53,10 @@ pub struct VapidKey {
     pair: Arc<Pair>,
     contact: Option<Contact>,
 }
+
+/// Tells keys apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KeyId(u64);
 
 struct Pair {
     keys: EcdsaKeyPair,
@@ -102,6 +107,14 @@ impl VapidKey {
     #[must_use]
     pub fn with_contact(self, contact: Contact) -> Self {
         Self { contact: Some(contact), ..self }
+    }
+
+    /// What tells it from others: its public half, and whom its claims name.
+    pub(crate) fn id(&self) -> KeyId {
+        let mut hasher = DefaultHasher::new();
+        self.pair.public.hash(&mut hasher);
+        self.contact.as_ref().map(Contact::as_str).hash(&mut hasher);
+        KeyId(hasher.finish())
     }
 
     /// The key as a PEM file. This is the secret itself.
