@@ -14,6 +14,7 @@ use ::redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSub};
 use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
 use ::redis::{IntoConnectionInfo, ServerErrorKind, TlsCertificates};
 use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
+use futures_util::future::join_all;
 use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
@@ -28,6 +29,8 @@ pub use ::redis as client;
 /// The oldest server whose commands are enough.
 const OLDEST: (u32, u32) = (7, 0);
 
+/// How many connections are made at boot: a server that is slow to accept them is noticed then.
+const WARM: usize = 2;
 /// How often the server is asked how it is, and connections are looked through.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -248,6 +251,10 @@ impl Redis {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
         let redis = Self(Arc::new(Shared { config, reach }));
         redis.reach().check().await?;
+        let warm = WARM.min(redis.0.config.size);
+        // All at once, and given back when the last is there.
+        let warmed = join_all((0..warm).map(|_| redis.get())).await;
+        warmed.into_iter().collect::<Result<Vec<_>>>()?;
         Ok(redis)
     }
 

@@ -67,6 +67,9 @@ macro_rules! script {
     };
 }
 
+/// What `measure.lua` returns.
+type Measured = (Option<i64>, u64, u64, u64, u64, Vec<(String, f64)>);
+
 #[derive(Debug)]
 struct Scripts {
     enqueue: Script,
@@ -79,6 +82,7 @@ struct Scripts {
     cancel: Script,
     prune: Script,
     view: Script,
+    measure: Script,
     discard: Script,
     define: Script,
     due: Script,
@@ -103,6 +107,7 @@ impl Scripts {
             cancel: script!("cancel"),
             prune: script!("prune"),
             view: script!("view"),
+            measure: script!("measure"),
             discard: script!("discard"),
             define: Script::new(include_str!("redis/define.lua")),
             due: Script::new(include_str!("redis/due.lua")),
@@ -598,13 +603,10 @@ impl Queue for RedisQueue {
     }
 
     async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
-        let key = |part| self.key(&queue, part);
-        let redis = &self.0.redis;
-        let count = async |command: &str, part| redis.query::<u64>(cmd(command).arg(key(part))).await;
-        let bytes: Option<i64> = redis.query(cmd("GET").arg(key("bytes"))).await?;
-        let mut oldest = cmd("ZRANGE");
-        oldest.arg(key("ready")).arg(0).arg(OLDEST_AMONG).arg("WITHSCORES");
-        let oldest: Vec<(String, f64)> = redis.query(&oldest).await?;
+        // At one moment: jobs go from one place to the next, and back.
+        let mut script = self.on(&self.0.scripts.measure, &queue);
+        script.arg(OLDEST_AMONG);
+        let (bytes, ready, inbox, scheduled, running, oldest): Measured = self.invoke(&script).await?;
         let now = Timestamp::now().as_millisecond();
         let waits = oldest.iter().filter_map(|(_, score)| {
             // The priority is what is left when the time is taken away: times are from 0 to 2^42.
@@ -612,9 +614,9 @@ impl Queue for RedisQueue {
             u64::try_from(now.saturating_sub(whole(due))).ok()
         });
         Ok(Depth {
-            ready: count("ZCARD", "ready").await? + count("XLEN", "inbox").await?,
-            scheduled: count("ZCARD", "scheduled").await?,
-            running: count("ZCARD", "leases").await?,
+            ready: ready + inbox,
+            scheduled,
+            running,
             bytes: bytes.unwrap_or_default().max(0).unsigned_abs(),
             oldest_ms: waits.max().unwrap_or_default(),
         })
