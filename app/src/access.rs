@@ -6,6 +6,7 @@ mod limits;
 pub mod secrets;
 
 use std::collections::{BTreeSet, HashMap};
+use std::fmt::Write;
 use std::marker::PhantomData;
 use std::net::IpAddr;
 use std::str::FromStr;
@@ -212,8 +213,8 @@ impl Access {
             return Ok(Some(caller));
         }
         let name = hex(&hash);
-        if !self.0.stored.has(&name)
-            && let Some(problem) = self.0.limits.is_guessing(address)
+        if let Some(problem) = self.0.limits.is_guessing(address)
+            && !self.0.stored.has(&name)
         {
             return Err(problem);
         }
@@ -267,8 +268,13 @@ impl Access {
     }
 }
 
-pub(crate) fn hex(hash: &Hash) -> String {
-    hash.iter().map(|byte| format!("{byte:02x}")).collect()
+/// Bytes as text, two digits each.
+pub(crate) fn hex(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len() * 2);
+    for byte in bytes {
+        let _ = write!(text, "{byte:02x}");
+    }
+    text
 }
 
 /// The token of `Authorization: Bearer`.

@@ -15,8 +15,11 @@ use perennial_workers::queue::Due;
 use perennial_workers::{Jobs, NewJob};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Row};
+use secrecy::ExposeSecret;
 use serde_json::{Map, Value};
 use uuid::Uuid;
+
+use crate::access::{hex, secrets};
 
 /// What each store keeps for itself.
 const OWN: [&str; 8] = [
@@ -218,11 +221,8 @@ impl Source {
 /// Keeps the VAPID keys where all who use the store find them.
 async fn share(transaction: &Transaction<'_>, keys: &[(String, String)]) -> anyhow::Result<()> {
     for (name, pem) in keys {
-        let sql = "INSERT INTO secrets (name, value) VALUES ($1, $2) ON CONFLICT (name) DO NOTHING";
-        transaction.execute(sql, &[(name, Type::TEXT), (pem, Type::TEXT)]).await?;
-        let sql = "SELECT value FROM secrets WHERE name = $1";
-        let rows = transaction.query(sql, &[(name, Type::TEXT)]).await?;
-        let is_it = rows.first().is_some_and(|row| row.get::<_, &str>(0).trim_end() == pem.trim_end());
+        let kept = secrets::share_in(transaction, name, pem).await?;
+        let is_it = kept.expose_secret().trim_end() == pem.trim_end();
         ensure!(
             is_it,
             "the store has another {name}, and subscriptions were made with the one beside the embedded store"
@@ -260,23 +260,13 @@ fn object(row: &Row<'_>, columns: &[Column]) -> anyhow::Result<Value> {
                 format!("{}Z", std::str::from_utf8(text)?).into()
             }
             // In a column of bytes, text is bytes, too.
-            (ValueRef::Text(bytes) | ValueRef::Blob(bytes), "bytea") => hex(bytes).into(),
+            (ValueRef::Text(bytes) | ValueRef::Blob(bytes), "bytea") => format!("\\x{}", hex(bytes)).into(),
             (ValueRef::Text(text), _) => std::str::from_utf8(text)?.into(),
             (ValueRef::Blob(_), kind) => bail!("{name} has bytes, and wants {kind}"),
         };
         object.insert(name.clone(), value);
     }
     Ok(object.into())
-}
-
-fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    let mut text = String::with_capacity(2 + bytes.len() * 2);
-    text.push_str("\\x");
-    for byte in bytes {
-        let _ = write!(text, "{byte:02x}");
-    }
-    text
 }
 
 fn job(row: &Row<'_>) -> rusqlite::Result<NewJob> {

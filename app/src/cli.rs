@@ -23,7 +23,7 @@ use clap::{Args, Parser, Subcommand};
 use perennial_server::pool::sql;
 
 use crate::boot;
-use crate::config::Config;
+use crate::config::{Config, Store};
 use crate::data_dir::DataDir;
 use crate::module::{Blueprint, Configured};
 use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
@@ -134,9 +134,15 @@ fn read(settings: &Settings, modules: &[Blueprint]) -> Result<(Config, Vec<Confi
 /// The store, for a command that runs while no server does.
 async fn open_alone(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(DataDir, sql::Store)> {
     let data_dir = DataDir::lock(&config.data_dir)?;
-    let store = boot::open_store(&data_dir, &config.store).await?;
-    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+    let store = open_store(&data_dir, &config.store, modules).await?;
     Ok((data_dir, store))
+}
+
+/// A store in a directory that is locked, its tables up to date.
+async fn open_store(data_dir: &DataDir, store: &Store, modules: &[Blueprint]) -> anyhow::Result<sql::Store> {
+    let store = boot::open_store(data_dir, store).await?;
+    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
+    Ok(store)
 }
 
 /// Does what a boot does first, so that the boots of many replicas find it done.

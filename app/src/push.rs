@@ -375,7 +375,7 @@ pub(crate) async fn porter(
     jobs: Jobs,
 ) -> anyhow::Result<Porter> {
     let sites = config.sites.clone().open(sql).await?;
-    let vapid = vapid_alone(settings, config, data_dir, sql, jobs.clone()).await?;
+    let vapid = vapid_alone(settings, config, data_dir, sql, &sites, jobs.clone()).await?;
     let sender = perennial_webpush::Sender::new(config::sender(&mut Reader::new(settings)))?;
     Ok(Porter::new(Store::new(sql.clone(), jobs), sender, Arc::new(vapid), sites))
 }
@@ -394,7 +394,8 @@ pub(crate) async fn vapid_routes(
     sql: &sql::Store,
     jobs: Jobs,
 ) -> anyhow::Result<axum::Router> {
-    Ok(vapid::acting(Arc::new(vapid_alone(settings, config, data_dir, sql, jobs).await?)))
+    let sites = config.sites.clone().open(sql).await?;
+    Ok(vapid::acting(Arc::new(vapid_alone(settings, config, data_dir, sql, &sites, jobs).await?)))
 }
 
 async fn vapid_alone(
@@ -402,10 +403,10 @@ async fn vapid_alone(
     config: &HostConfig,
     data_dir: &Arc<DataDir>,
     sql: &sql::Store,
+    sites: &Sites,
     jobs: Jobs,
 ) -> anyhow::Result<VapidKeys> {
-    let sites = config.sites.clone().open(sql).await?;
-    let profiles = profile::by_site(profile::read(&mut Reader::new(settings)), &sites);
+    let profiles = profile::by_site(profile::read(&mut Reader::new(settings)), sites);
     let caches = boot::caches(jobs.store(), config);
     VapidKeys::open(data_dir, sql, &Store::new(sql.clone(), jobs), &Arc::new(profiles), &caches).await
 }

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, header};
+use perennial_server::http::problem::FieldError;
 use perennial_server::pool::sql::{self, Store};
 use perennial_server::values;
 use tracing::warn;
@@ -164,6 +165,15 @@ impl Sites {
     /// The one with this name.
     pub fn named(&self, name: &str) -> Option<&Site> {
         self.all().find(|site| site.name == name)
+    }
+
+    /// The one that a request names; the default one without a name.
+    ///
+    /// # Errors
+    /// 422 for a name that is none.
+    pub(crate) fn wanted(&self, name: Option<&str>) -> Result<&Site, FieldError> {
+        let wanted = || FieldError::new("site", "the name of a site in the settings");
+        self.named(name.unwrap_or(DEFAULT)).ok_or_else(wanted)
     }
 
     /// The site that a page belongs to: by its origin; by the name that was asked for if the page is from there; or if no

@@ -101,6 +101,9 @@ pub struct KeyView {
     pub has_ended: bool,
 }
 
+/// What the name of a key looks like, in words.
+pub(crate) const NAME_WANTED: &str = "1 to 64 of a-z, 0-9, dots, dashes and underscores";
+
 /// Whether a name can be that of a key.
 pub fn is_name(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-_".contains(&byte);

@@ -1,7 +1,7 @@
 //! Secrets that all replicas need, on a store that they share. A file in `data_dir` wins over what is here.
 
-use perennial_server::pool::sql::{self, Dialect, Store};
-use perennial_server::values;
+use perennial_server::pool::sql::{self, Dialect, Store, Tx};
+use perennial_server::{transact, values};
 use secrecy::SecretString;
 
 /// A secret that all replicas need, on a store that they share.
@@ -22,9 +22,17 @@ pub async fn shared(store: &Store, name: &str) -> sql::Result<Option<SecretStrin
 /// # Errors
 /// When the store refuses.
 pub async fn share(store: &Store, name: &str, value: &str) -> sql::Result<SecretString> {
+    let (name, value) = (name.to_owned(), value.to_owned());
+    transact!(store, tx => share_in(tx, &name, &value))
+}
+
+/// The same in a transaction of the caller's.
+pub(crate) async fn share_in<T: Tx>(tx: &T, name: &str, value: &str) -> sql::Result<SecretString> {
     let sql = "INSERT INTO secrets (name, value) VALUES (?, ?) ON CONFLICT (name) DO NOTHING";
-    store.execute(sql, values![name, value]).await?;
-    Ok(shared(store, name).await?.unwrap_or_else(|| value.to_owned().into()))
+    tx.execute(sql, &values![name, value]).await?;
+    let kept = sql::first(tx, "SELECT value FROM secrets WHERE name = ?", &values![name]).await?;
+    let kept: Option<String> = kept.map(|row| row.get("value")).transpose()?;
+    Ok(kept.unwrap_or_else(|| value.to_owned()).into())
 }
 
 /// Puts another value in the place of a shared secret, if nobody else has.

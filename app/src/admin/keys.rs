@@ -27,7 +27,7 @@ use crate::access::keys::{self, Ends, Grant, Hash, KeyView, MAX_PER_MINUTE};
 use crate::access::{self, Scope};
 use crate::api::{Json, Result, not_found};
 use crate::settings::{Setting, parse_duration};
-use crate::sites::{self, Site, Sites};
+use crate::sites::{Site, Sites};
 
 /// How long a key that was replaced is good, unless it is said.
 const OVERLAP: Duration = Duration::from_secs(24 * 3600);
@@ -41,11 +41,6 @@ pub(crate) struct Keyring {
 }
 
 impl Keyring {
-    fn site(&self, name: Option<&str>) -> std::result::Result<&Site, FieldError> {
-        let wanted = || FieldError::new("site", "the name of a site in the settings");
-        self.sites.named(name.unwrap_or(sites::DEFAULT)).ok_or_else(wanted)
-    }
-
     /// Has every process ask the store about these.
     async fn forget(&self, hashes: &[Hash]) {
         for hash in hashes {
@@ -105,7 +100,7 @@ struct NewKey {
 async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) -> Result<Json<Made>> {
     let mut errors = Vec::new();
     if !keys::is_name(&new.name) {
-        errors.push(FieldError::new("name", "1 to 64 of a-z, 0-9, dots, dashes and underscores"));
+        errors.push(FieldError::new("name", keys::NAME_WANTED));
     }
     let scopes = match &new.scopes {
         None => Some(Scope::ALL.into()),
@@ -119,7 +114,7 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
         errors.push(FieldError::new("per_minute", format!("a whole number from 1 to {MAX_PER_MINUTE}")));
     }
     let life = duration("expires_in", new.expires_in.as_deref(), &mut errors);
-    let site = keyring.site(new.site.as_deref())?;
+    let site = keyring.sites.wanted(new.site.as_deref())?;
     if !errors.is_empty() {
         return Err(Problem::invalid(errors).into());
     }
@@ -159,7 +154,7 @@ async fn replace(
     let mut errors = Vec::new();
     let overlap = duration("overlap", request.overlap.as_deref(), &mut errors).unwrap_or(OVERLAP);
     let life = duration("expires_in", request.expires_in.as_deref(), &mut errors);
-    let site = keyring.site(request.site.as_deref())?;
+    let site = keyring.sites.wanted(request.site.as_deref())?;
     if !errors.is_empty() {
         return Err(Problem::invalid(errors).into());
     }
@@ -190,7 +185,7 @@ async fn revoke(
     Path(name): Path<String>,
     Json(request): Json<Revoke>,
 ) -> Result<Json<Revoked>> {
-    let site = keyring.site(request.site.as_deref())?;
+    let site = keyring.sites.wanted(request.site.as_deref())?;
     let now = Timestamp::now().as_millisecond();
     let ended = keys::revoke(&keyring.store, site.id, name.clone(), now).await?;
     if ended.is_empty() {

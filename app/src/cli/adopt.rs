@@ -11,7 +11,7 @@ use perennial_server::pool::sql;
 use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
 
-use super::{block_on, load, open_alone, print, read};
+use super::{block_on, load, open_alone, open_store, print, read};
 use crate::adopt::Source;
 use crate::boot;
 use crate::config::{Config, Store};
@@ -51,9 +51,7 @@ impl Adopt {
         let from = DataDir::lock(&directory)?;
         bring_up_to_date(&from, &self.file, modules).await?;
         let (_ours, store) = if is_ours {
-            let store = boot::open_store(&from, &config.store).await?;
-            store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
-            (None, store)
+            (None, open_store(&from, &config.store, modules).await?)
         } else {
             let (ours, store) = open_alone(&config, modules).await?;
             (Some(ours), store)
@@ -68,9 +66,7 @@ impl Adopt {
 async fn bring_up_to_date(data_dir: &DataDir, file: &Path, modules: &[Blueprint]) -> anyhow::Result<()> {
     let file = file.canonicalize().with_context(|| format!("{} is not there", file.display()))?;
     let embedded = Store::Sqlite { file, readers: 1, wait: PATIENCE };
-    let store = boot::open_store(data_dir, &embedded).await?;
-    store.migrate(&boot::tables(modules.iter().map(|module| module.tables))).await?;
-    store.close().await;
+    open_store(data_dir, &embedded, modules).await?.close().await;
     Ok(())
 }
 

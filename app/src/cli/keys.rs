@@ -83,9 +83,8 @@ impl Keys {
             Self::Show => show(&config, &settings),
             Self::Generate if data_dir::is_locked(&config.data_dir) => {
                 show(&config, &settings);
-                let missing =
-                    [VAPID_KEY, API_KEY, ADMIN_TOKEN].map(|file| config.data_dir.join(file).exists());
-                if missing.contains(&false) {
+                let files = [VAPID_KEY, API_KEY, ADMIN_TOKEN];
+                if files.iter().any(|file| !config.data_dir.join(file).exists()) {
                     bail!("a server runs on {}; stop it to have a key made", config.data_dir.display());
                 }
             }
@@ -119,7 +118,7 @@ impl Keys {
             _ => None,
         };
         if named.is_some_and(|named| !access::keys::is_name(&named.name)) {
-            bail!("NAME: wanted 1 to 64 of a-z, 0-9, dots, dashes and underscores");
+            bail!("NAME: wanted {}", access::keys::NAME_WANTED);
         }
         match self {
             Self::List => list(&desk.call(Method::GET, "/keys", None).await?),

@@ -16,7 +16,7 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use http::StatusCode;
 use http_body_util::{BodyExt, Limited};
-use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::problem::Problem;
 use perennial_webpush::{Endpoint, Keys, Sender};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -26,7 +26,7 @@ use super::subscriptions::{MAX_TAGS, PushSubscription, is_metadata, is_user};
 use super::tags::is_tag;
 use super::vapid::{SiteKeys, VapidKeys};
 use crate::api::{Json, Query, Result, is_too_long};
-use crate::sites::{self, SiteId, Sites};
+use crate::sites::{SiteId, Sites};
 
 /// The most bytes in one request.
 const MAX_CHUNK: usize = 1 << 20;
@@ -241,23 +241,12 @@ struct Of {
     site: Option<String>,
 }
 
-impl Porter {
-    fn site(&self, of: &Of) -> std::result::Result<SiteId, FieldError> {
-        let name = of.site.as_deref().unwrap_or(sites::DEFAULT);
-        let site = self
-            .sites
-            .named(name)
-            .ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
-        Ok(site.id)
-    }
-}
-
 async fn import(
     State(porter): State<Arc<Porter>>,
     Query(of): Query<Of>,
     request: Request,
 ) -> Result<Json<Imported>> {
-    let site = porter.site(&of)?;
+    let site = porter.sites.wanted(of.site.as_deref())?.id;
     let chunk = match Limited::new(request.into_body(), MAX_CHUNK).collect().await {
         Ok(chunk) => chunk.to_bytes(),
         Err(error) if is_too_long(&*error) => {
@@ -289,6 +278,6 @@ async fn export(
     Query(of): Query<Of>,
     Json(request): Json<ExportRequest>,
 ) -> Result<Json<Page>> {
-    let site = porter.site(&of)?;
+    let site = porter.sites.wanted(of.site.as_deref())?.id;
     Ok(Json(porter.page(site, request.cursor).await?))
 }

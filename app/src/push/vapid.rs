@@ -118,8 +118,7 @@ impl VapidKeys {
 
     /// Those of one site.
     pub(super) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
-        let load = async { self.load(site).await.map(Some) };
-        let keys = self.cache.get(&site.0.to_string(), load).await.map_err(|error| anyhow!("{error:#}"))?;
+        let keys = self.look_up(site).await.map_err(|error| anyhow!("{error:#}"))?;
         keys.context("there is no VAPID key")
     }
 
@@ -128,8 +127,7 @@ impl VapidKeys {
     /// # Errors
     /// 503 while the store cannot be asked for keys that nobody knows.
     pub(super) async fn for_request(&self, site: SiteId) -> Result<Arc<SiteKeys>> {
-        let load = async { self.load(site).await.map(Some) };
-        match self.cache.get(&site.0.to_string(), load).await {
+        match self.look_up(site).await {
             Ok(keys) => Ok(keys.context("there is no VAPID key")?),
             Err(error) => Err(match error.downcast_ref::<sql::Error>() {
                 Some(away) => store_failed(away, away.is_passing()).into(),
@@ -172,6 +170,11 @@ impl VapidKeys {
         let key = rotate(&self.data_dir, &self.sql, &profile.vapid).await?;
         self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
         Ok(key)
+    }
+
+    async fn look_up(&self, site: SiteId) -> std::result::Result<Option<Arc<SiteKeys>>, Arc<anyhow::Error>> {
+        let load = async { self.load(site).await.map(Some) };
+        self.cache.get(&site.0.to_string(), load).await
     }
 
     async fn load(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {

@@ -8,9 +8,13 @@ use std::time::{Duration, Instant};
 use ::metrics::Histogram;
 use deadpool::Runtime;
 use deadpool::managed::{BuildError, Manager, Metrics, Object, Pool, PoolBuilder, PoolError};
+use futures_util::future::join_all;
 use serde::Serialize;
 
 use crate::metrics;
+
+/// How many connections are made at boot.
+const WARM: usize = 2;
 
 /// How many connections there may be, and how long to wait.
 #[derive(Clone, Copy, Debug)]
@@ -79,6 +83,13 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
         let got = self.pool.get().await;
         self.waits.record(began.elapsed());
         got
+    }
+
+    /// Makes the first connections, all at once: a server that is slow to accept them is noticed here.
+    pub(super) async fn warm(&self) -> Result<(), PoolError<M::Error>> {
+        // They are given back when the last is there.
+        let warmed = join_all((0..WARM.min(self.pool.status().max_size)).map(|_| self.get())).await;
+        warmed.into_iter().collect::<Result<Vec<_>, _>>().map(drop)
     }
 
     /// How it stands.

@@ -20,7 +20,6 @@ use std::time::Duration;
 use deadpool_postgres::{
     ClientWrapper, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType,
 };
-use futures_util::future::join_all;
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -38,7 +37,6 @@ pub use tokio_postgres::types::Type;
 
 use super::bounded::{Bounded, Limits};
 use super::holders::{Held, Holders};
-use super::url::Candidate;
 use super::{Migrations, Newer, Standing, Status, Url, tls, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
@@ -51,8 +49,6 @@ const MIGRATION: Duration = Duration::from_secs(600);
 const MIGRATION_LOCK: i64 = 0x7065_7265_6e6e_6961;
 /// A clock that is off by more than this is worth a warning.
 const SKEW: Duration = Duration::from_secs(30);
-/// How many connections are made at boot: a server that is slow to accept them is noticed then.
-const WARM: usize = 2;
 /// How often the server is asked how it is, and connections are looked through.
 const LOOK: Duration = Duration::from_secs(2);
 /// How many connections may wait for what nobody asks for any more to be cancelled on the server.
@@ -104,6 +100,15 @@ pub enum Error {
     /// The store was written by a newer version of the program.
     #[error(transparent)]
     Newer(#[from] Newer),
+}
+
+impl From<PoolError> for Error {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Timeout(TimeoutType::Wait) => Self::Busy,
+            error => Self::Away(error.into()),
+        }
+    }
 }
 
 impl Error {
@@ -243,10 +248,7 @@ impl Postgres {
         let shared = Shared { config, reach, holders, changed, steps, abandoned, to_be_cancelled };
         let postgres = Self(Arc::new(shared));
         postgres.check().await?;
-        let warm = WARM.min(postgres.0.config.size);
-        // All at once, and given back when the last is there.
-        let warmed = join_all((0..warm).map(|_| postgres.take())).await;
-        warmed.into_iter().collect::<Result<Vec<_>>>()?;
+        postgres.reach().pool.warm().await?;
         Ok(postgres)
     }
 
@@ -288,32 +290,21 @@ impl Postgres {
     /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
     /// who uses the old pool, or waits for it, is done.
     async fn follow_url(&self) {
-        let Some(Candidate { url, was_tried }) = self.reach().url.changed() else { return };
-        let reached = match Reach::new(&self.0.config, url) {
+        let Some(candidate) = self.reach().url.changed() else { return };
+        let reached = match Reach::new(&self.0.config, candidate.url.clone()) {
             Ok(reach) => self.is_same_store(&reach).await.map(|()| reach),
             Err(error) => Err(error),
         };
-        match reached {
-            Ok(reach) => {
-                *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
-                // Who listens by the old way is to listen by the new one.
-                self.0.changed.send_modify(|changes| *changes += 1);
-                info!("the URL of Postgres has changed: connecting anew");
-            }
-            Err(_) if was_tried => {}
-            Err(error) => {
-                let error = with_causes(&error);
-                warn!(
-                    error,
-                    "the URL of Postgres has changed, and cannot be used: going on with the one before"
-                );
-            }
+        if let Some(reach) = candidate.judge("Postgres", reached) {
+            *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
+            // Who listens by the old way is to listen by the new one.
+            self.0.changed.send_modify(|changes| *changes += 1);
         }
     }
 
     /// Whether tables are there as they were at boot.
     async fn is_same_store(&self, reach: &Reach) -> Result<()> {
-        let object = reach.pool.get().await.map_err(|error| Error::Away(error.into()))?;
+        let object = reach.pool.get().await?;
         let timeout = self.0.config.statement_timeout + GRACE;
         let sql = "SELECT count(*) FROM migrations";
         let rows = within(timeout, object.query_typed(sql, &[])).await?;
@@ -389,17 +380,8 @@ impl Postgres {
     /// [`Error::Busy`] when none is free in time, [`Error::Away`] when none can be made.
     pub async fn get(&self) -> Result<Connection> {
         self.0.holders.asked();
-        self.take().await
-    }
-
-    async fn take(&self) -> Result<Connection> {
-        let object = match self.reach().pool.get().await {
-            Ok(object) => object,
-            Err(PoolError::Timeout(TimeoutType::Wait)) => return Err(Error::Busy),
-            Err(error) => return Err(Error::Away(error.into())),
-        };
         Ok(Connection {
-            object: Some(object),
+            object: Some(self.reach().pool.get().await?),
             _held: self.0.holders.hold(),
             unanswered: AtomicUsize::new(0),
             timeout: self.0.config.statement_timeout + GRACE,

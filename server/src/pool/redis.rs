@@ -14,12 +14,10 @@ use ::redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSub};
 use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
 use ::redis::{IntoConnectionInfo, ServerErrorKind, TlsCertificates};
 use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
-use futures_util::future::join_all;
 use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
 use super::bounded::{Bounded, Limits};
-use super::url::Candidate;
 use super::{Status, Url, with_causes};
 use crate::drain::Drain;
 use crate::health::Condition;
@@ -29,8 +27,6 @@ pub use ::redis as client;
 /// The oldest server whose commands are enough.
 const OLDEST: (u32, u32) = (7, 0);
 
-/// How many connections are made at boot: a server that is slow to accept them is noticed then.
-const WARM: usize = 2;
 /// How often the server is asked how it is, and connections are looked through.
 const LOOK: Duration = Duration::from_secs(2);
 
@@ -71,6 +67,15 @@ pub enum Error {
     /// The server refused, or the connection broke off. A write may have happened.
     #[error("redis")]
     Redis(#[from] RedisError),
+}
+
+impl From<PoolError> for Error {
+    fn from(error: PoolError) -> Self {
+        match error {
+            PoolError::Timeout(TimeoutType::Wait) => Self::Busy,
+            error => Self::Away(error.into()),
+        }
+    }
 }
 
 impl Error {
@@ -200,11 +205,7 @@ impl Reach {
     }
 
     async fn ask<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
-        let mut plain = self.plain().0;
-        let answer: std::result::Result<T, RedisError> = command.query_async(&mut plain).await;
-        answer.map_err(
-            |error| if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) },
-        )
+        command.query_async(&mut self.plain().0).await.map_err(on_plain)
     }
 
     /// The shared connection, and its number.
@@ -224,6 +225,11 @@ impl Reach {
             self.number.fetch_add(1, Ordering::AcqRel);
         }
     }
+}
+
+/// The shared connection is made when somebody asks: that it cannot be is found out then.
+fn on_plain(error: RedisError) -> Error {
+    if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) }
 }
 
 /// A connection that is made when it is needed.
@@ -251,10 +257,7 @@ impl Redis {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
         let redis = Self(Arc::new(Shared { config, reach }));
         redis.reach().check().await?;
-        let warm = WARM.min(redis.0.config.size);
-        // All at once, and given back when the last is there.
-        let warmed = join_all((0..warm).map(|_| redis.get())).await;
-        warmed.into_iter().collect::<Result<Vec<_>>>()?;
+        redis.reach().pool.warm().await?;
         Ok(redis)
     }
 
@@ -290,24 +293,13 @@ impl Redis {
     /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
     /// who uses the old pool, or waits for it, is done.
     async fn follow_url(&self) {
-        let Some(Candidate { url, was_tried }) = self.reach().url.changed() else { return };
-        let reached = match Reach::new(&self.0.config, url) {
+        let Some(candidate) = self.reach().url.changed() else { return };
+        let reached = match Reach::new(&self.0.config, candidate.url.clone()) {
             Ok(reach) => reach.check().await.map(|()| reach),
             Err(error) => Err(error),
         };
-        match reached {
-            Ok(reach) => {
-                *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
-                info!("the URL of Redis has changed: connecting anew");
-            }
-            Err(_) if was_tried => {}
-            Err(error) => {
-                let error = with_causes(&error);
-                warn!(
-                    error,
-                    "the URL of Redis has changed, and cannot be used: going on with the one before"
-                );
-            }
+        if let Some(reach) = candidate.judge("Redis", reached) {
+            *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
         }
     }
 
@@ -325,14 +317,6 @@ impl Redis {
             // That says something about us.
             Err(Error::Busy) => {}
             Err(error) => condition.unmet(&with_causes(&error)),
-        }
-    }
-
-    async fn get(&self) -> Result<Connection> {
-        match self.reach().pool.get().await {
-            Ok(connection) => Ok(connection),
-            Err(PoolError::Timeout(TimeoutType::Wait)) => Err(Error::Busy),
-            Err(error) => Err(Error::Away(error.into())),
         }
     }
 
@@ -362,9 +346,7 @@ impl Redis {
         if answer.as_ref().is_err_and(|error| error.is_timeout() || is_read_only(error)) {
             reach.replace_plain(&self.0.config, number);
         }
-        answer.map_err(
-            |error| if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) },
-        )
+        answer.map_err(on_plain)
     }
 
     /// Runs a script, which the server may have to be told first.
@@ -372,7 +354,7 @@ impl Redis {
     /// # Errors
     /// See [`Error`].
     pub async fn invoke<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
-        let mut connection = self.get().await?;
+        let mut connection = self.reach().pool.get().await?;
         let answer = script.invoke_async(&mut connection).await;
         if answer.as_ref().is_err_and(is_read_only) {
             // It leads to what is the primary no more: the next one may find that which is.

@@ -1,9 +1,13 @@
 //! Where a server is: said once, or in a file that somebody changes when the password does.
 
+use std::error::Error;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use secrecy::{ExposeSecret, SecretString};
+use tracing::{info, warn};
+
+use super::with_causes;
 
 /// The URL of a server. It may hold a password.
 #[derive(Clone, Debug)]
@@ -21,7 +25,22 @@ pub struct Url {
 pub(super) struct Candidate {
     pub(super) url: Url,
     /// Whether somebody has tried it before, and said why it was not taken.
-    pub(super) was_tried: bool,
+    was_tried: bool,
+}
+
+impl Candidate {
+    /// What was reached by it, if that can be used. Says so, or why not, once.
+    pub(super) fn judge<R>(&self, server: &str, reached: Result<R, impl Error>) -> Option<R> {
+        match &reached {
+            Ok(_) => info!("the URL of {server} has changed: connecting anew"),
+            Err(_) if self.was_tried => {}
+            Err(error) => warn!(
+                error = with_causes(error),
+                "the URL of {server} has changed, and cannot be used: going on with the one before"
+            ),
+        }
+        reached.ok()
+    }
 }
 
 impl From<&str> for Url {
