@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use nix::sys::signal::Signal;
 use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::cmd;
+use perennial_server::pool::redis::client::{Script, cmd};
 use serde_json::{Value, json};
 use tokio::process::Command;
 
@@ -202,6 +202,20 @@ async fn a_redis_that_became_a_replica_is_away_until_it_is_the_primary_again() {
     assert!(refused.log().contains("it is a replica, wanted the primary"), "{}", refused.log());
     replicate("NO", "ONE").await;
     until_ready_says(&perennial, 200, "").await;
+}
+
+/// The shared connection is not looked at while it rests: whoever asks next must not pay for that.
+#[tokio::test]
+async fn a_connection_that_redis_has_closed_costs_no_command() {
+    let server = redis::Server::start(&[]).await;
+    let client = Redis::open(redis::config(&server.url())).await.unwrap();
+    let other = Redis::open(redis::config(&server.url())).await.unwrap();
+    for _ in 0..10 {
+        other.query::<u64>(cmd("CLIENT").arg("KILL").arg("TYPE").arg("normal")).await.unwrap();
+        assert_eq!(client.query::<String>(&cmd("PING")).await.unwrap(), "PONG");
+        let script = Script::new("return 1");
+        assert_eq!(client.invoke_beside::<u8>(&script.prepare_invoke()).await.unwrap(), 1);
+    }
 }
 
 #[tokio::test]

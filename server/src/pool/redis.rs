@@ -227,6 +227,25 @@ impl Reach {
     }
 }
 
+/// What is asked of the shared connection.
+#[derive(Clone, Copy)]
+enum Ask<'a> {
+    Command(&'a Cmd),
+    Script(&'a ScriptInvocation<'a>),
+}
+
+impl Ask<'_> {
+    async fn of<T: FromRedisValue>(
+        self,
+        connection: &mut ConnectionManager,
+    ) -> std::result::Result<T, RedisError> {
+        match self {
+            Self::Command(command) => command.query_async(connection).await,
+            Self::Script(script) => script.invoke_async(connection).await,
+        }
+    }
+}
+
 /// The shared connection is made when somebody asks: that it cannot be is found out then.
 fn on_plain(error: RedisError) -> Error {
     if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) }
@@ -320,29 +339,32 @@ impl Redis {
         }
     }
 
-    /// Runs one command that takes no time, beside those of others on one connection.
+    /// Runs one command that takes no time, beside those of others on one connection. It may run twice, when that
+    /// connection breaks off.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn query<T: FromRedisValue>(&self, command: &Cmd) -> Result<T> {
-        self.share(async |connection| command.query_async(connection).await).await
+        self.share(Ask::Command(command)).await
     }
 
-    /// Runs a script that takes no time in the same way.
+    /// Runs a script that takes no time in the same way: it may run twice.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn invoke_beside<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
-        self.share(async |connection| script.invoke_async(connection).await).await
+        self.share(Ask::Script(script)).await
     }
 
-    async fn share<T>(
-        &self,
-        ask: impl AsyncFnOnce(&mut ConnectionManager) -> std::result::Result<T, RedisError>,
-    ) -> Result<T> {
+    async fn share<T: FromRedisValue>(&self, ask: Ask<'_>) -> Result<T> {
         let reach = self.reach();
         let (mut plain, number) = reach.plain();
-        let answer = ask(&mut plain).await;
+        let mut answer = ask.of(&mut plain).await;
+        if answer.as_ref().is_err_and(RedisError::is_connection_dropped) {
+            // Nobody looks at it while it rests: that the server closed it is found out by whoever asks next, and by that
+            // it is made again.
+            answer = ask.of(&mut plain).await;
+        }
         if answer.as_ref().is_err_and(|error| error.is_timeout() || is_read_only(error)) {
             reach.replace_plain(&self.0.config, number);
         }
