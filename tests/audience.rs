@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use aws_lc_rs::hmac;
 use axum::Router;
@@ -10,6 +11,7 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use bytes::Bytes;
 use http::{HeaderMap, StatusCode};
+use jiff::Timestamp;
 use perennial::sink::Answer;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
@@ -57,6 +59,31 @@ async fn a_text_takes_what_each_subscription_brings() {
     let with_default = json!({ "to": {"all": true}, "payload": "{{name|you}}" });
     let progress = perennial.notify_and_wait(&with_default).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 3 }));
+}
+
+/// Who is in it is decided when it is sent, however few it was for when it was accepted.
+#[tokio::test]
+async fn an_audience_that_has_grown_is_sent_to_batch_by_batch() {
+    let (double, perennial) = start_with(|setup| setup.set("push.batch=7")).await;
+    let subscriptions: Vec<Value> = (0..30).map(|_| json!({ "subscription": double.mint() })).collect();
+    for subscription in &subscriptions {
+        assert_eq!(perennial.client().post("/subscriptions", subscription).await.status, 201);
+    }
+    let soon = Timestamp::now() + Duration::from_secs(4);
+    let request = json!({ "to": {"tags": "launch"}, "payload": "x", "at": soon.to_string() });
+    let id = perennial.notify(&request).await;
+    for subscription in subscriptions {
+        let mut tagged = subscription;
+        tagged["tags"] = json!(["launch"]);
+        assert_eq!(perennial.client().post("/subscriptions", &tagged).await.status, 200);
+    }
+    let progress = perennial.done(&id).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 30 }));
+    eventually("no more than seven at once in memory", || async {
+        let lines = perennial.log_lines();
+        (lines.iter().filter(|line| line["message"] == "batch sent").count() == 5).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

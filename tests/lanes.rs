@@ -5,6 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
+use base64::Engine;
+use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use perennial::sink::Answer;
 use serde_json::{Value, json};
 
@@ -100,6 +102,137 @@ async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_re
     let first = perennial.client().get(&format!("/notifications/{id}")).await.json();
     let refused = first["outcomes"]["unauthorized"].as_u64().unwrap();
     assert!(refused < 100, "the others wait for their turn: {first}");
+}
+
+/// Its subscriptions go with the key that they were made with: one that is refused stops no other.
+#[tokio::test]
+async fn a_key_of_former_times_that_is_refused_stops_nobody_who_has_the_new_one() {
+    let (double, mut perennial) = start_with(|setup| setup).await;
+    let key = async |perennial: &Perennial| {
+        perennial.client().get("/push/key").await.json()["key"].as_str().unwrap().to_owned()
+    };
+    let former = key(&perennial).await;
+    perennial.subscribe(&double, 60).await;
+    assert!(perennial.setup.run(&["keys", "rotate"]).await.status.success());
+    assert_eq!(perennial.stop().await, Some(0));
+    let perennial = perennial.start_again().await;
+    let new = key(&perennial).await;
+    assert_ne!(new, former);
+    let request = json!({ "subscription": double.mint_for(&new), "key": new });
+    let id = perennial.client().post("/subscriptions", &request).await.json()["id"].clone();
+    let former = URL_SAFE_NO_PAD.decode(former).unwrap();
+    double.script(move |push| status_answer(if push.vapid_key == former { 403 } else { 201 }, &[]));
+    perennial.notify(&to_all()).await;
+    eventually("what the former key signs is held", || async {
+        (origin(&perennial).await["held"] == "unauthorized").then_some(())
+    })
+    .await;
+    // It is exchanged with other replicas once a second: that must not close it for all keys.
+    let exchanged = Instant::now();
+    while exchanged.elapsed() < Duration::from_secs(3) {
+        let one = json!({ "to": {"subscriptions": [id]}, "payload": "x" });
+        let began = Instant::now();
+        assert_eq!(perennial.notify_and_wait(&one).await["outcomes"], json!({ "delivered": 1 }));
+        assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    }
+}
+
+/// Two services, the second of which stalls, and a broadcast to both in turn.
+async fn with_one_that_stalls(
+    change: impl FnOnce(Setup) -> Setup,
+    each: usize,
+) -> (Double, Double, Perennial) {
+    let (quick, slow) = (Double::start().await, Double::start().await);
+    let setup = Setup::new().sending_to(&quick);
+    let authorities = setup.file("authorities.pem");
+    let read = |double: &Double| std::fs::read_to_string(double.ca_file()).unwrap();
+    std::fs::write(&authorities, read(&quick) + &read(&slow)).unwrap();
+    let setup = setup.set(&format!("push.extra_ca_file={}", authorities.display()));
+    let perennial = change(setup.set("push.small_audience=1")).start().await;
+    slow.script(|_| Answer::Stall);
+    let receivers = [quick.mint(), slow.mint()];
+    perennial.fill((0..each * 2).map(|number| {
+        let mut subscription = receivers[number % 2].clone();
+        let endpoint = format!("{}?{number}", subscription["endpoint"].as_str().unwrap());
+        subscription["endpoint"] = endpoint.into();
+        subscription
+    }));
+    (quick, slow, perennial)
+}
+
+#[tokio::test]
+async fn a_service_that_stalls_keeps_nobody_of_another_waiting() {
+    let (quick, slow, perennial) = with_one_that_stalls(|setup| setup.set("push.window=100"), 300).await;
+    let began = Instant::now();
+    let id = perennial.notify(&to_all()).await;
+    eventually("all of the other are reached", || async { (quick.asked() == 300).then_some(()) }).await;
+    // Otherwise the places of a batch are all taken by those that wait, until the first of them time out after 30 s.
+    assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
+    slow.script(|_| Answer::Take);
+    let progress = perennial.done_within(&id, Duration::from_secs(120)).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 600 }));
+}
+
+#[tokio::test]
+async fn what_waits_for_its_turn_is_taken_back_by_a_pause() {
+    let (double, perennial) = start_with(|setup| setup.set("push.timeout=2s").set("push.threads=1")).await;
+    perennial.subscribe(&double, 200).await;
+    double.script(|_| Answer::Stall);
+    let id = perennial.notify(&to_all()).await;
+    eventually("all turns are taken", || async { (double.asked() >= 12).then_some(()) }).await;
+    let path = |what: &str| format!("/notifications/{id}/{what}");
+    assert_eq!(perennial.client().post(&path("pause"), &json!({})).await.status, 200);
+    let asked = double.asked();
+    double.script(|_| Answer::Take);
+    eventually("the turns are free again", || async {
+        (origin(&perennial).await["in_flight"] == 0).then_some(())
+    })
+    .await;
+    assert_eq!(double.asked(), asked, "nothing more is begun");
+    assert_eq!(perennial.client().post(&path("resume"), &json!({})).await.status, 200);
+    assert_eq!(perennial.done(&id).await["outcomes"], json!({ "delivered": 200 }));
+}
+
+/// Also where others wait to be tried again in thousands.
+#[tokio::test]
+async fn what_is_small_is_tried_again_before_what_is_big() {
+    let small = |setup: Setup| setup.set("push.batch=20").set("push.window=20").set("push.retry_batches=1");
+    let (quick, slow, perennial) = with_one_that_stalls(small, 200).await;
+    slow.answer(503);
+    let id = perennial.notify(&to_all()).await;
+    let path = format!("/notifications/{id}");
+    eventually("they are to be tried again", || async {
+        (perennial.client().get(&path).await.json()["retrying"].as_u64() >= Some(200)).then_some(())
+    })
+    .await;
+    slow.script(|_| Answer::Stall);
+    let failed = AtomicBool::new(false);
+    quick.script(move |_| match failed.swap(true, Ordering::SeqCst) {
+        false => status_answer(503, &[]),
+        true => Answer::Take,
+    });
+    let request = json!({ "to": {"subscriptions": [1]}, "payload": "reset", "urgency": "high" });
+    let began = Instant::now();
+    let reset = perennial.notify(&request).await;
+    assert_eq!(perennial.done(&reset).await["outcomes"], json!({ "delivered": 1 }));
+    assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
+    perennial.client().post(&format!("{path}/cancel"), &json!({})).await;
+}
+
+/// Now or never: but what has never been sent has not had its now.
+#[tokio::test]
+async fn without_a_time_to_live_all_are_tried_once() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    perennial.subscribe(&double, 100).await;
+    let asked = AtomicUsize::new(0);
+    double.script(move |_| match asked.fetch_add(1, Ordering::SeqCst) {
+        0..20 => status_answer(429, &[("retry-after", "3")]),
+        _ => Answer::Take,
+    });
+    let request = json!({ "to": {"all": true}, "payload": "x", "ttl": 0 });
+    let progress = perennial.notify_and_wait(&request).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 80, "expired": 20 }));
+    assert_eq!(double.asked(), 100);
 }
 
 #[tokio::test]

@@ -232,7 +232,6 @@ pub(crate) async fn boot(
     let timer = Timer::new(crontab, config.cron.poll, workers.clone(), drain.clone());
     tasks.critical("cron", timer.run());
     tasks.critical("http", server.run(public(routes), Some(cpu), drain));
-    health.started();
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
 
     let announcements = match url(&addresses.server) {

@@ -313,7 +313,7 @@ impl Application {
         let watermark = self.store.watermark(site.0).await?;
         let load = async {
             let members = self.store.count(site.0, audience, watermark).await?;
-            Ok(Some(Count { members, is_small: members <= self.config.small_audience }))
+            Ok(Some(Count { members, is_small: self.config.is_small(members) }))
         };
         let count = self
             .counts

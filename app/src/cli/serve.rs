@@ -159,6 +159,7 @@ impl Prepared {
                     looking: app.looking.clone(),
                     acting: app.acting.clone(),
                 });
+                health.started();
                 greet(&app);
                 let reload = || {
                     app.sockets.renew_certificate();

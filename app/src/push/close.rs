@@ -8,10 +8,11 @@ use perennial_workers::{Context, Fate, Job, Options};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::Tools;
+use super::deliver::Deliver;
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
-use super::store::{Checkpoint, Recorded, Stage};
+use super::store::{Checkpoint, Recorded, Rest, Stage};
+use super::{BULK_QUEUE, Tools};
 
 /// The claim of this job on a batch: later than any that a worker may have.
 const LAST_EPOCH: i64 = i64::MAX / 2;
@@ -82,15 +83,18 @@ impl Close {
     /// Ends a batch. True when it was the last.
     async fn end(&self, tools: &Tools, id: Uuid, outcome: Outcome) -> anyhow::Result<bool> {
         let Some(batch) = tools.store.open_batch(id, LAST_EPOCH).await? else { return Ok(false) };
-        let left = tools.store.left(&batch).await?.len();
+        let (left, rest_after) = tools.store.left(&batch, tools.config.batch).await?;
         let mut checkpoint = Checkpoint {
             low_id: batch.low_id,
             above: batch.above.clone(),
             finished: true,
             ..Checkpoint::default()
         };
-        if left > 0 {
-            checkpoint.outcomes = vec![(outcome, left)];
+        if !left.is_empty() {
+            checkpoint.outcomes = vec![(outcome, left.len())];
+        }
+        if let Some(after) = rest_after {
+            checkpoint.rest = Some(Rest { after, job: Deliver::job(self.notification, BULK_QUEUE, 0)? });
         }
         tools.meters.decided(&checkpoint.outcomes);
         Ok(tools.store.checkpoint(&batch, LAST_EPOCH, checkpoint).await? == Recorded::Last)

@@ -40,6 +40,13 @@ pub(super) struct Config {
     pub(super) checkpoint_sends: usize,
 }
 
+impl Config {
+    /// Whether so many are few enough to go before bigger audiences.
+    pub(super) fn is_small(&self, audience: u64) -> bool {
+        audience <= self.small_audience
+    }
+}
+
 /// What the routes and jobs need to know.
 pub(super) fn config(settings: &mut Reader<'_>) -> Config {
     Config {

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use perennial_webpush::Urgency;
 use perennial_workers::queue;
 use perennial_workers::{Context, Fate, Job, NewJob, Options};
 use serde::{Deserialize, Serialize};
@@ -14,7 +15,7 @@ use super::Tools;
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
 use super::round::{CAREFUL, Round, is_paused, pause, save};
-use super::store::{Checkpoint, Deferred};
+use super::store::{Checkpoint, Deferred, Rest};
 use crate::sites::SiteId;
 
 /// See the module. The batch has the id of its job.
@@ -27,6 +28,16 @@ impl Deliver {
     pub(crate) fn job(notification: Uuid, queue: &'static str, priority: i16) -> queue::Result<NewJob> {
         Ok(NewJob::new(&Self { notification })?.queue(queue).priority(priority))
     }
+
+    /// Lower goes first.
+    pub(crate) fn priority(urgency: Urgency) -> i16 {
+        match urgency {
+            Urgency::High => 0,
+            Urgency::Normal => 10,
+            Urgency::Low => 20,
+            Urgency::VeryLow => 30,
+        }
+    }
 }
 
 impl Job for Deliver {
@@ -34,7 +45,7 @@ impl Job for Deliver {
     type Tools = Tools;
 
     fn options() -> Options {
-        // A thousand sends to a service that answers nobody take batch / window times push.timeout.
+        // To a service that answers nobody, a batch takes batch / window times twice push.timeout: ten minutes.
         Options {
             queue: super::BULK_QUEUE,
             timeout: Duration::from_secs(1800),
@@ -54,7 +65,7 @@ impl Job for Deliver {
         if is_paused(&batch) {
             return Ok(Fate::Snooze(pause(&batch)));
         }
-        let members = tools.store.members(&batch).await?;
+        let members = tools.store.members(&batch, tools.config.batch).await?;
         if tools.profile(SiteId(batch.site)).is_err() {
             return Ok(Fate::Snooze(super::NOT_SERVED));
         }
@@ -71,8 +82,13 @@ impl Job for Deliver {
 
     async fn give_up(&self, context: Context, tools: Tools, _reason: String) -> anyhow::Result<()> {
         let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else { return Ok(()) };
-        let mut left = tools.store.left(&batch).await?;
+        let (mut left, rest_after) = tools.store.left(&batch, tools.config.batch).await?;
         let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
+        let priority = Self::priority(batch.urgency.parse()?);
+        if let Some(after) = rest_after {
+            let job = Self::job(self.notification, super::BULK_QUEUE, priority)?;
+            checkpoint.rest = Some(Rest { after, job });
+        }
         // It was sent to alone, and the process crashed: the others are none the worse for it.
         let suspect = batch.trying.filter(|id| left.contains(id));
         let attempt = batch.attempt + u32::from(suspect.is_none());
@@ -83,7 +99,7 @@ impl Job for Deliver {
                 left.retain(|id| *id != suspect);
             }
             if !left.is_empty() {
-                let job = Deliver::job(self.notification, super::RETRY_QUEUE, 0)?;
+                let job = Self::job(self.notification, super::RETRY_QUEUE, priority)?;
                 let job = NewJob { recoveries: CAREFUL, ..job };
                 checkpoint.deferred = vec![Deferred { ids: left, job, attempt }];
             }

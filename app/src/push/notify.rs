@@ -177,11 +177,12 @@ pub(super) async fn notify(
     if dry_run {
         return Ok(axum::Json(DryRun { dry_run, audience: estimate, warnings }).into_response());
     }
-    let direct = audience == Audience::Inline || estimate <= tools.config.small_audience;
-    let priority = priority(urgency);
+    let is_small = tools.config.is_small(estimate);
+    let direct = audience == Audience::Inline || is_small;
+    let priority = Deliver::priority(urgency);
     let job = if plan.rate_milli.is_some() && direct {
         Deliver::job(id, PACED_QUEUE, priority)
-    } else if estimate <= tools.config.small_audience {
+    } else if is_small {
         Deliver::job(id, SMALL_QUEUE, priority)
     } else if direct {
         Deliver::job(id, BULK_QUEUE, priority)
@@ -230,16 +231,6 @@ fn conflict() -> Problem {
 fn accepted(id: Uuid, audience: u64, state: Stage, warnings: Vec<String>) -> Response {
     let body = axum::Json(Notified { id, status: state.as_str(), audience, warnings });
     (StatusCode::ACCEPTED, [(header::LOCATION, format!("/notifications/{id}"))], body).into_response()
-}
-
-/// Lower goes first.
-fn priority(urgency: Urgency) -> i16 {
-    match urgency {
-        Urgency::High => 0,
-        Urgency::Normal => 10,
-        Urgency::Low => 20,
-        Urgency::VeryLow => 30,
-    }
 }
 
 /// Idempotency keys of requests that are being accepted now.

@@ -17,7 +17,7 @@ pub(crate) enum Outcome {
     TooLarge,
     /// The endpoint, or an address behind it, must not be sent to.
     Forbidden,
-    /// The push service was out of order, or asked to wait, for as often as we try.
+    /// The push service was out of order, asked to wait or had no address, for as often as we try.
     Unreachable,
     /// The time to live ended before it could be tried again.
     Expired,
@@ -75,8 +75,7 @@ impl Outcome {
             Verdict::Unauthorized => Some(Self::Unauthorized),
             Verdict::TooLarge => Some(Self::TooLarge),
             Verdict::Forbidden => Some(Self::Forbidden),
-            Verdict::Unresolvable => Some(Self::Unreachable),
-            Verdict::Retry { .. } | Verdict::Held(_) => None,
+            Verdict::Unresolvable | Verdict::Retry { .. } | Verdict::Held(_) => None,
         }
     }
 }

@@ -25,7 +25,7 @@ use perennial_server::pool::{postgres, sql, sqlite};
 use perennial_webpush::{Sender, Verdict};
 use perennial_workers::job::Stopped;
 use perennial_workers::queue::Due;
-use perennial_workers::{Context, Fate};
+use perennial_workers::{Context, Fate, NewJob};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -36,8 +36,8 @@ use super::deliver::Deliver;
 use super::flows::{Flow, Place};
 use super::outcome::Outcome;
 use super::pace::Take;
-use super::send::{Outgoing, Sent};
-use super::store::{Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Stage, Standing};
+use super::send::{NO_TURN, Outgoing, Sent};
+use super::store::{Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Rest, Stage, Standing};
 use super::vapid::SiteKeys;
 use crate::sites::SiteId;
 
@@ -54,6 +54,8 @@ const PAUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 const TURN: Duration = Duration::from_secs(60);
 /// The same where it keeps others from their work.
 const SHORT_TURN: Duration = Duration::from_secs(1);
+/// After this long, a batch that is tried again makes room for others: it may wait for a service that bears little.
+const RETRY_TURN: Duration = Duration::from_secs(5);
 /// How long others have their turn.
 const OTHERS: Duration = Duration::from_millis(200);
 /// How much later than the batch before it a batch looks whether a send is due.
@@ -72,6 +74,8 @@ pub(super) struct Round<'a> {
     batch: Arc<Batch>,
     outgoing: Arc<Outgoing>,
     waiting: std::vec::IntoIter<Member>,
+    /// Behind which the range of the batch goes on, if this is not all of it.
+    rest_after: Option<i64>,
     /// The highest id that was begun.
     newest: i64,
     in_flight: BTreeSet<i64>,
@@ -122,7 +126,7 @@ impl<'a> Round<'a> {
         sender: &'a Sender,
         flow: &'a Arc<Flow>,
         batch: Batch,
-        members: Vec<Member>,
+        (members, rest_after): (Vec<Member>, Option<i64>),
         keys: Arc<SiteKeys>,
     ) -> anyhow::Result<Self> {
         let waited = age(&batch);
@@ -132,7 +136,8 @@ impl<'a> Round<'a> {
             sender,
             flow,
             place: Some(flow.stand_in_line(batch.id)),
-            outgoing: Arc::new(Outgoing::new(tools, flow, &batch, waited, keys)?),
+            outgoing: Arc::new(Outgoing::new(tools, &batch, &members, waited, keys)?),
+            rest_after,
             newest: batch.low_id,
             above: batch.above.iter().copied().collect(),
             in_flight: BTreeSet::new(),
@@ -172,7 +177,12 @@ impl<'a> Round<'a> {
         let turn = Instant::now() + if self.is_in_its_queue() { TURN } else { SHORT_TURN };
         let mut cut = pin!(sleep(Duration::MAX));
         let mut over = pin!(sleep(self.time_left(*standing.borrow())));
+        let mut others = pin!(sleep(RETRY_TURN));
+        let is_retry = self.context.queue() == super::RETRY_QUEUE;
         loop {
+            if stop.is_some() {
+                self.outgoing.stop();
+            }
             let mut pause = None;
             while stop.is_none() && sends.len() < self.tools.config.window && self.unrecorded < limit {
                 match self.context.check() {
@@ -201,7 +211,7 @@ impl<'a> Round<'a> {
             // In time, so that nothing waits for the commit while there is room for some more.
             let full = self.ended.len() * 4 >= limit * 3 || idle || Instant::now() >= due;
             if full && saving.is_none() && !self.ended.is_empty() {
-                let (count, checkpoint) = self.checkpoint(None);
+                let (count, checkpoint) = self.checkpoint(None)?;
                 let batch = Arc::clone(&self.batch);
                 saving = Some(Box::pin(save(self.tools, self.context, batch, checkpoint, count)));
                 due = Instant::now() + every;
@@ -232,7 +242,11 @@ impl<'a> Round<'a> {
                         self.context.save(&self.newest).await?;
                     }
                 }
-                Some(sent) = sends.next() => self.note(sent),
+                Some(sent) = sends.next() => match sent {
+                    Some(sent) => self.note(sent),
+                    // It was taken back, and stays among those that have not ended.
+                    None => self.unrecorded -= 1,
+                },
                 () = paced(self.flow, pause, rank), if pause.is_some() => {
                     if stop.is_none() && Instant::now() >= turn {
                         stop = Some(Stop::Turn);
@@ -240,6 +254,7 @@ impl<'a> Round<'a> {
                 }
                 () = sleep_until(due), if timed => {}
                 () = over.as_mut(), if stop.is_none() => stop = Some(Stop::Over(Outcome::Expired)),
+                () = others.as_mut(), if stop.is_none() && is_retry => stop = Some(Stop::Turn),
                 () = cut.as_mut(), if stop == Some(Stop::Asked) && !idle => {
                     // Those in flight may have been taken; nobody knows, and so they are sent again.
                     sends.clear();
@@ -280,7 +295,7 @@ impl<'a> Round<'a> {
     }
 
     /// Begins to send to one member.
-    fn begin(&mut self, member: Member) -> impl Future<Output = Sent> + use<> {
+    fn begin(&mut self, member: Member) -> impl Future<Output = Option<Sent>> + use<> {
         self.newest = member.id;
         self.in_flight.insert(member.id);
         self.unrecorded += 1;
@@ -299,7 +314,7 @@ impl<'a> Round<'a> {
 
     fn note(&mut self, sent: Sent) {
         if !matches!(sent.report.verdict, Verdict::Delivered | Verdict::Gone) {
-            let host = sent.endpoint.split('/').nth(2).unwrap_or_default().to_owned();
+            let host = sent.host().to_owned();
             let (status, detail) = (sent.report.status, sent.report.detail.clone());
             self.failure = Some(Failure { host, status, detail });
         }
@@ -308,21 +323,29 @@ impl<'a> Round<'a> {
         self.ended.push(sent);
     }
 
-    /// What to record now, and how many members it is about. With `left`, those that were never begun have this outcome.
-    fn checkpoint(&mut self, left: Option<Outcome>) -> (usize, Checkpoint) {
+    /// What to record now, and how many members it is about. With `left`, those that were never sent to have this outcome:
+    /// nothing is in flight any more.
+    fn checkpoint(&mut self, left: Option<Outcome>) -> anyhow::Result<(usize, Checkpoint)> {
+        let never_sent = left.map(|outcome| {
+            let count = self.waiting.len() + self.in_flight.len();
+            (self.waiting, self.in_flight) = (Vec::new().into_iter(), BTreeSet::new());
+            (outcome, count)
+        });
         let low_id = self.in_flight.first().map_or(self.newest, |first| first - 1);
         self.above.retain(|id| *id > low_id);
         let count = self.ended.len();
         let mut checkpoint = Checkpoint { low_id, ..Checkpoint::default() };
         let mut outcomes = BTreeMap::<Outcome, usize>::new();
-        let mut later = BTreeMap::<(u64, u32), Vec<i64>>::new();
+        let mut later = BTreeMap::<(u64, u32, String), Vec<i64>>::new();
         // One draw for all that failed together and were asked for nothing else: one job, not hundreds.
         let usual = RETRY.jittered(self.batch.attempt + 1);
         for sent in std::mem::take(&mut self.ended) {
             let outcome = match self.decide(&sent, usual, left) {
                 Next::Decided(outcome) => outcome,
                 Next::Later(wait, attempt) => {
-                    later.entry((wait.as_secs().max(1), attempt)).or_default().push(sent.id);
+                    // Those that wait for a slow service keep only each other waiting.
+                    let of = if sent.report.detail == NO_TURN { sent.host() } else { "" };
+                    later.entry((wait.as_secs().max(1), attempt, of.to_owned())).or_default().push(sent.id);
                     continue;
                 }
             };
@@ -346,15 +369,17 @@ impl<'a> Round<'a> {
                 _ => {}
             }
         }
-        if let Some(outcome) = left.filter(|_| self.waiting.len() > 0) {
-            *outcomes.entry(outcome).or_default() += self.waiting.len();
-            self.waiting = Vec::new().into_iter();
+        if let Some((outcome, count)) = never_sent.filter(|(_, count)| *count > 0) {
+            *outcomes.entry(outcome).or_default() += count;
         }
         for (outcome, count) in &outcomes {
             *self.totals.entry(*outcome).or_default() += count;
         }
         self.again += later.values().map(Vec::len).sum::<usize>();
-        checkpoint.deferred = later.into_iter().filter_map(|(when, ids)| self.defer(when, ids)).collect();
+        checkpoint.deferred = later
+            .into_iter()
+            .map(|((wait, attempt, _), ids)| self.defer(wait, attempt, ids))
+            .collect::<anyhow::Result<_>>()?;
         checkpoint.tell = self
             .batch
             .webhook
@@ -362,7 +387,7 @@ impl<'a> Round<'a> {
             .filter(|name| self.tools.webhooks.wants_pruned(SiteId(self.batch.site), name));
         checkpoint.above = self.above.iter().copied().collect();
         checkpoint.outcomes = outcomes.into_iter().collect();
-        (count, checkpoint)
+        Ok((count, checkpoint))
     }
 
     fn decide(&self, sent: &Sent, usual: Duration, left: Option<Outcome>) -> Next {
@@ -372,9 +397,13 @@ impl<'a> Round<'a> {
         if let Some(outcome) = left {
             return Next::Decided(outcome);
         }
+        let is_untried = matches!(sent.report.verdict, Verdict::Held(_));
         let (wait, attempt) = match sent.report.verdict {
-            // It was not tried.
             Verdict::Held(wait) => (coarse(wait.min(LONGEST_HOLD)), self.batch.attempt),
+            // There never will be such a host (RFC 2606, section 2).
+            Verdict::Unresolvable if sent.host().ends_with(".invalid") => {
+                return Next::Decided(Outcome::Unreachable);
+            }
             Verdict::Retry { after: Some(after), .. } => {
                 (coarse(after.max(RETRY.base)), self.batch.attempt + 1)
             }
@@ -384,17 +413,26 @@ impl<'a> Round<'a> {
             return Next::Decided(Outcome::Unreachable);
         }
         let ends_before = self.batch.standing.time_left().is_some_and(|left| left <= wait);
-        if ends_before || age(&self.batch) + wait >= self.batch.ttl {
+        // A message for now or never is always tried once.
+        let outlives = age(&self.batch) + wait < self.batch.ttl || (is_untried && self.batch.ttl.is_zero());
+        if ends_before || !outlives {
             return Next::Decided(Outcome::Expired);
         }
         Next::Later(wait, attempt)
     }
 
-    fn defer(&self, (seconds, attempt): (u64, u32), ids: Vec<i64>) -> Option<Deferred> {
-        let queue = if self.flow.pace().is_some() { super::PACED_QUEUE } else { super::RETRY_QUEUE };
-        let job = Deliver::job(self.batch.notification, queue, 0).ok()?;
+    fn defer(&self, seconds: u64, attempt: u32, ids: Vec<i64>) -> anyhow::Result<Deferred> {
+        let is_small = self.tools.config.is_small(self.batch.estimate.max(ids.len() as u64));
+        let job = self.job(if is_small { super::SMALL_QUEUE } else { super::RETRY_QUEUE })?;
         let job = if seconds == 0 { job } else { job.due(Due::In(Duration::from_secs(seconds))) };
-        Some(Deferred { ids, job, attempt })
+        Ok(Deferred { ids, job, attempt })
+    }
+
+    /// A job for some of the members, in this queue unless they have a pace.
+    fn job(&self, queue: &'static str) -> anyhow::Result<NewJob> {
+        let queue = if self.flow.pace().is_some() { super::PACED_QUEUE } else { queue };
+        let priority = Deliver::priority(self.batch.urgency.parse()?);
+        Ok(Deliver::job(self.batch.notification, queue, priority)?)
     }
 
     /// Records the rest, and that the batch is finished if it is.
@@ -403,13 +441,18 @@ impl<'a> Round<'a> {
             Some(Stop::Over(outcome)) => Some(outcome),
             _ => None,
         };
-        let (_, mut checkpoint) = self.checkpoint(left);
+        let (_, mut checkpoint) = self.checkpoint(left)?;
         if stop == Some(Stop::Turn) && !self.is_in_its_queue() {
-            let ids: Vec<i64> = std::mem::take(&mut self.waiting).map(|member| member.id).collect();
-            checkpoint.deferred.extend(self.defer((0, self.batch.attempt), ids));
+            let taken_back = std::mem::take(&mut self.in_flight).into_iter();
+            let ids = taken_back.chain(std::mem::take(&mut self.waiting).map(|member| member.id)).collect();
+            checkpoint.deferred.push(self.defer(0, self.batch.attempt, ids)?);
         }
         let finished = self.waiting.len() == 0 && self.in_flight.is_empty();
         checkpoint.finished = finished;
+        checkpoint.rest = match self.rest_after.filter(|_| finished) {
+            Some(after) => Some(Rest { after, job: self.job(super::BULK_QUEUE)? }),
+            None => None,
+        };
         save(self.tools, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
         self.log(finished);
         Ok(match stop {

@@ -4,18 +4,19 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use perennial_webpush::{Endpoint, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
-use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::Tools;
-use super::flows::Flow;
 use super::outcome::Outcome;
-use super::store::{Batch, Member, Stage, Standing};
+use super::store::{Batch, Member};
 use super::template::Template;
 use super::vapid::SiteKeys;
 
 /// The longest that a message waits for the rate of its origin before others have its place.
 const ORIGIN_WAIT: Duration = Duration::from_secs(5);
+/// The longest that it waits for a turn while the batch has members of other push services, and how soon it is tried again.
+const TURN_WAIT: Duration = Duration::from_secs(1);
 /// After a VAPID key was missing.
 const NO_KEY: Duration = Duration::from_secs(300);
 
@@ -23,8 +24,11 @@ const NO_KEY: Duration = Duration::from_secs(300);
 pub(super) struct Outgoing {
     message: Message,
     template: Option<Template>,
-    standing: watch::Receiver<Standing>,
     keys: Arc<SiteKeys>,
+    /// How long a message waits for a turn at most, if others are in need of its place.
+    patience: Option<Duration>,
+    /// Nothing more is sent: what waits is taken back.
+    stopped: CancellationToken,
 }
 
 /// What came of it.
@@ -39,6 +43,11 @@ pub(super) struct Sent {
 }
 
 impl Sent {
+    /// The host that it was for, if that was not delivered.
+    pub(super) fn host(&self) -> &str {
+        self.endpoint.split('/').nth(2).unwrap_or_default()
+    }
+
     /// Somebody else has deleted the subscription.
     pub(super) fn deleted(id: i64) -> Self {
         let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
@@ -50,8 +59,8 @@ impl Outgoing {
     /// The message of a batch, its time to live shortened by the time that its members have waited.
     pub(super) fn new(
         tools: &Tools,
-        flow: &Flow,
         batch: &Batch,
+        members: &[Member],
         waited: Duration,
         keys: Arc<SiteKeys>,
     ) -> anyhow::Result<Self> {
@@ -63,7 +72,8 @@ impl Outgoing {
         let until = batch.standing.time_left();
         let waited = Duration::from_secs(waited.as_secs());
         let ttl = batch.ttl.saturating_sub(waited).min(until.unwrap_or(Duration::MAX));
-        let bulk = batch.attempt > 0 || batch.estimate > tools.config.small_audience;
+        // It may have grown since it was estimated.
+        let bulk = !tools.config.is_small(batch.estimate.max(members.len() as u64));
         let mut message =
             Message::new(payload).ttl(ttl).urgency(urgency).bulk(bulk).http(batch.http.parse()?);
         if let Some(topic) = &batch.topic {
@@ -72,21 +82,24 @@ impl Outgoing {
         if batch.is_declarative {
             message = message.declarative();
         }
-        Ok(Self { message, template, standing: flow.standing(), keys })
+        let is_mixed = members.windows(2).any(|pair| origin(&pair[0]) != origin(&pair[1]));
+        let patience = (bulk && is_mixed).then_some(TURN_WAIT);
+        Ok(Self { message, template, keys, patience, stopped: CancellationToken::new() })
     }
 
-    /// Whether the notification is still to be sent.
-    fn goes_on(&self) -> bool {
-        !matches!(self.standing.borrow().state, Stage::Paused | Stage::Cancelled)
+    /// Takes back what waits for its turn.
+    pub(super) fn stop(&self) {
+        self.stopped.cancel();
     }
 
-    pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Sent {
+    /// None when it was taken back before it was sent.
+    pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Option<Sent> {
         let began = Instant::now();
         let Member { id, strikes, .. } = member;
-        let (report, outcome, endpoint) = self.attempt(tools, sender, member).await;
+        let (report, outcome, endpoint) = self.attempt(tools, sender, member).await?;
         tools.meters.sent(report.verdict, began.elapsed());
         if report.verdict == Verdict::Delivered {
-            return Sent { id, endpoint: String::new(), strikes, report, outcome };
+            return Some(Sent { id, endpoint: String::new(), strikes, report, outcome });
         }
         let endpoint = endpoint.map(|endpoint| endpoint.url()).unwrap_or_default();
         debug!(
@@ -96,7 +109,7 @@ impl Outgoing {
             detail = report.detail,
             "not delivered"
         );
-        Sent { id, endpoint, strikes, report, outcome }
+        Some(Sent { id, endpoint, strikes, report, outcome })
     }
 
     async fn attempt(
@@ -104,21 +117,23 @@ impl Outgoing {
         tools: &Tools,
         sender: &Sender,
         member: Member,
-    ) -> (Report, Option<Outcome>, Option<Endpoint>) {
+    ) -> Option<(Report, Option<Outcome>, Option<Endpoint>)> {
         let not_sent = |verdict, detail: String| Report { verdict, status: None, detail };
         // Checked when it was stored; the policy may have changed since.
         let endpoint = match sender.endpoint(member.endpoint) {
             Ok(endpoint) => endpoint,
-            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None, None),
+            Err(error) => return Some((not_sent(Verdict::Forbidden, error.to_string()), None, None)),
         };
         let keys = match Keys::from_store(&member.p256dh, &member.auth) {
             Ok(keys) => keys,
-            Err(error) => return (not_sent(Verdict::Forbidden, error.to_string()), None, Some(endpoint)),
+            Err(error) => {
+                return Some((not_sent(Verdict::Forbidden, error.to_string()), None, Some(endpoint)));
+            }
         };
         let Some(vapid) = self.keys.of(member.vapid_key) else {
             // It may come with the next start: of another replica that has it, or of this one with a copy restored.
             let detail = "made with a VAPID key that is not there".to_owned();
-            return (not_sent(Verdict::Held(NO_KEY), detail), None, Some(endpoint));
+            return Some((not_sent(Verdict::Held(NO_KEY), detail), None, Some(endpoint)));
         };
         let rendered;
         let message = match &self.template {
@@ -130,24 +145,45 @@ impl Outgoing {
                         &rendered
                     }
                     Err(error) => {
-                        return (not_sent(Verdict::TooLarge, error.to_string()), None, Some(endpoint));
+                        return Some((not_sent(Verdict::TooLarge, error.to_string()), None, Some(endpoint)));
                     }
                 },
                 Err(missing) => {
                     let detail = format!("its metadata has no {missing}");
-                    return (not_sent(Verdict::Rejected, detail), Some(Outcome::Incomplete), Some(endpoint));
+                    let outcome = Some(Outcome::Incomplete);
+                    return Some((not_sent(Verdict::Rejected, detail), outcome, Some(endpoint)));
                 }
             },
         };
         if let Some(pace) = tools.flows.origin(endpoint.origin()) {
-            let waited = tokio::time::timeout(ORIGIN_WAIT, pace.wait(!message.is_bulk())).await;
-            // Others need the place; and it may have been paused or cancelled meanwhile.
-            if waited.is_err() || !self.goes_on() {
+            let waited = tokio::time::timeout(ORIGIN_WAIT, pace.wait(!message.is_bulk()));
+            let waited = self.stopped.run_until_cancelled(waited).await?;
+            // Others need the place.
+            if waited.is_err() {
                 let detail = "it waits for push.origin_rate".to_owned();
-                return (not_sent(Verdict::Held(ORIGIN_WAIT), detail), None, Some(endpoint));
+                return Some((not_sent(Verdict::Held(ORIGIN_WAIT), detail), None, Some(endpoint)));
             }
         }
-        let report = sender.send(&endpoint, &keys, message, vapid).await;
-        (report, None, Some(endpoint))
+        let given_up = async {
+            match self.patience {
+                Some(patience) => drop(tokio::time::timeout(patience, self.stopped.cancelled()).await),
+                None => self.stopped.cancelled().await,
+            }
+        };
+        let report = match sender.send_unless(&endpoint, &keys, message, vapid, given_up).await {
+            Some(report) => report,
+            None if self.stopped.is_cancelled() => return None,
+            None => not_sent(Verdict::Held(TURN_WAIT), NO_TURN.to_owned()),
+        };
+        Some((report, None, Some(endpoint)))
     }
+}
+
+/// The detail of a report of one that waited for its turn for too long.
+pub(super) const NO_TURN: &str = "its push service bears no more at once";
+
+/// The scheme and the host of an endpoint.
+fn origin(member: &Member) -> &str {
+    let ends = member.endpoint.match_indices('/').nth(2).map_or(member.endpoint.len(), |(at, _)| at);
+    &member.endpoint[..ends]
 }

@@ -1,4 +1,5 @@
-//! Push services that are not sent to for a while: what this process learns, all replicas know within a second.
+//! Push services that are not sent to for a while: what this process learns, all replicas know within a second. That one
+//! refuses a key each finds out for itself: it says nothing about what is signed with other keys.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -82,9 +83,7 @@ impl Exchange {
             } else {
                 warn!(origin, seconds, cause = why, "nothing is sent to a push service");
             }
-            // With one site, the key of all replicas is the same. With several, each finds out whose key it is.
-            let is_ours_alone = cause == Cause::Unauthorized && tools.access.sites().all().nth(1).is_some();
-            if !is_ours_alone {
+            if cause != Cause::Unauthorized {
                 tools.store.hold_service(&origin, wait, why).await?;
             }
             self.known.insert(origin, until);
@@ -101,6 +100,8 @@ impl Exchange {
                 continue;
             }
             match (held.wait, Cause::parse(&held.cause)) {
+                // Earlier versions wrote down refused keys too, as if they were all.
+                (Some(_), Some(Cause::Unauthorized)) => {}
                 (Some(wait), Some(cause)) if !wait.is_zero() => {
                     self.known.insert(held.origin.clone(), Instant::now() + wait);
                     sender.hold(&held.origin, wait, cause);

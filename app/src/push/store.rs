@@ -24,7 +24,7 @@ use perennial_server::values;
 use perennial_workers::{Job, Jobs, NewJob, queue};
 use uuid::Uuid;
 
-pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded};
+pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Rest};
 pub(crate) use notifications::{
     Accepted, Change, DeliveryView, Idempotency, NewNotification, Notification, Plan, Recipient,
 };

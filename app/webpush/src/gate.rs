@@ -170,7 +170,7 @@ impl Gate {
                 match held_for {
                     Some(Cause::Unauthorized) => self.lose_probe(probe),
                     Some(Cause::Throttled) if !probe => {}
-                    _ => self.open(),
+                    _ => self.open_but_for_refusals(),
                 }
                 return false;
             }
@@ -180,10 +180,8 @@ impl Gate {
             }
             News::Refuses if probe && held_for != Some(Cause::Unauthorized) => {
                 // It answers. Whether it refuses everybody is for others to say.
-                let mut refused = std::mem::take(&mut self.failed[Cause::Unauthorized as usize]);
-                self.open();
-                refused.insert(who);
-                self.failed[Cause::Unauthorized as usize] = refused;
+                self.open_but_for_refusals();
+                self.failed[Cause::Unauthorized as usize].insert(who);
                 return false;
             }
             News::Refuses => (Cause::Unauthorized, None),
@@ -231,6 +229,13 @@ impl Gate {
         self.holds = 0;
         self.probed.clear();
         self.failed.iter_mut().for_each(HashSet::clear);
+    }
+
+    /// Opens, and remembers who was refused: that it answers is no success.
+    fn open_but_for_refusals(&mut self) {
+        let refused = std::mem::take(&mut self.failed[Cause::Unauthorized as usize]);
+        self.open();
+        self.failed[Cause::Unauthorized as usize] = refused;
     }
 
     /// A probe, if it was one, ended without saying anything: the next may be one.
@@ -301,6 +306,18 @@ mod tests {
             }
         }
         assert_eq!(gate.admit(now), Admission::Open);
+    }
+
+    #[test]
+    fn an_answer_that_is_no_success_forgives_no_refusal() {
+        let now = Instant::now();
+        let mut gate = Gate::default();
+        let closed = (0..20).map(|who| {
+            gate.note(News::Answers, false, 1000 + who, now);
+            gate.note(News::Refuses, false, who, now)
+        });
+        assert_eq!(closed.filter(|closed| *closed).count(), 1);
+        assert!(matches!(gate.admit(now), Admission::Held(_, Cause::Unauthorized)));
     }
 
     #[test]

@@ -57,7 +57,6 @@ struct State {
     /// HTTP/1.1 connections that carry a request.
     lent: usize,
     is_dialing: bool,
-    dialed: Option<Instant>,
     /// Connections in a row that were over before they were of any use.
     fruitless: u32,
     failed: Option<(Instant, Arc<ConnectError>)>,
@@ -189,21 +188,18 @@ impl Lane {
         Some(Checkout::Http2(least))
     }
 
-    /// Opens one more connection, if none is being opened: not at once after the last one.
+    /// Opens one more connection, if none is being opened: not at once after the last one, of any thread.
     fn dial(self: &Arc<Self>, state: &mut State) {
         if std::mem::replace(&mut state.is_dialing, true) {
             return;
         }
         let pause = self.shared.limits.connect_every.max(fruitless_pause(state.fruitless));
-        let not_before = state.dialed.map(|dialed| dialed + pause);
+        let not_before = self.service.next_dial(pause);
         // Before it is spawned: whoever waits is told also if it never runs.
         let dialing = Dialing(Arc::clone(self));
         self.shared.drivers.spawn(async move {
             let lane = &dialing.0;
-            if let Some(not_before) = not_before {
-                sleep_until(not_before.into()).await;
-            }
-            lane.state().dialed = Some(Instant::now());
+            sleep_until(not_before.into()).await;
             if let Err(error) = lane.open().await {
                 lane.state().failed = Some((Instant::now(), Arc::new(error)));
             }

@@ -211,21 +211,43 @@ impl Sender {
 
     /// Encrypts and sends one message. Whatever goes wrong is a report about this subscription.
     pub async fn send(&self, endpoint: &Endpoint, keys: &Keys, message: &Message, key: &VapidKey) -> Report {
+        let never = std::future::pending();
+        let sent = self.send_unless(endpoint, keys, message, key, never).await;
+        sent.unwrap_or_else(|| Report::failed(Verdict::Held(PATIENCE), &"it was given up"))
+    }
+
+    /// The same, unless `given_up` comes before its turn: then nothing was sent, and there is no report.
+    pub async fn send_unless(
+        &self,
+        endpoint: &Endpoint,
+        keys: &Keys,
+        message: &Message,
+        key: &VapidKey,
+        given_up: impl Future<Output = ()> + Send,
+    ) -> Option<Report> {
         let shared = &self.0.shared;
         let origin = &endpoint.origin;
         let lane = self.0.client.lane(&origin.name, message.http, || shared.services.of(origin));
         let Some(lane) = lane else {
-            return Report::failed(RETRY, &"too many different push services at once");
+            return Some(Report::failed(RETRY, &"too many different push services at once"));
         };
-        let (turn, errand) = match self.admit(&lane, message.bulk, key).await {
+        let admitted = match admit_at_once(&lane, message.bulk, key) {
+            Some(admitted) => Ok(admitted),
+            None => tokio::select! {
+                biased;
+                () = given_up => return None,
+                admitted = self.admit(&lane, message.bulk, key) => admitted,
+            },
+        };
+        let (turn, errand) = match admitted {
             Ok(admitted) => admitted,
-            Err(report) => return report,
+            Err(report) => return Some(report),
         };
         let (report, news) = self.send_on(&lane, turn, endpoint, keys, message, key).await;
         if errand.end(news, endpoint, key) {
             lane.turns.restart();
         }
-        report
+        Some(report)
     }
 
     /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
@@ -289,7 +311,8 @@ impl Sender {
         match self.0.client.send(lane, turn, make, body.clone()).await {
             Ok(answer) => {
                 lane.service.compare_clocks(&answer.headers);
-                let verdict = verdict(endpoint.host(), answer.status, &answer.headers, SystemTime::now());
+                let verdict =
+                    verdict(endpoint.host(), answer.status, &answer.headers, &answer.body, SystemTime::now());
                 let detail =
                     if verdict == Verdict::Delivered { String::new() } else { excerpt(&answer.body) };
                 (Report { verdict, status: Some(answer.status.as_u16()), detail }, news(verdict))
@@ -358,6 +381,12 @@ pub struct LaneStatus {
     pub window: usize,
     /// How many are under way.
     pub in_flight: usize,
+}
+
+/// A turn, where nobody has to wait for one.
+fn admit_at_once<'a>(lane: &'a Lane, bulk: bool, key: &VapidKey) -> Option<(Turn<'a>, Errand<'a>)> {
+    let turn = lane.turns.take_at_once(bulk)?;
+    Some((turn, lane.service.admit(key).ok()?))
 }
 
 const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };

@@ -43,6 +43,8 @@ pub(crate) struct Service {
     refuses: AtomicBool,
     clock: Mutex<Clock>,
     answers: AtomicU64,
+    /// When the last connection was opened, or will be: whoever sends, they are opened one after the other.
+    dialed: Mutex<Option<Instant>>,
 }
 
 /// How far a service's clock is from ours.
@@ -76,6 +78,7 @@ impl Service {
             refuses: AtomicBool::new(false),
             clock: Mutex::default(),
             answers: AtomicU64::new(0),
+            dialed: Mutex::default(),
         }
     }
 
@@ -143,6 +146,14 @@ impl Service {
         };
         self.refuses.store(!refused.is_empty(), Ordering::Relaxed);
         closed
+    }
+
+    /// When another connection may be opened: no sooner than `pause` after the last one.
+    pub(crate) fn next_dial(&self, pause: Duration) -> Instant {
+        let (mut dialed, now) = (lock(&self.dialed), Instant::now());
+        let at = dialed.map_or(now, |dialed| (dialed + pause).max(now));
+        *dialed = Some(at);
+        at
     }
 
     /// Forgets everything that speaks against sending to it.

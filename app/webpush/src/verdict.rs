@@ -24,7 +24,8 @@ pub enum Verdict {
     Rejected,
     /// The endpoint, or an address behind it, must not be sent to.
     Forbidden,
-    /// There is no such host, now: browsers hand out endpoints below `.invalid` after unsubscribing.
+    /// There is no such host, now. It may come back, unless it is below `.invalid`, which browsers hand out after
+    /// unsubscribing.
     Unresolvable,
     /// It was not sent: its push service is not sent to at all, for this long.
     Held(Duration),
@@ -39,8 +40,11 @@ pub enum Verdict {
 
 const WNS_STATUS: HeaderName = HeaderName::from_static("x-wns-notificationstatus");
 
-/// The verdict on an answer of `host`, at `now`.
-pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, now: SystemTime) -> Verdict {
+/// What is in the body of a 400 that means that the subscription was made with another key: of FCM and of Apple.
+const OTHER_KEY: [&str; 2] = ["UnauthorizedRegistration", "VapidPkHashMismatch"];
+
+/// The verdict on an answer of `host` with the beginning of its body, at `now`.
+pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, body: &[u8], now: SystemTime) -> Verdict {
     let wns = is_windows(host);
     let retry = |throttled| Verdict::Retry { after: retry_after(headers, now), throttled };
     match status.as_u16() {
@@ -52,6 +56,7 @@ pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, now: SystemT
         200..=299 => Verdict::Delivered,
         404 | 410 => Verdict::Gone,
         401 | 403 => Verdict::Unauthorized,
+        400 if names_another_key(body) => Verdict::Unauthorized,
         413 => Verdict::TooLarge,
         // Windows' way of saying 429.
         406 if wns => retry(true),
@@ -60,6 +65,10 @@ pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, now: SystemT
         // Redirects are not followed: the place they name was never checked.
         _ => Verdict::Rejected,
     }
+}
+
+fn names_another_key(body: &[u8]) -> bool {
+    OTHER_KEY.iter().any(|reason| body.windows(reason.len()).any(|part| part == reason.as_bytes()))
 }
 
 /// Whether a host belongs to the Windows Notification Service.
@@ -87,6 +96,10 @@ mod tests {
     const WINDOWS: &str = "wns2-par02p.notify.windows.com";
 
     fn on(host: &str, status: u16, headers: &[(&'static str, &str)]) -> Verdict {
+        on_body(host, status, headers, b"")
+    }
+
+    fn on_body(host: &str, status: u16, headers: &[(&'static str, &str)], body: &[u8]) -> Verdict {
         let headers =
             headers.iter().map(|(name, value)| (HeaderName::from_static(name), value.parse().unwrap()));
         // Sun, 06 Nov 1994 08:49:37 GMT, the date of RFC 9110's examples.
@@ -94,6 +107,7 @@ mod tests {
             host,
             StatusCode::from_u16(status).unwrap(),
             &headers.collect(),
+            body,
             UNIX_EPOCH + Duration::from_secs(784_111_777),
         )
     }
@@ -131,6 +145,11 @@ mod tests {
     fn authentication_failures_keep_the_subscription() {
         assert_eq!(on(MOZILLA, 401, &[]), Verdict::Unauthorized);
         assert_eq!(on(MOZILLA, 403, &[]), Verdict::Unauthorized);
+        for body in [&br#"{"reason":"VapidPkHashMismatch"}"#[..], b"<HTML><TITLE>UnauthorizedRegistration"] {
+            assert_eq!(on_body("web.push.apple.com", 400, &[], body), Verdict::Unauthorized);
+        }
+        let topic = br#"{"reason":"BadWebPushTopic"}"#;
+        assert_eq!(on_body("web.push.apple.com", 400, &[], topic), Verdict::Rejected);
     }
 
     #[test]

@@ -107,6 +107,8 @@ pub(crate) struct Checkpoint {
     pub(crate) deliveries: Vec<Delivery>,
     /// Members to be tried again later.
     pub(crate) deferred: Vec<Deferred>,
+    /// Those of the batch's range that this run has not read, when it is finished all the same.
+    pub(crate) rest: Option<Rest>,
     /// The webhook that is told which subscriptions are deleted.
     pub(crate) tell: Option<String>,
     /// Whether this was the last.
@@ -130,6 +132,14 @@ pub(crate) struct Deferred {
     pub(crate) ids: Vec<i64>,
     pub(crate) job: NewJob,
     pub(crate) attempt: u32,
+}
+
+/// What is left of a batch's range: the audience has grown since that was cut.
+#[derive(Clone, Debug)]
+pub(crate) struct Rest {
+    /// Behind this id.
+    pub(crate) after: i64,
+    pub(crate) job: NewJob,
 }
 
 /// What came of adding batches.
@@ -168,22 +178,35 @@ impl Store {
         transact!(&self.sql, tx => open_batch(tx, id, epoch))
     }
 
-    /// The members of a batch whose outcomes are not recorded.
-    pub(crate) async fn members(&self, batch: &Batch) -> Result<Vec<Member>> {
-        let (sql, parameters) = members_to_sql(self.sql.dialect(), batch);
+    /// The members of a batch whose outcomes are not recorded, among the first `most`; and the id behind which there are
+    /// more, if so: an audience may have grown since it was cut.
+    pub(crate) async fn members(&self, batch: &Batch, most: usize) -> Result<(Vec<Member>, Option<i64>)> {
+        let (mut sql, mut parameters) = members_to_sql(self.sql.dialect(), batch);
+        let one_more = most.saturating_add(1);
+        if let Part::Range { .. } = batch.part {
+            sql.push_str(" LIMIT ?");
+            parameters.push(one_more.into());
+        }
         let stored = batch.audience != Audience::Inline;
         let rows = self.sql.query(sql, parameters).await?;
         let members = rows.iter().map(|row| member(row, stored, batch.is_template && stored));
-        let members: Vec<Member> = members.collect::<Result<_>>()?;
-        Ok(members.into_iter().filter(|member| !batch.is_recorded(member.id)).collect())
+        let mut members: Vec<Member> = members.collect::<Result<_>>()?;
+        let mut rest_after = None;
+        if matches!(batch.part, Part::Range { .. }) && members.len() == one_more {
+            members.truncate(most);
+            rest_after = members.last().map(|member| member.id);
+        }
+        members.retain(|member| !batch.is_recorded(member.id));
+        Ok((members, rest_after))
     }
 
-    /// The ids of those whose outcomes are not recorded; of those that are tried again, also such as do not exist any more.
-    pub(crate) async fn left(&self, batch: &Batch) -> Result<Vec<i64>> {
-        match &batch.part {
-            Part::Range { .. } => Ok(self.members(batch).await?.iter().map(|member| member.id).collect()),
-            Part::Ids(ids) => Ok(ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect()),
+    /// The ids of these; of those that are tried again, also such as do not exist any more.
+    pub(crate) async fn left(&self, batch: &Batch, most: usize) -> Result<(Vec<i64>, Option<i64>)> {
+        if let Part::Ids(ids) = &batch.part {
+            return Ok((ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(), None));
         }
+        let (members, rest_after) = self.members(batch, most).await?;
+        Ok((members.iter().map(|member| member.id).collect(), rest_after))
     }
 
     /// Notes that a member is about to be sent to, alone: should the process crash, it was with that one.
@@ -200,7 +223,9 @@ impl Store {
         checkpoint: Checkpoint,
     ) -> Result<Recorded> {
         let (jobs, batch) = (self.jobs.clone(), (batch.id, batch.notification, batch.site));
-        let woken: Vec<_> = checkpoint.deferred.iter().map(|deferred| deferred.job.queue.clone()).collect();
+        let deferred = checkpoint.deferred.iter().map(|deferred| &deferred.job);
+        let jobs_of = deferred.chain(checkpoint.rest.iter().map(|rest| &rest.job));
+        let woken: Vec<_> = jobs_of.map(|job| job.queue.clone()).collect();
         let recorded = transact!(&self.sql, tx => record(tx, &jobs, batch, epoch, &checkpoint))?;
         if !woken.is_empty() {
             self.jobs.wake(woken.iter().map(|queue| &**queue));
@@ -355,7 +380,7 @@ async fn open_batch<T: Tx>(tx: &T, id: Uuid, epoch: i64) -> Result<Option<Batch>
 fn read(row: &Row) -> Result<Batch> {
     let ids: Option<String> = row.get("ids")?;
     let part = match ids {
-        Some(ids) => Part::Ids(serde_json::from_str(&ids).unwrap_or_default()),
+        Some(ids) => Part::Ids(serde_json::from_str(&ids).map_err(unreadable)?),
         None => Part::Range { upto: row.get("upto_id")? },
     };
     let above: String = row.get("above")?;
@@ -368,7 +393,7 @@ fn read(row: &Row) -> Result<Batch> {
         standing: Standing::read(row)?,
         estimate: row.get("estimate")?,
         low_id: row.get("low_id")?,
-        above: serde_json::from_str(&above).unwrap_or_default(),
+        above: serde_json::from_str(&above).map_err(unreadable)?,
         trying: row.get("trying")?,
         site: row.get("site")?,
         audience: audience(row)?,
@@ -386,8 +411,11 @@ fn read(row: &Row) -> Result<Batch> {
 
 fn audience(row: &Row) -> Result<Audience> {
     let text: String = row.get("audience")?;
-    let unreadable = |error| rusqlite::Error::ToSqlConversionFailure(Box::new(error));
     Ok(serde_json::from_str(&text).map_err(unreadable)?)
+}
+
+fn unreadable(error: serde_json::Error) -> rusqlite::Error {
+    rusqlite::Error::ToSqlConversionFailure(Box::new(error))
 }
 
 fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
@@ -538,6 +566,9 @@ async fn record<T: Tx>(
     for deferred in &checkpoint.deferred {
         insert_deferred(tx, jobs, notification, deferred).await?;
     }
+    if let Some(rest) = &checkpoint.rest {
+        insert_rest(tx, jobs, id, notification, rest).await?;
+    }
     if checkpoint.finished {
         tx.execute("DELETE FROM batches WHERE id = ?", &values![id]).await?;
         let sql = "UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?";
@@ -560,6 +591,16 @@ async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferre
     let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
     tx.execute(sql, &values![notification]).await?;
     jobs.insert(tx, std::slice::from_ref(&deferred.job)).await
+}
+
+/// Makes a batch of what is left of the range of the batch `of`.
+async fn insert_rest<T: Tx>(tx: &T, jobs: &Jobs, of: Uuid, notification: Uuid, rest: &Rest) -> Result<()> {
+    let sql = "INSERT INTO batches (id, notification, after_id, upto_id, low_id)
+               SELECT ?1, notification, ?3, upto_id, ?3 FROM batches WHERE id = ?2";
+    tx.execute(sql, &values![rest.job.id, of, rest.after]).await?;
+    let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
+    tx.execute(sql, &values![notification]).await?;
+    jobs.insert(tx, std::slice::from_ref(&rest.job)).await
 }
 
 /// A notification whose last batch has finished has ended: its own recipients are not needed any more, and whoever
