@@ -38,6 +38,7 @@ async fn adopted(queue: Option<&Prefix>) {
     let request = json!({ "to": { "all": true }, "payload": "waits" });
     // These are accepted, and not sent: one since its queue is paused, one since it is for later.
     assert!(before.setup.run(&["jobs", "pause", "push-small"]).await.status.success());
+    assert!(before.setup.run(&["cron", "pause", "store.optimize"]).await.status.success());
     let waiting = once.post("/notify", &request).await.json()["id"].clone();
     let later = json!({ "to": { "user": "ann" }, "payload": "later", "at": "2027-06-01T00:00:00Z" });
     let later = before.notify(&later).await;
@@ -68,6 +69,8 @@ async fn adopted(queue: Option<&Prefix>) {
         (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{err}");
     assert!(out.contains("3  subscriptions\n") && out.contains("2  jobs, to be done"), "{out}");
+    assert!(out.contains("The queue push-small was paused"), "{out}");
+    assert_eq!(out.contains("The schedule store.optimize was paused"), queue.is_some(), "{out}");
     // Once is enough.
     let again = before.setup.run(&adopt).await;
     let err = String::from_utf8_lossy(&again.stderr).into_owned();

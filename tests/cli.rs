@@ -156,6 +156,20 @@ async fn a_backup_is_a_data_directory() {
     let error = String::from_utf8_lossy(&again.stderr).into_owned();
     assert!(!again.status.success() && error.contains("wanted a new directory"), "{error}");
 
+    // One that fails leaves nothing behind that the next would stumble over.
+    let token = perennial.setup.data_dir().join("admin.token");
+    let (broken, mended) = (perennial.setup.file("broken"), perennial.setup.file("token"));
+    std::fs::rename(&token, &mended).unwrap();
+    std::fs::create_dir(&token).unwrap();
+    let failed = perennial.setup.run(&["backup", broken.to_str().unwrap()]).await;
+    let error = String::from_utf8_lossy(&failed.stderr).into_owned();
+    assert!(!failed.status.success() && error.contains("admin.token cannot be read"), "{error}");
+    let left = std::fs::read_dir(broken.parent().unwrap()).unwrap();
+    let left: Vec<_> = left.map(|file| file.unwrap().file_name().into_string().unwrap()).collect();
+    assert!(!left.iter().any(|file| file.starts_with("broken")), "{left:?}");
+    std::fs::remove_dir(&token).unwrap();
+    std::fs::rename(&mended, &token).unwrap();
+
     // The same through the running server, for whoever has its token.
     let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
     let admin = perennial.admin().with_key(token.trim());

@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use support::kubernetes::{Cluster, container, of_kind, one, overlay, pods, root, settings};
 use support::postgres::Database;
-use support::process::binary;
+use support::process::{Setup, binary};
 use support::redis::Prefix;
 
 /// The schemas that manifests are held against: the oldest that is asked for, and a new one.
@@ -89,6 +89,40 @@ fn probes_ports_and_periods_are_those_of_the_program() {
         let written = &pod["metadata"]["annotations"]["checksum/config"];
         assert_eq!(written, sum.as_str(), "run k8s/checksum k8s/{name}");
     }
+}
+
+/// A key or a value that the program does not know would stop every pod of a rollout.
+#[tokio::test]
+async fn settings_of_both_are_those_of_the_program() {
+    for name in OVERLAYS {
+        let setup = Setup::new();
+        let file = setup.file("perennial.toml");
+        std::fs::write(&file, settings(&overlay(name))).unwrap();
+        let secrets = setup.file("secrets");
+        std::fs::create_dir(&secrets).unwrap();
+        let mounted = std::fs::read_to_string(&file).unwrap();
+        let mounted = mounted.replace("/etc/perennial/secrets", secrets.to_str().unwrap());
+        std::fs::write(&file, mounted).unwrap();
+        std::fs::write(secrets.join("store-url"), "postgres://perennial@127.0.0.1/perennial").unwrap();
+        std::fs::write(secrets.join("queue-url"), "redis://127.0.0.1/0").unwrap();
+        for name in Cluster::SECRETS.into_iter().filter(|name| !name.ends_with("-url")) {
+            std::fs::write(secrets.join(name), "a".repeat(43)).unwrap();
+        }
+        let checked = setup.run(&["check", "--config", file.to_str().unwrap()]).await;
+        assert!(checked.status.success(), "{name}: {}", String::from_utf8_lossy(&checked.stderr));
+    }
+}
+
+#[test]
+fn all_pods_together_do_not_use_up_the_connections_of_postgres() {
+    let resources = overlay("production");
+    let settings: toml::Table = settings(&resources).parse().unwrap();
+    let connections = settings["store"]["connections"].as_integer().unwrap();
+    let most = one(&resources, "HorizontalPodAutoscaler")["spec"]["maxReplicas"].as_i64().unwrap();
+    let rolled = one(&resources, "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"].as_i64();
+    // One listens; three are kept for administrators.
+    let used = (most + rolled.unwrap()) * (connections + 1);
+    assert!(used <= 97, "{used}");
 }
 
 #[test]

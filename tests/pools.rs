@@ -7,6 +7,7 @@ use nix::sys::signal::Signal;
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::redis::client::{Script, cmd};
 use serde_json::{Value, json};
+use tokio::net::TcpStream;
 use tokio::process::Command;
 
 use crate::stores::on_postgres;
@@ -127,6 +128,52 @@ async fn what_a_client_has_left_is_cancelled_on_the_server() {
     assert_eq!(pool["waiting"], 0, "{pool}");
 }
 
+/// However many give up, and however slow the server is: what runs there is never more than the pool holds.
+#[tokio::test]
+async fn those_who_leave_free_no_place_before_their_statements_end() {
+    let database = Database::new().await;
+    let setup = Setup::new().set("store.statement_timeout=10m").set("server.request_timeout=10m");
+    let setup = setup.set("store.connections=2").set("store.wait=200ms");
+    let perennial = on_postgres(setup, database.url()).await.start().await;
+    let server = database.connect().await;
+    let mut lock = server.get().await.unwrap();
+    let lock = lock.begin().await.unwrap();
+    lock.batch("LOCK TABLE subscriptions").await.unwrap();
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+               AND application_name LIKE 'perennial%' AND query NOT LIKE 'LISTEN%' AND pid <> pg_backend_pid()";
+    let ours = database.connect().await;
+    let before: i64 = ours.query(sql, &[]).await.unwrap()[0].get(0);
+    let (mut most, mut left) = (0, 0);
+    for _ in 0..40 {
+        let asked = perennial.client().get("/subscriptions");
+        left += usize::from(tokio::time::timeout(Duration::from_millis(50), asked).await.is_err());
+        most = most.max(ours.query(sql, &[]).await.unwrap()[0].get::<_, i64>(0));
+    }
+    assert!(left > 0, "some have waited for the lock, and left");
+    assert!(most <= before + 2, "{most} connections, {before} before");
+    lock.commit().await.unwrap();
+    eventually("it serves again", || async {
+        (perennial.client().get("/subscriptions").await.status == 200).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_cluster_is_refused_by_its_name() {
+    let (directory, port) = (tempfile::TempDir::new().unwrap(), support::free_port());
+    let _cluster = Command::new("redis-server")
+        .args(["--port", &port.to_string(), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--dir"])
+        .arg(directory.path())
+        .stdout(Stdio::null())
+        .kill_on_drop(true)
+        .spawn()
+        .unwrap();
+    eventually("it answers", || async { TcpStream::connect(("127.0.0.1", port)).await.ok() }).await;
+    let mut refused = Setup::new().set(&format!("queue.url=redis://127.0.0.1:{port}/")).spawn();
+    assert_eq!(refused.ended().await.code(), Some(1));
+    assert!(refused.log().contains("it is a cluster"), "{}", refused.log());
+}
+
 #[tokio::test]
 async fn connections_are_encrypted_and_servers_checked() {
     let certificates = Certificates::new();
@@ -234,7 +281,7 @@ async fn a_sentinel_is_refused_by_its_name() {
         .spawn()
         .unwrap();
     eventually("it listens", || async {
-        tokio::net::TcpStream::connect(("127.0.0.1", port)).await.is_ok().then_some(())
+        TcpStream::connect(("127.0.0.1", port)).await.is_ok().then_some(())
     })
     .await;
     let mut refused = Setup::new().set(&format!("queue.url=redis://127.0.0.1:{port}/")).spawn();

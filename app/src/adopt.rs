@@ -3,7 +3,7 @@
 //!
 //! Tables have the same columns in both, so they are copied whatever they are. Jobs are not: they are enqueued again, in
 //! whatever store the settings name for them, and begin anew under their old ids. Dead jobs, pauses of queues and unique
-//! keys of jobs that have ended are left behind.
+//! keys of jobs that have ended are left behind; where that store is Redis, pauses and the history of schedules too.
 
 use std::path::Path;
 
@@ -12,6 +12,7 @@ use jiff::Timestamp;
 use perennial_server::pool::postgres::{Postgres, Session, Transaction, Type};
 use perennial_workers::job::{Unique, UniqueUntil};
 use perennial_workers::queue::Due;
+use perennial_workers::store::Store;
 use perennial_workers::{Jobs, NewJob};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Row};
@@ -34,6 +35,8 @@ const OWN: [&str; 8] = [
 ];
 /// What may be in the other store already: what every boot writes down.
 const MADE_AT_BOOT: [&str; 3] = ["sites", "schedules", "schedule_runs"];
+/// What is kept where jobs are.
+const SCHEDULES: [&str; 2] = ["schedules", "schedule_runs"];
 /// How many rows go at once.
 const ROWS: usize = 500;
 
@@ -43,6 +46,15 @@ pub(crate) struct Moved {
     /// Each table, and how many rows of it.
     pub(crate) tables: Vec<(String, usize)>,
     pub(crate) jobs: usize,
+    /// Schedules and queues that an operator had paused, and that are not paused there.
+    pub(crate) paused: Paused,
+}
+
+/// What an operator had paused, by name.
+#[derive(Debug, Default)]
+pub(crate) struct Paused {
+    pub(crate) queues: Vec<String>,
+    pub(crate) schedules: Vec<String>,
 }
 
 /// An embedded store that nobody writes to.
@@ -81,7 +93,10 @@ impl Source {
         for table in MADE_AT_BOOT.iter().rev() {
             transaction.execute(&format!("DELETE FROM {table}"), &[]).await?;
         }
-        for table in tables {
+        // Where jobs are in Redis, so are schedules: each begins anew there.
+        let is_elsewhere = matches!(jobs.store(), Store::Redis(_));
+        let is_of_schedules = |table: &String| SCHEDULES.contains(&table.as_str());
+        for table in tables.into_iter().filter(|table| !(is_elsewhere && is_of_schedules(table))) {
             let rows =
                 self.copy(&transaction, &table, &step).await.with_context(|| format!("table {table}"))?;
             moved.tables.push((table, rows));
@@ -98,8 +113,18 @@ impl Source {
             step("jobs", some.len());
         }
         moved.jobs = waiting.len();
+        moved.paused.queues = self.names("SELECT queue FROM paused_queues ORDER BY queue")?;
+        if is_elsewhere {
+            moved.paused.schedules = self.names("SELECT name FROM schedules WHERE held = 1 ORDER BY name")?;
+        }
         transaction.commit().await?;
         Ok(moved)
+    }
+
+    fn names(&self, sql: &str) -> anyhow::Result<Vec<String>> {
+        let mut statement = self.0.prepare(sql)?;
+        let names = statement.query_map([], |row| row.get(0))?;
+        Ok(names.collect::<rusqlite::Result<_>>()?)
     }
 
     /// How many rows there are to copy.

@@ -16,6 +16,7 @@ use perennial_server::http::problem::FieldError;
 use perennial_server::pool::sqlite;
 use serde::{Deserialize, Serialize};
 use tracing::info;
+use uuid::Uuid;
 
 use crate::api::{Json, Result};
 use crate::config::Store;
@@ -70,9 +71,10 @@ impl Source {
             bail!("{} is there already: wanted a new directory", directory.display());
         }
         let name = directory.file_name().context("wanted a directory with a name")?;
-        let draft = directory.with_file_name(format!("{}.new", name.to_string_lossy()));
+        let draft = format!("{}.{}.new", name.to_string_lossy(), Uuid::now_v7().simple());
+        let Draft(draft) = &Draft(directory.with_file_name(draft));
         let at = |path: &Path| format!("{} cannot be written", path.display());
-        fs::DirBuilder::new().recursive(true).mode(0o700).create(&draft).with_context(|| at(&draft))?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(draft).with_context(|| at(draft))?;
         let store = self.file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
         sqlite::copy(&self.file, &draft.join(&store)).context("the store cannot be copied")?;
         let mut files = vec![store];
@@ -95,11 +97,20 @@ impl Source {
         }
         let sizes = files.iter().map(|file| Ok(fs::metadata(draft.join(file))?.len()));
         let bytes = sizes.sum::<io::Result<u64>>()?;
-        fs::rename(&draft, directory).with_context(|| at(directory))?;
+        fs::rename(draft, directory).with_context(|| at(directory))?;
         if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
             fs::File::open(parent)?.sync_all()?;
         }
         Ok(Copied { directory: directory.to_owned(), files, bytes })
+    }
+}
+
+/// A directory that is not finished: it goes when it does not become one that is.
+struct Draft(PathBuf);
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
     }
 }
 

@@ -209,10 +209,16 @@ pub(crate) async fn boot(
         let store = store.clone();
         move || store.pool()
     })];
-    if let sql::Store::Postgres(postgres) = &store {
-        let (postgres, drain) = (postgres.clone(), drain.clone());
-        let condition = health.dependency("postgres", config.store_policy);
-        tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
+    match &store {
+        sql::Store::Sqlite(sqlite) => {
+            let (sqlite, drain) = (sqlite.clone(), drain.clone());
+            tasks.contained("sqlite", move || sqlite.clone().tend(drain.clone()));
+        }
+        sql::Store::Postgres(postgres) => {
+            let (postgres, drain) = (postgres.clone(), drain.clone());
+            let condition = health.dependency("postgres", config.store_policy);
+            tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
+        }
     }
     if let store::Store::Redis(queue) = &queue {
         let (redis, drain) = (queue.redis().clone(), drain.clone());

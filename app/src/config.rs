@@ -234,7 +234,9 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     };
     // Probes are never sent away.
     let pressure = Pressure::default();
-    http::Config { net, quiet: true, max_requests: usize::MAX, pressure, ..server.clone() }
+    // A copy of the store takes as long as it takes.
+    let request_timeout = Duration::from_secs(3600);
+    http::Config { net, quiet: true, max_requests: usize::MAX, pressure, request_timeout, ..server.clone() }
 }
 
 fn cpu(settings: &mut Reader<'_>) -> cpu::Config {
@@ -261,12 +263,16 @@ fn store(settings: &mut Reader<'_>) -> Store {
         "sqlite:FILE or postgres://user:password@host/database",
         &["sqlite:", "postgres://", "postgresql://"],
     );
-    let (readers, wait) =
-        (settings.number("store.readers", 1..=64), settings.duration("store.wait", MILLISECOND..=DAY));
+    let processors = processors(settings).get();
+    let readers = match settings.number("store.readers", 0..=64) {
+        0_usize => (processors * 2).clamp(4, 64),
+        readers => readers,
+    };
+    let wait = settings.duration("store.wait", MILLISECOND..=DAY);
     let postgres = postgres::Config {
         url: Url::new(url.clone(), settings.get("store.url_file")),
         ca_file: settings.file("store.ca_file"),
-        size: settings.number("store.connections", 1..=1000),
+        size: connections(settings, "store.connections"),
         wait,
         connect_timeout: settings.duration("store.connect_timeout", MILLISECOND..=DAY),
         statement_timeout: settings.duration("store.statement_timeout", MILLISECOND..=DAY),
@@ -276,6 +282,14 @@ fn store(settings: &mut Reader<'_>) -> Store {
     match url.expose_secret().strip_prefix("sqlite:") {
         Some(file) => Store::Sqlite { file: file.into(), readers, wait },
         None => Store::Postgres(postgres),
+    }
+}
+
+/// How many connections a pool has: as many as the processors can keep busy, unless the settings say.
+fn connections(settings: &mut Reader<'_>, key: &str) -> usize {
+    match settings.number(key, 0..=1000) {
+        0_usize => (6 + 2 * processors(settings).get()).min(64),
+        connections => connections,
     }
 }
 
@@ -289,7 +303,7 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
     let redis = redis::Config {
         url: Url::new(url.clone(), settings.get("queue.url_file")),
         ca_file: settings.file("queue.ca_file"),
-        size: settings.number("queue.connections", 1..=1000),
+        size: connections(settings, "queue.connections"),
         wait: settings.duration("queue.wait", MILLISECOND..=DAY),
         connect_timeout: settings.duration("queue.connect_timeout", MILLISECOND..=DAY),
         response_timeout: settings.duration("queue.response_timeout", MILLISECOND..=DAY),

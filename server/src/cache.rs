@@ -228,9 +228,9 @@ impl<V: Kept + Clone> Cache<V> {
         self.or_older(key, got)
     }
 
-    /// Whether an answer for `key` is there, or about to be.
+    /// Whether something was found for `key` lately, or nothing a moment ago.
     pub fn has(&self, key: &str) -> bool {
-        self.0.entries.contains_key(key)
+        self.0.entries.contains_key(key) || self.0.older.contains_key(key)
     }
 
     /// What was there before, where a load has failed.

@@ -95,6 +95,12 @@ async fn move_all(
         text.push_str(&format!("{rows:>12}  {table}\n"));
     }
     text.push_str(&format!("{:>12}  jobs, to be done\n", moved.jobs));
+    for queue in &moved.paused.queues {
+        text.push_str(&format!("The queue {queue} was paused: perennial jobs pause {queue}\n"));
+    }
+    for schedule in &moved.paused.schedules {
+        text.push_str(&format!("The schedule {schedule} was paused: perennial cron pause {schedule}\n"));
+    }
     print(&format!(
         "{text}Everything is there, the keys too. {} is as it was: keep it until all is well.\n",
         file.display()

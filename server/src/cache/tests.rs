@@ -81,6 +81,7 @@ async fn what_has_ended_is_given_while_nobody_knows_better() {
     let cache: Cache<String> = caches.make(config);
     assert_eq!(get(&cache, "k", Some("v")).await.as_deref(), Some("v"));
     tokio::time::sleep(config.ttl * 2).await;
+    assert!(cache.has("k") && !cache.has("another"), "it was found lately");
     let fail = async || cache.get("k", async { Err::<Option<String>, _>("away") }).await;
     assert_eq!(fail().await.unwrap().as_deref(), Some("v"));
     assert_eq!((cache.status().failed, cache.status().stale), (1, 1));

@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use ::metrics::Histogram;
 use deadpool::Runtime;
-use deadpool::managed::{BuildError, Manager, Metrics, Object, Pool, PoolBuilder, PoolError};
+use deadpool::managed::{BuildError, Manager, Metrics, Object, Pool, PoolBuilder, PoolError, TimeoutType};
 use futures_util::future::join_all;
 use serde::Serialize;
 
@@ -49,6 +49,8 @@ pub(super) struct Bounded<M: Manager, W: From<Object<M>> = Object<M>> {
     name: &'static str,
     pool: Pool<M, W>,
     max_age: Duration,
+    /// How long getting one may take over all: dead ones are found out one after the other.
+    patience: Duration,
     oldest_ms: AtomicU64,
     waits: Histogram,
 }
@@ -74,15 +76,20 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
             .runtime(Runtime::Tokio1)
             .build()?;
         let (oldest_ms, waits) = (AtomicU64::new(0), metrics::pool_waits(name));
-        Ok(Self { name, pool, max_age: limits.max_age, oldest_ms, waits })
+        let patience = limits.wait + limits.connect_timeout;
+        Ok(Self { name, pool, max_age: limits.max_age, patience, oldest_ms, waits })
     }
 
     /// A connection.
     pub(super) async fn get(&self) -> Result<W, PoolError<M::Error>> {
         let began = Instant::now();
-        let got = self.pool.get().await;
+        let got = tokio::time::timeout(self.patience, self.pool.get()).await;
         self.waits.record(began.elapsed());
-        got
+        got.unwrap_or_else(|_elapsed| {
+            // The server has gone without a word: the others will not answer either.
+            self.pool.retain(|_, _| false);
+            Err(PoolError::Timeout(TimeoutType::Recycle))
+        })
     }
 
     /// Makes the first connections, all at once: a server that is slow to accept them is noticed here.

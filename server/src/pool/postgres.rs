@@ -13,19 +13,19 @@ use std::future::{Future, poll_fn};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
-use std::sync::atomic::{AtomicI64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
-use deadpool_postgres::{
-    ClientWrapper, Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType,
-};
+use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType};
+use futures_util::StreamExt;
+use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
-use tokio::time::Instant;
 use tokio_postgres::config::SslMode;
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::ToSql;
@@ -51,8 +51,6 @@ const MIGRATION_LOCK: i64 = 0x7065_7265_6e6e_6961;
 const SKEW: Duration = Duration::from_secs(30);
 /// How often the server is asked how it is, and connections are looked through.
 const LOOK: Duration = Duration::from_secs(2);
-/// How many connections may wait for what nobody asks for any more to be cancelled on the server.
-const ABANDONED: usize = 64;
 /// How many notifications may wait for whoever listens.
 const NOTIFICATIONS: usize = 1024;
 
@@ -167,8 +165,8 @@ struct Shared {
     /// How many steps of tables there were at boot.
     steps: AtomicI64,
     /// Connections on which a statement may still run that nobody waits for, to whoever tends.
-    abandoned: mpsc::Sender<ClientWrapper>,
-    to_be_cancelled: Mutex<mpsc::Receiver<ClientWrapper>>,
+    abandoned: Abandoned,
+    to_be_cancelled: Mutex<mpsc::Receiver<Object>>,
 }
 
 impl fmt::Debug for Postgres {
@@ -240,7 +238,8 @@ impl Postgres {
     /// When the URL cannot be read, and when the server cannot be reached.
     pub async fn open(config: Config) -> Result<Self> {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
-        let (abandoned, to_be_cancelled) = mpsc::channel(ABANDONED);
+        let (abandoned, to_be_cancelled) = mpsc::channel(config.size);
+        let abandoned = Abandoned { connections: abandoned, is_tended: Arc::default() };
         let to_be_cancelled = Mutex::new(to_be_cancelled);
         let holders = Holders::new("postgres");
         let steps = AtomicI64::new(0);
@@ -267,22 +266,35 @@ impl Postgres {
     /// # Errors
     /// Never: the type is that of a task.
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
+        let mut to_be_cancelled = self.0.to_be_cancelled.lock().await;
+        self.0.abandoned.is_tended.store(true, Ordering::Release);
         tokio::select! {
-            never = self.keep(&condition) => match never {},
-            () = drain.soft() => Ok(()),
+            never = self.keep_looking(&condition) => match never {},
+            never = self.keep_cancelling(&mut to_be_cancelled) => match never {},
+            () = drain.soft() => {}
+        }
+        // From now on they are closed by whoever abandons them.
+        to_be_cancelled.close();
+        while let Ok(connection) = to_be_cancelled.try_recv() {
+            drop(Object::take(connection));
+        }
+        Ok(())
+    }
+
+    async fn keep_looking(&self, condition: &Condition) -> Infallible {
+        loop {
+            self.look(condition).await;
+            tokio::time::sleep(LOOK).await;
         }
     }
 
-    async fn keep(&self, condition: &Condition) -> Infallible {
-        let mut to_be_cancelled = self.0.to_be_cancelled.lock().await;
-        let mut look_at = Instant::now();
+    /// Not one after the other: a server that is slow to answer has the more of them.
+    async fn keep_cancelling(&self, to_be_cancelled: &mut mpsc::Receiver<Object>) -> Infallible {
+        let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {
-                Some(connection) = to_be_cancelled.recv() => self.cancel(connection).await,
-                () = tokio::time::sleep_until(look_at) => {
-                    self.look(condition).await;
-                    look_at = Instant::now() + LOOK;
-                }
+                Some(connection) = to_be_cancelled.recv() => under_way.push(self.cancel(connection)),
+                Some(()) = under_way.next() => {}
             }
         }
     }
@@ -333,8 +345,9 @@ impl Postgres {
         }
     }
 
-    /// Cancels what runs on a connection, and ends it then: nobody else may get what the cancelling hits.
-    async fn cancel(&self, connection: ClientWrapper) {
+    /// Cancels what runs on a connection, and ends it then: nobody else may get what the cancelling hits. It has its place
+    /// in the pool until then: what runs on the server is never more than that holds.
+    async fn cancel(&self, connection: Object) {
         let token = connection.cancel_token();
         let cancel = async {
             match &self.reach().tls {
@@ -345,6 +358,7 @@ impl Postgres {
         if let Ok(Err(error)) = tokio::time::timeout(self.0.config.connect_timeout, cancel).await {
             debug!(%error, "a statement that nobody waits for could not be cancelled");
         }
+        drop(Object::take(connection));
     }
 
     /// Looks at the server for what would go wrong later.
@@ -518,7 +532,7 @@ pub struct Connection {
     /// How many statements were not answered.
     unanswered: AtomicUsize,
     timeout: Duration,
-    abandoned: mpsc::Sender<ClientWrapper>,
+    abandoned: Abandoned,
 }
 
 impl fmt::Debug for Connection {
@@ -585,9 +599,27 @@ impl Drop for Connection {
         if self.unanswered.load(Ordering::Relaxed) > 0
             && let Some(object) = self.object.take()
         {
-            // Without anybody who tends, the server ends it by its own limit.
-            let _ = self.abandoned.try_send(Object::take(object));
+            self.abandoned.hand_over(object);
         }
+    }
+}
+
+/// Connections with statements that nobody waits for any more, on their way to be cancelled.
+#[derive(Clone)]
+struct Abandoned {
+    connections: mpsc::Sender<Object>,
+    is_tended: Arc<AtomicBool>,
+}
+
+impl Abandoned {
+    fn hand_over(&self, connection: Object) {
+        let refused = if self.is_tended.load(Ordering::Acquire) {
+            self.connections.try_send(connection).err().map(TrySendError::into_inner)
+        } else {
+            Some(connection)
+        };
+        // Without anybody who tends, the server ends the statement by its own limit.
+        drop(refused.map(Object::take));
     }
 }
 

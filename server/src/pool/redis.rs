@@ -335,7 +335,11 @@ impl Redis {
             }
             // That says something about us.
             Err(Error::Busy) => {}
-            Err(error) => condition.unmet(&with_causes(&error)),
+            Err(error) => {
+                // Connections to a server that has gone without a word are found out one by one, each after its time.
+                self.reach().pool.retire(|_| true);
+                condition.unmet(&with_causes(&error));
+            }
         }
     }
 

@@ -7,6 +7,7 @@
 //!
 //! Readers are separate connections in a pool; in WAL mode they wait for nobody.
 
+use std::convert::Infallible;
 use std::fs::OpenOptions;
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
@@ -24,9 +25,14 @@ use tracing::info;
 
 use super::bounded::{Bounded, Limits};
 use super::{Migrations, Newer, Standing, Status};
+use crate::drain::Drain;
 use crate::metrics;
 use crate::tasks::panic_message;
 
+/// How long bringing the tables up to date may take, for each step.
+const MIGRATION: Duration = Duration::from_secs(600);
+/// How often connections are looked through.
+const LOOK: Duration = Duration::from_secs(2);
 /// How many writes share one commit at most: it bounds how long the first of them waits for the last.
 const GROUP: usize = 256;
 
@@ -166,6 +172,14 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     {
+        self.write_within(self.0.config.commit_wait, work).await
+    }
+
+    async fn write_within<T, F>(&self, commit_wait: Duration, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
         let write = Box::new(Pending { work: Some(work), result: None, reply });
@@ -177,8 +191,7 @@ impl Sqlite {
             }
             Err(mpsc::error::SendTimeoutError::Closed(_)) => return Err(Error::Closed),
         }
-        let answer =
-            tokio::time::timeout(self.0.config.commit_wait, answer).await.map_err(|_| Error::Slow)?;
+        let answer = tokio::time::timeout(commit_wait, answer).await.map_err(|_| Error::Slow)?;
         metrics::sqlite_write_took(asked.elapsed());
         answer.map_err(|_| Error::Closed)?
     }
@@ -240,7 +253,7 @@ impl Sqlite {
             .await?;
         let (missing, serves) = migrations.missing(standing)?;
         for (version, step) in missing {
-            self.write(move |connection| {
+            self.write_within(MIGRATION, move |connection| {
                 connection.execute_batch(step)?;
                 let sql = "INSERT INTO migrations (module, version) VALUES (?, ?)";
                 connection.execute(sql, (module, version))?;
@@ -252,6 +265,20 @@ impl Sqlite {
             info!(module, version, "migrated");
         }
         Ok(())
+    }
+
+    /// Says how the readers stand, until nothing new is taken.
+    ///
+    /// # Errors
+    /// Never: the type is that of a task.
+    pub async fn tend(self, drain: Drain) -> std::result::Result<(), Infallible> {
+        loop {
+            self.0.readers.retire(|_| false);
+            tokio::select! {
+                () = tokio::time::sleep(LOOK) => {}
+                () = drain.soft() => return Ok(()),
+            }
+        }
     }
 
     /// How the pool of readers stands.
