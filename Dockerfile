@@ -1,5 +1,6 @@
 # syntax=docker/dockerfile:1
 # docker build -t perennial:0.1.0 .
+# docker run -p 8080:8080 -v perennial:/var/lib/perennial perennial:0.1.0
 
 FROM rust:1.95-slim-trixie AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
@@ -22,3 +23,5 @@ VOLUME /var/lib/perennial
 STOPSIGNAL SIGTERM
 HEALTHCHECK --interval=10s --timeout=4s --start-period=60s CMD ["/perennial", "health"]
 ENTRYPOINT ["/perennial"]
+# Without arguments it is reached through a published port; the admin listener stays inside. Arguments, as --config, replace this.
+CMD ["--set", "server.listen=0.0.0.0:8080"]

@@ -226,6 +226,11 @@ async fn an_idempotency_key_makes_repeating_safe() {
     let fresh = perennial.client().with_header("idempotency-key", "order-2");
     assert_ne!(fresh.post("/notify", &hello(&json!({"all": true}))).await.json()["id"], first.json()["id"]);
     eventually("two messages", || async { (double.taken().len() == 2).then_some(()) }).await;
+    let later = perennial.client().with_header("idempotency-key", "order-3");
+    let request = json!({ "to": {"all": true}, "payload": "x", "at": "2027-06-01T00:00:00Z" });
+    let scheduled = later.post("/notify", &request).await.json();
+    assert_eq!(scheduled["status"], "scheduled");
+    assert_eq!(later.post("/notify", &request).await.json(), scheduled);
 
     // Across a restart too.
     let mut perennial = perennial;
@@ -233,6 +238,32 @@ async fn an_idempotency_key_makes_repeating_safe() {
     let perennial = perennial.start_again().await;
     let keyed = perennial.client().with_header("idempotency-key", "order-1");
     assert_eq!(keyed.post("/notify", &hello(&json!({"all": true}))).await.json(), first.json());
+}
+
+/// From the request to each of its batches, also to those that are tried again.
+#[tokio::test]
+async fn every_batch_carries_the_trace_of_its_request() {
+    let (double, perennial) =
+        start_with(|setup| setup.set("push.small_audience=1").set("push.batch=4")).await;
+    perennial.subscribe(&double, 10).await;
+    let asked = AtomicUsize::new(0);
+    double.script(move |_| match asked.fetch_add(1, Ordering::SeqCst) {
+        0 => status_answer(503, &[]),
+        _ => Answer::Take,
+    });
+    let trace = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+    let client = perennial.client().with_header("traceparent", trace);
+    let sent = client.post("/notify", &hello(&json!({"all": true}))).await.json();
+    perennial.done(sent["id"].as_str().unwrap()).await;
+    eventually("three batches, and one again", || async {
+        let lines = perennial.log_lines();
+        let is_end =
+            |line: &&Value| line["message"].as_str().is_some_and(|text| text.starts_with("batch sent"));
+        let sent: Vec<_> = lines.iter().filter(is_end).collect();
+        assert!(sent.iter().all(|line| line["span"]["trace"] == trace), "{sent:?}");
+        (sent.len() == 4).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -120,6 +120,29 @@ async fn replicas_share_one_rate() {
     assert!(span < Duration::from_secs(10), "{span:?}");
 }
 
+/// Whichever of them is asked.
+#[tokio::test]
+async fn replicas_tell_the_rate_of_all_of_them() {
+    let (double, database) = (Double::start().await, Database::new().await);
+    let setup = || {
+        let setup = Setup::new().sending_to(&double).set("push.small_audience=5").set("push.batch=10");
+        on_postgres(setup, database.url())
+    };
+    let one = setup().await.start().await;
+    let other = setup().await.start().await;
+    one.subscribe(&double, 300).await;
+    let id = one.notify(&at_rate(40.0)).await;
+    for replica in [&one, &other] {
+        eventually("the rate of all", || async {
+            let progress = replica.client().get(&format!("/notifications/{id}")).await.json();
+            let (rate, eta) = (progress["rate"].as_f64().unwrap(), progress["eta_seconds"].as_u64());
+            (rate > 30.0 && rate < 60.0 && eta.is_some()).then_some(())
+        })
+        .await;
+    }
+    one.client().post(&format!("/notifications/{id}/cancel"), &json!({})).await;
+}
+
 #[tokio::test]
 async fn a_rate_is_changed_while_it_is_kept() {
     let (_double, perennial, arrivals) = start(100).await;

@@ -333,6 +333,8 @@ async fn what_has_not_ended_is_for_the_policy(kind: Kind, ticks: bool) {
     let (_backend, mut replica, _) = start(Overlap::Skip).await;
     replica.outcomes(&["overlapped", "running"]).await;
     assert!(matches!(replica.crontab.run("test").await.unwrap(), Asked::Unfinished(jobs) if jobs.len() == 1));
+    let moved = replica.queue.unfinished("test", "elsewhere").await.unwrap();
+    assert_eq!(moved.len(), 1, "also where its kind waits elsewhere by now");
     replica.gate.add_permits(1);
     replica.outcomes(&["overlapped", "done"]).await;
     assert!(matches!(replica.crontab.run("test").await.unwrap(), Asked::Enqueued(_)));

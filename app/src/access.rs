@@ -1,6 +1,7 @@
 //! Who may call: API keys, the page's token, the admin token, and what each of them may do.
 
 mod files;
+pub(crate) mod first;
 pub mod keys;
 mod limits;
 pub mod secrets;

@@ -90,9 +90,9 @@ pub(crate) struct Booted {
     pub(crate) books: Books,
     pub(crate) keyring: Keyring,
     /// Routes of modules that show something,
-    pub(crate) looking: Router,
+    pub(crate) admin_read: Router,
     /// and that change something.
-    pub(crate) acting: Router,
+    pub(crate) admin_write: Router,
 }
 
 impl Admin {
@@ -125,15 +125,15 @@ impl Admin {
             .route("/cache", get(cache))
             .route("/modules", get(modules))
             .merge(
-                jobs::looking()
-                    .merge(schedules::looking())
-                    .merge(keys::looking())
+                jobs::admin_read()
+                    .merge(schedules::admin_read())
+                    .merge(keys::admin_read())
                     .layer(from_fn_with_state(self.clone(), open_books)),
             )
             .layer(from_fn_with_state(self.clone(), guard));
-        let acting = jobs::acting()
-            .merge(schedules::acting())
-            .merge(keys::acting())
+        let admin_write = jobs::admin_write()
+            .merge(schedules::admin_write())
+            .merge(keys::admin_write())
             .layer(from_fn_with_state(self.clone(), open_books))
             .layer(from_fn_with_state(self.clone(), guard_change));
         Router::new()
@@ -142,7 +142,7 @@ impl Admin {
             .route("/startupz", get(startupz))
             .route("/metrics", get(metrics))
             .merge(guarded)
-            .merge(acting)
+            .merge(admin_write)
             .fallback(of_modules)
             .with_state(self.clone())
     }
@@ -251,7 +251,7 @@ async fn of_modules(State(Admin(known)): State<Admin>, scope: Scope, request: Re
         (Err(problem), _) => problem.into_response(),
         (Ok(()), None) => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response(),
         (Ok(()), Some(booted)) => {
-            let router = if looks { &booted.looking } else { &booted.acting };
+            let router = if looks { &booted.admin_read } else { &booted.admin_write };
             router.clone().oneshot(request).await.into_response()
         }
     }

@@ -115,7 +115,7 @@ impl Drop for Draft {
 }
 
 /// What operators may do, if there is something to copy.
-pub(crate) fn acting(source: Option<Source>) -> Router {
+pub(crate) fn admin_write(source: Option<Source>) -> Router {
     Router::new().route("/backup", post(backup)).layer(Extension(source))
 }
 

@@ -1,19 +1,17 @@
 //! Boot, top to bottom: everything that serves is made here, by hand.
 
+mod start;
+
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Router;
-use axum::routing::get;
-use bytes::Bytes;
-use http::header;
 use perennial_server::cache::{Bus, Caches};
 use perennial_server::cpu::Cpu;
 use perennial_server::drain::Drain;
 use perennial_server::health::Health;
 use perennial_server::http::Server;
-use perennial_server::http::problem::{FieldError, MEDIA_TYPE, Problem};
 use perennial_server::net::{Connections, Sockets};
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::sql::{self, Tables};
@@ -21,7 +19,7 @@ use perennial_server::pool::sqlite::{self, Sqlite};
 use perennial_server::pool::{self, postgres::Postgres};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::Admission;
-use perennial_workers::cron::{Crontab, tick, timer::Timer};
+use perennial_workers::cron::Crontab;
 use perennial_workers::job::DEFAULT_QUEUE;
 use perennial_workers::limits::Limits;
 use perennial_workers::outbox::{self, Outbox};
@@ -29,16 +27,12 @@ use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::worker::{self, Worker};
-use perennial_workers::{Jobs, Queue as _, Registry, store, upkeep};
-use secrecy::{ExposeSecret, SecretString};
+use perennial_workers::{Jobs, Registry, store, upkeep};
+use secrecy::SecretString;
 use tracing::{info, warn};
-use utoipa::PartialSchema;
-use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, SecurityScheme};
-use utoipa::openapi::{ContentBuilder, Info, OpenApi, Ref, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::access::keys::Grant;
-use crate::access::{self, Access, Scope};
+use crate::access::{self, Access, first};
 use crate::addresses::{Addresses, url};
 use crate::admin::jobs::Books;
 use crate::admin::keys::Keyring;
@@ -47,7 +41,8 @@ use crate::config::{self, Config};
 use crate::data_dir::{self, DataDir};
 use crate::maintenance;
 use crate::module::{Closer, Configured, Host, StatusFn};
-use crate::sites::{SiteId, Sites};
+use crate::openapi;
+use crate::sites::Sites;
 use crate::succession::Inheritance;
 
 /// How many writes may wait for the store's writer.
@@ -78,8 +73,8 @@ pub(crate) struct App {
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
     /// The modules' routes on the admin listener.
-    pub(crate) looking: Router,
-    pub(crate) acting: Router,
+    pub(crate) admin_read: Router,
+    pub(crate) admin_write: Router,
     store: sql::Store,
     data_dir: Arc<DataDir>,
 }
@@ -108,7 +103,7 @@ pub(crate) async fn boot(
     let tasks = Tasks::new(drain.clone());
     let (queue, outbox) = open_queue(&config, &store).await?;
     let caches = caches(&queue, &config);
-    let admin_token = first_keys(&data_dir, &store, !config.key_files.is_empty()).await?;
+    let admin_token = first::make(&data_dir, &store, !config.key_files.is_empty()).await?;
     let sites = config.sites.clone().open(&store).await.context("the sites cannot be written down")?;
     let access = open_access(&config, &store, &queue, &sites, &caches, admin_token);
     if let Some(key) = data_dir.read(data_dir::API_KEY)
@@ -139,8 +134,8 @@ pub(crate) async fn boot(
         announcements: Vec::new(),
         backed_up: Vec::new(),
         closers: Vec::new(),
-        looking: Router::new(),
-        acting: Router::new(),
+        admin_read: Router::new(),
+        admin_write: Router::new(),
     };
     maintenance::mount(&mut host, config.retention)?;
     for module in modules {
@@ -150,8 +145,9 @@ pub(crate) async fn boot(
     }
     let source =
         backup::Source::of(&config.data_dir, &config.store, std::mem::take(&mut host.backed_up)).ok();
-    host.acting(backup::acting(source));
-    let Host { routes, registry, schedules, status, announcements, closers, looking, acting, .. } = host;
+    host.admin_write(backup::admin_write(source));
+    let Host { routes, registry, schedules, status, announcements, closers, admin_read, admin_write, .. } =
+        host;
     let kinds = Arc::new(OnceLock::new());
     let routes = routes.merge(crate::jobs::routes(jobs.clone(), access.clone(), Arc::clone(&kinds)));
 
@@ -167,7 +163,7 @@ pub(crate) async fn boot(
     take_over(&queue, &registry, &config)
         .await
         .context("the jobs of the last process cannot be taken over")?;
-    let worker = Worker::new(jobs.store().clone(), Arc::clone(&registry), config.worker)?;
+    let worker = Worker::new(jobs.store().clone(), Arc::clone(&registry), config.worker.clone())?;
     let workers = worker.status();
     let _ = kinds.set(Arc::clone(&registry));
     let schedules = config.cron.schedules(schedules, &registry)?;
@@ -183,61 +179,24 @@ pub(crate) async fn boot(
     data_dir.write(data_dir::ADDRESSES, &format!("{}\n", serde_json::to_string(&addresses)?))?;
 
     // Nothing below can fail: a job that is begun is not cut off by a boot that is not finished.
-    tasks.critical("workers", worker.run(drain.clone()));
-    let upkeep =
-        upkeep::run(jobs.store().clone(), Arc::clone(&registry), admission, config.upkeep, drain.clone());
-    tasks.critical("upkeep of jobs", upkeep);
-    tasks.contained("wake-ups", {
-        let (store, drain) = (jobs.store().clone(), drain.clone());
-        move || {
-            let (store, drain) = (store.clone(), drain.clone());
-            async move { store.listen(drain).await }
-        }
-    });
-    let pressure = config.server.pressure.clone();
-    tasks.contained("API keys", {
-        let (access, drain) = (access.clone(), drain.clone());
-        move || access.clone().tend(drain.clone())
-    });
-    tasks.critical("caches", caches.clone().tidy(drain.clone()));
-    if caches.is_shared() {
-        let (caches, drain) = (caches.clone(), drain.clone());
-        tasks.contained("cache bus", move || caches.clone().listen(drain.clone()));
+    let pools = start::Parts {
+        config: &config,
+        tasks: &tasks,
+        health: &health,
+        drain: &drain,
+        store: &store,
+        queue: &queue,
+        outbox,
+        registry: &registry,
+        admission,
+        worker,
+        access: &access,
+        caches: &caches,
+        crontab,
     }
-    tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, drain.clone()));
-    let mut pools: Vec<PoolFn> = vec![Arc::new({
-        let store = store.clone();
-        move || store.pool()
-    })];
-    match &store {
-        sql::Store::Sqlite(sqlite) => {
-            let (sqlite, drain) = (sqlite.clone(), drain.clone());
-            tasks.contained("sqlite", move || sqlite.clone().tend(drain.clone()));
-        }
-        sql::Store::Postgres(postgres) => {
-            let (postgres, drain) = (postgres.clone(), drain.clone());
-            let condition = health.dependency("postgres", config.store_policy);
-            tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
-        }
-    }
-    if let store::Store::Redis(queue) = &queue {
-        let (redis, drain) = (queue.redis().clone(), drain.clone());
-        let condition = health.dependency("redis", config.queue_policy);
-        let watched = redis.clone();
-        pools.push(Arc::new(move || ("redis", watched.status())));
-        tasks.contained("redis", move || redis.clone().tend(condition.clone(), drain.clone()));
-    }
-    if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
-        let drain = drain.clone();
-        tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
-    }
-    if config.cron.tick {
-        let (crontab, drain) = (crontab.clone(), drain.clone());
-        tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
-    }
-    let timer = Timer::new(crontab, config.cron.poll, workers.clone(), drain.clone());
-    tasks.critical("cron", timer.run());
-    tasks.critical("http", server.run(public(routes), Some(cpu), drain));
+    .start();
+    let routes = openapi::with_description(routes);
+    tasks.critical("http", server.run(routes, Some(cpu), drain));
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
 
     let announcements = match url(&addresses.server) {
@@ -257,8 +216,8 @@ pub(crate) async fn boot(
         keyring: Keyring { store: store.clone(), sites, caches },
         announcements,
         closers,
-        looking,
-        acting,
+        admin_read,
+        admin_write,
         store,
         data_dir,
     })
@@ -354,75 +313,4 @@ async fn take_over(queue: &store::Store, registry: &Registry, config: &Config) -
         upkeep::rescue(queue, registry, config.worker.lease).await?;
     }
     Ok(())
-}
-
-/// Makes the keys that a first boot needs, and returns the admin token. Says once where they are. No API key is needed
-/// where there are others.
-pub(crate) async fn first_keys(
-    data_dir: &DataDir,
-    store: &sql::Store,
-    has_others: bool,
-) -> anyhow::Result<SecretString> {
-    let random = || access::random_key().expose_secret().to_owned();
-    let (token, made) = data_dir.secret(data_dir::ADMIN_TOKEN, random)?;
-    if made {
-        info!(file = %data_dir.join(data_dir::ADMIN_TOKEN).display(), "made the admin token");
-    }
-    if !has_others && !access::keys::exist(store).await? {
-        if store.dialect() == sql::Dialect::Postgres {
-            anyhow::bail!(
-                "there is no API key in the store: make the keys once, with `perennial keys generate`"
-            );
-        }
-        make_api_key(data_dir, store).await?;
-    }
-    Ok(token.into())
-}
-
-/// Makes an API key with every scope, or takes the one whose file is there already.
-pub(crate) async fn make_api_key(data_dir: &DataDir, store: &sql::Store) -> anyhow::Result<()> {
-    let (key, made) =
-        data_dir.secret(data_dir::API_KEY, || access::random_key().expose_secret().to_owned())?;
-    let grant = Grant {
-        site: SiteId::DEFAULT,
-        name: data_dir::API_KEY.to_owned(),
-        scopes: Scope::ALL.into(),
-        per_minute: None,
-        ends_at: None,
-    };
-    access::keys::insert(store, &grant, &key).await?;
-    if made {
-        info!(file = %data_dir.join(data_dir::API_KEY).display(), "made an API key");
-    }
-    Ok(())
-}
-
-/// The modules' routes, and what all of them share.
-fn public(routes: OpenApiRouter) -> Router {
-    let (router, openapi) = routes.split_for_parts();
-    let openapi = described(openapi);
-    let openapi = Bytes::from(openapi.to_json().unwrap_or_default());
-    let openapi = move || std::future::ready(([(header::CONTENT_TYPE, "application/json")], openapi.clone()));
-    router.route("/openapi.json", get(openapi))
-}
-
-/// What every description of the interface says: who may call, and what an error looks like.
-fn described(mut openapi: OpenApi) -> OpenApi {
-    openapi.info = Info::new("Perennial", env!("CARGO_PKG_VERSION"));
-    let components = openapi.components.get_or_insert_default();
-    components.add_security_scheme("key", SecurityScheme::Http(Http::new(HttpAuthScheme::Bearer)));
-    for (name, schema) in [("Problem", Problem::schema()), ("FieldError", FieldError::schema())] {
-        components.schemas.insert(name.to_owned(), schema);
-    }
-    let problem = ContentBuilder::new().schema(Some(Ref::from_schema_name("Problem"))).build();
-    let error = ResponseBuilder::new().description("What was wrong").content(MEDIA_TYPE, problem).build();
-    for item in openapi.paths.paths.values_mut() {
-        let operations = [&mut item.get, &mut item.post, &mut item.put, &mut item.patch, &mut item.delete];
-        for operation in operations.into_iter().flatten() {
-            operation.responses.responses.insert("default".to_owned(), error.clone().into());
-            let key = SecurityRequirement::new("key", std::iter::empty::<String>());
-            operation.security.get_or_insert_default().push(key);
-        }
-    }
-    openapi
 }

@@ -20,6 +20,7 @@ pub mod data_dir;
 mod jobs;
 mod maintenance;
 pub mod module;
+mod openapi;
 pub mod push;
 pub mod settings;
 pub mod sink;

@@ -111,8 +111,8 @@ pub struct Host {
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) announcements: Vec<Announcement>,
     pub(crate) closers: Vec<Closer>,
-    pub(crate) looking: axum::Router,
-    pub(crate) acting: axum::Router,
+    pub(crate) admin_read: axum::Router,
+    pub(crate) admin_write: axum::Router,
 }
 
 pub(crate) type Announcement = Box<dyn Fn(&str) -> String + Send>;
@@ -161,15 +161,16 @@ impl Host {
         self.status.push((name, Arc::new(status)));
     }
 
-    /// Adds routes to the admin listener that show something.
-    pub fn looking(&mut self, routes: axum::Router) {
-        self.looking = std::mem::take(&mut self.looking).merge(routes);
+    /// Adds routes to the admin listener that show something: to anybody while it listens on loopback, else with the admin
+    /// token.
+    pub fn admin_read(&mut self, routes: axum::Router) {
+        self.admin_read = std::mem::take(&mut self.admin_read).merge(routes);
     }
 
     /// Adds routes to the admin listener that change something: they take the admin token, and no page elsewhere may
     /// use them.
-    pub fn acting(&mut self, routes: axum::Router) {
-        self.acting = std::mem::take(&mut self.acting).merge(routes);
+    pub fn admin_write(&mut self, routes: axum::Router) {
+        self.admin_write = std::mem::take(&mut self.admin_write).merge(routes);
     }
 
     /// A file without which the embedded store is worth nothing: a relative path is inside the data directory. `perennial

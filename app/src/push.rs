@@ -71,7 +71,7 @@ use crate::sites::{self, SiteId, Sites};
 use audience::Audience;
 use config::Config;
 use flows::Flows;
-use import::Porter;
+use import::Transfer;
 use limits::Limits;
 use profile::Profile;
 use progress::Progress;
@@ -133,7 +133,7 @@ pub(crate) struct Application {
     profiles: Arc<HashMap<SiteId, Profile>>,
     counts: Cache<Count>,
     vapid: Arc<VapidKeys>,
-    porter: Arc<Porter>,
+    transfer: Arc<Transfer>,
     webhooks: Webhooks,
     limits: Limits,
     progress: Progress,
@@ -222,8 +222,8 @@ impl Module for Push {
         let vapid = Arc::new(vapid);
         let senders = Senders::start(self.sender, self.config.threads)?;
         let flows = Flows::new(store.clone(), self.config.origin_rate);
-        let porter =
-            Porter::new(store.clone(), senders.any().clone(), Arc::clone(&vapid), host.sites.clone());
+        let transfer =
+            Transfer::new(store.clone(), senders.any().clone(), Arc::clone(&vapid), host.sites.clone());
         let webhooks = profiles.iter().map(|(site, profile)| (*site, profile.webhooks.clone())).collect();
         let webhooks = Webhooks::new(webhooks)?;
         let application = Arc::new(Application {
@@ -235,7 +235,7 @@ impl Module for Push {
             profiles,
             counts: host.caches.make(COUNTS),
             vapid,
-            porter: Arc::new(porter),
+            transfer: Arc::new(transfer),
             webhooks,
             limits: Limits::new(self.limits),
             progress: Progress::default(),
@@ -258,10 +258,10 @@ impl Module for Push {
         host.job::<fanout::FanOut>(Arc::clone(&application));
         host.job::<deliver::Deliver>(Arc::clone(&application));
         retention::mount(host, &application)?;
-        host.looking(services::looking(Arc::clone(&application)));
-        host.acting(services::acting(Arc::clone(&application)));
-        host.acting(import::acting(Arc::clone(&application.porter)));
-        host.acting(vapid::acting(Arc::clone(&application.vapid)));
+        host.admin_read(services::admin_read(Arc::clone(&application)));
+        host.admin_write(services::admin_write(Arc::clone(&application)));
+        host.admin_write(import::admin_write(Arc::clone(&application.transfer)));
+        host.admin_write(vapid::admin_write(Arc::clone(&application.vapid)));
         host.task("push limits", {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || Arc::clone(&application).forget_limits(drain.clone())
@@ -367,17 +367,17 @@ fn routes(application: &Tools) -> OpenApiRouter {
 }
 
 /// Imports and exports for a command that runs while no server does.
-pub(crate) async fn porter(
+pub(crate) async fn transfer(
     settings: &Settings,
     config: &HostConfig,
     data_dir: &Arc<DataDir>,
     sql: &sql::Store,
     jobs: Jobs,
-) -> anyhow::Result<Porter> {
+) -> anyhow::Result<Transfer> {
     let sites = config.sites.clone().open(sql).await?;
     let vapid = vapid_alone(settings, config, data_dir, sql, &sites, jobs.clone()).await?;
     let sender = perennial_webpush::Sender::new(config::sender(&mut Reader::new(settings)))?;
-    Ok(Porter::new(Store::new(sql.clone(), jobs), sender, Arc::new(vapid), sites))
+    Ok(Transfer::new(Store::new(sql.clone(), jobs), sender, Arc::new(vapid), sites))
 }
 
 /// The files of the VAPID keys of all sites, and what they are called in a store that replicas share.
@@ -395,7 +395,7 @@ pub(crate) async fn vapid_routes(
     jobs: Jobs,
 ) -> anyhow::Result<axum::Router> {
     let sites = config.sites.clone().open(sql).await?;
-    Ok(vapid::acting(Arc::new(vapid_alone(settings, config, data_dir, sql, &sites, jobs).await?)))
+    Ok(vapid::admin_write(Arc::new(vapid_alone(settings, config, data_dir, sql, &sites, jobs).await?)))
 }
 
 async fn vapid_alone(

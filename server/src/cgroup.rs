@@ -15,8 +15,6 @@ use tracing::warn;
 use crate::drain::Drain;
 use crate::metrics;
 
-/// Where cgroups are to be found.
-pub const ROOT: &str = "/sys/fs/cgroup";
 /// How often to look how much memory is used.
 const LOOK: Duration = Duration::from_millis(200);
 /// How far below the mark it must fall again, in hundredths of the limit.
@@ -29,7 +27,7 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The cgroup of a container is mounted at `root`, [`ROOT`] outside of tests.
+    /// The cgroup of a container is mounted at `root`: `/sys/fs/cgroup` outside of tests.
     pub fn at(root: &Path) -> Self {
         Self { root: root.to_owned() }
     }

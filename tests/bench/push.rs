@@ -146,7 +146,7 @@ async fn cost(with_peers: bool) {
     let rotating = service.setup().set("push.sender_key=rotating").start().await;
     rotating.fill(service.subscriptions(SUBSCRIPTIONS, true));
     let http1 = service.setup().set("push.sender_key=rotating").set("push.http=1").start().await;
-    http1.fill(service.subscriptions(SUBSCRIPTIONS, false));
+    http1.fill(service.subscriptions(SUBSCRIPTIONS, true));
 
     let text = "x".repeat(200);
     let (mut of_fresh, mut of_warm, mut of_cold) = (Costs::default(), Costs::default(), Costs::default());
@@ -299,17 +299,28 @@ fn encrypt_alone(keys: &Keys, text: &str) -> f64 {
 async fn million() {
     const COUNT: usize = 1_000_000;
     let service = Service::start().await;
-    let perennial = service.setup().set("push.sender_key=rotating").start().await;
-    perennial.fill(service.subscriptions(COUNT, false));
-    let before = perennial.memory_mib("VmRSS");
-    let (seconds, cpu) = broadcast(&perennial, "x", COUNT).await;
-    let (once, peak) = (perennial.memory_mib("VmRSS"), perennial.memory_mib("VmHWM"));
-    broadcast(&perennial, "x", COUNT).await;
-    line("1,000,000 subscriptions: rate", vec![COUNT as f64 / seconds], "/s");
-    line("1,000,000 subscriptions: processor time", vec![cpu / COUNT as f64 * 1e6], "us");
-    line("memory before", vec![before], "MiB");
-    line("memory after, once and twice", vec![once, perennial.memory_mib("VmRSS")], "MiB");
-    line("peak memory, after the first and the second", vec![peak, perennial.memory_mib("VmHWM")], "MiB");
+    let mut perennial = service.setup().set("push.sender_key=fresh").start().await;
+    perennial.fill(service.subscriptions(COUNT, true));
+    for (keying, settings) in [
+        ("fresh", ["push.sender_key=fresh", "push.sender_key_cache=64MiB"]),
+        ("rotating, a cache for two thirds", ["push.sender_key=rotating", "push.sender_key_cache=64MiB"]),
+        ("rotating, a cache for all", ["push.sender_key=rotating", "push.sender_key_cache=128MiB"]),
+    ] {
+        assert_eq!(perennial.stop().await, Some(0));
+        perennial = settings.iter().fold(perennial.setup, |setup, one| setup.set(one)).start().await;
+        let before = perennial.memory_mib("VmRSS");
+        let first = broadcast(&perennial, "x", COUNT).await;
+        let (once, peak) = (perennial.memory_mib("VmRSS"), perennial.memory_mib("VmHWM"));
+        let second = broadcast(&perennial, "x", COUNT).await;
+        for (which, (seconds, cpu)) in [("first", first), ("second", second)] {
+            line(&format!("1,000,000, {keying}, the {which}: rate"), vec![COUNT as f64 / seconds], "/s");
+            line(&format!("1,000,000, {keying}, the {which}"), vec![cpu / COUNT as f64 * 1e6], "us");
+        }
+        let memory = vec![before, once, perennial.memory_mib("VmRSS")];
+        line(&format!("1,000,000, {keying}: memory before, after one and two"), memory, "MiB");
+        let peaks = vec![peak, perennial.memory_mib("VmHWM")];
+        line(&format!("1,000,000, {keying}: peak memory, after one and two"), peaks, "MiB");
+    }
 }
 
 async fn import() {

@@ -8,7 +8,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use jiff::Timestamp;
 use perennial_server::backoff::Backoff;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
@@ -82,14 +81,6 @@ pub enum Fate {
     Dead(String),
     /// It was told to stop, and what is left should be done by another.
     HandBack,
-}
-
-impl Fate {
-    /// To run again at a time by this machine's clock.
-    pub fn snooze_until(time: Timestamp) -> Self {
-        let wait = time.duration_since(Timestamp::now());
-        Self::Snooze(if wait.is_negative() { Duration::ZERO } else { wait.unsigned_abs() })
-    }
 }
 
 /// How a kind of job is queued and how much may go wrong.

@@ -52,12 +52,12 @@ impl Books {
 }
 
 /// What may be looked at.
-pub(crate) fn looking<S: Clone + Send + Sync + 'static>() -> Router<S> {
+pub(crate) fn admin_read<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/queues", get(queues)).route("/jobs", get(list)).route("/jobs/{id}", get(show))
 }
 
 /// What may be changed.
-pub(crate) fn acting<S: Clone + Send + Sync + 'static>() -> Router<S> {
+pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/queues/pause", post(pause))
         .route("/queues/resume", post(resume))

@@ -69,12 +69,12 @@ struct Made {
 }
 
 /// What may be looked at.
-pub(crate) fn looking<S: Clone + Send + Sync + 'static>() -> Router<S> {
+pub(crate) fn admin_read<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/keys", get(list))
 }
 
 /// What may be changed.
-pub(crate) fn acting<S: Clone + Send + Sync + 'static>() -> Router<S> {
+pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/keys", post(add))
         .route("/keys/{name}/replace", post(replace))

@@ -23,12 +23,12 @@ use crate::api::{Json, Query, Result, not_found, within_page};
 use crate::jobs::Enqueued;
 
 /// What may be looked at.
-pub(crate) fn looking<S: Clone + Send + Sync + 'static>() -> Router<S> {
+pub(crate) fn admin_read<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/schedules", get(list)).route("/schedules/{name}/runs", get(runs))
 }
 
 /// What may be changed.
-pub(crate) fn acting<S: Clone + Send + Sync + 'static>() -> Router<S> {
+pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/schedules/{name}/run", post(run))
         .route("/schedules/{name}/pause", post(pause))

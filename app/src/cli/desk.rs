@@ -74,8 +74,8 @@ impl Desk {
     /// The same for what is asked about jobs and schedules.
     pub(super) async fn of_books(config: &Config, modules: &[Blueprint]) -> anyhow::Result<Self> {
         Self::open(config, modules, async |_, _, jobs| {
-            let routes = jobs::looking().merge(jobs::acting());
-            let routes = routes.merge(schedules::looking()).merge(schedules::acting());
+            let routes = jobs::admin_read().merge(jobs::admin_write());
+            let routes = routes.merge(schedules::admin_read()).merge(schedules::admin_write());
             Ok(routes.layer(Extension(Books::alone(jobs))))
         })
         .await
@@ -86,7 +86,7 @@ impl Desk {
         Self::open(config, modules, async |_, store, jobs| {
             let sites = config.sites.clone().open(&store).await?;
             let keyring = Keyring { store, sites, caches: boot::caches(jobs.store(), config) };
-            Ok(keys::looking().merge(keys::acting()).layer(Extension(keyring)))
+            Ok(keys::admin_read().merge(keys::admin_write()).layer(Extension(keyring)))
         })
         .await
     }

@@ -8,8 +8,7 @@ use serde_json::{Value, json};
 
 use super::desk::Desk;
 use super::{block_on, load, open_alone, print, read};
-use crate::access;
-use crate::boot;
+use crate::access::{self, first};
 use crate::config::{Config, Store};
 use crate::data_dir::{self, ADMIN_TOKEN, API_KEY, VAPID_KEY};
 use crate::module::Blueprint;
@@ -190,9 +189,9 @@ async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) ->
     // Who has keys in files needs none in the store.
     let needs_one = !access::keys::exist(&store).await? || !data_dir.join(API_KEY).exists();
     if config.key_files.is_empty() && needs_one {
-        boot::make_api_key(&data_dir, &store).await?;
+        first::make_api_key(&data_dir, &store).await?;
     }
-    boot::first_keys(&data_dir, &store, true).await?;
+    first::make(&data_dir, &store, true).await?;
     let sites = config.sites.clone().open(&store).await?;
     let mut shown = Vec::new();
     for module in modules {

@@ -156,8 +156,8 @@ impl Prepared {
                     connections: app.connections.clone(),
                     books: app.books.clone(),
                     keyring: app.keyring.clone(),
-                    looking: app.looking.clone(),
-                    acting: app.acting.clone(),
+                    admin_read: app.admin_read.clone(),
+                    admin_write: app.admin_write.clone(),
                 });
                 health.started();
                 greet(&app);

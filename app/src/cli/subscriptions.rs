@@ -53,8 +53,8 @@ impl Subscriptions {
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::open(&config, modules, async |data_dir, store, jobs| {
-                let porter = push::porter(&settings, &config, &data_dir, &store, jobs).await?;
-                Ok(push::import::acting(Arc::new(porter)))
+                let transfer = push::transfer(&settings, &config, &data_dir, &store, jobs).await?;
+                Ok(push::import::admin_write(Arc::new(transfer)))
             })
             .await?;
             let done = match self {

@@ -69,7 +69,7 @@ impl Job for Close {
             }
             for batch in batches {
                 context.check()?;
-                last |= self.end(&tools, batch, outcome).await?;
+                last |= self.end(&context, &tools, batch, outcome).await?;
             }
         }
         if last {
@@ -81,7 +81,13 @@ impl Job for Close {
 
 impl Close {
     /// Ends a batch. True when it was the last.
-    async fn end(&self, tools: &Tools, id: Uuid, outcome: Outcome) -> anyhow::Result<bool> {
+    async fn end(
+        &self,
+        context: &Context,
+        tools: &Tools,
+        id: Uuid,
+        outcome: Outcome,
+    ) -> anyhow::Result<bool> {
         let Some(batch) = tools.store.open_batch(id, LAST_EPOCH).await? else { return Ok(false) };
         let (left, rest_after) = tools.store.left(&batch, tools.config.batch).await?;
         let mut checkpoint = Checkpoint {
@@ -94,7 +100,8 @@ impl Close {
             checkpoint.outcomes = vec![(outcome, left.len())];
         }
         if let Some(after) = rest_after {
-            checkpoint.rest = Some(Rest { after, job: Deliver::job(self.notification, BULK_QUEUE, 0)? });
+            let job = Deliver::follow_up(context, self.notification, BULK_QUEUE, 0)?;
+            checkpoint.rest = Some(Rest { after, job });
         }
         tools.meters.decided(&checkpoint.outcomes);
         Ok(tools.store.checkpoint(&batch, LAST_EPOCH, checkpoint).await? == Recorded::Last)

@@ -29,6 +29,16 @@ impl Deliver {
         Ok(NewJob::new(&Self { notification })?.queue(queue).priority(priority))
     }
 
+    /// One that follows from the job of `context`, and carries its trace.
+    pub(crate) fn follow_up(
+        context: &Context,
+        notification: Uuid,
+        queue: &'static str,
+        priority: i16,
+    ) -> queue::Result<NewJob> {
+        Ok(context.follow_up(&Self { notification })?.queue(queue).priority(priority))
+    }
+
     /// Lower goes first.
     pub(crate) fn priority(urgency: Urgency) -> i16 {
         match urgency {
@@ -86,7 +96,7 @@ impl Job for Deliver {
         let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
         let priority = Self::priority(batch.urgency.parse()?);
         if let Some(after) = rest_after {
-            let job = Self::job(self.notification, super::BULK_QUEUE, priority)?;
+            let job = Self::follow_up(&context, self.notification, super::BULK_QUEUE, priority)?;
             checkpoint.rest = Some(Rest { after, job });
         }
         // It was sent to alone, and the process crashed: the others are none the worse for it.
@@ -99,7 +109,7 @@ impl Job for Deliver {
                 left.retain(|id| *id != suspect);
             }
             if !left.is_empty() {
-                let job = Self::job(self.notification, super::RETRY_QUEUE, priority)?;
+                let job = Self::follow_up(&context, self.notification, super::RETRY_QUEUE, priority)?;
                 let job = NewJob { recoveries: CAREFUL, ..job };
                 checkpoint.deferred = vec![Deferred { ids: left, job, attempt }];
             }

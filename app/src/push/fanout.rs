@@ -110,7 +110,7 @@ impl Job for FanOut {
                     last = true;
                     break;
                 };
-                batches.push((upto, Deliver::job(id, queue, self.priority)?));
+                batches.push((upto, Deliver::follow_up(&context, id, queue, self.priority)?));
                 fan_out.fanned_to = upto;
                 fan_out.ahead += 1;
             }

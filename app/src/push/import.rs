@@ -76,7 +76,7 @@ impl Imported {
 
 /// Takes chunks of lines, and gives pages.
 #[derive(Debug)]
-pub(crate) struct Porter {
+pub(crate) struct Transfer {
     store: Store,
     sender: Sender,
     vapid: Arc<VapidKeys>,
@@ -85,7 +85,7 @@ pub(crate) struct Porter {
     hosts: Mutex<HashMap<String, Option<String>>>,
 }
 
-impl Porter {
+impl Transfer {
     pub(super) fn new(store: Store, sender: Sender, vapid: Arc<VapidKeys>, sites: Sites) -> Self {
         Self { store, sender, vapid, sites, hosts: Mutex::default() }
     }
@@ -226,11 +226,11 @@ fn base64(bytes: &[u8]) -> String {
 }
 
 /// What operators may do.
-pub(crate) fn acting(porter: Arc<Porter>) -> Router {
+pub(crate) fn admin_write(transfer: Arc<Transfer>) -> Router {
     Router::new()
         .route("/subscriptions/import", post(import))
         .route("/subscriptions/export", post(export))
-        .with_state(porter)
+        .with_state(transfer)
 }
 
 /// Of which site.
@@ -242,11 +242,11 @@ struct Of {
 }
 
 async fn import(
-    State(porter): State<Arc<Porter>>,
+    State(transfer): State<Arc<Transfer>>,
     Query(of): Query<Of>,
     request: Request,
 ) -> Result<Json<Imported>> {
-    let site = porter.sites.wanted(of.site.as_deref())?.id;
+    let site = transfer.sites.wanted(of.site.as_deref())?.id;
     let chunk = match Limited::new(request.into_body(), MAX_CHUNK).collect().await {
         Ok(chunk) => chunk.to_bytes(),
         Err(error) if is_too_long(&*error) => {
@@ -255,7 +255,7 @@ async fn import(
         }
         Err(_) => return Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off").into()),
     };
-    Ok(Json(porter.take(site, &chunk).await?))
+    Ok(Json(transfer.take(site, &chunk).await?))
 }
 
 #[derive(Debug, Deserialize)]
@@ -274,10 +274,10 @@ struct Page {
 }
 
 async fn export(
-    State(porter): State<Arc<Porter>>,
+    State(transfer): State<Arc<Transfer>>,
     Query(of): Query<Of>,
     Json(request): Json<ExportRequest>,
 ) -> Result<Json<Page>> {
-    let site = porter.sites.wanted(of.site.as_deref())?.id;
-    Ok(Json(porter.page(site, request.cursor).await?))
+    let site = transfer.sites.wanted(of.site.as_deref())?.id;
+    Ok(Json(transfer.page(site, request.cursor).await?))
 }

@@ -157,8 +157,8 @@ pub(super) async fn notify(
     if let Some(promise) = &idempotency {
         // Before anything is checked: what was fine then need not be now.
         match tools.store.accepted_before(promise.clone()).await? {
-            Some(Accepted::Before(id, estimate)) => {
-                return Ok(accepted(id, estimate, Stage::Queued, Vec::new()));
+            Some(Accepted::Before(id, estimate, stage)) => {
+                return Ok(accepted(id, estimate, stage, Vec::new()));
             }
             Some(Accepted::Conflict) => return Err(conflict().into()),
             Some(Accepted::Now) | None => {}
@@ -193,7 +193,7 @@ pub(super) async fn notify(
     if let Some(at) = plan.due_at {
         new_job = new_job.due(Due::At(Timestamp::from_millisecond(at).unwrap_or_default()));
     }
-    let state = if plan.due_at.is_some() { Stage::Scheduled } else { Stage::Queued };
+    let state = Stage::first(plan.due_at);
     tools.store.admit(&new_job)?;
     let job = new_job.id;
     let new = NewNotification {
@@ -219,7 +219,7 @@ pub(super) async fn notify(
             info!(notification = %id, %job, audience = estimate, "accepted");
             Ok(accepted(id, estimate, state, warnings))
         }
-        Accepted::Before(id, estimate) => Ok(accepted(id, estimate, Stage::Queued, Vec::new())),
+        Accepted::Before(id, estimate, stage) => Ok(accepted(id, estimate, stage, Vec::new())),
         Accepted::Conflict => Err(conflict().into()),
     }
 }

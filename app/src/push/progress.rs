@@ -17,40 +17,67 @@ use crate::api::{Json, Query, Result, not_found, within_page};
 
 /// Over how long the rate of now is measured.
 const WINDOW: Duration = Duration::from_secs(5);
+/// How far apart two readings must be to tell a rate: outcomes are written down once a second.
+const APART: Duration = Duration::from_secs(2);
+/// How much later than the last a reading is kept.
+const BETWEEN: Duration = Duration::from_millis(200);
 /// The most notifications in one answer.
 const PAGE: usize = 100;
 
-/// How fast this process decides outcomes. A cheap handle.
+/// How fast outcomes are decided. A cheap handle.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Progress(Arc<Mutex<HashMap<Uuid, Recent>>>);
 
-/// What was recorded within [`WINDOW`].
-type Recent = VecDeque<(Instant, usize)>;
+/// Within [`WINDOW`]:
+#[derive(Debug, Default)]
+struct Recent {
+    /// how many this process has recorded when,
+    recorded: VecDeque<(Instant, u64)>,
+    /// and how many there were by all replicas when somebody asked.
+    read: VecDeque<(Instant, u64)>,
+}
+
+impl Recent {
+    /// Forgets what is too old. False when nothing is left.
+    fn tidy(&mut self, now: Instant) -> bool {
+        for all in [&mut self.recorded, &mut self.read] {
+            while all.front().is_some_and(|(when, _)| now - *when > WINDOW) {
+                all.pop_front();
+            }
+        }
+        !(self.recorded.is_empty() && self.read.is_empty())
+    }
+
+    /// Outcomes a second: by all replicas if that was asked for before, else by this process.
+    #[expect(clippy::cast_precision_loss, reason = "a rate")]
+    fn rate(&self, decided: u64, now: Instant) -> f64 {
+        if let Some((when, before)) = self.read.front().filter(|(when, _)| now - *when >= APART) {
+            return decided.saturating_sub(*before) as f64 / (now - *when).as_secs_f64();
+        }
+        let Some((first, _)) = self.recorded.front() else { return 0.0 };
+        let count: u64 = self.recorded.iter().map(|(_, count)| count).sum();
+        count as f64 / (now - *first).as_secs_f64().max(0.5)
+    }
+}
 
 impl Progress {
     pub(crate) fn record(&self, notification: Uuid, count: usize) {
         let now = Instant::now();
-        let mut meters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        meters.entry(notification).or_default().push_back((now, count));
-        meters.retain(|_, recent| {
-            while recent.front().is_some_and(|(when, _)| now - *when > WINDOW) {
-                recent.pop_front();
-            }
-            !recent.is_empty()
-        });
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.entry(notification).or_default().recorded.push_back((now, count as u64));
+        all.retain(|_, recent| recent.tidy(now));
     }
 
-    /// Outcomes a second, lately.
-    fn rate(&self, notification: Uuid) -> f64 {
+    /// Outcomes a second, lately, of one of which so many are decided.
+    fn rate(&self, notification: Uuid, decided: u64) -> f64 {
         let now = Instant::now();
-        let meters = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(recent) = meters.get(&notification) else { return 0.0 };
-        let within = recent.iter().filter(|(when, _)| now - *when <= WINDOW);
-        let (count, first) =
-            within.fold((0, now), |(sum, first), (when, count)| (sum + count, first.min(*when)));
-        #[expect(clippy::cast_precision_loss, reason = "a rate")]
-        let rate = count as f64 / (now - first).as_secs_f64().max(0.5);
-        rate
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|_, recent| recent.tidy(now));
+        let recent = all.entry(notification).or_default();
+        if recent.read.back().is_none_or(|(when, _)| now - *when >= BETWEEN) {
+            recent.read.push_back((now, decided));
+        }
+        recent.rate(decided, now)
     }
 }
 
@@ -107,7 +134,7 @@ impl NotificationView {
         let done = notification.ended_at.is_some();
         // Members may have left or joined since it was estimated.
         let audience = if done { decided } else { notification.estimate.max(decided) };
-        let rate = if done { 0.0 } else { progress.rate(notification.id) };
+        let rate = if done { 0.0 } else { progress.rate(notification.id, decided) };
         Self {
             id: notification.id,
             audience,

@@ -432,7 +432,7 @@ impl<'a> Round<'a> {
     fn job(&self, queue: &'static str) -> anyhow::Result<NewJob> {
         let queue = if self.flow.pace().is_some() { super::PACED_QUEUE } else { queue };
         let priority = Deliver::priority(self.batch.urgency.parse()?);
-        Ok(Deliver::job(self.batch.notification, queue, priority)?)
+        Ok(Deliver::follow_up(self.context, self.batch.notification, queue, priority)?)
     }
 
     /// Records the rest, and that the batch is finished if it is.

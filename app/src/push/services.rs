@@ -143,7 +143,7 @@ struct AddressView {
 }
 
 /// What operators may look at.
-pub(super) fn looking(tools: Tools) -> Router {
+pub(super) fn admin_read(tools: Tools) -> Router {
     Router::new()
         .route("/origins", get(origins))
         .route("/notifications", get(notifications))
@@ -151,7 +151,7 @@ pub(super) fn looking(tools: Tools) -> Router {
 }
 
 /// What operators may change.
-pub(super) fn acting(tools: Tools) -> Router {
+pub(super) fn admin_write(tools: Tools) -> Router {
     Router::new().route("/origins/resume", post(resume)).with_state(tools)
 }
 

@@ -196,7 +196,7 @@ impl VapidKeys {
 }
 
 /// What operators may do: `POST /vapid/rotate {"site"}`.
-pub(super) fn acting(keys: Arc<VapidKeys>) -> Router {
+pub(super) fn admin_write(keys: Arc<VapidKeys>) -> Router {
     Router::new().route("/vapid/rotate", post(make_new)).with_state(keys)
 }
 

@@ -70,14 +70,6 @@ impl<'a> Reader<'a> {
         self.read(key, wanted, |value| value.as_str()?.parse().ok())
     }
 
-    /// Text of a certain form, or none at all.
-    pub fn parse_optional<T: FromStr>(&mut self, key: &str, wanted: &str) -> Option<T> {
-        self.read(key, wanted, |value| match value.as_str()? {
-            "" => Some(None),
-            text => text.parse().ok().map(Some),
-        })
-    }
-
     /// A list of texts of a certain form. One text is a list of one.
     pub fn parse_list<T: FromStr>(&mut self, key: &str, wanted: &str) -> Vec<T> {
         let wanted = format!("a list of {wanted}");

@@ -95,7 +95,7 @@ pub(crate) enum Accepted {
     /// It is stored, and will be sent.
     Now,
     /// The same was accepted before, under this id and with this estimate.
-    Before(Uuid, u64),
+    Before(Uuid, u64, Stage),
     /// Another one was accepted with this idempotency key.
     Conflict,
 }
@@ -239,7 +239,7 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
                                    webhook, log, http, is_declarative, is_template)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)";
     let plan = &new.plan;
-    let state = if plan.due_at.is_some() { Stage::Scheduled } else { Stage::Queued };
+    let state = Stage::first(plan.due_at);
     let parameters = values![
         new.id,
         new.site,
@@ -341,7 +341,7 @@ impl DeliveryView {
 }
 
 async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Option<Accepted>> {
-    let sql = "SELECT fingerprint, notification, estimate
+    let sql = "SELECT fingerprint, notification, estimate, due_at
                FROM idempotency_keys JOIN notifications ON notifications.id = notification
                WHERE api_key = ? AND key = ? AND idempotency_keys.created_at >= ?";
     let parameters = values![&promise.api_key, &promise.key, now - IDEMPOTENCY_MS];
@@ -350,7 +350,8 @@ async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Optio
     if fingerprint != promise.fingerprint {
         return Ok(Some(Accepted::Conflict));
     }
-    Ok(Some(Accepted::Before(row.get("notification")?, row.get("estimate")?)))
+    let stage = Stage::first(row.get("due_at")?);
+    Ok(Some(Accepted::Before(row.get("notification")?, row.get("estimate")?, stage)))
 }
 
 /// The columns of [`Notification`].

@@ -40,6 +40,11 @@ impl Stage {
         Self::Expired,
     ];
 
+    /// How a notification begins that is due then.
+    pub(crate) fn first(due_at: Option<i64>) -> Self {
+        if due_at.is_some() { Self::Scheduled } else { Self::Queued }
+    }
+
     /// The word for it, in the store and in answers.
     pub(crate) fn as_str(self) -> &'static str {
         match self {

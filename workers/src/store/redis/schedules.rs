@@ -2,9 +2,11 @@
 //!
 //! They are no queue's, and their keys have no hash tag: a job that moves to another queue has the same schedule.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use perennial_server::pool::redis::client::cmd;
+use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
 
@@ -16,6 +18,15 @@ use crate::store::{json as to_json, read_json, stands_for, timestamp};
 
 /// A schedule as a script returns it: name, definition, timing, last_fire, queued, paused, held, version, seen_at.
 type Fields = (String, String, String, i64, Option<i64>, String, Option<String>, i64, i64);
+
+/// A run, and the queue that its job was put into; none for one that an earlier version has written.
+#[derive(Serialize, Deserialize)]
+struct Placed {
+    #[serde(flatten)]
+    run: Run,
+    #[serde(default)]
+    queue: String,
+}
 
 /// What the keys of a schedule end with: itself, the ids of its runs, its runs, their endings.
 const PARTS: [&str; 4] = ["", ":ids", ":runs", ":endings"];
@@ -55,7 +66,7 @@ impl Schedules for RedisQueue {
         }
         let runs = claim.runs.iter().map(|run| {
             let ending = run.ending.as_ref().map(to_json).unwrap_or_default();
-            let run_only = to_json(&Run { ending: None, ..run.clone() });
+            let run_only = to_json(&Placed { run: Run { ending: None, ..run.clone() }, queue: queue.to_owned() });
             json!({ "id": run.id, "claimed_at": run.claimed_at.as_millisecond().to_string(), "run": run_only, "ending": ending })
         });
         let claimed = json!({
@@ -83,12 +94,28 @@ impl Schedules for RedisQueue {
 
     async fn unfinished(&self, schedule: &str, queue: &str) -> Result<Vec<Uuid>> {
         let ids = self.run_ids(schedule, 0, -1).await?;
-        let mut unfinished = Vec::new();
+        // Its kind may have waited elsewhere in earlier times: each job is looked for where it was put.
+        let mut places = BTreeMap::<String, Vec<Uuid>>::new();
         for some in ids.chunks(AT_ONCE) {
-            let found = self.find(queue, some).await?;
-            let waiting = some.iter().zip(found).filter(|(_, found)| *found == Found::Waiting);
-            unfinished.extend(waiting.map(|(id, _)| *id));
+            let runs = self.of_runs(schedule, "runs", some).await?;
+            for (id, run) in some.iter().zip(runs) {
+                let placed: Option<Placed> = read_json(run);
+                let place = placed
+                    .map(|placed| placed.queue)
+                    .filter(|place| !place.is_empty())
+                    .unwrap_or_else(|| queue.to_owned());
+                places.entry(place).or_default().push(*id);
+            }
         }
+        let mut unfinished = Vec::new();
+        for (place, ids) in places {
+            for some in ids.chunks(AT_ONCE) {
+                let found = self.find(&place, some).await?;
+                let waiting = some.iter().zip(found).filter(|(_, found)| *found == Found::Waiting);
+                unfinished.extend(waiting.map(|(id, _)| *id));
+            }
+        }
+        unfinished.sort_unstable();
         Ok(unfinished)
     }
 
@@ -99,15 +126,8 @@ impl Schedules for RedisQueue {
             return Ok(Vec::new());
         }
         ids.reverse();
-        let of = async |part: &str| {
-            let mut get = cmd("HMGET");
-            get.arg(format!("{}:{part}", self.schedule(schedule)));
-            for id in &ids {
-                get.arg(id.to_string());
-            }
-            self.0.redis.query::<Vec<Option<String>>>(&get).await
-        };
-        let runs = of("runs").await?.into_iter().zip(of("endings").await?);
+        let runs = self.of_runs(schedule, "runs", &ids).await?;
+        let runs = runs.into_iter().zip(self.of_runs(schedule, "endings", &ids).await?);
         let read = |(run, ending): (Option<String>, Option<String>)| {
             let run: Option<Run> = read_json(run);
             run.map(|run| Run { ending: read_json(ending), ..run })
@@ -150,6 +170,16 @@ impl RedisQueue {
             self.0.redis.query::<()>(cmd("SREM").arg(self.all_schedules()).arg(&standing.name)).await?;
         }
         Ok(())
+    }
+
+    /// What is kept of these runs, or of their endings.
+    async fn of_runs(&self, schedule: &str, part: &str, ids: &[Uuid]) -> Result<Vec<Option<String>>> {
+        let mut get = cmd("HMGET");
+        get.arg(format!("{}:{part}", self.schedule(schedule)));
+        for id in ids {
+            get.arg(id.to_string());
+        }
+        Ok(self.0.redis.query(&get).await?)
     }
 
     /// The ids of runs by their places, the oldest first.

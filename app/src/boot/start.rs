@@ -1,0 +1,111 @@
+//! The tasks that work beside the public listener, once everything is made. Each has a name, an owner, and a stated death:
+//! one that is critical takes the process with it, one that is contained is started again.
+
+use std::sync::Arc;
+
+use perennial_server::cache::Caches;
+use perennial_server::drain::Drain;
+use perennial_server::health::Health;
+use perennial_server::pool::sql;
+use perennial_server::tasks::Tasks;
+use perennial_workers::admission::Admission;
+use perennial_workers::cron::{Crontab, tick, timer::Timer};
+use perennial_workers::outbox::Outbox;
+use perennial_workers::worker::Worker;
+use perennial_workers::{Queue as _, Registry, store, upkeep};
+
+use super::PoolFn;
+use crate::access::Access;
+use crate::config::Config;
+
+/// What they work with.
+pub(super) struct Parts<'a> {
+    pub(super) config: &'a Config,
+    pub(super) tasks: &'a Tasks,
+    pub(super) health: &'a Health,
+    pub(super) drain: &'a Drain,
+    pub(super) store: &'a sql::Store,
+    pub(super) queue: &'a store::Store,
+    pub(super) outbox: Option<Outbox>,
+    pub(super) registry: &'a Arc<Registry>,
+    pub(super) admission: Admission,
+    pub(super) worker: Worker<store::Store>,
+    pub(super) access: &'a Access,
+    pub(super) caches: &'a Caches,
+    pub(super) crontab: Crontab,
+}
+
+impl Parts<'_> {
+    /// Starts all of them, and returns the pools for those who look.
+    pub(super) fn start(self) -> Vec<PoolFn> {
+        let pools = self.start_pools();
+        self.start_caches();
+        let Self { config, tasks, drain, queue, outbox, registry, admission, worker, crontab, .. } = self;
+        let pressure = config.server.pressure.clone();
+        tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, drain.clone()));
+        let timer = Timer::new(crontab.clone(), config.cron.poll, worker.status(), drain.clone());
+        tasks.critical("workers", worker.run(drain.clone()));
+        let upkeep =
+            upkeep::run(queue.clone(), Arc::clone(registry), admission, config.upkeep, drain.clone());
+        tasks.critical("upkeep of jobs", upkeep);
+        tasks.contained("wake-ups", {
+            let (queue, drain) = (queue.clone(), drain.clone());
+            move || {
+                let (queue, drain) = (queue.clone(), drain.clone());
+                async move { queue.listen(drain).await }
+            }
+        });
+        if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
+            let (queue, drain) = (queue.clone(), drain.clone());
+            tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
+        }
+        if config.cron.tick {
+            let drain = drain.clone();
+            tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
+        }
+        tasks.critical("cron", timer.run());
+        pools
+    }
+
+    /// What looks after connections.
+    fn start_pools(&self) -> Vec<PoolFn> {
+        let Self { config, tasks, health, drain, .. } = *self;
+        let mut pools: Vec<PoolFn> = vec![Arc::new({
+            let store = self.store.clone();
+            move || store.pool()
+        })];
+        match self.store {
+            sql::Store::Sqlite(sqlite) => {
+                let (sqlite, drain) = (sqlite.clone(), drain.clone());
+                tasks.contained("sqlite", move || sqlite.clone().tend(drain.clone()));
+            }
+            sql::Store::Postgres(postgres) => {
+                let (postgres, drain) = (postgres.clone(), drain.clone());
+                let condition = health.dependency("postgres", config.store_policy);
+                tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
+            }
+        }
+        if let store::Store::Redis(queue) = self.queue {
+            let (redis, drain) = (queue.redis().clone(), drain.clone());
+            let condition = health.dependency("redis", config.queue_policy);
+            let watched = redis.clone();
+            pools.push(Arc::new(move || ("redis", watched.status())));
+            tasks.contained("redis", move || redis.clone().tend(condition.clone(), drain.clone()));
+        }
+        pools
+    }
+
+    /// What keeps caches, and the keys in them, as they should be.
+    fn start_caches(&self) {
+        let Self { tasks, drain, caches, access, .. } = *self;
+        tasks.contained("API keys", {
+            let (access, drain) = (access.clone(), drain.clone());
+            move || access.clone().tend(drain.clone())
+        });
+        tasks.critical("caches", caches.clone().tidy(drain.clone()));
+        if caches.is_shared() {
+            let (caches, drain) = (caches.clone(), drain.clone());
+            tasks.contained("cache bus", move || caches.clone().listen(drain.clone()));
+        }
+    }
+}
