@@ -88,6 +88,8 @@ const BULK_QUEUE: &str = "push";
 const SMALL_QUEUE: &str = "push-small";
 /// Sends what is tried again, and takes no place of what is tried first.
 const RETRY_QUEUE: &str = "push-retry";
+/// Sends what waits for push services that bear little, and takes no place of what could go at once.
+const SLOW_QUEUE: &str = "push-slow";
 /// Sends what has a rate: such a job mostly waits.
 const PACED_QUEUE: &str = "push-paced";
 /// Tells the backend.
@@ -251,6 +253,7 @@ impl Module for Push {
         host.serve_queue(BULK_QUEUE, application.config.batches);
         host.serve_queue(SMALL_QUEUE, application.config.small_batches);
         host.serve_queue(RETRY_QUEUE, application.config.retry_batches);
+        host.serve_queue(SLOW_QUEUE, application.config.retry_batches);
         host.serve_queue(PACED_QUEUE, application.config.paced_batches);
         host.serve_queue(WEBHOOK_QUEUE, WEBHOOKS);
         host.job::<webhook::Webhook>(Arc::clone(&application));

@@ -54,12 +54,12 @@ const PAUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_sec
 const TURN: Duration = Duration::from_secs(60);
 /// The same where it keeps others from their work.
 const SHORT_TURN: Duration = Duration::from_secs(1);
-/// After this long, a batch that is tried again makes room for others: it may wait for a service that bears little.
-const RETRY_TURN: Duration = Duration::from_secs(5);
 /// How long others have their turn.
 const OTHERS: Duration = Duration::from_millis(200);
 /// How much later than the batch before it a batch looks whether a send is due.
 const LOOK_LATER: Duration = Duration::from_millis(2);
+/// For how long a message without a time to live may wait for being tried.
+const NOW: Duration = Duration::from_secs(600);
 /// The longest that sends wait for a push service that nothing is sent to.
 const LONGEST_HOLD: Duration = Duration::from_secs(3600);
 
@@ -136,7 +136,7 @@ impl<'a> Round<'a> {
             sender,
             flow,
             place: Some(flow.stand_in_line(batch.id)),
-            outgoing: Arc::new(Outgoing::new(tools, &batch, &members, waited, keys)?),
+            outgoing: Arc::new(Outgoing::new(tools, context.queue(), &batch, &members, waited, keys)?),
             rest_after,
             newest: batch.low_id,
             above: batch.above.iter().copied().collect(),
@@ -177,8 +177,6 @@ impl<'a> Round<'a> {
         let turn = Instant::now() + if self.is_in_its_queue() { TURN } else { SHORT_TURN };
         let mut cut = pin!(sleep(Duration::MAX));
         let mut over = pin!(sleep(self.time_left(*standing.borrow())));
-        let mut others = pin!(sleep(RETRY_TURN));
-        let is_retry = self.context.queue() == super::RETRY_QUEUE;
         loop {
             if stop.is_some() {
                 self.outgoing.stop();
@@ -254,7 +252,6 @@ impl<'a> Round<'a> {
                 }
                 () = sleep_until(due), if timed => {}
                 () = over.as_mut(), if stop.is_none() => stop = Some(Stop::Over(Outcome::Expired)),
-                () = others.as_mut(), if stop.is_none() && is_retry => stop = Some(Stop::Turn),
                 () = cut.as_mut(), if stop == Some(Stop::Asked) && !idle => {
                     // Those in flight may have been taken; nobody knows, and so they are sent again.
                     sends.clear();
@@ -336,16 +333,16 @@ impl<'a> Round<'a> {
         let count = self.ended.len();
         let mut checkpoint = Checkpoint { low_id, ..Checkpoint::default() };
         let mut outcomes = BTreeMap::<Outcome, usize>::new();
-        let mut later = BTreeMap::<(u64, u32, String), Vec<i64>>::new();
+        // Those that wait for a slow service keep only each other waiting.
+        let mut later = BTreeMap::<(u64, u32, Option<String>), Vec<i64>>::new();
         // One draw for all that failed together and were asked for nothing else: one job, not hundreds.
         let usual = RETRY.jittered(self.batch.attempt + 1);
         for sent in std::mem::take(&mut self.ended) {
             let outcome = match self.decide(&sent, usual, left) {
                 Next::Decided(outcome) => outcome,
                 Next::Later(wait, attempt) => {
-                    // Those that wait for a slow service keep only each other waiting.
-                    let of = if sent.report.detail == NO_TURN { sent.host() } else { "" };
-                    later.entry((wait.as_secs().max(1), attempt, of.to_owned())).or_default().push(sent.id);
+                    let slow = (sent.report.detail == NO_TURN).then(|| sent.host().to_owned());
+                    later.entry((wait.as_secs().max(1), attempt, slow)).or_default().push(sent.id);
                     continue;
                 }
             };
@@ -378,7 +375,7 @@ impl<'a> Round<'a> {
         self.again += later.values().map(Vec::len).sum::<usize>();
         checkpoint.deferred = later
             .into_iter()
-            .map(|((wait, attempt, _), ids)| self.defer(wait, attempt, ids))
+            .map(|((wait, attempt, slow), ids)| self.defer(wait, attempt, slow.is_some(), ids))
             .collect::<anyhow::Result<_>>()?;
         checkpoint.tell = self
             .batch
@@ -413,17 +410,22 @@ impl<'a> Round<'a> {
             return Next::Decided(Outcome::Unreachable);
         }
         let ends_before = self.batch.standing.time_left().is_some_and(|left| left <= wait);
-        // A message for now or never is always tried once.
-        let outlives = age(&self.batch) + wait < self.batch.ttl || (is_untried && self.batch.ttl.is_zero());
+        // A message for now or never is tried once, if that can be soon.
+        let ttl = if is_untried && self.batch.ttl.is_zero() { NOW } else { self.batch.ttl };
+        let outlives = age(&self.batch) + wait < ttl;
         if ends_before || !outlives {
             return Next::Decided(Outcome::Expired);
         }
         Next::Later(wait, attempt)
     }
 
-    fn defer(&self, seconds: u64, attempt: u32, ids: Vec<i64>) -> anyhow::Result<Deferred> {
+    fn defer(&self, seconds: u64, attempt: u32, is_slow: bool, ids: Vec<i64>) -> anyhow::Result<Deferred> {
         let is_small = self.tools.config.is_small(self.batch.estimate.max(ids.len() as u64));
-        let job = self.job(if is_small { super::SMALL_QUEUE } else { super::RETRY_QUEUE })?;
+        let job = self.job(match is_small {
+            true => super::SMALL_QUEUE,
+            false if is_slow => super::SLOW_QUEUE,
+            false => super::RETRY_QUEUE,
+        })?;
         let job = if seconds == 0 { job } else { job.due(Due::In(Duration::from_secs(seconds))) };
         Ok(Deferred { ids, job, attempt })
     }
@@ -445,7 +447,7 @@ impl<'a> Round<'a> {
         if stop == Some(Stop::Turn) && !self.is_in_its_queue() {
             let taken_back = std::mem::take(&mut self.in_flight).into_iter();
             let ids = taken_back.chain(std::mem::take(&mut self.waiting).map(|member| member.id)).collect();
-            checkpoint.deferred.push(self.defer(0, self.batch.attempt, ids)?);
+            checkpoint.deferred.push(self.defer(0, self.batch.attempt, false, ids)?);
         }
         let finished = self.waiting.len() == 0 && self.in_flight.is_empty();
         checkpoint.finished = finished;

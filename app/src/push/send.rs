@@ -15,7 +15,8 @@ use super::vapid::SiteKeys;
 
 /// The longest that a message waits for the rate of its origin before others have its place.
 const ORIGIN_WAIT: Duration = Duration::from_secs(5);
-/// The longest that it waits for a turn while the batch has members of other push services, and how soon it is tried again.
+/// The longest that it waits for a turn while others wait that go to other push services, and how soon it is tried again: in
+/// the queue of those that wait for slow ones.
 const TURN_WAIT: Duration = Duration::from_secs(1);
 /// After a VAPID key was missing.
 const NO_KEY: Duration = Duration::from_secs(300);
@@ -59,6 +60,7 @@ impl Outgoing {
     /// The message of a batch, its time to live shortened by the time that its members have waited.
     pub(super) fn new(
         tools: &Tools,
+        queue: &str,
         batch: &Batch,
         members: &[Member],
         waited: Duration,
@@ -82,8 +84,9 @@ impl Outgoing {
         if batch.is_declarative {
             message = message.declarative();
         }
-        let is_mixed = members.windows(2).any(|pair| origin(&pair[0]) != origin(&pair[1]));
-        let patience = (bulk && is_mixed).then_some(TURN_WAIT);
+        let is_mixed = || members.windows(2).any(|pair| origin(&pair[0]) != origin(&pair[1]));
+        let others_wait = bulk && (queue == super::RETRY_QUEUE || is_mixed());
+        let patience = others_wait.then_some(TURN_WAIT);
         Ok(Self { message, template, keys, patience, stopped: CancellationToken::new() })
     }
 
@@ -118,6 +121,9 @@ impl Outgoing {
         sender: &Sender,
         member: Member,
     ) -> Option<(Report, Option<Outcome>, Option<Endpoint>)> {
+        if self.stopped.is_cancelled() {
+            return None;
+        }
         let not_sent = |verdict, detail: String| Report { verdict, status: None, detail };
         // Checked when it was stored; the policy may have changed since.
         let endpoint = match sender.endpoint(member.endpoint) {

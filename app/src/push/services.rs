@@ -34,8 +34,10 @@ const NOTIFICATIONS: usize = 100;
 /// What was exchanged so far.
 #[derive(Debug, Default)]
 struct Exchange {
-    /// Until when which service is held, as the store knows it.
+    /// Until when which service is held, as the store knows it,
     known: HashMap<String, Instant>,
+    /// and until when one refuses a key, which was told here.
+    refusing: HashMap<String, Instant>,
     /// The newest change that was read.
     newest: i64,
     /// Those that were read, with when they changed.
@@ -70,11 +72,14 @@ impl Exchange {
         tools.meters.held(held.len());
         for (origin, wait, cause) in held {
             let until = now + wait;
-            if self.known.get(&origin).is_some_and(|known| *known + SAME > until) {
+            let is_refusal = cause == Cause::Unauthorized;
+            let known = if is_refusal { &mut self.refusing } else { &mut self.known };
+            if known.get(&origin).is_some_and(|known| *known + SAME > until) {
                 continue;
             }
+            known.insert(origin.clone(), until);
             let (seconds, why) = (wait.as_secs(), cause.as_str());
-            if cause == Cause::Unauthorized {
+            if is_refusal {
                 error!(
                     origin,
                     seconds,
@@ -83,11 +88,13 @@ impl Exchange {
             } else {
                 warn!(origin, seconds, cause = why, "nothing is sent to a push service");
             }
-            if cause != Cause::Unauthorized {
-                tools.store.hold_service(&origin, wait, why).await?;
+            if !is_refusal && let Err(error) = tools.store.hold_service(&origin, wait, why).await {
+                // It is told with the next exchange.
+                self.known.remove(&origin);
+                return Err(error.into());
             }
-            self.known.insert(origin, until);
         }
+        self.refusing.retain(|_, until| *until > now);
         self.count += 1;
         if self.count.is_multiple_of(ALL_ONE_IN) {
             // A store's clock may have been set back.
@@ -106,8 +113,11 @@ impl Exchange {
                     self.known.insert(held.origin.clone(), Instant::now() + wait);
                     sender.hold(&held.origin, wait, cause);
                 }
-                (None, _) if self.known.remove(&held.origin).is_some() && sender.resume(&held.origin) => {
-                    info!(origin = held.origin, "an operator lets a push service be sent to again");
+                (None, _) => {
+                    let held_it = self.known.remove(&held.origin).or(self.refusing.remove(&held.origin));
+                    if held_it.is_some() && sender.resume(&held.origin) {
+                        info!(origin = held.origin, "an operator lets a push service be sent to again");
+                    }
                 }
                 _ => {}
             }

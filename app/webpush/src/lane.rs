@@ -57,6 +57,7 @@ struct State {
     /// HTTP/1.1 connections that carry a request.
     lent: usize,
     is_dialing: bool,
+    dialed: Option<Instant>,
     /// Connections in a row that were over before they were of any use.
     fruitless: u32,
     failed: Option<(Instant, Arc<ConnectError>)>,
@@ -193,8 +194,10 @@ impl Lane {
         if std::mem::replace(&mut state.is_dialing, true) {
             return;
         }
-        let pause = self.shared.limits.connect_every.max(fruitless_pause(state.fruitless));
-        let not_before = self.service.next_dial(pause);
+        let own = state.dialed.map(|dialed| dialed + fruitless_pause(state.fruitless));
+        let not_before =
+            self.service.next_dial(self.shared.limits.connect_every).max(own.unwrap_or_else(Instant::now));
+        state.dialed = Some(not_before);
         // Before it is spawned: whoever waits is told also if it never runs.
         let dialing = Dialing(Arc::clone(self));
         self.shared.drivers.spawn(async move {

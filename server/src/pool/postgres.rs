@@ -23,7 +23,6 @@ use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::mpsc::error::TrySendError;
 use tokio::sync::{Mutex, mpsc, watch};
 use tokio::task::JoinSet;
 use tokio_postgres::config::SslMode;
@@ -166,7 +165,7 @@ struct Shared {
     steps: AtomicI64,
     /// Connections on which a statement may still run that nobody waits for, to whoever tends.
     abandoned: Abandoned,
-    to_be_cancelled: Mutex<mpsc::Receiver<Object>>,
+    to_be_cancelled: Mutex<mpsc::Receiver<Doomed>>,
 }
 
 impl fmt::Debug for Postgres {
@@ -275,9 +274,7 @@ impl Postgres {
         }
         // From now on they are closed by whoever abandons them.
         to_be_cancelled.close();
-        while let Ok(connection) = to_be_cancelled.try_recv() {
-            drop(Object::take(connection));
-        }
+        while to_be_cancelled.try_recv().is_ok() {}
         Ok(())
     }
 
@@ -289,7 +286,7 @@ impl Postgres {
     }
 
     /// Not one after the other: a server that is slow to answer has the more of them.
-    async fn keep_cancelling(&self, to_be_cancelled: &mut mpsc::Receiver<Object>) -> Infallible {
+    async fn keep_cancelling(&self, to_be_cancelled: &mut mpsc::Receiver<Doomed>) -> Infallible {
         let mut under_way = FuturesUnordered::new();
         loop {
             tokio::select! {
@@ -347,8 +344,8 @@ impl Postgres {
 
     /// Cancels what runs on a connection, and ends it then: nobody else may get what the cancelling hits. It has its place
     /// in the pool until then: what runs on the server is never more than that holds.
-    async fn cancel(&self, connection: Object) {
-        let token = connection.cancel_token();
+    async fn cancel(&self, connection: Doomed) {
+        let Some(token) = connection.0.as_ref().map(|object| object.cancel_token()) else { return };
         let cancel = async {
             match &self.reach().tls {
                 Some(tls) => token.cancel_query(tls.clone()).await,
@@ -358,7 +355,7 @@ impl Postgres {
         if let Ok(Err(error)) = tokio::time::timeout(self.0.config.connect_timeout, cancel).await {
             debug!(%error, "a statement that nobody waits for could not be cancelled");
         }
-        drop(Object::take(connection));
+        drop(connection);
     }
 
     /// Looks at the server for what would go wrong later.
@@ -607,19 +604,26 @@ impl Drop for Connection {
 /// Connections with statements that nobody waits for any more, on their way to be cancelled.
 #[derive(Clone)]
 struct Abandoned {
-    connections: mpsc::Sender<Object>,
+    connections: mpsc::Sender<Doomed>,
     is_tended: Arc<AtomicBool>,
 }
 
 impl Abandoned {
     fn hand_over(&self, connection: Object) {
-        let refused = if self.is_tended.load(Ordering::Acquire) {
-            self.connections.try_send(connection).err().map(TrySendError::into_inner)
-        } else {
-            Some(connection)
-        };
+        let connection = Doomed(Some(connection));
         // Without anybody who tends, the server ends the statement by its own limit.
-        drop(refused.map(Object::take));
+        if self.is_tended.load(Ordering::Acquire) {
+            let _ = self.connections.try_send(connection);
+        }
+    }
+}
+
+/// A connection that nobody gets any more: it is closed when this drops, and has its place in the pool until then.
+struct Doomed(Option<Object>);
+
+impl Drop for Doomed {
+    fn drop(&mut self) {
+        drop(self.0.take().map(Object::take));
     }
 }
 
