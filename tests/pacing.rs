@@ -102,15 +102,20 @@ async fn a_ramp_rises_from_nothing() {
     assert!((5..=26).contains(&early), "{early} of 60");
 }
 
+/// Two processes on one database.
+async fn two_replicas() -> (Double, Database, [Perennial; 2]) {
+    let (double, database) = (Double::start().await, Database::new().await);
+    let start = async || {
+        let setup = Setup::new().sending_to(&double).set("push.small_audience=5").set("push.batch=10");
+        on_postgres(setup, database.url()).await.start().await
+    };
+    let replicas = [start().await, start().await];
+    (double, database, replicas)
+}
+
 #[tokio::test]
 async fn replicas_share_one_rate() {
-    let (double, database) = (Double::start().await, Database::new().await);
-    let setup = || {
-        let setup = Setup::new().sending_to(&double).set("push.small_audience=5").set("push.batch=10");
-        on_postgres(setup, database.url())
-    };
-    let one = setup().await.start().await;
-    let _other = setup().await.start().await;
+    let (double, _database, [one, _other]) = two_replicas().await;
     one.subscribe(&double, 80).await;
     let arrivals = Arrivals::at(&double);
     let progress = one.notify_and_wait(&at_rate(40.0)).await;
@@ -123,13 +128,7 @@ async fn replicas_share_one_rate() {
 /// Whichever of them is asked.
 #[tokio::test]
 async fn replicas_tell_the_rate_of_all_of_them() {
-    let (double, database) = (Double::start().await, Database::new().await);
-    let setup = || {
-        let setup = Setup::new().sending_to(&double).set("push.small_audience=5").set("push.batch=10");
-        on_postgres(setup, database.url())
-    };
-    let one = setup().await.start().await;
-    let other = setup().await.start().await;
+    let (double, _database, [one, other]) = two_replicas().await;
     one.subscribe(&double, 300).await;
     let id = one.notify(&at_rate(40.0)).await;
     for replica in [&one, &other] {
