@@ -36,7 +36,7 @@ use super::deliver::Deliver;
 use super::flows::{Flow, Place};
 use super::outcome::Outcome;
 use super::pace::Take;
-use super::send::{NO_TURN, Outgoing, Sent};
+use super::send::{Outgoing, Sent};
 use super::store::{Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Rest, Stage, Standing};
 use super::vapid::SiteKeys;
 use crate::sites::SiteId;
@@ -341,7 +341,7 @@ impl<'a> Round<'a> {
             let outcome = match self.decide(&sent, usual, left) {
                 Next::Decided(outcome) => outcome,
                 Next::Later(wait, attempt) => {
-                    let slow = (sent.report.detail == NO_TURN).then(|| sent.host().to_owned());
+                    let slow = sent.is_slow.then(|| sent.host().to_owned());
                     later.entry((wait.as_secs().max(1), attempt, slow)).or_default().push(sent.id);
                     continue;
                 }

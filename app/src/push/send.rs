@@ -41,6 +41,8 @@ pub(super) struct Sent {
     pub(super) report: Report,
     /// When that is not for the report to say.
     pub(super) outcome: Option<Outcome>,
+    /// Whether it has waited for a turn for too long: its push service bears no more at once.
+    pub(super) is_slow: bool,
 }
 
 impl Sent {
@@ -52,7 +54,7 @@ impl Sent {
     /// Somebody else has deleted the subscription.
     pub(super) fn deleted(id: i64) -> Self {
         let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
-        Self { id, endpoint: String::new(), strikes: 0, report, outcome: None }
+        Self { id, endpoint: String::new(), strikes: 0, report, outcome: None, is_slow: false }
     }
 }
 
@@ -99,10 +101,10 @@ impl Outgoing {
     pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Option<Sent> {
         let began = Instant::now();
         let Member { id, strikes, .. } = member;
-        let (report, outcome, endpoint) = self.attempt(tools, sender, member).await?;
+        let Attempt { report, outcome, endpoint, is_slow } = self.attempt(tools, sender, member).await?;
         tools.meters.sent(report.verdict, began.elapsed());
         if report.verdict == Verdict::Delivered {
-            return Some(Sent { id, endpoint: String::new(), strikes, report, outcome });
+            return Some(Sent { id, endpoint: String::new(), strikes, report, outcome, is_slow });
         }
         let endpoint = endpoint.map(|endpoint| endpoint.url()).unwrap_or_default();
         debug!(
@@ -112,34 +114,26 @@ impl Outgoing {
             detail = report.detail,
             "not delivered"
         );
-        Some(Sent { id, endpoint, strikes, report, outcome })
+        Some(Sent { id, endpoint, strikes, report, outcome, is_slow })
     }
 
-    async fn attempt(
-        &self,
-        tools: &Tools,
-        sender: &Sender,
-        member: Member,
-    ) -> Option<(Report, Option<Outcome>, Option<Endpoint>)> {
+    async fn attempt(&self, tools: &Tools, sender: &Sender, member: Member) -> Option<Attempt> {
         if self.stopped.is_cancelled() {
             return None;
         }
-        let not_sent = |verdict, detail: String| Report { verdict, status: None, detail };
         // Checked when it was stored; the policy may have changed since.
         let endpoint = match sender.endpoint(member.endpoint) {
             Ok(endpoint) => endpoint,
-            Err(error) => return Some((not_sent(Verdict::Forbidden, error.to_string()), None, None)),
+            Err(error) => return Some(Attempt::not_sent(Verdict::Forbidden, &error, None)),
         };
         let keys = match Keys::from_store(&member.p256dh, &member.auth) {
             Ok(keys) => keys,
-            Err(error) => {
-                return Some((not_sent(Verdict::Forbidden, error.to_string()), None, Some(endpoint)));
-            }
+            Err(error) => return Some(Attempt::not_sent(Verdict::Forbidden, &error, Some(endpoint))),
         };
         let Some(vapid) = self.keys.of(member.vapid_key) else {
             // It may come with the next start: of another replica that has it, or of this one with a copy restored.
-            let detail = "made with a VAPID key that is not there".to_owned();
-            return Some((not_sent(Verdict::Held(NO_KEY), detail), None, Some(endpoint)));
+            let detail = "made with a VAPID key that is not there";
+            return Some(Attempt::not_sent(Verdict::Held(NO_KEY), &detail, Some(endpoint)));
         };
         let rendered;
         let message = match &self.template {
@@ -150,14 +144,12 @@ impl Outgoing {
                         rendered = self.message.with_payload(payload);
                         &rendered
                     }
-                    Err(error) => {
-                        return Some((not_sent(Verdict::TooLarge, error.to_string()), None, Some(endpoint)));
-                    }
+                    Err(error) => return Some(Attempt::not_sent(Verdict::TooLarge, &error, Some(endpoint))),
                 },
                 Err(missing) => {
                     let detail = format!("its metadata has no {missing}");
-                    let outcome = Some(Outcome::Incomplete);
-                    return Some((not_sent(Verdict::Rejected, detail), outcome, Some(endpoint)));
+                    let attempt = Attempt::not_sent(Verdict::Rejected, &detail, Some(endpoint));
+                    return Some(Attempt { outcome: Some(Outcome::Incomplete), ..attempt });
                 }
             },
         };
@@ -166,8 +158,8 @@ impl Outgoing {
             let waited = self.stopped.run_until_cancelled(waited).await?;
             // Others need the place.
             if waited.is_err() {
-                let detail = "it waits for push.origin_rate".to_owned();
-                return Some((not_sent(Verdict::Held(ORIGIN_WAIT), detail), None, Some(endpoint)));
+                let detail = "it waits for push.origin_rate";
+                return Some(Attempt::not_sent(Verdict::Held(ORIGIN_WAIT), &detail, Some(endpoint)));
             }
         }
         let given_up = async {
@@ -176,17 +168,32 @@ impl Outgoing {
                 None => self.stopped.cancelled().await,
             }
         };
-        let report = match sender.send_unless(&endpoint, &keys, message, vapid, given_up).await {
-            Some(report) => report,
-            None if self.stopped.is_cancelled() => return None,
-            None => not_sent(Verdict::Held(TURN_WAIT), NO_TURN.to_owned()),
-        };
-        Some((report, None, Some(endpoint)))
+        match sender.send_unless(&endpoint, &keys, message, vapid, given_up).await {
+            Some(report) => Some(Attempt { report, outcome: None, endpoint: Some(endpoint), is_slow: false }),
+            None if self.stopped.is_cancelled() => None,
+            None => {
+                let detail = "its push service bears no more at once";
+                let attempt = Attempt::not_sent(Verdict::Held(TURN_WAIT), &detail, Some(endpoint));
+                Some(Attempt { is_slow: true, ..attempt })
+            }
+        }
     }
 }
 
-/// The detail of a report of one that waited for its turn for too long.
-pub(super) const NO_TURN: &str = "its push service bears no more at once";
+/// What came of one attempt, as [`Sent`] has it.
+struct Attempt {
+    report: Report,
+    outcome: Option<Outcome>,
+    endpoint: Option<Endpoint>,
+    is_slow: bool,
+}
+
+impl Attempt {
+    fn not_sent(verdict: Verdict, why: &dyn ToString, endpoint: Option<Endpoint>) -> Self {
+        let report = Report { verdict, status: None, detail: why.to_string() };
+        Self { report, outcome: None, endpoint, is_slow: false }
+    }
+}
 
 /// The scheme and the host of an endpoint.
 fn origin(member: &Member) -> &str {

@@ -73,11 +73,10 @@ impl Exchange {
         for (origin, wait, cause) in held {
             let until = now + wait;
             let is_refusal = cause == Cause::Unauthorized;
-            let known = if is_refusal { &mut self.refusing } else { &mut self.known };
+            let known = if is_refusal { &self.refusing } else { &self.known };
             if known.get(&origin).is_some_and(|known| *known + SAME > until) {
                 continue;
             }
-            known.insert(origin.clone(), until);
             let (seconds, why) = (wait.as_secs(), cause.as_str());
             if is_refusal {
                 error!(
@@ -85,13 +84,11 @@ impl Exchange {
                     seconds,
                     "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there"
                 );
+                self.refusing.insert(origin, until);
             } else {
                 warn!(origin, seconds, cause = why, "nothing is sent to a push service");
-            }
-            if !is_refusal && let Err(error) = tools.store.hold_service(&origin, wait, why).await {
-                // It is told with the next exchange.
-                self.known.remove(&origin);
-                return Err(error.into());
+                tools.store.hold_service(&origin, wait, why).await?;
+                self.known.insert(origin, until);
             }
         }
         self.refusing.retain(|_, until| *until > now);

@@ -588,9 +588,7 @@ async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferre
                VALUES (?, ?, 0, 0, ?, ?, ?, 0)";
     let parameters = values![deferred.job.id, notification, ids, deferred.ids.len(), deferred.attempt];
     tx.execute(sql, &parameters).await?;
-    let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
-    tx.execute(sql, &values![notification]).await?;
-    jobs.insert(tx, std::slice::from_ref(&deferred.job)).await
+    one_more(tx, jobs, notification, &deferred.job).await
 }
 
 /// Makes a batch of what is left of the range of the batch `of`.
@@ -598,9 +596,14 @@ async fn insert_rest<T: Tx>(tx: &T, jobs: &Jobs, of: Uuid, notification: Uuid, r
     let sql = "INSERT INTO batches (id, notification, after_id, upto_id, low_id)
                SELECT ?1, notification, ?3, upto_id, ?3 FROM batches WHERE id = ?2";
     tx.execute(sql, &values![rest.job.id, of, rest.after]).await?;
+    one_more(tx, jobs, notification, &rest.job).await
+}
+
+/// Counts one more batch of a notification, and enqueues its job.
+async fn one_more<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, job: &NewJob) -> Result<()> {
     let sql = "UPDATE notifications SET outstanding = outstanding + 1 WHERE id = ?";
     tx.execute(sql, &values![notification]).await?;
-    jobs.insert(tx, std::slice::from_ref(&rest.job)).await
+    jobs.insert(tx, std::slice::from_ref(job)).await
 }
 
 /// A notification whose last batch has finished has ended: its own recipients are not needed any more, and whoever

@@ -2,7 +2,7 @@
 //!
 //! They are no queue's, and their keys have no hash tag: a job that moves to another queue has the same schedule.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
 use perennial_server::pool::redis::client::cmd;
@@ -107,7 +107,7 @@ impl Schedules for RedisQueue {
                 places.entry(place).or_default().push(*id);
             }
         }
-        let mut unfinished = Vec::new();
+        let mut unfinished = BTreeSet::new();
         for (place, ids) in places {
             for some in ids.chunks(AT_ONCE) {
                 let found = self.find(&place, some).await?;
@@ -115,8 +115,8 @@ impl Schedules for RedisQueue {
                 unfinished.extend(waiting.map(|(id, _)| *id));
             }
         }
-        unfinished.sort_unstable();
-        Ok(unfinished)
+        // The oldest first.
+        Ok(ids.into_iter().filter(|id| unfinished.contains(id)).collect())
     }
 
     async fn runs(&self, schedule: &str, limit: usize) -> Result<Vec<Run>> {
