@@ -6,22 +6,37 @@ importScripts("/push.js");
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 
-/** What to show: our own notifications are JSON with a title, anything else is shown as it came. */
+/** What to show: our own notifications are JSON with a title, declarative ones have it inside; anything else is shown as it came. */
 function read(data) {
   const text = data?.text() ?? "";
   try {
-    const notification = JSON.parse(text);
-    if (typeof notification?.title === "string") return notification;
+    const message = JSON.parse(text);
+    // Browsers that know Declarative Web Push show it themselves; the others hand it over (Push API, section 3.3).
+    if (message?.web_push === 8030 && typeof message.notification?.title === "string") {
+      const { navigate, ...notification } = message.notification;
+      return { url: navigate, ...notification, app_badge: message.app_badge };
+    }
+    if (typeof message?.title === "string") return message;
   } catch {
     // Then it is text.
   }
   return { title: "Notification", body: text };
 }
 
+/** The caller's data, and beside it what a click opens: the notification, or one of its actions. */
+function dataOf({ data, url, actions }) {
+  const own = data !== null && typeof data === "object" && !Array.isArray(data) ? data : { value: data };
+  const urls = (actions ?? []).filter(({ navigate, url: of }) => navigate ?? of);
+  const actionUrls = Object.fromEntries(urls.map(({ action, navigate, url: of }) => [action, navigate ?? of]));
+  return { ...own, ...(url === undefined ? {} : { url }), ...(urls.length ? { actionUrls } : {}) };
+}
+
 self.addEventListener("push", (event) => {
-  const { title, url, ...options } = read(event.data);
+  const { title, url, app_badge: badge, ...options } = read(event.data);
   const tell = async () => {
-    await self.registration.showNotification(title, { icon: "/icon.svg", ...options, data: { url } });
+    const data = dataOf({ ...options, url });
+    await self.registration.showNotification(title, { icon: "/icon.svg", ...options, data });
+    if (Number.isInteger(badge)) await navigator.setAppBadge?.(badge).catch(() => {});
     for (const page of await self.clients.matchAll({ includeUncontrolled: true })) {
       page.postMessage({ title, body: options.body });
     }
@@ -31,7 +46,8 @@ self.addEventListener("push", (event) => {
 
 self.addEventListener("notificationclick", (event) => {
   event.notification.close();
-  const url = event.notification.data?.url;
+  const data = event.notification.data;
+  const url = data?.actionUrls?.[event.action] ?? data?.url;
   if (!url) return;
   const open = async () => {
     const { href: target, protocol } = new URL(url, self.location.origin);

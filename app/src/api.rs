@@ -15,8 +15,8 @@ use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
 use perennial_server::pool::{sql, sqlite, with_causes};
 use perennial_workers::queue;
-use serde::Serialize;
 use serde::de::DeserializeOwned;
+use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::error::Category;
 use tracing::error;
 
@@ -193,6 +193,16 @@ where
     }
 }
 
+/// Reads a field for which null is not the same as being missing: with `#[serde(default)]`.
+///
+/// # Errors
+/// When the value is neither null nor a `T`.
+pub fn given<'de, T: Deserialize<'de>, D: Deserializer<'de>>(
+    from: D,
+) -> std::result::Result<Option<Option<T>>, D::Error> {
+    Option::<T>::deserialize(from).map(Some)
+}
+
 async fn read(body: Body) -> std::result::Result<bytes::Bytes, Problem> {
     match body.collect().await {
         Ok(body) => Ok(body.to_bytes()),
@@ -239,8 +249,6 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Problem> {
 
 #[cfg(test)]
 mod tests {
-    use serde::Deserialize;
-
     use super::*;
 
     #[derive(Debug, Deserialize)]

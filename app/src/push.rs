@@ -17,6 +17,7 @@ mod config;
 mod deliver;
 mod fanout;
 mod flows;
+mod guests;
 pub(crate) mod import;
 mod lifecycle;
 mod limits;
@@ -27,6 +28,7 @@ mod pace;
 mod page;
 mod profile;
 mod progress;
+mod refusals;
 mod retention;
 mod round;
 mod schedule;
@@ -37,6 +39,7 @@ mod store;
 mod subscriptions;
 mod tags;
 mod template;
+mod user_token;
 mod users;
 mod vapid;
 mod webhook;
@@ -71,6 +74,7 @@ use crate::sites::{self, SiteId, Sites};
 use audience::Audience;
 use config::Config;
 use flows::Flows;
+use guests::Guests;
 use import::Transfer;
 use limits::Limits;
 use profile::Profile;
@@ -121,6 +125,7 @@ pub struct Push {
     contact: Result<Contact, String>,
     sender: perennial_webpush::Config,
     limits: limits::Config,
+    guests: guests::Config,
     profiles: Vec<Profile>,
 }
 
@@ -138,7 +143,9 @@ pub(crate) struct Application {
     transfer: Arc<Transfer>,
     webhooks: Webhooks,
     limits: Limits,
+    guests: Guests,
     progress: Progress,
+    at_risk: services::AtRisk,
     meters: metrics::Meters,
     in_flight: notify::InFlight,
 }
@@ -201,9 +208,10 @@ impl Module for Push {
         let contact = config::contact(settings);
         Self {
             config: config::config(settings),
-            sender: perennial_webpush::Config { contact: contact.clone().ok(), ..config::sender(settings) },
+            sender: config::sender(settings),
+            profiles: profile::read_with(settings, contact.as_ref().ok()),
             contact,
-            profiles: profile::read(settings),
+            guests: config::guests(settings),
             limits: limits::Config {
                 address_burst: settings.number("push.address_burst", 1..=1_000_000),
                 address_per_minute: settings.number("push.address_per_minute", 1..=100_000_000),
@@ -240,7 +248,9 @@ impl Module for Push {
             transfer: Arc::new(transfer),
             webhooks,
             limits: Limits::new(self.limits),
+            guests: Guests::new(self.guests),
             progress: Progress::default(),
+            at_risk: services::AtRisk::default(),
             meters: metrics::Meters::new(),
             in_flight: notify::InFlight::default(),
         });
@@ -409,7 +419,9 @@ async fn vapid_alone(
     sites: &Sites,
     jobs: Jobs,
 ) -> anyhow::Result<VapidKeys> {
-    let profiles = profile::by_site(profile::read(&mut Reader::new(settings)), sites);
+    let reader = &mut Reader::new(settings);
+    let contact = config::contact(reader).ok();
+    let profiles = profile::by_site(profile::read_with(reader, contact.as_ref()), sites);
     let caches = boot::caches(jobs.store(), config);
     VapidKeys::open(data_dir, sql, &Store::new(sql.clone(), jobs), &Arc::new(profiles), &caches).await
 }

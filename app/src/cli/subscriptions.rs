@@ -78,6 +78,7 @@ async fn import(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
     let mut input = BufReader::with_capacity(1 << 20, input);
     let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
     let (mut created, mut updated, mut refused, mut line, mut shown) = (0, 0, 0, 0, 0);
+    let mut is_key_told = false;
     loop {
         let chunk = next_chunk(&mut input)?;
         if chunk.is_empty() {
@@ -90,6 +91,9 @@ async fn import(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
         created += count("created");
         updated += count("updated");
         refused += count("refused");
+        if count("without_key") > 0 && !std::mem::replace(&mut is_key_told, true) {
+            bar.suspend(|| tell_key(&answer));
+        }
         for reason in answer["reasons"].as_array().into_iter().flatten().take(SHOWN - shown) {
             let number = line + reason[0].as_u64().unwrap_or_default();
             bar.suspend(|| eprintln!("line {number}: {}", reason[1].as_str().unwrap_or_default()));
@@ -105,6 +109,17 @@ async fn import(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
         bail!("{refused} lines were refused");
     }
     Ok(())
+}
+
+/// Says which key lines are taken to have been made with that do not name one.
+fn tell_key(answer: &serde_json::Value) {
+    let key = answer["bound_to"].as_str().unwrap_or_default();
+    eprintln!("lines without a key are bound to this one: {key}");
+    if answer["is_proven"] != true {
+        eprintln!(
+            "warning: no push service is known to have accepted anything signed with it. Subscriptions that were made with another key are refused: give that as \"key\" in each line (perennial keys show says where keys are)"
+        );
+    }
 }
 
 /// Whole lines, about [`CHUNK`] bytes of them; empty at the end.

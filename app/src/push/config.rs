@@ -1,10 +1,11 @@
 //! The settings of web push, from `config/push.toml` to types.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use perennial_webpush::{Contact, ContactError, HostPattern, Pin, Policy, Proxy, SenderKey};
 use secrecy::ExposeSecret;
 
+use super::guests;
 use crate::config::processors;
 use crate::settings::{Network, Reader, Size};
 
@@ -38,6 +39,10 @@ pub(super) struct Config {
     pub(super) last_sends: Duration,
     pub(super) checkpoint_every: Duration,
     pub(super) checkpoint_sends: usize,
+    /// How many subscriptions pages may store of one user.
+    pub(super) subscriptions_per_user: usize,
+    /// Until when user tokens without site and expiry are taken.
+    pub(super) old_user_tokens_until: Option<SystemTime>,
 }
 
 impl Config {
@@ -69,6 +74,32 @@ pub(super) fn config(settings: &mut Reader<'_>) -> Config {
         last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
         checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
+        subscriptions_per_user: settings.number("push.subscriptions_per_user", 1..=1_000_000),
+        old_user_tokens_until: settings.read_with(
+            "push.old_user_tokens_until",
+            "a date such as 2027-06-01, or nothing",
+            date,
+        ),
+    }
+}
+
+/// The beginning of a day in UTC; none when there is no date.
+fn date(value: &toml::Value) -> Option<Option<SystemTime>> {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    if text.is_empty() {
+        return Some(None);
+    }
+    let date: jiff::civil::Date = text.parse().ok()?;
+    Some(Some(date.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().into()))
+}
+
+/// How many subscriptions of strangers are kept.
+pub(super) fn guests(settings: &mut Reader<'_>) -> guests::Config {
+    let per_site: u64 = settings.number("push.guests_per_site", 0..=1_000_000_000);
+    let per_address: usize = settings.number("push.guests_per_address", 0..=1_000_000_000);
+    guests::Config {
+        per_site: (per_site > 0).then_some(per_site),
+        per_address: (per_address > 0).then_some(per_address),
     }
 }
 
@@ -123,7 +154,7 @@ fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
     if rotates { SenderKey::Rotating { life, cache: cache as u64 } } else { SenderKey::Fresh }
 }
 
-/// How to send, without a contact.
+/// How to send.
 pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
     perennial_webpush::Config {
         policy: Policy {
@@ -135,7 +166,6 @@ pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
                 .collect(),
             insecure: settings.get("push.allow_insecure"),
         },
-        contact: None,
         http: settings
             .read_with("push.http", "auto, 1 or 2", |value| value.to_string().trim_matches('"').parse().ok()),
         extra_ca_file: settings.file("push.extra_ca_file"),

@@ -17,7 +17,7 @@ use futures_util::stream;
 use http::StatusCode;
 use http_body_util::{BodyExt, Limited};
 use perennial_server::http::problem::Problem;
-use perennial_webpush::{Endpoint, Keys, Sender};
+use perennial_webpush::{Endpoint, Keys, Sender, TargetError};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
@@ -47,8 +47,8 @@ struct Line {
     /// The applicationServerKey that it was made with, if it is not the one in use
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    user: Option<String>,
+    #[serde(default, deserialize_with = "crate::api::given", skip_serializing_if = "Option::is_none")]
+    user: Option<Option<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     tags: Option<Vec<String>>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -63,6 +63,11 @@ pub(crate) struct Imported {
     pub(crate) refused: u64,
     /// The first of those that were refused: the number of the line within the chunk, from 1, and why.
     pub(crate) reasons: Vec<(usize, String)>,
+    /// How many came without a `key`: they are taken to have been made with this one.
+    pub(crate) without_key: u64,
+    pub(crate) bound_to: String,
+    /// Whether push services have accepted anything that was signed with it.
+    pub(crate) is_proven: bool,
 }
 
 impl Imported {
@@ -95,14 +100,22 @@ impl Transfer {
         let keys = self.vapid.of(site).await?;
         // A name that was not found before may be there now.
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, refused| refused.is_none());
-        let mut imported = Imported::default();
+        let current = &keys.current;
+        let mut imported = Imported {
+            bound_to: current.public_key(),
+            is_proven: self.store.was_accepted(current.signer().0).await?,
+            ..Imported::default()
+        };
         let mut read = Vec::new();
         for (number, line) in (1..).zip(chunk.split(|byte| *byte == b'\n')) {
             if line.trim_ascii().is_empty() {
                 continue;
             }
             match self.read(site, &keys, line) {
-                Ok((endpoint, new)) => read.push((number, endpoint, new)),
+                Ok((endpoint, new, has_key)) => {
+                    imported.without_key += u64::from(!has_key);
+                    read.push((number, endpoint, new));
+                }
                 Err(why) => imported.refuse(number, why),
             }
         }
@@ -131,9 +144,12 @@ impl Transfer {
         site: SiteId,
         keys_of_site: &SiteKeys,
         line: &[u8],
-    ) -> std::result::Result<(Endpoint, NewSubscription), String> {
+    ) -> std::result::Result<(Endpoint, NewSubscription, bool), String> {
         let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
-        let expires_at = line.subscription.expires_at();
+        let expires_at = line
+            .subscription
+            .expires_at()
+            .map_err(|wanted| format!("subscription.expirationTime: {wanted}"))?;
         let PushSubscription { endpoint: url, keys, .. } = line.subscription;
         let endpoint =
             self.sender.policy().check(&url).map_err(|error| format!("subscription.endpoint: {error}"))?;
@@ -143,7 +159,7 @@ impl Transfer {
             None => keys_of_site.current_id,
             Some(key) => keys_of_site.id_of(key).ok_or("key: no VAPID key that is there")?,
         };
-        if line.user.as_ref().is_some_and(|user| !is_user(user)) {
+        if line.user.iter().flatten().any(|user| !is_user(user)) {
             return Err("user: no user id".to_owned());
         }
         if line.tags.as_ref().is_some_and(|tags| tags.len() > MAX_TAGS) {
@@ -163,13 +179,16 @@ impl Transfer {
             keys,
             user: line.user,
             tags: line.tags,
-            own_tags: None,
+            only_public: false,
+            public_tags: self.vapid.public_tags(site),
             metadata,
             expires_at,
             replaces: None,
             proof: Proof::Key,
+            guest: None,
+            most_of_user: None,
         };
-        Ok((endpoint, new))
+        Ok((endpoint, new, line.key.is_some()))
     }
 
     /// The next subscriptions after `cursor`, as lines, and the cursor of the next page if there may be one.
@@ -206,8 +225,12 @@ impl Transfer {
             }
         }
         let looked_up = stream::iter(new.into_iter().map(async |(host, endpoint)| {
-            let checked = self.sender.check_addresses(&endpoint).await;
-            (host, checked.err().map(|error| error.to_string()))
+            // Whoever imports answers for it: every send looks again.
+            let refused = match self.sender.check_addresses(&endpoint).await {
+                Ok(()) | Err(TargetError::NotLookedUp(_)) => None,
+                Err(error) => Some(error.to_string()),
+            };
+            (host, refused)
         }));
         let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).collect().await;
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner).extend(found);

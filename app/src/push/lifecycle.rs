@@ -72,18 +72,9 @@ pub(super) async fn cancel(
 #[serde(deny_unknown_fields)]
 pub(super) struct RateRequest {
     /// Sends per second; null for as fast as push services take them
-    #[serde(default, with = "serde_nullable")]
+    #[serde(default, deserialize_with = "crate::api::given")]
     #[schema(value_type = Option<f64>)]
     rate: Option<Option<f64>>,
-}
-
-/// A field that is missing is not the same as one that is null.
-mod serde_nullable {
-    use serde::{Deserialize, Deserializer};
-
-    pub(super) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<Option<Option<f64>>, D::Error> {
-        Option::<f64>::deserialize(from).map(Some)
-    }
 }
 
 /// Changes the rate of a notification

@@ -24,7 +24,19 @@ pub(crate) const LIMITED: &str = "perennial_push_limited_total";
 /// Gauge: push services that nothing is sent to now, since they asked us to wait, are away, or refuse our key.
 pub(crate) const HELD: &str = "perennial_push_services_held";
 
+/// Gauge: subscriptions that are refused, and given up if that goes on; counted to 10,000.
+pub(crate) const AT_RISK: &str = "perennial_push_subscriptions_at_risk";
+
+/// Gauge by `site`: subscriptions that strangers made, and that nothing was delivered to.
+pub(crate) const GUESTS: &str = "perennial_push_guests";
+/// Counter: subscriptions of those that were deleted to make room for others.
+pub(crate) const EVICTED: &str = "perennial_push_guests_evicted_total";
+
 pub(crate) fn describe() {
+    describe_gauge!(GUESTS, Unit::Count, "subscriptions of strangers that nothing was delivered to, by site");
+    describe_counter!(EVICTED, Unit::Count, "subscriptions of strangers that made room for others");
+    counter!(EVICTED).increment(0);
+    describe_gauge!(AT_RISK, Unit::Count, "subscriptions that are refused, and given up if that goes on");
     describe_gauge!(HELD, Unit::Count, "push services that nothing is sent to now");
     describe_counter!(SENDS, Unit::Count, "attempts to send, by verdict");
     describe_counter!(OUTCOMES, Unit::Count, "what finally became of notifications for their subscriptions");
@@ -39,6 +51,7 @@ pub(crate) struct Meters {
     sends: [Counter; VERDICTS.len()],
     duration: Histogram,
     held: Gauge,
+    at_risk: Gauge,
 }
 
 const VERDICTS: [&str; 10] = [
@@ -57,7 +70,7 @@ const VERDICTS: [&str; 10] = [
 impl Meters {
     pub(crate) fn new() -> Self {
         let sends = VERDICTS.map(|verdict| counter!(SENDS, "verdict" => verdict));
-        Self { sends, duration: histogram!(SEND_DURATION), held: gauge!(HELD) }
+        Self { sends, duration: histogram!(SEND_DURATION), held: gauge!(HELD), at_risk: gauge!(AT_RISK) }
     }
 
     /// One attempt.
@@ -92,10 +105,28 @@ impl Meters {
     }
 }
 
+impl Meters {
+    /// How many subscriptions are at risk.
+    #[expect(clippy::cast_precision_loss, reason = "some thousands")]
+    pub(crate) fn at_risk(&self, count: u64) {
+        self.at_risk.set(count as f64);
+    }
+}
+
 pub(crate) fn accepted() {
     counter!(NOTIFICATIONS).increment(1);
 }
 
 pub(crate) fn limited(what: &'static str) {
     counter!(LIMITED, "what" => what).increment(1);
+}
+
+/// How many subscriptions of strangers a site has.
+#[expect(clippy::cast_precision_loss, reason = "some millions")]
+pub(crate) fn guests(site: &str, count: u64) {
+    gauge!(GUESTS, "site" => site.to_owned()).set(count as f64);
+}
+
+pub(crate) fn evicted(count: u64) {
+    counter!(EVICTED).increment(count);
 }

@@ -1,6 +1,7 @@
 //! `POST /notify`: checked, stored together with the job that begins it, and only then accepted.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
-use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::problem::{Errors, FieldError, Problem};
 use perennial_server::http::scope::Scope;
 use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
 use perennial_workers::NewJob;
@@ -28,7 +29,7 @@ use super::fanout::FanOut;
 use super::store::{Accepted, Idempotency, NewNotification, Plan, Recipient, Stage};
 use super::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is_user};
 use super::tags::Expression;
-use super::template::Template;
+use super::template::{Parsed, Template};
 use super::{BULK_QUEUE, PACED_QUEUE, SMALL_QUEUE, Tools, metrics};
 use crate::access::{Authorized, Notify};
 use crate::api::{Json, Result, trace};
@@ -43,8 +44,6 @@ const MAX_IDS: usize = 10_000;
 const MAX_INLINE: usize = 1000;
 /// How many hosts of them are looked up at once.
 const LOOKUPS: usize = 32;
-/// How many errors of one request are listed.
-const MAX_ERRORS: usize = 20;
 /// Payloads above this many bytes are too long for some services on the way, as bridges to mobile phones.
 const SAFE_PAYLOAD: usize = 2700;
 /// The longest ramp.
@@ -90,6 +89,9 @@ pub(super) struct NotifyRequest {
     declarative: Option<bool>,
     /// The version of HTTP to send with: auto, 1 or 2
     http: Option<String>,
+    /// Whether `{{name}}` in the text stands for what each subscription has in its metadata: true, unless this is false. A
+    /// backslash before it makes a single one plain text
+    template: Option<bool>,
     /// Only says whom it would be for
     dry_run: Option<bool>,
 }
@@ -130,6 +132,10 @@ pub(super) struct Notified {
 pub(super) struct DryRun {
     dry_run: bool,
     audience: u64,
+    /// How many of them would get nothing, since a value that the text needs is missing in their metadata; only for a text
+    /// that has such places
+    #[serde(skip_serializing_if = "Option::is_none")]
+    incomplete: Option<u64>,
     warnings: Vec<String>,
 }
 
@@ -166,7 +172,7 @@ pub(super) async fn notify(
     }
     let id = Uuid::now_v7();
     let dry_run = request.dry_run.unwrap_or_default();
-    let Checked { audience, recipients, payload, ttl, urgency, topic, plan, is_template, warnings } =
+    let Checked { audience, recipients, payload, ttl, urgency, topic, plan, is_template, needed, warnings } =
         check(&tools, caller.site, id, request).await?;
 
     let (estimate, watermark) = if audience == Audience::Inline {
@@ -175,7 +181,12 @@ pub(super) async fn notify(
         tools.estimate(caller.site, &audience).await?
     };
     if dry_run {
-        return Ok(axum::Json(DryRun { dry_run, audience: estimate, warnings }).into_response());
+        let incomplete = match needed.is_empty() {
+            true => None,
+            false if audience == Audience::Inline => Some(estimate),
+            false => Some(tools.store.count_incomplete(caller.site.0, &audience, watermark, &needed).await?),
+        };
+        return Ok(axum::Json(DryRun { dry_run, audience: estimate, incomplete, warnings }).into_response());
     }
     let is_small = tools.config.is_small(estimate);
     let direct = audience == Audience::Inline || is_small;
@@ -287,6 +298,8 @@ struct Checked {
     topic: Option<String>,
     plan: Plan,
     is_template: bool,
+    /// The names of values without which a subscription gets nothing.
+    needed: Vec<String>,
     warnings: Vec<String>,
 }
 
@@ -296,19 +309,12 @@ async fn check(
     id: Uuid,
     request: NotifyRequest,
 ) -> std::result::Result<Checked, Problem> {
-    let mut errors = Vec::new();
+    let mut errors = Errors::default();
     let plan = plan(tools, site, &request, &mut errors);
     let (audience, recipients) = audience(tools, request.to, &mut errors).await;
     let payload = payload(id, request.notification, request.payload, plan.is_declarative, &mut errors);
-    let is_template = Template::parse(&payload).is_some();
-    let warnings = if payload.len() > SAFE_PAYLOAD {
-        vec![format!(
-            "the payload has {} bytes: some services on the way take no more than {SAFE_PAYLOAD}",
-            payload.len()
-        )]
-    } else {
-        Vec::new()
-    };
+    let Text { payload, is_template, needed } = text(payload, request.template.unwrap_or(true));
+    let warnings = warnings(&payload, &needed);
     let ttl = match request.ttl {
         None => tools.config.ttl,
         Some(seconds) => {
@@ -329,8 +335,7 @@ async fn check(
         errors.push(FieldError::new("topic", error.to_string()));
     }
     if !errors.is_empty() {
-        errors.truncate(MAX_ERRORS);
-        return Err(Problem::invalid(errors));
+        return Err(errors.into());
     }
     Ok(Checked {
         audience,
@@ -341,12 +346,49 @@ async fn check(
         topic: request.topic,
         plan,
         is_template,
+        needed,
         warnings,
     })
 }
 
+/// A payload as it is stored.
+struct Text {
+    payload: Vec<u8>,
+    is_template: bool,
+    needed: Vec<String>,
+}
+
+fn text(payload: Vec<u8>, may_be_template: bool) -> Text {
+    let plain = |payload| Text { payload, is_template: false, needed: Vec::new() };
+    if !may_be_template {
+        return plain(payload);
+    }
+    match Template::read(&payload) {
+        Parsed::Plain(payload) => plain(payload),
+        Parsed::Template(template) => {
+            let needed = template.needed().into_iter().map(str::to_owned).collect();
+            Text { payload, is_template: true, needed }
+        }
+    }
+}
+
+/// What may be a mistake.
+fn warnings(payload: &[u8], needed: &[String]) -> Vec<String> {
+    let long = (payload.len() > SAFE_PAYLOAD).then(|| {
+        let bytes = payload.len();
+        format!("the payload has {bytes} bytes: some services on the way take no more than {SAFE_PAYLOAD}")
+    });
+    let places = (!needed.is_empty()).then(|| {
+        let names = needed.join(", ");
+        format!(
+            "subscriptions without these values in their metadata get nothing: {names}; {{{{name|default}}}} gives one a default, and \"template\": false sends the text as it is"
+        )
+    });
+    long.into_iter().chain(places).collect()
+}
+
 /// How and when to send, and whom to tell.
-fn plan(tools: &Tools, site: SiteId, request: &NotifyRequest, errors: &mut Vec<FieldError>) -> Plan {
+fn plan(tools: &Tools, site: SiteId, request: &NotifyRequest, errors: &mut Errors) -> Plan {
     let mut plan = Plan::default();
     let mut wanted = |field: &str, wanted: &str| errors.push(FieldError::new(field, wanted));
     if let Some(rate) = request.rate {
@@ -410,7 +452,7 @@ pub(super) fn rate_milli(rate: f64) -> Option<i64> {
     (0.001..=1e6).contains(&rate).then(|| (rate * 1e3).round() as i64)
 }
 
-async fn audience(tools: &Tools, to: To, errors: &mut Vec<FieldError>) -> (Audience, Vec<Recipient>) {
+async fn audience(tools: &Tools, to: To, errors: &mut Errors) -> (Audience, Vec<Recipient>) {
     let mut wanted = |field: String, wanted: String| errors.push(FieldError::new(field, wanted));
     let audience = match to {
         To::All(all) => {
@@ -428,9 +470,10 @@ async fn audience(tools: &Tools, to: To, errors: &mut Vec<FieldError>) -> (Audie
         To::Users(users) => {
             if users.is_empty() || users.len() > MAX_USERS {
                 wanted("to.users".to_owned(), format!("1 to {MAX_USERS} user ids"));
-            }
-            for (index, _) in users.iter().enumerate().filter(|(_, user)| !is_user(user)) {
-                wanted(format!("to.users[{index}]"), USER_WANTED.to_owned());
+            } else {
+                for (index, _) in users.iter().enumerate().filter(|(_, user)| !is_user(user)) {
+                    wanted(format!("to.users[{index}]"), USER_WANTED.to_owned());
+                }
             }
             Audience::Users(users)
         }
@@ -461,14 +504,26 @@ async fn audience(tools: &Tools, to: To, errors: &mut Vec<FieldError>) -> (Audie
 async fn inline(
     tools: &Tools,
     subscriptions: &[PushSubscription],
-    errors: &mut Vec<FieldError>,
+    errors: &mut Errors,
 ) -> Vec<Recipient> {
     let mut hosts = BTreeMap::new();
-    let mut recipients = Vec::new();
+    let mut recipients = Vec::<Recipient>::new();
+    let mut places = HashMap::new();
     for (index, subscription) in subscriptions.iter().enumerate() {
+        if errors.is_full() {
+            break;
+        }
         let field = format!("to.push[{index}]");
         if let Some((endpoint, keys)) = check_subscription(tools, &field, subscription, errors) {
-            recipients.push(Recipient { endpoint: endpoint.url(), keys });
+            let recipient = Recipient { endpoint: endpoint.url(), keys };
+            // Of two with one endpoint the later has the newer keys, and it is one browser.
+            match places.entry(recipient.endpoint.clone()) {
+                Entry::Occupied(place) => recipients[*place.get()] = recipient,
+                Entry::Vacant(place) => {
+                    place.insert(recipients.len());
+                    recipients.push(recipient);
+                }
+            }
             hosts.entry(endpoint.host().to_owned()).or_insert((field, endpoint));
         }
     }
@@ -477,21 +532,45 @@ async fn inline(
         checked.err().map(|error| FieldError::new(format!("{field}.endpoint"), error.to_string()))
     }));
     let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).filter_map(std::future::ready).collect().await;
-    errors.extend(found);
+    found.into_iter().for_each(|error| errors.push(error));
     recipients
 }
 
 /// A notification as browsers read it that show it without a service worker (Push API, section 3.3).
-fn declared(mut notification: Map<String, Value>, errors: &mut Vec<FieldError>) -> Value {
+fn declared(mut notification: Map<String, Value>, errors: &mut Errors) -> Value {
     let navigate = notification.remove("url").or_else(|| notification.remove("navigate"));
-    if navigate.as_ref().and_then(Value::as_str).is_none_or(str::is_empty) {
-        errors.push(FieldError::new(
+    match navigate.as_ref().and_then(Value::as_str) {
+        Some(url) if is_web(url) => {}
+        _ => errors.push(FieldError::new(
             "notification.url",
-            "what a click opens: a declarative notification needs it",
-        ));
+            "what a click opens, by http or https: a declarative notification needs it",
+        )),
+    }
+    let mut message = Map::new();
+    message.insert("web_push".to_owned(), 8030.into());
+    // Beside the notification, not in it.
+    if let Some(badge) = notification.remove("app_badge") {
+        if badge.as_u64().is_none() {
+            errors.push(FieldError::new("notification.app_badge", "a whole number from 0"));
+        }
+        message.insert("app_badge".to_owned(), badge);
+    }
+    if let Some(mutable) = notification.remove("mutable") {
+        if !mutable.is_boolean() {
+            errors.push(FieldError::new("notification.mutable", "true or false"));
+        }
+        message.insert("mutable".to_owned(), mutable);
     }
     notification.insert("navigate".to_owned(), navigate.unwrap_or_default());
-    serde_json::json!({ "web_push": 8030, "notification": notification })
+    message.insert("notification".to_owned(), notification.into());
+    Value::Object(message)
+}
+
+/// Whether a URL, or what it is relative to a page, is opened by http or https.
+fn is_web(url: &str) -> bool {
+    let page = url::Url::parse("https://page.invalid/");
+    let opened = page.and_then(|page| page.join(url));
+    !url.is_empty() && opened.is_ok_and(|url| matches!(url.scheme(), "http" | "https"))
 }
 
 fn payload(
@@ -499,7 +578,7 @@ fn payload(
     notification: Option<Map<String, Value>>,
     payload: Option<Value>,
     declarative: bool,
-    errors: &mut Vec<FieldError>,
+    errors: &mut Errors,
 ) -> Vec<u8> {
     let (field, text) = match (notification, payload) {
         (Some(mut notification), None) => {

@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use perennial_webpush::{Contact, ContactError};
 use secrecy::{ExposeSecret, SecretString};
@@ -21,12 +22,12 @@ pub(super) struct Profile {
     /// The site's name.
     pub(super) name: String,
     /// Tags that pages may set.
-    pub(super) public_tags: Vec<String>,
+    pub(super) public_tags: Arc<[String]>,
     /// What pages' user tokens are made with.
     pub(super) user_secret: Option<SecretString>,
     /// Whom notifications may name to be told.
     pub(super) webhooks: BTreeMap<String, Registered>,
-    /// Whom push services may ask about its messages, if not whom they ask about those of all.
+    /// Whom push services may ask about its messages.
     pub(super) contact: Option<Contact>,
     /// Where its VAPID keys are.
     pub(super) vapid: Place,
@@ -46,6 +47,15 @@ pub(super) fn read(settings: &mut Reader<'_>) -> Vec<Profile> {
     settings.names(SECTION).into_iter().map(|name| read_one(settings, name)).collect()
 }
 
+/// The same, with this contact for sites that have none of their own.
+pub(super) fn read_with(settings: &mut Reader<'_>, contact: Option<&Contact>) -> Vec<Profile> {
+    let mut profiles = read(settings);
+    for profile in &mut profiles {
+        profile.contact = profile.contact.take().or_else(|| contact.cloned());
+    }
+    profiles
+}
+
 /// All of them, by site.
 pub(super) fn by_site(profiles: Vec<Profile>, sites: &Sites) -> HashMap<SiteId, Profile> {
     profiles.into_iter().filter_map(|profile| Some((sites.named(&profile.name)?.id, profile))).collect()
@@ -53,7 +63,7 @@ pub(super) fn by_site(profiles: Vec<Profile>, sites: &Sites) -> HashMap<SiteId, 
 
 fn read_one(settings: &mut Reader<'_>, name: String) -> Profile {
     let key = |part: &str| format!("{SECTION}.{name}.{part}");
-    let public_tags = settings.read_with(&key("public_tags"), "a list of tags", |value| {
+    let public_tags: Vec<String> = settings.read_with(&key("public_tags"), "a list of tags", |value| {
         let tags = <Vec<String> as Setting>::read(value)?;
         tags.iter().all(|tag| tags::is_tag(tag)).then_some(tags)
     });
@@ -65,7 +75,7 @@ fn read_one(settings: &mut Reader<'_>, name: String) -> Profile {
     let contact = contact(settings, &key("contact"));
     let webhooks = webhooks(settings, &key("webhooks"));
     let vapid = place(settings, &key("vapid_key_file"), &name);
-    Profile { name, public_tags, user_secret, webhooks, contact, vapid }
+    Profile { name, public_tags: public_tags.into(), user_secret, webhooks, contact, vapid }
 }
 
 fn contact(settings: &mut Reader<'_>, key: &str) -> Option<Contact> {

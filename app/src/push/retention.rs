@@ -43,6 +43,7 @@ impl Job for ForgetNotifications {
             info!(rows, "deleted notifications that ended long ago");
         }
         tools.store.forget_services().await?;
+        tools.store.forget_acceptances().await?;
         Ok(Fate::Done)
     }
 }

@@ -349,20 +349,22 @@ impl<'a> Round<'a> {
             *outcomes.entry(outcome).or_default() += 1;
             // Those that came with the notification are no stored subscriptions, whatever their numbers.
             let is_stored = self.batch.audience != Audience::Inline;
+            let refusal = sent.refusal();
             if outcome != Outcome::Delivered || self.batch.logs_all {
                 let subscription = if is_stored { sent.id } else { -sent.id };
                 let (status, detail) = (sent.report.status, sent.report.detail);
                 checkpoint.deliveries.push(Delivery { subscription, outcome, status, detail });
             }
-            match (sent.report.verdict, sent.report.status) {
+            match (sent.report.verdict, refusal) {
                 _ if !is_stored => {}
-                (Verdict::Unauthorized, Some(_)) | (Verdict::Unresolvable, _) => {
-                    checkpoint.struck.push((sent.id, sent.endpoint));
+                (Verdict::Delivered, _) => {
+                    checkpoint.cleared.extend(sent.is_refused.then_some(sent.id));
+                    checkpoint.proven.extend((!sent.is_proven).then_some(sent.id));
                 }
-                (Verdict::Delivered, _) if sent.strikes > 0 => checkpoint.cleared.push(sent.id),
                 (Verdict::Gone, _) if !sent.endpoint.is_empty() => {
                     checkpoint.ended.push((sent.id, sent.endpoint));
                 }
+                (_, Some(refusal)) => checkpoint.refused.push((sent.id, sent.endpoint, refusal)),
                 _ => {}
             }
         }

@@ -3,12 +3,15 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use perennial_webpush::{Endpoint, Keys, Message, Payload, Report, Sender, Urgency, Verdict};
+use perennial_webpush::{
+    Endpoint, Keys, Message, Payload, Report, Reputation, Sender, Signer, Urgency, VapidKey, Verdict,
+};
 use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::Tools;
 use super::outcome::Outcome;
+use super::refusals::{Kind, Refusal};
 use super::store::{Batch, Member};
 use super::template::Template;
 use super::vapid::SiteKeys;
@@ -18,6 +21,8 @@ const ORIGIN_WAIT: Duration = Duration::from_secs(5);
 /// The longest that it waits for a turn while others wait that go to other push services, and how soon it is tried again: in
 /// the queue of those that wait for slow ones.
 const TURN_WAIT: Duration = Duration::from_secs(1);
+/// How many bytes are kept of why a message was not sent.
+const MAX_DETAIL: usize = 200;
 /// After a VAPID key was missing.
 const NO_KEY: Duration = Duration::from_secs(300);
 
@@ -37,7 +42,11 @@ pub(super) struct Sent {
     pub(super) id: i64,
     /// Empty when it was delivered.
     pub(super) endpoint: String,
-    pub(super) strikes: u32,
+    /// Whether something was delivered to it before, and whether it was refused since.
+    pub(super) is_proven: bool,
+    pub(super) is_refused: bool,
+    /// What the message was signed with, if it was.
+    pub(super) signer: Option<Signer>,
     pub(super) report: Report,
     /// When that is not for the report to say.
     pub(super) outcome: Option<Outcome>,
@@ -53,8 +62,27 @@ impl Sent {
 
     /// Somebody else has deleted the subscription.
     pub(super) fn deleted(id: i64) -> Self {
-        let report = Report { verdict: Verdict::Gone, status: None, detail: "deleted".to_owned() };
-        Self { id, endpoint: String::new(), strikes: 0, report, outcome: None, is_slow: false }
+        Self::of(id, Verdict::Gone, "deleted")
+    }
+
+    fn of(id: i64, verdict: Verdict, detail: &str) -> Self {
+        let report = Report { verdict, status: None, detail: detail.to_owned(), counts: false };
+        Self {
+            id,
+            endpoint: String::new(),
+            is_proven: true,
+            is_refused: false,
+            signer: None,
+            report,
+            outcome: None,
+            is_slow: false,
+        }
+    }
+
+    /// What is to be held against the subscription, if anything is.
+    pub(super) fn refusal(&self) -> Option<Refusal> {
+        let (kind, Signer(signer)) = Kind::of(&self.report).zip(self.signer)?;
+        Some(Refusal { kind, signer, counts: self.report.counts })
     }
 }
 
@@ -86,7 +114,7 @@ impl Outgoing {
         if batch.is_declarative {
             message = message.declarative();
         }
-        let is_mixed = || members.windows(2).any(|pair| origin(&pair[0]) != origin(&pair[1]));
+        let is_mixed = || members.windows(2).any(|pair| origin(&pair[0].endpoint) != origin(&pair[1].endpoint));
         let others_wait = bulk && (queue == super::RETRY_QUEUE || is_mixed());
         let patience = others_wait.then_some(TURN_WAIT);
         Ok(Self { message, template, keys, patience, stopped: CancellationToken::new() })
@@ -100,27 +128,30 @@ impl Outgoing {
     /// None when it was taken back before it was sent.
     pub(super) async fn send(&self, tools: &Tools, sender: &Sender, member: Member) -> Option<Sent> {
         let began = Instant::now();
-        let Member { id, strikes, .. } = member;
+        let Member { id, is_proven, is_refused, vapid_key, .. } = member;
         let Attempt { report, outcome, endpoint, is_slow } = self.attempt(tools, sender, member).await?;
         tools.meters.sent(report.verdict, began.elapsed());
-        if report.verdict == Verdict::Delivered {
-            return Some(Sent { id, endpoint: String::new(), strikes, report, outcome, is_slow });
+        let mut sent = Sent { is_proven, is_refused, outcome, is_slow, ..Sent::of(id, report.verdict, "") };
+        if report.verdict != Verdict::Delivered {
+            sent.endpoint = endpoint.map(|endpoint| endpoint.url()).unwrap_or_default();
+            sent.signer = self.keys.of(vapid_key).map(VapidKey::signer);
+            debug!(
+                subscription = id,
+                verdict = ?report.verdict,
+                status = report.status,
+                detail = report.detail,
+                "not delivered"
+            );
         }
-        let endpoint = endpoint.map(|endpoint| endpoint.url()).unwrap_or_default();
-        debug!(
-            subscription = id,
-            verdict = ?report.verdict,
-            status = report.status,
-            detail = report.detail,
-            "not delivered"
-        );
-        Some(Sent { id, endpoint, strikes, report, outcome, is_slow })
+        sent.report = report;
+        Some(sent)
     }
 
     async fn attempt(&self, tools: &Tools, sender: &Sender, member: Member) -> Option<Attempt> {
         if self.stopped.is_cancelled() {
             return None;
         }
+        let who = if member.is_proven { Reputation::Proven } else { Reputation::Unproven };
         // Checked when it was stored; the policy may have changed since.
         let endpoint = match sender.endpoint(member.endpoint) {
             Ok(endpoint) => endpoint,
@@ -168,7 +199,7 @@ impl Outgoing {
                 None => self.stopped.cancelled().await,
             }
         };
-        match sender.send_unless(&endpoint, &keys, message, vapid, given_up).await {
+        match sender.send_unless(&endpoint, &keys, message, vapid, who, given_up).await {
             Some(report) => Some(Attempt { report, outcome: None, endpoint: Some(endpoint), is_slow: false }),
             None if self.stopped.is_cancelled() => None,
             None => {
@@ -190,13 +221,15 @@ struct Attempt {
 
 impl Attempt {
     fn not_sent(verdict: Verdict, why: &dyn ToString, endpoint: Option<Endpoint>) -> Self {
-        let report = Report { verdict, status: None, detail: why.to_string() };
+        let mut detail = why.to_string();
+        detail.truncate(detail.floor_char_boundary(MAX_DETAIL));
+        let report = Report { verdict, status: None, detail, counts: false };
         Self { report, outcome: None, endpoint, is_slow: false }
     }
 }
 
-/// The scheme and the host of an endpoint.
-fn origin(member: &Member) -> &str {
-    let ends = member.endpoint.match_indices('/').nth(2).map_or(member.endpoint.len(), |(at, _)| at);
-    &member.endpoint[..ends]
+/// The scheme, the host and the port of an endpoint.
+pub(super) fn origin(endpoint: &str) -> &str {
+    let ends = endpoint.match_indices('/').nth(2).map_or(endpoint.len(), |(at, _)| at);
+    &endpoint[..ends]
 }

@@ -1,7 +1,8 @@
 //! Push services that are not sent to for a while: what this process learns, all replicas know within a second. That one
 //! refuses a key each finds out for itself: it says nothing about what is signed with other keys.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
@@ -9,13 +10,15 @@ use axum::routing::{get, post};
 use axum::{Json as Answer, Router};
 use perennial_server::drain::Drain;
 use perennial_server::http::problem::FieldError;
-use perennial_webpush::{Cause, ServiceStatus};
+use perennial_webpush::{Cause, HeldFor, Sender, ServiceStatus};
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::Tools;
 use super::progress::NotificationView;
+use super::send::origin;
+use super::store::Held;
 use crate::api::{Json, Query, Result, not_found};
 use crate::sites::SiteId;
 
@@ -28,6 +31,13 @@ const AGAIN_MS: i64 = 5000;
 
 /// Everything is read again once in so many exchanges.
 const ALL_ONE_IN: u64 = 60;
+/// How many holds are written down at once: those of services that visitors bring can wait.
+const HOLDS: usize = 64;
+/// So many lines about holds are written in so long.
+const LINES: u32 = 20;
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+/// How many subscriptions at risk are counted.
+const MOST_AT_RISK: usize = 10_000;
 /// How many notifications operators are shown.
 const NOTIFICATIONS: usize = 100;
 
@@ -35,7 +45,7 @@ const NOTIFICATIONS: usize = 100;
 #[derive(Debug, Default)]
 struct Exchange {
     /// Until when which service is held, as the store knows it,
-    known: HashMap<String, Instant>,
+    known: HashMap<(String, HeldFor), Instant>,
     /// and until when one refuses a key, which was told here.
     refusing: HashMap<String, Instant>,
     /// The newest change that was read.
@@ -44,6 +54,9 @@ struct Exchange {
     seen: HashMap<String, i64>,
     /// How often.
     count: u64,
+    /// How many holds were told in the log since when, and how many were not.
+    told: (u32, Option<Instant>),
+    untold: u64,
 }
 
 /// Exchanges, until nothing is sent any more.
@@ -63,65 +76,152 @@ pub(super) async fn run(tools: Tools, drain: Drain) -> anyhow::Result<()> {
 impl Exchange {
     async fn once(&mut self, tools: &Tools) -> anyhow::Result<()> {
         let sender = tools.senders.any();
-        let now = Instant::now();
-        let held: Vec<(String, Duration, Cause)> = sender
-            .services()
-            .into_iter()
-            .filter_map(|service| service.held.map(|(wait, cause)| (service.origin, wait, cause)))
-            .collect();
-        tools.meters.held(held.len());
-        for (origin, wait, cause) in held {
-            let until = now + wait;
-            let is_refusal = cause == Cause::Unauthorized;
-            let known = if is_refusal { &self.refusing } else { &self.known };
-            if known.get(&origin).is_some_and(|known| *known + SAME > until) {
-                continue;
-            }
-            let (seconds, why) = (wait.as_secs(), cause.as_str());
-            if is_refusal {
-                error!(
-                    origin,
-                    seconds,
-                    "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there"
-                );
-                self.refusing.insert(origin, until);
-            } else {
-                warn!(origin, seconds, cause = why, "nothing is sent to a push service");
-                tools.store.hold_service(&origin, wait, why).await?;
-                self.known.insert(origin, until);
-            }
+        tools.store.note_accepted(sender.take_accepted()).await?;
+        if self.count.is_multiple_of(ALL_ONE_IN) {
+            tools.at_risk.look(tools).await?;
         }
-        self.refusing.retain(|_, until| *until > now);
+        self.tell_others(tools).await?;
         self.count += 1;
         if self.count.is_multiple_of(ALL_ONE_IN) {
             // A store's clock may have been set back.
             self.newest = 0;
-            self.seen.retain(|origin, _| self.known.contains_key(origin));
+            self.seen.retain(|origin, _| self.known.keys().any(|(known, _)| known == origin));
         }
         for held in tools.store.held_services(self.newest - AGAIN_MS).await? {
             self.newest = self.newest.max(held.changed_at);
             if self.seen.insert(held.origin.clone(), held.changed_at) == Some(held.changed_at) {
                 continue;
             }
-            match (held.wait, Cause::parse(&held.cause)) {
-                // Earlier versions wrote down refused keys too, as if they were all.
-                (Some(_), Some(Cause::Unauthorized)) => {}
-                (Some(wait), Some(cause)) if !wait.is_zero() => {
-                    self.known.insert(held.origin.clone(), Instant::now() + wait);
-                    sender.hold(&held.origin, wait, cause);
-                }
-                (None, _) => {
-                    let held_it = self.known.remove(&held.origin).or(self.refusing.remove(&held.origin));
-                    if held_it.is_some() && sender.resume(&held.origin) {
-                        info!(origin = held.origin, "an operator lets a push service be sent to again");
-                    }
-                }
-                _ => {}
-            }
+            self.hear(sender, held);
         }
         let seen = &self.seen;
-        self.known.retain(|origin, until| seen.contains_key(origin) || *until > now);
+        self.known.retain(|(origin, _), until| seen.contains_key(origin) || *until > Instant::now());
         Ok(())
+    }
+
+    /// Tells other replicas what is held here, and the log.
+    async fn tell_others(&mut self, tools: &Tools) -> anyhow::Result<()> {
+        let now = Instant::now();
+        let services = tools.senders.any().services().into_iter();
+        let mut held: Vec<_> =
+            services.filter_map(|service| Some((service.held?, service.is_trusted, service.origin))).collect();
+        tools.meters.held(held.len());
+        // Services that only visitors know come last.
+        held.sort_by_key(|(_, is_trusted, _)| !is_trusted);
+        let mut written = 0;
+        for ((wait, cause, whom), _, origin) in held {
+            let until = now + wait;
+            let is_refusal = cause == Cause::Unauthorized;
+            let known = if is_refusal {
+                self.refusing.get(&origin)
+            } else {
+                self.known.get(&(origin.clone(), whom))
+            };
+            if known.is_some_and(|known| *known + SAME > until) {
+                continue;
+            }
+            let (seconds, why) = (wait.as_secs(), cause.as_str());
+            let is_told = self.may_tell(now);
+            if is_refusal {
+                if is_told {
+                    error!(
+                        origin,
+                        seconds,
+                        "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there"
+                    );
+                }
+                self.refusing.insert(origin, until);
+                continue;
+            }
+            if written >= HOLDS {
+                continue;
+            }
+            written += 1;
+            if is_told {
+                warn!(origin, seconds, cause = why, whom = whom.as_str(), "nothing is sent to a push service");
+            }
+            tools.store.hold_service(&origin, wait, &word(cause, whom)).await?;
+            self.known.insert((origin, whom), until);
+        }
+        self.refusing.retain(|_, until| *until > now);
+        Ok(())
+    }
+
+    /// Whether one more line may be written; from time to time one says how many were not.
+    fn may_tell(&mut self, now: Instant) -> bool {
+        let (count, since) = &mut self.told;
+        if since.is_none_or(|since| now.duration_since(since) > TELL_AGAIN) {
+            if self.untold > 0 {
+                warn!(services = self.untold, "nothing was sent to more push services than are listed here");
+                self.untold = 0;
+            }
+            (*count, *since) = (0, Some(now));
+        }
+        *count += 1;
+        if *count > LINES {
+            self.untold += 1;
+        }
+        *count <= LINES
+    }
+
+    /// Another replica has told something, or an operator.
+    fn hear(&mut self, sender: &Sender, held: Held) {
+        let of = |whom| (held.origin.clone(), whom);
+        match (held.wait, parse_word(&held.cause)) {
+            // Earlier versions wrote down refused keys too, as if they were all.
+            (Some(_), Some((Cause::Unauthorized, _))) => {}
+            (Some(wait), Some((cause, whom))) if !wait.is_zero() => {
+                self.known.insert(of(whom), Instant::now() + wait);
+                sender.hold(&held.origin, wait, cause, whom);
+            }
+            (None, _) => {
+                let was_held = [HeldFor::All, HeldFor::Unproven].map(|whom| self.known.remove(&of(whom)));
+                let was_refusing = self.refusing.remove(&held.origin);
+                let was_held = was_held.into_iter().chain([was_refusing]).flatten().next();
+                if was_held.is_some() && sender.resume(&held.origin) {
+                    info!(origin = held.origin, "an operator lets a push service be sent to again");
+                }
+            }
+            _ => {}
+        }
+    }
+}
+
+/// How the store says why a service is held, and for whom.
+fn word(cause: Cause, whom: HeldFor) -> String {
+    match whom {
+        HeldFor::All => cause.as_str().to_owned(),
+        HeldFor::Unproven => format!("{}/{}", cause.as_str(), whom.as_str()),
+    }
+}
+
+fn parse_word(word: &str) -> Option<(Cause, HeldFor)> {
+    match word.split_once('/') {
+        None => Some((Cause::parse(word)?, HeldFor::All)),
+        Some((cause, whom)) if whom == HeldFor::Unproven.as_str() => {
+            Some((Cause::parse(cause)?, HeldFor::Unproven))
+        }
+        Some(_) => None,
+    }
+}
+
+/// How many subscriptions are at risk of being given up, of each push service: refused, and nothing was delivered since.
+#[derive(Debug, Default)]
+pub(super) struct AtRisk(Mutex<BTreeMap<String, u64>>);
+
+impl AtRisk {
+    async fn look(&self, tools: &Tools) -> anyhow::Result<()> {
+        let mut by_origin = BTreeMap::<String, u64>::new();
+        for endpoint in tools.store.at_risk(MOST_AT_RISK).await? {
+            *by_origin.entry(origin(&endpoint).to_owned()).or_default() += 1;
+        }
+        tools.meters.at_risk(by_origin.values().sum());
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = by_origin;
+        Ok(())
+    }
+
+    fn of(&self, origin: &str) -> u64 {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(origin).copied().unwrap_or_default()
     }
 }
 
@@ -132,6 +232,9 @@ struct OriginView {
     /// throttled, unreachable or unauthorized, while nothing is sent to it
     #[serde(skip_serializing_if = "Option::is_none")]
     held: Option<&'static str>,
+    /// Whether that is so for all, or for subscriptions that nothing was delivered to yet (unproven)
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_for: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     held_seconds: Option<f64>,
     connections: usize,
@@ -139,6 +242,8 @@ struct OriginView {
     window: usize,
     in_flight: usize,
     clock_ahead_seconds: i64,
+    /// How many subscriptions it refuses that may be given up for that; looked up once a minute, and counted to 10,000
+    at_risk: u64,
     addresses: Vec<AddressView>,
 }
 
@@ -172,12 +277,14 @@ async fn origins(State(tools): State<Tools>) -> Answer<Vec<OriginView>> {
             aside: address.aside,
         });
         OriginView {
-            held: service.held.map(|(_, cause)| cause.as_str()),
-            held_seconds: service.held.map(|(wait, _)| wait.as_secs_f64()),
+            held: service.held.map(|(_, cause, _)| cause.as_str()),
+            held_for: service.held.map(|(_, _, whom)| whom.as_str()),
+            held_seconds: service.held.map(|(wait, ..)| wait.as_secs_f64()),
             connections: of().map(|lane| lane.connections).sum(),
             window: of().map(|lane| lane.window).sum(),
             in_flight: of().map(|lane| lane.in_flight).sum(),
             clock_ahead_seconds: service.clock_ahead_seconds,
+            at_risk: tools.at_risk.of(&service.origin),
             addresses: addresses.collect(),
             origin: service.origin.clone(),
         }

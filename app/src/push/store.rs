@@ -29,7 +29,8 @@ pub(crate) use notifications::{
     Accepted, Change, DeliveryView, Idempotency, NewNotification, Notification, Plan, Recipient,
 };
 pub(crate) use pacing::{Reserved, Stage, Standing};
-pub(crate) use subscriptions::{Exported, NewSubscription, Proof, Replaced, Subscription, Upserted};
+pub(crate) use services::Held;
+pub(crate) use subscriptions::{Exported, Guest, NewSubscription, Proof, Replaced, Subscription, Upserted};
 pub(crate) use tables::{POSTGRES, SQLITE};
 
 /// The tables. A cheap handle.
@@ -78,7 +79,7 @@ pub(crate) async fn has_subscriptions(store: &sql::Store, site: i64) -> Result<b
     store.value("SELECT EXISTS (SELECT 1 FROM subscriptions WHERE site = ?)", values![site]).await
 }
 
-pub(super) fn now_ms() -> i64 {
+pub(crate) fn now_ms() -> i64 {
     Timestamp::now().as_millisecond()
 }
 

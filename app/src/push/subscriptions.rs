@@ -1,16 +1,21 @@
 //! `POST /subscriptions` and its like: browsers come, change and go.
 
-use aws_lc_rs::hmac;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
 use axum::extract::{FromRequestParts, Path, State};
 use axum::response::{IntoResponse, Response};
 use base64::Engine;
-use base64::engine::general_purpose::URL_SAFE_NO_PAD;
+use base64::alphabet;
+use base64::engine::general_purpose::GeneralPurpose;
+use base64::engine::{DecodePaddingMode, GeneralPurposeConfig};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use jiff::Timestamp;
-use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::problem::{Errors, FieldError, Problem};
 use perennial_server::http::scope::Scope as RequestScope;
-use perennial_webpush::{Endpoint, Keys, KeysError};
+use perennial_webpush::{Endpoint, Keys, KeysError, TargetError};
 use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
@@ -18,11 +23,11 @@ use tower_http::cors::{AllowOrigin, CorsLayer};
 use tracing::debug;
 use utoipa::{IntoParams, ToSchema};
 
-use super::Tools;
 use super::profile::Profile;
-use super::store::{NewSubscription, Proof, Replaced, Subscription, Upserted};
+use super::store::{NewSubscription, Proof, Replaced, Subscription, Upserted, now_ms};
 use super::tags::{TAG_WANTED, is_tag};
 use super::vapid::SiteKeys;
+use super::{Tools, user_token};
 use crate::access::{Authorized, Caller, Read, Scope, Subscribe};
 use crate::api::{Json, Query, Result, not_found, within_page};
 use crate::sites::{SiteId, Sites};
@@ -35,6 +40,8 @@ pub(super) const MAX_TAGS: usize = 64;
 const MAX_METADATA: usize = 4096;
 /// The most subscriptions in one answer.
 const PAGE: usize = 1000;
+/// How soon a push service may be looked up again.
+const LOOK_UP_AGAIN: Duration = Duration::from_secs(30);
 
 /// A browser's subscription, as `PushSubscription.toJSON()` writes it.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -48,12 +55,23 @@ pub(super) struct PushSubscription {
     pub(super) keys: SubscriptionKeys,
 }
 
+/// What an expiration time is, in words.
+pub(super) const EXPIRES_WANTED: &str = "a time to come, in milliseconds since 1970, or null";
+
 impl PushSubscription {
-    /// When it ends, in milliseconds since 1970.
+    /// When it ends, in milliseconds since 1970. Nothing is what browsers say by null, and dumps of databases by 0.
+    ///
+    /// # Errors
+    /// For a time that has passed, as one in seconds would have: it would be stored and soon deleted.
     #[expect(clippy::cast_possible_truncation, reason = "within the bounds of a time")]
-    pub(super) fn expires_at(&self) -> Option<i64> {
+    pub(super) fn expires_at(&self) -> std::result::Result<Option<i64>, &'static str> {
         const END: f64 = 253_402_300_799_000.0;
-        self.expiration_time.filter(|time| (0.0..=END).contains(time)).map(|time| time as i64)
+        match self.expiration_time {
+            None => Ok(None),
+            Some(0.0) => Ok(None),
+            Some(time) if (0.0..=END).contains(&time) && time as i64 > now_ms() => Ok(Some(time as i64)),
+            Some(_) => Err(EXPIRES_WANTED),
+        }
     }
 }
 
@@ -72,9 +90,13 @@ pub(super) struct SubscribeRequest {
     subscription: PushSubscription,
     /// The applicationServerKey that it was made with
     key: Option<String>,
-    /// Whose it is
-    user: Option<String>,
-    /// Without an API key: base64url of HMAC-SHA256 of the user under the site's secret
+    /// Whose it is; null for nobody's. When it changes from one user to another, or to nobody, tags that pages may not set and
+    /// metadata are forgotten, unless this request has them
+    #[serde(default, deserialize_with = "crate::api::given")]
+    #[schema(value_type = Option<String>)]
+    user: Option<Option<String>>,
+    /// Without an API key, to name a user: `v1.EXPIRES.` and base64url of HMAC-SHA256 of `v1.SITE.EXPIRES.USER` under the
+    /// site's secret, EXPIRES in seconds since 1970
     user_token: Option<String>,
     tags: Option<Vec<String>>,
     /// An object of up to 4096 bytes
@@ -131,9 +153,16 @@ pub(super) async fn subscribe(
         Some(key) => tools.vapid.with(visitor.site, key).await?,
         None => tools.vapid.for_request(visitor.site).await?,
     };
-    let (endpoint, new) = check(&tools, &visitor, &keys, request)?;
+    let (endpoint, mut new) = check(&tools, &visitor, &keys, request)?;
     if let Err(error) = tools.senders.any().check_addresses(&endpoint).await {
         debug!(%error, "refused an endpoint");
+        if let (TargetError::NotLookedUp(_), None) = (&error, &visitor.caller) {
+            let detail = "the push service of this subscription cannot be looked up now";
+            return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).retry_after(LOOK_UP_AGAIN).into());
+        }
+        if let (TargetError::NotLookedUp(_), Some(_)) = (&error, &visitor.caller) {
+            return store(&tools, &visitor, new).await;
+        }
         // What our name servers answer is nothing to tell a stranger.
         let detail = match visitor.caller {
             Some(_) => error.to_string(),
@@ -141,7 +170,23 @@ pub(super) async fn subscribe(
         };
         return Err(FieldError::new("subscription.endpoint", detail).into());
     }
-    Ok(match tools.store.upsert(new).await? {
+    // A word of the backend's is as good as a key.
+    let is_vouched_for = visitor.caller.is_some() || matches!(new.user, Some(Some(_)));
+    if !is_vouched_for {
+        let site = (visitor.site, &*tools.profile(visitor.site)?.name);
+        let guest = tools.guests.stranger(&tools.store, site, &keys.guests, visitor.address).await?;
+        new.guest = Some(guest);
+    }
+    store(&tools, &visitor, new).await
+}
+
+async fn store(tools: &Tools, visitor: &Visitor, new: NewSubscription) -> Result<Response> {
+    let is_guest = new.guest.is_some();
+    let (upserted, evicted) = tools.store.upsert(new).await?;
+    if evicted > 0 || (is_guest && matches!(upserted, Upserted::Created(_))) {
+        tools.guests.stored(visitor.site, &tools.profile(visitor.site)?.name, evicted);
+    }
+    Ok(match upserted {
         Upserted::Created(id) => {
             let location = format!("/subscriptions/{id}");
             (StatusCode::CREATED, [(header::LOCATION, location)], axum::Json(Subscribed { id }))
@@ -297,6 +342,7 @@ pub(super) async fn list(
 pub(super) struct Visitor {
     site: SiteId,
     caller: Option<Caller>,
+    address: Option<IpAddr>,
 }
 
 impl Visitor {
@@ -310,8 +356,9 @@ impl FromRequestParts<Tools> for Visitor {
     type Rejection = Problem;
 
     async fn from_request_parts(parts: &mut Parts, tools: &Tools) -> std::result::Result<Self, Problem> {
+        let address = parts.extensions.get::<RequestScope>().and_then(RequestScope::client);
         if let Some(caller) = tools.access.optional(parts).await? {
-            return Ok(Self { site: caller.site, caller: Some(caller) });
+            return Ok(Self { site: caller.site, caller: Some(caller), address });
         }
         // Before it is counted: a page elsewhere must not use up what its visitors' networks may do here.
         let Some(site) = tools.access.sites().of_page(parts) else {
@@ -320,10 +367,9 @@ impl FromRequestParts<Tools> for Visitor {
         };
         // Reading the key changes nothing and costs nothing: only what is written is limited.
         if parts.method != Method::GET {
-            let scope = parts.extensions.get::<RequestScope>();
-            tools.limits.check(site.id, scope.and_then(RequestScope::client))?;
+            tools.limits.check(site.id, address)?;
         }
-        Ok(Self { site: site.id, caller: None })
+        Ok(Self { site: site.id, caller: None, address })
     }
 }
 
@@ -342,7 +388,7 @@ pub(super) fn check_subscription(
     tools: &Tools,
     field: &str,
     subscription: &PushSubscription,
-    errors: &mut Vec<FieldError>,
+    errors: &mut Errors,
 ) -> Option<(Endpoint, Keys)> {
     let endpoint = tools.senders.any().policy().check(&subscription.endpoint);
     let keys = Keys::parse(&subscription.keys.p256dh, &subscription.keys.auth);
@@ -353,6 +399,9 @@ pub(super) fn check_subscription(
         let key = if *error == KeysError::Auth { "auth" } else { "p256dh" };
         errors.push(FieldError::new(format!("{field}.keys.{key}"), error.to_string()));
     }
+    if let Err(wanted) = subscription.expires_at() {
+        errors.push(FieldError::new(format!("{field}.expirationTime"), wanted));
+    }
     endpoint.ok().zip(keys.ok())
 }
 
@@ -362,7 +411,7 @@ fn check(
     keys_of_site: &SiteKeys,
     request: SubscribeRequest,
 ) -> std::result::Result<(Endpoint, NewSubscription), Problem> {
-    let mut errors = Vec::new();
+    let mut errors = Errors::default();
     let profile = tools.profile(visitor.site)?;
     let checked = check_subscription(tools, "subscription", &request.subscription, &mut errors);
     let vapid_key = match &request.key {
@@ -373,7 +422,7 @@ fn check(
             keys_of_site.current_id
         }),
     };
-    if request.user.as_ref().is_some_and(|user| !is_user(user)) {
+    if request.user.iter().flatten().any(|user| !is_user(user)) {
         errors.push(FieldError::new("user", USER_WANTED));
     }
     check_tags(profile, visitor, request.tags.as_deref().unwrap_or_default(), &mut errors)?;
@@ -391,14 +440,14 @@ fn check(
         None => None,
     };
     let (Some((endpoint, keys)), true) = (checked, errors.is_empty()) else {
-        return Err(Problem::invalid(errors));
+        return Err(errors.into());
     };
-    if let Some(user) = &request.user
+    if let Some(Some(user)) = &request.user
         && visitor.caller.is_none()
     {
-        check_user_token(profile, user, request.user_token.as_deref())?;
+        check_user_token(tools, profile, user, request.user_token.as_deref())?;
     }
-    let expires_at = request.subscription.expires_at();
+    let expires_at = request.subscription.expires_at().unwrap_or_default();
     let new = NewSubscription {
         site: visitor.site.0,
         vapid_key,
@@ -407,11 +456,14 @@ fn check(
         user: request.user,
         tags: request.tags,
         // What the backend has set is not the page's to take away.
-        own_tags: visitor.caller.is_none().then(|| profile.public_tags.clone()),
+        only_public: visitor.caller.is_none(),
+        public_tags: Arc::clone(&profile.public_tags),
         metadata,
         expires_at,
         replaces,
         proof: if visitor.caller.is_some() { Proof::Key } else { Proof::Auth },
+        guest: None,
+        most_of_user: visitor.caller.is_none().then_some(tools.config.subscriptions_per_user),
     };
     Ok((endpoint, new))
 }
@@ -433,7 +485,7 @@ fn check_tags(
     profile: &Profile,
     visitor: &Visitor,
     tags: &[String],
-    errors: &mut Vec<FieldError>,
+    errors: &mut Errors,
 ) -> std::result::Result<(), Problem> {
     if tags.len() > MAX_TAGS {
         errors.push(FieldError::new("tags", format!("at most {MAX_TAGS} tags")));
@@ -452,7 +504,12 @@ fn check_tags(
 }
 
 /// A page may say whose browser it is only with a word from the backend.
-fn check_user_token(profile: &Profile, user: &str, token: Option<&str>) -> std::result::Result<(), Problem> {
+fn check_user_token(
+    tools: &Tools,
+    profile: &Profile,
+    user: &str,
+    token: Option<&str>,
+) -> std::result::Result<(), Problem> {
     let refused = |detail: &str| Err(Problem::new(StatusCode::FORBIDDEN, detail));
     let Some(secret) = &profile.user_secret else {
         let site = &profile.name;
@@ -463,10 +520,19 @@ fn check_user_token(profile: &Profile, user: &str, token: Option<&str>) -> std::
     let Some(token) = token else {
         return refused("naming a user takes an API key or a user_token");
     };
-    let key = hmac::Key::new(hmac::HMAC_SHA256, secret.expose_secret().as_bytes());
-    let signature = URL_SAFE_NO_PAD.decode(token.trim_end_matches('=')).unwrap_or_default();
-    match hmac::verify(&key, user.as_bytes(), &signature) {
+    let secret = secret.expose_secret().as_bytes();
+    let old_until = tools.config.old_user_tokens_until;
+    match user_token::verify(secret, &profile.name, user, token, SystemTime::now(), old_until) {
         Ok(()) => Ok(()),
-        Err(_) => refused("user_token does not fit this user"),
+        Err(error) => refused(&error.to_string()),
     }
+}
+
+/// Bytes in base64url or base64, padded or not.
+pub(super) fn decode_base64(text: &str) -> Option<Vec<u8>> {
+    const EITHER: GeneralPurposeConfig =
+        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
+    let alphabet =
+        if text.contains(['+', '/']) { &alphabet::STANDARD } else { &alphabet::URL_SAFE };
+    GeneralPurpose::new(alphabet, EITHER).decode(text).ok()
 }

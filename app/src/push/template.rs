@@ -1,6 +1,7 @@
 //! Payloads with places for each subscription's own data: `{{name}}`, or `{{name|stranger}}` with what stands there
-//! when its metadata has no such value.
+//! when its metadata has no such value. A backslash before the braces makes them plain text: `\{{name}}`.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use serde_json::Value;
@@ -19,19 +20,44 @@ enum Part {
     Place { name: String, default: Option<String> },
 }
 
+/// What a payload is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Parsed {
+    /// The same for everybody: the text, without the backslashes before braces.
+    Plain(Vec<u8>),
+    /// It has places.
+    Template(Template),
+}
+
 impl Template {
     /// Reads a payload; none when there are no places in it.
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
-        let text = std::str::from_utf8(payload).ok()?;
+        match Self::read(payload) {
+            Parsed::Plain(_) => None,
+            Parsed::Template(template) => Some(template),
+        }
+    }
+
+    /// Reads a payload.
+    pub(crate) fn read(payload: &[u8]) -> Parsed {
+        let Ok(text) = std::str::from_utf8(payload) else { return Parsed::Plain(payload.to_vec()) };
         let is_json = matches!(
             serde_json::from_slice(payload),
             Ok(Value::Object(_) | Value::Array(_) | Value::String(_))
         );
+        // In JSON, one backslash is written as two.
+        let escape = if is_json { r"\\" } else { r"\" };
         let mut parts = Vec::new();
         let mut rest = text;
         let mut plain = String::new();
         while let Some(at) = rest.find("{{") {
             let (before, opened) = rest.split_at(at);
+            if let Some(before) = before.strip_suffix(escape) {
+                plain.push_str(before);
+                plain.push_str("{{");
+                rest = &opened[2..];
+                continue;
+            }
             plain.push_str(before);
             match place(opened, is_json) {
                 Some((part, length)) => {
@@ -45,16 +71,21 @@ impl Template {
                 }
             }
         }
-        if parts.is_empty() {
-            return None;
-        }
         plain.push_str(rest);
+        if parts.is_empty() {
+            return Parsed::Plain(plain.into_bytes());
+        }
         parts.push(Part::Text(plain));
-        let is_json = matches!(
-            serde_json::from_slice(payload),
-            Ok(Value::Object(_) | Value::Array(_) | Value::String(_))
-        );
-        Some(Self { parts, is_json })
+        Parsed::Template(Self { parts, is_json })
+    }
+
+    /// The names of the values that have no default: a subscription without one of them gets nothing.
+    pub(crate) fn needed(&self) -> BTreeSet<&str> {
+        let needed = self.parts.iter().filter_map(|part| match part {
+            Part::Place { name, default: None } => Some(name.as_str()),
+            Part::Place { default: Some(_), .. } | Part::Text(_) => None,
+        });
+        needed.collect()
     }
 
     /// The payload for a subscription with this metadata, which is a JSON object.
@@ -138,6 +169,24 @@ mod tests {
         let json = r#"{"title":"Hello {{name|\"you\"}}"}"#;
         let read: Value = serde_json::from_str(&render(json, "{}").unwrap()).unwrap();
         assert_eq!(read["title"], "Hello \"you\"");
+    }
+
+    #[test]
+    fn a_backslash_makes_braces_plain() {
+        let plain = |text: &str| match Template::read(text.as_bytes()) {
+            Parsed::Plain(text) => String::from_utf8(text).unwrap(),
+            Parsed::Template(template) => panic!("{template:?}"),
+        };
+        assert_eq!(plain(r"a \{{name}} b"), "a {{name}} b");
+        assert_eq!(plain(r#"{"body":"${\\{{ secrets.TOKEN }}"}"#), r#"{"body":"${{{ secrets.TOKEN }}"}"#);
+        assert_eq!(render(r"\{{a}} {{a}}", r#"{"a":1}"#), Ok("{{a}} 1".to_owned()));
+        assert_eq!(plain(r"a \ b"), r"a \ b");
+    }
+
+    #[test]
+    fn places_without_a_default_are_named() {
+        let template = Template::parse(b"{{a}} {{b|x}} {{c}} {{a}}").unwrap();
+        assert_eq!(template.needed().into_iter().collect::<Vec<_>>(), ["a", "c"]);
     }
 
     #[test]

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
+use aws_lc_rs::{digest, hmac};
 use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
@@ -24,6 +25,7 @@ use tracing::{info, warn};
 
 use super::profile::{Place, Profile};
 use super::store::{self, Store};
+use super::subscriptions::decode_base64;
 use crate::access::secrets;
 use crate::api::{Json, Result, store_failed};
 use crate::data_dir::DataDir;
@@ -61,6 +63,8 @@ pub(super) struct SiteKeys {
     pub(super) current: VapidKey,
     pub(super) current_id: i64,
     all: HashMap<i64, VapidKey>,
+    /// What addresses of strangers are hashed with.
+    pub(super) guests: hmac::Key,
 }
 
 impl Kept for SiteKeys {
@@ -78,8 +82,8 @@ impl SiteKeys {
 
     /// The id of the key with this public half, base64url.
     pub(super) fn id_of(&self, public_key: &str) -> Option<i64> {
-        let wanted = public_key.trim_end_matches('=');
-        self.all.iter().find(|(_, key)| key.public_key() == wanted).map(|(id, _)| *id)
+        let wanted = decode_base64(public_key)?;
+        self.all.iter().find(|(_, key)| key.public_bytes()[..] == wanted).map(|(id, _)| *id)
     }
 }
 
@@ -120,6 +124,11 @@ impl VapidKeys {
     pub(super) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
         let keys = self.look_up(site).await.map_err(|error| anyhow!("{error:#}"))?;
         keys.context("there is no VAPID key")
+    }
+
+    /// Tags that pages of a site may set.
+    pub(super) fn public_tags(&self, site: SiteId) -> Arc<[String]> {
+        self.profiles.get(&site).map_or_else(|| Arc::from([]), |profile| Arc::clone(&profile.public_tags))
     }
 
     /// Those of one site, for a request.
@@ -191,7 +200,10 @@ impl VapidKeys {
             all.insert(id, key);
         }
         let (current_id, current) = current.context("there is no VAPID key")?;
-        Ok(Arc::new(SiteKeys { current, current_id, all }))
+        // A secret that all replicas have, and that nobody has to keep.
+        let secret = digest::digest(&digest::SHA256, current.to_pem()?.as_bytes());
+        let guests = hmac::Key::new(hmac::HMAC_SHA256, secret.as_ref());
+        Ok(Arc::new(SiteKeys { current, current_id, all, guests }))
     }
 }
 

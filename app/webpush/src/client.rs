@@ -7,6 +7,8 @@
 //! it is reported, and the caller decides.
 
 use std::collections::HashMap;
+use std::pin::pin;
+use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -19,6 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::connect::{ConnectError, Connector, HttpVersion};
 use crate::lane::{Lane, Room};
 use crate::lock;
+use crate::reputation::Reputation;
 use crate::service::Service;
 use crate::turns::Turn;
 
@@ -31,6 +34,8 @@ const RESENDS: u32 = 20;
 /// So many of these at once; then there are pauses, which double from the first to the last.
 const AT_ONCE: u32 = 3;
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
+/// The least time after which a message to an unproven subscription lets others have its turn.
+const PATIENCE: Duration = Duration::from_millis(100);
 /// How often connections that have become idle are closed.
 const SWEEP: Duration = Duration::from_secs(15);
 
@@ -161,20 +166,34 @@ impl Client {
     pub(crate) async fn send(
         &self,
         lane: &Arc<Lane>,
-        turn: Turn<'_>,
+        mut turn: Turn<'_>,
         make: impl Fn(Version) -> Request<()> + Send + Sync,
         body: Bytes,
+        who: Reputation,
     ) -> Result<Answer, ClientError> {
         // Its own time, however long it has waited: what is cut off in the middle may have been taken.
         let limit = self.shared.limits.timeout;
-        let answer = tokio::time::timeout(limit, send_on(lane, make, body)).await;
-        let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
+        let answer = tokio::time::timeout(limit, async {
+            let mut answer = pin!(send_on(lane, make, body));
+            if who == Reputation::Proven {
+                return answer.await;
+            }
+            // Anybody can bring a subscription that is never answered: it keeps nobody waiting for long.
+            let patience = (lane.turns.usual() * 8).max(PATIENCE);
+            if let Ok(answer) = tokio::time::timeout(patience, answer.as_mut()).await {
+                return answer;
+            }
+            let Some(_overdue) = Overdue::enter(lane) else { return Err(ClientError::Timeout(patience)) };
+            turn.give_back();
+            answer.await
+        });
+        let answer = answer.await.unwrap_or(Err(ClientError::Timeout(limit)));
         match &answer {
-            Ok(answer) if is_choking(answer.status) => turn.choked(),
+            Ok(answer) if is_choking(answer.status) => turn.choked(who),
             Ok(answer) if answer.status.is_success() => turn.answered(),
             // A refusal is quick, and says nothing about how long deliveries take.
             Ok(_) | Err(ClientError::Closed) => {}
-            Err(_) => turn.choked(),
+            Err(_) => turn.choked(who),
         }
         answer
     }
@@ -189,6 +208,24 @@ impl Client {
         self.shared.drivers.stop.cancel();
         lock(&self.lanes).clear();
         self.shared.drivers.end().await;
+    }
+}
+
+/// A request that has given its turn to others and is still under way.
+struct Overdue<'a>(&'a Lane);
+
+impl<'a> Overdue<'a> {
+    /// None when there are too many.
+    fn enter(lane: &'a Lane) -> Option<Self> {
+        let before = lane.overdue.fetch_add(1, Ordering::Relaxed);
+        let overdue = Self(lane);
+        (before < lane.most_overdue()).then_some(overdue)
+    }
+}
+
+impl Drop for Overdue<'_> {
+    fn drop(&mut self) {
+        self.0.overdue.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

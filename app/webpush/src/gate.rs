@@ -76,17 +76,6 @@ pub(crate) enum Admission {
     Held(Duration, Cause),
 }
 
-impl Admission {
-    /// Whether what comes of the message decides; or for how long it has to wait, and why.
-    pub(crate) fn is_probe(self) -> Result<bool, (Duration, Cause)> {
-        match self {
-            Self::Open => Ok(false),
-            Self::Probe => Ok(true),
-            Self::Held(wait, cause) => Err((wait, cause)),
-        }
-    }
-}
-
 /// What came of a message, as far as it is about the push service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum News {
@@ -98,7 +87,9 @@ pub(crate) enum News {
     Asks(Option<Duration>),
     /// It refuses the key.
     Refuses,
-    /// Nobody is there.
+    /// There is no connection to it.
+    Away,
+    /// It does not answer.
     Silent,
     /// Nothing.
     Nothing,
@@ -114,6 +105,8 @@ pub(crate) struct Gate {
     holds: u32,
     /// The subscriptions that were probes of this hold.
     probed: HashSet<u64>,
+    /// Whether it is held for what many have said here.
+    by_many: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -122,6 +115,16 @@ struct Hold {
     cause: Cause,
     /// When a probe was let through.
     probe: Option<Instant>,
+}
+
+/// Why a failure would close a gate, and what wait was asked for; none when it is no failure of that kind.
+fn failure(news: News) -> Option<(Cause, Option<Duration>)> {
+    match news {
+        News::Refuses => Some((Cause::Unauthorized, None)),
+        News::Asks(after) => Some((Cause::Throttled, after)),
+        News::Away | News::Silent => Some((Cause::Unreachable, None)),
+        News::Well | News::Answers | News::Nothing => None,
+    }
 }
 
 impl Gate {
@@ -184,9 +187,10 @@ impl Gate {
                 self.failed[Cause::Unauthorized as usize].insert(who);
                 return false;
             }
-            News::Refuses => (Cause::Unauthorized, None),
-            News::Asks(after) => (Cause::Throttled, after),
-            News::Silent => (Cause::Unreachable, None),
+            failed => match failure(failed) {
+                Some(failure) => failure,
+                None => return false,
+            },
         };
         let failed = &mut self.failed[cause as usize];
         if failed.len() < cause.after() {
@@ -209,6 +213,7 @@ impl Gate {
         let wait = asked.unwrap_or_default().min(most).max(self.backoff(cause));
         self.holds += 1;
         self.probed.clear();
+        self.by_many = true;
         self.hold = None;
         self.hold(wait, cause, now);
         held_for.is_none()
@@ -227,6 +232,7 @@ impl Gate {
     pub(crate) fn open(&mut self) {
         self.hold = None;
         self.holds = 0;
+        self.by_many = false;
         self.probed.clear();
         self.failed.iter_mut().for_each(HashSet::clear);
     }
@@ -245,6 +251,51 @@ impl Gate {
         {
             hold.probe = None;
         }
+    }
+
+    /// Whether one more failure of the subscription `who` makes as many as it takes; they are not counted any more then.
+    pub(crate) fn is_reached(&mut self, news: News, who: u64) -> bool {
+        let Some((cause, _)) = failure(news) else { return false };
+        let failed = &mut self.failed[cause as usize];
+        failed.insert(who);
+        let is_reached = failed.len() >= cause.after();
+        if is_reached {
+            failed.clear();
+        }
+        is_reached
+    }
+
+    /// Holds it for what the last of many failures says.
+    pub(crate) fn close(&mut self, news: News, now: Instant) {
+        let Some((cause, asked)) = failure(news) else { return };
+        let wait = asked.unwrap_or_default().min(MAX_RETRY_AFTER).max(self.backoff(cause));
+        self.holds += 1;
+        self.by_many = true;
+        self.hold(wait, cause, now);
+    }
+
+    /// It answers, whatever it says.
+    pub(crate) fn is_there(&mut self) {
+        self.failed[Cause::Unreachable as usize].clear();
+        if self.hold.is_some_and(|hold| hold.cause == Cause::Unreachable) {
+            self.open_but_for_refusals();
+        }
+    }
+
+    /// Whether failures were counted here, or another process told so, rather than an operator or nobody.
+    pub(crate) fn is_by_many(&self) -> bool {
+        self.by_many
+    }
+
+    /// Whether there is nothing that a success would have to clear.
+    pub(crate) fn is_new(&self) -> bool {
+        self.hold.is_none() && self.holds == 0 && self.failed.iter().all(HashSet::is_empty)
+    }
+
+    /// How long ago the wait of a hold was over, and why it was held.
+    pub(crate) fn ended(&self, now: Instant) -> Option<(Duration, Cause)> {
+        let hold = self.hold.filter(|hold| hold.until <= now)?;
+        Some((now - hold.until, hold.cause))
     }
 
     /// For how long it is still held, and why.

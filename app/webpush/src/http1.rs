@@ -2,9 +2,10 @@
 
 use std::time::Instant;
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, Request, Response, header};
-use http_body_util::{BodyExt, Full, Limited};
+use http_body::Body as _;
+use http_body_util::{BodyExt, Full};
 use hyper::body::Incoming;
 use hyper::client::conn::http1::{SendRequest, handshake};
 use hyper_util::rt::TokioIo;
@@ -78,8 +79,9 @@ impl Http1 {
             }
         };
         let closing = is_closing(response.headers());
-        let answer = Ok(read(response).await);
-        if closing || self.sender.ready().await.is_err() {
+        let (answer, is_whole) = read(response).await;
+        let answer = Ok(answer);
+        if closing || !is_whole || self.sender.ready().await.is_err() {
             return lost(answer, false);
         }
         Sent { answer, connection: Some(Self { used: true, since: Instant::now(), ..self }), closed: false }
@@ -95,19 +97,33 @@ fn is_closing(headers: &HeaderMap) -> bool {
         .any(|option| option.trim().eq_ignore_ascii_case("close"))
 }
 
-/// Reads an answer, and as much of its body as comes at once.
-async fn read(response: Response<Incoming>) -> Answer {
+/// Reads an answer, and as much of its body as comes at once. True when that was all of it: the connection is of no use
+/// otherwise.
+async fn read(response: Response<Incoming>) -> (Answer, bool) {
     let (parts, body) = response.into_parts();
-    // The status decides; a body that breaks off or never ends takes nothing away from it.
-    let body = match timeout(BODY, Limited::new(body, MAX_ANSWER).collect()).await {
-        Ok(Ok(body)) => body.to_bytes(),
-        Ok(Err(error)) => {
-            debug!(%error, status = parts.status.as_u16(), "the answer's body was not read to its end");
-            Bytes::new()
+    // The status decides; a body that breaks off or never ends takes nothing away from it, nor from its beginning.
+    let mut beginning = BytesMut::new();
+    let is_whole = timeout(BODY, read_body(body, &mut beginning)).await.unwrap_or(false);
+    (Answer { status: parts.status, headers: parts.headers, body: beginning.freeze() }, is_whole)
+}
+
+async fn read_body(mut body: Incoming, read: &mut BytesMut) -> bool {
+    loop {
+        match body.frame().await {
+            None => return true,
+            Some(Err(error)) => {
+                debug!(%error, "the answer's body was not read to its end");
+                return false;
+            }
+            Some(Ok(frame)) => {
+                let Ok(bytes) = frame.into_data() else { continue };
+                read.extend_from_slice(&bytes[..bytes.len().min(MAX_ANSWER - read.len())]);
+                if read.len() >= MAX_ANSWER {
+                    return body.is_end_stream();
+                }
+            }
         }
-        Err(_elapsed) => Bytes::new(),
-    };
-    Answer { status: parts.status, headers: parts.headers, body }
+    }
 }
 
 /// An error with its causes, in one line.

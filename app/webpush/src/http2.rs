@@ -175,20 +175,22 @@ use End::{Ended, Silent};
 struct InFlight<'a> {
     connection: &'a Http2,
     answered: bool,
+    /// How many answers there were when it began.
+    before: u64,
 }
 
 impl<'a> InFlight<'a> {
     fn on(connection: &'a Http2) -> Self {
         connection.in_flight.fetch_add(1, Ordering::Relaxed);
-        Self { connection, answered: false }
+        Self { connection, answered: false, before: connection.answers.load(Ordering::Relaxed) }
     }
 }
 
 impl Drop for InFlight<'_> {
     fn drop(&mut self) {
         let connection = self.connection;
-        if !self.answered {
-            // What swallowed this request may swallow others.
+        if !self.answered && connection.answers.load(Ordering::Relaxed) == self.before {
+            // What swallowed this request may swallow others: nothing else was answered meanwhile.
             connection.over.store(true, Ordering::Relaxed);
         }
         if connection.in_flight.fetch_sub(1, Ordering::Relaxed) == 1 {
@@ -223,20 +225,18 @@ async fn read(response: Response<RecvStream>) -> Answer {
         return Answer { status, headers, body: Bytes::new() };
     }
     // The status decides; a body that breaks off or never ends takes nothing away from it.
-    let body = timeout(BODY, read_body(body)).await.unwrap_or_default();
-    Answer { status, headers, body }
+    let mut beginning = BytesMut::new();
+    let _ = timeout(BODY, read_body(body, &mut beginning)).await;
+    Answer { status, headers, body: beginning.freeze() }
 }
 
-async fn read_body(mut body: RecvStream) -> Bytes {
-    let mut read = BytesMut::new();
-    while let Some(Ok(bytes)) = body.data().await {
+async fn read_body(mut body: RecvStream, read: &mut BytesMut) {
+    while read.len() < MAX_ANSWER
+        && let Some(Ok(bytes)) = body.data().await
+    {
         let _ = body.flow_control().release_capacity(bytes.len());
-        read.extend_from_slice(&bytes);
-        if read.len() >= MAX_ANSWER {
-            break;
-        }
+        read.extend_from_slice(&bytes[..bytes.len().min(MAX_ANSWER - read.len())]);
     }
-    read.freeze()
 }
 
 /// Tells what was certainly not processed (RFC 9113, sections 6.8 and 8.7) from what may have been.

@@ -5,6 +5,7 @@
 //! answer did not come in time is not used again: what stands between us and the service may have forgotten
 //! it without a word.
 
+use std::sync::atomic::AtomicUsize;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -45,6 +46,8 @@ pub(crate) struct Lane {
     state: Mutex<State>,
     /// There is another connection, or dialing has failed.
     changed: Notify,
+    /// How many requests are under way that have given their turn to others.
+    pub(crate) overdue: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
@@ -83,7 +86,7 @@ impl Lane {
     pub(crate) fn new(service: Arc<Service>, http: HttpVersion, shared: Arc<Shared>) -> Arc<Self> {
         let turns = Turns::new(most(&shared.limits, http == HttpVersion::One));
         let state = Mutex::new(State { is_http1: http == HttpVersion::One, ..State::default() });
-        Arc::new(Self { service, turns, http, shared, state, changed: Notify::new() })
+        Arc::new(Self { service, turns, http, shared, state, changed: Notify::new(), overdue: AtomicUsize::new(0) })
     }
 
     /// A connection with room for one more request.
@@ -150,6 +153,11 @@ impl Lane {
         state.idle.retain(Http1::is_usable);
     }
 
+    /// How many requests may be under way that have given their turn to others: half of what the connections can carry.
+    pub(crate) fn most_overdue(&self) -> usize {
+        most(&self.shared.limits, self.state().is_http1) / 2
+    }
+
     /// How many connections carry requests or wait for them.
     pub(crate) fn connections(&self) -> usize {
         let state = self.state();
@@ -211,8 +219,9 @@ impl Lane {
 
     async fn open(&self) -> Result<(), ConnectError> {
         let origin = &self.service.origin;
-        let room = self.shared.room(origin.is_listed)?;
+        let room = self.shared.room(origin.is_listed())?;
         let connected = self.shared.connector.connect(origin, &self.service.addresses, self.http).await?;
+        self.service.is_found();
         let failed = |why| ConnectError::Handshake(origin.to_string(), why);
         let is_http1 = !connected.http2;
         if is_http1 {

@@ -11,6 +11,7 @@ mod keying;
 mod lane;
 mod message;
 mod proxy;
+mod reputation;
 mod resolve;
 mod sender;
 mod service;
@@ -30,12 +31,13 @@ pub use gate::Cause;
 pub use keying::SenderKey;
 pub use message::{MAX_PAYLOAD, Message, MessageError, Payload, Topic, Urgency};
 pub use proxy::{Proxy, ProxyError};
+pub use reputation::{HeldFor, Reputation};
 pub use resolve::{Pin, ResolveError};
 pub use sender::{Config, ConfigError, LaneStatus, Report, Sender};
-pub use service::ServiceStatus;
+pub use service::{Acceptance, ServiceStatus};
 pub use subscription::{Keys, KeysError};
 pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError};
-pub use vapid::{Claims, Contact, ContactError, VapidError, VapidKey, verify};
+pub use vapid::{Claims, Contact, ContactError, Signer, VapidError, VapidKey, verify};
 pub use verdict::{MAX_RETRY_AFTER, Verdict, verdict};
 
 /// Whoever panicked while holding one of these locks left nothing half done: each is held for a few lines.

@@ -11,7 +11,7 @@ use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use crate::client::{Client, ClientError, Limits, Rooms};
+use crate::client::{Answer, Client, ClientError, Limits, Rooms};
 use crate::connect::{ConnectError, Connector, HttpVersion};
 use crate::gate::{Cause, News};
 use crate::keying::{Keying, SenderKey};
@@ -19,16 +19,19 @@ use crate::lane::Lane;
 use crate::message::Message;
 use crate::proxy::Proxy;
 use crate::resolve::{Pin, ResolveError, Resolver};
-use crate::service::{Errand, ServiceStatus, Services};
+use crate::reputation::{HeldFor, Reputation};
+use crate::service::{Acceptance, Asking, Errand, ServiceStatus, Services};
 use crate::subscription::Keys;
 use crate::target::{Endpoint, Policy, TargetError};
 use crate::turns::Turn;
-use crate::vapid::{Contact, VapidKey};
-use crate::verdict::{Verdict, verdict};
+use crate::vapid::VapidKey;
+use crate::verdict::{Verdict, is_windows, verdict};
 
 const TTL: HeaderName = HeaderName::from_static("ttl");
 const URGENCY: HeaderName = HeaderName::from_static("urgency");
 const TOPIC: HeaderName = HeaderName::from_static("topic");
+const WNS_CACHE_POLICY: HeaderName = HeaderName::from_static("x-wns-cache-policy");
+const WNS_ERROR: HeaderName = HeaderName::from_static("x-wns-error-description");
 
 /// For how long one waits for a push service that is not sent to just now.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -40,8 +43,6 @@ const MAX_DETAIL: usize = 200;
 pub struct Config {
     /// What may be sent to.
     pub policy: Policy,
-    /// Whom push services may ask.
-    pub contact: Option<Contact>,
     /// Which versions of HTTP to offer.
     pub http: HttpVersion,
     /// A PEM file of certificate authorities, in addition to the system's.
@@ -72,7 +73,6 @@ impl Default for Config {
     fn default() -> Self {
         Self {
             policy: Policy::default(),
-            contact: None,
             http: HttpVersion::Auto,
             extra_ca_file: None,
             resolve: Vec::new(),
@@ -115,11 +115,13 @@ pub struct Report {
     pub status: Option<u16>,
     /// Why, in a few words; empty when delivered.
     pub detail: String,
+    /// Whether a refusal may be held against the subscription: not while the service refuses the key for many.
+    pub counts: bool,
 }
 
 impl Report {
     fn failed(verdict: Verdict, why: &dyn ToString) -> Self {
-        Self { verdict, status: None, detail: why.to_string() }
+        Self { verdict, status: None, detail: why.to_string(), counts: true }
     }
 }
 
@@ -139,7 +141,6 @@ struct Shared {
     connector: Arc<Connector>,
     services: Services,
     keying: Keying,
-    contact: Option<Contact>,
 }
 
 impl Sender {
@@ -165,7 +166,6 @@ impl Sender {
             connector: Arc::new(connector),
             services: Services::default(),
             keying: Keying::new(config.sender_key),
-            contact: config.contact,
         });
         let count = count.max(1);
         let limits = Limits {
@@ -196,33 +196,42 @@ impl Sender {
         self.0.shared.services.endpoint(self.policy(), url)
     }
 
-    /// Looks up an endpoint's host and checks every address. Whoever cannot be looked up now is let pass:
-    /// every send checks again.
+    /// Looks up an endpoint's host and checks every address. A host that cannot be looked up now passes if the policy names
+    /// it, or it has delivered something: every send checks again.
     ///
     /// # Errors
-    /// When the host does not exist, or leads to where nobody should be sent.
+    /// When the host does not exist, leads to where nobody should be sent, or cannot be looked up now.
     pub async fn check_addresses(&self, endpoint: &Endpoint) -> Result<(), TargetError> {
         match self.0.shared.connector.addresses(endpoint.host()).await {
             Err(ConnectError::Forbidden(error)) => Err(error),
             Err(ConnectError::Resolve(ResolveError::NotFound(host))) => Err(TargetError::Host(host)),
+            Err(_)
+                if !endpoint.origin.is_named()
+                    && !self.0.shared.services.has_delivered(&endpoint.origin.name) =>
+            {
+                Err(TargetError::NotLookedUp(endpoint.host().to_owned()))
+            }
             Ok(_) | Err(_) => Ok(()),
         }
     }
 
-    /// Encrypts and sends one message. Whatever goes wrong is a report about this subscription.
+    /// Encrypts and sends one message to a subscription that the caller vouches for. Whatever goes wrong is a report about
+    /// this subscription.
     pub async fn send(&self, endpoint: &Endpoint, keys: &Keys, message: &Message, key: &VapidKey) -> Report {
         let never = std::future::pending();
-        let sent = self.send_unless(endpoint, keys, message, key, never).await;
+        let sent = self.send_unless(endpoint, keys, message, key, Reputation::Proven, never).await;
         sent.unwrap_or_else(|| Report::failed(Verdict::Held(PATIENCE), &"it was given up"))
     }
 
-    /// The same, unless `given_up` comes before its turn: then nothing was sent, and there is no report.
+    /// The same, unless `given_up` comes before its turn: then nothing was sent, and there is no report. What comes of messages
+    /// to subscriptions without a good reputation decides nothing about others.
     pub async fn send_unless(
         &self,
         endpoint: &Endpoint,
         keys: &Keys,
         message: &Message,
         key: &VapidKey,
+        who: Reputation,
         given_up: impl Future<Output = ()> + Send,
     ) -> Option<Report> {
         let shared = &self.0.shared;
@@ -231,21 +240,25 @@ impl Sender {
         let Some(lane) = lane else {
             return Some(Report::failed(RETRY, &"too many different push services at once"));
         };
-        let admitted = match admit_at_once(&lane, message.bulk, key) {
+        let asking = Asking { key, who, urgent: !message.bulk };
+        let admitted = match admit_at_once(&lane, asking) {
             Some(admitted) => Ok(admitted),
             None => tokio::select! {
                 biased;
                 () = given_up => return None,
-                admitted = self.admit(&lane, message.bulk, key) => admitted,
+                admitted = self.admit(&lane, asking) => admitted,
             },
         };
         let (turn, errand) = match admitted {
             Ok(admitted) => admitted,
             Err(report) => return Some(report),
         };
-        let (report, news) = self.send_on(&lane, turn, endpoint, keys, message, key).await;
-        if errand.end(news, endpoint, key) {
+        let (mut report, news) = self.send_on(&lane, turn, endpoint, keys, message, asking).await;
+        if errand.end(news, endpoint) {
             lane.turns.restart();
+        }
+        if report.verdict == Verdict::Unauthorized {
+            report.counts = !lane.service.refuses(key.signer());
         }
         Some(report)
     }
@@ -255,19 +268,18 @@ impl Sender {
     async fn admit<'a>(
         &self,
         lane: &'a Lane,
-        bulk: bool,
-        key: &VapidKey,
+        asking: Asking<'_>,
     ) -> Result<(Turn<'a>, Errand<'a>), Report> {
         let asked = Instant::now();
         let held = |(wait, cause): (Duration, Cause)| Report::failed(Verdict::Held(wait), &cause.as_str());
         loop {
-            if let Some(closed) = lane.service.is_held(key, PATIENCE) {
+            if let Some(closed) = lane.service.is_held(asking, PATIENCE) {
                 return Err(held(closed));
             }
-            let Some(turn) = self.0.client.turn(lane, bulk).await else {
+            let Some(turn) = self.0.client.turn(lane, !asking.urgent).await else {
                 return Err(Report::failed(Verdict::Held(PATIENCE), &"it bears no more at once"));
             };
-            let (wait, cause) = match lane.service.admit(key) {
+            let (wait, cause) = match lane.service.admit(asking) {
                 Ok(errand) => return Ok((turn, errand)),
                 Err(held) => held,
             };
@@ -275,7 +287,8 @@ impl Sender {
             if asked.elapsed() + wait > PATIENCE {
                 return Err(held((wait, cause)));
             }
-            tokio::time::sleep(wait).await;
+            // Not all at once, nor always the same ones first.
+            tokio::time::sleep(wait.mul_f64(1.0 + fastrand::f64())).await;
         }
     }
 
@@ -286,11 +299,10 @@ impl Sender {
         endpoint: &Endpoint,
         keys: &Keys,
         message: &Message,
-        key: &VapidKey,
+        asking: Asking<'_>,
     ) -> (Report, News) {
         let shared = &self.0.shared;
-        let contact = shared.contact.as_ref();
-        let claim = lane.service.claimed.header(key, &endpoint.origin.name, contact, SystemTime::now());
+        let claim = lane.service.claimed.header(asking.key, &endpoint.origin.name, SystemTime::now());
         let claim = match claim {
             Ok(claim) => claim,
             Err(error) => return (Report::failed(RETRY, &error), News::Nothing),
@@ -308,14 +320,17 @@ impl Sender {
             }
         };
         let make = |version| request(version, endpoint, message, claim.clone(), body.len());
-        match self.0.client.send(lane, turn, make, body.clone()).await {
+        match self.0.client.send(lane, turn, make, body.clone(), asking.who).await {
             Ok(answer) => {
                 lane.service.compare_clocks(&answer.headers);
                 let verdict =
                     verdict(endpoint.host(), answer.status, &answer.headers, &answer.body, SystemTime::now());
-                let detail =
-                    if verdict == Verdict::Delivered { String::new() } else { excerpt(&answer.body) };
-                (Report { verdict, status: Some(answer.status.as_u16()), detail }, news(verdict))
+                let detail = match verdict {
+                    Verdict::Delivered => String::new(),
+                    _ => excerpt(reason(endpoint.host(), &answer)),
+                };
+                let status = Some(answer.status.as_u16());
+                (Report { verdict, status, detail, counts: true }, news(verdict))
             }
             Err(ClientError::Connect(error)) => {
                 let (verdict, news) = match &*error {
@@ -323,9 +338,13 @@ impl Sender {
                     ConnectError::Resolve(ResolveError::NotFound(_)) => {
                         (Verdict::Unresolvable, News::Nothing)
                     }
+                    // Somebody's name server may never answer.
+                    ConnectError::Resolve(ResolveError::Failed(..)) if lane.service.is_lost() => {
+                        (Verdict::Unresolvable, News::Away)
+                    }
                     // That is our own doing.
                     ConnectError::TooMany => (RETRY, News::Nothing),
-                    _ => (RETRY, News::Silent),
+                    _ => (RETRY, News::Away),
                 };
                 (Report::failed(verdict, &error), news)
             }
@@ -354,9 +373,15 @@ impl Sender {
         self.0.client.lanes().iter().map(status).collect()
     }
 
-    /// Sends nothing to an origin for at least this long: somebody else was told so, or has seen why.
-    pub fn hold(&self, origin: &str, wait: Duration, cause: Cause) {
-        self.0.shared.services.hold(self.policy(), origin, wait, cause);
+    /// Sends nothing to an origin for at least this long, to anybody or to unproven subscriptions: somebody else was told so,
+    /// or has seen why.
+    pub fn hold(&self, origin: &str, wait: Duration, cause: Cause, whom: HeldFor) {
+        self.0.shared.services.hold(self.policy(), origin, wait, cause, whom);
+    }
+
+    /// Which services have accepted messages since this was last asked, signed with what, and when last.
+    pub fn take_accepted(&self) -> Vec<Acceptance> {
+        self.0.shared.services.take_accepted()
     }
 
     /// Sends to an origin again. False when it is not known here.
@@ -384,9 +409,9 @@ pub struct LaneStatus {
 }
 
 /// A turn, where nobody has to wait for one.
-fn admit_at_once<'a>(lane: &'a Lane, bulk: bool, key: &VapidKey) -> Option<(Turn<'a>, Errand<'a>)> {
-    let turn = lane.turns.take_at_once(bulk)?;
-    Some((turn, lane.service.admit(key).ok()?))
+fn admit_at_once<'a>(lane: &'a Lane, asking: Asking<'_>) -> Option<(Turn<'a>, Errand<'a>)> {
+    let turn = lane.turns.take_at_once(!asking.urgent)?;
+    Some((turn, lane.service.admit(asking).ok()?))
 }
 
 const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };
@@ -422,6 +447,11 @@ fn request(
         headers.insert(TOPIC, topic.clone());
     }
     headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
+    if is_windows(endpoint.host()) {
+        // It is not kept, or it is: the TTL alone does not say so there.
+        let cache = if message.ttl == 0 { "no-cache" } else { "cache" };
+        headers.insert(WNS_CACHE_POLICY, HeaderValue::from_static(cache));
+    }
     if length > 0 {
         headers.insert(CONTENT_ENCODING, HeaderValue::from_static("aes128gcm"));
         headers.insert(CONTENT_TYPE, HeaderValue::from_static(message.content_type));
@@ -441,6 +471,14 @@ fn as_http1(request: &mut Request<()>) {
     if let Some(path) = uri.path_and_query() {
         *request.uri_mut() = path.clone().into();
     }
+}
+
+/// Why a service refuses: the body says it, or where that is empty a header of Windows.
+fn reason<'a>(host: &str, answer: &'a Answer) -> &'a [u8] {
+    if answer.body.is_empty() && is_windows(host) {
+        return answer.headers.get(WNS_ERROR).map_or(b"", HeaderValue::as_bytes);
+    }
+    &answer.body
 }
 
 /// The beginning of a refusal's text, in one line.

@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,23 +11,27 @@ use http::{HeaderMap, header};
 use tracing::warn;
 
 use crate::addresses::{AddressStatus, Addresses};
-use crate::gate::{Cause, Gate, News};
+use crate::gate::{Cause, News};
 use crate::lock;
-use crate::target::{Endpoint, Origin, Policy, TargetError, origin_of};
-use crate::vapid::{Claimed, KeyId, VapidKey};
+use crate::reputation::{Gates, HeldFor, Reputation, Ticket};
+use crate::target::{Endpoint, HostPattern, Origin, Policy, TargetError, origin_of};
+use crate::vapid::{Claimed, Signer, VapidKey};
 use crate::verdict::is_windows;
 
-/// How many push services are known at once, and how many of them may be such that the settings do not name: any
-/// visitor can bring one where every host is allowed.
-const MAX_SERVICES: usize = 1024;
-const MAX_UNLISTED: usize = 512;
-/// How many keys are known that a service refuses.
-const MAX_REFUSED: usize = 64;
+/// How many push services are known at once that one pattern of the policy lets in: `*`, a suffix, or a name (at its
+/// ports). Any visitor can bring services of the first two, and takes nothing from those of other patterns.
+const MAX_OF_ANY: usize = 512;
+const MAX_OF_SUFFIX: usize = 128;
+const MAX_OF_NAME: usize = 64;
+/// How many keys are known at one service.
+const MAX_KEYS: usize = 64;
 /// How far the clocks may be apart before somebody should look: claims are good for a while only.
 const SKEW: Duration = Duration::from_secs(30);
 /// How often a service's clock is looked at: with one answer in so many, and not so soon again.
 const LOOK_AT_ONE_IN: u64 = 256;
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(300);
+/// So often, and for so long, a name cannot be looked up before that is as good as if it did not exist.
+const LOST: (u32, Duration) = (3, Duration::from_secs(600));
 
 /// What is known about one push service.
 #[derive(Debug)]
@@ -35,16 +39,32 @@ pub(crate) struct Service {
     pub(crate) origin: Arc<Origin>,
     pub(crate) claimed: Claimed,
     pub(crate) addresses: Addresses,
-    gate: Mutex<Gate>,
-    /// The keys that it has refused since it last took one, each with a gate of its own: what is wrong with one of them
-    /// is nothing to the others.
-    refused: Mutex<Vec<(KeyId, Gate)>>,
-    /// Whether there are any.
-    refuses: AtomicBool,
+    known: Mutex<Known>,
     clock: Mutex<Clock>,
     answers: AtomicU64,
     /// When the last connection was opened, or will be: whoever sends, they are opened one after the other.
     dialed: Mutex<Option<Instant>>,
+    /// Since when its name cannot be looked up, and how often that was tried.
+    lost: Mutex<Option<(Instant, u32)>>,
+}
+
+/// What its answers say.
+#[derive(Debug)]
+struct Known {
+    gates: Gates,
+    /// What it says to each key, with gates of its own: what is wrong with one of them is nothing to the others.
+    keys: Vec<KeyKnown>,
+    used: Instant,
+}
+
+/// What a push service says to one key.
+#[derive(Debug)]
+struct KeyKnown {
+    signer: Signer,
+    /// Once it was refused.
+    gates: Option<Box<Gates>>,
+    /// When a message was last accepted that is signed with it, if that was not told yet.
+    accepted: Option<SystemTime>,
 }
 
 /// How far a service's clock is from ours.
@@ -59,12 +79,90 @@ struct Clock {
 pub struct ServiceStatus {
     /// Its origin: `https://fcm.googleapis.com`.
     pub origin: String,
-    /// For how long nothing is sent to it, and why.
-    pub held: Option<(Duration, Cause)>,
+    /// For how long nothing is sent to it, why, and to whom.
+    pub held: Option<(Duration, Cause, HeldFor)>,
+    /// Whether the policy names its host, or it has delivered something.
+    pub is_trusted: bool,
     /// Its addresses.
     pub addresses: Vec<AddressStatus>,
     /// How far its clock is ahead of ours, in seconds.
     pub clock_ahead_seconds: i64,
+}
+
+/// A push service has accepted a message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Acceptance {
+    /// Its origin.
+    pub origin: String,
+    /// What the message was signed with.
+    pub signer: Signer,
+    /// When, last.
+    pub at: SystemTime,
+}
+
+/// Which message asks.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asking<'a> {
+    pub(crate) key: &'a VapidKey,
+    pub(crate) who: Reputation,
+    pub(crate) urgent: bool,
+}
+
+impl Known {
+    fn key(&mut self, signer: Signer) -> Option<&mut KeyKnown> {
+        self.keys.iter_mut().find(|known| known.signer == signer)
+    }
+
+    fn gates_of(&mut self, signer: Signer) -> Option<&mut Gates> {
+        self.key(signer)?.gates.as_deref_mut()
+    }
+
+    /// A key that may be new here: then one that is not refused, or else the oldest, makes room.
+    fn key_or_new(&mut self, signer: Signer) -> &mut KeyKnown {
+        let at = self.keys.iter().position(|known| known.signer == signer).unwrap_or_else(|| {
+            if self.keys.len() >= MAX_KEYS {
+                let oldest = self.keys.iter().position(|known| known.gates.is_none()).unwrap_or(0);
+                self.keys.remove(oldest);
+            }
+            self.keys.push(KeyKnown { signer, gates: None, accepted: None });
+            self.keys.len() - 1
+        });
+        &mut self.keys[at]
+    }
+
+    /// What came of a message, as far as it is about its key. True when this closed a gate of that key.
+    fn note_key(&mut self, signer: Signer, news: News, ticket: Ticket, who: Reputation, id: u64) -> bool {
+        let now = Instant::now();
+        let known = self.key_or_new(signer);
+        match news {
+            News::Well => {
+                known.accepted = Some(SystemTime::now());
+                if let Some(gates) = &mut known.gates {
+                    gates.well(ticket, now);
+                    if gates.is_new() {
+                        known.gates = None;
+                    }
+                }
+                false
+            }
+            News::Refuses => {
+                known.gates.get_or_insert_default().note(news, ticket, who, id, now)
+            }
+            News::Answers => known.gates.as_mut().is_some_and(|gates| gates.note(news, ticket, who, id, now)),
+            News::Asks(_) | News::Away | News::Silent | News::Nothing => {
+                if let Some(gates) = &mut known.gates {
+                    gates.lose(ticket);
+                }
+                false
+            }
+        }
+    }
+
+    /// For how long something is held back, why, and to whom: everything, or what is signed with one key.
+    fn held(&self, now: Instant) -> Option<(Duration, Cause, HeldFor)> {
+        let of_keys = self.keys.iter().filter_map(|known| known.gates.as_ref()?.status(now));
+        self.gates.status(now).or_else(|| of_keys.max_by_key(|(wait, ..)| *wait))
+    }
 }
 
 impl Service {
@@ -73,79 +171,77 @@ impl Service {
             origin,
             claimed: Claimed::default(),
             addresses: Addresses::default(),
-            gate: Mutex::default(),
-            refused: Mutex::default(),
-            refuses: AtomicBool::new(false),
+            known: Mutex::new(Known { gates: Gates::default(), keys: Vec::new(), used: Instant::now() }),
             clock: Mutex::default(),
             answers: AtomicU64::new(0),
             dialed: Mutex::default(),
+            lost: Mutex::default(),
         }
     }
 
-    /// Asks whether a message signed with `key` may go, and notes what comes of it.
-    pub(crate) fn admit(&self, key: &VapidKey) -> Result<Errand<'_>, (Duration, Cause)> {
-        let mut errand = Errand { service: self, key: None, key_probe: false, probe: false };
+    /// Asks whether a message may go, and notes what comes of it.
+    pub(crate) fn admit(&self, asking: Asking<'_>) -> Result<Errand<'_>, (Duration, Cause)> {
+        let Asking { key, who, urgent } = asking;
         let now = Instant::now();
-        if let Some(admission) = self.of_key(key, |gate| gate.admit(now)) {
-            errand.key = Some(key.id());
-            errand.key_probe = admission.is_probe()?;
+        let mut known = lock(&self.known);
+        known.used = now;
+        let mut errand =
+            Errand { service: self, signer: key.signer(), who, of_key: Ticket::Open, of_all: Ticket::Open };
+        if let Some(gates) = known.gates_of(errand.signer) {
+            errand.of_key = gates.admit(who, urgent, now)?;
         }
-        let mut gate = lock(&self.gate);
-        if !gate.is_open() {
-            let admission = gate.admit(now);
-            drop(gate);
-            errand.probe = admission.is_probe()?;
+        match known.gates.admit(who, urgent, now) {
+            Ok(ticket) => errand.of_all = ticket,
+            Err(wait) => {
+                if let Some(gates) = known.gates_of(errand.signer) {
+                    gates.lose(std::mem::take(&mut errand.of_key));
+                }
+                // Its drop takes the lock.
+                drop(known);
+                return Err(wait);
+            }
         }
+        drop(known);
         Ok(errand)
     }
 
     /// Whether it makes no sense to wait for a turn: for how long nothing is sent, and why.
-    pub(crate) fn is_held(&self, key: &VapidKey, patience: Duration) -> Option<(Duration, Cause)> {
+    pub(crate) fn is_held(&self, asking: Asking<'_>, patience: Duration) -> Option<(Duration, Cause)> {
         let now = Instant::now();
-        let of_key = self.of_key(key, |gate| gate.held(now)).flatten();
-        let held = of_key.or_else(|| {
-            let gate = lock(&self.gate);
-            if gate.is_open() { None } else { gate.held(now) }
-        });
+        let mut known = lock(&self.known);
+        let of_key = known.gates_of(asking.key.signer());
+        let of_key = of_key.and_then(|gates| gates.held(asking.who, asking.urgent, now));
+        let held = of_key.or_else(|| known.gates.held(asking.who, asking.urgent, now));
         held.filter(|(wait, _)| *wait > patience)
     }
 
-    /// The gate of a key, if it was refused.
-    fn of_key<T>(&self, key: &VapidKey, look: impl FnOnce(&mut Gate) -> T) -> Option<T> {
-        if !self.refuses.load(Ordering::Relaxed) {
-            return None;
-        }
-        let (id, mut refused) = (key.id(), lock(&self.refused));
-        refused.iter_mut().find(|(known, _)| *known == id).map(|(_, gate)| look(gate))
+    /// Whether it refuses what is signed with a key, as far as is known: for many, not for a single subscription.
+    pub(crate) fn refuses(&self, signer: Signer) -> bool {
+        lock(&self.known).gates_of(signer).is_some_and(|gates| !gates.is_open())
     }
 
-    /// What came of a message, as far as it is about its key. True when this closed the gate of that key.
-    fn note_key(&self, id: KeyId, news: News, probe: bool, who: u64, now: Instant) -> bool {
-        let mut refused = lock(&self.refused);
-        let known = refused.iter().position(|(known, _)| *known == id);
-        let closed = match (known, news) {
-            (Some(at), News::Well) => {
-                refused.remove(at);
-                false
-            }
-            (Some(at), News::Refuses | News::Answers) => refused[at].1.note(news, probe, who, now),
-            (Some(at), _) => {
-                refused[at].1.lose_probe(probe);
-                false
-            }
-            (None, News::Refuses) => {
-                if refused.len() >= MAX_REFUSED {
-                    refused.remove(0);
-                }
-                let mut gate = Gate::default();
-                let closed = gate.note(news, false, who, now);
-                refused.push((id, gate));
-                closed
-            }
-            (None, _) => false,
-        };
-        self.refuses.store(!refused.is_empty(), Ordering::Relaxed);
-        closed
+    /// Which acceptances were not told yet.
+    fn take_accepted(&self) -> Vec<Acceptance> {
+        let origin = || self.origin.name.clone();
+        let keys = &mut lock(&self.known).keys;
+        let accepted = keys.iter_mut().filter_map(|known| {
+            Some(Acceptance { origin: origin(), signer: known.signer, at: known.accepted.take()? })
+        });
+        accepted.collect()
+    }
+
+    /// Its name could not be looked up. True when that has happened so often, and for so long, that it is as if there was no
+    /// such name.
+    pub(crate) fn is_lost(&self) -> bool {
+        let mut lost = lock(&self.lost);
+        let (since, times) = lost.get_or_insert_with(|| (Instant::now(), 0));
+        *times = times.saturating_add(1);
+        *times >= LOST.0 && since.elapsed() >= LOST.1 && !self.origin.is_named()
+    }
+
+    /// Its name has addresses.
+    pub(crate) fn is_found(&self) {
+        *lock(&self.lost) = None;
     }
 
     /// When another connection may be opened: no sooner than `pause` after the last one.
@@ -158,9 +254,9 @@ impl Service {
 
     /// Forgets everything that speaks against sending to it.
     fn open(&self) {
-        lock(&self.gate).open();
-        lock(&self.refused).clear();
-        self.refuses.store(false, Ordering::Relaxed);
+        let mut known = lock(&self.known);
+        known.gates.open();
+        known.keys.iter_mut().for_each(|key| key.gates = None);
     }
 
     /// Warns when the service's clock and ours are apart: it would take our claims for too old, or too new.
@@ -186,17 +282,15 @@ impl Service {
         }
     }
 
-    /// For how long something is held back, and why: everything, or what is signed with one key.
-    fn held(&self, now: Instant) -> Option<(Duration, Cause)> {
-        let of_keys =
-            lock(&self.refused).iter().filter_map(|(_, gate)| gate.held(now)).max_by_key(|(wait, _)| *wait);
-        lock(&self.gate).held(now).or(of_keys)
-    }
-
     fn status(&self, now: Instant) -> ServiceStatus {
+        let (held, has_delivered) = {
+            let known = lock(&self.known);
+            (known.held(now), known.gates.delivered().is_some())
+        };
         ServiceStatus {
             origin: self.origin.name.clone(),
-            held: self.held(now),
+            held,
+            is_trusted: self.origin.is_named() || has_delivered,
             addresses: self.addresses.status(now),
             clock_ahead_seconds: lock(&self.clock).ahead_seconds,
         }
@@ -207,46 +301,46 @@ impl Service {
 #[derive(Debug)]
 pub(crate) struct Errand<'a> {
     service: &'a Service,
-    /// Its key, if that was refused before, and whether this is to find out whether it still is.
-    key: Option<KeyId>,
-    key_probe: bool,
-    probe: bool,
+    signer: Signer,
+    who: Reputation,
+    /// What it was admitted as among those with its key, and among all.
+    of_key: Ticket,
+    of_all: Ticket,
 }
 
 impl Errand<'_> {
     /// Notes what came of it, for the subscription with this endpoint. True when the service is not sent to
     /// from now on.
-    pub(crate) fn end(mut self, news: News, endpoint: &Endpoint, key: &VapidKey) -> bool {
-        let probe = std::mem::take(&mut self.probe);
-        let key_probe = std::mem::take(&mut self.key_probe);
-        let is_about_key = news == News::Refuses || self.service.refuses.load(Ordering::Relaxed);
-        if news == News::Well && !probe && !is_about_key {
-            lock(&self.service.gate).well();
-            return false;
-        }
+    pub(crate) fn end(mut self, news: News, endpoint: &Endpoint) -> bool {
+        let of_key = std::mem::take(&mut self.of_key);
+        let of_all = std::mem::take(&mut self.of_all);
         // Without what follows a question mark, which anybody can make up; except where the token stands there.
-        let mut who = DefaultHasher::new();
-        if is_windows(endpoint.host()) {
-            endpoint.uri.path_and_query().hash(&mut who);
-        } else {
-            endpoint.uri.path().hash(&mut who);
+        let mut id = DefaultHasher::new();
+        if news != News::Well {
+            if is_windows(endpoint.host()) {
+                endpoint.uri.path_and_query().hash(&mut id);
+            } else {
+                endpoint.uri.path().hash(&mut id);
+            }
         }
-        let (who, now) = (who.finish(), Instant::now());
-        let closed = is_about_key && self.service.note_key(key.id(), news, key_probe, who, now);
+        let (id, now) = (id.finish(), Instant::now());
+        let mut known = lock(&self.service.known);
+        let closed = known.note_key(self.signer, news, of_key, self.who, id);
         // Who refuses a key is there, and does not choke.
         let news = if news == News::Refuses { News::Answers } else { news };
-        lock(&self.service.gate).note(news, probe, who, now) || closed
+        known.gates.note(news, of_all, self.who, id, now) || closed
     }
 }
 
 impl Drop for Errand<'_> {
     fn drop(&mut self) {
-        if self.probe {
-            lock(&self.service.gate).lose_probe(true);
+        if self.of_all == Ticket::Open && self.of_key == Ticket::Open {
+            return;
         }
-        if let Some(id) = self.key.filter(|_| self.key_probe) {
-            let mut refused = lock(&self.service.refused);
-            refused.iter_mut().filter(|(known, _)| *known == id).for_each(|(_, gate)| gate.lose_probe(true));
+        let mut known = lock(&self.service.known);
+        known.gates.lose(self.of_all);
+        if let Some(gates) = known.gates_of(self.signer) {
+            gates.lose(self.of_key);
         }
     }
 }
@@ -265,36 +359,54 @@ impl Services {
         }
     }
 
-    /// The service at an origin; none when there are too many.
+    /// The service at an origin; none when too many of its kind are in use.
     pub(crate) fn of(&self, origin: &Arc<Origin>) -> Option<Arc<Service>> {
         let mut known = lock(&self.0);
         if let Some(service) = known.get(&origin.name) {
             return Some(Arc::clone(service));
         }
-        let is_full = |known: &HashMap<String, Arc<Service>>| {
-            let unlisted = known.values().filter(|service| !service.origin.is_listed).count();
-            known.len() >= MAX_SERVICES || (!origin.is_listed && unlisted >= MAX_UNLISTED)
-        };
-        if is_full(&known) {
-            // One that nobody sends to can be made again, unless there is something to remember.
-            known.retain(|_, service| {
-                Arc::strong_count(service) > 1 || service.held(Instant::now()).is_some()
-            });
-            if is_full(&known) {
-                return None;
-            }
+        let of_kind = |service: &Service| service.origin.pattern == origin.pattern;
+        if known.values().filter(|service| of_kind(service)).count() >= budget(&origin.pattern) {
+            // What is held makes room as well as any other; what has delivered something goes last.
+            let next = known.values().filter(|service| of_kind(service)).min_by_key(|service| {
+                let known = lock(&service.known);
+                (known.gates.delivered().is_some(), known.used)
+            })?;
+            let next = next.origin.name.clone();
+            known.remove(&next);
         }
         let service = Arc::new(Service::new(Arc::clone(origin)));
         known.insert(origin.name.clone(), Arc::clone(&service));
         Some(service)
     }
 
-    /// Stops sending to an origin for at least this long.
-    pub(crate) fn hold(&self, policy: &Policy, origin: &str, wait: Duration, cause: Cause) {
+    /// Stops sending to an origin for at least this long. One that is not known here takes no more than half of the room of
+    /// its kind.
+    pub(crate) fn hold(&self, policy: &Policy, origin: &str, wait: Duration, cause: Cause, whom: HeldFor) {
         let Ok(endpoint) = policy.check(&format!("{origin}/")) else { return };
-        if let Some(service) = self.of(&endpoint.origin) {
-            lock(&service.gate).hold(wait, cause, Instant::now());
+        let origin = &endpoint.origin;
+        {
+            let known = lock(&self.0);
+            let of_kind = known.values().filter(|service| service.origin.pattern == origin.pattern).count();
+            if !known.contains_key(&origin.name) && of_kind >= budget(&origin.pattern) / 2 {
+                return;
+            }
         }
+        if let Some(service) = self.of(origin) {
+            lock(&service.known).gates.hold(whom, wait, cause, Instant::now());
+        }
+    }
+
+    /// Whether an origin is known, and has delivered something.
+    pub(crate) fn has_delivered(&self, origin: &str) -> bool {
+        let service = lock(&self.0).get(origin).cloned();
+        service.is_some_and(|service| lock(&service.known).gates.delivered().is_some())
+    }
+
+    /// Which acceptances were not told yet: of each service and each key the last one.
+    pub(crate) fn take_accepted(&self) -> Vec<Acceptance> {
+        let known: Vec<_> = lock(&self.0).values().cloned().collect();
+        known.iter().flat_map(|service| service.take_accepted()).collect()
     }
 
     /// Sends to an origin again. False when it is not known.
@@ -309,5 +421,14 @@ impl Services {
         let mut all: Vec<_> = known.iter().map(|service| service.status(now)).collect();
         all.sort_by(|one, other| one.origin.cmp(&other.origin));
         all
+    }
+}
+
+/// How many services a pattern may bring.
+fn budget(pattern: &HostPattern) -> usize {
+    match pattern {
+        HostPattern::Any => MAX_OF_ANY,
+        HostPattern::Below(_) => MAX_OF_SUFFIX,
+        HostPattern::Exact(_) => MAX_OF_NAME,
     }
 }

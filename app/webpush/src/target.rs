@@ -97,6 +97,15 @@ impl fmt::Display for HostPattern {
 }
 
 impl HostPattern {
+    /// Less for those that let in fewer hosts.
+    fn reach(&self) -> (u8, std::cmp::Reverse<usize>) {
+        match self {
+            Self::Exact(host) => (0, std::cmp::Reverse(host.len())),
+            Self::Below(suffix) => (1, std::cmp::Reverse(suffix.len())),
+            Self::Any => (2, std::cmp::Reverse(0)),
+        }
+    }
+
     fn matches(&self, host: &str) -> bool {
         match self {
             Self::Any => true,
@@ -130,6 +139,9 @@ pub enum TargetError {
     /// A host that is not in the list of push services.
     #[error("{0} is not a known push service (push.allow_hosts)")]
     Host(String),
+    /// A host that cannot be looked up now, and is not known.
+    #[error("{0} cannot be looked up now")]
+    NotLookedUp(String),
     /// An address that is not on the public internet.
     #[error("{0} is not on the public internet (push.allow_networks)")]
     Address(IpAddr),
@@ -151,9 +163,21 @@ pub(crate) struct Origin {
     /// A name, an IPv4 address, or an IPv6 address without its brackets.
     pub(crate) host: String,
     pub(crate) port: u16,
-    /// Whether the settings name it, rather than allowing any host.
-    pub(crate) is_listed: bool,
+    /// What lets it in: of several patterns the one that says most.
+    pub(crate) pattern: HostPattern,
     authority: Authority,
+}
+
+impl Origin {
+    /// Whether the policy names it, by its host or a suffix, rather than allowing any host.
+    pub(crate) fn is_listed(&self) -> bool {
+        self.pattern != HostPattern::Any
+    }
+
+    /// Whether the policy names its host.
+    pub(crate) fn is_named(&self) -> bool {
+        matches!(self.pattern, HostPattern::Exact(_))
+    }
 }
 
 impl PartialEq for Origin {
@@ -252,21 +276,20 @@ impl Policy {
             return Err(TargetError::Port);
         }
         let host = match parsed.host().ok_or(TargetError::Form)? {
-            Host::Domain(name) => name.to_owned(),
+            Host::Domain(name) if is_host_name(name) => name.to_owned(),
+            Host::Domain(_) => return Err(TargetError::Form),
             Host::Ipv4(address) => self.check_address(address.into()).map(|()| address.to_string())?,
             Host::Ipv6(address) => self.check_address(address.into()).map(|()| address.to_string())?,
         };
-        let matching = |pattern: &&HostPattern| pattern.matches(&host);
-        let is_listed =
-            match self.hosts.iter().filter(matching).min_by_key(|found| **found == HostPattern::Any) {
-                Some(pattern) => *pattern != HostPattern::Any,
-                None => return Err(TargetError::Host(host)),
-            };
+        let matching = self.hosts.iter().filter(|pattern| pattern.matches(&host));
+        let Some(pattern) = matching.min_by_key(|pattern| pattern.reach()).cloned() else {
+            return Err(TargetError::Host(host));
+        };
         // What is sent is what was given, byte for byte: some services sign it.
         let uri: Uri = url.parse().map_err(|_| TargetError::Form)?;
         let authority = uri.authority().cloned().ok_or(TargetError::Form)?;
         let name = origin_of(url).unwrap_or(url).to_owned();
-        Ok(Endpoint { uri, origin: Arc::new(Origin { name, tls, host, port, is_listed, authority }) })
+        Ok(Endpoint { uri, origin: Arc::new(Origin { name, tls, host, port, pattern, authority }) })
     }
 
     /// Checks an address that a name was resolved to.
@@ -286,6 +309,19 @@ impl Policy {
         };
         if allowed { Ok(()) } else { Err(TargetError::Address(address)) }
     }
+}
+
+/// Whether DNS can carry a name, as it is written in a URL: labels of 1 to 63 letters, digits, hyphens (not at an end) and
+/// underscores, 253 bytes in all (RFC 1035, section 2.3.4; RFC 1123, section 2.1). No dot at the end: browsers give none.
+fn is_host_name(name: &str) -> bool {
+    let is_label = |label: &str| {
+        let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
+        (1..=63).contains(&label.len())
+            && label.bytes().all(known)
+            && !label.starts_with('-')
+            && !label.ends_with('-')
+    };
+    name.len() <= 253 && name.split('.').all(is_label)
 }
 
 enum Embedding {
@@ -446,15 +482,27 @@ mod tests {
             ("https://evil.example/fcm.googleapis.com", host("evil.example")),
             ("https://fcm.googleapis.com.evil.example/x", host("fcm.googleapis.com.evil.example")),
             ("https://evilfcm.googleapis.com/x", host("evilfcm.googleapis.com")),
-            ("https://fcm.googleapis.com./x", host("fcm.googleapis.com.")),
+            ("https://fcm.googleapis.com./x", Form),
             ("https://push.apple.com/x", host("push.apple.com")),
             ("https://evilpush.apple.com/x", host("evilpush.apple.com")),
-            ("https://.push.apple.com/x", host(".push.apple.com")),
+            ("https://.push.apple.com/x", Form),
+            ("https://a..push.apple.com/x", Form),
+            ("https://-a.push.apple.com/x", Form),
+            ("https://a-.push.apple.com/x", Form),
+            ("https://a!.push.apple.com/x", Form),
+            ("https://a~b.push.apple.com/x", Form),
+            ("https://a'b.push.apple.com/x", Form),
+            ("https://a;b.push.apple.com/x", Form),
+            ("https://a,b.push.apple.com/x", Form),
+            ("https://$(id).push.apple.com/x", Form),
             ("https://permanently-removed.invalid/x", host("permanently-removed.invalid")),
             ("https://localhost/x", host("localhost")),
             ("https://metadata.google.internal/x", host("metadata.google.internal")),
         ] {
             assert_eq!(Policy::default().check(url), Err(error), "{url}");
+        }
+        for host in [format!("{}.push.apple.com", "x".repeat(64)), format!("{}push.apple.com", "x.".repeat(121))] {
+            assert_eq!(Policy::default().check(&format!("https://{host}/x")), Err(Form), "{host}");
         }
         let long = format!("https://fcm.googleapis.com/{}", "x".repeat(MAX_ENDPOINT));
         assert_eq!(Policy::default().check(&long), Err(TargetError::Length));

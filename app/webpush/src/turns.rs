@@ -1,11 +1,12 @@
 //! Who may send to an origin next: as many at once as its window allows, and bulk never takes all of them.
 
 use std::sync::Mutex;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
 use crate::lock;
+use crate::reputation::Reputation;
 use crate::window::Window;
 
 /// Rights to send. Bulk messages may have three quarters of them, so that others never wait for all.
@@ -21,8 +22,7 @@ pub(crate) struct Turns {
 pub(crate) struct Turn<'a> {
     turns: &'a Turns,
     sent: Instant,
-    _all: Right<'a>,
-    _bulk: Option<Right<'a>>,
+    rights: Option<(Right<'a>, Option<Right<'a>>)>,
 }
 
 impl Turns {
@@ -36,14 +36,19 @@ impl Turns {
     pub(crate) fn take_at_once(&self, bulk: bool) -> Option<Turn<'_>> {
         let bulk = if bulk { Some(self.bulk.take_at_once()?) } else { None };
         let all = self.all.take_at_once()?;
-        Some(Turn { turns: self, sent: Instant::now(), _all: all, _bulk: bulk })
+        Some(Turn { turns: self, sent: Instant::now(), rights: Some((all, bulk)) })
     }
 
     /// Waits for the right to send one message.
     pub(crate) async fn take(&self, bulk: bool) -> Turn<'_> {
         let bulk = if bulk { Some(self.bulk.take().await) } else { None };
         let all = self.all.take().await;
-        Turn { turns: self, sent: Instant::now(), _all: all, _bulk: bulk }
+        Turn { turns: self, sent: Instant::now(), rights: Some((all, bulk)) }
+    }
+
+    /// How long an answer takes that need not wait for others, about.
+    pub(crate) fn usual(&self) -> Duration {
+        lock(&self.window).quickest()
     }
 
     /// How many may be under way at once, and how many are.
@@ -86,9 +91,14 @@ impl Turn<'_> {
         self.turns.change(|window| window.answered(in_flight, took));
     }
 
-    /// The origin choked on it.
-    pub(crate) fn choked(&self) {
-        self.turns.change(|window| window.choked(self.sent, Instant::now()));
+    /// The origin choked on it; which a single subscription may bring about, if it is `unproven`.
+    pub(crate) fn choked(&self, who: Reputation) {
+        self.turns.change(|window| window.choked(self.sent, Instant::now(), who));
+    }
+
+    /// Lets others have it while its message is still under way.
+    pub(crate) fn give_back(&mut self) {
+        self.rights = None;
     }
 }
 
@@ -198,8 +208,8 @@ mod tests {
         }
         turn.iter().for_each(Turn::answered);
         assert_eq!(turns.status().0, 25, "it grows while it is used");
-        turn[0].choked();
-        turn[1].choked();
+        turn[0].choked(Reputation::Proven);
+        turn[1].choked(Reputation::Proven);
         assert_eq!(turns.status().0, 12);
     }
 }

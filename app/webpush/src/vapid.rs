@@ -6,11 +6,11 @@
 //! new claim an hour.
 
 use std::fmt;
-use std::hash::{DefaultHasher, Hash, Hasher};
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use aws_lc_rs::digest::{SHA256, digest};
 use aws_lc_rs::rand::SystemRandom;
 use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair, UnparsedPublicKey,
@@ -52,11 +52,23 @@ pub enum VapidError {
 pub struct VapidKey {
     pair: Arc<Pair>,
     contact: Option<Contact>,
+    id: Signer,
 }
 
-/// Tells keys apart.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct KeyId(u64);
+/// Tells apart what messages are signed with: a key, and the contact that its claims name. The same in every process and
+/// after every start.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Signer(pub i64);
+
+impl Signer {
+    fn of(public: &[u8; POINT], contact: Option<&Contact>) -> Self {
+        let contact = contact.map_or("", Contact::as_str);
+        let digest = digest(&SHA256, &[public, contact.as_bytes()].concat());
+        let mut first = [0; 8];
+        first.copy_from_slice(&digest.as_ref()[..8]);
+        Self(i64::from_be_bytes(first))
+    }
+}
 
 struct Pair {
     keys: EcdsaKeyPair,
@@ -100,21 +112,29 @@ impl VapidKey {
 
     fn new(keys: EcdsaKeyPair) -> Result<Self, VapidError> {
         let public = keys.public_key().as_ref().try_into().map_err(|_| VapidError::Key)?;
-        Ok(Self { pair: Arc::new(Pair { keys, public }), contact: None })
+        let id = Signer::of(&public, None);
+        Ok(Self { pair: Arc::new(Pair { keys, public }), contact: None, id })
     }
 
-    /// The same key with a contact of its own, which its claims have in the place of the sender's.
+    /// The same key with a contact, which its claims name.
     #[must_use]
     pub fn with_contact(self, contact: Contact) -> Self {
-        Self { contact: Some(contact), ..self }
+        let id = Signer::of(&self.pair.public, Some(&contact));
+        Self { contact: Some(contact), id, ..self }
+    }
+
+    /// The same key with this contact, if it has none of its own.
+    #[must_use]
+    pub fn or_contact(self, contact: Option<&Contact>) -> Self {
+        match contact {
+            Some(contact) if self.contact.is_none() => self.with_contact(contact.clone()),
+            _ => self,
+        }
     }
 
     /// What tells it from others: its public half, and whom its claims name.
-    pub(crate) fn id(&self) -> KeyId {
-        let mut hasher = DefaultHasher::new();
-        self.pair.public.hash(&mut hasher);
-        self.contact.as_ref().map(Contact::as_str).hash(&mut hasher);
-        KeyId(hasher.finish())
+    pub fn signer(&self) -> Signer {
+        self.id
     }
 
     /// The key as a PEM file. This is the secret itself.
@@ -137,14 +157,9 @@ impl VapidKey {
     }
 
     /// The value of an `Authorization` header for one origin.
-    fn authorize(
-        &self,
-        audience: &str,
-        contact: Option<&Contact>,
-        now: SystemTime,
-    ) -> Result<HeaderValue, VapidError> {
+    fn authorize(&self, audience: &str, now: SystemTime) -> Result<HeaderValue, VapidError> {
         let mut claims = serde_json::json!({ "aud": audience, "exp": unix(now + VALID) });
-        if let Some(contact) = contact {
+        if let Some(contact) = &self.contact {
             claims["sub"] = contact.as_str().into();
         }
         let head = encode(br#"{"typ":"JWT","alg":"ES256"}"#);
@@ -174,8 +189,7 @@ pub(crate) struct Claimed(Mutex<Vec<Claim>>);
 
 #[derive(Clone, Debug)]
 struct Claim {
-    key: [u8; POINT],
-    contact: Option<Contact>,
+    signer: Signer,
     header: HeaderValue,
     signed: SystemTime,
 }
@@ -186,26 +200,19 @@ impl Claimed {
         &self,
         key: &VapidKey,
         origin: &str,
-        contact: Option<&Contact>,
         now: SystemTime,
     ) -> Result<HeaderValue, VapidError> {
-        let contact = key.contact.as_ref().or(contact);
         let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_same = |claim: &Claim| claim.key == *key.public_bytes() && claim.contact.as_ref() == contact;
+        let is_same = |claim: &Claim| claim.signer == key.id;
         if let Some(claim) = claims.iter().find(|claim| is_same(claim) && claim.is_fresh(now)) {
             return Ok(claim.header.clone());
         }
-        let header = key.authorize(origin, contact, now)?;
+        let header = key.authorize(origin, now)?;
         claims.retain(|claim| !is_same(claim));
         if claims.len() >= MAX_CLAIMS {
             claims.remove(0);
         }
-        claims.push(Claim {
-            key: *key.public_bytes(),
-            contact: contact.cloned(),
-            header: header.clone(),
-            signed: now,
-        });
+        claims.push(Claim { signer: key.id, header: header.clone(), signed: now });
         Ok(header)
     }
 }
@@ -343,7 +350,7 @@ mod tests {
     }
 
     fn header(claims: &Claimed, key: &VapidKey, origin: &str, now: SystemTime) -> String {
-        claims.header(key, origin, None, now).unwrap().to_str().unwrap().to_owned()
+        claims.header(key, origin, now).unwrap().to_str().unwrap().to_owned()
     }
 
     /// RFC 8292, section 2.4 (its line breaks removed).
@@ -363,7 +370,8 @@ mod tests {
     fn a_claim_names_origin_port_contact_and_key() {
         let key = VapidKey::generate().unwrap();
         let contact: Contact = "mailto:ops@shop.example.com".parse().unwrap();
-        let header = Claimed::default().header(&key, ORIGIN, Some(&contact), at(1_000_000)).unwrap();
+        let key = key.with_contact(contact);
+        let header = Claimed::default().header(&key, ORIGIN, at(1_000_000)).unwrap();
         assert!(header.is_sensitive());
         let claims = verify(header.to_str().unwrap(), ORIGIN, at(1_000_000)).unwrap();
         assert_eq!(claims.key, key.public_bytes());

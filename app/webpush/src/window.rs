@@ -3,11 +3,15 @@
 
 use std::time::{Duration, Instant};
 
+use crate::reputation::Reputation;
+
 /// How many at once at the beginning, and after a pause.
 const FIRST: f64 = 16.0;
 /// An origin that chokes again within this time has its limit for good; later, it may have grown.
 const FORGET: Duration = Duration::from_secs(60);
 
+/// On so many messages to unproven subscriptions in a row an origin chokes before it is asked for less.
+const STRANGERS: u32 = 32;
 /// So much longer than the quickest, an answer has waited for others.
 const PILE: Duration = Duration::from_millis(50);
 /// What the quickest answer took is forgotten by one part in so many with each other answer.
@@ -25,6 +29,8 @@ pub(crate) struct Window {
     cut: Option<Instant>,
     /// How long the quickest answers take.
     quickest: Duration,
+    /// On how many in a row the origin choked.
+    in_a_row: u32,
 }
 
 impl Window {
@@ -32,7 +38,7 @@ impl Window {
     pub(crate) fn new(most: usize) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "some thousands")]
         let most = (most as f64).max(1.0);
-        Self { limit: FIRST.min(most), most, threshold: most, cut: None, quickest: Duration::MAX }
+        Self { limit: FIRST.min(most), most, threshold: most, cut: None, quickest: Duration::MAX, in_a_row: 0 }
     }
 
     /// How many at once: at least one.
@@ -44,6 +50,7 @@ impl Window {
     /// An answer came after `took` while `in_flight` were under way. The window grows if it was of any use, and if requests
     /// do not pile up at the origin: whoever comes next would wait for all of them.
     pub(crate) fn answered(&mut self, in_flight: usize, took: Duration) {
+        self.in_a_row = 0;
         self.quickest = self.quickest.saturating_add(self.quickest / FADE).min(took);
         let piles_up = took > (self.quickest * 3).max(self.quickest + PILE);
         if in_flight * 2 < self.limit() || piles_up {
@@ -53,8 +60,19 @@ impl Window {
         self.limit = (self.limit + step).min(self.most);
     }
 
-    /// The origin choked on a request that was sent at `sent`.
-    pub(crate) fn choked(&mut self, sent: Instant, now: Instant) {
+    /// How long the quickest answers take: a second while there was none.
+    pub(crate) fn quickest(&self) -> Duration {
+        if self.quickest == Duration::MAX { Duration::from_secs(1) } else { self.quickest }
+    }
+
+    /// The origin choked on a request that was sent at `sent`. What unproven subscriptions bring about counts when there is
+    /// nothing else, and leaves room for others.
+    pub(crate) fn choked(&mut self, sent: Instant, now: Instant, who: Reputation) {
+        self.in_a_row = self.in_a_row.saturating_add(1);
+        let is_known = who == Reputation::Proven;
+        if !is_known && (self.in_a_row < STRANGERS || self.limit <= FIRST / 2.0) {
+            return;
+        }
         if self.cut.is_some_and(|cut| sent <= cut) {
             return;
         }
@@ -103,7 +121,7 @@ mod tests {
             assert_eq!(window.limit(), expected);
             (0..expected).for_each(|_| window.answered(expected, QUICK));
         }
-        window.choked(now, now);
+        window.choked(now, now, Reputation::Proven);
         assert_eq!(window.limit(), 128);
         (0..140).for_each(|_| window.answered(128, QUICK));
         assert!((128..=130).contains(&window.limit()), "{}", window.limit());
@@ -114,11 +132,29 @@ mod tests {
         let start = Instant::now();
         let mut window = grown(400);
         for sent in 0..100 {
-            window.choked(start, start + Duration::from_millis(sent));
+            window.choked(start, start + Duration::from_millis(sent), Reputation::Proven);
         }
         assert_eq!(window.limit(), 200);
-        window.choked(start + SECOND, start + SECOND * 2);
+        window.choked(start + SECOND, start + SECOND * 2, Reputation::Proven);
         assert_eq!(window.limit(), 100);
+    }
+
+    #[test]
+    fn what_strangers_bring_about_cuts_only_where_there_is_nothing_else() {
+        let start = Instant::now();
+        let later = |ms: u64| start + Duration::from_millis(ms);
+        let mut window = grown(400);
+        for ms in 0..10_000 {
+            window.choked(later(ms), later(ms), Reputation::Unproven);
+            if ms % 20 == 0 {
+                window.answered(1, QUICK);
+            }
+        }
+        assert_eq!(window.limit(), 400, "one in twenty is delivered");
+        for ms in 10_000..20_000 {
+            window.choked(later(ms), later(ms), Reputation::Unproven);
+        }
+        assert!((4..=8).contains(&window.limit()), "{}", window.limit());
     }
 
     #[test]
@@ -126,7 +162,7 @@ mod tests {
         let start = Instant::now();
         let mut window = grown(100);
         for second in 1..100 {
-            window.choked(start + SECOND * second, start + SECOND * second);
+            window.choked(start + SECOND * second, start + SECOND * second, Reputation::Proven);
         }
         assert_eq!(window.limit(), 1);
         (0..600_000).for_each(|_| window.answered(window.limit(), QUICK));

@@ -38,10 +38,54 @@ pub struct FieldError {
     pub position: Option<usize>,
 }
 
+/// How many fields of one request are named.
+const MAX_ERRORS: usize = 20;
+/// The longest text of an answer that may repeat what a client has sent, in bytes.
+const MAX_TEXT: usize = 512;
+
+/// A text that is short enough to be answered: of a longer one the beginning and the end, where parsers say what they wanted.
+fn cut(text: String) -> String {
+    if text.len() <= MAX_TEXT {
+        return text;
+    }
+    let head = text.floor_char_boundary(MAX_TEXT / 2);
+    let tail = text.ceil_char_boundary(text.len() - MAX_TEXT / 2);
+    format!("{}…{}", &text[..head], &text[tail..])
+}
+
+/// The fields of a request that were not as wanted, as far as they are named: after [`MAX_ERRORS`] nothing is kept.
+#[derive(Clone, Debug, Default)]
+pub struct Errors(Vec<FieldError>);
+
+impl Errors {
+    /// Adds one.
+    pub fn push(&mut self, error: FieldError) {
+        if !self.is_full() {
+            self.0.push(error);
+        }
+    }
+
+    /// Whether nothing more is kept: it makes no sense to look for more.
+    pub fn is_full(&self) -> bool {
+        self.0.len() >= MAX_ERRORS
+    }
+
+    /// Whether everything was as wanted.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl From<Errors> for Problem {
+    fn from(errors: Errors) -> Self {
+        Self::invalid(errors.0)
+    }
+}
+
 impl FieldError {
-    /// A field and what was wanted in it.
+    /// A field and what was wanted in it. Of long texts the middle is left out: a client may have chosen them.
     pub fn new(field: impl Into<String>, wanted: impl Into<String>) -> Self {
-        Self { field: field.into(), wanted: wanted.into(), position: None }
+        Self { field: cut(field.into()), wanted: cut(wanted.into()), position: None }
     }
 
     /// The same, with the place in the text.
@@ -53,19 +97,20 @@ impl FieldError {
 }
 
 impl Problem {
-    /// A problem of this status; `detail` says what happened this time.
+    /// A problem of this status; `detail` says what happened this time. Of a long one the middle is left out.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         Self {
             status: status.as_u16(),
             title: status.canonical_reason().unwrap_or("Error"),
-            detail: detail.into(),
+            detail: cut(detail.into()),
             errors: Vec::new(),
             retry_after: None,
         }
     }
 
     /// 422: the request was understood and cannot be done, because of these fields.
-    pub fn invalid(errors: Vec<FieldError>) -> Self {
+    pub fn invalid(mut errors: Vec<FieldError>) -> Self {
+        errors.truncate(MAX_ERRORS);
         let fields: Vec<&str> = errors.iter().map(|error| error.field.as_str()).collect();
         let detail = format!("not as wanted: {}", fields.join(", "));
         Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, detail) }
@@ -104,5 +149,29 @@ impl IntoResponse for Problem {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds.max(1)));
         }
         response
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_client_has_sent_is_repeated_in_part_only() {
+        let long = "ä".repeat(1_000_000);
+        let error = FieldError::new(long.clone(), format!("unknown field `{long}`, expected `to`"));
+        assert!(error.field.len() <= MAX_TEXT + 3 && error.wanted.len() <= MAX_TEXT + 3);
+        assert!(error.wanted.starts_with("unknown field `ä") && error.wanted.ends_with("`, expected `to`"));
+        let problem = Problem::invalid(vec![error; 100_000]);
+        assert_eq!(problem.errors.len(), MAX_ERRORS);
+        assert!(problem.detail.len() <= MAX_TEXT + 3);
+    }
+
+    #[test]
+    fn no_more_errors_are_kept_than_are_named() {
+        let mut errors = Errors::default();
+        (0..1000).for_each(|number| errors.push(FieldError::new(format!("to.users[{number}]"), "a user id")));
+        assert!(errors.is_full());
+        assert_eq!(errors.0.len(), MAX_ERRORS);
     }
 }

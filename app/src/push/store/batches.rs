@@ -3,7 +3,7 @@
 //! Every change of a batch carries the epoch of the job's claim: one that comes from an earlier claim changes
 //! nothing, and so an outcome is counted once, however often the message was sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
@@ -16,6 +16,8 @@ use super::subscriptions::endpoint_hash;
 use super::{Store, add_outcome, job, now_ms};
 use crate::push::audience::{Audience, Selection};
 use crate::push::outcome::Outcome;
+use crate::push::refusals::{self, Evidence, Record, Refusal};
+use crate::push::send::origin;
 use crate::push::webhook::{Event, Pruned, Webhook};
 
 /// A part of an audience, in the hands of a job.
@@ -77,8 +79,10 @@ pub(crate) struct Member {
     pub(crate) auth: Vec<u8>,
     /// The key that it was made with; none when it came with the notification.
     pub(crate) vapid_key: Option<i64>,
-    /// How often in a row it was refused or not found.
-    pub(crate) strikes: u32,
+    /// Whether something was delivered to it before.
+    pub(crate) is_proven: bool,
+    /// Whether it was refused since.
+    pub(crate) is_refused: bool,
     /// Read only for templates.
     pub(crate) metadata: Option<String>,
 }
@@ -100,10 +104,12 @@ pub(crate) struct Checkpoint {
     pub(crate) outcomes: Vec<(Outcome, usize)>,
     /// Subscriptions that have ended, with the endpoint that was sent to.
     pub(crate) ended: Vec<(i64, String)>,
-    /// Subscriptions that were refused or not found,
-    pub(crate) struck: Vec<(i64, String)>,
+    /// Subscriptions that were refused, with the endpoint that was sent to,
+    pub(crate) refused: Vec<(i64, String, Refusal)>,
     /// and those that were delivered to after that.
     pub(crate) cleared: Vec<i64>,
+    /// Subscriptions that were delivered to for the first time.
+    pub(crate) proven: Vec<i64>,
     pub(crate) deliveries: Vec<Delivery>,
     /// Members to be tried again later.
     pub(crate) deferred: Vec<Deferred>,
@@ -421,7 +427,10 @@ fn unreadable(error: serde_json::Error) -> rusqlite::Error {
 fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
     let (site, low) = (batch.site, batch.low_id);
     let keys = "id, endpoint, p256dh, auth";
-    let stored = format!("{keys}, vapid_key, strikes{}", if batch.is_template { ", metadata" } else { "" });
+    let stored = format!(
+        "{keys}, vapid_key, delivered_at, refused_since{}",
+        if batch.is_template { ", metadata" } else { "" }
+    );
     match (&batch.part, batch.audience == Audience::Inline) {
         (Part::Range { upto }, true) => {
             let sql = format!(
@@ -456,28 +465,26 @@ fn member(row: &Row, stored: bool, with_metadata: bool) -> Result<Member> {
         p256dh: row.get("p256dh")?,
         auth: row.get("auth")?,
         vapid_key: if stored { Some(row.get("vapid_key")?) } else { None },
-        strikes: if stored { row.get("strikes")? } else { 0 },
+        is_proven: stored && row.get::<Option<i64>>("delivered_at")?.is_some(),
+        is_refused: stored && row.get::<Option<i64>>("refused_since")?.is_some(),
         metadata: if with_metadata { row.get("metadata")? } else { None },
     })
 }
 
-/// A subscription that was refused or not found so often in a row, each time so much later, is deleted.
-const STRIKES: i64 = 3;
-const STRIKE_MS: i64 = 12 * 3600 * 1000;
-
 /// Counts against subscriptions and for them, deletes those that have ended, and returns which these are. All rows are
 /// changed in the order of their ids, as everybody does: two checkpoints never wait for each other.
-async fn strike<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<i64>> {
+async fn judge<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<i64>> {
     enum Change<'a> {
         End(&'a str),
-        Strike(&'a str),
+        Refuse(&'a str, &'a Refusal),
         Clear,
     }
     let ended = checkpoint.ended.iter().map(|(id, endpoint)| (*id, Change::End(endpoint)));
-    let struck = checkpoint.struck.iter().map(|(id, endpoint)| (*id, Change::Strike(endpoint)));
+    let refused = checkpoint.refused.iter();
+    let refused = refused.map(|(id, endpoint, refusal)| (*id, Change::Refuse(endpoint, refusal)));
     let cleared = checkpoint.cleared.iter().map(|id| (*id, Change::Clear));
-    let changes: BTreeMap<i64, Change<'_>> = ended.chain(struck).chain(cleared).collect();
-    let (now, mut deleted) = (now_ms(), Vec::new());
+    let changes: BTreeMap<i64, Change<'_>> = ended.chain(refused).chain(cleared).collect();
+    let (mut known, mut deleted) = (Known::default(), Vec::new());
     for (id, change) in changes {
         // Not if the browser has subscribed anew meanwhile and kept the row.
         let gone = match change {
@@ -485,24 +492,13 @@ async fn strike<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec
                 let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
                 tx.execute(sql, &values![site, id, endpoint_hash(endpoint)]).await?
             }
-            Change::Strike(endpoint) => {
-                let sql = format!(
-                    "UPDATE subscriptions SET strikes = strikes + 1, struck_at = ?4
-                     WHERE site = ?1 AND id = ?2 AND endpoint_hash = ?3
-                       AND (struck_at IS NULL OR struck_at <= ?4 - {STRIKE_MS}) RETURNING strikes"
-                );
-                let parameters = values![site, id, endpoint_hash(endpoint), now];
-                let strikes: i64 = match sql::first(tx, &sql, &parameters).await? {
-                    Some(row) => row.first()?,
-                    None => 0,
-                };
-                if strikes < STRIKES {
-                    continue;
-                }
-                tx.execute("DELETE FROM subscriptions WHERE site = ? AND id = ?", &values![site, id]).await?
+            Change::Refuse(endpoint, refusal) => {
+                let evidence = known.of(tx, endpoint, refusal.signer).await?;
+                refuse(tx, site, id, endpoint, refusal, evidence).await?
             }
             Change::Clear => {
-                let sql = "UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE site = ? AND id = ?";
+                let sql = "UPDATE subscriptions SET strikes = 0, struck_at = NULL, refused_since = NULL,
+                                  refused_with = NULL WHERE site = ? AND id = ?";
                 tx.execute(sql, &values![site, id]).await?;
                 0
             }
@@ -512,6 +508,89 @@ async fn strike<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec
         }
     }
     Ok(deleted)
+}
+
+/// Writes down that a subscription was refused; returns how many are given up.
+async fn refuse<T: Tx>(
+    tx: &T,
+    site: i64,
+    id: i64,
+    endpoint: &str,
+    refusal: &Refusal,
+    evidence: Evidence,
+) -> Result<u64> {
+    let sql = "SELECT strikes, struck_at, refused_since, refused_with FROM subscriptions
+               WHERE site = ? AND id = ? AND endpoint_hash = ?";
+    let Some(row) = sql::first(tx, sql, &values![site, id, endpoint_hash(endpoint)]).await? else {
+        return Ok(0);
+    };
+    let before = Record {
+        strikes: row.get("strikes")?,
+        struck_at: row.get("struck_at")?,
+        refused_since: row.get("refused_since")?,
+        refused_with: row.get("refused_with")?,
+    };
+    let (after, is_over) = refusals::refuse(before, refusal, evidence, now_ms());
+    if is_over {
+        let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ?";
+        return tx.execute(sql, &values![site, id]).await;
+    }
+    if after != before {
+        let sql = "UPDATE subscriptions SET strikes = ?, struck_at = ?, refused_since = ?, refused_with = ?
+                   WHERE site = ? AND id = ?";
+        let Record { strikes, struck_at, refused_since, refused_with } = after;
+        tx.execute(sql, &values![strikes, struck_at, refused_since, refused_with, site, id]).await?;
+    }
+    Ok(0)
+}
+
+/// What services have accepted, as far as it was looked up.
+#[derive(Debug, Default)]
+struct Known(HashMap<(String, i64), Evidence>);
+
+impl Known {
+    async fn of<T: Tx>(&mut self, tx: &T, endpoint: &str, signer: i64) -> Result<Evidence> {
+        let key = (origin(endpoint).to_owned(), signer);
+        if let Some(evidence) = self.0.get(&key) {
+            return Ok(*evidence);
+        }
+        let sql = "SELECT (SELECT accepted_at FROM push_acceptances WHERE origin = ?1 AND signer = ?2) AS same,
+                          (SELECT max(accepted_at) FROM push_acceptances WHERE origin = ?1) AS service,
+                          (SELECT max(accepted_at) FROM push_acceptances) AS anywhere";
+        let row = sql::first(tx, sql, &values![&key.0, signer]).await?;
+        let evidence = match row {
+            Some(row) => Evidence {
+                same: row.get("same")?,
+                service: row.get("service")?,
+                any: row.get("anywhere")?,
+            },
+            None => Evidence::default(),
+        };
+        self.0.insert(key, evidence);
+        Ok(evidence)
+    }
+}
+
+/// Notes to whom something was delivered for the first time. Others may be at it: on Postgres nobody waits for them, since
+/// the next delivery says the same.
+async fn prove<T: Tx>(tx: &T, site: i64, proven: &[i64]) -> Result<()> {
+    if proven.is_empty() {
+        return Ok(());
+    }
+    let dialect = tx.dialect();
+    let skip = match dialect {
+        Dialect::Sqlite => "",
+        Dialect::Postgres => "ORDER BY id FOR UPDATE SKIP LOCKED",
+    };
+    let ids = serde_json::to_string(proven).unwrap_or_default();
+    let among = dialect.numbers_in("?3");
+    let sql = format!(
+        "UPDATE subscriptions SET delivered_at = ?2 WHERE id IN (
+             SELECT id FROM subscriptions WHERE site = ?1 AND delivered_at IS NULL AND id IN ({among}) {skip})"
+    );
+    tx.execute(&sql, &values![site, now_ms(), &ids]).await?;
+    let sql = format!("DELETE FROM guests WHERE subscription IN ({})", dialect.numbers_in("?"));
+    tx.execute(&sql, &values![ids]).await.map(drop)
 }
 
 async fn log<T: Tx>(tx: &T, notification: Uuid, deliveries: &[Delivery]) -> Result<()> {
@@ -556,7 +635,8 @@ async fn record<T: Tx>(
     if tx.execute(held, &values![checkpoint.low_id, above, id, epoch]).await? == 0 {
         return Ok(Recorded::TooLate);
     }
-    let deleted = strike(tx, site, checkpoint).await?;
+    let deleted = judge(tx, site, checkpoint).await?;
+    prove(tx, site, &checkpoint.proven).await?;
     log(tx, notification, &checkpoint.deliveries).await?;
     if let Some(webhook) = checkpoint.tell.clone().filter(|_| !deleted.is_empty()) {
         let subscriptions = deleted.into_iter().map(|id| Pruned { id }).collect();

@@ -135,6 +135,31 @@ impl Store {
         self.sql.value(sql, parameters).await
     }
 
+    /// How many of an audience have no value for one of these names in their metadata.
+    pub(crate) async fn count_incomplete(
+        &self,
+        site: i64,
+        audience: &Audience,
+        watermark: i64,
+        names: &[String],
+    ) -> Result<u64> {
+        let dialect = self.sql.dialect();
+        let Selection { from, condition, mut parameters, .. } = audience.select(dialect, site, 0, watermark);
+        let missing = names.iter().map(|name| match dialect {
+            Dialect::Sqlite => {
+                parameters.push(format!("$.\"{name}\"").into());
+                "json_extract(metadata, ?) IS NULL"
+            }
+            Dialect::Postgres => {
+                parameters.push(name.into());
+                "(metadata::json ->> ?) IS NULL"
+            }
+        });
+        let missing = missing.collect::<Vec<_>>().join(" OR ");
+        let sql = format!("SELECT count(*) FROM {from} WHERE {condition} AND (metadata IS NULL OR {missing})");
+        self.sql.value(sql, parameters).await
+    }
+
     /// What the same request was answered before.
     pub(crate) async fn accepted_before(&self, promise: Idempotency) -> Result<Option<Accepted>> {
         transact!(&self.sql, tx => earlier(tx, &promise, now_ms()))

@@ -2,10 +2,15 @@
 
 use std::time::Duration;
 
+use jiff::Timestamp;
 use perennial_server::pool::sql::Result;
 use perennial_server::values;
+use perennial_webpush::Acceptance;
 
-use super::Store;
+use super::{Store, now_ms};
+
+/// For how long it is remembered that a service has accepted a message, in milliseconds, and of how many at most.
+const ACCEPTANCES: (i64, i64) = (90 * 24 * 3600 * 1000, 10_000);
 
 /// A push service that somebody has stopped sending to, or begun again.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,6 +76,43 @@ impl Store {
              AND coalesce(held_until, 0) < {now} AND coalesce(pace_next, 0) / 1000 < {now} - 86400000"
         );
         self.sql.execute(sql, values![]).await.map(drop)
+    }
+
+    /// Notes that services have accepted messages.
+    pub(crate) async fn note_accepted(&self, accepted: Vec<Acceptance>) -> Result<()> {
+        let at = |acceptance: &Acceptance| {
+            let at = Timestamp::try_from(acceptance.at).unwrap_or_default();
+            at.as_millisecond()
+        };
+        for acceptance in accepted {
+            let sql = "INSERT INTO push_acceptances AS known (origin, signer, accepted_at) VALUES (?1, ?2, ?3)
+                       ON CONFLICT (origin, signer) DO UPDATE SET accepted_at = excluded.accepted_at
+                       WHERE known.accepted_at < excluded.accepted_at";
+            self.sql.execute(sql, values![&acceptance.origin, acceptance.signer.0, at(&acceptance)]).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether any service has accepted a message that was signed like this.
+    pub(crate) async fn was_accepted(&self, signer: i64) -> Result<bool> {
+        let sql = "SELECT EXISTS (SELECT 1 FROM push_acceptances WHERE signer = ?)";
+        self.sql.value(sql, values![signer]).await
+    }
+
+    /// The endpoints of subscriptions that were refused since something was delivered to them: the first `most`.
+    pub(crate) async fn at_risk(&self, most: usize) -> Result<Vec<String>> {
+        let sql = "SELECT endpoint FROM subscriptions WHERE refused_since IS NOT NULL LIMIT ?";
+        let rows = self.sql.query(sql, values![most]).await?;
+        Ok(rows.iter().filter_map(|row| row.first().ok()).collect())
+    }
+
+    /// Forgets acceptances that nothing can be held against any more, and the oldest of too many.
+    pub(crate) async fn forget_acceptances(&self) -> Result<()> {
+        let sql = "DELETE FROM push_acceptances WHERE accepted_at < ?";
+        self.sql.execute(sql, values![now_ms() - ACCEPTANCES.0]).await?;
+        let sql = "DELETE FROM push_acceptances WHERE accepted_at < (
+                       SELECT accepted_at FROM push_acceptances ORDER BY accepted_at DESC LIMIT 1 OFFSET ?)";
+        self.sql.execute(sql, values![ACCEPTANCES.1]).await.map(drop)
     }
 
     /// The store's clock in milliseconds, as an expression.

@@ -1,5 +1,7 @@
 //! Browsers that may be sent to.
 
+use std::sync::Arc;
+
 use aws_lc_rs::digest;
 use futures_util::future::try_join_all;
 use jiff::Timestamp;
@@ -18,18 +20,35 @@ pub(crate) struct NewSubscription {
     pub(crate) vapid_key: i64,
     pub(crate) endpoint: String,
     pub(crate) keys: Keys,
-    /// Kept as it was when there is none.
-    pub(crate) user: Option<String>,
-    /// Kept as they were when there are none.
+    /// Kept as it was when nothing is said; nobody's from now on if that is said.
+    pub(crate) user: Option<Option<String>>,
+    /// Kept as they were when there are none, but for a change of the user.
     pub(crate) tags: Option<Vec<String>>,
-    /// The only tags that may be taken away; any, if there is no such list.
-    pub(crate) own_tags: Option<Vec<String>>,
-    /// Kept as it was when there is none.
+    /// Whether only public tags may be taken away: a page has no word about the others.
+    pub(crate) only_public: bool,
+    /// Tags that are a browser's, whoever uses it.
+    pub(crate) public_tags: Arc<[String]>,
+    /// Kept as it was when there is none, but for a change of the user.
     pub(crate) metadata: Option<String>,
     /// In milliseconds since 1970.
     pub(crate) expires_at: Option<i64>,
     pub(crate) replaces: Option<Replaced>,
     pub(crate) proof: Proof,
+    /// Whose it is as long as nothing was delivered to it, if a stranger made it.
+    pub(crate) guest: Option<Guest>,
+    /// How many its user may have, if that is bounded.
+    pub(crate) most_of_user: Option<usize>,
+}
+
+/// A stranger, and how many subscriptions of strangers are kept that nothing was delivered to.
+#[derive(Clone, Debug)]
+pub(crate) struct Guest {
+    /// A keyed hash of the address; empty when it is not known.
+    pub(crate) address: Vec<u8>,
+    /// Of one address; the oldest of them make room.
+    pub(crate) per_address: Option<usize>,
+    /// How many of the oldest of the whole site make room, since it has too many.
+    pub(crate) evicted: usize,
 }
 
 /// The subscription that a browser had before.
@@ -95,9 +114,14 @@ fn columns(dialect: Dialect) -> String {
 }
 
 impl Store {
-    /// Stores a subscription, or brings the one with its endpoint up to date.
-    pub(crate) async fn upsert(&self, new: NewSubscription) -> Result<Upserted> {
+    /// Stores a subscription, or brings the one with its endpoint up to date; and how many of strangers made room for it.
+    pub(crate) async fn upsert(&self, new: NewSubscription) -> Result<(Upserted, u64)> {
         transact!(&self.sql, tx => upsert(tx, &new))
+    }
+
+    /// How many subscriptions of strangers a site has that nothing was delivered to.
+    pub(crate) async fn guests(&self, site: i64) -> Result<u64> {
+        self.sql.value("SELECT count(*) FROM guests WHERE site = ?", values![site]).await
     }
 
     pub(crate) async fn subscription(&self, site: i64, id: i64) -> Result<Option<Subscription>> {
@@ -240,16 +264,30 @@ async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>>
         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?9, ?10)
         ON CONFLICT (site, endpoint_hash) DO UPDATE
         SET vapid_key = excluded.vapid_key, p256dh = excluded.p256dh, auth = excluded.auth,
-            strikes = 0, struck_at = NULL, expires_at = excluded.expires_at,
-            "user" = coalesce(excluded."user", known."user"), metadata = coalesce(excluded.metadata, known.metadata),
+            strikes = 0, struck_at = NULL, refused_since = NULL, refused_with = NULL, expires_at = excluded.expires_at,
+            delivered_at = CASE WHEN known.vapid_key = excluded.vapid_key THEN known.delivered_at END,
+            "user" = CASE WHEN ?11 THEN excluded."user" ELSE known."user" END,
+            metadata = CASE WHEN ?11 AND known."user" <> coalesce(excluded."user", '') THEN excluded.metadata
+                       ELSE coalesce(excluded.metadata, known.metadata) END,
             updated_at = CASE WHEN known.created_at >= ?9 THEN ?9 + 1 ELSE ?9 END
         RETURNING id, created_at = updated_at AS created"#;
     let now = now_ms();
     let mut upserted = Vec::with_capacity(all.len());
     for new in all {
-        let Some(row) = sql::first(tx, sql, &new_row(new, now)).await? else { continue };
+        if let Some(user) = &new.user {
+            let found = find(tx, new.site, &new.endpoint).await?;
+            if let Some(found) = found.filter(|found| found.is_of_another(user)) {
+                forget_private_tags(tx, found.id, new).await?;
+            }
+        }
+        let mut row = new_row(new, now).to_vec();
+        row.push(new.user.is_some().into());
+        let Some(row) = sql::first(tx, sql, &row).await? else { continue };
         let id = row.get("id")?;
         let created: bool = row.get("created")?;
+        if !created {
+            tx.execute("DELETE FROM guests WHERE subscription = ?", &values![id]).await?;
+        }
         if new.tags.is_some() {
             if !created {
                 tx.execute("DELETE FROM subscription_tags WHERE subscription = ?", &values![id]).await?;
@@ -269,19 +307,37 @@ pub(super) fn endpoint_hash(endpoint: &str) -> [u8; 16] {
     hash
 }
 
-/// An existing row, and its secret.
+/// An existing row, its secret and its user.
 struct Found {
     id: i64,
     auth: Vec<u8>,
+    user: Option<String>,
+}
+
+impl Found {
+    /// Whether it was somebody's, and not this user's.
+    fn is_of_another(&self, user: &Option<String>) -> bool {
+        self.user.is_some() && self.user != *user
+    }
 }
 
 async fn find<T: Tx>(tx: &T, site: i64, endpoint: &str) -> Result<Option<Found>> {
-    let sql = "SELECT id, auth FROM subscriptions WHERE site = ? AND endpoint_hash = ?";
+    let sql = r#"SELECT id, auth, "user" FROM subscriptions WHERE site = ? AND endpoint_hash = ?"#;
     let row = sql::first(tx, sql, &values![site, endpoint_hash(endpoint)]).await?;
-    row.map(|row| Ok(Found { id: row.get("id")?, auth: row.get("auth")? })).transpose()
+    row.map(|row| Ok(Found { id: row.get("id")?, auth: row.get("auth")?, user: row.get("user")? })).transpose()
 }
 
-async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<Upserted> {
+/// Takes away the tags that were not the browser's, but its user's.
+async fn forget_private_tags<T: Tx>(tx: &T, id: i64, new: &NewSubscription) -> Result<()> {
+    let public = serde_json::to_string(&*new.public_tags).unwrap_or_default();
+    let sql = format!(
+        "DELETE FROM subscription_tags WHERE subscription = ? AND tag NOT IN ({})",
+        tx.dialect().texts_in("?")
+    );
+    tx.execute(&sql, &values![id, public]).await.map(drop)
+}
+
+async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<(Upserted, u64)> {
     // The page and the service worker may both come at once.
     tx.lock(&endpoint_hash(&new.endpoint)).await?;
     let existing = find(tx, new.site, &new.endpoint).await?;
@@ -289,7 +345,7 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<Upserted> {
         && new.proof == Proof::Auth
         && existing.auth != new.keys.auth()
     {
-        return Ok(Upserted::WrongAuth);
+        return Ok((Upserted::WrongAuth, 0));
     }
     let replaced = match &new.replaces {
         Some(replaced) => {
@@ -299,21 +355,71 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<Upserted> {
         }
         None => None,
     };
-    let upserted = match (replaced, existing) {
+    let known = match (replaced, existing) {
         (Some(replaced), Some(existing)) if replaced.id != existing.id => {
             // The page and the service worker both reported the new one: the older row has user and tags.
             tx.execute("DELETE FROM subscriptions WHERE id = ?", &values![existing.id]).await?;
-            Upserted::Updated(replaced.id)
+            Some(replaced)
         }
-        (Some(found), _) | (None, Some(found)) => Upserted::Updated(found.id),
-        (None, None) => Upserted::Created(insert(tx, new).await?),
+        (Some(found), _) | (None, Some(found)) => Some(found),
+        (None, None) => None,
     };
-    match upserted {
-        Upserted::Updated(id) => update(tx, new, id).await?,
-        Upserted::Created(id) => set_tags(tx, new, id).await?,
-        Upserted::WrongAuth => {}
+    let Some(known) = known else {
+        let id = insert(tx, new).await?;
+        set_tags(tx, new, id).await?;
+        let mut evicted = evict_of_user(tx, new, id).await?;
+        if let Some(guest) = &new.guest {
+            evicted += take_in(tx, new.site, id, guest).await?;
+        }
+        return Ok((Upserted::Created(id), evicted));
+    };
+    update(tx, new, &known).await?;
+    if new.guest.is_none() {
+        tx.execute("DELETE FROM guests WHERE subscription = ?", &values![known.id]).await?;
     }
-    Ok(upserted)
+    let evicted = evict_of_user(tx, new, known.id).await?;
+    Ok((Upserted::Updated(known.id), evicted))
+}
+
+/// Notes that a stranger has made a subscription; others of strangers make room if there are too many.
+async fn take_in<T: Tx>(tx: &T, site: i64, id: i64, guest: &Guest) -> Result<u64> {
+    let sql = "INSERT INTO guests (subscription, site, address) VALUES (?, ?, ?)";
+    tx.execute(sql, &values![id, site, &guest.address]).await?;
+    let mut evicted = 0;
+    if let Some(most) = guest.per_address {
+        let sql = evict(
+            tx,
+            "SELECT subscription FROM guests WHERE site = ? AND address = ? ORDER BY subscription DESC LIMIT 16 OFFSET ?",
+        );
+        evicted += tx.execute(&sql, &values![site, &guest.address, most]).await?;
+    }
+    if guest.evicted > 0 {
+        let sql = evict(tx, "SELECT subscription FROM guests WHERE site = ? ORDER BY subscription LIMIT ?");
+        evicted += tx.execute(&sql, &values![site, guest.evicted]).await?;
+    }
+    Ok(evicted)
+}
+
+/// A user who has too many gives up those that nothing was delivered to, and of these the oldest.
+async fn evict_of_user<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<u64> {
+    let (Some(Some(user)), Some(most)) = (&new.user, new.most_of_user) else { return Ok(0) };
+    let sql = evict(
+        tx,
+        r#"SELECT id FROM subscriptions WHERE site = ? AND "user" = ? AND id <> ?
+           ORDER BY delivered_at IS NULL, updated_at DESC LIMIT 16 OFFSET ?"#,
+    );
+    tx.execute(&sql, &values![new.site, user, id, most.saturating_sub(1)]).await
+}
+
+/// Deletes the subscriptions that a statement finds. On Postgres those that somebody else is changing stay.
+fn evict<T: Tx>(tx: &T, which: &str) -> String {
+    match tx.dialect() {
+        Dialect::Sqlite => format!("DELETE FROM subscriptions WHERE id IN ({which})"),
+        Dialect::Postgres => format!(
+            "DELETE FROM subscriptions WHERE id IN (
+                 SELECT id FROM subscriptions WHERE id IN ({which}) ORDER BY id FOR UPDATE SKIP LOCKED)"
+        ),
+    }
 }
 
 /// What a new row is made of, in the order of its columns.
@@ -325,7 +431,7 @@ fn new_row(new: &NewSubscription, now: i64) -> [Value; 10] {
         endpoint_hash(&new.endpoint),
         new.keys.p256dh(),
         new.keys.auth(),
-        &new.user,
+        new.user.clone().flatten(),
         &new.metadata,
         now,
         new.expires_at,
@@ -341,19 +447,29 @@ async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
     row.map_or_else(|| Ok(0), |row| row.first())
 }
 
-async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
+async fn update<T: Tx>(tx: &T, new: &NewSubscription, known: &Found) -> Result<()> {
+    let id = known.id;
+    let is_anothers = new.user.as_ref().is_some_and(|user| known.is_of_another(user));
+    if is_anothers {
+        forget_private_tags(tx, id, new).await?;
+    }
     let sql = r#"
         UPDATE subscriptions
-        SET vapid_key = ?, endpoint = ?, endpoint_hash = ?, p256dh = ?, auth = ?, "user" = coalesce(?, "user"),
-            metadata = coalesce(?, metadata), updated_at = ?, expires_at = ?, strikes = 0, struck_at = NULL
-        WHERE id = ?"#;
+        SET vapid_key = ?1, endpoint = ?2, p256dh = ?4, auth = ?5,
+            "user" = CASE WHEN ?6 THEN ?7 ELSE "user" END,
+            metadata = CASE WHEN ?8 THEN ?9 ELSE coalesce(?9, metadata) END, updated_at = ?10, expires_at = ?11,
+            delivered_at = CASE WHEN vapid_key = ?1 AND endpoint_hash = ?3 THEN delivered_at END, endpoint_hash = ?3,
+            strikes = 0, struck_at = NULL, refused_since = NULL, refused_with = NULL
+        WHERE id = ?12"#;
     let parameters = values![
         new.vapid_key,
         &new.endpoint,
         endpoint_hash(&new.endpoint),
         new.keys.p256dh(),
         new.keys.auth(),
-        &new.user,
+        new.user.is_some(),
+        new.user.clone().flatten(),
+        is_anothers,
         &new.metadata,
         now_ms(),
         new.expires_at,
@@ -361,7 +477,7 @@ async fn update<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<()> {
     ];
     tx.execute(sql, &parameters).await?;
     if new.tags.is_some() {
-        let own = new.own_tags.as_ref().and_then(|tags| serde_json::to_string(tags).ok());
+        let own = new.only_public.then(|| serde_json::to_string(&*new.public_tags).unwrap_or_default());
         let sql = format!(
             "DELETE FROM subscription_tags WHERE subscription = ?1 AND (?2 IS NULL OR tag IN ({}))",
             tx.dialect().texts_in("?2")

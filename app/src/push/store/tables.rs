@@ -138,6 +138,29 @@ pub(crate) const SQLITE: &[&str] = &[
     ALTER TABLE subscriptions ADD COLUMN expires_at INTEGER;     -- as its browser said
     CREATE INDEX subscriptions_expired ON subscriptions (expires_at) WHERE expires_at IS NOT NULL;
 "#,
+    r#"
+    ALTER TABLE subscriptions ADD COLUMN delivered_at INTEGER;   -- when something was first delivered to it
+    ALTER TABLE subscriptions ADD COLUMN refused_since INTEGER;  -- when it was first refused since the last delivery,
+    ALTER TABLE subscriptions ADD COLUMN refused_with INTEGER;   -- and what the message was signed with
+    CREATE INDEX subscriptions_refused ON subscriptions (refused_since) WHERE refused_since IS NOT NULL;
+    -- Refusals were counted by another rule before.
+    UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE strikes > 0;
+
+    CREATE TABLE push_acceptances (
+        origin      TEXT NOT NULL,
+        signer      INTEGER NOT NULL,          -- of a key and a contact
+        accepted_at INTEGER NOT NULL,
+        PRIMARY KEY (origin, signer)
+    ) WITHOUT ROWID;
+
+    CREATE TABLE guests (                      -- subscriptions that strangers made, and nothing was delivered to yet
+        subscription INTEGER PRIMARY KEY REFERENCES subscriptions (id) ON DELETE CASCADE,
+        site         INTEGER NOT NULL,
+        address      BLOB NOT NULL             -- 8 bytes of a keyed hash; none if it is not known
+    );
+    CREATE INDEX guests_site ON guests (site, subscription);
+    CREATE INDEX guests_address ON guests (site, address, subscription);
+"#,
 ];
 
 /// The same for Postgres.
@@ -277,5 +300,27 @@ pub(crate) const POSTGRES: &[&str] = &[
     r#"
     ALTER TABLE subscriptions ADD COLUMN expires_at bigint;
     CREATE INDEX subscriptions_expired ON subscriptions (expires_at) WHERE expires_at IS NOT NULL;
+"#,
+    r#"
+    ALTER TABLE subscriptions ADD COLUMN delivered_at bigint;
+    ALTER TABLE subscriptions ADD COLUMN refused_since bigint;
+    ALTER TABLE subscriptions ADD COLUMN refused_with bigint;
+    CREATE INDEX subscriptions_refused ON subscriptions (refused_since) WHERE refused_since IS NOT NULL;
+    UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE strikes > 0;
+
+    CREATE TABLE push_acceptances (
+        origin      text NOT NULL,
+        signer      bigint NOT NULL,
+        accepted_at bigint NOT NULL,
+        PRIMARY KEY (origin, signer)
+    );
+
+    CREATE TABLE guests (
+        subscription bigint PRIMARY KEY REFERENCES subscriptions (id) ON DELETE CASCADE,
+        site         bigint NOT NULL,
+        address      bytea NOT NULL
+    );
+    CREATE INDEX guests_site ON guests (site, subscription);
+    CREATE INDEX guests_address ON guests (site, address, subscription);
 "#,
 ];

@@ -1,0 +1,178 @@
+//! When a subscription that is refused again and again is given up: one pure function.
+//!
+//! Most refusals are a fault of ours, of all subscriptions at once, and heal: no contact, another key, a proxy in between, a
+//! service that is out of order for a day. So a refusal counts only where the same is shown to work for others, and what
+//! counts has to go on for days.
+
+use perennial_webpush::{Report, Verdict};
+
+/// How many refusals have to count, and how long after each other, in milliseconds.
+const STRIKES: i64 = 3;
+const STRIKE_MS: i64 = 12 * 3600 * 1000;
+/// How long there has to be between the first and the last, in milliseconds,
+const LONG_MS: i64 = 7 * DAY_MS;
+/// and where nothing else is accepted by the same service: then it may be what stands between us and it.
+const LONGER_MS: i64 = 30 * DAY_MS;
+const DAY_MS: i64 = 24 * 3600 * 1000;
+
+/// What speaks against a subscription, as it is stored. Times are in milliseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Record {
+    /// How many refusals counted, in a row,
+    pub(crate) strikes: i64,
+    /// and when the last of them came.
+    pub(crate) struck_at: Option<i64>,
+    /// When it was first refused since something was delivered to it,
+    pub(crate) refused_since: Option<i64>,
+    /// and what the message was signed with.
+    pub(crate) refused_with: Option<i64>,
+}
+
+/// What a refusal is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// The key, or the contact that it is signed with.
+    Key,
+    /// The endpoint: its host does not exist,
+    Host,
+    /// or takes no messages.
+    Place,
+}
+
+impl Kind {
+    /// What an answer, or the want of one, says against the subscription; none if it is about the message or about nothing.
+    pub(crate) fn of(report: &Report) -> Option<Self> {
+        match (report.verdict, report.status) {
+            (Verdict::Unauthorized, Some(_)) => Some(Self::Key),
+            (Verdict::Unresolvable, _) => Some(Self::Host),
+            // Redirects, another method, another server: no message to there is ever taken.
+            (Verdict::Rejected, Some(300..=399 | 405 | 421)) => Some(Self::Place),
+            _ => None,
+        }
+    }
+}
+
+/// A refusal.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Refusal {
+    pub(crate) kind: Kind,
+    /// What the message was signed with.
+    pub(crate) signer: i64,
+    /// Whether it may count: not while the key is refused for many.
+    pub(crate) counts: bool,
+}
+
+/// When messages were last accepted, in milliseconds since 1970.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Evidence {
+    /// By the same service, signed with the same key and contact,
+    pub(crate) same: Option<i64>,
+    /// by the same service, whatever they were signed with,
+    pub(crate) service: Option<i64>,
+    /// and by any service.
+    pub(crate) any: Option<i64>,
+}
+
+/// What speaks against a subscription after one more refusal at `now`; and whether it is given up.
+pub(crate) fn refuse(before: Record, refusal: &Refusal, evidence: Evidence, now: i64) -> (Record, bool) {
+    // Another key or contact is another story.
+    let mut record = match before.refused_with {
+        Some(signer) if signer == refusal.signer && before.refused_since.is_some() => before,
+        _ => Record { refused_since: Some(now), refused_with: Some(refusal.signer), ..Record::default() },
+    };
+    let since = record.refused_since.unwrap_or(now);
+    let later = |accepted: Option<i64>| accepted.is_some_and(|at| at > since);
+    let long = match refusal.kind {
+        Kind::Key if later(evidence.same) => LONG_MS,
+        Kind::Host if later(evidence.any) => LONG_MS,
+        Kind::Place if later(evidence.service) => LONG_MS,
+        Kind::Place if later(evidence.any) => LONGER_MS,
+        _ => return (record, false),
+    };
+    let is_soon = record.struck_at.is_some_and(|struck| now < struck + STRIKE_MS);
+    if !refusal.counts || is_soon {
+        return (record, false);
+    }
+    record.strikes += 1;
+    record.struck_at = Some(now);
+    (record, record.strikes >= STRIKES && now - since >= long)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOUR: i64 = 3600 * 1000;
+
+    fn refusal(kind: Kind) -> Refusal {
+        Refusal { kind, signer: 7, counts: true }
+    }
+
+    /// Refusals every `every` hours for `hours`, of which another message shows the same each hour.
+    fn given_up_after(
+        refusal: &Refusal,
+        every: i64,
+        hours: i64,
+        accepted: fn(i64) -> Evidence,
+    ) -> Option<i64> {
+        let mut record = Record::default();
+        (0..=hours).step_by(usize::try_from(every).unwrap()).find(|hour| {
+            let (after, is_over) = refuse(record, refusal, accepted(hour * HOUR), hour * HOUR);
+            record = after;
+            is_over
+        })
+    }
+
+    fn all(now: i64) -> Evidence {
+        Evidence { same: Some(now), service: Some(now), any: Some(now) }
+    }
+
+    #[test]
+    fn a_refused_key_is_the_subscriptions_fault_only_where_others_are_accepted_with_it() {
+        let key = refusal(Kind::Key);
+        assert_eq!(given_up_after(&key, 12, 24 * 60, all), Some(7 * 24));
+        for nothing in [
+            (|_| Evidence::default()) as fn(i64) -> Evidence,
+            // Before the first refusal, or not with this key.
+            |_| Evidence { same: Some(0), service: Some(0), any: Some(0) },
+            |now| Evidence { same: None, service: Some(now), any: Some(now) },
+        ] {
+            assert_eq!(given_up_after(&key, 12, 24 * 365, nothing), None);
+        }
+    }
+
+    #[test]
+    fn what_is_refused_while_the_key_is_refused_for_many_does_not_count() {
+        let held = Refusal { counts: false, ..refusal(Kind::Key) };
+        assert_eq!(given_up_after(&held, 12, 24 * 365, all), None);
+    }
+
+    #[test]
+    fn a_day_or_two_of_refusals_and_many_at_once_are_not_the_end() {
+        let key = refusal(Kind::Key);
+        assert_eq!(given_up_after(&key, 1, 24 * 7 - 1, all), None);
+        assert_eq!(given_up_after(&key, 24 * 7, 24 * 60, all), Some(24 * 7 * 3), "three have to count");
+    }
+
+    #[test]
+    fn another_contact_begins_anew() {
+        let mut record = Record::default();
+        for day in 0..10 {
+            record = refuse(record, &refusal(Kind::Key), Evidence::default(), day * DAY_MS).0;
+        }
+        let with_contact = Refusal { signer: 8, ..refusal(Kind::Key) };
+        let (after, is_over) = refuse(record, &with_contact, all(11 * DAY_MS), 11 * DAY_MS);
+        assert!(!is_over);
+        assert_eq!((after.strikes, after.refused_since), (0, Some(11 * DAY_MS)));
+    }
+
+    #[test]
+    fn a_place_that_takes_no_messages_ends_sooner_where_its_service_takes_others() {
+        let elsewhere: fn(i64) -> Evidence =
+            |now| Evidence { same: None, service: None, any: Some(now) };
+        assert_eq!(given_up_after(&refusal(Kind::Place), 12, 24 * 60, all), Some(24 * 7));
+        assert_eq!(given_up_after(&refusal(Kind::Place), 12, 24 * 60, elsewhere), Some(24 * 30));
+        assert_eq!(given_up_after(&refusal(Kind::Host), 12, 24 * 60, elsewhere), Some(24 * 7));
+        assert_eq!(given_up_after(&refusal(Kind::Host), 12, 24 * 365, |_| Evidence::default()), None);
+    }
+}

@@ -1,0 +1,374 @@
+//! Whose word about a push service counts for whom.
+//!
+//! Anybody can hand in a subscription that is refused, throttled or never answered. So what subscriptions say that were
+//! delivered to before is believed for all, and what the others say only for those others; and before they are held
+//! back too, a trickle of them finds out whether there is one among them that is delivered to:
+//!
+//! ```text
+//!            failures of many unproven ones, none delivered between       so many probes fail, too
+//!   open ────────────────────────────────────────────────────► doubted ─────────────────────────────► held
+//!    ▲                                                            │                                     │
+//!    └────────────────────── any message is delivered ────────────┴─────────────────────────────────────┘
+//! ```
+
+use std::time::{Duration, Instant};
+
+use crate::gate::{Admission, Cause, Gate, News};
+
+/// What is known of a subscription before a message is sent to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Reputation {
+    /// A message was delivered to it before, or the caller vouches for it.
+    #[default]
+    Proven,
+    /// Nothing: a visitor has handed it in.
+    Unproven,
+}
+
+/// How many probes are under way at once while unproven subscriptions are doubted, and how many if urgent ones come.
+const PROBES: usize = 4;
+const URGENT_PROBES: usize = 16;
+/// How many probes fail before they are held: those that are answered, and those that are not.
+const DOUBTS: (usize, usize) = (32, 8);
+/// How long a message waits for a probe of another one to end, one that is answered or one that is not.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
+/// How long after the end of a hold for all a proven subscription is waited for before an unproven one may be the probe.
+const FOR_A_PROVEN_ONE: Duration = Duration::from_secs(30);
+/// How often an urgent message to an unproven subscription goes past a hold of such,
+const INSIST: Duration = Duration::from_millis(100);
+/// as long as the push service has delivered something within this time, or does not ask to wait.
+const LATELY: Duration = Duration::from_secs(3600);
+
+/// See the module. Time is an argument.
+#[derive(Debug, Default)]
+pub(crate) struct Gates {
+    /// By the word of proven subscriptions: it is everybody's.
+    all: Gate,
+    /// By the word of the others: it is theirs alone.
+    unproven: Gate,
+    doubt: Option<Doubt>,
+    delivered: Option<Instant>,
+    insisted: Option<Instant>,
+}
+
+/// A trickle of unproven subscriptions.
+#[derive(Debug)]
+struct Doubt {
+    cause: Cause,
+    under_way: usize,
+    failed: usize,
+}
+
+/// What a message is admitted as.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) enum Ticket {
+    /// One of many.
+    #[default]
+    Open,
+    /// The probe that decides about all,
+    ProbeForAll,
+    /// or about unproven ones.
+    Probe,
+    /// One of the trickle.
+    Doubted,
+}
+
+/// For whom nothing is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum HeldFor {
+    /// Everybody.
+    All,
+    /// Subscriptions that nothing was delivered to yet.
+    Unproven,
+}
+
+impl HeldFor {
+    /// A word for it.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::All => "all",
+            Self::Unproven => "unproven",
+        }
+    }
+}
+
+impl Gates {
+    /// Asks for one message; or says for how long it has to wait, and why.
+    pub(crate) fn admit(
+        &mut self,
+        who: Reputation,
+        urgent: bool,
+        now: Instant,
+    ) -> Result<Ticket, (Duration, Cause)> {
+        if let Some(wait) = self.waits_for_a_proven_one(who, now) {
+            return Err(wait);
+        }
+        if !self.all.is_open() {
+            match self.all.admit(now) {
+                Admission::Open => {}
+                Admission::Probe => return Ok(Ticket::ProbeForAll),
+                Admission::Held(wait, cause) => return Err((wait, cause)),
+            }
+        }
+        if who == Reputation::Proven {
+            return Ok(Ticket::Open);
+        }
+        if let Some(doubt) = &mut self.doubt {
+            let most = if urgent { URGENT_PROBES } else { PROBES };
+            if doubt.under_way >= most {
+                let pause = if doubt.cause == Cause::Unreachable { PAUSE.1 } else { PAUSE.0 };
+                return Err((pause, doubt.cause));
+            }
+            doubt.under_way += 1;
+            return Ok(Ticket::Doubted);
+        }
+        match self.unproven.admit(now) {
+            Admission::Open => Ok(Ticket::Open),
+            Admission::Probe => Ok(Ticket::Probe),
+            Admission::Held(_, cause) if urgent && self.may_insist(cause, now) => {
+                self.insisted = Some(now);
+                Ok(Ticket::Open)
+            }
+            Admission::Held(wait, cause) => Err((wait, cause)),
+        }
+    }
+
+    /// For how long such a message would have to wait, and why, without asking for it.
+    pub(crate) fn held(&self, who: Reputation, urgent: bool, now: Instant) -> Option<(Duration, Cause)> {
+        if self.all.is_open() && (who == Reputation::Proven || self.unproven.is_open()) {
+            return None;
+        }
+        if let Some(wait) = self.waits_for_a_proven_one(who, now) {
+            return Some(wait);
+        }
+        let unproven = || {
+            let (wait, cause) = self.unproven.held(now)?;
+            (who == Reputation::Unproven && !(urgent && self.may_insist(cause, now))).then_some((wait, cause))
+        };
+        self.all.held(now).or_else(unproven)
+    }
+
+    /// What came of a message to the subscription `id`. True when nothing is sent to anybody from now on.
+    pub(crate) fn note(
+        &mut self,
+        news: News,
+        ticket: Ticket,
+        who: Reputation,
+        id: u64,
+        now: Instant,
+    ) -> bool {
+        self.release(ticket);
+        if news == News::Well {
+            self.well(ticket, now);
+            return false;
+        }
+        // That there is no connection is nothing that a single subscription can bring about.
+        if ticket == Ticket::ProbeForAll || who == Reputation::Proven || news == News::Away {
+            self.unproven.lose_probe(ticket == Ticket::Probe);
+            return self.all.note(news, ticket == Ticket::ProbeForAll, id, now);
+        }
+        if news == News::Answers {
+            self.all.is_there();
+        }
+        match cause_of(news) {
+            Some(cause) if ticket != Ticket::Probe => self.doubt_or_hold(cause, news, id, now),
+            _ => _ = self.unproven.note(news, ticket == Ticket::Probe, id, now),
+        }
+        false
+    }
+
+    /// A message was delivered.
+    pub(crate) fn well(&mut self, ticket: Ticket, now: Instant) {
+        self.delivered = Some(now);
+        self.doubt = None;
+        self.unproven.open();
+        if ticket == Ticket::ProbeForAll { self.all.open() } else { self.all.well() }
+    }
+
+    /// Whether nothing speaks against any message, and what is delivered changes nothing.
+    pub(crate) fn is_open(&self) -> bool {
+        self.all.is_open() && self.unproven.is_open() && self.doubt.is_none()
+    }
+
+    /// Whether nothing is remembered that a delivery would have to clear.
+    pub(crate) fn is_new(&self) -> bool {
+        self.is_open() && self.all.is_new() && self.unproven.is_new()
+    }
+
+    /// Holds messages to all, or to unproven ones, for at least this long.
+    pub(crate) fn hold(&mut self, whom: HeldFor, wait: Duration, cause: Cause, now: Instant) {
+        match whom {
+            HeldFor::All => self.all.hold(wait, cause, now),
+            HeldFor::Unproven => self.unproven.hold(wait, cause, now),
+        }
+    }
+
+    /// Forgets everything that speaks against it.
+    pub(crate) fn open(&mut self) {
+        self.all.open();
+        self.unproven.open();
+        self.doubt = None;
+    }
+
+    /// A message ended without saying anything.
+    pub(crate) fn lose(&mut self, ticket: Ticket) {
+        self.release(ticket);
+        self.all.lose_probe(ticket == Ticket::ProbeForAll);
+        self.unproven.lose_probe(ticket == Ticket::Probe);
+    }
+
+    /// For how long nothing is sent, why, and to whom: of two holds the one that is for all.
+    pub(crate) fn status(&self, now: Instant) -> Option<(Duration, Cause, HeldFor)> {
+        let of = |gate: &Gate, whom| gate.held(now).map(|(wait, cause)| (wait, cause, whom));
+        of(&self.all, HeldFor::All).or_else(|| of(&self.unproven, HeldFor::Unproven))
+    }
+
+    /// When a message was last delivered.
+    pub(crate) fn delivered(&self) -> Option<Instant> {
+        self.delivered
+    }
+
+    fn doubt_or_hold(&mut self, cause: Cause, news: News, id: u64, now: Instant) {
+        if let Some(doubt) = &mut self.doubt {
+            doubt.failed += 1;
+            if doubt.failed >= if cause == Cause::Unreachable { DOUBTS.1 } else { DOUBTS.0 } {
+                self.doubt = None;
+                self.unproven.close(news, now);
+            }
+        } else if self.unproven.is_open() && self.unproven.is_reached(news, id) {
+            self.doubt = Some(Doubt { cause, under_way: 0, failed: 0 });
+        }
+    }
+
+    /// In a hold for all that is over, the next proven subscription is the probe, for a while.
+    fn waits_for_a_proven_one(&self, who: Reputation, now: Instant) -> Option<(Duration, Cause)> {
+        let (ended, cause) = self.all.ended(now)?;
+        (who == Reputation::Unproven && self.all.is_by_many() && ended < FOR_A_PROVEN_ONE)
+            .then_some((Duration::from_secs(1), cause))
+    }
+
+    fn may_insist(&self, cause: Cause, now: Instant) -> bool {
+        let has_delivered = self.delivered.is_some_and(|at| now.duration_since(at) < LATELY);
+        let is_due = self.insisted.is_none_or(|at| now.duration_since(at) >= INSIST);
+        is_due && (has_delivered || cause == Cause::Unauthorized)
+    }
+
+    fn release(&mut self, ticket: Ticket) {
+        if let (Ticket::Doubted, Some(doubt)) = (ticket, &mut self.doubt) {
+            doubt.under_way = doubt.under_way.saturating_sub(1);
+        }
+    }
+}
+
+fn cause_of(news: News) -> Option<Cause> {
+    match news {
+        News::Asks(_) => Some(Cause::Throttled),
+        News::Refuses => Some(Cause::Unauthorized),
+        News::Away | News::Silent => Some(Cause::Unreachable),
+        News::Well | News::Answers | News::Nothing => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    use News::{Refuses, Silent, Well};
+    use Reputation::{Proven, Unproven};
+
+    const SECOND: Duration = Duration::from_secs(1);
+
+    fn asks() -> News {
+        News::Asks(Some(3600 * SECOND))
+    }
+
+    /// Unproven subscriptions fail, as many as are let through, up to `most`.
+    fn attack(gates: &mut Gates, news: News, most: u64, now: Instant) -> u64 {
+        for id in 0..most {
+            let Ok(ticket) = gates.admit(Unproven, false, now) else { return id };
+            gates.note(news, ticket, Unproven, id, now);
+        }
+        most
+    }
+
+    #[test]
+    fn unproven_ones_hold_nobody_who_was_delivered_to_before() {
+        let now = Instant::now();
+        for news in [Refuses, asks(), Silent] {
+            let mut gates = Gates::default();
+            let asked = attack(&mut gates, news, 10_000, now);
+            assert!(asked < 60, "{asked} of them are asked before they are held");
+            assert_eq!(gates.admit(Proven, false, now), Ok(Ticket::Open), "{news:?}");
+            assert!(gates.admit(Unproven, false, now).is_err());
+            assert!(matches!(gates.status(now), Some((_, _, HeldFor::Unproven))));
+        }
+    }
+
+    #[test]
+    fn one_delivery_ends_the_doubt_and_the_hold() {
+        let now = Instant::now();
+        for (most, news) in [(25, Refuses), (10_000, Refuses), (25, asks()), (10_000, asks())] {
+            let mut gates = Gates::default();
+            attack(&mut gates, news, most, now);
+            gates.note(Well, Ticket::Open, Proven, 77, now);
+            assert!(gates.is_open(), "after {most}");
+            assert_eq!(gates.admit(Unproven, false, now), Ok(Ticket::Open));
+        }
+    }
+
+    #[test]
+    fn an_urgent_message_to_a_new_subscriber_goes_past_a_hold_that_strangers_caused() {
+        let now = Instant::now();
+        let mut gates = Gates::default();
+        gates.note(Well, Ticket::Open, Proven, 77, now);
+        attack(&mut gates, asks(), 10_000, now);
+        assert!(gates.admit(Unproven, false, now).is_err());
+        assert_eq!(gates.admit(Unproven, true, now), Ok(Ticket::Open));
+        assert!(gates.admit(Unproven, true, now).is_err(), "one in a while");
+        assert_eq!(gates.admit(Unproven, true, now + INSIST), Ok(Ticket::Open));
+    }
+
+    #[test]
+    fn a_service_that_has_never_delivered_and_asks_to_wait_is_waited_for() {
+        let now = Instant::now();
+        let mut gates = Gates::default();
+        attack(&mut gates, News::Asks(Some(4 * SECOND)), 10_000, now);
+        assert_eq!(gates.admit(Unproven, true, now), Err((4 * SECOND, Cause::Throttled)));
+        assert_eq!(gates.held(Unproven, true, now), Some((4 * SECOND, Cause::Throttled)));
+    }
+
+    #[test]
+    fn proven_ones_hold_everybody_and_the_probe_is_one_of_them() {
+        let now = Instant::now();
+        let mut gates = Gates::default();
+        let closed = (0..20).map(|id| gates.note(Refuses, Ticket::Open, Proven, id, now));
+        assert_eq!(closed.filter(|closed| *closed).count(), 1);
+        assert!(gates.admit(Proven, true, now).is_err() && gates.admit(Unproven, true, now).is_err());
+        let later = now + 31 * SECOND;
+        assert!(gates.admit(Unproven, false, later).is_err(), "a stranger's word would decide for all");
+        assert_eq!(gates.admit(Proven, false, later), Ok(Ticket::ProbeForAll));
+        gates.note(Well, Ticket::ProbeForAll, Proven, 5, later);
+        assert!(gates.is_open());
+    }
+
+    #[test]
+    fn a_probe_that_no_proven_one_comes_for_is_an_unproven_one() {
+        let now = Instant::now();
+        let mut gates = Gates::default();
+        (0..20).for_each(|id| _ = gates.note(Refuses, Ticket::Open, Proven, id, now));
+        let later = now + 30 * SECOND + FOR_A_PROVEN_ONE;
+        assert_eq!(gates.admit(Unproven, false, later), Ok(Ticket::ProbeForAll));
+    }
+
+    #[test]
+    fn messages_that_end_without_a_word_make_room_for_others() {
+        let now = Instant::now();
+        let mut gates = Gates::default();
+        attack(&mut gates, Refuses, 20, now);
+        let tickets: Vec<_> = (0..PROBES).map(|_| gates.admit(Unproven, false, now)).collect();
+        assert!(tickets.iter().all(|ticket| *ticket == Ok(Ticket::Doubted)));
+        assert_eq!(gates.admit(Unproven, false, now), Err((PAUSE.0, Cause::Unauthorized)));
+        gates.lose(Ticket::Doubted);
+        assert_eq!(gates.admit(Unproven, false, now), Ok(Ticket::Doubted));
+    }
+}
