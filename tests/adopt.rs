@@ -64,6 +64,15 @@ async fn adopted(queue: Option<&Prefix>) {
     // Somebody was in a hurry: that has numbered the sites.
     let hurried = before.setup.run(&[&["keys", "list"], flags.as_slice()].concat()).await;
     assert!(hurried.status.success(), "{}", String::from_utf8_lossy(&hurried.stderr));
+    // Names of somebody else's choice.
+    let hostile = rusqlite::Connection::open(&file).unwrap();
+    hostile
+        .execute_batch(
+            r#"CREATE TABLE "x; DROP TABLE subscriptions; --" ("a"" b" TEXT); CREATE TABLE "it's" (id INTEGER);
+               INSERT INTO "it's" VALUES (1);"#,
+        )
+        .unwrap();
+    drop(hostile);
     let output = before.setup.run(&adopt).await;
     let (out, err) =
         (String::from_utf8_lossy(&output.stdout).into_owned(), String::from_utf8_lossy(&output.stderr));

@@ -3,6 +3,7 @@
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use nix::pty::openpty;
 use nix::sys::signal::Signal;
@@ -253,4 +254,55 @@ async fn a_pod_near_its_limit_of_memory_sheds_before_it_is_killed() {
     );
     write("memory.stat", "anon 92000000\nfile 40000000\nshmem 0\n");
     eventually("it serves again", || async { (status().await == 200).then_some(()) }).await;
+}
+
+/// Nothing to do is hardly any work: 19 wake-ups a second where this was measured.
+#[tokio::test]
+async fn an_idle_process_is_idle() {
+    let perennial = Setup::new().start().await;
+    let switches = || {
+        let tasks = std::fs::read_dir(format!("/proc/{}/task", perennial.pid())).unwrap();
+        let of = |status: String| {
+            let line = status.lines().find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"));
+            line.and_then(|count| count.trim().parse::<u64>().ok()).unwrap_or_default()
+        };
+        let status = |task: std::io::Result<std::fs::DirEntry>| {
+            std::fs::read_to_string(task.ok()?.path().join("status")).ok()
+        };
+        tasks.filter_map(status).map(of).sum::<u64>()
+    };
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let before = switches();
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let rate = switches().saturating_sub(before) / 5;
+    println!("{rate} wake-ups a second");
+    assert!(rate < 60, "{rate} wake-ups a second");
+}
+
+/// A hard limit of 1,024 descriptors, and more idle clients than that: probes and requests are answered all the same.
+#[tokio::test]
+async fn descriptors_that_are_few_are_shared_out() {
+    let setup = Setup::new();
+    let script = setup.file("few");
+    let program = support::process::binary();
+    let text = format!("#!/bin/sh\nulimit -n 1024\nexec {} \"$@\"\n", program.display());
+    std::fs::write(&script, text).unwrap();
+    std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
+    let perennial = setup.program(script).start().await;
+    eventually("it says so", || async { perennial.log().contains("a setting is changed").then_some(()) })
+        .await;
+    let address = perennial.client().base().trim_start_matches("http://").to_owned();
+    let mut idle = Vec::new();
+    for _ in 0..1100 {
+        if let Ok(Ok(stream)) =
+            tokio::time::timeout(Duration::from_secs(1), tokio::net::TcpStream::connect(&address)).await
+        {
+            idle.push(stream);
+        }
+    }
+    for _ in 0..5 {
+        assert_eq!(soon("a probe", perennial.admin().get("/livez")).await.status, 200);
+        assert_eq!(soon("a new client", perennial.client().get("/push/key")).await.status, 200);
+    }
+    drop(idle);
 }

@@ -19,7 +19,10 @@ use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
 use uuid::Uuid;
 
-use support::{backend, full, postgres, process, redis};
+use serde_json::json;
+use support::double::Double;
+use support::process::Setup;
+use support::{backend, eventually, full, postgres, process, redis};
 
 /// The lease of the mill.
 const LEASE: Duration = Duration::from_secs(3);
@@ -368,5 +371,39 @@ async fn sqlite_meets_a_full_disk() {
     }
     chaos.settle("sqlite, disk full").await;
     drop(chaos);
+    let _ = std::process::Command::new("umount").arg("-l").arg(directory.path()).status();
+}
+
+/// `/readyz` says that nothing can be written, for as long as that is so.
+#[tokio::test]
+async fn a_full_disk_is_named_until_there_is_room() {
+    let directory = TempDir::new().unwrap();
+    let mounted = std::process::Command::new("mount")
+        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
+        .arg(directory.path())
+        .stderr(Stdio::null())
+        .status()
+        .unwrap();
+    if !mounted.success() {
+        eprintln!("skipped: nothing may be mounted here");
+        return;
+    }
+    let double = Double::start().await;
+    let store = directory.path().join("perennial.db");
+    let setup = Setup::new().sending_to(&double).set("push.page=false");
+    let perennial = setup.set(&format!("store.url=sqlite:{}", store.display())).start().await;
+    let ballast = directory.path().join("ballast");
+    let _ = std::fs::write(&ballast, vec![0_u8; 16 << 20]);
+    let metadata = json!({ "text": "x".repeat(4000) });
+    eventually("a write fails", || async {
+        let request = json!({ "subscription": double.mint(), "metadata": metadata });
+        (perennial.client().post("/subscriptions", &request).await.status == 503).then_some(())
+    })
+    .await;
+    crate::pools::until_ready_says(&perennial, 200, "sqlite: it cannot write").await;
+    std::fs::remove_file(&ballast).unwrap();
+    crate::pools::until_ready_says(&perennial, 200, "").await;
+    perennial.subscribe(&double, 1).await;
+    drop(perennial);
     let _ = std::process::Command::new("umount").arg("-l").arg(directory.path()).status();
 }

@@ -1,6 +1,7 @@
 //! The commands.
 
 use std::os::unix::fs::PermissionsExt;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -139,6 +140,83 @@ async fn the_sink_subscribes_imaginary_browsers_and_prints_what_they_get() {
 }
 
 #[tokio::test]
+async fn a_backup_that_is_started_sends_nothing_until_an_operator_says_so() {
+    let double = Double::start().await;
+    let perennial = Setup::new().sending_to(&double).start().await;
+    perennial.subscribe(&double, 3).await;
+    let later = jiff::Timestamp::now() + Duration::from_secs(1);
+    let request = json!({ "to": { "all": true }, "payload": "of both", "at": later.to_string() });
+    let id = perennial.notify(&request).await;
+    let directory = perennial.setup.file("copy");
+    let copied = perennial.setup.run(&["backup", directory.to_str().unwrap()]).await;
+    assert!(copied.status.success(), "{}", String::from_utf8_lossy(&copied.stderr));
+    assert_eq!(perennial.done(&id).await["outcomes"], json!({ "delivered": 3 }));
+    assert_eq!(double.taken().len(), 3);
+
+    let drill = Setup::new().sending_to(&double);
+    std::fs::rename(&directory, drill.data_dir()).unwrap();
+    let drill = drill.start().await;
+    eventually("it says so", || async { drill.log().contains("the store is a copy").then_some(()) }).await;
+    let ready = drill.admin().get("/readyz").await;
+    assert!(ready.status == 200 && ready.text().contains("the store is a copy"), "{}", ready.text());
+    // It answers, and takes jobs in.
+    let own = drill.notify(&json!({ "to": { "all": true }, "payload": "of the copy" })).await;
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert_eq!(double.taken().len(), 3, "it sends nothing, although its job has long been due");
+    // Also after a restart.
+    let mut drill = drill;
+    assert_eq!(drill.stop().await, Some(0));
+    let drill = drill.start_again().await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert_eq!(double.taken().len(), 3);
+    let resumed = drill.setup.run(&["resume"]).await;
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
+    assert_eq!(drill.done(&own).await["outcomes"], json!({ "delivered": 3 }));
+    assert_eq!(drill.done(&id).await["outcomes"], json!({ "delivered": 3 }), "what it had taken along");
+    eventually("it is an original", || async {
+        (!drill.admin().get("/readyz").await.text().contains("copy")).then_some(())
+    })
+    .await;
+    let mut drill = drill;
+    assert_eq!(drill.stop().await, Some(0));
+    let drill = drill.start_again().await;
+    drill.notify_and_wait(&json!({ "to": { "all": true }, "payload": "again" })).await;
+}
+
+/// Any store, as long as it is wanted.
+#[tokio::test]
+async fn a_process_may_be_started_paused() {
+    let double = Double::start().await;
+    let mut perennial = Setup::new().sending_to(&double).start().await;
+    perennial.subscribe(&double, 1).await;
+    assert_eq!(perennial.stop().await, Some(0));
+    let setup = perennial.setup.argument("--paused");
+    let perennial = setup.start().await;
+    let id = perennial.notify(&json!({ "to": { "all": true }, "payload": "x" })).await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(double.taken().is_empty());
+    assert!(perennial.admin().get("/readyz").await.text().contains("--paused"));
+    assert!(perennial.setup.run(&["resume"]).await.status.success());
+    assert_eq!(perennial.done(&id).await["outcomes"], json!({ "delivered": 1 }));
+}
+
+/// The lock is on the file of the store, whatever directory names it, and by whatever name.
+#[tokio::test]
+async fn two_data_directories_do_not_serve_one_store() {
+    let first = Setup::new().start().await;
+    let file = first.setup.data_dir().join("perennial.db");
+    let link = first.setup.file("link.db");
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    for path in [&file, &link] {
+        let mut second = Setup::new().set(&format!("store.url=sqlite:{}", path.display())).spawn();
+        assert_eq!(second.ended().await.code(), Some(1), "{}", second.log());
+        let log = second.log();
+        assert!(log.contains("perennial.db is in use by another process (process"), "{log}");
+    }
+    assert_eq!(first.client().get("/push/key").await.status, 200);
+}
+
+#[tokio::test]
 async fn a_backup_is_a_data_directory() {
     let double = Double::start().await;
     let mut perennial = Setup::new().sending_to(&double).start().await;
@@ -186,6 +264,8 @@ async fn a_backup_is_a_data_directory() {
     std::fs::rename(&directory, restored.data_dir()).unwrap();
     let restored = restored.start().await;
     assert_eq!(restored.client().get("/push/key").await.text(), key);
+    let resumed = restored.setup.run(&["resume"]).await;
+    assert!(resumed.status.success(), "{}", String::from_utf8_lossy(&resumed.stderr));
     let progress = restored.notify_and_wait(&json!({ "to": { "all": true }, "payload": "hello" })).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 3 }));
 }

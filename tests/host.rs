@@ -176,19 +176,93 @@ async fn a_body_over_the_limit_is_refused_announced_or_not() {
 #[tokio::test]
 async fn more_connections_than_allowed_wait_their_turn() {
     let one = net(|net| net.max_connections = 1);
-    let host = Host::start(one, echo_id()).await;
+    let never = get(|| async { std::future::pending::<()>().await });
+    let host = Host::start(one, echo_id().route("/never", never)).await;
     let request = b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n";
     let mut first = TcpStream::connect(&host.addresses[0]).await.unwrap();
+    first.write_all(b"GET /never HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+    support::eventually("it runs", || async { (host.connections.requests().len() == 1).then_some(()) }).await;
     let mut second = TcpStream::connect(&host.addresses[0]).await.unwrap();
     let mut buffer = [0; 1024];
-    first.write_all(request).await.unwrap();
-    assert!(soon("an answer", first.read(&mut buffer)).await.unwrap() > 0);
     second.write_all(request).await.unwrap();
     let waits = tokio::time::timeout(Duration::from_millis(200), second.read(&mut buffer)).await;
-    assert!(waits.is_err(), "the first is still there");
+    assert!(waits.is_err(), "the first is busy");
     drop(first);
     assert!(soon("an answer", second.read(&mut buffer)).await.unwrap() > 0);
     drop(second);
+    host.stop().await;
+}
+
+/// HTTP/1.1 and HTTP/2, idle between requests or in the middle of a head: none of them keeps a new client waiting.
+#[tokio::test]
+async fn connections_that_do_nothing_make_room_for_a_new_client_at_the_limit() {
+    let host = Host::start(net(|net| net.max_connections = 30), echo_id()).await;
+    let mut idle = Vec::new();
+    for number in 0..30 {
+        let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+        let (bytes, is_answered): (&[u8], _) = match number % 3 {
+            0 => (b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n", true),
+            1 => (b"GET /id HTTP/1.1\r\nhost: ", false),
+            _ => (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\x00\x00\x00\x04\x00\x00\x00\x00\x00", true),
+        };
+        stream.write_all(bytes).await.unwrap();
+        if is_answered {
+            assert!(soon("an answer", stream.read(&mut [0; 1024])).await.unwrap() > 0);
+        }
+        idle.push(stream);
+    }
+    // Each takes the place of one of them.
+    for _ in 0..40 {
+        let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+        stream.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
+        let mut answer = [0; 1024];
+        let length = soon("an answer beside idle connections", stream.read(&mut answer)).await.unwrap();
+        assert!(
+            answer[..length].starts_with(b"HTTP/1.1 200"),
+            "{}",
+            String::from_utf8_lossy(&answer[..length])
+        );
+        idle.push(stream);
+    }
+    drop(idle);
+    host.stop().await;
+}
+
+/// RFC 9112, section 3.2, with real bytes.
+#[tokio::test]
+async fn a_request_has_one_host_and_it_is_a_host() {
+    let router = Router::new().route(
+        "/host",
+        get(|headers: http::HeaderMap| async move {
+            headers.get("host").map(|host| host.to_str().unwrap_or_default().to_owned()).unwrap_or_default()
+        }),
+    );
+    let host = Host::start(net(|_| {}), router).await;
+    for (request, status, body) in [
+        ("GET /host HTTP/1.1\r\nhost: a.example\r\n\r\n", "200", "a.example"),
+        ("GET /host HTTP/1.1\r\nhost: [::1]:80\r\n\r\n", "200", "[::1]:80"),
+        ("GET /host HTTP/1.0\r\n\r\n", "200", ""),
+        ("GET /host HTTP/1.1\r\n\r\n", "400", ""),
+        ("GET /host HTTP/1.1\r\nhost: a.example\r\nhost: a.example\r\n\r\n", "400", ""),
+        ("GET /host HTTP/1.1\r\nhost: a.example/b\r\n\r\n", "400", ""),
+        ("GET /host HTTP/1.1\r\nhost: user@a.example\r\n\r\n", "400", ""),
+        ("GET /host HTTP/1.1\r\nhost: a b\r\n\r\n", "400", ""),
+        ("GET http://b.example/host HTTP/1.1\r\nhost: a.example\r\n\r\n", "200", "b.example"),
+        ("GET http://b.example/host HTTP/1.1\r\n\r\n", "400", ""),
+        ("CONNECT a.example:443 HTTP/1.1\r\nhost: a.example:443\r\n\r\n", "405", ""),
+        ("OPTIONS * HTTP/1.1\r\nhost: a.example\r\n\r\n", "204", ""),
+        ("GET * HTTP/1.1\r\nhost: a.example\r\n\r\n", "400", ""),
+    ] {
+        let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
+        stream.write_all(request.as_bytes()).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        soon("an answer", stream.read_to_string(&mut answer)).await.unwrap();
+        assert!(answer.get(9..12) == Some(status), "{request:?}: {answer}");
+        if status == "200" {
+            assert!(answer.ends_with(&format!("\r\n\r\n{body}")), "{request:?}: {answer}");
+        }
+    }
     host.stop().await;
 }
 

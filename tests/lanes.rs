@@ -85,7 +85,8 @@ async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_re
     let asked = Arc::clone(&refuses);
     double.script(move |_| if asked.load(Ordering::SeqCst) { status_answer(403, &[]) } else { Answer::Take });
     let id = perennial.notify(&to_all()).await;
-    let alarm = "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there";
+    // Not that it refuses all: most were not tried.
+    let alarm = "a push service refuses a key of ours: subscriptions that nothing was delivered to yet wait until it takes a message";
     perennial.logged(alarm).await;
     assert!(double.asked() < 100, "{} of 200 were refused before it stopped", double.asked());
     let view = origin(&perennial).await;
@@ -102,6 +103,61 @@ async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_re
     let first = perennial.client().get(&format!("/notifications/{id}")).await.json();
     let refused = first["outcomes"]["unauthorized"].as_u64().unwrap();
     assert!(refused < 100, "the others wait for their turn: {first}");
+}
+
+/// Sixty rows with another key stand before sixty good ones: it is not said that all are refused.
+#[tokio::test]
+async fn a_key_that_some_are_refused_with_is_not_called_refused_by_all() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    let asked = Arc::new(AtomicUsize::new(0));
+    let bad: Vec<Value> = (0..60).map(|_| double.mint()).collect();
+    let of_bad: Vec<String> = bad.iter().map(|bad| bad["endpoint"].as_str().unwrap().to_owned()).collect();
+    let count = Arc::clone(&asked);
+    double.script(move |push| {
+        count.fetch_add(1, Ordering::SeqCst);
+        let is_bad = of_bad.iter().any(|bad| bad.ends_with(&push.token));
+        if is_bad { status_answer(403, &[]) } else { Answer::Take }
+    });
+    for subscription in bad {
+        perennial.client().post("/subscriptions", &json!({ "subscription": subscription })).await;
+    }
+    perennial.subscribe(&double, 60).await;
+    perennial.notify(&to_all()).await;
+    eventually("it is held, or has gone on to the good ones", || async {
+        (origin(&perennial).await["held"] == "unauthorized" || double.taken().len() == 60).then_some(())
+    })
+    .await;
+    tokio::time::sleep(Duration::from_secs(2)).await;
+    assert!(!perennial.log().contains("for every subscription"), "{}", perennial.log());
+}
+
+/// Each member that waits is counted once, while batches of those that wait follow each other; and an operator ends the wait.
+#[tokio::test]
+async fn those_who_wait_are_counted_once_and_sent_to_when_an_operator_says_so() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    perennial.subscribe(&double, 200).await;
+    double.script(|_| status_answer(429, &[("retry-after", "120")]));
+    let id = perennial.notify(&to_all()).await;
+    eventually("it is held", || async { (origin(&perennial).await["held"] == "throttled").then_some(()) })
+        .await;
+    let watch = async || {
+        let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
+        let of = |name: &str| progress[name].as_u64().unwrap();
+        assert!(of("retrying") + of("decided") <= of("audience"), "{progress}");
+    };
+    for _ in 0..50 {
+        watch().await;
+    }
+    double.script(|_| Answer::Take);
+    let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
+    let admin = perennial.admin().with_key(token.trim());
+    let began = Instant::now();
+    let resume = json!({ "origin": origin(&perennial).await["origin"] });
+    assert_eq!(admin.post("/origins/resume", &resume).await.status, 204);
+    // Those that were asked to wait themselves wait on; the others were only held.
+    eventually("what was held is sent", || async { (double.taken().len() >= 100).then_some(()) }).await;
+    assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
+    watch().await;
 }
 
 /// Its subscriptions go with the key that they were made with: one that is refused stops no other.
@@ -409,7 +465,7 @@ async fn old_vapid_keys_go_on_signing_for_their_subscriptions() {
 }
 
 #[tokio::test]
-async fn an_urgent_one_is_out_within_a_second_beside_a_broadcast() {
+async fn an_urgent_one_does_not_wait_for_a_broadcast() {
     let (double, perennial) =
         start_with(|setup| setup.set("push.small_audience=10").set("push.batch=500").set("push.timeout=20s"))
             .await;
@@ -443,9 +499,11 @@ async fn an_urgent_one_is_out_within_a_second_beside_a_broadcast() {
     }
     let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
     assert_eq!(progress["state"], "sending", "{progress}");
-    // Some 50 ms where the machine is its own.
+    // Half a second on two processors, and one where two others keep them busy. Behind the broadcast it
+    // would be most of a minute.
     took.sort();
-    assert!(took[took.len() / 2] < Duration::from_secs(1), "{took:?}");
+    println!("{:?}", took[took.len() / 2]);
+    assert!(took[took.len() / 2] < Duration::from_secs(5), "{took:?}");
     perennial.client().post(&format!("/notifications/{id}/cancel"), &json!({})).await;
 }
 
@@ -490,7 +548,7 @@ async fn three_strikes_far_apart_end_a_subscription_and_a_success_forgives() {
     double.answer(403);
     let refused = json!({ "unauthorized": 1, "unreachable": 1 });
     assert_eq!(perennial.notify_and_wait(&to_all()).await["outcomes"], refused);
-    assert_eq!(strikes(), [1, 2]);
+    assert_eq!(strikes(), [0, 2], "a refusal counts only where the same key is accepted for others");
     half_a_day();
     double.script(|_| Answer::Take);
     assert_eq!(perennial.notify_and_wait(&to_all()).await["outcomes"], unreachable);

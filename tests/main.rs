@@ -37,6 +37,7 @@ mod sites;
 mod sockets;
 mod stores;
 mod storm;
+mod strangers;
 mod subscriptions;
 mod succession;
 mod tcp;

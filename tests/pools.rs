@@ -288,3 +288,24 @@ async fn a_sentinel_is_refused_by_its_name() {
     assert_eq!(refused.ended().await.code(), Some(1));
     assert!(refused.log().contains("it is a Sentinel"), "{}", refused.log());
 }
+
+/// A full memory, and a disk that nothing can be saved to: it is there, and takes no writes.
+#[tokio::test]
+async fn a_redis_that_takes_no_writes_is_named_until_it_does() {
+    let server = support::redis::Server::start(&[]).await;
+    let setup = Setup::new().set(&format!("queue.url={}", server.url())).set("queue.readiness=degraded");
+    let perennial = setup.start().await;
+    let redis = Redis::open(support::redis::config(&server.url())).await.unwrap();
+    let set = async |bytes: u64| {
+        redis.query::<()>(cmd("CONFIG").arg("SET").arg("maxmemory").arg(bytes)).await.unwrap();
+    };
+    set(1).await;
+    let refused = perennial
+        .client()
+        .post("/notify", &serde_json::json!({ "to": { "all": true }, "payload": "x" }))
+        .await;
+    assert!(refused.status == 202 || refused.status == 503, "{}", refused.text());
+    until_ready_says(&perennial, 200, "it takes no writes").await;
+    set(0).await;
+    until_ready_says(&perennial, 200, "").await;
+}

@@ -300,6 +300,117 @@ async fn rows_that_could_not_be_read_again_are_refused() {
     }
 }
 
+/// Another program has written Latin-1 where text is wanted: in a payload, a kind, a trace.
+#[tokio::test]
+async fn a_job_that_cannot_be_read_is_set_apart_and_the_others_run() {
+    let hello = Setup::new().program(example("hello")).start().await;
+    let file = hello.setup.data_dir().join("perennial.db");
+    let store = rusqlite::Connection::open(file).unwrap();
+    store.busy_timeout(Duration::from_secs(5)).unwrap();
+    let insert = |column: &str, value: &str| {
+        let mut fields = std::collections::BTreeMap::from([
+            ("kind", "'hello.count'"),
+            ("payload", "'{\"name\": \"good\"}'"),
+            ("priority", "-9"),
+        ]);
+        fields.insert(column, value);
+        let columns: Vec<_> = fields.keys().copied().collect();
+        let values: Vec<_> = fields.values().copied().collect();
+        let sql = format!("INSERT INTO jobs ({}) VALUES ({})", columns.join(", "), values.join(", "));
+        store.execute(&sql, []).unwrap();
+    };
+    let latin1 = "CAST(x'7b226e616d65223a2022476fe9227d' AS TEXT)";
+    insert("payload", latin1);
+    insert("kind", latin1);
+    insert("trace", latin1);
+    insert("priority", "0");
+    eventually("the good one has run", || async {
+        let times =
+            store.query_row("SELECT times FROM greeted WHERE name = 'good'", [], |row| row.get::<_, i64>(0));
+        times.is_ok_and(|times| times >= 1).then_some(())
+    })
+    .await;
+    eventually("those that cannot be read are dead", || async {
+        let dead = hello.admin().get("/jobs?state=dead").await;
+        assert_eq!(dead.status, 200, "{}", dead.text());
+        (dead.json()["jobs"].as_array().unwrap().len() >= 2).then_some(())
+    })
+    .await;
+    let kept =
+        "SELECT count(*) FROM ended_jobs WHERE hex(CAST(payload AS BLOB)) = '7B226E616D65223A2022476FE9227D'";
+    assert_eq!(store.query_row(kept, [], |row| row.get::<_, i64>(0)).unwrap(), 1, "its bytes are kept");
+    let listed = hello.setup.run(&["jobs", "list", "--state", "dead"]).await;
+    assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
+}
+
+/// A role, or a database, may have any defaults.
+#[tokio::test]
+async fn defaults_of_the_database_decide_nothing() {
+    let (double, database) = (Double::start().await, Database::new().await);
+    let server = database.connect().await;
+    for default in [
+        "default_transaction_isolation = serializable",
+        "synchronous_commit = off",
+        "lock_timeout = '1ms'",
+        "standard_conforming_strings = off",
+        "bytea_output = escape",
+    ] {
+        let sql = format!(
+            "DO $$ BEGIN EXECUTE format('ALTER DATABASE %I SET {}', current_database()); END $$",
+            default.replace('\'', "''")
+        );
+        server.execute(&sql, &[]).await.unwrap();
+    }
+    let perennial = on_postgres(Setup::new().sending_to(&double), database.url()).await.start().await;
+    let mut posting = tokio::task::JoinSet::new();
+    for _ in 0..100 {
+        let (client, request) = (perennial.client().clone(), json!({ "subscription": double.mint() }));
+        posting.spawn(async move { client.post("/subscriptions", &request).await.status });
+    }
+    while let Some(status) = posting.join_next().await {
+        assert_eq!(status.unwrap(), 201);
+    }
+    let progress = perennial.notify_and_wait(&json!({ "to": { "all": true }, "payload": "x" })).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 100 }));
+}
+
+/// Text that is not UTF-8 could come from it at any time.
+#[tokio::test]
+async fn a_database_with_another_encoding_is_refused() {
+    let database = Database::new().await;
+    let name = format!("latin_{}", uuid::Uuid::now_v7().simple());
+    let server = database.connect().await;
+    let sql =
+        format!("CREATE DATABASE {name} ENCODING 'SQL_ASCII' LC_COLLATE 'C' LC_CTYPE 'C' TEMPLATE template0");
+    server.execute(&sql, &[]).await.unwrap();
+    let own: String = server.query("SELECT current_database()::text", &[]).await.unwrap()[0].get(0);
+    let url = database.url().replace(&own, &name);
+    let refused = Setup::new().set(&format!("store.url={url}")).run(&["migrate"]).await;
+    let said = String::from_utf8_lossy(&refused.stderr).into_owned();
+    server.execute(&format!("DROP DATABASE {name}"), &[]).await.unwrap();
+    assert!(!refused.status.success() && said.contains("the encoding SQL_ASCII"), "{said}");
+}
+
+/// SQL of modules is read as SQL.
+#[tokio::test]
+async fn question_marks_that_are_no_places_stay() {
+    use perennial_server::pool::sql::{Store, Value};
+    let database = Database::new().await;
+    let store = Store::Postgres(database.connect().await);
+    let text =
+        async |sql: &'static str, values: Vec<Value>| store.value::<String>(sql, values).await.unwrap();
+    assert_eq!(text("SELECT 'Why?'", vec![]).await, "Why?");
+    assert_eq!(text("SELECT 'it''s ?' || ?", vec!["!".into()]).await, "it's ?!");
+    assert_eq!(text("SELECT $$a ? b$$ || ? -- and ?\n /* ? */", vec!["c".into()]).await, "a ? bc");
+    assert_eq!(text(r#"SELECT ? AS "who?""#, vec!["x".into()]).await, "x");
+    assert_eq!(
+        text("SELECT CASE WHEN '{\"a\": 1}'::jsonb ? 'a' THEN ? ELSE 'no' END", vec!["yes".into()]).await,
+        "yes"
+    );
+    let wrong = store.value::<i64>("SELECT 'x' AS times", vec![]).await.unwrap_err().to_string();
+    assert!(wrong.contains("wanted") && wrong.contains("the column"), "{wrong}");
+}
+
 /// What the outbox is for: jobs that Redis has lost come again, and under epochs that are not used up.
 #[tokio::test]
 async fn a_redis_that_lost_everything_gets_its_jobs_again() {

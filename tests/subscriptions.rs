@@ -236,3 +236,61 @@ async fn a_browser_deletes_its_own_by_endpoint_and_secret() {
     assert_eq!(delete(subscription["keys"]["auth"].clone()).await, 204);
     assert_eq!(delete(subscription["keys"]["auth"].clone()).await, 404);
 }
+
+/// A browser that somebody else signs in with.
+#[tokio::test]
+async fn a_new_user_of_the_same_browser_inherits_nothing_private() {
+    let double = Double::start().await;
+    let setup = Setup::new().sending_to(&double).set("sites.default.public_tags=[\"news\"]");
+    let perennial = setup.start().await;
+    let subscription = double.mint();
+    let post = async |mut request: Value| {
+        request["subscription"] = subscription.clone();
+        let answer = perennial.client().post("/subscriptions", &request).await;
+        assert!(answer.status.is_success(), "{}", answer.text());
+        one(&perennial, id(&answer)).await
+    };
+    let ann = json!({ "user": "ann", "tags": ["news", "vip"], "metadata": { "name": "Ann" } });
+    post(ann.clone()).await;
+    let kept = post(json!({ "user": "ann" })).await;
+    assert_eq!(
+        (&kept["tags"], &kept["metadata"]),
+        (&json!(["news", "vip"]), &ann["metadata"]),
+        "the same user"
+    );
+    let bob = post(json!({ "user": "bob" })).await;
+    assert_eq!((&bob["user"], &bob["tags"]), (&json!("bob"), &json!(["news"])));
+    assert!(bob["metadata"].is_null() || bob["metadata"] == json!({}), "{bob}");
+    post(ann.clone()).await;
+    let nobody = post(json!({ "user": null })).await;
+    assert_eq!((&nobody["user"], &nobody["tags"]), (&Value::Null, &json!(["news"])), "logged out");
+    let carol = post(json!({ "user": "carol", "tags": ["gold"], "metadata": { "name": "Carol" } })).await;
+    assert_eq!(
+        (&carol["tags"], &carol["metadata"]["name"]),
+        (&json!(["gold"]), &json!("Carol")),
+        "what is sent is kept"
+    );
+}
+
+#[tokio::test]
+async fn odd_times_of_expiry_are_refused_and_zero_is_none() {
+    let (double, perennial) = start().await;
+    let now = jiff::Timestamp::now().as_millisecond();
+    for (time, status) in [
+        (json!(0), 201),
+        (json!(null), 201),
+        (json!(now + 3_600_000), 201),
+        (json!(now / 1000), 422),
+        (json!(now - 3_600_000), 422),
+    ] {
+        let mut subscription = double.mint();
+        subscription["expirationTime"] = time.clone();
+        let answer =
+            perennial.client().post("/subscriptions", &json!({ "subscription": subscription })).await;
+        assert_eq!(answer.status, status, "{time}: {}", answer.text());
+        if status == 422 {
+            assert_eq!(answer.fields(), ["subscription.expirationTime"]);
+        }
+    }
+    assert_eq!(perennial.sql("SELECT count(*) FROM subscriptions WHERE expires_at IS NOT NULL").await, 1);
+}

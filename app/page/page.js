@@ -1,10 +1,10 @@
 // The page that subscribes this browser and sends it a notification. push.js comes before it.
 
-/* global base64url, remember, remembered */
+/* global base64url, logout, remember, remembered */
 
 const element = (id) => document.getElementById(id);
 const ui = Object.fromEntries(
-  ["state", "subscribe", "unsubscribe", "form", "title", "body", "key", "key-row", "send", "sent", "received", "nothing"]
+  ["state", "subscribe", "unsubscribe", "logout", "form", "title", "body", "key", "key-row", "send", "sent", "received", "nothing"]
     .map((id) => [id, element(id)]),
 );
 
@@ -50,6 +50,7 @@ function showKeyField() {
 function show(subscribed) {
   ui.subscribe.hidden = subscribed;
   ui.unsubscribe.hidden = !subscribed;
+  ui.logout.hidden = !subscribed;
   ui.send.disabled = !subscribed;
 }
 
@@ -165,6 +166,10 @@ async function start() {
   const registration = await navigator.serviceWorker.ready;
   whenClicked(ui.subscribe, ui.state, () => subscribe(registration));
   whenClicked(ui.unsubscribe, ui.state, () => unsubscribe(registration));
+  whenClicked(ui.logout, ui.state, async () => {
+    await logout(registration);
+    say(ui.state, "This browser is subscribed, and belongs to no user.");
+  });
   whenClicked(ui.send, ui.sent, async () => say(ui.sent, describe(await send())));
   const subscription = await registration.pushManager.getSubscription();
   if (!subscription) {

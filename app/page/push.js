@@ -42,3 +42,16 @@ function remember(subscription) {
 function remembered() {
   return withinStore("readonly", (store) => store.get("mine"));
 }
+
+/** Tells the server that this browser is nobody's from now on: it stays subscribed, and what was kept of its user is forgotten. */
+async function logout(registration) {
+  const subscription = await registration.pushManager.getSubscription();
+  if (!subscription) return;
+  const key = base64url(subscription.options?.applicationServerKey);
+  const response = await fetch("/subscriptions", {
+    method: "POST",
+    headers: { "content-type": "application/json" },
+    body: JSON.stringify({ subscription: subscription.toJSON(), key: key || undefined, user: null }),
+  });
+  if (!response.ok) throw new Error(`the server answered ${response.status}`);
+}

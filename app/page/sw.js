@@ -1,6 +1,6 @@
 // The service worker: shows what is pushed, and keeps the server informed when the browser renews.
 
-/* global base64url, remember, remembered */
+/* global base64url, logout, remember, remembered */
 importScripts("/push.js");
 
 self.addEventListener("install", () => self.skipWaiting());
@@ -57,6 +57,11 @@ self.addEventListener("notificationclick", (event) => {
     await (there ? there.focus() : self.clients.openWindow(target));
   };
   event.waitUntil(open());
+});
+
+// A page that signs its user out: navigator.serviceWorker.controller.postMessage({ type: "logout" }).
+self.addEventListener("message", (event) => {
+  if (event.data?.type === "logout") event.waitUntil(logout(self.registration));
 });
 
 self.addEventListener("pushsubscriptionchange", (event) => {

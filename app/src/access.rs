@@ -34,7 +34,7 @@ use crate::api::store_failed;
 use crate::sites::{SiteId, Sites};
 pub(crate) use files::Config as KeyFile;
 use files::Files;
-use keys::{Grant, Hash, hash};
+use keys::{Grant, Hash, Hashes, hash};
 use limits::Limits;
 
 /// What is known of keys in the store, the unknown ones too.
@@ -45,6 +45,14 @@ pub(crate) const CACHE: cache::Config = cache::Config {
     ttl: Duration::from_secs(15),
     negative_ttl: Duration::from_secs(5),
     // What does not need the store goes on for those who were known.
+    stale: Duration::from_secs(300),
+};
+/// Which keys there are, for as long as somebody guesses: the beginnings of their hashes.
+const LISTED: cache::Config = cache::Config {
+    name: "api_key_hashes",
+    bytes: 4 << 20,
+    ttl: Duration::from_secs(5),
+    negative_ttl: Duration::from_secs(5),
     stale: Duration::from_secs(300),
 };
 /// The longest key, in bytes.
@@ -139,6 +147,7 @@ struct Known {
     store: Store,
     sites: Sites,
     stored: Cache<Caller>,
+    listed: Cache<Arc<Hashes>>,
     files: Files,
     tokens: Mutex<HashMap<Hash, Token>>,
     limits: Limits,
@@ -164,7 +173,8 @@ impl Access {
     ) -> Self {
         let files = Files::open(files, &sites);
         let (stored, tokens, limits) = (caches.make(CACHE), Mutex::default(), Limits::new(redis));
-        Self(Arc::new(Known { store, sites, stored, files, tokens, limits, admin }))
+        let listed = caches.make(LISTED);
+        Self(Arc::new(Known { store, sites, stored, listed, files, tokens, limits, admin }))
     }
 
     /// Follows what changes in files, until nothing new is taken.
@@ -214,19 +224,38 @@ impl Access {
             return Ok(Some(caller));
         }
         let name = hex(&hash);
-        if let Some(problem) = self.0.limits.is_guessing(address)
+        // Behind one address there may be a guesser and others who have good keys: the store is asked about each key, but for
+        // those that are certainly not in it.
+        let guessing = self.0.limits.is_guessing(address);
+        if let Some(problem) = &guessing
             && !self.0.stored.has(&name)
+            && !self.may_be_there(&hash).await?
         {
-            return Err(problem);
+            self.0.limits.guessed(address);
+            return Err(problem.clone());
         }
         let load = keys::find(&self.0.store, hash);
         let found = self.0.stored.get(&name, load).await;
         let found = found.map_err(|error| store_failed(&*error, error.is_passing()))?;
         if found.is_none() {
             self.0.limits.guessed(address);
+            if let Some(problem) = guessing {
+                return Err(problem);
+            }
         }
         let is_good = |caller: &Caller| !caller.has_ended() && self.0.sites.get(caller.site).is_some();
         Ok(found.filter(is_good))
+    }
+
+    /// Whether a key may be in the store. While somebody guesses, it is asked once in a while which keys there are; where these
+    /// are too many to be listed, a few are looked for one by one.
+    async fn may_be_there(&self, hash: &Hash) -> Result<bool, Problem> {
+        let load = async { keys::hashes(&self.0.store).await.map(|hashes| hashes.map(Arc::new)) };
+        let listed = self.0.listed.get("", load).await;
+        match listed.map_err(|error| store_failed(&*error, error.is_passing()))? {
+            Some(hashes) => Ok(hashes.may_have(hash)),
+            None => Ok(self.0.limits.may_look()),
+        }
     }
 
     fn token(&self, hash: &Hash) -> Option<Caller> {
@@ -258,6 +287,9 @@ impl Access {
         if self.0.sites.is_elsewhere(&parts.headers, caller.site) {
             let detail = "this key is not of the site that the page belongs to";
             return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+        }
+        if let Some(scope) = scope {
+            scope.identify();
         }
         if let Some(standing) = self.0.limits.count(&caller).await {
             if let Some(scope) = scope {

@@ -48,6 +48,8 @@ pub(crate) struct Moved {
     pub(crate) jobs: usize,
     /// Schedules and queues that an operator had paused, and that are not paused there.
     pub(crate) paused: Paused,
+    /// Tables that are not of this program, and were left behind.
+    pub(crate) unknown: Vec<String>,
 }
 
 /// What an operator had paused, by name.
@@ -81,9 +83,12 @@ impl Source {
         let transaction = connection.begin().await?;
         let mut moved = Moved::default();
         share(&transaction, keys).await?;
-        let tables = self.tables()?;
+        let known = known_tables(&transaction).await?;
+        let (tables, unknown): (Vec<_>, Vec<_>) =
+            self.tables()?.into_iter().partition(|table| known.contains(table));
+        moved.unknown = unknown;
         for table in tables.iter().filter(|table| !MADE_AT_BOOT.contains(&table.as_str())) {
-            let sql = format!("SELECT EXISTS (SELECT 1 FROM {table})");
+            let sql = format!("SELECT EXISTS (SELECT 1 FROM {})", quoted(table));
             let rows = transaction.query(&sql, &[]).await.with_context(|| format!("table {table}"))?;
             ensure!(
                 !rows.first().is_some_and(|row| row.get(0)),
@@ -123,14 +128,15 @@ impl Source {
 
     fn names(&self, sql: &str) -> anyhow::Result<Vec<String>> {
         let mut statement = self.0.prepare(sql)?;
-        let names = statement.query_map([], |row| row.get(0))?;
+        let names = statement.query_map([], text)?;
         Ok(names.collect::<rusqlite::Result<_>>()?)
     }
 
     /// How many rows there are to copy.
     pub(crate) fn rows(&self) -> anyhow::Result<u64> {
         let count = |table: &str| {
-            self.0.query_row(&format!("SELECT count(*) FROM {table}"), [], |row| row.get::<_, u64>(0))
+            let sql = format!("SELECT count(*) FROM {}", quoted(table));
+            self.0.query_row(&sql, [], |row| row.get::<_, u64>(0))
         };
         let tables = self.tables()?;
         Ok(tables.iter().map(String::as_str).chain(["jobs"]).map(count).sum::<Result<u64, _>>()?)
@@ -145,8 +151,7 @@ impl Source {
         let mut ordered = Vec::new();
         while !left.is_empty() {
             let refers = |table: &String| -> anyhow::Result<bool> {
-                let others =
-                    self.texts(&format!("SELECT \"table\" FROM pragma_foreign_key_list('{table}')"))?;
+                let others = self.texts_of("SELECT \"table\" FROM pragma_foreign_key_list(?)", table)?;
                 Ok(others.iter().any(|other| other != table && left.contains(other)))
             };
             let mut next = None;
@@ -165,7 +170,13 @@ impl Source {
 
     fn texts(&self, sql: &str) -> anyhow::Result<Vec<String>> {
         let mut statement = self.0.prepare(sql)?;
-        let texts = statement.query_map([], |row| row.get(0))?;
+        let texts = statement.query_map([], text)?;
+        Ok(texts.collect::<Result<_, _>>()?)
+    }
+
+    fn texts_of(&self, sql: &str, table: &str) -> anyhow::Result<Vec<String>> {
+        let mut statement = self.0.prepare(sql)?;
+        let texts = statement.query_map([table], text)?;
         Ok(texts.collect::<Result<_, _>>()?)
     }
 
@@ -177,12 +188,14 @@ impl Source {
     ) -> anyhow::Result<usize> {
         let columns = columns(transaction, table).await?;
         ensure!(!columns.is_empty(), "the other store has no such table: does its module not know Postgres?");
-        let here = self.texts(&format!("SELECT name FROM pragma_table_info('{table}') ORDER BY name"))?;
+        let here = self.texts_of("SELECT name FROM pragma_table_info(?) ORDER BY name", table)?;
         let there: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
         ensure!(here == there, "its columns differ: {here:?} here, {there:?} there");
 
-        let names: Vec<String> = columns.iter().map(|column| format!("\"{}\"", column.name)).collect();
+        let names: Vec<String> = columns.iter().map(|column| quoted(&column.name)).collect();
         let names = names.join(", ");
+        let name = table;
+        let table = quoted(table);
         let insert = format!(
             "INSERT INTO {table} ({names}) SELECT {names} FROM json_populate_recordset(NULL::{table}, $1::text::json)"
         );
@@ -198,7 +211,7 @@ impl Source {
             if batch.len() == ROWS || (is_last && !batch.is_empty()) {
                 let text = serde_json::to_string(&batch)?;
                 transaction.execute(&insert, &[(&text, Type::TEXT)]).await?;
-                step(table, batch.len());
+                step(name, batch.len());
                 count += batch.len();
                 batch.clear();
             }
@@ -207,7 +220,7 @@ impl Source {
             }
         }
         for column in columns.iter().filter(|column| column.counts) {
-            self.go_on_counting(transaction, table, &column.name).await?;
+            self.go_on_counting(transaction, name, &column.name).await?;
         }
         Ok(count)
     }
@@ -219,16 +232,19 @@ impl Source {
         table: &str,
         column: &str,
     ) -> anyhow::Result<()> {
-        let highest: i64 =
-            self.0.query_row(&format!("SELECT coalesce(max(\"{column}\"), 0) FROM {table}"), [], |row| {
-                row.get(0)
-            })?;
+        let highest: i64 = self.0.query_row(
+            &format!("SELECT coalesce(max({}), 0) FROM {}", quoted(column), quoted(table)),
+            [],
+            |row| row.get(0),
+        )?;
         let given =
             self.0.query_row("SELECT seq FROM sqlite_sequence WHERE name = ?", [table], |row| row.get(0));
         let highest = highest.max(given.unwrap_or(0));
         if highest > 0 {
-            let sql = format!("SELECT setval(pg_get_serial_sequence('{table}', '{column}'), $1)");
-            transaction.query(&sql, &[(&highest, Type::INT8)]).await?;
+            let sql = "SELECT setval(pg_get_serial_sequence(quote_ident($2), $3), $1)";
+            let parameters =
+                [(&highest as _, Type::INT8), (&table as _, Type::TEXT), (&column as _, Type::TEXT)];
+            transaction.query(sql, &parameters).await?;
         }
         Ok(())
     }
@@ -241,6 +257,23 @@ impl Source {
         let jobs = statement.query_map([], job)?;
         Ok(jobs.collect::<Result<_, _>>()?)
     }
+}
+
+/// A name as both stores read it, whatever is in it.
+fn quoted(name: &str) -> String {
+    format!("\"{}\"", name.replace('"', "\"\""))
+}
+
+/// A text, of which what is no UTF-8 is replaced.
+fn text(row: &Row<'_>) -> rusqlite::Result<String> {
+    Ok(row.get_ref(0)?.as_bytes_or_null()?.map(String::from_utf8_lossy).unwrap_or_default().into_owned())
+}
+
+/// The tables that this program has made in the other store: no others are moved, whatever is in the file.
+async fn known_tables(transaction: &Transaction<'_>) -> anyhow::Result<Vec<String>> {
+    let sql = "SELECT table_name::text FROM information_schema.tables
+               WHERE table_schema = current_schema() AND table_type = 'BASE TABLE'";
+    Ok(transaction.query(sql, &[]).await?.iter().map(|row| row.get(0)).collect())
 }
 
 /// Keeps the VAPID keys where all who use the store find them.

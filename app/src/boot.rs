@@ -27,7 +27,7 @@ use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::SqliteQueue;
 use perennial_workers::worker::{self, Worker};
-use perennial_workers::{Jobs, Registry, store, upkeep};
+use perennial_workers::{Jobs, Registry, store};
 use secrecy::SecretString;
 use tracing::{info, warn};
 use utoipa_axum::router::OpenApiRouter;
@@ -42,6 +42,7 @@ use crate::data_dir::{self, DataDir};
 use crate::maintenance;
 use crate::module::{Closer, Configured, Host, StatusFn};
 use crate::openapi;
+use crate::pause::{self, Pause, Why};
 use crate::sites::Sites;
 use crate::succession::Inheritance;
 
@@ -146,6 +147,12 @@ pub(crate) async fn boot(
     let source =
         backup::Source::of(&config.data_dir, &config.store, std::mem::take(&mut host.backed_up)).ok();
     host.admin_write(backup::admin_write(source));
+    let why = if config.paused { Some(Why::Asked) } else { store.is_copy().await?.then_some(Why::Copy) };
+    let pause = Pause::new(why);
+    host.admin_write(pause::admin_write(pause.clone(), store.clone()));
+    if let Some(why) = pause.why() {
+        host.announce(move |_| why.reason().to_owned());
+    }
     let Host { routes, registry, schedules, status, announcements, closers, admin_read, admin_write, .. } =
         host;
     let kinds = Arc::new(OnceLock::new());
@@ -160,9 +167,11 @@ pub(crate) async fn boot(
     let (connections, sockets) = (server.connections(), server.sockets());
     registry.check()?;
     let registry = Arc::new(registry);
-    take_over(&queue, &registry, &config)
-        .await
-        .context("the jobs of the last process cannot be taken over")?;
+    if pause.why().is_none() {
+        start::take_over(&queue, &registry, config.worker.lease)
+            .await
+            .context("the jobs of the last process cannot be taken over")?;
+    }
     let worker = Worker::new(jobs.store().clone(), Arc::clone(&registry), config.worker.clone())?;
     let workers = worker.status();
     let _ = kinds.set(Arc::clone(&registry));
@@ -193,6 +202,7 @@ pub(crate) async fn boot(
         access: &access,
         caches: &caches,
         crontab,
+        pause: &pause,
     }
     .start();
     let routes = openapi::with_description(routes);
@@ -244,15 +254,19 @@ pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
 /// Opens the store.
 pub(crate) async fn open_store(data_dir: &DataDir, store: &config::Store) -> anyhow::Result<sql::Store> {
     let opened = match store {
-        config::Store::Sqlite { file, readers, wait } => {
+        config::Store::Sqlite { file, readers, wait, statement_timeout } => {
+            let path = data_dir.join(file);
+            data_dir.lock_store(&path)?;
             let config = sqlite::Config {
-                path: data_dir.join(file),
+                path,
                 readers: *readers,
                 write_queue: WRITE_QUEUE,
                 wait: *wait,
                 commit_wait: COMMIT_WAIT,
             };
-            Sqlite::open(config).await.map(sql::Store::Sqlite).map_err(sql::Error::from)
+            let opened =
+                Sqlite::open(config).await.map(|store| store.with_statement_timeout(*statement_timeout));
+            opened.map(sql::Store::Sqlite).map_err(sql::Error::from)
         }
         config::Store::Postgres(config) => {
             Postgres::open(config.clone()).await.map(sql::Store::Postgres).map_err(sql::Error::from)
@@ -302,15 +316,4 @@ fn shared_redis(queue: &store::Store, config: &Config) -> Option<(Redis, String)
         (store::Store::Redis(queue), Some(shared)) => Some((queue.redis().clone(), shared.prefix.clone())),
         _ => None,
     }
-}
-
-/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
-/// that died.
-async fn take_over(queue: &store::Store, registry: &Registry, config: &Config) -> anyhow::Result<()> {
-    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
-    if sqlite.end_leases().await? > 0 {
-        info!("the last process did not stop in order: taking over its jobs");
-        upkeep::rescue(queue, registry, config.worker.lease).await?;
-    }
-    Ok(())
 }

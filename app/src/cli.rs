@@ -10,6 +10,7 @@ mod health;
 mod jobs;
 mod keys;
 mod notify;
+mod resume;
 mod serve;
 mod sink;
 mod subscriptions;
@@ -52,7 +53,7 @@ struct SettingsArgs {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Serve until SIGTERM or Ctrl-C (what happens without a command)
-    Serve,
+    Serve(serve::Serve),
     /// Check the settings and print those in effect, and where each came from
     Check,
     /// The keys: VAPID and API
@@ -62,6 +63,8 @@ enum Command {
     Migrate,
     /// Move everything from an embedded store to the Postgres server that the settings name
     Adopt(adopt::Adopt),
+    /// Let jobs and schedules run that rest: in a server that was started with --paused, or on a store that is a copy
+    Resume(resume::Resume),
     /// Copy the embedded store and the keys, also while a server runs
     Backup(backup::Backup),
     /// Ask the running server whether it is ready; the exit code says it
@@ -88,12 +91,13 @@ enum Command {
 pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     let cli = Cli::parse();
     let sources = Sources { file: cli.settings.config, set: cli.settings.set, ..Sources::from_environment() };
-    let result = match cli.command.unwrap_or(Command::Serve) {
-        Command::Serve => return serve::serve(&sources, modules),
+    let result = match cli.command.unwrap_or(Command::Serve(serve::Serve::default())) {
+        Command::Serve(serve) => return serve.run(&sources, modules),
         Command::Check => check::check(&sources, modules),
         Command::Keys(keys) => keys.run(&sources, modules),
         Command::Migrate => migrate(&sources, modules),
         Command::Adopt(adopt) => adopt.run(&sources, modules),
+        Command::Resume(resume) => resume.run(&sources, modules),
         Command::Backup(backup) => backup.run(&sources, modules),
         Command::Health(health) => health.run(&sources, modules),
         Command::Jobs(jobs) => jobs.run(&sources, modules),
@@ -125,8 +129,9 @@ fn load(sources: &Sources, modules: &[Blueprint]) -> Result<Settings, Problems> 
 /// Reads all settings, those of the modules too.
 fn read(settings: &Settings, modules: &[Blueprint]) -> Result<(Config, Vec<Configured>), Problems> {
     let mut reader = Reader::new(settings);
-    let config = Config::read(&mut reader);
+    let mut config = Config::read(&mut reader);
     let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
+    config.notes = reader.take_notes();
     reader.finish()?;
     Ok((config, configured))
 }

@@ -1,5 +1,6 @@
 //! The host's settings as the types that its components want.
 
+use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 use std::time::Duration;
@@ -17,6 +18,7 @@ use perennial_workers::{upkeep, worker};
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::access::KeyFile;
+use crate::capacity::Means;
 use crate::cron;
 use crate::settings::{Network, Reader, Size};
 use crate::sites;
@@ -31,6 +33,10 @@ const RESCUE_EVERY: Duration = Duration::from_secs(3);
 /// Everything that boot needs to know, besides what modules need.
 #[derive(Debug)]
 pub(crate) struct Config {
+    /// What operators should know of the settings.
+    pub(crate) notes: BTreeSet<String>,
+    /// Whether jobs and schedules rest until an operator lets them go on. It is said on the command line alone.
+    pub(crate) paused: bool,
     pub(crate) data_dir: PathBuf,
     pub(crate) threads: usize,
     pub(crate) server: http::Config,
@@ -72,6 +78,7 @@ pub(crate) enum Store {
         file: PathBuf,
         readers: usize,
         wait: Duration,
+        statement_timeout: Duration,
     },
     /// A server, shared with other processes.
     Postgres(postgres::Config),
@@ -88,8 +95,10 @@ pub(crate) struct RedisQueue {
 impl Config {
     pub(crate) fn read(settings: &mut Reader<'_>) -> Self {
         let server = server(settings);
-        let pressure = server.pressure.clone();
+        let pressure = server.net.pressure.clone();
         Self {
+            paused: false,
+            notes: BTreeSet::new(),
             data_dir: settings.get("data_dir"),
             threads: threads(settings),
             admin: admin(settings, &server),
@@ -120,6 +129,7 @@ impl Config {
                 soft: settings.get("drain.soft"),
                 succession: settings.get("drain.succession"),
                 hard: settings.get("drain.hard"),
+                idle: settings.get("drain.idle"),
             },
             telemetry: telemetry(settings),
             cgroup: cgroup_of(settings),
@@ -142,6 +152,30 @@ pub(crate) fn processors(settings: &mut Reader<'_>) -> NonZeroUsize {
 
 fn cgroup_of(settings: &mut Reader<'_>) -> Cgroup {
     Cgroup::at(&settings.get::<PathBuf>("process.cgroup"))
+}
+
+/// What the process may have of descriptors and memory.
+fn means(settings: &mut Reader<'_>) -> Means {
+    Means::of_process(cgroup_of(settings).memory_limit())
+}
+
+/// A number of connections, and no more than the process can bear.
+pub(crate) fn fit(
+    settings: &mut Reader<'_>,
+    key: &'static str,
+    wanted: usize,
+    most: impl Fn(Means) -> u64,
+) -> usize {
+    let means = means(settings);
+    let most = usize::try_from(most(means)).unwrap_or(usize::MAX);
+    if most < wanted {
+        let Means { descriptors, memory } = means;
+        let memory = memory.map_or_else(|| "no limit".to_owned(), |bytes| format!("{} MiB", bytes >> 20));
+        settings.note(format!(
+            "{key}: {most} instead of {wanted}, since the process may have {descriptors} open files and {memory} of memory"
+        ));
+    }
+    wanted.min(most)
 }
 
 fn threads(settings: &mut Reader<'_>) -> usize {
@@ -171,13 +205,16 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         (None, Some(_)) => settings.refuse("server.tls.cert_file", "the certificate of the key"),
     };
     let timeout = |settings: &mut Reader<'_>, key| settings.duration(key, MILLISECOND..=DAY);
+    let head_limit = head_limit(settings);
+    let wanted = settings.number("server.max_connections", 1..=1_000_000);
+    let max_connections = fit(settings, "server.max_connections", wanted, |means| means.visitors(head_limit));
     http::Config {
         net: net::Config {
             name: "public",
             listen,
             tls,
             reuse_port: settings.get("server.reuse_port"),
-            max_connections: settings.number("server.max_connections", 1..=1_000_000),
+            max_connections,
             max_per_address: settings.number("server.max_per_address", 0..=1_000_000),
             at_limit: settings.parse("server.at_limit", "queue or reject"),
             proxy_protocol: settings.get("server.proxy_protocol"),
@@ -194,11 +231,12 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
                 write: timeout(settings, "server.write_timeout"),
                 age: settings.duration("server.max_age", Duration::ZERO..=30 * DAY),
             },
+            pressure: Pressure::default(),
         },
         quiet: false,
         access_log: None,
         max_requests: settings.number("server.max_requests", 1..=10_000_000),
-        pressure: Pressure::default(),
+        head_limit,
         request_timeout: timeout(settings, "server.request_timeout"),
         body_idle_timeout: timeout(settings, "server.body_idle_timeout"),
         body_timeout: timeout(settings, "server.body_timeout"),
@@ -217,6 +255,15 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
     }
 }
 
+/// The longest request head. The library takes no less.
+fn head_limit(settings: &mut Reader<'_>) -> usize {
+    let limit = settings.get::<Size>("server.head_limit").0;
+    if !(8 << 10..=1 << 20).contains(&limit) {
+        settings.refuse::<()>("server.head_limit", "a size from 8KiB to 1MiB");
+    }
+    limit.max(8 << 10)
+}
+
 /// The admin listener needs no settings of its own for what it is asked: little, by few.
 fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     let listen = listen(settings, "admin.listen");
@@ -227,16 +274,16 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
         name: "admin",
         listen,
         tls: None,
-        max_connections: 256,
+        max_connections: means(settings).operators().try_into().unwrap_or(256),
         max_per_address: 0,
         proxy_protocol: false,
+        // Probes are never sent away.
+        pressure: Pressure::default(),
         ..server.net.clone()
     };
-    // Probes are never sent away.
-    let pressure = Pressure::default();
     // A copy of the store takes as long as it takes.
     let request_timeout = Duration::from_secs(3600);
-    http::Config { net, quiet: true, max_requests: usize::MAX, pressure, request_timeout, ..server.clone() }
+    http::Config { net, quiet: true, max_requests: usize::MAX, request_timeout, ..server.clone() }
 }
 
 fn cpu(settings: &mut Reader<'_>) -> cpu::Config {
@@ -280,7 +327,10 @@ fn store(settings: &mut Reader<'_>) -> Store {
         pgbouncer: settings.get("store.pgbouncer"),
     };
     match url.expose_secret().strip_prefix("sqlite:") {
-        Some(file) => Store::Sqlite { file: file.into(), readers, wait },
+        Some(file) => {
+            let statement_timeout = postgres.statement_timeout;
+            Store::Sqlite { file: file.into(), readers, wait, statement_timeout }
+        }
         None => Store::Postgres(postgres),
     }
 }

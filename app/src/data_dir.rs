@@ -4,6 +4,7 @@ use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use tracing::warn;
 
@@ -24,6 +25,14 @@ pub enum Error {
     #[error("{} is in use by another process{}; stop it, or set data_dir to another directory", .path.display(), holder(.pid))]
     InUse {
         /// The directory.
+        path: PathBuf,
+        /// The process, if it left its number.
+        pid: String,
+    },
+    /// Another process has the store, which need not be in the directory.
+    #[error("the store {} is in use by another process{}; stop it, or set store.url to another file", .path.display(), holder(.pid))]
+    StoreInUse {
+        /// The file.
         path: PathBuf,
         /// The process, if it left its number.
         pid: String,
@@ -49,6 +58,8 @@ fn holder(pid: &str) -> String {
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
+    /// The locks on stores. They go first: whoever waits for the directory finds them free.
+    stores: Mutex<Vec<(PathBuf, File)>>,
     _lock: File,
 }
 
@@ -59,31 +70,37 @@ impl DataDir {
     /// When another process has it, or it cannot be made.
     pub fn lock(path: &Path) -> Result<Self, Error> {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))?;
-        let lock_path = path.join(LOCK);
-        let mut lock = OpenOptions::new()
-            .create(true)
-            .truncate(false)
-            .read(true)
-            .write(true)
-            .mode(0o600)
-            .open(&lock_path)
-            .map_err(at(&lock_path))?;
-        match lock.try_lock() {
-            Ok(()) => {}
-            Err(TryLockError::WouldBlock) => {
-                let mut pid = String::new();
-                let _ = lock.read_to_string(&mut pid);
-                return Err(Error::InUse { path: path.to_owned(), pid: pid.trim().to_owned() });
-            }
-            Err(TryLockError::Error(source)) => return Err(at(&lock_path)(source)),
-        }
-        // Only for the message above: the lock itself is the kernel's, and ends with the process.
-        let number = format!("{}\n", std::process::id());
-        lock.set_len(0).and_then(|()| lock.write_all(number.as_bytes())).map_err(at(&lock_path))?;
-        let data_dir = Self { path: path.to_owned(), _lock: lock };
+        let in_use = |pid| Error::InUse { path: path.to_owned(), pid };
+        let lock = take(&path.join(LOCK), in_use)?;
+        let data_dir = Self { path: path.to_owned(), stores: Mutex::default(), _lock: lock };
         // Left behind by a process that was killed.
         data_dir.remove(ADDRESSES);
         Ok(data_dir)
+    }
+
+    /// Locks the file of a store for as long as this value lives, wherever it is: two directories may name the same one. The
+    /// lock is a file beside it, since closing the store's own anywhere in the process would end SQLite's locks on it.
+    ///
+    /// # Errors
+    /// When another process has it, or the lock cannot be made.
+    pub fn lock_store(&self, file: &Path) -> Result<(), Error> {
+        // Whatever links lead to it. One that is not there yet has its directory at most.
+        let file = fs::canonicalize(file).unwrap_or_else(|_| {
+            let directory = file.parent().and_then(|parent| fs::canonicalize(parent).ok());
+            match (directory, file.file_name()) {
+                (Some(directory), Some(name)) => directory.join(name),
+                _ => file.to_owned(),
+            }
+        });
+        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        if stores.iter().any(|(locked, _)| *locked == file) {
+            return Ok(());
+        }
+        let mut name = file.clone().into_os_string();
+        name.push(".lock");
+        let lock = take(Path::new(&name), |pid| Error::StoreInUse { path: file.clone(), pid })?;
+        stores.push((file, lock));
+        Ok(())
     }
 
     /// The path of a file in it.
@@ -144,6 +161,26 @@ impl DataDir {
     pub fn remove(&self, name: &str) {
         let _ = fs::remove_file(self.join(name));
     }
+}
+
+/// Takes a lock, and leaves our number in it: only for the message, since the lock itself is the kernel's and ends with the
+/// process.
+fn take(path: &Path, in_use: impl FnOnce(String) -> Error) -> Result<File, Error> {
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).read(true).write(true).mode(0o600);
+    let mut lock = options.open(path).map_err(at(path))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            let _ = lock.read_to_string(&mut pid);
+            return Err(in_use(pid.trim().to_owned()));
+        }
+        Err(TryLockError::Error(source)) => return Err(at(path)(source)),
+    }
+    let number = format!("{}\n", std::process::id());
+    lock.set_len(0).and_then(|()| lock.write_all(number.as_bytes())).map_err(at(path))?;
+    Ok(lock)
 }
 
 /// Whether a process holds the lock on a data directory.

@@ -17,6 +17,7 @@ mod config;
 mod deliver;
 mod fanout;
 mod flows;
+mod followers;
 mod guests;
 pub(crate) mod import;
 mod lifecycle;
@@ -46,6 +47,7 @@ mod webhook;
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use axum::extract::FromRef;
@@ -74,6 +76,7 @@ use crate::sites::{self, SiteId, Sites};
 use audience::Audience;
 use config::Config;
 use flows::Flows;
+use followers::Followers;
 use guests::Guests;
 use import::Transfer;
 use limits::Limits;
@@ -146,14 +149,19 @@ pub(crate) struct Application {
     guests: Guests,
     progress: Progress,
     at_risk: services::AtRisk,
+    /// An operator has said something about a push service here.
+    services_changed: AtomicBool,
+    followers: Followers,
     meters: metrics::Meters,
     in_flight: notify::InFlight,
 }
 
 /// How many members an audience has.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 struct Count {
+    /// As many as there are at most, if they could not be counted in time.
     members: u64,
+    is_exact: bool,
     is_small: bool,
 }
 
@@ -237,6 +245,7 @@ impl Module for Push {
         let webhooks = profiles.iter().map(|(site, profile)| (*site, profile.webhooks.clone())).collect();
         let webhooks = Webhooks::new(webhooks)?;
         let application = Arc::new(Application {
+            followers: Followers::new(self.config.followers_per_key),
             config: self.config,
             store,
             access: host.access.clone(),
@@ -251,6 +260,7 @@ impl Module for Push {
             guests: Guests::new(self.guests),
             progress: Progress::default(),
             at_risk: services::AtRisk::default(),
+            services_changed: AtomicBool::new(false),
             meters: metrics::Meters::new(),
             in_flight: notify::InFlight::default(),
         });
@@ -258,6 +268,7 @@ impl Module for Push {
         for profile in application.profiles.values() {
             host.back_up(profile.vapid.file.clone(), profile.vapid.shared.clone());
         }
+        application.at_risk.look(&application).await?;
         host.routes(routes(&application));
         host.serve_queue(FAN_OUT_QUEUE, FAN_OUTS);
         host.serve_queue(BULK_QUEUE, application.config.batches);
@@ -283,6 +294,10 @@ impl Module for Push {
             let drain = host.drain.clone();
             move || flows.clone().run(drain.clone())
         });
+        host.task("push followers", {
+            let (application, drain) = (Arc::clone(&application), host.drain.clone());
+            move || application.followers.clone().run(Arc::clone(&application), drain.clone())
+        });
         host.task("push services", {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || services::run(Arc::clone(&application), drain.clone())
@@ -295,6 +310,7 @@ impl Module for Push {
                 json!({
                     "vapid_keys": keys.collect::<BTreeMap<_, _>>(),
                     "addresses_limited": application.limits.len(),
+                    "followers": application.followers.len(),
                 })
             }
         });
@@ -322,17 +338,24 @@ impl Application {
 
     /// How many subscriptions an audience has now, about, and the highest id among all of its site: members are those
     /// up to it.
-    async fn estimate(&self, site: SiteId, audience: &Audience) -> Result<(u64, i64), Arc<sql::Error>> {
+    async fn estimate(&self, site: SiteId, audience: &Audience) -> Result<(Count, i64), Arc<sql::Error>> {
         let watermark = self.store.watermark(site.0).await?;
         let load = async {
-            let members = self.store.count(site.0, audience, watermark).await?;
-            Ok(Some(Count { members, is_small: self.config.is_small(members) }))
+            let count = async |audience| self.store.count(site.0, audience, watermark).await;
+            let counted = count(audience).await?;
+            let members = match counted {
+                Some(members) => members,
+                // No more than all; of these there are no more than were ever stored.
+                None => count(&Audience::All).await?.unwrap_or(u64::try_from(watermark).unwrap_or_default()),
+            };
+            let is_exact = counted.is_some();
+            Ok(Some(Count { members, is_exact, is_small: is_exact && self.config.is_small(members) }))
         };
         let count = self
             .counts
             .get(&format!("{} {}", site.0, serde_json::to_string(audience).unwrap_or_default()), load)
             .await?;
-        Ok((count.map_or(0, |count| count.members), watermark))
+        Ok((count.unwrap_or_default(), watermark))
     }
 
     /// Says in the log how a notification went.

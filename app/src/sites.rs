@@ -117,8 +117,8 @@ impl Config {
         for site in &mut all {
             site.id = register(store, &site.name).await?;
         }
-        for row in store.query("SELECT name FROM sites", values![]).await? {
-            let name: String = row.get("name")?;
+        let rows = store.query("SELECT id, name FROM sites", values![]).await?;
+        for name in sql::each(&rows, "sites", "id", |row| row.get::<String>("name")) {
             if all.iter().all(|site| site.name != name) {
                 warn!(
                     site = name,

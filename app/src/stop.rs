@@ -29,6 +29,8 @@ pub(crate) struct Phases {
     pub(crate) succession: Duration,
     /// What was cancelled may hand back its work.
     pub(crate) hard: Duration,
+    /// How long a connection is idle, in the notice or after it, before it is closed.
+    pub(crate) idle: Duration,
 }
 
 /// Why the process leaves.
@@ -78,6 +80,9 @@ pub(crate) async fn stop(
     );
     health.draining();
     trigger.advance(Phase::Notice);
+    if matches!(reason, Reason::Signal(Signal::Terminate) | Reason::Limit(_)) {
+        trigger.linger(phases.idle.min(phases.soft / 2));
+    }
     // Nobody waits for load balancers when a developer presses Ctrl-C, when a successor has the sockets, or when
     // nothing can be served any more.
     let notice = match reason {

@@ -32,6 +32,7 @@ pub use bus::Bus;
 
 use crate::drain::Drain;
 use crate::metrics;
+use crate::pulse::pulse;
 
 /// How often entries that have ended are removed, and sizes are counted. Nobody else does while nobody asks.
 const TIDY: Duration = Duration::from_secs(1);
@@ -377,7 +378,7 @@ impl Caches {
                 metrics::cache(name, status);
             }
             tokio::select! {
-                () = tokio::time::sleep(TIDY) => {}
+                () = pulse(TIDY) => {}
                 () = drain.soft() => return Ok(()),
             }
         }

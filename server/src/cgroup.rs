@@ -6,17 +6,28 @@ use std::convert::Infallible;
 use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
 
 use tracing::warn;
 
 use crate::drain::Drain;
+use crate::health::Condition;
 use crate::metrics;
+use crate::pulse::pulse;
 
-/// How often to look how much memory is used.
-const LOOK: Duration = Duration::from_millis(200);
+/// How often to look how much memory is used: the more often, the less is left,
+const LOOK: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
+/// so that this many bytes a second are noticed in time.
+const FASTEST: u64 = 256 << 20;
+/// Between two times that the allocator is asked to give back what is free.
+const TRIM: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
+/// Between two requests that are begun all the same.
+const TRICKLE: Duration = Duration::from_millis(100);
+/// What `/readyz` says, and after how long.
+const SHEDDING: &str = "shedding: memory is nearly used up";
+const TOLD_AFTER: Duration = Duration::from_secs(5);
 /// How far below the mark it must fall again, in hundredths of the limit.
 const RELIEF: u64 = 5;
 
@@ -86,16 +97,45 @@ pub fn processors(cgroup: &Cgroup) -> NonZeroUsize {
 
 /// Whether memory is nearly used up. A cheap handle.
 #[derive(Clone, Debug, Default)]
-pub struct Pressure(Arc<AtomicBool>);
+pub struct Pressure(Arc<State>);
+
+#[derive(Debug, Default)]
+struct State {
+    is_high: AtomicBool,
+    /// When a request was last begun all the same.
+    trickled: Mutex<Option<Instant>>,
+    /// What says in `/readyz` that it lasts.
+    condition: OnceLock<Condition>,
+}
 
 impl Pressure {
     /// Whether nothing should be begun that takes more of it.
     pub fn is_high(&self) -> bool {
-        self.0.load(Ordering::Relaxed)
+        self.0.is_high.load(Ordering::Relaxed)
+    }
+
+    /// Whether a request may be begun. A few always may: what is never begun never shows that there is room again.
+    pub fn admits(&self) -> bool {
+        !self.is_high() || self.trickles(Instant::now())
+    }
+
+    fn trickles(&self, now: Instant) -> bool {
+        let mut last = self.0.trickled.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= TRICKLE);
+        if is_due {
+            *last = Some(now);
+        }
+        is_due
+    }
+
+    /// Has `condition` say it when the pressure lasts.
+    pub fn tell(&self, condition: Condition) {
+        let _ = self.0.condition.set(condition);
     }
 
     /// Looks at `cgroup` until nothing new is taken: pressure is high from `percent` of its limit on, and until a bit less than
-    /// that is used. Without a limit there is nothing to look at.
+    /// that is used. Before that, what was freed is given back to the system: the allocator keeps it otherwise, and the pressure
+    /// would never end. Without a limit there is nothing to look at.
     ///
     /// # Errors
     /// Never: the type is that of a task.
@@ -104,13 +144,36 @@ impl Pressure {
             drain.soft().await;
             return Ok(());
         };
+        let mut trims = Trims::default();
+        let mut high_since = None;
         loop {
-            if let Some(used) = cgroup.memory_used() {
+            let mut used = cgroup.memory_used();
+            if let Some(before) = used
+                && is_over(before, limit, percent.saturating_sub(RELIEF))
+                && trims.are_due(Instant::now())
+            {
+                let _ = tokio::task::spawn_blocking(perennial_heap::give_back).await;
+                used = cgroup.memory_used();
+                trims.gave(before.saturating_sub(used.unwrap_or(before)), limit, Instant::now());
+            }
+            if let Some(used) = used {
                 metrics::memory(used, limit);
-                self.update(used, limit, percent);
+            }
+            // What is not known is not high.
+            self.update(used.unwrap_or_default(), limit, percent);
+            match (self.is_high(), high_since) {
+                (true, None) => high_since = Some(Instant::now()),
+                (true, Some(since)) if since.elapsed() >= TOLD_AFTER => {
+                    self.0.condition.get().inspect(|condition| condition.unmet(SHEDDING));
+                }
+                (true, Some(_)) => {}
+                (false, _) => {
+                    high_since = None;
+                    self.0.condition.get().inspect(|condition| condition.met());
+                }
             }
             tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
+                () = pulse(pause(used.unwrap_or_default(), limit, percent)) => {}
                 () = drain.soft() => return Ok(()),
             }
         }
@@ -118,12 +181,41 @@ impl Pressure {
 
     fn update(&self, used: u64, limit: u64, percent: u64) {
         let was_high = self.is_high();
-        let mark = if was_high { percent.saturating_sub(RELIEF) } else { percent };
-        let is_high = used / 100 >= limit / 10_000 * mark;
-        self.0.store(is_high, Ordering::Relaxed);
+        let is_high = is_over(used, limit, if was_high { percent.saturating_sub(RELIEF) } else { percent });
+        self.0.is_high.store(is_high, Ordering::Relaxed);
         if is_high != was_high {
+            metrics::shedding(is_high);
             warn!(used, limit, shedding = is_high, "memory is nearly used up, or is not any more");
         }
+    }
+}
+
+fn is_over(used: u64, limit: u64, percent: u64) -> bool {
+    used / 100 >= limit / 10_000 * percent
+}
+
+/// Until the next look: the sooner the less there is left.
+fn pause(used: u64, limit: u64, percent: u64) -> Duration {
+    let left = (limit / 100).saturating_mul(percent).saturating_sub(used);
+    Duration::from_millis(left.saturating_mul(1000) / FASTEST).clamp(LOOK.0, LOOK.1)
+}
+
+/// When the allocator is asked to give back what is free: at most once a second, and more rarely while that brings nothing.
+#[derive(Debug, Default)]
+struct Trims {
+    next: Option<Instant>,
+    fruitless: u32,
+}
+
+impl Trims {
+    fn are_due(&self, now: Instant) -> bool {
+        self.next.is_none_or(|next| now >= next)
+    }
+
+    fn gave(&mut self, bytes: u64, limit: u64, now: Instant) {
+        self.fruitless = if bytes < limit / 100 { self.fruitless + 1 } else { 0 };
+        let pause = TRIM.0.saturating_mul(2_u32.saturating_pow(self.fruitless.saturating_sub(1)));
+        self.next = Some(now + pause.min(TRIM.1));
     }
 }
 
@@ -187,5 +279,37 @@ mod tests {
             pressure.is_high()
         };
         assert_eq!([at(89), at(90), at(86), at(84), at(89)], [false, true, true, false, false]);
+    }
+    #[test]
+    fn a_trickle_is_always_admitted() {
+        let (pressure, now) = (Pressure::default(), Instant::now());
+        assert!([pressure.admits(), pressure.admits()] == [true, true], "all, while there is memory");
+        pressure.update(95 * 10_000, 1_000_000, 90);
+        let at = [0, 1, 99, 100, 101, 200].map(|ms| pressure.trickles(now + Duration::from_millis(ms)));
+        assert_eq!(at, [true, false, false, true, false, true]);
+    }
+
+    #[test]
+    fn the_allocator_is_asked_more_rarely_while_it_gives_nothing() {
+        let (mut trims, mut now) = (Trims::default(), Instant::now());
+        let mut pauses = Vec::new();
+        for _ in 0..9 {
+            assert!(trims.are_due(now));
+            trims.gave(0, 1 << 30, now);
+            let next = trims.next.unwrap();
+            pauses.push((next - now).as_secs());
+            now = next;
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32, 60, 60, 60]);
+        trims.gave(1 << 29, 1 << 30, now);
+        assert_eq!(trims.next, Some(now + Duration::from_secs(1)));
+    }
+
+    #[test]
+    fn looks_are_frequent_where_little_is_left() {
+        let gib = 1_u64 << 30;
+        assert_eq!(pause(gib / 2, 2 * gib, 90), LOOK.1);
+        assert_eq!(pause(gib * 89 / 100, gib, 90), LOOK.0);
+        assert_eq!(pause(gib * 99 / 100, gib, 90), LOOK.0);
     }
 }

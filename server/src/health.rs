@@ -18,9 +18,10 @@ use std::time::{Duration, Instant};
 use tracing::{info, warn};
 
 use crate::drain::Drain;
+use crate::pulse::pulse;
 
 /// How often the heartbeat beats.
-const BEAT: Duration = Duration::from_millis(250);
+const BEAT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
 /// When a silent heartbeat counts as what.
 #[derive(Clone, Copy, Debug)]
@@ -166,11 +167,13 @@ impl Health {
     /// # Errors
     /// Never: the type is that of a task.
     pub async fn heartbeat(self, drain: Drain) -> Result<(), Infallible> {
+        // Several within the time after which one is missed.
+        let beat = (self.0.config.unready_after.min(self.0.config.stall_after) / 4).clamp(BEAT.0, BEAT.1);
         loop {
             let age = u64::try_from(self.0.born.elapsed().as_millis()).unwrap_or(u64::MAX);
             self.0.last_beat_ms.store(age, Ordering::Release);
             tokio::select! {
-                () = tokio::time::sleep(BEAT) => {}
+                () = pulse(beat) => {}
                 () = drain.hard() => return Ok(()),
             }
         }

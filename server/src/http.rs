@@ -3,6 +3,7 @@
 //! ```text
 //! conn.rs     HTTP/1.1 or HTTP/2 on one connection
 //!   stack.rs    what surrounds every request: shedding, scope, log, panic, deadline, body limit
+//!     target.rs   what it is for, and on which host
 //!     scope.rs    what lives for one request
 //!     body.rs     the request's body       exchange.rs  the response's, and the access log
 //!     timed.rs    how long a handler keeps its thread
@@ -18,6 +19,7 @@ mod exchange;
 pub mod problem;
 pub mod scope;
 mod stack;
+mod target;
 mod timed;
 
 use std::convert::Infallible;
@@ -26,7 +28,6 @@ use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
 
-use crate::cgroup::Pressure;
 use crate::cpu::Cpu;
 use crate::drain::Drain;
 use crate::net::{self, BindError, Connections, Inherited, Sockets};
@@ -47,8 +48,8 @@ pub struct Config {
     pub access_log: Option<AccessLog>,
     /// How many requests may run at once. More are answered with 503.
     pub max_requests: usize,
-    /// When memory is nearly used up, all are.
-    pub pressure: Pressure,
+    /// The longest head of an HTTP/1.1 request, in bytes: at least 8 KiB.
+    pub head_limit: usize,
     /// How long a handler may take until it has a response.
     pub request_timeout: Duration,
     /// How long a handler may have to wait for a part of a request body.
@@ -76,7 +77,7 @@ impl Config {
             quiet: false,
             access_log: None,
             max_requests: 10_000,
-            pressure: Pressure::default(),
+            head_limit: 16 << 10,
             request_timeout: seconds(30),
             body_idle_timeout: seconds(15),
             body_timeout: seconds(60),

@@ -32,6 +32,7 @@ pub mod http;
 pub mod metrics;
 pub mod net;
 pub mod pool;
+pub mod pulse;
 pub mod signal;
 pub mod tasks;
 pub mod tcp;

@@ -25,6 +25,10 @@ pub const HTTP_DURATION: &str = "perennial_http_request_duration_seconds";
 pub const HTTP_IN_FLIGHT: &str = "perennial_http_requests_in_flight";
 /// Gauge by `listener`: open connections.
 pub const HTTP_CONNECTIONS: &str = "perennial_http_connections";
+/// Gauge by `listener`: 1 while as many connections are open as may be, and idle ones make room for new ones.
+pub const HTTP_AT_LIMIT: &str = "perennial_http_connections_at_limit";
+/// Gauge: 1 while requests are sent away since memory is nearly used up.
+pub const SHEDDING: &str = "perennial_memory_shedding";
 /// Counter by `reason`: connections that the host ended, or refused.
 pub const HTTP_CONNECTIONS_CUT: &str = "perennial_http_connections_cut_total";
 /// Counter by `listener`: requests that were sent away because too many ran.
@@ -73,6 +77,9 @@ pub const CACHE_STALE: &str = "perennial_cache_stale_total";
 pub const CACHE_REMOVALS: &str = "perennial_cache_removals_total";
 /// Gauge by `cache`, bytes: what its entries take.
 pub const CACHE_BYTES: &str = "perennial_cache_bytes";
+
+/// Counter by `what`: rows of a store that could not be read, each time they were.
+pub const UNREADABLE: &str = "perennial_unreadable_rows_total";
 
 /// Upper bounds, in seconds, of the buckets of every histogram of durations.
 const SECONDS: [f64; 14] =
@@ -128,6 +135,10 @@ fn describe() {
     describe_counter!(HTTP_REQUESTS, Unit::Count, "requests answered, by route, method and status");
     describe_histogram!(HTTP_DURATION, Unit::Seconds, "request head to last byte of the response, by route");
     describe_gauge!(HTTP_IN_FLIGHT, Unit::Count, "requests between head and last byte");
+    describe_counter!(UNREADABLE, Unit::Count, "rows of a store that could not be read");
+    describe_gauge!(HTTP_AT_LIMIT, Unit::Count, "1 while as many connections are open as may be");
+    describe_gauge!(SHEDDING, Unit::Count, "1 while requests are sent away for want of memory");
+    gauge!(SHEDDING).set(0.0);
     describe_gauge!(HTTP_CONNECTIONS, Unit::Count, "open connections");
     describe_counter!(
         HTTP_CONNECTIONS_CUT,
@@ -283,6 +294,21 @@ pub(crate) fn sqlite_write_took(took: Duration) {
 /// The number of log lines dropped so far.
 pub(crate) fn log_lines_dropped(total: u64) {
     counter!(LOG_LINES_DROPPED).absolute(total);
+}
+
+/// A row could not be read.
+pub(crate) fn unreadable(what: &'static str) {
+    counter!(UNREADABLE, "what" => what).increment(1);
+}
+
+/// Whether as many connections are open as may be.
+pub(crate) fn at_limit(listener: &'static str, reached: bool) {
+    gauge!(HTTP_AT_LIMIT, "listener" => listener).set(f64::from(u8::from(reached)));
+}
+
+/// Whether requests are sent away since memory is nearly used up.
+pub(crate) fn shedding(shedding: bool) {
+    gauge!(SHEDDING).set(f64::from(u8::from(shedding)));
 }
 
 /// How much memory is used, of how much.

@@ -26,10 +26,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ipnet::IpNet;
-use tokio::io::{AsyncRead, AsyncWrite};
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
+use crate::cgroup::Pressure;
 use crate::drain::Drain;
 
 pub use accept::AtLimit;
@@ -67,6 +67,8 @@ pub struct Config {
     pub forwarded_header: ForwardedHeader,
     /// How long a connection may take for what.
     pub timeouts: Timeouts,
+    /// When memory is nearly used up, nothing new is accepted, and what has not shown who it is has to hurry.
+    pub pressure: Pressure,
 }
 
 impl Config {
@@ -91,6 +93,7 @@ impl Config {
                 write: seconds(30),
                 age: seconds(3600),
             },
+            pressure: Pressure::default(),
         }
     }
 }
@@ -116,9 +119,7 @@ pub(crate) trait Protocol: Clone + Send + Sync + 'static {
     fn plain<S: Peek>(&self, socket: Socket<S>) -> impl Future<Output = ()> + Send;
 
     /// Serves a connection after the handshake, to its end.
-    fn secure<S>(&self, stream: Box<TlsStream<Socket<S>>>) -> impl Future<Output = ()> + Send
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static;
+    fn secure<S: Peek>(&self, stream: Box<TlsStream<Socket<S>>>) -> impl Future<Output = ()> + Send;
 
     /// What is said to a client that is turned away at the limit.
     fn refusal(&self) -> &'static [u8];
@@ -131,6 +132,7 @@ const RENEW_EVERY: Duration = Duration::from_secs(10);
 pub(crate) async fn serve<P: Protocol>(bound: Bound, protocol: P, drain: &Drain) {
     let (sockets, connections) = (bound.sockets(), bound.connections());
     let config = Arc::new(bound.config);
+    let pressure = config.pressure.clone();
     let loops = bound.listeners.into_iter().map(|listener| {
         let host = Host {
             config: Arc::clone(&config),
@@ -147,13 +149,16 @@ pub(crate) async fn serve<P: Protocol>(bound: Bound, protocol: P, drain: &Drain)
         connections.emptied().await;
     };
     let renewed = async {
+        if sockets.identity().is_none() {
+            return std::future::pending().await;
+        }
         loop {
             tokio::time::sleep(RENEW_EVERY).await;
             sockets.renew_certificate();
         }
     };
     tokio::select! {
-        () = connections.watch(drain, ended) => {}
+        () = connections.watch(drain, &pressure, ended) => {}
         () = renewed => {}
     }
 }

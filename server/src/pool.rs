@@ -7,12 +7,17 @@ pub mod redis;
 pub mod sql;
 pub mod sqlite;
 mod tls;
+mod unreadable;
 mod url;
 
 use std::error::Error;
 
 pub use bounded::Status;
+pub use unreadable::set_apart;
 pub use url::Url;
+
+/// A write that changes nothing, and needs room all the same.
+const WRITE_PROBE: &str = "UPDATE migrations_served SET oldest = oldest";
 
 /// The tables of one part of the program, in the steps in which they came to be.
 #[derive(Clone, Copy, Debug)]

@@ -150,10 +150,7 @@ impl<H: TcpHandler> Protocol for Tcp<H> {
         self.serve(socket, connection).await;
     }
 
-    async fn secure<S>(&self, stream: Box<TlsStream<Socket<S>>>)
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    async fn secure<S: Peek>(&self, stream: Box<TlsStream<Socket<S>>>) {
         let connection = Arc::clone(stream.get_ref().0.connection());
         self.serve(stream, connection).await;
     }

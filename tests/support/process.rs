@@ -65,6 +65,8 @@ pub struct Setup {
     set: Vec<String>,
     environment: Vec<(String, String)>,
     config: Option<String>,
+    /// What `serve` is told besides.
+    arguments: Vec<String>,
     database: Option<Database>,
 }
 
@@ -83,9 +85,15 @@ impl Setup {
             set: Vec::new(),
             environment: Vec::new(),
             config: None,
+            arguments: Vec::new(),
             database: None,
         };
-        setup.set("server.listen=127.0.0.1:0").set("admin.listen=127.0.0.1:0").set("telemetry.format=json")
+        setup
+            .set("server.listen=127.0.0.1:0")
+            .set("admin.listen=127.0.0.1:0")
+            .set("telemetry.format=json")
+            // Clients of the tests keep their connections.
+            .set("drain.idle=500ms")
     }
 
     /// On a free port for operators; where the public listens is for a file of settings to say.
@@ -111,6 +119,12 @@ impl Setup {
     /// With one more setting.
     pub fn set(mut self, setting: &str) -> Self {
         self.set.push(setting.to_owned());
+        self
+    }
+
+    /// Served with one more argument.
+    pub fn argument(mut self, argument: &str) -> Self {
+        self.arguments.push(argument.to_owned());
         self
     }
 
@@ -174,7 +188,8 @@ impl Setup {
     pub fn spawn(self) -> Perennial {
         let log = self.file("log");
         let append = || File::options().create(true).append(true).open(&log).unwrap();
-        let child = self.command(&["serve"]).stdout(append()).stderr(append()).spawn().unwrap();
+        let child =
+            self.command(&["serve"]).args(&self.arguments).stdout(append()).stderr(append()).spawn().unwrap();
         Perennial { setup: self, child, client: None, admin: None }
     }
 

@@ -362,8 +362,10 @@ impl Standing {
 pub struct Standings {
     /// By the store's clock.
     pub now: Timestamp,
-    /// All that were ever defined.
+    /// All that were ever defined,
     pub all: Vec<Standing>,
+    /// but for those that cannot be read, since another program wrote them: their names.
+    pub unreadable: Vec<String>,
 }
 
 /// How a schedule goes on from where it stood, all or nothing.

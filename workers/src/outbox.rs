@@ -169,7 +169,10 @@ impl Outbox {
              RETURNING *"
         );
         let rows = self.change(sql, values![now_ms(), BATCH].to_vec()).await?;
-        let jobs: Vec<NewJob> = rows.iter().map(read).collect::<sql::Result<_>>()?;
+        let jobs: Vec<NewJob> = sql::each(&rows, "outbox", "id", read);
+        if jobs.len() < rows.len() {
+            self.bury(&rows).await?;
+        }
         let ids: Vec<Uuid> = jobs.iter().map(|job| job.id).collect();
         let taken = match queue.enqueue(jobs).await {
             Ok(taken) => taken,
@@ -182,7 +185,18 @@ impl Outbox {
         let others = ids.iter().zip(taken).filter(|(id, taken)| *id != taken).map(|(id, _)| *id);
         self.settled(others.collect()).await;
         metrics::relayed(ids.len());
-        Ok(ids.len())
+        Ok(rows.len())
+    }
+
+    /// Marks the entries that cannot be read as published at the end of time: they stay as they are, and nothing looks at them
+    /// again.
+    async fn bury(&self, rows: &[Row]) -> sql::Result<()> {
+        for row in rows.iter().filter(|row| read(row).is_err()) {
+            let Some(id) = row.value("id") else { continue };
+            let sql = "UPDATE outbox SET published_at = ? WHERE id = ?";
+            self.store.execute(sql, values![i64::MAX, id.clone()]).await?;
+        }
+        Ok(())
     }
 
     /// Compares some of what was published a while ago, from `from` on, with what is there; returns where to go on.
@@ -192,8 +206,9 @@ impl Outbox {
                    ORDER BY published_at LIMIT ?3";
         let rows = self.store.query(sql, values![from, before, 20 * BATCH]).await?;
         let mut by_queue = BTreeMap::<String, Vec<Uuid>>::new();
-        for row in &rows {
-            by_queue.entry(row.get("queue")?).or_default().push(row.get("id")?);
+        let entry = |row: &Row| Ok((row.get::<String>("queue")?, row.get::<Uuid>("id")?));
+        for (queue, id) in sql::each(&rows, "outbox", "id", entry) {
+            by_queue.entry(queue).or_default().push(id);
         }
         let (mut missing, mut ended) = (Vec::new(), Vec::new());
         for (name, ids) in by_queue {

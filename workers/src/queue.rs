@@ -69,6 +69,7 @@ impl From<sql::Error> for Error {
         match error {
             sql::Error::Sqlite(error) => Self::Sqlite(error),
             sql::Error::Postgres(error) => Self::Postgres(error),
+            error @ sql::Error::Unreadable { .. } => Self::Unreadable(error.to_string()),
         }
     }
 }
@@ -359,6 +360,9 @@ impl Depth {
     }
 }
 
+/// Queues that have a job to claim, and how soon: zero is now.
+pub type Probed = Vec<(Arc<str>, Duration)>;
+
 /// A store of jobs. A cheap handle.
 pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// Adds jobs, all or none, and returns their ids. One whose id is there already is not added again, nor is
@@ -395,6 +399,26 @@ pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
         worker: String,
         lease: Duration,
     ) -> impl Future<Output = Result<Lapsed>> + Send;
+
+    /// Which of these queues have a job to claim now or later, and how soon. None when that takes a claim to find out.
+    fn probe(&self, _queues: Vec<Arc<str>>) -> impl Future<Output = Result<Option<Probed>>> + Send {
+        async { Ok(None) }
+    }
+
+    /// How many jobs there are in each of these queues.
+    fn measure_all(
+        &self,
+        queues: Vec<Arc<str>>,
+    ) -> impl Future<Output = Vec<(Arc<str>, Result<Depth>)>> + Send {
+        async move {
+            let mut all = Vec::with_capacity(queues.len());
+            for queue in queues {
+                let depth = self.measure(Arc::clone(&queue)).await;
+                all.push((queue, depth));
+            }
+            all
+        }
+    }
 
     /// How many jobs there are in a queue.
     fn measure(&self, queue: Arc<str>) -> impl Future<Output = Result<Depth>> + Send;

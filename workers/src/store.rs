@@ -20,7 +20,9 @@ use uuid::Uuid;
 
 use crate::cron::{Claim as ScheduleClaim, Ending, Occurrence, Outcome, Run, Schedule, Standings, TakeOver};
 use crate::ledger::{Cancelled, Filter, JobView, Ledger};
-use crate::queue::{Claim, Claims, Depth, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement};
+use crate::queue::{
+    Claim, Claims, Depth, Held, Lapsed, NewJob, Probed, Queue, Renewal, Renewed, Result, Settlement,
+};
 use crate::schedules::{ABANDONED, Schedules};
 use crate::state::{State, Transition};
 use crate::wake::Wake;
@@ -93,6 +95,14 @@ impl Queue for Store {
 
     async fn lapsed(&self, limit: usize, worker: String, lease: Duration) -> Result<Lapsed> {
         either!(self, store => store.lapsed(limit, worker, lease).await)
+    }
+
+    async fn probe(&self, queues: Vec<Arc<str>>) -> Result<Option<Probed>> {
+        either!(self, store => store.probe(queues).await)
+    }
+
+    async fn measure_all(&self, queues: Vec<Arc<str>>) -> Vec<(Arc<str>, Result<Depth>)> {
+        either!(self, store => store.measure_all(queues).await)
     }
 
     async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
@@ -178,6 +188,9 @@ impl Schedules for Store {
     }
 
     async fn due(&self) -> Result<Standings> {
+        if let Self::Sqlite(queue) = self {
+            return queue.standings(SqlSchedules::new(self, queue.store()).due()).await;
+        }
         schedules!(self, store => store.due().await)
     }
 

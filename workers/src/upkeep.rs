@@ -1,5 +1,6 @@
 //! What somebody has to do for all jobs: take them from workers that died, and count them.
 
+use std::collections::HashMap;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -101,14 +102,17 @@ pub async fn rescue<Q: Queue>(queue: &Q, registry: &Registry, lease: Duration) -
 }
 
 async fn count<Q: Queue + Ledger>(queue: &Q, registry: &Registry, admission: &Admission) -> Result<()> {
-    for lane in registry.lanes() {
-        let added = admission.added(&lane.name);
-        match queue.measure(Arc::clone(&lane.name)).await {
-            Ok(depth) => {
-                admission.measured(&lane.name, depth, added);
-                metrics::depth(&lane.name, depth);
+    let queues: Vec<Arc<str>> = registry.lanes().into_iter().map(|lane| lane.name).collect();
+    let added: HashMap<Arc<str>, _> =
+        queues.iter().map(|queue| (Arc::clone(queue), admission.added(queue))).collect();
+    for (queue, depth) in queue.measure_all(queues).await {
+        match (depth, added.get(&queue)) {
+            (Ok(depth), Some(added)) => {
+                admission.measured(&queue, depth, *added);
+                metrics::depth(&queue, depth);
             }
-            Err(error) => complain::<()>(Err(error), "a queue could not be counted"),
+            (Ok(_), None) => {}
+            (Err(error), _) => complain::<()>(Err(error), "a queue could not be counted"),
         }
     }
     for (queue, jobs) in queue.ended().await? {

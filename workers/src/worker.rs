@@ -15,7 +15,7 @@ mod renew;
 mod settle;
 mod slots;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -77,13 +77,15 @@ struct Lane {
     look_at: Instant,
     /// More waited than there was room for.
     is_backed_up: bool,
+    /// There is something, as far as is known.
+    is_promising: bool,
 }
 
 impl Lane {
     fn new(lane: registry::Lane) -> Self {
         let pace = lane.rate.map(Pace::new);
         let waits = metrics::waits(&lane.name);
-        Self { lane, pace, waits, look_at: Instant::now(), is_backed_up: false }
+        Self { lane, pace, waits, look_at: Instant::now(), is_backed_up: false, is_promising: false }
     }
 }
 
@@ -117,6 +119,7 @@ impl<Q: Queue> Worker<Q> {
         attendants.spawn(settling);
         let mut lanes: Vec<Lane> = self.registry.lanes().into_iter().map(Lane::new).collect();
         while drain.phase() == Phase::Running {
+            self.probe(&mut lanes).await;
             for lane in &mut lanes {
                 self.look(lane, &settler, &mut jobs).await;
             }
@@ -153,16 +156,44 @@ impl<Q: Queue> Worker<Q> {
         }
     }
 
+    /// Asks with one question about all queues that are looked at only since it is time. Those that have nothing are looked at
+    /// again together: so that a process that has nothing to do hardly wakes up.
+    async fn probe(&self, lanes: &mut [Lane]) {
+        let now = Instant::now();
+        let is_quiet = |lane: &Lane| !lane.is_promising && !lane.is_backed_up && lane.pace.is_none();
+        if !lanes.iter().any(|lane| is_quiet(lane) && lane.look_at <= now) {
+            return;
+        }
+        let soon = now + self.config.poll / 2;
+        let mut quiet: Vec<&mut Lane> =
+            lanes.iter_mut().filter(|lane| is_quiet(lane) && lane.look_at <= soon).collect();
+        let names = quiet.iter().map(|lane| Arc::clone(&lane.lane.name)).collect();
+        // The claims that follow find out the same.
+        let Ok(Some(found)) = self.queue.probe(names).await else { return };
+        let found: HashMap<Arc<str>, Duration> = found.into_iter().collect();
+        let poll = self.poll();
+        for lane in &mut quiet {
+            let wait = found.get(&lane.lane.name).copied().unwrap_or(poll);
+            lane.look_at = now + wait.min(poll);
+            lane.is_promising = wait < poll;
+        }
+    }
+
+    /// Until the next look. It is spread out, so that replicas do not look all at once.
+    fn poll(&self) -> Duration {
+        self.config.poll.mul_f64(0.75 + 0.5 * fastrand::f64())
+    }
+
     /// Claims what there is room for, if it is time to look.
     async fn look(&self, lane: &mut Lane, settler: &Settler, jobs: &mut JoinSet<()>) {
         let now = Instant::now();
         if lane.look_at > now {
             return;
         }
-        // Spread out, so that replicas do not look all at once.
-        let poll = self.config.poll.mul_f64(0.75 + 0.5 * fastrand::f64());
+        let poll = self.poll();
         lane.look_at = now + poll;
         lane.is_backed_up = false;
+        lane.is_promising = false;
         let limit = self.free(lane).min(self.affordable());
         let limit = match &lane.pace {
             Some(pace) => match pace.available(now) {
@@ -194,6 +225,7 @@ impl<Q: Queue> Worker<Q> {
         }
         lane.is_backed_up = claims.jobs.len() == limit;
         lane.look_at = now + claims.next_in.unwrap_or(poll).min(poll);
+        lane.is_promising = claims.next_in.is_some_and(|next_in| next_in < poll);
         for claimed in claims.jobs {
             lane.waits.record(claimed.waited);
             execute::start(self, settler, jobs, claimed, Lease::until(lease_end));
@@ -222,6 +254,7 @@ impl<Q: Queue> Worker<Q> {
 fn hasten(lanes: &mut [Lane], woken: &BTreeSet<Arc<str>>) {
     for lane in lanes.iter_mut().filter(|lane| woken.contains(&lane.lane.name)) {
         lane.look_at = Instant::now();
+        lane.is_promising = true;
     }
 }
 

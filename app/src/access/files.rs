@@ -166,6 +166,9 @@ impl Files {
 
     /// Reads files again and again, until nothing new is taken.
     pub(super) async fn follow(&self, drain: Drain) {
+        if self.0.files.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+            return drain.soft().await;
+        }
         loop {
             tokio::select! {
                 () = tokio::time::sleep(LOOK) => self.look(),

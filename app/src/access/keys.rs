@@ -1,9 +1,10 @@
 //! API keys in the store: only their hashes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashSet};
 
 use aws_lc_rs::digest;
 use jiff::Timestamp;
+use perennial_server::cache::Kept;
 use perennial_server::pool::sql::{self, Row, Store, Tables, Tx};
 use perennial_server::{transact, values};
 use serde::{Deserialize, Serialize};
@@ -226,7 +227,13 @@ async fn newest<T: Tx>(tx: &T, site: SiteId, name: &str, now: i64) -> sql::Resul
 async fn end<T: Tx>(tx: &T, site: SiteId, name: &str, at: i64) -> sql::Result<Vec<Hash>> {
     let sql = "UPDATE api_keys SET ends_at = ?1
                WHERE site = ?2 AND name = ?3 AND (ends_at IS NULL OR ends_at > ?1) RETURNING hash";
-    tx.query(sql, &values![at, site.0, name]).await?.iter().map(|row| row.get("hash")).collect()
+    // One of another length opens nothing anyway.
+    Ok(tx
+        .query(sql, &values![at, site.0, name])
+        .await?
+        .iter()
+        .filter_map(|row| row.get("hash").ok())
+        .collect())
 }
 
 /// What a key is for, whether or not it has ended.
@@ -242,6 +249,34 @@ pub(super) async fn find(store: &Store, hash: Hash) -> sql::Result<Option<Caller
         Ok(Caller::new(row.get::<i64>("first")?.to_string(), grant))
     };
     row.as_ref().map(read).transpose()
+}
+
+/// The beginnings of the hashes of all keys, ended ones too.
+#[derive(Debug)]
+pub(super) struct Hashes(HashSet<[u8; 8]>);
+
+impl Hashes {
+    /// Whether a key may be one of them.
+    pub(super) fn may_have(&self, hash: &Hash) -> bool {
+        beginning(hash).is_some_and(|beginning| self.0.contains(&beginning))
+    }
+}
+
+impl Kept for Hashes {
+    fn bytes(&self) -> usize {
+        self.0.len() * 16
+    }
+}
+
+fn beginning(hash: &[u8]) -> Option<[u8; 8]> {
+    hash.first_chunk().copied()
+}
+
+/// Which keys there are; none when they are too many to be listed.
+pub(super) async fn hashes(store: &Store) -> sql::Result<Option<Hashes>> {
+    let rows = store.query("SELECT hash FROM api_keys LIMIT ?", values![MOST_LISTED + 1]).await?;
+    let hashes = rows.iter().filter_map(|row| beginning(&row.first::<Vec<u8>>().ok()?));
+    Ok((rows.len() <= MOST_LISTED).then(|| Hashes(hashes.collect())))
 }
 
 /// All of them.
@@ -266,7 +301,7 @@ pub async fn list(store: &Store) -> sql::Result<Vec<KeyView>> {
             has_ended: ends_at.is_some_and(|at| at <= now),
         })
     };
-    store.query(sql, values![]).await?.iter().map(view).collect()
+    Ok(sql::each(&store.query(sql, values![]).await?, "api_keys", "id", view))
 }
 
 fn read(row: &Row) -> sql::Result<Grant> {
@@ -284,6 +319,9 @@ fn read(row: &Row) -> sql::Result<Grant> {
 fn words(scopes: &BTreeSet<Scope>) -> String {
     scopes.iter().map(|scope| scope.as_str()).collect::<Vec<_>>().join(" ")
 }
+
+/// How many keys are listed while somebody guesses.
+const MOST_LISTED: usize = 100_000;
 
 /// What is stored of a key.
 pub(crate) fn hash(key: &str) -> Hash {

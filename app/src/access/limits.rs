@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use governor::clock::{Clock, DefaultClock};
 use governor::middleware::StateInformationMiddleware;
 use governor::state::{InMemoryState, NotKeyed};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use perennial_server::backoff::Backoff;
 use perennial_server::breaker::{self, Breaker};
@@ -27,9 +27,13 @@ use super::keys::MAX_PER_MINUTE;
 const WINDOW: u32 = 60;
 /// How long Redis may take.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// How many wrong keys an address may show a minute. After that none is looked for that is not known already, for a while.
+/// How many wrong keys an address may show a minute, and all together a second. After that the store is not asked about each,
+/// for a while.
+const WRONG_PER_SECOND: NonZeroU32 = NonZeroU32::new(200).unwrap();
+/// How many keys are looked for a second then, where there are too many to be listed.
+const LOOKUPS: NonZeroU32 = NonZeroU32::new(20).unwrap();
 const WRONG_PER_MINUTE: NonZeroU32 = NonZeroU32::new(600).unwrap();
-const NOT_LISTENED_TO: Duration = Duration::from_secs(5);
+const GUESSING: Duration = Duration::from_secs(5);
 /// How many addresses are remembered that have shown wrong ones.
 const ADDRESSES: usize = 100_000;
 
@@ -60,8 +64,10 @@ pub(super) struct Limits {
     /// By key: where those stand that are used up, and since when. Nobody need be asked about them.
     used_up: Mutex<HashMap<String, (Instant, Standing)>>,
     wrong: DefaultKeyedRateLimiter<IpAddr>,
-    /// Until when.
-    not_listened_to: Mutex<HashMap<IpAddr, Instant>>,
+    wrong_in_all: DefaultDirectRateLimiter,
+    lookups: DefaultDirectRateLimiter,
+    /// Until when, by address, and for all.
+    guessing: Mutex<(HashMap<IpAddr, Instant>, Option<Instant>)>,
     clock: DefaultClock,
 }
 
@@ -123,7 +129,9 @@ impl Limits {
             local: Mutex::default(),
             used_up: Mutex::default(),
             wrong: RateLimiter::keyed(Quota::per_minute(WRONG_PER_MINUTE)),
-            not_listened_to: Mutex::default(),
+            wrong_in_all: RateLimiter::direct(Quota::per_second(WRONG_PER_SECOND)),
+            lookups: RateLimiter::direct(Quota::per_second(LOOKUPS)),
+            guessing: Mutex::default(),
             clock: DefaultClock::default(),
         }
     }
@@ -179,26 +187,33 @@ impl Limits {
         Standing { per_minute: per_minute.get(), remaining, wait, full_in }
     }
 
-    /// Why no key is looked for that comes from this address, if it has shown too many wrong ones.
+    /// What a wrong key is answered that comes from this address, if too many have come from there, or in all.
     pub(super) fn is_guessing(&self, address: Option<IpAddr>) -> Option<Problem> {
-        let mut until = self.not_listened_to.lock().unwrap_or_else(PoisonError::into_inner);
-        let address = network(address?);
-        let left = until.get(&address)?.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            until.remove(&address);
-            return None;
-        }
+        let now = Instant::now();
+        let guessing = self.guessing.lock().unwrap_or_else(PoisonError::into_inner);
+        let (by_address, all) = &*guessing;
+        let of_address = address.map(network).and_then(|address| by_address.get(&address).copied());
+        let until = of_address.max(*all).filter(|until| *until > now)?;
         let detail = "too many wrong keys from this address";
-        Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(left))
+        Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(until - now))
     }
 
     /// Counts a wrong key.
     pub(super) fn guessed(&self, address: Option<IpAddr>) {
+        let until = Instant::now() + GUESSING;
+        // Also of those that are not remembered, and of guessers who have many addresses.
+        if self.wrong_in_all.check().is_err() {
+            self.guessing.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(until);
+        }
         let Some(address) = address.map(network) else { return };
         if self.wrong.len() < ADDRESSES && self.wrong.check_key(&address).is_err() {
-            let mut until = self.not_listened_to.lock().unwrap_or_else(PoisonError::into_inner);
-            until.insert(address, Instant::now() + NOT_LISTENED_TO);
+            self.guessing.lock().unwrap_or_else(PoisonError::into_inner).0.insert(address, until);
         }
+    }
+
+    /// Whether one more key may be looked for while somebody guesses.
+    pub(super) fn may_look(&self) -> bool {
+        self.lookups.check().is_ok()
     }
 
     /// Forgets the addresses that have not shown wrong keys lately.
@@ -206,7 +221,7 @@ impl Limits {
         self.wrong.retain_recent();
         self.wrong.shrink_to_fit();
         let now = Instant::now();
-        self.not_listened_to.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, until| *until > now);
+        self.guessing.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|_, until| *until > now);
         let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
         used_up.retain(|_, (since, standing)| since.elapsed() < standing.wait);
     }

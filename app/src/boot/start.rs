@@ -2,10 +2,11 @@
 //! one that is critical takes the process with it, one that is contained is started again.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use perennial_server::cache::Caches;
 use perennial_server::drain::Drain;
-use perennial_server::health::Health;
+use perennial_server::health::{Condition, Health, Policy};
 use perennial_server::pool::sql;
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::Admission;
@@ -13,10 +14,12 @@ use perennial_workers::cron::{Crontab, tick, timer::Timer};
 use perennial_workers::outbox::Outbox;
 use perennial_workers::worker::Worker;
 use perennial_workers::{Queue as _, Registry, store, upkeep};
+use tracing::{info, warn};
 
 use super::PoolFn;
 use crate::access::Access;
 use crate::config::Config;
+use crate::pause::Pause;
 
 /// What they work with.
 pub(super) struct Parts<'a> {
@@ -33,6 +36,7 @@ pub(super) struct Parts<'a> {
     pub(super) access: &'a Access,
     pub(super) caches: &'a Caches,
     pub(super) crontab: Crontab,
+    pub(super) pause: &'a Pause,
 }
 
 impl Parts<'_> {
@@ -40,31 +44,41 @@ impl Parts<'_> {
     pub(super) fn start(self) -> Vec<PoolFn> {
         let pools = self.start_pools();
         self.start_caches();
-        let Self { config, tasks, drain, queue, outbox, registry, admission, worker, crontab, .. } = self;
-        let pressure = config.server.pressure.clone();
+        let Self { config, tasks, health, drain, pause, .. } = self;
+        let pressure = config.server.net.pressure.clone();
+        pressure.tell(health.dependency("memory", Policy::Required));
         tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, drain.clone()));
-        let timer = Timer::new(crontab.clone(), config.cron.poll, worker.status(), drain.clone());
-        tasks.critical("workers", worker.run(drain.clone()));
-        let upkeep =
-            upkeep::run(queue.clone(), Arc::clone(registry), admission, config.upkeep, drain.clone());
-        tasks.critical("upkeep of jobs", upkeep);
-        tasks.contained("wake-ups", {
-            let (queue, drain) = (queue.clone(), drain.clone());
-            move || {
-                let (queue, drain) = (queue.clone(), drain.clone());
-                async move { queue.listen(drain).await }
-            }
-        });
-        if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
-            let (queue, drain) = (queue.clone(), drain.clone());
-            tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
+        if let Some(why) = pause.why() {
+            warn!("{}", why.reason());
+            let condition = health.dependency("jobs", Policy::Degraded);
+            condition.unmet(why.reason());
+            tasks.critical("pause", self.work().start_after(pause.clone(), condition));
+        } else {
+            self.work().start();
         }
-        if config.cron.tick {
-            let drain = drain.clone();
-            tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
-        }
-        tasks.critical("cron", timer.run());
         pools
+    }
+
+    /// What runs jobs and schedules, for a task of its own.
+    fn work(self) -> Work {
+        Work {
+            lease: self.config.worker.lease,
+            upkeep: self.config.upkeep,
+            timer: Timer::new(
+                self.crontab.clone(),
+                self.config.cron.poll,
+                self.worker.status(),
+                self.drain.clone(),
+            ),
+            ticked: self.config.cron.tick.then_some(self.crontab),
+            tasks: self.tasks.clone(),
+            drain: self.drain.clone(),
+            queue: self.queue.clone(),
+            outbox: self.outbox,
+            registry: Arc::clone(self.registry),
+            admission: self.admission,
+            worker: self.worker,
+        }
     }
 
     /// What looks after connections.
@@ -77,7 +91,8 @@ impl Parts<'_> {
         match self.store {
             sql::Store::Sqlite(sqlite) => {
                 let (sqlite, drain) = (sqlite.clone(), drain.clone());
-                tasks.contained("sqlite", move || sqlite.clone().tend(drain.clone()));
+                let condition = health.dependency("sqlite", config.store_policy);
+                tasks.contained("sqlite", move || sqlite.clone().tend(condition.clone(), drain.clone()));
             }
             sql::Store::Postgres(postgres) => {
                 let (postgres, drain) = (postgres.clone(), drain.clone());
@@ -108,4 +123,75 @@ impl Parts<'_> {
             tasks.contained("cache bus", move || caches.clone().listen(drain.clone()));
         }
     }
+}
+
+/// What runs jobs and schedules, and by that sends.
+struct Work {
+    lease: Duration,
+    upkeep: upkeep::Config,
+    timer: Timer,
+    /// Where the tick writes down what is due, if it does.
+    ticked: Option<Crontab>,
+    tasks: Tasks,
+    drain: Drain,
+    queue: store::Store,
+    outbox: Option<Outbox>,
+    registry: Arc<Registry>,
+    admission: Admission,
+    worker: Worker<store::Store>,
+}
+
+impl Work {
+    /// Starts all of it when the pause has ended.
+    async fn start_after(self, pause: Pause, condition: Condition) -> anyhow::Result<()> {
+        let drain = self.drain.clone();
+        tokio::select! {
+            () = pause.ended() => {
+                take_over(&self.queue, &self.registry, self.lease).await?;
+                self.start();
+                condition.met();
+                drain.soft().await;
+            }
+            () = drain.soft() => {}
+        }
+        Ok(())
+    }
+
+    fn start(self) {
+        let Self { upkeep, timer, ticked, tasks, drain, queue, outbox, registry, admission, worker, .. } =
+            self;
+        tasks.critical("workers", worker.run(drain.clone()));
+        let upkeep = upkeep::run(queue.clone(), registry, admission, upkeep, drain.clone());
+        tasks.critical("upkeep of jobs", upkeep);
+        tasks.contained("wake-ups", {
+            let (queue, drain) = (queue.clone(), drain.clone());
+            move || {
+                let (queue, drain) = (queue.clone(), drain.clone());
+                async move { queue.listen(drain).await }
+            }
+        });
+        if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
+            let drain = drain.clone();
+            tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
+        }
+        if let Some(crontab) = ticked {
+            tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
+        }
+        tasks.critical("cron", timer.run());
+    }
+}
+
+/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
+/// that died.
+pub(super) async fn take_over(
+    queue: &store::Store,
+    registry: &Registry,
+    lease: Duration,
+) -> anyhow::Result<()> {
+    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
+    if sqlite.end_leases().await? > 0 {
+        info!("the last process did not stop in order: taking over its jobs");
+        upkeep::rescue(queue, registry, lease).await?;
+    }
+    Ok(())
 }

@@ -65,7 +65,7 @@ impl Adopt {
 /// Has the embedded store have the tables that this program knows.
 async fn bring_up_to_date(data_dir: &DataDir, file: &Path, modules: &[Blueprint]) -> anyhow::Result<()> {
     let file = file.canonicalize().with_context(|| format!("{} is not there", file.display()))?;
-    let embedded = Store::Sqlite { file, readers: 1, wait: PATIENCE };
+    let embedded = Store::Sqlite { file, readers: 1, wait: PATIENCE, statement_timeout: PATIENCE };
     open_store(data_dir, &embedded, modules).await?.close().await;
     Ok(())
 }
@@ -95,6 +95,9 @@ async fn move_all(
         text.push_str(&format!("{rows:>12}  {table}\n"));
     }
     text.push_str(&format!("{:>12}  jobs, to be done\n", moved.jobs));
+    for table in &moved.unknown {
+        text.push_str(&format!("The table {table:?} is not of this program, and was left behind\n"));
+    }
     for queue in &moved.paused.queues {
         text.push_str(&format!("The queue {queue} was paused: perennial jobs pause {queue}\n"));
     }

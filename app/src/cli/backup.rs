@@ -24,7 +24,7 @@ impl Backup {
         let copied = Source::of(&config.data_dir, &config.store, push::vapid_files(&settings))?
             .copy_to(&self.directory)?;
         print(&format!(
-            "{}: {} ({} bytes)\nTo restore it, start with it as data_dir; there is no other copy of vapid.pem.\n",
+            "{}: {} ({} bytes)\nTo restore it, start with it as data_dir; there is no other copy of vapid.pem.\nIt sends nothing until `perennial resume` says that it takes the place of the original.\n",
             copied.directory.display(),
             copied.files.join(", "),
             copied.bytes

@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use clap::Args;
 use perennial_server::drain::{self, Phase};
 use perennial_server::health::Health;
 use perennial_server::http::Server;
@@ -34,7 +35,20 @@ use crate::succession::{self, Inheritance};
 /// How long the threads of the serving runtime may take to end after everything on them has.
 const THREADS: Duration = Duration::from_secs(1);
 
-pub(super) fn serve(sources: &Sources, modules: &[Blueprint]) -> ExitCode {
+#[derive(Args, Debug, Default)]
+pub(super) struct Serve {
+    /// Run no jobs and no schedules, and so send nothing, until `perennial resume`
+    #[arg(long)]
+    paused: bool,
+}
+
+impl Serve {
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
+        serve(self, sources, modules)
+    }
+}
+
+fn serve(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
     let control = match Builder::new_current_thread().enable_all().build() {
         Ok(control) => control,
         Err(error) => return report(&error.into()),
@@ -45,7 +59,7 @@ pub(super) fn serve(sources: &Sources, modules: &[Blueprint]) -> ExitCode {
             Ok(signals) => signals,
             Err(error) => return (report(&error), None),
         };
-        match prepare(sources, modules) {
+        match prepare(command, sources, modules) {
             Ok(prepared) => prepared.run(signals).await,
             Err(error) => (report(&error), None),
         }
@@ -68,14 +82,18 @@ struct Prepared {
     serving: Runtime,
 }
 
-fn prepare(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Prepared> {
+fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Prepared> {
     let settings = load(sources, modules)?;
     let (mut config, configured) = read(&settings, modules)?;
     let telemetry = Arc::new(Telemetry::install(&config.telemetry)?);
     config.server.access_log = telemetry.access_log();
+    config.paused = command.paused;
     let metrics = Metrics::install()?;
     perennial_workers::metrics::describe();
     raise_file_limit();
+    for note in &config.notes {
+        warn!(note, "a setting is changed");
+    }
     let serving = Builder::new_multi_thread()
         .worker_threads(config.threads)
         .thread_name("serving")

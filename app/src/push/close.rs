@@ -8,7 +8,7 @@ use perennial_workers::{Context, Fate, Job, Options};
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
-use super::deliver::Deliver;
+use super::deliver::{self, Deliver};
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
 use super::store::{Checkpoint, Recorded, Rest, Stage};
@@ -88,7 +88,7 @@ impl Close {
         id: Uuid,
         outcome: Outcome,
     ) -> anyhow::Result<bool> {
-        let Some(batch) = tools.store.open_batch(id, LAST_EPOCH).await? else { return Ok(false) };
+        let Some(batch) = deliver::open(tools, id, LAST_EPOCH).await? else { return Ok(false) };
         let (left, rest_after) = tools.store.left(&batch, tools.config.batch).await?;
         let mut checkpoint = Checkpoint {
             low_id: batch.low_id,

@@ -6,7 +6,8 @@ use perennial_webpush::{Contact, ContactError, HostPattern, Pin, Policy, Proxy, 
 use secrecy::ExposeSecret;
 
 use super::guests;
-use crate::config::processors;
+use crate::capacity::Means;
+use crate::config::{fit, processors};
 use crate::settings::{Network, Reader, Size};
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -39,6 +40,8 @@ pub(super) struct Config {
     pub(super) last_sends: Duration,
     pub(super) checkpoint_every: Duration,
     pub(super) checkpoint_sends: usize,
+    /// How many requests of one API key may follow notifications at once.
+    pub(super) followers_per_key: usize,
     /// How many subscriptions pages may store of one user.
     pub(super) subscriptions_per_user: usize,
     /// Until when user tokens without site and expiry are taken.
@@ -74,6 +77,7 @@ pub(super) fn config(settings: &mut Reader<'_>) -> Config {
         last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
         checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
+        followers_per_key: settings.number("push.followers_per_key", 1..=1_000_000),
         subscriptions_per_user: settings.number("push.subscriptions_per_user", 1..=1_000_000),
         old_user_tokens_until: settings.read_with(
             "push.old_user_tokens_until",
@@ -156,6 +160,8 @@ fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
 
 /// How to send.
 pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
+    let wanted = settings.number("push.max_connections", 2..=100_000);
+    let max_connections = fit(settings, "push.max_connections", wanted, Means::push);
     perennial_webpush::Config {
         policy: Policy {
             hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
@@ -179,7 +185,7 @@ pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
         connections: settings.number("push.connections", 1..=1000),
         streams: settings.number("push.streams", 1..=10_000),
         http1_connections: settings.number("push.http1_connections", 1..=10_000),
-        max_connections: settings.number("push.max_connections", 2..=100_000),
+        max_connections,
         connect_every: settings.duration("push.connect_every", Duration::ZERO..=HOUR),
         connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
         timeout: settings.duration("push.timeout", SECOND..=HOUR),

@@ -4,6 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use perennial_server::pool::{set_apart, sql};
 use perennial_webpush::Urgency;
 use perennial_workers::queue;
 use perennial_workers::{Context, Fate, Job, NewJob, Options};
@@ -15,7 +16,7 @@ use super::Tools;
 use super::fanout::BUDGET;
 use super::outcome::Outcome;
 use super::round::{CAREFUL, Round, is_paused, pause, save};
-use super::store::{Checkpoint, Deferred, Rest};
+use super::store::{Batch, Checkpoint, Deferred, Rest, Waiting, job};
 use crate::sites::SiteId;
 
 /// See the module. The batch has the id of its job.
@@ -37,6 +38,19 @@ impl Deliver {
         priority: i16,
     ) -> queue::Result<NewJob> {
         Ok(context.follow_up(&Self { notification })?.queue(queue).priority(priority))
+    }
+
+    /// One for a batch that waits for a push service which is sent to again.
+    pub(crate) fn woken(tools: &Tools, waiting: &Waiting) -> sql::Result<NewJob> {
+        let queue = match tools.config.is_small(waiting.estimate) {
+            _ if waiting.is_paced => super::PACED_QUEUE,
+            true => super::SMALL_QUEUE,
+            false => super::RETRY_QUEUE,
+        };
+        // As it was written down: it is one of four words.
+        let urgency = waiting.urgency.parse().unwrap_or_default();
+        let job = job(&Self { notification: waiting.notification })?.queue(queue);
+        Ok(job.priority(Self::priority(urgency)))
     }
 
     /// Lower goes first.
@@ -69,9 +83,7 @@ impl Job for Deliver {
     }
 
     async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
-        let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else {
-            return Ok(Fate::Done);
-        };
+        let Some(batch) = open(&tools, context.id, context.epoch).await? else { return Ok(Fate::Done) };
         if is_paused(&batch) {
             return Ok(Fate::Snooze(pause(&batch)));
         }
@@ -91,7 +103,7 @@ impl Job for Deliver {
     }
 
     async fn give_up(&self, context: Context, tools: Tools, _reason: String) -> anyhow::Result<()> {
-        let Some(batch) = tools.store.open_batch(context.id, context.epoch).await? else { return Ok(()) };
+        let Some(batch) = open(&tools, context.id, context.epoch).await? else { return Ok(()) };
         let (mut left, rest_after) = tools.store.left(&batch, tools.config.batch).await?;
         let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
         let priority = Self::priority(batch.urgency.parse()?);
@@ -111,7 +123,7 @@ impl Job for Deliver {
             if !left.is_empty() {
                 let job = Self::follow_up(&context, self.notification, super::RETRY_QUEUE, priority)?;
                 let job = NewJob { recoveries: CAREFUL, ..job };
-                checkpoint.deferred = vec![Deferred { ids: left, job, attempt }];
+                checkpoint.deferred = vec![Deferred { ids: left, job, attempt, waits_for: None }];
             }
             usize::from(suspect.is_some())
         } else {
@@ -122,5 +134,18 @@ impl Job for Deliver {
         }
         save(&tools, &context, Arc::new(batch), checkpoint, 0).await?;
         Ok(())
+    }
+}
+
+/// A batch, if there is anything left to do. One that cannot be read, and never will be, is given up: its
+/// notification would have no end otherwise.
+pub(super) async fn open(tools: &Tools, id: Uuid, epoch: i64) -> anyhow::Result<Option<Batch>> {
+    match tools.store.open_batch(id, epoch).await {
+        Err(error @ sql::Error::Unreadable { .. }) => {
+            set_apart("batches", &id.to_string(), &error);
+            tools.store.abandon_batch(id, epoch, error.to_string()).await?;
+            Ok(None)
+        }
+        opened => Ok(opened?),
     }
 }

@@ -126,6 +126,8 @@ impl Flows {
         let (standing, pace) = (watch::Sender::new(standing), Pace::new(Arc::clone(&self.wake)));
         let flow = Arc::new(Flow { id, standing, pace, line: Mutex::default() });
         flows.insert(id, Arc::downgrade(&flow));
+        drop(flows);
+        self.wake.notify_one();
         flow
     }
 
@@ -168,10 +170,12 @@ impl Flows {
             if drain.phase() >= Phase::Soft && self.flows().is_empty() {
                 return Ok(());
             }
+            let is_idle = self.flows().is_empty() && self.paces().is_empty();
             tokio::select! {
                 () = drain.hard() => return Ok(()),
+                () = drain.soft(), if drain.phase() < Phase::Soft => {}
                 () = self.wake.notified() => reserve = Instant::now(),
-                () = sleep_until(look.min(reserve)) => {}
+                () = sleep_until(look.min(reserve)), if !is_idle => {}
             }
             let now = Instant::now();
             if now >= look {
@@ -194,9 +198,15 @@ impl Flows {
             return Ok(());
         }
         let ids: Vec<Uuid> = flows.iter().map(|flow| flow.id).collect();
-        let standings: HashMap<Uuid, Standing> = self.store.standings(&ids).await?.into_iter().collect();
+        let standings: HashMap<Uuid, Option<Standing>> =
+            self.store.standings(&ids).await?.into_iter().collect();
         for flow in flows {
-            flow.set(standings.get(&flow.id).copied().unwrap_or(Standing::GONE));
+            match standings.get(&flow.id) {
+                Some(Some(standing)) => flow.set(*standing),
+                // It goes on as it did.
+                Some(None) => {}
+                None => flow.set(Standing::GONE),
+            }
         }
         Ok(())
     }

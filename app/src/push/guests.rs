@@ -63,7 +63,8 @@ impl Guests {
         address: Option<IpAddr>,
     ) -> sql::Result<Guest> {
         let address = address.filter(|address| !address.to_canonical().is_loopback());
-        let hash = |address| hmac::sign(key, network(address).to_string().as_bytes()).as_ref()[..ADDRESS].to_vec();
+        let hash =
+            |address| hmac::sign(key, network(address).to_string().as_bytes()).as_ref()[..ADDRESS].to_vec();
         let evicted = self.must_evict(store, site, name).await?;
         Ok(Guest {
             per_address: self.config.per_address.filter(|_| address.is_some()),

@@ -193,8 +193,7 @@ impl Transfer {
 
     /// The next subscriptions after `cursor`, as lines, and the cursor of the next page if there may be one.
     async fn page(&self, site: SiteId, cursor: i64) -> anyhow::Result<Page> {
-        let page = self.store.export(site.0, cursor, PAGE).await?;
-        let next = page.last().filter(|_| page.len() == PAGE).map(|last| last.id);
+        let (page, next) = self.store.export(site.0, cursor, PAGE).await?;
         let line = |exported: Exported| {
             let keys = json!({ "p256dh": base64(&exported.p256dh), "auth": base64(&exported.auth) });
             let subscription = json!({

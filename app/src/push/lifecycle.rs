@@ -1,17 +1,13 @@
 //! What becomes of a notification after it was accepted: pausing it and going on, another rate, following it, and how it
 //! went for each subscription.
 
-use std::convert::Infallible;
-use std::time::Duration;
-
 use axum::body::Body;
 use axum::extract::{Path, State};
-use axum::response::sse::{Event, KeepAlive, Sse};
+use axum::response::sse::{KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
-use futures_util::stream::{self, Stream};
+use futures_util::stream;
 use http::header;
-use perennial_server::drain::Drain;
 use perennial_server::http::problem::FieldError;
 use perennial_server::http::scope::Scope;
 use serde::Deserialize;
@@ -23,14 +19,12 @@ use super::Tools;
 use super::notify::{RATE_WANTED, rate_milli};
 use super::outcome::Outcome;
 use super::progress::NotificationView;
-use super::store::{Change, DeliveryView};
+use super::store::Change;
 use crate::access::{Authorized, Notify, Read};
 use crate::api::{Json, Query, Result, not_found};
 
-/// How often those who follow a notification are told, while something changes.
-const TELL: Duration = Duration::from_millis(500);
 /// How many deliveries are read at once.
-const PAGE: usize = 1000;
+const PAGE: usize = 200;
 
 /// Pauses a notification
 ///
@@ -123,7 +117,7 @@ async fn view(tools: &Tools, site: i64, id: Uuid) -> Result<Json<NotificationVie
 /// Follows a notification
 ///
 /// Server-sent events: `progress` whenever something has changed, and `end` with the last. Needs a key with the scope
-/// `read`.
+/// `read`, which may have `push.followers_per_key` such requests at once.
 #[utoipa::path(
     get, path = "/notifications/{id}/events", params(("id" = Uuid, Path)),
     responses((status = OK, content_type = "text/event-stream", body = NotificationView))
@@ -135,59 +129,10 @@ pub(super) async fn events(
     Path(id): Path<String>,
 ) -> Result<Response> {
     let id = parse(&id)?;
-    view(&tools, caller.site.0, id).await?;
-    let follower = Follower {
-        tools,
-        site: caller.site.0,
-        id,
-        drain: scope.drain().clone(),
-        told: String::new(),
-        asked: false,
-        over: false,
-    };
-    Ok(Sse::new(follower.events()).keep_alive(KeepAlive::default()).into_response())
-}
-
-/// Somebody who follows a notification.
-struct Follower {
-    tools: Tools,
-    site: i64,
-    id: Uuid,
-    drain: Drain,
-    /// What was told last.
-    told: String,
-    asked: bool,
-    over: bool,
-}
-
-impl Follower {
-    fn events(self) -> impl Stream<Item = std::result::Result<Event, Infallible>> + Send {
-        stream::unfold(self, async |mut follower| follower.next().await.map(|event| (Ok(event), follower)))
-    }
-
-    async fn next(&mut self) -> Option<Event> {
-        while !self.over {
-            if std::mem::replace(&mut self.asked, true) {
-                tokio::select! {
-                    () = tokio::time::sleep(TELL) => {}
-                    // Whoever comes again finds another replica, or the next process.
-                    () = self.drain.soft() => return None,
-                }
-            }
-            // A store that is away comes back.
-            let Ok(found) = self.tools.store.notification(self.site, self.id).await else { continue };
-            let found = found?;
-            self.over = found.ended_at.is_some();
-            let view = NotificationView::of(found, &self.tools.progress);
-            let text = serde_json::to_string(&view).unwrap_or_default();
-            if text != self.told || self.over {
-                self.told.clone_from(&text);
-                let name = if self.over { "end" } else { "progress" };
-                return Some(Event::default().event(name).data(text));
-            }
-        }
-        None
-    }
+    let Json(view) = view(&tools, caller.site.0, id).await?;
+    let follower = tools.followers.follow(&caller.key, id, &view)?;
+    let events = follower.events(scope.drain().clone());
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())
 }
 
 /// Which deliveries.
@@ -221,8 +166,7 @@ pub(super) async fn deliveries(
         let (tools, outcome) = (tools.clone(), which.outcome.clone());
         async move {
             let Some(cursor) = cursor else { return Ok(None) };
-            let page = tools.store.deliveries(id, outcome, cursor, PAGE).await?;
-            let next = page.last().filter(|_| page.len() == PAGE).map(DeliveryView::subscription);
+            let (page, next) = tools.store.deliveries(id, outcome, cursor, PAGE).await?;
             Ok::<_, perennial_server::pool::sql::Error>(Some((lines(&page), next)))
         }
     });

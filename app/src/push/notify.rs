@@ -172,19 +172,34 @@ pub(super) async fn notify(
     }
     let id = Uuid::now_v7();
     let dry_run = request.dry_run.unwrap_or_default();
-    let Checked { audience, recipients, payload, ttl, urgency, topic, plan, is_template, needed, warnings } =
-        check(&tools, caller.site, id, request).await?;
+    let Checked {
+        audience,
+        recipients,
+        payload,
+        ttl,
+        urgency,
+        topic,
+        plan,
+        is_template,
+        needed,
+        mut warnings,
+    } = check(&tools, caller.site, id, request).await?;
 
     let (estimate, watermark) = if audience == Audience::Inline {
         (recipients.len() as u64, i64::try_from(recipients.len()).unwrap_or(i64::MAX))
     } else {
-        tools.estimate(caller.site, &audience).await?
+        let (count, watermark) = tools.estimate(caller.site, &audience).await?;
+        if !count.is_exact {
+            warnings
+                .push("the audience takes long to count: as many as it may have at most are shown".into());
+        }
+        (count.members, watermark)
     };
     if dry_run {
         let incomplete = match needed.is_empty() {
             true => None,
             false if audience == Audience::Inline => Some(estimate),
-            false => Some(tools.store.count_incomplete(caller.site.0, &audience, watermark, &needed).await?),
+            false => tools.store.count_incomplete(caller.site.0, &audience, watermark, &needed).await?,
         };
         return Ok(axum::Json(DryRun { dry_run, audience: estimate, incomplete, warnings }).into_response());
     }
@@ -501,11 +516,7 @@ async fn audience(tools: &Tools, to: To, errors: &mut Errors) -> (Audience, Vec<
 }
 
 /// Checks subscriptions that are not stored, and the addresses of each host once.
-async fn inline(
-    tools: &Tools,
-    subscriptions: &[PushSubscription],
-    errors: &mut Errors,
-) -> Vec<Recipient> {
+async fn inline(tools: &Tools, subscriptions: &[PushSubscription], errors: &mut Errors) -> Vec<Recipient> {
     let mut hosts = BTreeMap::new();
     let mut recipients = Vec::<Recipient>::new();
     let mut places = HashMap::new();

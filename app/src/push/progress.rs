@@ -129,6 +129,11 @@ pub(crate) struct NotificationView {
 }
 
 impl NotificationView {
+    /// Whether nothing of it will change any more.
+    pub(crate) fn is_over(&self) -> bool {
+        self.ended_at.is_some()
+    }
+
     pub(crate) fn of(notification: Notification, progress: &Progress) -> Self {
         let decided = notification.outcomes.values().sum();
         let done = notification.ended_at.is_some();

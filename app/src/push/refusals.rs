@@ -33,7 +33,9 @@ pub(crate) struct Record {
 pub(crate) enum Kind {
     /// The key, or the contact that it is signed with.
     Key,
-    /// The endpoint: its host does not exist,
+    /// The endpoint: its host never existed, and never will (RFC 2606, section 2),
+    Nowhere,
+    /// does not exist,
     Host,
     /// or takes no messages.
     Place,
@@ -41,8 +43,9 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// What an answer, or the want of one, says against the subscription; none if it is about the message or about nothing.
-    pub(crate) fn of(report: &Report) -> Option<Self> {
+    pub(crate) fn of(report: &Report, host: &str) -> Option<Self> {
         match (report.verdict, report.status) {
+            (Verdict::Unresolvable, _) if host.ends_with(".invalid") => Some(Self::Nowhere),
             (Verdict::Unauthorized, Some(_)) => Some(Self::Key),
             (Verdict::Unresolvable, _) => Some(Self::Host),
             // Redirects, another method, another server: no message to there is ever taken.
@@ -83,6 +86,8 @@ pub(crate) fn refuse(before: Record, refusal: &Refusal, evidence: Evidence, now:
     let since = record.refused_since.unwrap_or(now);
     let later = |accepted: Option<i64>| accepted.is_some_and(|at| at > since);
     let long = match refusal.kind {
+        // Browsers give out such endpoints after unsubscribing: nothing of ours can be at fault.
+        Kind::Nowhere => 0,
         Kind::Key if later(evidence.same) => LONG_MS,
         Kind::Host if later(evidence.any) => LONG_MS,
         Kind::Place if later(evidence.service) => LONG_MS,
@@ -167,9 +172,13 @@ mod tests {
     }
 
     #[test]
+    fn a_host_that_never_was_needs_no_evidence() {
+        assert_eq!(given_up_after(&refusal(Kind::Nowhere), 12, 48, |_| Evidence::default()), Some(24));
+    }
+
+    #[test]
     fn a_place_that_takes_no_messages_ends_sooner_where_its_service_takes_others() {
-        let elsewhere: fn(i64) -> Evidence =
-            |now| Evidence { same: None, service: None, any: Some(now) };
+        let elsewhere: fn(i64) -> Evidence = |now| Evidence { same: None, service: None, any: Some(now) };
         assert_eq!(given_up_after(&refusal(Kind::Place), 12, 24 * 60, all), Some(24 * 7));
         assert_eq!(given_up_after(&refusal(Kind::Place), 12, 24 * 60, elsewhere), Some(24 * 30));
         assert_eq!(given_up_after(&refusal(Kind::Host), 12, 24 * 60, elsewhere), Some(24 * 7));

@@ -36,8 +36,10 @@ use super::deliver::Deliver;
 use super::flows::{Flow, Place};
 use super::outcome::Outcome;
 use super::pace::Take;
-use super::send::{Outgoing, Sent};
-use super::store::{Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Rest, Stage, Standing};
+use super::send::{Outgoing, Sent, origin};
+use super::store::{
+    Batch, Checkpoint, Deferred, Delivery, Member, Members, Part, Recorded, Rest, Stage, Standing,
+};
 use super::vapid::SiteKeys;
 use crate::sites::SiteId;
 
@@ -60,6 +62,9 @@ const OTHERS: Duration = Duration::from_millis(200);
 const LOOK_LATER: Duration = Duration::from_millis(2);
 /// For how long a message without a time to live may wait for being tried.
 const NOW: Duration = Duration::from_secs(600);
+/// From how many members on those that wait for a push service are tried again in parts, and in how many.
+const SCATTERED: usize = 64;
+const PARTS: usize = 8;
 /// The longest that sends wait for a push service that nothing is sent to.
 const LONGEST_HOLD: Duration = Duration::from_secs(3600);
 
@@ -126,7 +131,7 @@ impl<'a> Round<'a> {
         sender: &'a Sender,
         flow: &'a Arc<Flow>,
         batch: Batch,
-        (members, rest_after): (Vec<Member>, Option<i64>),
+        Members { list: members, unreadable, rest_after }: Members,
         keys: Arc<SiteKeys>,
     ) -> anyhow::Result<Self> {
         let waited = age(&batch);
@@ -149,15 +154,21 @@ impl<'a> Round<'a> {
             waiting: Vec::new().into_iter(),
             batch: Arc::new(batch),
         };
-        round.note_deleted(&members);
+        round.note_deleted(&members, &unreadable);
+        for (id, why) in unreadable {
+            round.above.insert(id);
+            round.ended.push(Sent::unreadable(id, &why));
+            round.unrecorded += 1;
+        }
         round.waiting = members.into_iter();
         Ok(round)
     }
 
     /// Members that were tried before and have been deleted since had ended, as it turns out.
-    fn note_deleted(&mut self, members: &[Member]) {
+    fn note_deleted(&mut self, members: &[Member], unreadable: &[(i64, String)]) {
         let Part::Ids(ids) = &self.batch.part else { return };
-        let found: BTreeSet<i64> = members.iter().map(|member| member.id).collect();
+        let found = members.iter().map(|member| member.id).chain(unreadable.iter().map(|(id, _)| *id));
+        let found: BTreeSet<i64> = found.collect();
         for id in ids.iter().filter(|id| !self.batch.is_recorded(**id) && !found.contains(id)) {
             self.above.insert(*id);
             self.ended.push(Sent::deleted(*id));
@@ -334,7 +345,7 @@ impl<'a> Round<'a> {
         let mut checkpoint = Checkpoint { low_id, ..Checkpoint::default() };
         let mut outcomes = BTreeMap::<Outcome, usize>::new();
         // Those that wait for a slow service keep only each other waiting.
-        let mut later = BTreeMap::<(u64, u32, Option<String>), Vec<i64>>::new();
+        let mut later = BTreeMap::<(u64, u32, Option<String>, Option<String>), Vec<i64>>::new();
         // One draw for all that failed together and were asked for nothing else: one job, not hundreds.
         let usual = RETRY.jittered(self.batch.attempt + 1);
         for sent in std::mem::take(&mut self.ended) {
@@ -342,7 +353,10 @@ impl<'a> Round<'a> {
                 Next::Decided(outcome) => outcome,
                 Next::Later(wait, attempt) => {
                     let slow = sent.is_slow.then(|| sent.host().to_owned());
-                    later.entry((wait.as_secs().max(1), attempt, slow)).or_default().push(sent.id);
+                    let waits_for = matches!(sent.report.verdict, Verdict::Held(_))
+                        .then(|| origin(&sent.endpoint).to_owned());
+                    let group = (wait.as_secs().max(1), attempt, slow, waits_for);
+                    later.entry(group).or_default().push(sent.id);
                     continue;
                 }
             };
@@ -375,10 +389,15 @@ impl<'a> Round<'a> {
             *self.totals.entry(*outcome).or_default() += count;
         }
         self.again += later.values().map(Vec::len).sum::<usize>();
-        checkpoint.deferred = later
-            .into_iter()
-            .map(|((wait, attempt, slow), ids)| self.defer(wait, attempt, slow.is_some(), ids))
-            .collect::<anyhow::Result<_>>()?;
+        for ((wait, attempt, slow, waits_for), mut ids) in later {
+            ids.sort_unstable();
+            let parts = if waits_for.is_some() { parts(&ids) } else { vec![&*ids] };
+            for part in parts {
+                let deferred = self.defer(wait, attempt, slow.is_some(), part.to_vec())?;
+                checkpoint.deferred.push(Deferred { waits_for: waits_for.clone(), ..deferred });
+            }
+        }
+        checkpoint.left = self.waiting.len() + self.in_flight.len();
         checkpoint.tell = self
             .batch
             .webhook
@@ -429,7 +448,7 @@ impl<'a> Round<'a> {
             false => super::RETRY_QUEUE,
         })?;
         let job = if seconds == 0 { job } else { job.due(Due::In(Duration::from_secs(seconds))) };
-        Ok(Deferred { ids, job, attempt })
+        Ok(Deferred { ids, job, attempt, waits_for: None })
     }
 
     /// A job for some of the members, in this queue unless they have a pace.
@@ -450,6 +469,7 @@ impl<'a> Round<'a> {
             let taken_back = std::mem::take(&mut self.in_flight).into_iter();
             let ids = taken_back.chain(std::mem::take(&mut self.waiting).map(|member| member.id)).collect();
             checkpoint.deferred.push(self.defer(0, self.batch.attempt, false, ids)?);
+            checkpoint.left = 0;
         }
         let finished = self.waiting.len() == 0 && self.in_flight.is_empty();
         checkpoint.finished = finished;
@@ -479,6 +499,17 @@ impl<'a> Round<'a> {
             }
         }
     }
+}
+
+/// Members that wait for a push service, in parts that come in any order: whether it takes messages again is found out by one
+/// of them, and those that begin the list may be the very ones that it refuses.
+fn parts(ids: &[i64]) -> Vec<&[i64]> {
+    if ids.len() < SCATTERED {
+        return vec![ids];
+    }
+    let mut parts: Vec<_> = ids.chunks(ids.len().div_ceil(PARTS)).collect();
+    fastrand::shuffle(&mut parts);
+    parts
 }
 
 /// Waits until the next send may be due.
@@ -553,6 +584,9 @@ pub(super) async fn save(
             return Err(Stopped::Lapsed.into());
         }
         tools.meters.decided(&checkpoint.outcomes);
+        if !checkpoint.refused.is_empty() {
+            tools.at_risk.refused();
+        }
         tools.progress.record(batch.notification, checkpoint.outcomes.iter().map(|(_, count)| count).sum());
         if recorded == Recorded::Last {
             tools.ended(batch.notification, batch.site).await;

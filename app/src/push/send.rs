@@ -65,6 +65,11 @@ impl Sent {
         Self::of(id, Verdict::Gone, "deleted")
     }
 
+    /// Its row cannot be read.
+    pub(super) fn unreadable(id: i64, why: &str) -> Self {
+        Self { outcome: Some(Outcome::Failed), ..Self::of(id, Verdict::Rejected, why) }
+    }
+
     fn of(id: i64, verdict: Verdict, detail: &str) -> Self {
         let report = Report { verdict, status: None, detail: detail.to_owned(), counts: false };
         Self {
@@ -81,7 +86,7 @@ impl Sent {
 
     /// What is to be held against the subscription, if anything is.
     pub(super) fn refusal(&self) -> Option<Refusal> {
-        let (kind, Signer(signer)) = Kind::of(&self.report).zip(self.signer)?;
+        let (kind, Signer(signer)) = Kind::of(&self.report, self.host()).zip(self.signer)?;
         Some(Refusal { kind, signer, counts: self.report.counts })
     }
 }
@@ -114,7 +119,8 @@ impl Outgoing {
         if batch.is_declarative {
             message = message.declarative();
         }
-        let is_mixed = || members.windows(2).any(|pair| origin(&pair[0].endpoint) != origin(&pair[1].endpoint));
+        let is_mixed =
+            || members.windows(2).any(|pair| origin(&pair[0].endpoint) != origin(&pair[1].endpoint));
         let others_wait = bulk && (queue == super::RETRY_QUEUE || is_mixed());
         let patience = others_wait.then_some(TURN_WAIT);
         Ok(Self { message, template, keys, patience, stopped: CancellationToken::new() })

@@ -2,7 +2,8 @@
 //! refuses a key each finds out for itself: it says nothing about what is signed with other keys.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Mutex, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
@@ -10,15 +11,18 @@ use axum::routing::{get, post};
 use axum::{Json as Answer, Router};
 use perennial_server::drain::Drain;
 use perennial_server::http::problem::FieldError;
+use perennial_server::pulse::pulse;
 use perennial_webpush::{Cause, HeldFor, Sender, ServiceStatus};
+use perennial_workers::queue::Due;
 use serde::{Deserialize, Serialize};
 use tracing::{error, info, warn};
 use uuid::Uuid;
 
 use super::Tools;
+use super::deliver::Deliver;
 use super::progress::NotificationView;
 use super::send::origin;
-use super::store::Held;
+use super::store::{Held, Waiting};
 use crate::api::{Json, Query, Result, not_found};
 use crate::sites::SiteId;
 
@@ -64,7 +68,7 @@ pub(super) async fn run(tools: Tools, drain: Drain) -> anyhow::Result<()> {
     let mut exchange = Exchange::default();
     loop {
         tokio::select! {
-            () = tokio::time::sleep(EXCHANGE) => {}
+            () = pulse(EXCHANGE) => {}
             () = drain.soft() => return Ok(()),
         }
         if let Err(error) = exchange.once(&tools).await {
@@ -77,7 +81,7 @@ impl Exchange {
     async fn once(&mut self, tools: &Tools) -> anyhow::Result<()> {
         let sender = tools.senders.any();
         tools.store.note_accepted(sender.take_accepted()).await?;
-        if self.count.is_multiple_of(ALL_ONE_IN) {
+        if self.count.is_multiple_of(ALL_ONE_IN) && tools.at_risk.is_due() {
             tools.at_risk.look(tools).await?;
         }
         self.tell_others(tools).await?;
@@ -87,12 +91,18 @@ impl Exchange {
             self.newest = 0;
             self.seen.retain(|origin, _| self.known.keys().any(|(known, _)| known == origin));
         }
+        // In a store of our own, only an operator's word comes from elsewhere.
+        let is_all = self.count.is_multiple_of(ALL_ONE_IN);
+        let is_told = tools.services_changed.swap(false, Ordering::Relaxed);
+        if !tools.store.is_shared() && !is_all && !is_told && self.count > 1 {
+            return Ok(());
+        }
         for held in tools.store.held_services(self.newest - AGAIN_MS).await? {
             self.newest = self.newest.max(held.changed_at);
             if self.seen.insert(held.origin.clone(), held.changed_at) == Some(held.changed_at) {
                 continue;
             }
-            self.hear(sender, held);
+            self.hear(sender, &held);
         }
         let seen = &self.seen;
         self.known.retain(|(origin, _), until| seen.contains_key(origin) || *until > Instant::now());
@@ -103,8 +113,9 @@ impl Exchange {
     async fn tell_others(&mut self, tools: &Tools) -> anyhow::Result<()> {
         let now = Instant::now();
         let services = tools.senders.any().services().into_iter();
-        let mut held: Vec<_> =
-            services.filter_map(|service| Some((service.held?, service.is_trusted, service.origin))).collect();
+        let mut held: Vec<_> = services
+            .filter_map(|service| Some((service.held?, service.is_trusted, service.origin)))
+            .collect();
         tools.meters.held(held.len());
         // Services that only visitors know come last.
         held.sort_by_key(|(_, is_trusted, _)| !is_trusted);
@@ -112,11 +123,8 @@ impl Exchange {
         for ((wait, cause, whom), _, origin) in held {
             let until = now + wait;
             let is_refusal = cause == Cause::Unauthorized;
-            let known = if is_refusal {
-                self.refusing.get(&origin)
-            } else {
-                self.known.get(&(origin.clone(), whom))
-            };
+            let known =
+                if is_refusal { self.refusing.get(&origin) } else { self.known.get(&(origin.clone(), whom)) };
             if known.is_some_and(|known| *known + SAME > until) {
                 continue;
             }
@@ -124,11 +132,7 @@ impl Exchange {
             let is_told = self.may_tell(now);
             if is_refusal {
                 if is_told {
-                    error!(
-                        origin,
-                        seconds,
-                        "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there"
-                    );
+                    error!(origin, seconds, "{}", refusal(whom));
                 }
                 self.refusing.insert(origin, until);
                 continue;
@@ -138,7 +142,13 @@ impl Exchange {
             }
             written += 1;
             if is_told {
-                warn!(origin, seconds, cause = why, whom = whom.as_str(), "nothing is sent to a push service");
+                warn!(
+                    origin,
+                    seconds,
+                    cause = why,
+                    whom = whom.as_str(),
+                    "nothing is sent to a push service"
+                );
             }
             tools.store.hold_service(&origin, wait, &word(cause, whom)).await?;
             self.known.insert((origin, whom), until);
@@ -165,7 +175,7 @@ impl Exchange {
     }
 
     /// Another replica has told something, or an operator.
-    fn hear(&mut self, sender: &Sender, held: Held) {
+    fn hear(&mut self, sender: &Sender, held: &Held) {
         let of = |whom| (held.origin.clone(), whom);
         match (held.wait, parse_word(&held.cause)) {
             // Earlier versions wrote down refused keys too, as if they were all.
@@ -183,6 +193,18 @@ impl Exchange {
                 }
             }
             _ => {}
+        }
+    }
+}
+
+/// What the log says about a key that is refused. Of those that nothing was delivered to yet, not all were tried.
+fn refusal(whom: HeldFor) -> &'static str {
+    match whom {
+        HeldFor::All => {
+            "a push service refuses a key of ours for every subscription: nothing that is signed with it is sent there"
+        }
+        HeldFor::Unproven => {
+            "a push service refuses a key of ours: subscriptions that nothing was delivered to yet wait until it takes a message"
         }
     }
 }
@@ -207,22 +229,41 @@ fn parse_word(word: &str) -> Option<(Cause, HeldFor)> {
 
 /// How many subscriptions are at risk of being given up, of each push service: refused, and nothing was delivered since.
 #[derive(Debug, Default)]
-pub(super) struct AtRisk(Mutex<BTreeMap<String, u64>>);
+pub(super) struct AtRisk {
+    by_origin: Mutex<BTreeMap<String, u64>>,
+    /// Whether one was refused here since the last look.
+    is_new: AtomicBool,
+}
 
 impl AtRisk {
-    async fn look(&self, tools: &Tools) -> anyhow::Result<()> {
+    /// One was refused.
+    pub(super) fn refused(&self) {
+        self.is_new.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether a look may find others than the last.
+    fn is_due(&self) -> bool {
+        self.is_new.swap(false, Ordering::Relaxed) || !lock(&self.by_origin).is_empty()
+    }
+
+    /// Counts them.
+    pub(super) async fn look(&self, tools: &Tools) -> anyhow::Result<()> {
         let mut by_origin = BTreeMap::<String, u64>::new();
         for endpoint in tools.store.at_risk(MOST_AT_RISK).await? {
             *by_origin.entry(origin(&endpoint).to_owned()).or_default() += 1;
         }
         tools.meters.at_risk(by_origin.values().sum());
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = by_origin;
+        *lock(&self.by_origin) = by_origin;
         Ok(())
     }
 
     fn of(&self, origin: &str) -> u64 {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).get(origin).copied().unwrap_or_default()
+        lock(&self.by_origin).get(origin).copied().unwrap_or_default()
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A push service, as operators see it.
@@ -324,6 +365,14 @@ async fn resume(State(tools): State<Tools>, Json(request): Json<Resume>) -> Resu
         return Err(FieldError::new("origin", "an origin of GET /origins").into());
     }
     tools.store.resume_service(&request.origin).await?;
-    info!(origin = request.origin, "an operator lets a push service be sent to again");
+    tools.services_changed.store(true, Ordering::Relaxed);
+    // Where others work on the same store, not before they have heard of it.
+    let due = match tools.store.is_shared() {
+        true => Due::In(2 * EXCHANGE),
+        false => Due::Now,
+    };
+    let new_job = |waiting: &Waiting| Ok(Deliver::woken(&tools, waiting)?.due(due));
+    let woken = tools.store.wake_batches(&request.origin, new_job).await?;
+    info!(woken, origin = request.origin, "an operator lets a push service be sent to again");
     Ok(http::StatusCode::NO_CONTENT)
 }

@@ -15,6 +15,7 @@ mod batches;
 mod notifications;
 mod pacing;
 mod services;
+mod shares;
 mod subscriptions;
 mod tables;
 
@@ -24,7 +25,11 @@ use perennial_server::values;
 use perennial_workers::{Job, Jobs, NewJob, queue};
 use uuid::Uuid;
 
-pub(crate) use batches::{Added, Batch, Checkpoint, Deferred, Delivery, Member, Part, Recorded, Rest};
+use shares::Shares;
+
+pub(crate) use batches::{
+    Added, Batch, Checkpoint, Deferred, Delivery, Member, Members, Part, Recorded, Rest, Waiting,
+};
 pub(crate) use notifications::{
     Accepted, Change, DeliveryView, Idempotency, NewNotification, Notification, Plan, Recipient,
 };
@@ -38,11 +43,18 @@ pub(crate) use tables::{POSTGRES, SQLITE};
 pub(crate) struct Store {
     sql: sql::Store,
     jobs: Jobs,
+    shares: Shares,
 }
 
 impl Store {
     pub(crate) fn new(sql: sql::Store, jobs: Jobs) -> Self {
-        Self { sql, jobs }
+        let shares = Shares::of(sql.pool().1.max, sql.dialect());
+        Self { sql, jobs, shares }
+    }
+
+    /// Whether other processes may work on it.
+    pub(crate) fn is_shared(&self) -> bool {
+        matches!(self.sql, sql::Store::Postgres(_))
     }
 
     /// Counts a job that is about to be stored with what it is about.
@@ -74,6 +86,47 @@ impl Store {
     }
 }
 
+/// How many bytes of rows one answer has, about, and how many rows are read at once: rows may have 10 KB each.
+const PAGE_BYTES: usize = 256 << 10;
+const PART: usize = 64;
+
+/// A page, and the number behind which the next one begins, if there may be one.
+pub(crate) type Page<T> = (Vec<T>, Option<i64>);
+
+/// Rows that are read in parts, in the order of the numbers in their column `id`, until there are as many as asked for, or as
+/// many bytes as one answer may have. Those that cannot be read are set apart.
+struct Pager<T> {
+    what: &'static str,
+    id: &'static str,
+    limit: usize,
+    rows: usize,
+    bytes: usize,
+    after: i64,
+    found: Vec<T>,
+}
+
+impl<T> Pager<T> {
+    fn new((what, id): (&'static str, &'static str), after: i64, limit: usize) -> Self {
+        Self { what, id, limit, rows: 0, bytes: 0, after, found: Vec::new() }
+    }
+
+    /// Behind which number the next part begins, and how many rows it has.
+    fn part(&self) -> (i64, usize) {
+        (self.after, PART.min(self.limit - self.rows))
+    }
+
+    /// Takes a part; returns the page when it was the last of it.
+    fn take(&mut self, rows: &[sql::Row], read: impl Fn(&sql::Row) -> Result<T>) -> Option<Page<T>> {
+        let is_end = rows.len() < self.part().1;
+        self.rows += rows.len();
+        self.bytes += rows.iter().map(sql::Row::bytes).sum::<usize>();
+        self.after = rows.iter().rev().find_map(|row| row.get(self.id).ok()).unwrap_or(self.after);
+        self.found.extend(sql::each(rows, self.what, self.id, read));
+        let is_full = self.rows >= self.limit || self.bytes >= PAGE_BYTES;
+        (is_end || is_full).then(|| (std::mem::take(&mut self.found), (!is_end).then_some(self.after)))
+    }
+}
+
 /// Whether a site has any subscription at all.
 pub(crate) async fn has_subscriptions(store: &sql::Store, site: i64) -> Result<bool> {
     store.value("SELECT EXISTS (SELECT 1 FROM subscriptions WHERE site = ?)", values![site]).await
@@ -88,7 +141,7 @@ fn timestamp(ms: i64) -> Timestamp {
 }
 
 /// A job to be stored in a transaction of this store.
-fn job<J: Job>(job: &J) -> Result<NewJob> {
+pub(crate) fn job<J: Job>(job: &J) -> Result<NewJob> {
     Ok(NewJob::new(job).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
 }
 

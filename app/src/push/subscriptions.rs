@@ -18,6 +18,7 @@ use perennial_server::http::scope::Scope as RequestScope;
 use perennial_webpush::{Endpoint, Keys, KeysError, TargetError};
 use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};
+use serde_json::value::RawValue;
 use serde_json::{Map, Value};
 use tower_http::cors::{AllowOrigin, CorsLayer};
 use tracing::debug;
@@ -67,13 +68,17 @@ impl PushSubscription {
     pub(super) fn expires_at(&self) -> std::result::Result<Option<i64>, &'static str> {
         const END: f64 = 253_402_300_799_000.0;
         match self.expiration_time {
-            None => Ok(None),
-            Some(0.0) => Ok(None),
-            Some(time) if (0.0..=END).contains(&time) && time as i64 > now_ms() => Ok(Some(time as i64)),
+            None | Some(0.0) => Ok(None),
+            Some(time) if (0.0..=END).contains(&time) && time as i64 > now_ms() - SKEW_MS => {
+                Ok(Some(time as i64))
+            }
             Some(_) => Err(EXPIRES_WANTED),
         }
     }
 }
+
+/// How far the clocks of browsers may be behind ours.
+const SKEW_MS: i64 = 60_000;
 
 /// How to encrypt
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
@@ -158,7 +163,9 @@ pub(super) async fn subscribe(
         debug!(%error, "refused an endpoint");
         if let (TargetError::NotLookedUp(_), None) = (&error, &visitor.caller) {
             let detail = "the push service of this subscription cannot be looked up now";
-            return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).retry_after(LOOK_UP_AGAIN).into());
+            return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail)
+                .retry_after(LOOK_UP_AGAIN)
+                .into());
         }
         if let (TargetError::NotLookedUp(_), Some(_)) = (&error, &visitor.caller) {
             return store(&tools, &visitor, new).await;
@@ -239,7 +246,7 @@ pub(super) struct SubscriptionView {
     tags: Vec<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     #[schema(value_type = Option<Object>)]
-    metadata: Option<Value>,
+    metadata: Option<Box<RawValue>>,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
     #[schema(value_type = String, format = DateTime)]
@@ -302,7 +309,7 @@ pub(super) struct Filter {
     tag: Option<String>,
     /// After the one with this id
     cursor: Option<i64>,
-    /// At most so many, up to 1000
+    /// At most so many, up to 1000; fewer where they are long
     limit: Option<usize>,
 }
 
@@ -332,8 +339,8 @@ pub(super) async fn list(
     }
     let limit = within_page(filter.limit, 100, PAGE)?;
     let cursor = filter.cursor.unwrap_or(0);
-    let found = tools.store.subscriptions(caller.site.0, filter.user, filter.tag, cursor, limit).await?;
-    let next = if found.len() == limit { found.last().map(|last| last.id) } else { None };
+    let (found, next) =
+        tools.store.subscriptions(caller.site.0, filter.user, filter.tag, cursor, limit).await?;
     Ok(Json(Subscriptions { subscriptions: found.into_iter().map(SubscriptionView::from).collect(), next }))
 }
 
@@ -532,7 +539,6 @@ fn check_user_token(
 pub(super) fn decode_base64(text: &str) -> Option<Vec<u8>> {
     const EITHER: GeneralPurposeConfig =
         GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    let alphabet =
-        if text.contains(['+', '/']) { &alphabet::STANDARD } else { &alphabet::URL_SAFE };
+    let alphabet = if text.contains(['+', '/']) { &alphabet::STANDARD } else { &alphabet::URL_SAFE };
     GeneralPurpose::new(alphabet, EITHER).decode(text).ok()
 }

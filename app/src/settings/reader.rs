@@ -1,5 +1,6 @@
 //! From values to types, noting everything that does not fit.
 
+use std::collections::BTreeSet;
 use std::fmt;
 use std::net::{AddrParseError, IpAddr};
 use std::ops::RangeInclusive;
@@ -20,6 +21,7 @@ use super::{Entry, Problem, Problems, Settings};
 pub struct Reader<'a> {
     settings: &'a Settings,
     problems: Vec<Problem>,
+    notes: BTreeSet<String>,
 }
 
 /// A type that a setting can have.
@@ -34,7 +36,7 @@ pub trait Setting: Sized {
 impl<'a> Reader<'a> {
     /// Nothing read yet.
     pub fn new(settings: &'a Settings) -> Self {
-        Self { settings, problems: Vec::new() }
+        Self { settings, problems: Vec::new(), notes: BTreeSet::new() }
     }
 
     /// A setting of a type that is known here.
@@ -122,6 +124,16 @@ impl<'a> Reader<'a> {
             wanted: if value.is_some() { wanted.to_owned() } else { format!("wanted {wanted}") },
         };
         self.problems.push(problem);
+    }
+
+    /// Notes what an operator should know of a value that can be used.
+    pub fn note(&mut self, note: String) {
+        self.notes.insert(note);
+    }
+
+    /// What was noted so far.
+    pub fn take_notes(&mut self) -> BTreeSet<String> {
+        std::mem::take(&mut self.notes)
     }
 
     /// The end of reading.

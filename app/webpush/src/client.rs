@@ -7,7 +7,7 @@
 //! it is reported, and the caller decides.
 
 use std::collections::HashMap;
-use std::pin::pin;
+use std::pin::{Pin, pin};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -173,21 +173,8 @@ impl Client {
     ) -> Result<Answer, ClientError> {
         // Its own time, however long it has waited: what is cut off in the middle may have been taken.
         let limit = self.shared.limits.timeout;
-        let answer = tokio::time::timeout(limit, async {
-            let mut answer = pin!(send_on(lane, make, body));
-            if who == Reputation::Proven {
-                return answer.await;
-            }
-            // Anybody can bring a subscription that is never answered: it keeps nobody waiting for long.
-            let patience = (lane.turns.usual() * 8).max(PATIENCE);
-            if let Ok(answer) = tokio::time::timeout(patience, answer.as_mut()).await {
-                return answer;
-            }
-            let Some(_overdue) = Overdue::enter(lane) else { return Err(ClientError::Timeout(patience)) };
-            turn.give_back();
-            answer.await
-        });
-        let answer = answer.await.unwrap_or(Err(ClientError::Timeout(limit)));
+        let answer = tokio::time::timeout(limit, send_on(lane, &mut turn, make, body, who)).await;
+        let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
         match &answer {
             Ok(answer) if is_choking(answer.status) => turn.choked(who),
             Ok(answer) if answer.status.is_success() => turn.answered(),
@@ -238,8 +225,10 @@ fn is_choking(status: StatusCode) -> bool {
 
 async fn send_on(
     lane: &Arc<Lane>,
+    turn: &mut Turn<'_>,
     make: impl Fn(Version) -> Request<()> + Send + Sync,
     body: Bytes,
+    who: Reputation,
 ) -> Result<Answer, ClientError> {
     for resends in 0..=RESENDS {
         if resends > AT_ONCE {
@@ -248,13 +237,31 @@ async fn send_on(
         }
         let connection = lane.checkout().await?;
         let request = make(connection.version());
-        match lane.send(connection, request, body.clone()).await {
+        let answer = pin!(lane.send(connection, request, body.clone()));
+        let answer = match who {
+            Reputation::Proven => answer.await,
+            Reputation::Unproven => patiently(lane, turn, answer).await,
+        };
+        match answer {
             Ok(answer) => return Ok(answer),
             Err(SendError::NotLookedAt) => {}
             Err(SendError::Unknown(why)) => return Err(ClientError::Broken(why)),
         }
     }
     Err(ClientError::Refused(RESENDS + 1))
+}
+
+/// Waits for an answer; one that takes long lets others have the turn. Anybody can bring a subscription that is never answered.
+async fn patiently<T>(lane: &Lane, turn: &mut Turn<'_>, mut answer: Pin<&mut impl Future<Output = T>>) -> T {
+    let patience = (lane.turns.usual() * 8).max(PATIENCE);
+    if let Ok(answer) = tokio::time::timeout(patience, answer.as_mut()).await {
+        return answer;
+    }
+    let overdue = Overdue::enter(lane);
+    if overdue.is_some() {
+        turn.give_back();
+    }
+    answer.await
 }
 
 /// Closes connections that have become idle, and forgets lanes that nobody uses.

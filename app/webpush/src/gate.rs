@@ -107,6 +107,8 @@ pub(crate) struct Gate {
     probed: HashSet<u64>,
     /// Whether it is held for what many have said here.
     by_many: bool,
+    /// Whether only subscriptions that nothing was delivered to yet are held: others of them may well be taken.
+    of_unproven: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -128,6 +130,12 @@ fn failure(news: News) -> Option<(Cause, Option<Duration>)> {
 }
 
 impl Gate {
+    /// One for subscriptions that nothing was delivered to yet: the first refusals may be those of a few strangers, and so it
+    /// asks again soon.
+    pub(crate) fn of_unproven() -> Self {
+        Self { of_unproven: true, ..Self::default() }
+    }
+
     /// Whether nothing keeps messages back.
     pub(crate) fn is_open(&self) -> bool {
         self.hold.is_none()
@@ -305,7 +313,11 @@ impl Gate {
     }
 
     fn backoff(&self, cause: Cause) -> Duration {
-        let (first, last) = if cause == Cause::Unauthorized { UNAUTHORIZED_WAIT } else { WAIT };
+        let (first, last) = match cause {
+            Cause::Unauthorized if self.of_unproven => (2 * WAIT.0, UNAUTHORIZED_WAIT.1),
+            Cause::Unauthorized => UNAUTHORIZED_WAIT,
+            Cause::Throttled | Cause::Unreachable => WAIT,
+        };
         first.saturating_mul(2_u32.saturating_pow(self.holds.min(16))).min(last)
     }
 }

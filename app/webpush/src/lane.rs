@@ -86,7 +86,15 @@ impl Lane {
     pub(crate) fn new(service: Arc<Service>, http: HttpVersion, shared: Arc<Shared>) -> Arc<Self> {
         let turns = Turns::new(most(&shared.limits, http == HttpVersion::One));
         let state = Mutex::new(State { is_http1: http == HttpVersion::One, ..State::default() });
-        Arc::new(Self { service, turns, http, shared, state, changed: Notify::new(), overdue: AtomicUsize::new(0) })
+        Arc::new(Self {
+            service,
+            turns,
+            http,
+            shared,
+            state,
+            changed: Notify::new(),
+            overdue: AtomicUsize::new(0),
+        })
     }
 
     /// A connection with room for one more request.

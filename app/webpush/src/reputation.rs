@@ -29,7 +29,11 @@ pub enum Reputation {
 const PROBES: usize = 4;
 const URGENT_PROBES: usize = 16;
 /// How many probes fail before they are held: those that are answered, and those that are not.
-const DOUBTS: (usize, usize) = (32, 8);
+const DOUBTS: (usize, usize) = (16, 8);
+/// The same where something was delivered recently: a push service that asks so many to wait one by one is not out of order.
+const DOUBTS_WHERE_DELIVERED: usize = 4096;
+/// How long ago that is at most.
+const RECENTLY: Duration = Duration::from_secs(600);
 /// How long a message waits for a probe of another one to end, one that is answered or one that is not.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
 /// How long after the end of a hold for all a proven subscription is waited for before an unproven one may be the probe.
@@ -40,7 +44,7 @@ const INSIST: Duration = Duration::from_millis(100);
 const LATELY: Duration = Duration::from_secs(3600);
 
 /// See the module. Time is an argument.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Gates {
     /// By the word of proven subscriptions: it is everybody's.
     all: Gate,
@@ -89,6 +93,13 @@ impl HeldFor {
             Self::All => "all",
             Self::Unproven => "unproven",
         }
+    }
+}
+
+impl Default for Gates {
+    fn default() -> Self {
+        let (all, unproven) = (Gate::default(), Gate::of_unproven());
+        Self { all, unproven, doubt: None, delivered: None, insisted: None }
     }
 }
 
@@ -223,15 +234,30 @@ impl Gates {
         of(&self.all, HeldFor::All).or_else(|| of(&self.unproven, HeldFor::Unproven))
     }
 
+    /// A message was delivered then, when nothing was remembered here.
+    pub(crate) fn was_delivered(&mut self, at: Option<Instant>) {
+        self.delivered = self.delivered.max(at);
+    }
+
     /// When a message was last delivered.
     pub(crate) fn delivered(&self) -> Option<Instant> {
         self.delivered
     }
 
     fn doubt_or_hold(&mut self, cause: Cause, news: News, id: u64, now: Instant) {
+        let has_delivered = self.delivered.is_some_and(|at| now.duration_since(at) < RECENTLY);
+        // What it takes from others with this key, it does not refuse for the key.
+        if has_delivered && cause == Cause::Unauthorized {
+            return;
+        }
         if let Some(doubt) = &mut self.doubt {
             doubt.failed += 1;
-            if doubt.failed >= if cause == Cause::Unreachable { DOUBTS.1 } else { DOUBTS.0 } {
+            let most = match cause {
+                Cause::Unreachable => DOUBTS.1,
+                _ if has_delivered => DOUBTS_WHERE_DELIVERED,
+                _ => DOUBTS.0,
+            };
+            if doubt.failed >= most {
                 self.doubt = None;
                 self.unproven.close(news, now);
             }
@@ -321,11 +347,22 @@ mod tests {
         let now = Instant::now();
         let mut gates = Gates::default();
         gates.note(Well, Ticket::Open, Proven, 77, now);
-        attack(&mut gates, asks(), 10_000, now);
+        let asked = attack(&mut gates, asks(), 10_000, now);
+        assert!(asked < 5000, "{asked} are asked where others are delivered to");
         assert!(gates.admit(Unproven, false, now).is_err());
         assert_eq!(gates.admit(Unproven, true, now), Ok(Ticket::Open));
         assert!(gates.admit(Unproven, true, now).is_err(), "one in a while");
         assert_eq!(gates.admit(Unproven, true, now + INSIST), Ok(Ticket::Open));
+    }
+
+    #[test]
+    fn a_key_that_others_were_delivered_with_is_not_refused() {
+        let now = Instant::now();
+        let mut gates = Gates::default();
+        gates.note(Well, Ticket::Open, Unproven, 77, now);
+        assert_eq!(attack(&mut gates, Refuses, 10_000, now), 10_000, "each for itself");
+        assert!(gates.is_open());
+        assert!(attack(&mut gates, Refuses, 10_000, now + RECENTLY) < 60, "that was long ago");
     }
 
     #[test]

@@ -18,8 +18,8 @@ use crate::keying::{Keying, SenderKey};
 use crate::lane::Lane;
 use crate::message::Message;
 use crate::proxy::Proxy;
-use crate::resolve::{Pin, ResolveError, Resolver};
 use crate::reputation::{HeldFor, Reputation};
+use crate::resolve::{Pin, ResolveError, Resolver};
 use crate::service::{Acceptance, Asking, Errand, ServiceStatus, Services};
 use crate::subscription::Keys;
 use crate::target::{Endpoint, Policy, TargetError};
@@ -265,11 +265,7 @@ impl Sender {
 
     /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
     /// asked again in a moment is waited for.
-    async fn admit<'a>(
-        &self,
-        lane: &'a Lane,
-        asking: Asking<'_>,
-    ) -> Result<(Turn<'a>, Errand<'a>), Report> {
+    async fn admit<'a>(&self, lane: &'a Lane, asking: Asking<'_>) -> Result<(Turn<'a>, Errand<'a>), Report> {
         let asked = Instant::now();
         let held = |(wait, cause): (Duration, Cause)| Report::failed(Verdict::Held(wait), &cause.as_str());
         loop {

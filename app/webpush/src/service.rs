@@ -65,6 +65,8 @@ struct KeyKnown {
     gates: Option<Box<Gates>>,
     /// When a message was last accepted that is signed with it, if that was not told yet.
     accepted: Option<SystemTime>,
+    /// The same, told or not.
+    delivered: Option<Instant>,
 }
 
 /// How far a service's clock is from ours.
@@ -124,7 +126,7 @@ impl Known {
                 let oldest = self.keys.iter().position(|known| known.gates.is_none()).unwrap_or(0);
                 self.keys.remove(oldest);
             }
-            self.keys.push(KeyKnown { signer, gates: None, accepted: None });
+            self.keys.push(KeyKnown { signer, gates: None, accepted: None, delivered: None });
             self.keys.len() - 1
         });
         &mut self.keys[at]
@@ -137,6 +139,7 @@ impl Known {
         match news {
             News::Well => {
                 known.accepted = Some(SystemTime::now());
+                known.delivered = Some(now);
                 if let Some(gates) = &mut known.gates {
                     gates.well(ticket, now);
                     if gates.is_new() {
@@ -146,7 +149,9 @@ impl Known {
                 false
             }
             News::Refuses => {
-                known.gates.get_or_insert_default().note(news, ticket, who, id, now)
+                let gates = known.gates.get_or_insert_default();
+                gates.was_delivered(known.delivered);
+                gates.note(news, ticket, who, id, now)
             }
             News::Answers => known.gates.as_mut().is_some_and(|gates| gates.note(news, ticket, who, id, now)),
             News::Asks(_) | News::Away | News::Silent | News::Nothing => {

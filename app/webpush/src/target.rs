@@ -501,7 +501,9 @@ mod tests {
         ] {
             assert_eq!(Policy::default().check(url), Err(error), "{url}");
         }
-        for host in [format!("{}.push.apple.com", "x".repeat(64)), format!("{}push.apple.com", "x.".repeat(121))] {
+        for host in
+            [format!("{}.push.apple.com", "x".repeat(64)), format!("{}push.apple.com", "x.".repeat(121))]
+        {
             assert_eq!(Policy::default().check(&format!("https://{host}/x")), Err(Form), "{host}");
         }
         let long = format!("https://fcm.googleapis.com/{}", "x".repeat(MAX_ENDPOINT));

@@ -38,7 +38,14 @@ impl Window {
     pub(crate) fn new(most: usize) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "some thousands")]
         let most = (most as f64).max(1.0);
-        Self { limit: FIRST.min(most), most, threshold: most, cut: None, quickest: Duration::MAX, in_a_row: 0 }
+        Self {
+            limit: FIRST.min(most),
+            most,
+            threshold: most,
+            cut: None,
+            quickest: Duration::MAX,
+            in_a_row: 0,
+        }
     }
 
     /// How many at once: at least one.

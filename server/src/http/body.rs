@@ -8,6 +8,7 @@
 //! nothing. So what is left of the body goes back to its connection, which reads and drops it for a moment.
 
 use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -34,12 +35,19 @@ pub(super) struct Leftover(Arc<Shared>);
 struct Shared {
     body: Mutex<Option<(Incoming, OpenBody)>>,
     came: Notify,
+    any: AtomicBool,
 }
 
 impl Leftover {
+    /// Whether a body was not read to its end. What comes next on the connection may be more of it.
+    pub(super) fn had_any(&self) -> bool {
+        self.0.any.load(Ordering::Relaxed)
+    }
+
     /// Has a body dropped as it comes.
     pub(super) fn drop_later(&self, body: Incoming, open: OpenBody) {
         if !body.is_end_stream() {
+            self.0.any.store(true, Ordering::Relaxed);
             *self.0.body.lock().unwrap_or_else(PoisonError::into_inner) = Some((body, open));
             self.0.came.notify_one();
         }

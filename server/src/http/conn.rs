@@ -13,7 +13,7 @@ use hyper::rt::{Read, Write};
 use hyper::server::conn::{http1, http2};
 use hyper::service::{HttpService, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio_rustls::server::TlsStream;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -30,9 +30,6 @@ use crate::net::socket::{Peek, Rest, Socket};
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How much of a request head is held in memory at most, in bytes.
-const HEAD_LIMIT: usize = 64 * 1024;
-
 /// How many HTTP/2 streams a client may reset before they are looked at, and how many of its errors are
 /// answered, until its connection ends (CVE-2023-44487, CVE-2025-8671).
 const MAX_RESETS: usize = 20;
@@ -48,6 +45,9 @@ pub(super) struct Http {
 impl Protocol for Http {
     async fn plain<S: Peek>(&self, mut socket: Socket<S>) {
         let connection = Arc::clone(socket.connection());
+        if !has_come(&mut socket, &connection).await {
+            return close(socket, &connection).await;
+        }
         match connection.unless_cut(detect(&mut socket)).await {
             // Boxed, since a future is as large as the largest that it may be.
             Some(Ok(Spoken::Http2)) => Box::pin(self.http2(socket, &connection)).await,
@@ -59,10 +59,7 @@ impl Protocol for Http {
         }
     }
 
-    async fn secure<S>(&self, stream: Box<TlsStream<Socket<S>>>)
-    where
-        S: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-    {
+    async fn secure<S: Peek>(&self, stream: Box<TlsStream<Socket<S>>>) {
         let (socket, tls) = stream.get_ref();
         let connection = Arc::clone(socket.connection());
         // What came so far was the handshake.
@@ -113,8 +110,8 @@ impl Http {
                 // Nothing of hyper's is kept for one that says nothing: its buffers are most of what a connection is.
                 Http1End::Resting(rested) => io = rested,
             }
-            if !arrival(&mut io, connection).await {
-                return;
+            if !has_come(&mut io, connection).await {
+                return close(io, connection).await;
             }
             connection.has_rested();
         }
@@ -130,11 +127,16 @@ impl Http {
         let served = http1::Builder::new()
             // The watch has a deadline for it.
             .header_read_timeout(None)
-            .max_buf_size(HEAD_LIMIT)
+            .max_buf_size(self.config.head_limit)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades();
         let mut served = Box::new(served);
-        let may_rest = || I::CAN && connection.is_resting();
+        let may_rest = || match connection.told() {
+            // To be closed, or to serve what the kernel has.
+            Told::Leave => connection.is_between_requests(),
+            Told::Stay | Told::Last => I::CAN && connection.is_resting() && !leftover.had_any(),
+            Told::Cut => false,
+        };
         let driven = tokio::select! {
             driven = drive(Pin::new(&mut *served), connection, may_rest) => driven,
             () = leftover.drop_all() => Driven::Ended,
@@ -150,7 +152,7 @@ impl Http {
             }
         }
         // Its bytes belong to somebody else now.
-        if connection.phase() != Phase::Closed {
+        if !matches!(connection.phase(), Phase::Closing | Phase::Closed) {
             connection.enter(Phase::Upgraded);
         }
         Http1End::Closed
@@ -196,16 +198,29 @@ enum Driven {
     Resting,
 }
 
-/// Waits for the next request of a connection that rests. False if there will be none.
-async fn arrival<I: Rest>(io: &mut I, connection: &Connection) -> bool {
+/// Waits for the next request of a connection that rests. False if there will be none: its client has closed it, or it was told
+/// to leave and nothing has arrived. What the kernel has is served, also when the reactor has not told of it yet.
+async fn has_come<I: Rest>(io: &mut I, connection: &Connection) -> bool {
     let leaving = poll_fn(|context| match connection.poll_told(context) {
         Told::Leave | Told::Cut => Poll::Ready(()),
         Told::Stay | Told::Last => Poll::Pending,
     });
-    tokio::select! {
-        arrived = io.arrival() => arrived,
+    let has_come = tokio::select! {
+        biased;
+        arrived = io.arrival(), if I::CAN => arrived,
         () = leaving => false,
+    };
+    if has_come || connection.told() == Told::Cut || !io.unread() {
+        return has_come;
     }
+    // Without this the next poll finds nothing, and the one after it comes here again.
+    tokio::task::yield_now().await;
+    true
+}
+
+/// Says that nothing more will come, and waits for the client to know it.
+async fn close<I: Rest>(mut io: I, connection: &Connection) {
+    let _ = connection.unless_cut(io.shutdown()).await;
 }
 
 /// Runs a connection until it ends by itself, until it is told to, or until it may rest.
@@ -224,7 +239,7 @@ async fn drive<C: Served>(
         // What has been answered already is on its way before a cut.
         match served.as_mut().poll(context) {
             Poll::Pending if told == Told::Cut => Poll::Ready(Ok(Driven::Ended)),
-            Poll::Pending if told < Told::Leave && may_rest() => Poll::Ready(Ok(Driven::Resting)),
+            Poll::Pending if may_rest() => Poll::Ready(Ok(Driven::Resting)),
             polled => polled.map_ok(|()| Driven::Ended),
         }
     });
@@ -270,9 +285,9 @@ where
     S: HttpService<Incoming, ResBody = FollowedBody>,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    fn tell(self: Pin<&mut Self>) {
-        self.graceful_shutdown();
-    }
+    /// Each answer says it, and what is between requests is closed by [`Http::http1`]: hyper would close it over a request that
+    /// has arrived.
+    fn tell(self: Pin<&mut Self>) {}
 }
 
 impl<I, S> Served for http2::Connection<I, S, Streams>

@@ -53,7 +53,7 @@ fn cut(text: String) -> String {
     format!("{}…{}", &text[..head], &text[tail..])
 }
 
-/// The fields of a request that were not as wanted, as far as they are named: after [`MAX_ERRORS`] nothing is kept.
+/// The fields of a request that were not as wanted, as far as they are named: after twenty nothing is kept.
 #[derive(Clone, Debug, Default)]
 pub struct Errors(Vec<FieldError>);
 

@@ -5,7 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -36,6 +36,8 @@ struct State {
     route: OnceLock<MatchedPath>,
     headers: OnceLock<HeaderMap>,
     stage: AtomicU8,
+    /// Whether its client has shown who it is.
+    is_identified: AtomicBool,
     /// Why its body was given up.
     no_body: OnceLock<&'static str>,
     /// Since when a part of the response waits for the client, by the connection's clock; 0 if none does.
@@ -100,6 +102,7 @@ impl Scope {
             route: OnceLock::new(),
             headers: OnceLock::new(),
             stage: AtomicU8::new(Stage::Handler as u8),
+            is_identified: AtomicBool::new(false),
             no_body: OnceLock::new(),
             stalled: AtomicU64::new(0),
             spent: Mutex::default(),
@@ -247,6 +250,16 @@ impl Scope {
 
     pub(super) fn set_route(&self, route: MatchedPath) {
         let _ = self.0.route.set(route);
+    }
+
+    /// Its client has shown who it is: it is not the first to be cut off when memory is nearly used up.
+    pub fn identify(&self) {
+        self.0.is_identified.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether it waits for the body of somebody who has not shown who they are.
+    pub(crate) fn is_unknown(&self) -> bool {
+        self.stage() == Stage::Body && !self.0.is_identified.load(Ordering::Relaxed)
     }
 
     pub(super) fn set_stage(&self, stage: Stage) {

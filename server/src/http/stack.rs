@@ -27,6 +27,7 @@ use super::body::{Leftover, Pace, RequestBody};
 use super::exchange::{Exchange, FollowedBody, Ledger, logged, method_label};
 use super::problem::Problem;
 use super::scope::{Begun, REQUEST_ID, RequestId, Scope, Services};
+use super::target::{self, Target};
 use super::timed::Timed;
 use crate::cgroup::Pressure;
 use crate::drain::Phase;
@@ -74,7 +75,7 @@ impl Stack {
             trusted_proxies: Arc::clone(&config.net.trusted_proxies),
             forwarded_header: config.net.forwarded_header,
             max_requests: config.max_requests,
-            pressure: config.pressure.clone(),
+            pressure: config.net.pressure.clone(),
             in_flight: Arc::default(),
             ledger: Arc::new(Ledger {
                 requests: Requests::new(config.net.name),
@@ -110,13 +111,22 @@ impl Stack {
             connection: Arc::clone(&connection),
             services: Arc::clone(&self.services),
         });
+        let target = target::check(&mut request);
         request.extensions_mut().insert(scope.clone());
 
         // The exchange is counted and logged however the steps below end, and also if they never do.
         let exchange = Exchange::begin(Arc::clone(&self.ledger), scope.clone(), version, in_flight);
 
         let span = info_span!("request", request_id = scope.id().as_str());
-        let mut response = self.respond(request, leftover, &scope).instrument(span).await;
+        let mut response = match target {
+            Target::Route => self.respond(request, leftover, &scope).instrument(span).await,
+            Target::Server => ([(header::ALLOW, target::METHODS)], StatusCode::NO_CONTENT).into_response(),
+            Target::Refused(problem) => {
+                // Whoever writes such requests may mean something else by the next bytes.
+                connection.tell(Told::Last);
+                problem.into_response()
+            }
+        };
         response.headers_mut().insert(REQUEST_ID, scope.id().header());
         if let Some(added) = scope.added_headers() {
             response.headers_mut().extend(added.clone());
@@ -124,20 +134,24 @@ impl Stack {
 
         // A client of a draining process should connect anew, to another one; and one whose connection is to
         // end should not find that out by its next request.
+        self.say_if_last(&connection, version, &mut response);
+        Ok(exchange.respond(response))
+    }
+
+    fn say_if_last<B>(&self, connection: &Connection, version: Version, response: &mut http::Response<B>) {
         let ending = connection.told() >= Told::Last || self.services.drain.phase() >= Phase::Soft;
         // An upgrade has another word in its place.
         let upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if version < Version::HTTP_2 && ending && !upgrade {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
-        Ok(exchange.respond(response))
     }
 
     /// The right to be one of those that run.
     fn enter(&self) -> Option<InFlight> {
         let in_flight = InFlight(Arc::clone(&self.in_flight));
-        let has_room = self.in_flight.fetch_add(1, Ordering::Relaxed) < self.max_requests;
-        (has_room && !self.pressure.is_high()).then_some(in_flight)
+        let running = self.in_flight.fetch_add(1, Ordering::Relaxed);
+        (running < self.max_requests && self.pressure.admits()).then_some(in_flight)
     }
 
     /// Sends a request away, as cheaply as can be.
@@ -148,13 +162,16 @@ impl Stack {
         leftover: Option<Leftover>,
     ) -> http::Response<FollowedBody> {
         connection.turned_away();
+        let version = request.version();
         self.ledger.requests.shed(method_label(request.method()));
         if let Some(leftover) = leftover {
             leftover.drop_later(request.into_body(), OpenBody::on(connection));
         }
         let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, "too many requests are running")
             .retry_after(Duration::from_secs(1));
-        problem.into_response().map(FollowedBody::plain)
+        let mut response = problem.into_response();
+        self.say_if_last(connection, version, &mut response);
+        response.map(FollowedBody::plain)
     }
 
     /// The client that a trusted proxy names.

@@ -3,7 +3,7 @@
 use std::io;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -26,6 +26,18 @@ const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_se
 const REFUSALS: usize = 64;
 /// For how long one is told so.
 const REFUSAL: Duration = Duration::from_secs(1);
+
+/// For how long connections that were begun before are still accepted once no new ones are, at the end.
+const LATE: Duration = Duration::from_millis(500);
+
+/// How often the log says that there are as many connections as may be.
+const TELL_AGAIN: Duration = Duration::from_secs(60);
+
+/// How long a connection that has to make room may take to end.
+const ROOM: Duration = Duration::from_millis(100);
+
+/// While memory is nearly used up, one connection is accepted in so long.
+const TRICKLE: Duration = Duration::from_millis(200);
 
 /// What happens to a connection over the limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +74,7 @@ pub(crate) struct Host<P> {
 pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
     let mut running = JoinSet::new();
     let refusals = Arc::new(Semaphore::new(REFUSALS));
+    let mut limit = Limit::new(host.config.name);
     let mut failures = 0;
     loop {
         while running.try_join_next().is_some() {}
@@ -72,7 +85,7 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
         match accepted {
             Ok(accepted) => {
                 failures = 0;
-                match slot(&host).await {
+                match slot(&host, &mut limit).await {
                     Slot::Taken(slot) => host.begin(&mut running, accepted, listener.tls(), slot, &refusals),
                     Slot::None => host.refuse(&mut running, accepted, listener.tls(), &refusals, "limit"),
                 }
@@ -81,13 +94,40 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
                 failures += 1;
                 let pause = RETRY.jittered(failures);
                 warn!(%error, address = listener.address(), ?pause, "accept failed");
-                tokio::time::sleep(pause).await;
+                // It may be for want of a descriptor.
+                host.connections.make_room();
+                tokio::select! {
+                    () = tokio::time::sleep(pause) => {}
+                    () = host.drain.soft() => break,
+                }
+            }
+        }
+        if host.config.pressure.is_high() {
+            tokio::select! {
+                () = tokio::time::sleep(TRICKLE) => {}
+                () = host.drain.soft() => {}
             }
         }
     }
     let (address, tls) = (listener.address(), listener.tls().cloned());
     host.sockets.close();
-    match listener.close(host.sockets.are_handed_over()) {
+    let handed_over = host.sockets.are_handed_over();
+    if !handed_over && listener.refuse_new() {
+        // Those that have begun to connect end up in the queue, and not between the last look at it and its end.
+        let late = tokio::time::sleep(LATE);
+        tokio::pin!(late);
+        loop {
+            tokio::select! {
+                biased;
+                () = host.drain.hard() => break,
+                () = &mut late => break,
+                Ok(accepted) = listener.accept() => {
+                    host.begin(&mut running, accepted, tls.as_ref(), None, &refusals);
+                }
+            }
+        }
+    }
+    match listener.close(handed_over) {
         Ok(backlog) => {
             for accepted in backlog {
                 // Taken whatever the limit says: these clients were told that they are connected.
@@ -99,24 +139,62 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
     while running.join_next().await.is_some() {}
 }
 
+/// Whether there are as many connections as may be, for the log and the metrics.
+#[derive(Debug)]
+struct Limit {
+    listener: &'static str,
+    reached: bool,
+    told: Option<Instant>,
+}
+
+impl Limit {
+    fn new(listener: &'static str) -> Self {
+        metrics::at_limit(listener, false);
+        Self { listener, reached: false, told: None }
+    }
+
+    fn is(&mut self, reached: bool) {
+        if self.reached != reached {
+            self.reached = reached;
+            metrics::at_limit(self.listener, reached);
+        }
+        if reached && self.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
+            self.told = Some(Instant::now());
+            let listener = self.listener;
+            warn!(listener, "as many connections are open as may be: idle ones make room for new ones");
+        }
+    }
+}
+
 enum Slot {
     Taken(Option<OwnedSemaphorePermit>),
     None,
 }
 
-/// The right to one more connection.
-async fn slot<P>(host: &Host<P>) -> Slot {
+/// The right to one more connection. Where there are as many as may be, one that is idle makes room: a client that holds them
+/// all keeps nobody out.
+async fn slot<P>(host: &Host<P>, limit: &mut Limit) -> Slot {
     let slots = Arc::clone(host.connections.slots());
-    match host.config.at_limit {
-        AtLimit::Reject => match slots.try_acquire_owned() {
-            Ok(slot) => Slot::Taken(Some(slot)),
-            Err(_) => Slot::None,
-        },
+    if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
+        limit.is(false);
+        return Slot::Taken(Some(slot));
+    }
+    limit.is(true);
+    let has_room = host.connections.make_room();
+    let freed = async {
+        loop {
+            match tokio::time::timeout(ROOM, Arc::clone(&slots).acquire_owned()).await {
+                Ok(slot) => return slot.ok(),
+                // Others may have become idle.
+                Err(_elapsed) => _ = host.connections.make_room(),
+            }
+        }
+    };
+    tokio::select! {
+        slot = freed => Slot::Taken(slot),
+        () = tokio::time::sleep(ROOM), if host.config.at_limit == AtLimit::Reject && !has_room => Slot::None,
         // This one waits here, and the ones behind it in the kernel's queue.
-        AtLimit::Queue => tokio::select! {
-            slot = slots.acquire_owned() => Slot::Taken(slot.ok()),
-            () = host.drain.soft() => Slot::Taken(None),
-        },
+        () = host.drain.soft() => Slot::Taken(None),
     }
 }
 
@@ -161,9 +239,9 @@ impl<P: Protocol> Host<P> {
         reason: &'static str,
     ) {
         metrics::connection_cut(reason);
-        let words = self.protocol.refusal();
         // Over TLS nothing can be said without a handshake.
-        if let (Accepted::Tcp(stream, _), None) = (accepted, tls)
+        let words = if tls.is_none() { self.protocol.refusal() } else { b"" };
+        if let Accepted::Tcp(stream, _) = accepted
             && let Ok(turn) = Arc::clone(refusals).try_acquire_owned()
         {
             running.spawn(async move {

@@ -14,6 +14,8 @@ use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 use super::{Config, Connections, Listen, tls};
 
+/// How many connections may fail to be taken at the end.
+const MAX_FAILURES: usize = 1000;
 /// How many connections the kernel holds for us.
 const BACKLOG: u32 = 4096;
 
@@ -36,8 +38,17 @@ pub enum BindError {
 /// An open socket.
 #[derive(Debug)]
 pub(super) enum Listener {
-    Tcp { socket: TcpListener, address: SocketAddr, tls: Option<tls::Identity> },
-    Unix { socket: UnixListener, address: String },
+    Tcp { socket: TcpListener, address: SocketAddr, tls: Option<tls::Identity>, origin: Opened },
+    Unix { socket: UnixListener, address: String, origin: Opened },
+}
+
+/// By whom a socket was opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Opened {
+    /// By this process: when it closes it, nobody has it.
+    Here,
+    /// By a predecessor or a supervisor, which may go on using it.
+    Elsewhere,
 }
 
 /// A connection that nothing has been read from yet.
@@ -268,14 +279,14 @@ async fn tcp(
     addresses
         .into_iter()
         .map(|address| {
-            let socket = match inherited.tcp(config.name, address) {
+            let (socket, origin) = match inherited.tcp(config.name, address) {
                 Some(socket) => {
                     socket.set_nonblocking(true)?;
-                    TcpListener::from_std(socket)?
+                    (TcpListener::from_std(socket)?, Opened::Elsewhere)
                 }
-                None => open(address, config.reuse_port)?,
+                None => (open(address, config.reuse_port)?, Opened::Here),
             };
-            Ok(Listener::Tcp { address: socket.local_addr()?, socket, tls: tls.clone() })
+            Ok(Listener::Tcp { address: socket.local_addr()?, socket, tls: tls.clone(), origin })
         })
         .collect()
 }
@@ -298,14 +309,18 @@ fn unix(inherited: &Inherited, path: &Path) -> io::Result<Listener> {
     };
     if let Some(socket) = inherited.unix(|_, socket| is_there(socket)) {
         socket.set_nonblocking(true)?;
-        return Ok(Listener::Unix { socket: UnixListener::from_std(socket)?, address });
+        return Ok(Listener::Unix {
+            socket: UnixListener::from_std(socket)?,
+            address,
+            origin: Opened::Elsewhere,
+        });
     }
     // The file of a process that was killed is in the way; that of one that listens is its own.
     let is_socket = path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket());
     if is_socket && StdUnixStream::connect(path).is_err() {
         std::fs::remove_file(path)?;
     }
-    Ok(Listener::Unix { socket: UnixListener::bind(path)?, address })
+    Ok(Listener::Unix { socket: UnixListener::bind(path)?, address, origin: Opened::Here })
 }
 
 impl Listener {
@@ -342,6 +357,21 @@ impl Listener {
         }
     }
 
+    /// Has the kernel take no new connections, while those that have been begun still come. False where that is for somebody
+    /// else to say, or cannot be done.
+    ///
+    /// A connection whose handshake ends between the last look at the queue and the end of the socket would be reset, and with
+    /// it the request behind it.
+    pub(super) fn refuse_new(&self) -> bool {
+        match self {
+            Self::Tcp { socket, origin: Opened::Here, .. } => drop_first_packets(socket),
+            Self::Unix { address, origin: Opened::Here, .. } => {
+                std::fs::remove_file(address.trim_start_matches("unix:")).is_ok()
+            }
+            Self::Tcp { .. } | Self::Unix { .. } => false,
+        }
+    }
+
     /// Closes the socket after taking what the kernel has already accepted for us: closing it first would
     /// reset those connections. If a successor has it, they are the successor's.
     pub(super) fn close(self, handed_over: bool) -> io::Result<Vec<Accepted>> {
@@ -352,20 +382,76 @@ impl Listener {
         match self {
             Self::Tcp { socket, .. } => {
                 let socket = socket.into_std()?;
-                while let Ok((stream, peer)) = socket.accept() {
+                sweep(|| {
+                    let (stream, peer) = socket.accept()?;
                     stream.set_nonblocking(true)?;
                     backlog.push(Accepted::Tcp(TcpStream::from_std(stream)?, peer));
-                }
+                    Ok(())
+                });
             }
-            Self::Unix { socket, address } => {
+            Self::Unix { socket, .. } => {
                 let socket = socket.into_std()?;
-                while let Ok((stream, _)) = socket.accept() {
+                sweep(|| {
+                    let (stream, _) = socket.accept()?;
                     stream.set_nonblocking(true)?;
                     backlog.push(Accepted::Unix(UnixStream::from_std(stream)?));
-                }
-                let _ = std::fs::remove_file(address.trim_start_matches("unix:"));
+                    Ok(())
+                });
             }
         }
         Ok(backlog)
+    }
+}
+
+/// Takes one after the other, until there is none. One that has failed is no reason to leave the others.
+fn sweep(mut take: impl FnMut() -> io::Result<()>) {
+    let mut failures = 0;
+    while failures < MAX_FAILURES {
+        match take() {
+            Ok(()) => {}
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
+            Err(_) => failures += 1,
+        }
+    }
+}
+
+/// Has the kernel drop the first packet of new connections (SYN), and let through everything else: a classic BPF program
+/// that looks at the flags of the TCP header. Clients that it drops send it again after a second, and find the socket closed.
+#[cfg(target_os = "linux")]
+fn drop_first_packets(socket: &TcpListener) -> bool {
+    use socket2::{SockFilter, SockRef};
+    let program = [
+        // ldb [13]; jset #2, drop, pass; drop: ret #0; pass: ret #65535
+        SockFilter::new(0x30, 0, 0, 13),
+        SockFilter::new(0x45, 0, 1, 0x02),
+        SockFilter::new(0x06, 0, 0, 0),
+        SockFilter::new(0x06, 0, 0, 0xffff),
+    ];
+    SockRef::from(socket).attach_filter(&program).is_ok()
+}
+
+#[cfg(not(target_os = "linux"))]
+fn drop_first_packets(_socket: &TcpListener) -> bool {
+    false
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn what_has_connected_is_taken_and_what_comes_later_is_not_reset() {
+        let socket = open("127.0.0.1:0".parse().unwrap(), false).unwrap();
+        let address = socket.local_addr().unwrap();
+        let listener = Listener::Tcp { socket, address, tls: None, origin: Opened::Here };
+        let mut first = std::net::TcpStream::connect(address).unwrap();
+        assert!(listener.refuse_new());
+        let late = std::net::TcpStream::connect_timeout(&address, Duration::from_millis(300));
+        assert_eq!(late.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        first.write_all(b"x").unwrap();
+        assert_eq!(listener.close(false).unwrap().len(), 1);
     }
 }

@@ -15,12 +15,16 @@ use std::time::Instant;
 
 use futures_util::task::AtomicWaker;
 use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
 
 use super::watch::Clock;
 use crate::http::scope::Scope;
 
 /// The bytes of an HTTP/2 preface and the empty SETTINGS behind it (RFC 9113, section 3.4).
 const PREFACE: u64 = 24 + 9;
+
+/// The most bytes of a frame of HTTP/2 that answers no request, with those of TLS around it.
+const OWN_FRAMES: usize = 64;
 
 /// Who is at the other end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,13 +90,16 @@ pub enum Phase {
     Busy,
     /// It is somebody else's now: a WebSocket, say, or a protocol beside HTTP.
     Upgraded,
+    /// Its client was told that nothing more will come, and may still be sending.
+    Closing,
     /// It has ended.
     Closed,
 }
 
 impl Phase {
     fn of(word: u8) -> Self {
-        [Self::Opening, Self::Idle, Self::Head, Self::Busy, Self::Upgraded, Self::Closed][usize::from(word)]
+        [Self::Opening, Self::Idle, Self::Head, Self::Busy, Self::Upgraded, Self::Closing, Self::Closed]
+            [usize::from(word)]
     }
 }
 
@@ -155,6 +162,7 @@ pub struct Connection {
     /// Requests that the client left before they were answered.
     left: AtomicU32,
     requests: Mutex<Vec<Scope>>,
+    slot: Mutex<Option<OwnedSemaphorePermit>>,
 }
 
 impl Connection {
@@ -188,6 +196,7 @@ impl Connection {
             answered: AtomicU64::new(0),
             left: AtomicU32::new(0),
             requests: Mutex::default(),
+            slot: Mutex::default(),
             clock,
         }
     }
@@ -213,10 +222,31 @@ impl Connection {
 
     /// Ends it now, for a reason that is counted.
     pub(crate) fn cut(&self, reason: &'static str) {
+        self.count_end(reason);
+        self.tell(Told::Cut);
+    }
+
+    /// Ends it in order, for a reason that is counted.
+    pub(super) fn end(&self, reason: &'static str) {
+        self.count_end(reason);
+        self.tell(Told::Leave);
+    }
+
+    fn count_end(&self, reason: &'static str) {
         if self.reason.set(reason).is_ok() {
             crate::metrics::connection_cut(reason);
         }
-        self.tell(Told::Cut);
+    }
+
+    /// Keeps the right to be open, until its client is told that nothing more will come.
+    pub(super) fn hold_slot(&self, slot: Option<OwnedSemaphorePermit>) {
+        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = slot;
+    }
+
+    /// Its client was told that nothing more will come: another one may have its place.
+    pub(crate) fn close_begins(&self) {
+        self.enter(Phase::Closing);
+        self.hold_slot(None);
     }
 
     pub(crate) fn tell(&self, told: Told) {
@@ -244,6 +274,7 @@ impl Connection {
             _ => Poll::Pending,
         });
         tokio::select! {
+            biased;
             value = future => Some(value),
             () = cut => None,
         }
@@ -276,6 +307,21 @@ impl Connection {
     /// How long ago it was busy, or bytes were written, in milliseconds: what was answered may still be on its way.
     pub(super) fn quiet_for(&self, now: u64) -> u64 {
         self.phase_lasts(now).min(now.saturating_sub(self.wrote.load(Ordering::Relaxed)))
+    }
+
+    /// When bytes were written last, by the clock.
+    pub(super) fn wrote(&self) -> u64 {
+        self.wrote.load(Ordering::Relaxed)
+    }
+
+    /// Whether its client has not shown who it is: no request runs, or none but such as wait for their bodies and were shown
+    /// no key.
+    pub(super) fn is_unknown(&self) -> bool {
+        match self.phase() {
+            Phase::Opening | Phase::Head => true,
+            Phase::Busy => self.requests().iter().all(Scope::is_unknown),
+            Phase::Idle | Phase::Upgraded | Phase::Closing | Phase::Closed => false,
+        }
     }
 
     /// For how long bytes have waited that the client does not take, in milliseconds.
@@ -315,8 +361,12 @@ impl Connection {
 
     /// Whether nothing happens on it, and nothing has for a while.
     pub(crate) fn is_resting(&self) -> bool {
-        self.resting.load(Ordering::Acquire)
-            && self.phase() == Phase::Idle
+        self.resting.load(Ordering::Acquire) && self.is_between_requests()
+    }
+
+    /// Whether nothing happens on it, and everything that was answered is on its way.
+    pub(crate) fn is_between_requests(&self) -> bool {
+        self.phase() == Phase::Idle
             && self.bodies.load(Ordering::Acquire) == 0
             && self.blocked.load(Ordering::Relaxed) == 0
     }
@@ -348,6 +398,7 @@ impl Connection {
                 self.enter(Phase::Head);
             }
             Spoken::Tcp => self.since.store(self.clock.now(), Ordering::Relaxed),
+            _ if self.phase() == Phase::Closing => self.since.store(self.clock.now(), Ordering::Relaxed),
             _ => {}
         }
     }
@@ -369,7 +420,10 @@ impl Connection {
         written: Poll<io::Result<usize>>,
         context: &Context<'_>,
     ) -> Poll<io::Result<usize>> {
-        self.has_written(&written);
+        self.has_written(match &written {
+            Poll::Ready(written) => Poll::Ready(written.as_ref().map_or(0, |bytes| *bytes)),
+            Poll::Pending => Poll::Pending,
+        });
         if written.is_pending() {
             self.writer.register(context.waker());
             if self.told() == Told::Cut {
@@ -379,9 +433,12 @@ impl Connection {
         written
     }
 
-    fn has_written<T>(&self, written: &Poll<io::Result<T>>) {
-        if written.is_ready() {
-            self.wrote.store(self.clock.now(), Ordering::Relaxed);
+    fn has_written(&self, written: Poll<usize>) {
+        if let Poll::Ready(bytes) = written {
+            // What the library writes by itself, as pings and acknowledgements, is nothing that the client has asked for.
+            if bytes > OWN_FRAMES || self.phase() != Phase::Idle {
+                self.wrote.store(self.clock.now(), Ordering::Relaxed);
+            }
             if self.spoken() == Spoken::Tcp {
                 self.since.store(self.clock.now(), Ordering::Relaxed);
             }

@@ -2,19 +2,23 @@
 
 use std::future::Future;
 use std::io;
+use std::os::fd::AsFd;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
-use super::connection::{Connection, Peer};
+use super::connection::{Connection, Peer, Phase};
 use super::watch::{Seat, TooMany};
 
+/// How many bytes a client may have sent before it could know that nothing more is read: what the kernels of both sides hold.
+const ON_ITS_WAY: usize = 4 << 20;
+
 /// A socket whose first bytes can be looked at without taking them.
-pub(crate) trait Peek: AsyncRead + AsyncWrite + Send + Sync + Unpin + 'static {
+pub(crate) trait Peek: AsyncRead + AsyncWrite + AsFd + Send + Sync + Unpin + 'static {
     /// Copies what has arrived into `buffer`, waiting for the first byte. 0 is the end of the stream.
     fn peek(&self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send;
 }
@@ -42,6 +46,9 @@ pub(crate) trait Rest: AsyncRead + AsyncWrite + Send + Unpin + 'static {
 
     /// Puts bytes back that were read, before what comes next.
     fn put_back(&mut self, bytes: &[u8]);
+
+    /// Whether bytes have arrived that nobody has read, as the kernel knows it.
+    fn unread(&self) -> bool;
 }
 
 impl<S: Peek> Rest for Socket<S> {
@@ -54,10 +61,14 @@ impl<S: Peek> Rest for Socket<S> {
     fn put_back(&mut self, bytes: &[u8]) {
         self.put_back(bytes);
     }
+
+    fn unread(&self) -> bool {
+        !self.taken.is_empty() || rustix::io::ioctl_fionread(&self.io).is_ok_and(|bytes| bytes > 0)
+    }
 }
 
-/// Behind the encryption nobody can look, and what it keeps is more than what could be spared.
-impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Rest for Box<TlsStream<Socket<S>>> {
+/// A TLS stream cannot be peeked, and its buffers outweigh what parking would save.
+impl<S: Peek> Rest for Box<TlsStream<Socket<S>>> {
     const CAN: bool = false;
 
     async fn arrival(&mut self) -> bool {
@@ -65,6 +76,10 @@ impl<S: AsyncRead + AsyncWrite + Send + Unpin + 'static> Rest for Box<TlsStream<
     }
 
     fn put_back(&mut self, _bytes: &[u8]) {}
+
+    fn unread(&self) -> bool {
+        self.get_ref().0.unread()
+    }
 }
 
 /// The bytes of a connection. Its seat at the table is free again when this drops, wherever that is: a socket
@@ -74,12 +89,14 @@ pub(crate) struct Socket<S> {
     io: S,
     /// Bytes that were taken to find out the protocol, the next last.
     taken: Vec<u8>,
+    /// How many bytes were dropped since the client was told that nothing more will come.
+    dropped: usize,
     seat: Seat,
 }
 
 impl<S> Socket<S> {
     pub(super) fn new(io: S, seat: Seat) -> Self {
-        Self { io, taken: Vec::new(), seat }
+        Self { io, taken: Vec::new(), dropped: 0, seat }
     }
 
     pub(crate) fn connection(&self) -> &Arc<Connection> {
@@ -127,13 +144,13 @@ impl<S: AsyncRead + Unpin> AsyncRead for Socket<S> {
         let this = &mut *self;
         let connection = this.seat.connection();
         connection.unless_cut_for_its_owner(context)?;
-        std::task::ready!(Pin::new(&mut this.io).poll_read(context, buffer))?;
+        ready!(Pin::new(&mut this.io).poll_read(context, buffer))?;
         connection.has_read(buffer.filled().len() - before);
         Poll::Ready(Ok(()))
     }
 }
 
-impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
+impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -160,7 +177,29 @@ impl<S: AsyncWrite + Unpin> AsyncWrite for Socket<S> {
         Pin::new(&mut self.io).poll_flush(context)
     }
 
+    /// Ends in stages (RFC 9112, section 9.6): says that nothing more will come, and then reads and drops what the client sends,
+    /// until it ends too, or has sent more than can have been on its way. A socket that is closed with unread bytes is reset, and a reset overtakes the last answer.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(context)
+        let this = &mut *self;
+        let connection = this.seat.connection();
+        if connection.phase() == Phase::Upgraded {
+            // Its owner may close one side and go on reading.
+            return Pin::new(&mut this.io).poll_shutdown(context);
+        }
+        if connection.phase() != Phase::Closing {
+            ready!(Pin::new(&mut this.io).poll_shutdown(context))?;
+            connection.close_begins();
+        }
+        let mut dropped = [0; 4096];
+        loop {
+            let mut buffer = ReadBuf::new(&mut dropped);
+            match ready!(Pin::new(&mut this.io).poll_read(context, &mut buffer)) {
+                Ok(()) if !buffer.filled().is_empty() && this.dropped < ON_ITS_WAY => {
+                    connection.has_read(buffer.filled().len());
+                    this.dropped += buffer.filled().len();
+                }
+                _ => return Poll::Ready(Ok(())),
+            }
+        }
     }
 }

@@ -3,7 +3,7 @@
 //! One task looks at every connection several times a second. A look costs some nanoseconds; a timer for each
 //! deadline of each request would cost more than the rest of the host together.
 
-use std::collections::HashMap;
+use std::collections::{BinaryHeap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,14 +14,25 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::connection::{Connection, Peer, Phase, Spoken, Told};
 use super::{Config, Timeouts};
+use crate::cgroup::Pressure;
 use crate::drain::{self, Drain};
 use crate::http::scope::{RequestView, Scope};
 use crate::metrics::{self, Counted};
 
-/// How long an idle connection stays open once the drain has begun: a request that is on its way is answered,
-/// with `Connection: close`, and not cut off. Then, how long one that was told to leave may take if it has no
-/// request.
+/// How long the drain waits at least before idle connections are closed, however long they have been idle: a request that
+/// is on its way is answered, with `Connection: close`. Then, how long one that was told to leave may take.
 const LINGER: Duration = Duration::from_millis(500);
+
+/// How long a client that was told that nothing more will come may be silent without closing, and how long it may go on
+/// sending.
+const CLOSING: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
+
+/// The time for a request head, and for anything else that comes before a request, while memory is nearly used up.
+const HASTE: Duration = Duration::from_secs(1);
+
+/// How many connections are chosen at once to make room for others, and how long each was idle at least.
+const VICTIMS: usize = 64;
+const IDLE: Duration = Duration::from_millis(100);
 
 /// How many bytes an HTTP/2 connection may send of which nothing comes: pings, settings, window updates.
 const MAX_USELESS: u64 = 1 << 20;
@@ -82,6 +93,10 @@ struct Table {
     addresses: Mutex<HashMap<IpAddr, usize>>,
     open: AtomicUsize,
     emptied: Notify,
+    /// There is a connection again.
+    seated: Notify,
+    /// Those that make room next while there are as many as may be.
+    victims: Mutex<Vec<Arc<Connection>>>,
 }
 
 /// A connection's place in the table, and what is counted for it.
@@ -90,7 +105,6 @@ pub(crate) struct Seat {
     connection: Arc<Connection>,
     table: Arc<Table>,
     address: Option<IpAddr>,
-    _slot: Option<OwnedSemaphorePermit>,
     _counted: Counted,
 }
 
@@ -186,6 +200,8 @@ impl Connections {
             addresses: Mutex::default(),
             open: AtomicUsize::new(0),
             emptied: Notify::new(),
+            seated: Notify::new(),
+            victims: Mutex::default(),
         }))
     }
 
@@ -204,28 +220,58 @@ impl Connections {
         let table = &self.0;
         let address = if limited { table.enter(peer)? } else { None };
         let id = table.next.fetch_add(1, Ordering::Relaxed);
+        if table.open.fetch_add(1, Ordering::AcqRel) == 0 {
+            // Nobody has looked at the clock meanwhile.
+            table.clock.tick();
+            table.seated.notify_one();
+        }
         let connection = Arc::new(Connection::new(id, table.name, peer, tls, Arc::clone(&table.clock)));
+        connection.hold_slot(slot);
         table.shard(id).insert(id, Arc::clone(&connection));
-        table.open.fetch_add(1, Ordering::AcqRel);
         Ok(Seat {
             connection,
             table: Arc::clone(table),
             address,
-            _slot: slot,
             _counted: Counted::new(metrics::connections(table.name)),
         })
     }
 
-    /// How many there are.
+    /// Has the connection that was idle for longest end, of the address that has most of them. False when none is idle.
+    pub(crate) fn make_room(&self) -> bool {
+        let now = self.0.clock.tick();
+        let mut victims = self.0.victims.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_idle = |connection: &Connection| {
+            let is_between = matches!(connection.phase(), Phase::Opening | Phase::Idle | Phase::Head);
+            is_between && connection.told() < Told::Cut && connection.phase_lasts(now) >= milliseconds(IDLE)
+        };
+        for again in [true, false] {
+            while let Some(victim) = victims.pop() {
+                if is_idle(&victim) {
+                    victim.cut("made room");
+                    return true;
+                }
+            }
+            if again {
+                *victims = choose(self.all(), is_idle, now);
+            }
+        }
+        false
+    }
+
+    /// How many there are whose clients were not told yet that nothing more will come.
     pub fn count(&self) -> usize {
-        self.0.open.load(Ordering::Acquire)
+        self.all().iter().filter(|connection| connection.phase() != Phase::Closing).count()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.0.open.load(Ordering::Acquire) == 0
     }
 
     /// Returns when there is none.
     pub(crate) async fn emptied(&self) {
         loop {
             let emptied = self.0.emptied.notified();
-            if self.count() == 0 {
+            if self.is_empty() {
                 return;
             }
             emptied.await;
@@ -261,7 +307,7 @@ impl Connections {
     }
 
     /// Looks around until `over`: cuts what takes too long, and tells all to leave when the drain begins.
-    pub(crate) async fn watch(&self, drain: &Drain, over: impl Future<Output = ()>) {
+    pub(crate) async fn watch(&self, drain: &Drain, pressure: &Pressure, over: impl Future<Output = ()>) {
         let timeouts = &self.0.timeouts;
         let shortest = timeouts.handshake.min(timeouts.head).min(timeouts.idle).min(timeouts.write);
         let look = (shortest / 8).clamp(LOOK.0, LOOK.1);
@@ -277,31 +323,123 @@ impl Connections {
                     drain::Phase::Hard => std::future::pending().await,
                 }
             };
+            let due = async {
+                if self.is_empty() {
+                    // Nothing can be too late.
+                    self.0.seated.notified().await;
+                }
+                tokio::time::sleep(pause).await;
+            };
             tokio::select! {
                 () = over.as_mut() => return,
-                () = tokio::time::sleep(pause) => {}
+                () = due => {}
                 () = changed => {}
             }
             let now = self.0.clock.tick();
+            let hurry = pressure.is_high();
             let phase = drain.phase();
             if phase >= drain::Phase::Soft && softened.is_none() {
                 softened = Some(now);
             }
-            let drained = softened.map(|began| (now - began, phase == drain::Phase::Hard));
+            let drained = softened.map(|began| Drained {
+                since: now - began,
+                linger: milliseconds(drain.linger()),
+                hard: phase == drain::Phase::Hard,
+            });
             // A store is as old as the last look when it is written.
             let slack = milliseconds(pause);
             for shard in &self.0.shards {
                 let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
                 for connection in shard.values() {
-                    look_at(connection, timeouts, now, slack, drained);
+                    look_at(connection, timeouts, now, slack, hurry, drained);
                 }
             }
         }
     }
 }
 
-/// One look at one connection. `drained`: how long ago the drain began, and whether nothing is waited for.
-fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, drained: Option<(u64, bool)>) {
+/// Those that make room, the last of them first: from the address that has most connections the one that was idle for
+/// longest, and so on.
+fn choose(
+    all: Vec<Arc<Connection>>,
+    is_idle: impl Fn(&Connection) -> bool,
+    now: u64,
+) -> Vec<Arc<Connection>> {
+    let mut by_address = HashMap::<Option<IpAddr>, (usize, Vec<Arc<Connection>>)>::new();
+    for connection in all {
+        let (count, idle) = by_address.entry(connection.peer().ip().map(network)).or_default();
+        *count += 1;
+        if is_idle(&connection) {
+            idle.push(connection);
+        }
+    }
+    for (_, idle) in by_address.values_mut() {
+        idle.sort_by_key(|connection| connection.phase_lasts(now));
+    }
+    let lasts = |idle: &[Arc<Connection>]| idle.last().map_or(0, |connection| connection.phase_lasts(now));
+    let ranked = by_address.into_values().map(|(count, idle)| (count, lasts(&idle), idle));
+    let mut ranked: BinaryHeap<Ranked> = ranked.map(Ranked).collect();
+    let mut chosen = Vec::with_capacity(VICTIMS);
+    while chosen.len() < VICTIMS
+        && let Some(Ranked((count, _, mut idle))) = ranked.pop()
+    {
+        let Some(victim) = idle.pop() else { continue };
+        chosen.push(victim);
+        ranked.push(Ranked((count - 1, lasts(&idle), idle)));
+    }
+    chosen.reverse();
+    chosen
+}
+
+/// The connections of one address: how many, how long the one is idle that was so for longest, and those that are idle.
+struct Ranked((usize, u64, Vec<Arc<Connection>>));
+
+impl Ranked {
+    fn rank(&self) -> (bool, usize, u64) {
+        (!self.0.2.is_empty(), self.0.0, self.0.1)
+    }
+}
+
+impl PartialEq for Ranked {
+    fn eq(&self, other: &Self) -> bool {
+        self.rank() == other.rank()
+    }
+}
+
+impl Eq for Ranked {}
+
+impl PartialOrd for Ranked {
+    fn partial_cmp(&self, other: &Self) -> Option<std::cmp::Ordering> {
+        Some(self.cmp(other))
+    }
+}
+
+impl Ord for Ranked {
+    fn cmp(&self, other: &Self) -> std::cmp::Ordering {
+        self.rank().cmp(&other.rank())
+    }
+}
+
+/// How far the drain has come, in milliseconds.
+#[derive(Clone, Copy, Debug)]
+struct Drained {
+    /// How long ago it began.
+    since: u64,
+    /// How long a connection is idle before it is closed.
+    linger: u64,
+    /// Whether nothing is waited for.
+    hard: bool,
+}
+
+/// One look at one connection. In a `hurry`, what is before a request has no time.
+fn look_at(
+    connection: &Connection,
+    timeouts: &Timeouts,
+    now: u64,
+    slack: u64,
+    hurry: bool,
+    drained: Option<Drained>,
+) {
     let over = |lasts: u64, limit: Duration| lasts > milliseconds(limit) + slack;
     let phase = connection.phase();
     let lasts = connection.phase_lasts(now);
@@ -317,7 +455,16 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
     if over(connection.blocked_for(now), timeouts.write) {
         return connection.cut("write timeout");
     }
+    if hurry && over(lasts, HASTE) && connection.is_unknown() {
+        return connection.cut("memory");
+    }
     match phase {
+        Phase::Closing => {
+            if over(lasts, CLOSING.0) || over(now.saturating_sub(connection.wrote()), CLOSING.1) {
+                connection.tell(Told::Cut);
+            }
+            return;
+        }
         Phase::Opening if over(lasts, timeouts.handshake) => return connection.cut("handshake timeout"),
         Phase::Head if over(lasts, timeouts.head) => return connection.cut("head timeout"),
         // GOAWAY first: a request that is on its way is told to go elsewhere, and not lost.
@@ -325,9 +472,10 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
         Phase::Idle if http2 && told < Told::Leave && over(quiet, timeouts.idle) => {
             connection.tell(Told::Leave);
         }
-        Phase::Idle if over(quiet, timeouts.idle + LINGER) || (!http2 && over(quiet, timeouts.idle)) => {
-            return connection.cut("idle timeout");
+        Phase::Idle if !http2 && told < Told::Leave && over(quiet, timeouts.idle) => {
+            return connection.end("idle timeout");
         }
+        Phase::Idle if over(quiet, timeouts.idle + LINGER) => return connection.cut("idle timeout"),
         // Somebody else's bytes are silent for too long only where somebody said what that is.
         Phase::Upgraded if connection.spoken() == Spoken::Tcp && over(lasts, timeouts.idle) => {
             return connection.cut("idle timeout");
@@ -355,23 +503,24 @@ fn look_at(connection: &Connection, timeouts: &Timeouts, now: u64, slack: u64, d
         // HTTP/1.1 ends with its next answer; an idle one has the idle timeout.
         connection.tell(if http2 { Told::Leave } else { Told::Last });
     }
-    let Some((since, hard)) = drained else { return };
+    let Some(Drained { since, linger: patience, hard }) = drained else { return };
     if hard {
         return connection.cut("drain");
     }
     match phase {
-        // Somebody who has not said anything yet is not waited for.
-        Phase::Opening if since > linger => connection.cut("drain"),
+        // A request may have been sent that has not arrived.
+        Phase::Opening if lasts > patience && since > linger => connection.end("drain"),
         Phase::Upgraded if connection.spoken() == Spoken::Tcp && lasts > linger && since > linger => {
             connection.cut("drain");
         }
-        Phase::Upgraded | Phase::Closed => {}
-        _ if http2 || since > linger => connection.tell(Told::Leave),
+        Phase::Opening | Phase::Upgraded | Phase::Closing | Phase::Closed => {}
+        _ if http2 => connection.tell(Told::Leave),
+        Phase::Idle if quiet > patience && since > linger => connection.tell(Told::Leave),
         _ => connection.tell(Told::Last),
     }
     // Half a request head is not a request: hyper would wait for the other half.
-    let resting = matches!(phase, Phase::Idle | Phase::Head) && quiet > linger && !blocked;
-    if since > 2 * linger && resting {
+    let resting = matches!(phase, Phase::Opening | Phase::Idle | Phase::Head) && !blocked;
+    if resting && quiet > patience + linger && since > 2 * linger {
         connection.cut("drain");
     }
 }

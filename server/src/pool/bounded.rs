@@ -113,12 +113,22 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
 
     /// Ends connections that nobody uses and that are dead or old enough.
     pub(super) fn retire(&self, is_dead: impl Fn(&M::Type) -> bool) {
+        self.look_through(|connection, metrics| {
+            !is_dead(connection) && metrics.age() < self.lifetime(metrics)
+        });
+    }
+
+    /// Makes known how it stands.
+    pub(super) fn publish(&self) {
+        self.look_through(|_, _| true);
+    }
+
+    fn look_through(&self, stays: impl Fn(&M::Type, &Metrics) -> bool) {
         let mut oldest = Duration::ZERO;
         self.pool.retain(|connection, metrics| {
-            let age = metrics.age();
-            let stays = !is_dead(connection) && age < self.lifetime(&metrics);
+            let stays = stays(connection, &metrics);
             if stays {
-                oldest = oldest.max(age);
+                oldest = oldest.max(metrics.age());
             }
             stays
         });

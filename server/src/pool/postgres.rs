@@ -50,6 +50,19 @@ const MIGRATION_LOCK: i64 = 0x7065_7265_6e6e_6961;
 const SKEW: Duration = Duration::from_secs(30);
 /// How often the server is asked how it is, and connections are looked through.
 const LOOK: Duration = Duration::from_secs(2);
+/// What a role or a database may have other defaults for, and what decides whether statements of ours are right: they are
+/// pinned for each connection. Behind a PgBouncer, which passes none of them on, they are looked at at the start.
+const PINNED: [(&str, &str); 6] = [
+    // Each statement sees what was committed before it; what has to hold together is locked, or compared and swapped.
+    ("default_transaction_isolation", "read committed"),
+    ("default_transaction_deferrable", "off"),
+    ("lock_timeout", "0"),
+    ("standard_conforming_strings", "on"),
+    ("transform_null_equals", "off"),
+    ("bytea_output", "hex"),
+];
+/// What was answered is on the disk; the options of a URL may ask for more than that.
+const DURABLE: &str = "-c synchronous_commit=on";
 /// How many notifications may wait for whoever listens.
 const NOTIFICATIONS: usize = 1024;
 
@@ -91,6 +104,21 @@ pub enum Error {
     /// The answer did not come in time. A write may have happened.
     #[error("Postgres has not answered within the time allowed; a write may have happened")]
     Slow,
+    /// Texts of the database are not UTF-8: what other programs write there could not be read.
+    #[error(
+        "the database has the encoding {0}, and UTF8 is wanted: CREATE DATABASE .. ENCODING 'UTF8' TEMPLATE template0"
+    )]
+    Encoding(String),
+    /// A setting that decides whether statements are right cannot be set from here.
+    #[error("{setting} is {found}, and {wanted} is wanted: ALTER ROLE .. SET {setting} = '{wanted}'")]
+    Setting {
+        /// The setting.
+        setting: String,
+        /// Its value.
+        found: String,
+        /// What it has to be.
+        wanted: String,
+    },
     /// The server refused, or the connection broke off.
     #[error("postgres")]
     Sql(#[from] tokio_postgres::Error),
@@ -114,6 +142,11 @@ impl Error {
         matches!(self, Self::Sql(error) if error.code().is_some_and(|code| code.code().starts_with("40")))
     }
 
+    /// Whether the server has no room on its disk.
+    fn is_full(&self) -> bool {
+        matches!(self, Self::Sql(error) if error.code() == Some(&SqlState::DISK_FULL))
+    }
+
     /// Whether the server only reads.
     fn is_read_only(&self) -> bool {
         matches!(self, Self::Sql(error) if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION))
@@ -128,7 +161,7 @@ impl Error {
                 None => is_broken(error),
                 Some(code) => is_passing(code),
             },
-            Self::Url | Self::Newer(_) => false,
+            Self::Url | Self::Newer(_) | Self::Encoding(_) | Self::Setting { .. } => false,
         }
     }
 }
@@ -166,6 +199,8 @@ struct Shared {
     /// Connections on which a statement may still run that nobody waits for, to whoever tends.
     abandoned: Abandoned,
     to_be_cancelled: Mutex<mpsc::Receiver<Doomed>>,
+    /// Whether a write has failed for want of room, and none has succeeded at a look since.
+    is_full: Arc<AtomicBool>,
 }
 
 impl fmt::Debug for Postgres {
@@ -207,11 +242,15 @@ impl Reach {
         if !config.pgbouncer {
             // A process that is stopped in the middle of a transaction must not keep its locks.
             let milliseconds = config.statement_timeout.as_millis();
-            let options = format!(
+            let mut options = format!(
                 "-c statement_timeout={milliseconds} -c idle_in_transaction_session_timeout={milliseconds}"
             );
-            let given = wanted.get_options().map(|given| format!("{given} {options}"));
-            wanted.options(given.unwrap_or(options));
+            for (setting, value) in PINNED {
+                // A backslash keeps a space within a value.
+                options.push_str(&format!(" -c {setting}={}", value.replace(' ', "\\ ")));
+            }
+            let given = wanted.get_options().unwrap_or_default().to_owned();
+            wanted.options(format!("{DURABLE} {given} {options}"));
         }
         let recycling = ManagerConfig { recycling_method: RecyclingMethod::Fast };
         let manager = match &tls {
@@ -243,7 +282,16 @@ impl Postgres {
         let holders = Holders::new("postgres");
         let steps = AtomicI64::new(0);
         let changed = watch::Sender::new(0);
-        let shared = Shared { config, reach, holders, changed, steps, abandoned, to_be_cancelled };
+        let shared = Shared {
+            config,
+            reach,
+            holders,
+            changed,
+            steps,
+            abandoned,
+            to_be_cancelled,
+            is_full: Arc::default(),
+        };
         let postgres = Self(Arc::new(shared));
         postgres.check().await?;
         postgres.reach().pool.warm().await?;
@@ -330,7 +378,10 @@ impl Postgres {
         let sql = "SELECT current_setting('transaction_read_only') = 'on'";
         let asked = self.query(sql, &[]).await;
         match asked.map(|rows| rows.first().is_some_and(|row| row.get(0))) {
-            Ok(false) => condition.met(),
+            Ok(false) => match self.write_failure().await {
+                None => condition.met(),
+                Some(failure) => condition.unmet(&format!("it takes no writes: {}", with_causes(&failure))),
+            },
             Ok(true) => {
                 // It is not the primary any more: the next connection finds the new one, if the URL names several.
                 self.reach().pool.retire(|_| true);
@@ -339,6 +390,19 @@ impl Postgres {
             // That says something about us.
             Err(Error::Busy) => {}
             Err(error) => condition.unmet(&with_causes(&error)),
+        }
+    }
+
+    /// Why a write failed lately for want of room, if one would fail now. A write that changes nothing needs room in the
+    /// log.
+    async fn write_failure(&self) -> Option<Error> {
+        self.0.is_full.load(Ordering::Acquire).then_some(())?;
+        match self.execute(super::WRITE_PROBE, &[]).await {
+            Err(error) if error.is_full() => Some(error),
+            _ => {
+                self.0.is_full.store(false, Ordering::Release);
+                None
+            }
         }
     }
 
@@ -361,10 +425,19 @@ impl Postgres {
     /// Looks at the server for what would go wrong later.
     async fn check(&self) -> Result<()> {
         let connection = self.get().await?;
-        let sql = "SELECT now(), current_setting('statement_timeout') <> '0'";
+        let sql =
+            "SELECT now(), current_setting('statement_timeout') <> '0', current_setting('server_encoding')";
         let row = connection.query(sql, &[]).await?;
         let Some(row) = row.first() else { return Ok(()) };
-        let (now, has_timeout): (Timestamp, bool) = (row.get(0), row.get(1));
+        let (now, has_timeout, encoding): (Timestamp, bool, String) = (row.get(0), row.get(1), row.get(2));
+        if encoding != "UTF8" {
+            return Err(Error::Encoding(encoding));
+        }
+        self.check_pinned(&connection).await?;
+        let durable = connection.query("SELECT current_setting('synchronous_commit') <> 'off'", &[]).await?;
+        if !durable.first().is_some_and(|row| row.get(0)) {
+            warn!("synchronous_commit is off: what was answered may be lost when the server crashes");
+        }
         let skew = now.duration_since(Timestamp::now()).unsigned_abs();
         if skew > SKEW {
             warn!(
@@ -375,6 +448,28 @@ impl Postgres {
         if !has_timeout {
             warn!(
                 "statements have no timeout: ALTER ROLE .. SET statement_timeout, since PgBouncer keeps none"
+            );
+        }
+        Ok(())
+    }
+
+    /// Warns of settings that are not as the statements want them: they could not be pinned.
+    async fn check_pinned(&self, connection: &Connection) -> Result<()> {
+        let (names, wanted): (Vec<&str>, Vec<&str>) = PINNED.into_iter().unzip();
+        let sql = "SELECT name, current_setting(name), wanted FROM unnest($1::text[], $2::text[]) AS pinned (name, wanted)
+                   WHERE current_setting(name) <> wanted";
+        let rows = connection.query(sql, &[(&names, Type::TEXT_ARRAY), (&wanted, Type::TEXT_ARRAY)]).await?;
+        for row in rows {
+            let (setting, found, wanted): (String, String, String) = (row.get(0), row.get(1), row.get(2));
+            // Transactions would be rolled back for nothing.
+            if setting == "default_transaction_isolation" {
+                return Err(Error::Setting { setting, found, wanted });
+            }
+            warn!(
+                setting,
+                found,
+                wanted,
+                "a setting of the database or the role is not as it should be: ALTER ROLE .. SET"
             );
         }
         Ok(())
@@ -394,7 +489,7 @@ impl Postgres {
         Ok(Connection {
             object: Some(self.reach().pool.get().await?),
             _held: self.0.holders.hold(),
-            unanswered: AtomicUsize::new(0),
+            answers: Answers { missing: AtomicUsize::new(0), is_full: Arc::clone(&self.0.is_full) },
             timeout: self.0.config.statement_timeout + GRACE,
             abandoned: self.0.abandoned.clone(),
         })
@@ -526,8 +621,7 @@ async fn within<T>(
 pub struct Connection {
     object: Option<Object>,
     _held: Held,
-    /// How many statements were not answered.
-    unanswered: AtomicUsize,
+    answers: Answers,
     timeout: Duration,
     abandoned: Abandoned,
 }
@@ -551,17 +645,28 @@ pub trait Session {
 /// Runs one statement, and counts it as unanswered until it has been answered: also when the caller
 /// goes away, what is still to come belongs to nobody.
 async fn asked<T>(
-    unanswered: &AtomicUsize,
+    answers: &Answers,
     timeout: Duration,
     answer: impl Future<Output = std::result::Result<T, tokio_postgres::Error>>,
 ) -> Result<T> {
-    unanswered.fetch_add(1, Ordering::Relaxed);
+    answers.missing.fetch_add(1, Ordering::Relaxed);
     let answered = within(timeout, answer).await;
     // Nor is one used again that leads to a server which is the primary no more.
     if !answered.as_ref().is_err_and(|error| matches!(error, Error::Slow) || error.is_read_only()) {
-        unanswered.fetch_sub(1, Ordering::Relaxed);
+        answers.missing.fetch_sub(1, Ordering::Relaxed);
+    }
+    if answered.as_ref().is_err_and(Error::is_full) {
+        answers.is_full.store(true, Ordering::Release);
     }
     answered
+}
+
+/// What the answers on a connection have shown.
+struct Answers {
+    /// How many statements were not answered.
+    missing: AtomicUsize,
+    /// Whether the server has no room on its disk.
+    is_full: Arc<AtomicBool>,
 }
 
 impl Connection {
@@ -570,10 +675,10 @@ impl Connection {
     /// # Errors
     /// See [`Error`].
     pub async fn begin(&mut self) -> Result<Transaction<'_>> {
-        let Self { object, unanswered, timeout, .. } = self;
+        let Self { object, answers, timeout, .. } = self;
         let Some(object) = object else { return Err(Error::Busy) };
-        let inner = asked(unanswered, *timeout, object.transaction()).await?;
-        Ok(Transaction { inner, unanswered, timeout: *timeout })
+        let inner = asked(answers, *timeout, object.transaction()).await?;
+        Ok(Transaction { inner, answers, timeout: *timeout })
     }
 
     fn client(&self) -> Result<&deadpool_postgres::ClientWrapper> {
@@ -583,17 +688,17 @@ impl Connection {
 
 impl Session for Connection {
     async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        asked(&self.unanswered, self.timeout, self.client()?.query_typed(sql, parameters)).await
+        asked(&self.answers, self.timeout, self.client()?.query_typed(sql, parameters)).await
     }
 
     async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
-        asked(&self.unanswered, self.timeout, self.client()?.execute_typed(sql, parameters)).await
+        asked(&self.answers, self.timeout, self.client()?.execute_typed(sql, parameters)).await
     }
 }
 
 impl Drop for Connection {
     fn drop(&mut self) {
-        if self.unanswered.load(Ordering::Relaxed) > 0
+        if self.answers.missing.load(Ordering::Relaxed) > 0
             && let Some(object) = self.object.take()
         {
             self.abandoned.hand_over(object);
@@ -630,7 +735,7 @@ impl Drop for Doomed {
 /// A transaction on a connection. Rolled back when it drops without [`Transaction::commit`].
 pub struct Transaction<'a> {
     inner: deadpool_postgres::Transaction<'a>,
-    unanswered: &'a AtomicUsize,
+    answers: &'a Answers,
     timeout: Duration,
 }
 
@@ -646,7 +751,7 @@ impl Transaction<'_> {
     /// # Errors
     /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a connection that broke off.
     pub async fn commit(self) -> Result<()> {
-        asked(self.unanswered, self.timeout, self.inner.commit()).await
+        asked(self.answers, self.timeout, self.inner.commit()).await
     }
 
     /// Runs several statements without parameters.
@@ -654,17 +759,17 @@ impl Transaction<'_> {
     /// # Errors
     /// See [`Error`].
     pub async fn batch(&self, sql: &str) -> Result<()> {
-        asked(self.unanswered, self.timeout, self.inner.batch_execute(sql)).await
+        asked(self.answers, self.timeout, self.inner.batch_execute(sql)).await
     }
 }
 
 impl Session for Transaction<'_> {
     async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
-        asked(self.unanswered, self.timeout, self.inner.query_typed(sql, parameters)).await
+        asked(self.answers, self.timeout, self.inner.query_typed(sql, parameters)).await
     }
 
     async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
-        asked(self.unanswered, self.timeout, self.inner.execute_typed(sql, parameters)).await
+        asked(self.answers, self.timeout, self.inner.execute_typed(sql, parameters)).await
     }
 }
 

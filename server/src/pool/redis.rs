@@ -6,13 +6,13 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use ::redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSub};
-use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, ScriptInvocation};
-use ::redis::{IntoConnectionInfo, ServerErrorKind, TlsCertificates};
+use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, RedisResult};
+use ::redis::{IntoConnectionInfo, ScriptInvocation, ServerErrorKind, TlsCertificates};
 use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
 use secrecy::ExposeSecret;
 use tracing::{info, warn};
@@ -94,6 +94,11 @@ fn is_read_only(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
 }
 
+/// Whether the server has no room in its memory, or cannot save.
+fn takes_no_writes(error: &RedisError) -> bool {
+    matches!(error.code(), Some("OOM" | "MISCONF"))
+}
+
 fn is_passing(error: &RedisError) -> bool {
     use ServerErrorKind::{BusyLoading, MasterDown, ReadOnly, TryAgain};
     match error.kind() {
@@ -114,6 +119,8 @@ pub struct Redis(Arc<Shared>);
 struct Shared {
     config: Config,
     reach: RwLock<Arc<Reach>>,
+    /// Whether a write was refused, and none has been taken at a look since.
+    cannot_write: AtomicBool,
 }
 
 /// The server as it is reached with the URL that holds now.
@@ -274,7 +281,7 @@ impl Redis {
     /// When the URL cannot be read, when the server cannot be reached, and when it is not fit.
     pub async fn open(config: Config) -> Result<Self> {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
-        let redis = Self(Arc::new(Shared { config, reach }));
+        let redis = Self(Arc::new(Shared { config, reach, cannot_write: AtomicBool::new(false) }));
         redis.reach().check().await?;
         redis.reach().pool.warm().await?;
         Ok(redis)
@@ -325,7 +332,10 @@ impl Redis {
     async fn look(&self, condition: &Condition) {
         let master = ::redis::Value::BulkString(b"master".to_vec());
         match self.query::<Vec<::redis::Value>>(&::redis::cmd("ROLE")).await {
-            Ok(role) if role.first() == Some(&master) => condition.met(),
+            Ok(role) if role.first() == Some(&master) => match self.write_failure().await {
+                None => condition.met(),
+                Some(failure) => condition.unmet(&format!("it takes no writes: {failure}")),
+            },
             Ok(_) => {
                 // The next connection may find a new primary behind the same name.
                 let reach = self.reach();
@@ -340,6 +350,29 @@ impl Redis {
                 self.reach().pool.retire(|_| true);
                 condition.unmet(&with_causes(&error));
             }
+        }
+    }
+
+    /// Why a write failed lately, if one would fail now: its memory is full, or it cannot save.
+    async fn write_failure(&self) -> Option<String> {
+        self.0.cannot_write.load(Ordering::Acquire).then_some(())?;
+        let mut probe = ::redis::cmd("SET");
+        probe.arg("perennial:probe").arg(1).arg("PX").arg(1000);
+        match self.query::<()>(&probe).await {
+            Err(Error::Redis(error)) if takes_no_writes(&error) => {
+                Some(error.detail().unwrap_or("out of memory, or out of disk").to_owned())
+            }
+            _ => {
+                self.0.cannot_write.store(false, Ordering::Release);
+                None
+            }
+        }
+    }
+
+    /// Notes what a command says about writes.
+    fn note<T>(&self, answer: &RedisResult<T>) {
+        if answer.as_ref().is_err_and(takes_no_writes) {
+            self.0.cannot_write.store(true, Ordering::Release);
         }
     }
 
@@ -372,6 +405,7 @@ impl Redis {
         if answer.as_ref().is_err_and(|error| error.is_timeout() || is_read_only(error)) {
             reach.replace_plain(&self.0.config, number);
         }
+        self.note(&answer);
         answer.map_err(on_plain)
     }
 
@@ -382,6 +416,7 @@ impl Redis {
     pub async fn invoke<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
         let mut connection = self.reach().pool.get().await?;
         let answer = script.invoke_async(&mut connection).await;
+        self.note(&answer);
         if answer.as_ref().is_err_and(is_read_only) {
             // It leads to what is the primary no more: the next one may find that which is.
             drop(Connection::take(connection));

@@ -1,15 +1,19 @@
 //! One way to ask either SQL store, for those whose statements are the same on both.
 //!
-//! Statements are written with `?` or `?1`. What the two do not share is in [`Dialect`], and little enough; whoever
+//! Statements are written with `?` or `?1` (see `sql/placeholders.rs`). What the two do not share is in [`Dialect`], and little enough; whoever
 //! needs more of one store asks [`sqlite`] or [`postgres`] itself.
 //!
 //! A transaction is an `async fn` over [`Tx`], run by [`transact!`](crate::transact): on Postgres it waits for the
 //! server between two statements; on SQLite it runs to its end in the writer's thread, in a savepoint of the next
 //! commit.
 
+mod placeholders;
+
 use std::borrow::Cow;
+use std::fmt::Write as _;
 use std::future::Future;
 use std::sync::Arc;
+use std::time::Duration;
 
 use rusqlite::params_from_iter;
 use rusqlite::types::{ToSqlOutput, ValueRef};
@@ -18,7 +22,8 @@ use uuid::Uuid;
 
 use super::postgres::{self, Parameter, Postgres, Session, Transaction};
 use super::sqlite::{self, Sqlite};
-use super::{Migrations, Status};
+use super::{Migrations, Status, set_apart};
+use crate::backoff::Backoff;
 
 #[doc(hidden)]
 pub use rusqlite::Connection;
@@ -32,14 +37,38 @@ pub enum Error {
     /// Postgres.
     #[error(transparent)]
     Postgres(#[from] postgres::Error),
+    /// A value of a row is not what the program wants. Another program wrote it, or the disk is damaged.
+    #[error("the column {column} is {found}, and {wanted} is wanted")]
+    Unreadable {
+        /// The column, or its number.
+        column: String,
+        /// What it has to be.
+        wanted: &'static str,
+        /// What it is.
+        found: String,
+    },
 }
 
+/// Between two times that a transaction is done.
+const AGAIN: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
+
 impl Error {
+    /// Whether the server says that it has undone the transaction, for another's sake.
+    pub fn is_rollback(&self) -> bool {
+        matches!(self, Self::Postgres(error) if error.is_rollback())
+    }
+
+    /// Whether a statement was broken off after the time that it had.
+    pub fn is_late(&self) -> bool {
+        matches!(self, Self::Sqlite(sqlite::Error::Late) | Self::Postgres(postgres::Error::Slow))
+    }
+
     /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_passing(),
             Self::Postgres(error) => error.is_passing(),
+            Self::Unreadable { .. } => false,
         }
     }
 
@@ -54,7 +83,14 @@ impl Error {
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
-        Self::Sqlite(error.into())
+        // One of ours, on its way out of a closure.
+        match error {
+            rusqlite::Error::ToSqlConversionFailure(inner) => match inner.downcast::<Self>() {
+                Ok(own) => *own,
+                Err(inner) => Self::Sqlite(rusqlite::Error::ToSqlConversionFailure(inner).into()),
+            },
+            error => Self::Sqlite(error.into()),
+        }
     }
 }
 
@@ -149,19 +185,7 @@ impl Dialect {
         if self == Self::Sqlite || !sql.contains('?') {
             return Cow::Borrowed(sql);
         }
-        let mut written = String::with_capacity(sql.len() + 16);
-        let (mut count, mut rest) = (0, sql);
-        while let Some((before, after)) = rest.split_once('?') {
-            written.push_str(before);
-            written.push('$');
-            if !after.starts_with(|c: char| c.is_ascii_digit()) {
-                count += 1;
-                written.push_str(&count.to_string());
-            }
-            rest = after;
-        }
-        written.push_str(rest);
-        Cow::Owned(written)
+        Cow::Owned(placeholders::numbered(sql))
     }
 }
 
@@ -176,6 +200,13 @@ pub enum Value {
     Blob(Option<Vec<u8>>),
     /// True or false; a number on SQLite.
     Bool(Option<bool>),
+    /// What no row of ours has: a text that is no UTF-8, or a value of a type that is not read.
+    Foreign {
+        /// Its type.
+        kind: &'static str,
+        /// Its bytes, as far as they are known.
+        bytes: Vec<u8>,
+    },
 }
 
 macro_rules! into_value {
@@ -225,7 +256,7 @@ impl rusqlite::ToSql for Value {
             Self::Integer(Some(value)) => ValueRef::Integer(*value),
             Self::Bool(Some(value)) => ValueRef::Integer(i64::from(*value)),
             Self::Text(Some(value)) => ValueRef::Text(value.as_bytes()),
-            Self::Blob(Some(value)) => ValueRef::Blob(value),
+            Self::Blob(Some(value)) | Self::Foreign { bytes: value, .. } => ValueRef::Blob(value),
             _ => ValueRef::Null,
         }))
     }
@@ -238,6 +269,7 @@ impl Value {
             Self::Bool(value) => (value, Type::BOOL),
             Self::Text(value) => (value, Type::TEXT),
             Self::Blob(value) => (value, Type::BYTEA),
+            Self::Foreign { bytes, .. } => (bytes, Type::BYTEA),
         };
         (value, kind)
     }
@@ -245,13 +277,18 @@ impl Value {
 
 /// What a row's value can be read as.
 pub trait FromValue: Sized {
+    /// What is wanted, in words.
+    const WANTED: &'static str;
+
     /// The value, if it is of this kind.
     fn from_value(value: &Value) -> Option<Self>;
 }
 
 macro_rules! from_value {
-    ($($to:ty: $pattern:pat => $value:expr),* $(,)?) => {$(
+    ($($to:ty, $wanted:literal: $pattern:pat => $value:expr),* $(,)?) => {$(
         impl FromValue for $to {
+            const WANTED: &'static str = $wanted;
+
             fn from_value(value: &Value) -> Option<Self> {
                 match value {
                     $pattern => $value,
@@ -263,16 +300,18 @@ macro_rules! from_value {
 }
 
 from_value! {
-    i64: Value::Integer(Some(value)) => Some(*value),
-    u64: Value::Integer(Some(value)) => u64::try_from(*value).ok(),
-    u32: Value::Integer(Some(value)) => u32::try_from(*value).ok(),
-    usize: Value::Integer(Some(value)) => usize::try_from(*value).ok(),
-    String: Value::Text(Some(value)) => Some(value.clone()),
-    Vec<u8>: Value::Blob(Some(value)) => Some(value.clone()),
-    Uuid: Value::Blob(Some(value)) => Uuid::from_slice(value).ok(),
+    i64, "a whole number": Value::Integer(Some(value)) => Some(*value),
+    u64, "a whole number from 0": Value::Integer(Some(value)) => u64::try_from(*value).ok(),
+    u32, "a whole number from 0 to 4294967295": Value::Integer(Some(value)) => u32::try_from(*value).ok(),
+    usize, "a whole number from 0": Value::Integer(Some(value)) => usize::try_from(*value).ok(),
+    String, "a text in UTF-8": Value::Text(Some(value)) => Some(value.clone()),
+    Vec<u8>, "bytes": Value::Blob(Some(value)) => Some(value.clone()),
+    Uuid, "16 bytes": Value::Blob(Some(value)) => Uuid::from_slice(value).ok(),
 }
 
 impl FromValue for bool {
+    const WANTED: &'static str = "true or false";
+
     fn from_value(value: &Value) -> Option<Self> {
         match value {
             Value::Bool(Some(value)) => Some(*value),
@@ -283,12 +322,16 @@ impl FromValue for bool {
 }
 
 impl<const N: usize> FromValue for [u8; N] {
+    const WANTED: &'static str = "bytes of a certain length";
+
     fn from_value(value: &Value) -> Option<Self> {
         Vec::from_value(value)?.try_into().ok()
     }
 }
 
 impl<T: FromValue> FromValue for Option<T> {
+    const WANTED: &'static str = T::WANTED;
+
     fn from_value(value: &Value) -> Option<Self> {
         match value {
             Value::Integer(None) | Value::Text(None) | Value::Blob(None) | Value::Bool(None) => Some(None),
@@ -309,21 +352,76 @@ impl Row {
     /// The value of a column.
     ///
     /// # Errors
-    /// When there is no such column, or its value is of another kind.
+    /// [`Error::Unreadable`] when there is no such column, or its value is of another kind.
     pub fn get<T: FromValue>(&self, column: &str) -> Result<T> {
-        let index = self.names.iter().position(|name| name == column);
-        let value = index.and_then(|index| T::from_value(self.values.get(index)?));
-        value.ok_or_else(|| rusqlite::Error::InvalidColumnName(column.to_owned()).into())
+        self.read(column, self.value(column))
     }
 
     /// The value of the first column.
     ///
     /// # Errors
-    /// When it is of another kind.
+    /// [`Error::Unreadable`] when it is of another kind.
     pub fn first<T: FromValue>(&self) -> Result<T> {
-        let value = self.values.first().and_then(T::from_value);
-        value.ok_or_else(|| rusqlite::Error::InvalidColumnIndex(0).into())
+        self.read("1", self.values.first())
     }
+
+    fn read<T: FromValue>(&self, column: &str, value: Option<&Value>) -> Result<T> {
+        value.and_then(T::from_value).ok_or_else(|| Error::Unreadable {
+            column: column.to_owned(),
+            wanted: T::WANTED,
+            found: value.map_or_else(|| "not there".to_owned(), Value::describe),
+        })
+    }
+
+    /// The value of a column, whatever it is; none when there is no such column.
+    pub fn value(&self, column: &str) -> Option<&Value> {
+        self.values.get(self.names.iter().position(|name| name == column)?)
+    }
+
+    /// What a row is called in the log: the value of its column `id`, as it can be shown.
+    pub fn name(&self, id: &str) -> String {
+        match self.value(id) {
+            Some(Value::Integer(Some(number))) => number.to_string(),
+            Some(Value::Text(Some(text))) => text.clone(),
+            Some(Value::Blob(Some(bytes)) | Value::Foreign { bytes, .. }) => {
+                bytes.iter().take(16).fold(String::new(), |mut hex, byte| {
+                    let _ = write!(hex, "{byte:02x}");
+                    hex
+                })
+            }
+            _ => "?".to_owned(),
+        }
+    }
+
+    /// How many bytes its texts and blobs have.
+    pub fn bytes(&self) -> usize {
+        let of = |value: &Value| match value {
+            Value::Text(Some(text)) => text.len(),
+            Value::Blob(Some(bytes)) | Value::Foreign { bytes, .. } => bytes.len(),
+            _ => size_of::<i64>(),
+        };
+        self.values.iter().map(of).sum()
+    }
+}
+
+impl Value {
+    /// What it is, in words.
+    fn describe(&self) -> String {
+        match self {
+            Self::Integer(None) | Self::Text(None) | Self::Blob(None) | Self::Bool(None) => "NULL".to_owned(),
+            Self::Integer(Some(number)) => format!("the whole number {number}"),
+            Self::Text(Some(text)) => format!("a text of {} bytes", text.len()),
+            Self::Blob(Some(bytes)) => format!("{} bytes", bytes.len()),
+            Self::Bool(Some(value)) => value.to_string(),
+            Self::Foreign { kind, .. } => (*kind).to_owned(),
+        }
+    }
+}
+
+/// Reads rows one by one: one that cannot be read is set apart under its `id`, and the others go on.
+pub fn each<T>(rows: &[Row], what: &'static str, id: &str, read: impl Fn(&Row) -> Result<T>) -> Vec<T> {
+    let read = |row: &Row| read(row).inspect_err(|error| set_apart(what, &row.name(id), error)).ok();
+    rows.iter().filter_map(read).collect()
 }
 
 /// A transaction on either store.
@@ -425,8 +523,13 @@ fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Res
                 ValueRef::Null => Value::Integer(None),
                 ValueRef::Integer(value) => Value::Integer(Some(value)),
                 // No table here has any.
-                ValueRef::Real(value) => Value::Text(Some(value.to_string())),
-                ValueRef::Text(value) => Value::Text(Some(String::from_utf8_lossy(value).into_owned())),
+                ValueRef::Real(value) => {
+                    Value::Foreign { kind: "a number with a fraction", bytes: value.to_string().into_bytes() }
+                }
+                ValueRef::Text(value) => match std::str::from_utf8(value) {
+                    Ok(text) => Value::Text(Some(text.to_owned())),
+                    Err(_) => Value::Foreign { kind: "a text that is no UTF-8", bytes: value.to_vec() },
+                },
                 ValueRef::Blob(value) => Value::Blob(Some(value.to_vec())),
             })
         };
@@ -451,12 +554,31 @@ fn read_postgres(row: &tokio_postgres::Row) -> std::result::Result<Vec<Value>, t
         Ok(match *kind {
             Type::BOOL => Value::Bool(row.try_get(index)?),
             Type::BYTEA => Value::Blob(row.try_get(index)?),
+            Type::INT2 => Value::Integer(row.try_get::<_, Option<i16>>(index)?.map(i64::from)),
             Type::INT4 => Value::Integer(row.try_get::<_, Option<i32>>(index)?.map(i64::from)),
             Type::INT8 => Value::Integer(row.try_get(index)?),
-            _ => Value::Text(row.try_get(index)?),
+            Type::UUID => {
+                Value::Blob(row.try_get::<_, Option<Uuid>>(index)?.map(|id| id.as_bytes().to_vec()))
+            }
+            Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME | Type::UNKNOWN => {
+                Value::Text(row.try_get(index)?)
+            }
+            _ => foreign(kind),
         })
     };
     row.columns().iter().enumerate().map(|(index, column)| value(index, column.type_())).collect()
+}
+
+/// A value of a type that is not read: the statement can cast it.
+fn foreign(kind: &Type) -> Value {
+    let kind = match *kind {
+        Type::FLOAT4 | Type::FLOAT8 => "a floating-point number (cast it)",
+        Type::NUMERIC => "numeric (cast it to bigint or text)",
+        Type::JSON | Type::JSONB => "json (cast it to text)",
+        Type::TIMESTAMP | Type::TIMESTAMPTZ | Type::DATE => "a time (cast it to text, or extract its epoch)",
+        _ => "of a type that is not read (cast it to text)",
+    };
+    Value::Foreign { kind, bytes: Vec::new() }
 }
 
 impl Store {
@@ -465,6 +587,28 @@ impl Store {
         match self {
             Self::Sqlite(_) => Dialect::Sqlite,
             Self::Postgres(_) => Dialect::Postgres,
+        }
+    }
+
+    /// Whether it says that it is a copy of another. A Postgres server's copies cannot be told from the original.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn is_copy(&self) -> Result<bool> {
+        match self {
+            Self::Sqlite(sqlite) => Ok(sqlite.is_copy().await?),
+            Self::Postgres(_) => Ok(false),
+        }
+    }
+
+    /// It takes the place of what it is a copy of. False when it is none.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn end_copy(&self) -> Result<bool> {
+        match self {
+            Self::Sqlite(sqlite) => Ok(sqlite.end_copy().await?),
+            Self::Postgres(_) => Ok(false),
         }
     }
 
@@ -494,6 +638,33 @@ impl Store {
                 Ok(sqlite.read(query).await?)
             }
             Self::Postgres(postgres) => query_postgres(&postgres.get().await?, &sql, &parameters).await,
+        }
+    }
+
+    /// The same for a statement that is broken off after this long.
+    ///
+    /// # Errors
+    /// See [`Error`]; [`Error::is_late`] says whether it was.
+    pub async fn query_within(
+        &self,
+        timeout: Duration,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<Vec<Row>> {
+        let (sql, parameters) = (sql.into(), parameters.into());
+        match self {
+            Self::Sqlite(sqlite) => {
+                let query = move |connection: &Connection| {
+                    query_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
+                };
+                Ok(sqlite.read_within(timeout, query).await?)
+            }
+            Self::Postgres(postgres) => {
+                let connection = postgres.get().await?;
+                // What nobody waits for any more is cancelled on the server.
+                let query = query_postgres(&connection, &sql, &parameters);
+                tokio::time::timeout(timeout, query).await.unwrap_or(Err(postgres::Error::Slow.into()))
+            }
         }
     }
 
@@ -585,18 +756,39 @@ macro_rules! transact {
                 sqlite.write(work).await.map_err($crate::pool::sql::Error::from)
             }
             $crate::pool::sql::Store::Postgres(postgres) => {
-                async {
-                    let mut connection = postgres.get().await?;
-                    let transaction = connection.begin().await?;
-                    let $tx = &transaction;
-                    let done = $work.await?;
-                    transaction.commit().await?;
-                    Ok::<_, $crate::pool::sql::Error>(done)
+                let mut failures = 0;
+                loop {
+                    let done = async {
+                        let mut connection = postgres.get().await?;
+                        let transaction = connection.begin().await?;
+                        let $tx = &transaction;
+                        let done = $work.await?;
+                        transaction.commit().await?;
+                        Ok::<_, $crate::pool::sql::Error>(done)
+                    }
+                    .await;
+                    // The server has undone all of it for another's sake: the same may be done again.
+                    match done {
+                        Err(error) if error.is_rollback() && failures < $crate::pool::sql::ROLLBACKS => {
+                            failures += 1;
+                            $crate::pool::sql::after_rollback(failures).await;
+                        }
+                        done => break done,
+                    }
                 }
-                .await
             }
         }
     };
+}
+
+/// How often a transaction is done again that the server has rolled back for another's sake.
+#[doc(hidden)]
+pub const ROLLBACKS: u32 = 5;
+
+/// The pause before that.
+#[doc(hidden)]
+pub async fn after_rollback(failures: u32) {
+    tokio::time::sleep(AGAIN.jittered(failures)).await;
 }
 
 /// What never waits is done when it is asked for the first time.
@@ -617,17 +809,4 @@ pub fn at_once<T>(work: impl Future<Output = Result<T>>) -> rusqlite::Result<T> 
 #[macro_export]
 macro_rules! values {
     ($($value:expr),* $(,)?) => { [$($crate::pool::sql::Value::from($value)),*] };
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn parameters_are_written_as_the_store_wants_them() {
-        let sql = "SELECT ? WHERE a = ? AND b = ?";
-        assert_eq!(Dialect::Sqlite.statement(sql), sql);
-        assert_eq!(Dialect::Postgres.statement(sql), "SELECT $1 WHERE a = $2 AND b = $3");
-        assert_eq!(Dialect::Postgres.statement("a = ?2 OR b = ?1 OR c = ?2"), "a = $2 OR b = $1 OR c = $2");
-    }
 }

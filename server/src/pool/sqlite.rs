@@ -10,28 +10,38 @@
 use std::convert::Infallible;
 use std::fs::OpenOptions;
 use std::io;
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use deadpool::managed::{self, Metrics, PoolError, RecycleError, RecycleResult};
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tracing::info;
 
 use super::bounded::{Bounded, Limits};
 use super::{Migrations, Newer, Standing, Status};
 use crate::drain::Drain;
+use crate::health::Condition;
 use crate::metrics;
 use crate::tasks::panic_message;
 
 /// How long bringing the tables up to date may take, for each step.
 const MIGRATION: Duration = Duration::from_secs(600);
-/// How often connections are looked through.
+/// The number in the file's header that is the application's to set: 0 in every store that is not a copy,
+const USER_VERSION: &str = "user_version";
+/// and this in one that is.
+const COPY: i64 = 1;
+/// After how long a read is broken off unless somebody says otherwise, in milliseconds,
+const STATEMENT_MS: u64 = 10_000;
+/// and how often it looks at the clock, in steps of SQLite's machine.
+const STEPS: std::ffi::c_int = 4096;
+/// How soon a write is tried again after one that has failed.
 const LOOK: Duration = Duration::from_secs(2);
 /// How many writes share one commit at most: it bounds how long the first of them waits for the last.
 const GROUP: usize = 256;
@@ -79,6 +89,9 @@ pub enum Error {
     /// The commit did not come in time. The write may still happen.
     #[error("the store has not committed within the time allowed; the write may still happen")]
     Slow,
+    /// A read has not come to its end in time, and was broken off.
+    #[error("a query of the store has not ended within the time allowed")]
+    Late,
     /// SQLite refused. What this closure did is undone.
     #[error("sqlite")]
     Sql(#[from] rusqlite::Error),
@@ -101,7 +114,7 @@ impl Error {
     pub fn is_passing(&self) -> bool {
         use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
         match self {
-            Self::Busy(_) | Self::Slow | Self::Lost(_) | Self::Closed => true,
+            Self::Busy(_) | Self::Slow | Self::Late | Self::Lost(_) | Self::Closed => true,
             Self::Sql(error) => matches!(
                 error.sqlite_error_code(),
                 Some(DatabaseBusy | DatabaseLocked | DiskFull | SystemIoFailure)
@@ -124,6 +137,40 @@ struct Shared {
     writes: Mutex<Option<mpsc::Sender<Box<dyn Write>>>>,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
     readers: Bounded<Readers>,
+    /// After how long a read is broken off, in milliseconds.
+    statement_timeout: AtomicU64,
+    health: Arc<WriteHealth>,
+    written: Arc<AtomicU64>,
+}
+
+/// Where a store stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stamp {
+    /// How many rows this process has written.
+    written: u64,
+    /// How long the write-ahead log is, and when it was last written to.
+    log: Option<(u64, i64, i64)>,
+}
+
+/// Whether writes reach the disk, as the last of them showed.
+#[derive(Debug, Default)]
+struct WriteHealth {
+    failure: Mutex<Option<String>>,
+    changed: Notify,
+}
+
+impl WriteHealth {
+    fn set(&self, failure: Option<String>) {
+        let mut known = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        if known.is_some() != failure.is_some() {
+            self.changed.notify_one();
+        }
+        *known = failure;
+    }
+
+    fn failure(&self) -> Option<String> {
+        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
 }
 
 impl Sqlite {
@@ -140,9 +187,12 @@ impl Sqlite {
             other => other,
         })?;
         let (sender, receiver) = mpsc::channel(config.write_queue);
+        let health = Arc::new(WriteHealth::default());
+        let (watched, written) = (Arc::clone(&health), Arc::new(AtomicU64::new(0)));
+        let counted = Arc::clone(&written);
         let writer = thread::Builder::new()
             .name("sqlite-writer".to_owned())
-            .spawn(move || write_loop(connection, receiver))
+            .spawn(move || write_loop(connection, receiver, &watched, &counted))
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let readers = managed::Pool::builder(Readers { path: config.path.clone() });
         let limits = Limits {
@@ -153,8 +203,15 @@ impl Sqlite {
         };
         let readers = Bounded::new("sqlite", readers, limits);
         let readers = readers.map_err(|_| Error::Busy("runtime"))?;
-        let shared =
-            Shared { config, writes: Mutex::new(Some(sender)), writer: Mutex::new(Some(writer)), readers };
+        let shared = Shared {
+            config,
+            writes: Mutex::new(Some(sender)),
+            writer: Mutex::new(Some(writer)),
+            readers,
+            statement_timeout: AtomicU64::new(STATEMENT_MS),
+            health,
+            written,
+        };
         let sqlite = Self(Arc::new(shared));
         sqlite.read(|connection| connection.query_row("SELECT 1", [], |_| Ok(()))).await?;
         Ok(sqlite)
@@ -205,13 +262,44 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     {
-        let reader = match self.0.readers.get().await {
+        self.read_within(Duration::from_millis(self.0.statement_timeout.load(Ordering::Relaxed)), query).await
+    }
+
+    /// The same for a query that is broken off after this long, once it has a reader.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn read_within<T, F>(&self, timeout: Duration, query: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
+        let mut reader = match self.0.readers.get().await {
             Ok(reader) => reader,
             Err(PoolError::Timeout(_)) => return Err(Error::Busy("free reader")),
             Err(PoolError::Backend(error)) => return Err(error),
             Err(_) => return Err(Error::Closed),
         };
-        blocking(move || Ok(query(&reader)?)).await
+        blocking(move || {
+            // Whoever asked may have gone, and the reader is everybody's.
+            let deadline = Instant::now() + timeout;
+            reader.progress_handler(STEPS, Some(move || Instant::now() > deadline))?;
+            let found = query(&reader);
+            reader.progress_handler(0, None::<fn() -> bool>)?;
+            found.map_err(|error| match error.sqlite_error_code() {
+                Some(rusqlite::ErrorCode::OperationInterrupted) => Error::Late,
+                _ => error.into(),
+            })
+        })
+        .await
+    }
+
+    /// Breaks reads off after this long, from now on.
+    #[must_use]
+    pub fn with_statement_timeout(self, timeout: Duration) -> Self {
+        let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
+        self.0.statement_timeout.store(milliseconds, Ordering::Relaxed);
+        self
     }
 
     /// Applies what is missing of each part's migrations, each step in a transaction of its own.
@@ -267,22 +355,68 @@ impl Sqlite {
         Ok(())
     }
 
-    /// Says how the readers stand, until nothing new is taken.
+    /// Says in `condition` whether writes reach the disk, until nothing new is taken. While they do not, one is tried again and
+    /// again: whether there is room cannot be found out in another way.
     ///
     /// # Errors
     /// Never: the type is that of a task.
-    pub async fn tend(self, drain: Drain) -> std::result::Result<(), Infallible> {
-        loop {
-            self.0.readers.retire(|_| false);
-            tokio::select! {
-                () = tokio::time::sleep(LOOK) => {}
-                () = drain.soft() => return Ok(()),
+    pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
+        let keep = async {
+            loop {
+                match self.0.health.failure() {
+                    None => {
+                        condition.met();
+                        self.0.health.changed.notified().await;
+                    }
+                    Some(failure) => {
+                        condition.unmet(&format!("it cannot write: {failure}"));
+                        tokio::time::sleep(LOOK).await;
+                        let _ = self.write(|tx| tx.execute(super::WRITE_PROBE, [])).await;
+                    }
+                }
             }
+        };
+        tokio::select! {
+            never = keep => never,
+            () = drain.soft() => Ok(()),
         }
+    }
+
+    /// Where it stands: what was read after this was asked holds as long as it is the same. What another process writes shows by
+    /// the write-ahead log, except within the few milliseconds that the times of files are coarse.
+    pub fn stamp(&self) -> Stamp {
+        let mut log = self.0.config.path.clone().into_os_string();
+        log.push("-wal");
+        // A look into the kernel's memory, not at the disk.
+        let log = std::fs::metadata(log).ok().map(|log| (log.len(), log.mtime(), log.mtime_nsec()));
+        Stamp { written: self.0.written.load(Ordering::Acquire), log }
+    }
+
+    /// Whether [`copy`] made it, and nobody has said since that it takes the original's place.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn is_copy(&self) -> Result<bool> {
+        self.read(|connection| connection.pragma_query_value(None, USER_VERSION, |row| row.get::<_, i64>(0)))
+            .await
+            .map(|version| version == COPY)
+    }
+
+    /// It takes the original's place. False when it is no copy.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn end_copy(&self) -> Result<bool> {
+        let was_copy = self.is_copy().await?;
+        if was_copy {
+            self.write(|tx| tx.pragma_update(None, USER_VERSION, 0)).await?;
+        }
+        Ok(was_copy)
     }
 
     /// How the pool of readers stands.
     pub fn status(&self) -> Status {
+        self.0.readers.publish();
         self.0.readers.status()
     }
 
@@ -324,6 +458,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     connection.busy_timeout(Duration::from_secs(5))?;
     // Into a file that is there and empty: so it has our mode.
     connection.execute("VACUUM INTO ?", [to.to_string_lossy()])?;
+    Connection::open(to)?.pragma_update(None, USER_VERSION, COPY)?;
     file.sync_all().map_err(at)
 }
 
@@ -351,6 +486,8 @@ fn open_writer(path: &Path) -> Result<Connection> {
 trait Write: Send {
     /// Runs the closure. False when what it did must be undone.
     fn apply(&mut self, connection: &Connection) -> bool;
+    /// Why it did not reach the disk, if it is the disk's fault.
+    fn disk_failure(&self) -> Option<String>;
     /// Tells the caller, and why everything was lost if it was.
     fn answer(self: Box<Self>, lost: Option<&str>);
 }
@@ -375,6 +512,13 @@ where
         self.result.insert(result).is_ok()
     }
 
+    fn disk_failure(&self) -> Option<String> {
+        match &self.result {
+            Some(Err(Error::Sql(error))) if is_disk_failure(error) => Some(error.to_string()),
+            _ => None,
+        }
+    }
+
     fn answer(self: Box<Self>, lost: Option<&str>) {
         let result = match (self.result, lost) {
             // A closure's own failure says more than that of its transaction.
@@ -387,10 +531,28 @@ where
     }
 }
 
-fn write_loop(mut connection: Connection, mut writes: mpsc::Receiver<Box<dyn Write>>) {
+/// Whether SQLite says that the disk is full, broken, or only reads.
+fn is_disk_failure(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{CannotOpen, DatabaseCorrupt, DiskFull, ReadOnly, SystemIoFailure};
+    matches!(
+        error.sqlite_error_code(),
+        Some(CannotOpen | DatabaseCorrupt | DiskFull | ReadOnly | SystemIoFailure)
+    )
+}
+
+fn write_loop(
+    mut connection: Connection,
+    mut writes: mpsc::Receiver<Box<dyn Write>>,
+    health: &WriteHealth,
+    written: &AtomicU64,
+) {
     while let Some(first) = writes.blocking_recv() {
         let mut group = vec![first];
         let lost = commit(&mut connection, &mut writes, &mut group).err();
+        // Before anybody is told.
+        written.store(connection.total_changes(), Ordering::Release);
+        let own = group.iter().find_map(|write| write.disk_failure());
+        health.set(lost.clone().filter(|_| own.is_none()).or(own));
         if lost.is_some() {
             // Why, each caller is told.
             metrics::sqlite_lost();

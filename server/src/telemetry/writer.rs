@@ -55,7 +55,8 @@ impl Lines {
         Ok((lines.clone(), Writer { lines, ended: Mutex::new(ended) }))
     }
 
-    /// Appends a line, if there is room for it.
+    /// Appends a line, if there is room for it. Control characters that whoever writes lines lets through are escaped: terminals
+    /// obey them.
     pub(super) fn append(&self, write: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.state();
         if state.waiting.len() >= MOST {
@@ -63,7 +64,9 @@ impl Lines {
             return;
         }
         let first = state.waiting.is_empty();
+        let before = state.waiting.len();
         write(&mut state.waiting);
+        escape_c1(&mut state.waiting, before);
         if first {
             self.0.came.notify_one();
         }
@@ -99,6 +102,22 @@ impl Lines {
             writing.clear();
         }
     }
+}
+
+/// Escapes U+0080 to U+009F, as JSON does and text can: for one of them, CSI, a terminal takes what follows for a command.
+fn escape_c1(bytes: &mut Vec<u8>, from: usize) {
+    let is_c1 = |pair: &[u8]| pair[0] == 0xc2 && (0x80..=0x9f).contains(&pair[1]);
+    if !bytes[from..].windows(2).any(is_c1) {
+        return;
+    }
+    let line = bytes.split_off(from);
+    let mut rest = line.as_slice();
+    while let Some(at) = rest.windows(2).position(is_c1) {
+        bytes.extend_from_slice(&rest[..at]);
+        bytes.extend_from_slice(format!("\\u{:04x}", rest[at + 1]).as_bytes());
+        rest = &rest[at + 2..];
+    }
+    bytes.extend_from_slice(rest);
 }
 
 impl Drop for Writer {
@@ -138,6 +157,16 @@ mod tests {
     use std::sync::Barrier;
 
     use super::*;
+
+    #[test]
+    fn a_terminal_is_told_nothing_by_what_is_logged() {
+        let mut bytes = b"before \xc2\x9b".to_vec();
+        let before = bytes.len();
+        bytes.extend_from_slice("naïve \u{80}\u{9b}31m café \u{a0}".as_bytes());
+        escape_c1(&mut bytes, before);
+        let line = String::from_utf8(bytes[before..].to_vec()).unwrap();
+        assert_eq!(line, "naïve \\u0080\\u009b31m café \u{a0}");
+    }
 
     /// Standard error, read by somebody who has to be told to.
     #[derive(Clone, Default)]

@@ -27,6 +27,7 @@ pub struct Crontab {
     admission: Admission,
     schedules: Arc<[Arc<Schedule>]>,
     wake: Arc<Notify>,
+    beat: Arc<Notify>,
 }
 
 /// A schedule as operators see it.
@@ -108,7 +109,7 @@ impl Crontab {
     /// The schedules that this process defines, in a store of jobs.
     pub fn new(store: Store, admission: Admission, schedules: Vec<Schedule>) -> Self {
         let schedules = schedules.into_iter().map(Arc::new).collect();
-        Self { store, admission, schedules, wake: Arc::default() }
+        Self { store, admission, schedules, wake: Arc::default(), beat: Arc::default() }
     }
 
     /// Makes the schedules known to the store, in place of what other processes define; warns of those that are never
@@ -145,6 +146,15 @@ impl Crontab {
     /// There may be something to fire.
     pub fn wake(&self) {
         self.wake.notify_one();
+    }
+
+    /// A beat of the tick: whoever looks too late looks now.
+    pub(super) fn beat(&self) {
+        self.beat.notify_one();
+    }
+
+    pub(super) async fn beats(&self) {
+        self.beat.notified().await;
     }
 
     pub(super) async fn woken(&self) {
@@ -237,7 +247,7 @@ impl Crontab {
 
     /// A schedule, where it stands, and what time it is.
     async fn find(&self, name: &str) -> Result<Option<(Timestamp, Standing, Schedule)>> {
-        let Standings { now, all } = self.store.due().await?;
+        let Standings { now, all, .. } = self.store.due().await?;
         let found = all.into_iter().find(|standing| standing.name == name);
         found.map(|standing| standing.schedule().map(|schedule| (now, standing, schedule))).transpose()
     }

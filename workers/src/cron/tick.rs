@@ -17,7 +17,7 @@ const BEAT: &str = "* * * * * *";
 /// When the scheduler cannot be started or stopped.
 pub async fn run(crontab: Crontab, drain: Drain) -> anyhow::Result<()> {
     let mut scheduler = JobScheduler::new().await?;
-    scheduler.add(Job::new(BEAT, move |_, _| crontab.wake())?).await?;
+    scheduler.add(Job::new(BEAT, move |_, _| crontab.beat())?).await?;
     scheduler.start().await?;
     drain.notice().await;
     scheduler.shutdown().await?;

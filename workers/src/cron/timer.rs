@@ -85,8 +85,19 @@ impl Timer {
                     self.poll
                 }
             };
+            let until = Instant::now() + wait;
+            // A beat before its time has nothing to say.
+            let is_late = async {
+                loop {
+                    self.crontab.beats().await;
+                    if Instant::now() >= until {
+                        return;
+                    }
+                }
+            };
             tokio::select! {
-                () = tokio::time::sleep(wait) => {}
+                () = tokio::time::sleep_until(until) => {}
+                () = is_late => {}
                 () = self.crontab.woken() => {}
                 () = self.drain.notice() => {}
             }
@@ -102,7 +113,7 @@ impl Timer {
         if schedules.is_empty() {
             return Ok(None);
         }
-        let Standings { now, all } = self.standings().await?;
+        let Standings { now, all, .. } = self.standings().await?;
         let mut soonest: Option<Duration> = None;
         for schedule in schedules {
             let Some(standing) = all.iter().find(|one| one.name == schedule.name) else { continue };
@@ -133,7 +144,10 @@ impl Timer {
     async fn standings(&mut self) -> Result<Standings> {
         let (store, schedules) = (self.crontab.store().clone(), self.crontab.schedules());
         let mut standings = store.due().await?;
-        let is_known = |schedule: &Arc<Schedule>| standings.all.iter().any(|one| one.name == schedule.name);
+        let is_known = |schedule: &Arc<Schedule>| {
+            standings.all.iter().any(|one| one.name == schedule.name)
+                || standings.unreadable.contains(&schedule.name)
+        };
         let now = Instant::now();
         if now >= self.uphold_at || !schedules.iter().all(is_known) {
             // After an outage, others must have had the time to uphold theirs.

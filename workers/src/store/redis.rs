@@ -30,6 +30,7 @@ use jiff::Timestamp;
 use perennial_server::drain::Drain;
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::redis::client::{FromRedisValue, Script, ScriptInvocation, cmd};
+use perennial_server::pool::set_apart;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
@@ -368,7 +369,12 @@ impl RedisQueue {
     }
 
     async fn queues(&self) -> Result<Vec<String>> {
-        let mut queues: Vec<String> = self.0.redis.query(cmd("SMEMBERS").arg(self.all_queues())).await?;
+        let found: Vec<Vec<u8>> = self.0.redis.query(cmd("SMEMBERS").arg(self.all_queues())).await?;
+        let name = |name: Vec<u8>| {
+            let name = String::from_utf8(name);
+            name.map_err(|error| set_apart("queues", &error.to_string(), &"its name is no text")).ok()
+        };
+        let mut queues: Vec<String> = found.into_iter().filter_map(name).collect();
         queues.sort();
         Ok(queues)
     }
@@ -389,7 +395,7 @@ impl RedisQueue {
                 }
                 Err(error) => error.in_one_line(),
             };
-            warn!(job = id, queue = &**queue, error, "a stored job cannot be read; it is dead");
+            set_apart("jobs", &String::from_utf8_lossy(&id), &error);
             let kept = Kept {
                 state: State::Dead,
                 kind: String::new(),
@@ -405,7 +411,14 @@ impl RedisQueue {
             };
             let mut script = self.on(&self.0.scripts.settle, queue);
             script.arg(self.channel()).arg(&**queue).arg("e").arg(id).arg(epoch).arg(size).arg("");
-            self.invoke::<()>(script.arg(0).arg(0).arg(now).arg(json(&kept))).await?;
+            // It lapses otherwise, and is looked at again.
+            if let Err(error) = self.invoke::<()>(script.arg(0).arg(0).arg(now).arg(json(&kept))).await {
+                warn!(
+                    queue = &**queue,
+                    error = error.in_one_line(),
+                    "a job that cannot be read is not dead yet"
+                );
+            }
         }
         Ok(jobs)
     }
@@ -444,7 +457,15 @@ fn push_new(script: &mut ScriptInvocation<'_>, jobs: &[&NewJob]) {
 
 /// A job as a script returns it: id, epoch, whether it is the first claim, score, record, state, checkpoint.
 /// The latter three are whatever others may have written.
-type Taken = (String, String, String, String, Vec<u8>, Vec<u8>, Option<Vec<u8>>);
+type Taken = (Vec<u8>, String, String, String, Vec<u8>, Vec<u8>, Option<Vec<u8>>);
+
+/// What the script for lapsed leases returns: the time, the jobs, and why each must not go on, if so.
+type Lapsing = (i64, Vec<Taken>, Vec<Option<Vec<u8>>>);
+
+fn id_of(bytes: &[u8]) -> Result<Uuid> {
+    let id = String::from_utf8_lossy(bytes);
+    id.parse().map_err(|_| Error::Unreadable(format!("its id is {id}, wanted a UUID")))
+}
 
 fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
     let (id, epoch, first, score, record, state, checkpoint) = taken;
@@ -456,7 +477,7 @@ fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
     let checkpoint = checkpoint.map(text).transpose()?;
     let due = due_of(&score, priority).unwrap_or(header.created_at);
     Ok(Claimed {
-        id: id.parse().map_err(|_| Error::Unreadable(format!("its id is {id}, wanted a UUID")))?,
+        id: id_of(&id)?,
         kind: header.kind,
         queue: Arc::clone(queue),
         priority,
@@ -581,7 +602,7 @@ impl Queue for RedisQueue {
             }
             let mut script = self.on(&self.0.scripts.lapsed, &queue);
             script.arg(left).arg(millis(lease)).arg(&worker);
-            let found: Result<(i64, Vec<Taken>, Vec<Option<String>>)> = self.invoke(&script).await;
+            let found: Result<Lapsing> = self.invoke(&script).await;
             let (now, taken, reasons) = match found {
                 Ok(found) => found,
                 // The other queues have lapsed jobs, too.
@@ -591,8 +612,10 @@ impl Queue for RedisQueue {
                 }
                 Err(error) => return Err(error),
             };
+            let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+            let ids = taken.iter().map(|taken| text(taken.0.clone()));
             let reasons: BTreeMap<String, Option<String>> =
-                taken.iter().map(|taken| taken.0.clone()).zip(reasons).collect();
+                ids.zip(reasons.into_iter().map(|reason| reason.map(text))).collect();
             for job in self.read(taken, &queue.into(), now).await? {
                 let cancelled = reasons.get(&job.id.to_string()).cloned().flatten();
                 lapsed.jobs.push(Claimed { cancelled, ..job });

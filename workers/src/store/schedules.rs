@@ -51,8 +51,13 @@ impl<'a> SqlSchedules<'a> {
         let sql = format!("SELECT schedules.*, {now} AS now_ms FROM schedules ORDER BY name");
         let rows = self.sql.query(sql, values![]).await?;
         let now = rows.first().map(|row| row.get("now_ms")).transpose()?;
-        let all = rows.iter().map(standing).collect::<sql::Result<_>>()?;
-        Ok(Standings { now: now.map_or_else(Timestamp::now, timestamp), all })
+        let all: Vec<Standing> = sql::each(&rows, "schedules", "name", standing);
+        let mut unreadable = Vec::new();
+        if all.len() < rows.len() {
+            unreadable = rows.iter().map(|row| row.name("name")).collect();
+            unreadable.retain(|name| !all.iter().any(|standing| standing.name == *name));
+        }
+        Ok(Standings { now: now.map_or_else(Timestamp::now, timestamp), all, unreadable })
     }
 
     pub(super) async fn fire(&self, claim: Claim) -> Result<bool> {
@@ -78,20 +83,23 @@ impl<'a> SqlSchedules<'a> {
         let is_there = match self.sql.dialect() {
             Dialect::Sqlite => "jobs.id = schedule_runs.id",
             // Uuids of statements for both stores are bytes; those of the jobs are of the type.
-            Dialect::Postgres => "jobs.id = encode(schedule_runs.id, 'hex')::uuid",
+            Dialect::Postgres => {
+                "jobs.id = CASE WHEN octet_length(schedule_runs.id) = 16
+                                THEN encode(schedule_runs.id, 'hex')::uuid END"
+            }
         };
         let sql = format!(
             "SELECT id FROM schedule_runs
              WHERE schedule = ? AND has_job AND EXISTS (SELECT 1 FROM jobs WHERE {is_there}) ORDER BY claimed_at"
         );
         let rows = self.sql.query(sql, values![schedule]).await?;
-        Ok(rows.iter().map(Row::first).collect::<sql::Result<_>>()?)
+        Ok(sql::each(&rows, "schedule_runs", "id", Row::first))
     }
 
     pub(super) async fn runs(&self, schedule: &str, limit: usize) -> Result<Vec<Run>> {
         let sql = "SELECT * FROM schedule_runs WHERE schedule = ? ORDER BY claimed_at DESC, occurrence DESC LIMIT ?";
         let rows = self.sql.query(sql, values![schedule, limit]).await?;
-        Ok(rows.iter().map(run).collect::<sql::Result<_>>()?)
+        Ok(sql::each(&rows, "schedule_runs", "id", run))
     }
 
     pub(super) async fn record_endings(&self, endings: Vec<(String, Uuid, Ending)>) -> Result<()> {

@@ -14,23 +14,28 @@
 //! unique key, and no bound on how much may wait. A kind with limits of its own waits in its lane,
 //! `queue/kind`.
 
+mod kept;
 mod ledger;
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
 use perennial_server::pool::sqlite::Sqlite;
-use perennial_server::pool::{Migrations, sql};
-use rusqlite::{Connection, OptionalExtension, Row, named_params};
+use perennial_server::pool::{Migrations, set_apart, sql};
+use rusqlite::{Connection, OptionalExtension, Row, ToSql, named_params};
 use uuid::Uuid;
 
+use self::kept::Kept;
 use super::{json, later, now_ms, read_json, timestamp};
+use crate::cron::Standings;
 use crate::job::UniqueUntil;
 use crate::lease::BootTime;
 use crate::queue::{
-    Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement,
+    Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Probed, Queue, Renewal, Renewed, Result,
+    Settlement,
 };
 use crate::state::{Spent, State, Transition};
 use crate::wake::Wake;
@@ -130,12 +135,36 @@ pub const MIGRATIONS: Migrations = Migrations {
 pub struct SqliteQueue {
     store: Sqlite,
     wake: Wake,
+    /// When each queue has a job to claim,
+    next: Arc<Kept<BTreeMap<Arc<str>, Option<i64>>>>,
+    /// how many jobs there are in each,
+    depths: Arc<Kept<BTreeMap<Arc<str>, Depth>>>,
+    /// how many have ended and are kept,
+    ended: Arc<Kept<Vec<(String, u64)>>>,
+    /// and how schedules stand.
+    standings: Arc<Kept<Standings>>,
 }
 
 impl SqliteQueue {
     /// The queue in `store`, whose [`MIGRATIONS`] have been applied.
     pub fn new(store: Sqlite) -> Self {
-        Self { store, wake: Wake::default() }
+        Self {
+            store,
+            wake: Wake::default(),
+            next: Arc::default(),
+            depths: Arc::default(),
+            ended: Arc::default(),
+            standings: Arc::default(),
+        }
+    }
+
+    /// How schedules stand, as `read` says if it has to be asked.
+    pub(super) async fn standings(&self, read: impl Future<Output = Result<Standings>>) -> Result<Standings> {
+        let stamp = self.store.stamp();
+        match self.standings.get(stamp) {
+            Some(standings) => Ok(Standings { now: timestamp(now_ms()), ..standings }),
+            None => Ok(self.standings.set(stamp, read.await?)),
+        }
     }
 
     /// Where it is kept.
@@ -240,7 +269,7 @@ impl Queue for SqliteQueue {
             let mut renewed = Vec::with_capacity(renewals.len());
             for Renewal { held, progress, .. } in renewals {
                 let parameters = (until, progress.as_ref().map(json), held.id.as_bytes(), held.epoch);
-                let cancelled = update.query_row(parameters, |row| row.get(0)).optional()?;
+                let cancelled = update.query_row(parameters, |row| lossy(row, "cancelled")).optional()?;
                 renewed.extend(cancelled.map(|cancelled| Renewed { held, cancelled }));
             }
             Ok(renewed)
@@ -278,40 +307,73 @@ impl Queue for SqliteQueue {
             let now = now_ms();
             mend_waits(tx, now)?;
             let sql = format!(
-                "UPDATE jobs SET epoch = epoch + 1, worker = ?, lease_until = ?
-                 WHERE id IN (SELECT id FROM jobs WHERE state = 'running' AND lease_until < ?
-                              ORDER BY lease_until LIMIT ?)
+                "UPDATE jobs SET epoch = epoch + 1, worker = :worker, lease_until = :until
+                 WHERE id IN (SELECT id FROM jobs WHERE state = 'running' AND lease_until < :before
+                              ORDER BY lease_until LIMIT :limit)
                  RETURNING {CLAIMED}"
             );
-            let parameters = (worker, lease_end(lease), BootTime::now().millis(), limit);
-            let mut update = tx.prepare_cached(&sql)?;
-            let jobs =
-                update.query_map(parameters, |row| claimed(row, now))?.collect::<rusqlite::Result<_>>()?;
-            Ok(Lapsed { jobs, now: timestamp(now) })
+            let mut jobs = Vec::new();
+            loop {
+                let parameters = named_params! {
+                    ":worker": worker, ":until": lease_end(lease), ":before": BootTime::now().millis(),
+                    ":limit": limit - jobs.len(),
+                };
+                let taken = readable(tx, &sql, parameters, now)?;
+                jobs.extend(taken.jobs);
+                if taken.buried == 0 || jobs.len() >= limit {
+                    return Ok(Lapsed { jobs, now: timestamp(now) });
+                }
+            }
         };
         Ok(self.store.write(lapsed).await?)
     }
 
-    async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
-        let measure = move |tx: &Connection| {
-            let now = now_ms();
-            let sql =
-                "SELECT count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'scheduled'),
-                              count(*) FILTER (WHERE state = 'running'), coalesce(sum(length(payload)), 0),
-                              min(run_at) FILTER (WHERE state = 'ready')
-                       FROM jobs WHERE queue = ?";
-            tx.prepare_cached(sql)?.query_row([queue], |row| {
-                let oldest: Option<i64> = row.get(4)?;
-                Ok(Depth {
-                    ready: row.get(0)?,
-                    scheduled: row.get(1)?,
-                    running: row.get(2)?,
-                    bytes: row.get(3)?,
-                    oldest_ms: oldest.map_or(0, |oldest| now.saturating_sub(oldest).max(0).unsigned_abs()),
-                })
-            })
+    async fn probe(&self, queues: Vec<Arc<str>>) -> Result<Option<Probed>> {
+        let stamp = self.store.stamp();
+        let known = self.next.get(stamp).filter(|known| queues.iter().all(|queue| known.contains_key(queue)));
+        let known = match known {
+            Some(known) => known,
+            None => {
+                let asked = queues.clone();
+                self.next.set(stamp, self.store.read(move |tx| next_of(tx, asked)).await?)
+            }
         };
-        Ok(self.store.read(measure).await?)
+        let now = now_ms();
+        let next = |queue: Arc<str>| Some((Arc::clone(&queue), since(now, (*known.get(&queue)?)?)));
+        Ok(Some(queues.into_iter().filter_map(next).collect()))
+    }
+
+    async fn measure_all(&self, queues: Vec<Arc<str>>) -> Vec<(Arc<str>, Result<Depth>)> {
+        let stamp = self.store.stamp();
+        if let Some(depths) = self.depths.get(stamp)
+            && let Some(depths) = queues.iter().map(|queue| depths.get(queue).copied()).collect::<Option<Vec<_>>>()
+            // How long they wait goes on.
+            && depths.iter().all(|depth| depth.ready == 0)
+        {
+            return queues.into_iter().zip(depths.into_iter().map(Ok)).collect();
+        }
+        let asked = queues.clone();
+        let measure = move |tx: &Connection| {
+            let of = |queue: &Arc<str>| Ok((Arc::clone(queue), depth(tx, queue)?));
+            asked.iter().map(of).collect::<rusqlite::Result<BTreeMap<_, _>>>()
+        };
+        match self.store.read(measure).await {
+            Ok(depths) => {
+                let depths = self.depths.set(stamp, depths);
+                let of = |queue: Arc<str>| {
+                    let depth = depths.get(&queue).copied().unwrap_or_default();
+                    (queue, Ok(depth))
+                };
+                queues.into_iter().map(of).collect()
+            }
+            Err(error) => {
+                queues.into_iter().next().map(|queue| (queue, Err(error.into()))).into_iter().collect()
+            }
+        }
+    }
+
+    async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
+        Ok(self.store.read(move |tx| depth(tx, &queue)).await?)
     }
 
     fn wake(&self) -> &Wake {
@@ -328,6 +390,38 @@ impl Queue for SqliteQueue {
 /// The columns of [`Claimed`].
 const CLAIMED: &str = "id, kind, queue, priority, payload, epoch, failures, recoveries, recovered_at, errors,
     checkpoint, trace, unique_key, cancelled, created_at, run_at";
+
+/// When each of these queues has a job to claim, in milliseconds since 1970.
+fn next_of(tx: &Connection, queues: Vec<Arc<str>>) -> rusqlite::Result<BTreeMap<Arc<str>, Option<i64>>> {
+    let mut next = tx.prepare_cached(
+        "SELECT coalesce((SELECT 0 FROM jobs WHERE state = 'ready' AND queue = ?1 LIMIT 1),
+                         (SELECT min(run_at) FROM jobs WHERE state = 'scheduled' AND queue = ?1))
+         WHERE NOT EXISTS (SELECT 1 FROM paused_queues WHERE queue = ?1)",
+    )?;
+    let of = |queue: Arc<str>| {
+        let at: Option<Option<i64>> = next.query_row([&queue], |row| row.get(0)).optional()?;
+        Ok((queue, at.flatten()))
+    };
+    queues.into_iter().map(of).collect()
+}
+
+fn depth(tx: &Connection, queue: &str) -> rusqlite::Result<Depth> {
+    let now = now_ms();
+    let sql = "SELECT count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'scheduled'),
+                      count(*) FILTER (WHERE state = 'running'), coalesce(sum(length(payload)), 0),
+                      min(run_at) FILTER (WHERE state = 'ready')
+               FROM jobs WHERE queue = ?";
+    tx.prepare_cached(sql)?.query_row([queue], |row| {
+        let oldest: Option<i64> = row.get(4)?;
+        Ok(Depth {
+            ready: row.get(0)?,
+            scheduled: row.get(1)?,
+            running: row.get(2)?,
+            bytes: row.get(3)?,
+            oldest_ms: oldest.map_or(0, |oldest| now.saturating_sub(oldest).max(0).unsigned_abs()),
+        })
+    })
+}
 
 fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
     let paused = "SELECT EXISTS (SELECT 1 FROM paused_queues WHERE queue = ?)";
@@ -347,14 +441,19 @@ fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
                       ORDER BY priority, run_at LIMIT :limit)
          RETURNING {CLAIMED}"
     );
-    let parameters = named_params! {
-        ":worker": claim.worker, ":until": lease_end(claim.lease),
-        ":queue": claim.queue, ":limit": claim.limit,
-    };
-    let mut jobs = tx
-        .prepare_cached(&sql)?
-        .query_map(parameters, |row| claimed(row, now))?
-        .collect::<rusqlite::Result<Vec<_>>>()?;
+    let mut jobs = Vec::new();
+    loop {
+        let parameters = named_params! {
+            ":worker": claim.worker, ":until": lease_end(claim.lease),
+            ":queue": claim.queue, ":limit": claim.limit - jobs.len(),
+        };
+        let taken = readable(tx, &sql, parameters, now)?;
+        jobs.extend(taken.jobs);
+        // Those that were set apart took the places of others.
+        if taken.buried == 0 || jobs.len() >= claim.limit {
+            break;
+        }
+    }
     jobs.sort_by_key(|job| (job.priority, std::cmp::Reverse(job.waited)));
     if jobs.iter().any(|job| job.unique.is_some()) {
         let mut release =
@@ -367,6 +466,66 @@ fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
         .prepare_cached("SELECT min(run_at) FROM jobs WHERE state = 'scheduled' AND queue = ?")?
         .query_row([&claim.queue], |row| row.get(0))?;
     Ok(Claims { jobs, next_in: next_at.map(|at| since(now, at)) })
+}
+
+/// Jobs that were claimed, and how many could not be read.
+struct Taken {
+    jobs: Vec<Claimed>,
+    buried: usize,
+}
+
+/// Runs a statement that claims jobs. One that cannot be read, since another program wrote it, must not keep the others: it
+/// becomes dead, with its bytes as they are.
+fn readable(
+    tx: &Connection,
+    sql: &str,
+    parameters: &[(&str, &dyn ToSql)],
+    now: i64,
+) -> rusqlite::Result<Taken> {
+    let mut taken = Taken { jobs: Vec::new(), buried: 0 };
+    let mut unreadable = Vec::new();
+    let mut statement = tx.prepare_cached(sql)?;
+    let mut rows = statement.query(parameters)?;
+    while let Some(row) = rows.next()? {
+        match claimed(row, now) {
+            Ok(job) => taken.jobs.push(job),
+            Err(error) => {
+                unreadable.push((row.get::<_, [u8; 16]>("id")?, row.get("epoch")?, error.to_string()));
+            }
+        }
+    }
+    for (id, epoch, why) in unreadable {
+        set_apart("jobs", &Uuid::from_bytes(id).to_string(), &why);
+        bury(tx, id, epoch, &format!("it cannot be read: {why}"), now)?;
+        taken.buried += 1;
+    }
+    Ok(taken)
+}
+
+/// Makes a job dead without reading it: SQLite copies the row.
+fn bury(tx: &Connection, id: [u8; 16], epoch: i64, reason: &str, now: i64) -> rusqlite::Result<()> {
+    tx.prepare_cached(
+        "DELETE FROM job_keys WHERE job = :id AND scope <> 'window'
+             AND key = (SELECT unique_key FROM jobs WHERE id = :id AND epoch = :epoch)",
+    )?
+    .execute(named_params! { ":id": id, ":epoch": epoch })?;
+    tx.prepare_cached(
+        "INSERT OR REPLACE INTO ended_jobs (id, kind, queue, priority, state, payload, epoch, failures, recoveries,
+                                 errors, checkpoint, trace, reason, created_at, ended_at)
+         SELECT id, kind, queue, priority, 'dead', payload, epoch, failures, recoveries, errors, checkpoint, trace,
+                :reason, created_at, :now
+         FROM jobs WHERE id = :id AND epoch = :epoch AND state = 'running'",
+    )?
+    .execute(named_params! { ":id": id, ":epoch": epoch, ":reason": reason, ":now": now })?;
+    tx.prepare_cached("DELETE FROM jobs WHERE id = :id AND epoch = :epoch AND state = 'running'")?
+        .execute(named_params! { ":id": id, ":epoch": epoch })
+        .map(drop)
+}
+
+/// A text that is only shown, or compared with others of its kind: what is no UTF-8 in it is replaced.
+fn lossy(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<String>> {
+    let bytes = row.get_ref(column)?.as_bytes_or_null()?;
+    Ok(bytes.map(|bytes| String::from_utf8_lossy(bytes).into_owned()))
 }
 
 fn claimed(row: &Row<'_>, now: i64) -> rusqlite::Result<Claimed> {
@@ -386,11 +545,11 @@ fn claimed(row: &Row<'_>, now: i64) -> rusqlite::Result<Claimed> {
             recoveries: row.get("recoveries")?,
             since: recovered_at.map(timestamp),
         },
-        errors: read_json(row.get("errors")?),
+        errors: read_json(lossy(row, "errors")?),
         checkpoint: row.get("checkpoint")?,
-        trace: row.get("trace")?,
-        unique: row.get("unique_key")?,
-        cancelled: row.get("cancelled")?,
+        trace: lossy(row, "trace")?,
+        unique: lossy(row, "unique_key")?,
+        cancelled: lossy(row, "cancelled")?,
         created_at: timestamp(row.get("created_at")?),
         due_at: timestamp(row.get("run_at")?),
         waited: since(row.get("run_at")?, now),

@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
+use perennial_server::pool::set_apart;
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
 use perennial_server::{transact, values};
 use perennial_workers::{Jobs, NewJob};
@@ -54,6 +55,9 @@ pub(crate) struct Batch {
     pub(crate) webhook: Option<String>,
 }
 
+/// How many batches that wait for a push service are woken in one transaction.
+const WOKEN: usize = 100;
+
 impl Batch {
     /// Whether the outcome of a member is recorded.
     pub(crate) fn is_recorded(&self, id: i64) -> bool {
@@ -87,6 +91,16 @@ pub(crate) struct Member {
     pub(crate) metadata: Option<String>,
 }
 
+/// The members of a batch.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Members {
+    pub(crate) list: Vec<Member>,
+    /// Those whose rows cannot be read, and why.
+    pub(crate) unreadable: Vec<(i64, String)>,
+    /// The id behind which there are more: an audience may have grown since it was cut.
+    pub(crate) rest_after: Option<i64>,
+}
+
 /// How it went for one subscription, for the log.
 #[derive(Clone, Debug)]
 pub(crate) struct Delivery {
@@ -117,6 +131,8 @@ pub(crate) struct Checkpoint {
     pub(crate) rest: Option<Rest>,
     /// The webhook that is told which subscriptions are deleted.
     pub(crate) tell: Option<String>,
+    /// How many members are neither recorded nor deferred.
+    pub(crate) left: usize,
     /// Whether this was the last.
     pub(crate) finished: bool,
 }
@@ -138,6 +154,19 @@ pub(crate) struct Deferred {
     pub(crate) ids: Vec<i64>,
     pub(crate) job: NewJob,
     pub(crate) attempt: u32,
+    /// The origin of the push service that nothing is sent to, if they wait for that.
+    pub(crate) waits_for: Option<String>,
+}
+
+/// A batch that waits for a push service.
+#[derive(Clone, Debug)]
+pub(crate) struct Waiting {
+    pub(crate) batch: Uuid,
+    pub(crate) notification: Uuid,
+    pub(crate) urgency: String,
+    pub(crate) estimate: u64,
+    /// Whether its notification has a pace.
+    pub(crate) is_paced: bool,
 }
 
 /// What is left of a batch's range: the audience has grown since that was cut.
@@ -184,35 +213,55 @@ impl Store {
         transact!(&self.sql, tx => open_batch(tx, id, epoch))
     }
 
-    /// The members of a batch whose outcomes are not recorded, among the first `most`; and the id behind which there are
-    /// more, if so: an audience may have grown since it was cut.
-    pub(crate) async fn members(&self, batch: &Batch, most: usize) -> Result<(Vec<Member>, Option<i64>)> {
+    /// The members of a batch whose outcomes are not recorded, among the first `most`.
+    pub(crate) async fn members(&self, batch: &Batch, most: usize) -> Result<Members> {
         let (mut sql, mut parameters) = members_to_sql(self.sql.dialect(), batch);
         let one_more = most.saturating_add(1);
-        if let Part::Range { .. } = batch.part {
+        let is_range = matches!(batch.part, Part::Range { .. });
+        if is_range {
             sql.push_str(" LIMIT ?");
             parameters.push(one_more.into());
         }
         let stored = batch.audience != Audience::Inline;
-        let rows = self.sql.query(sql, parameters).await?;
-        let members = rows.iter().map(|row| member(row, stored, batch.is_template && stored));
-        let mut members: Vec<Member> = members.collect::<Result<_>>()?;
-        let mut rest_after = None;
-        if matches!(batch.part, Part::Range { .. }) && members.len() == one_more {
-            members.truncate(most);
-            rest_after = members.last().map(|member| member.id);
+        let mut rows = self.sql.query(sql, parameters).await?;
+        let mut members = Members::default();
+        if is_range && rows.len() == one_more {
+            rows.truncate(most);
+            members.rest_after = rows.last().map(|row| row.get("id")).transpose()?;
         }
-        members.retain(|member| !batch.is_recorded(member.id));
-        Ok((members, rest_after))
+        for row in &rows {
+            let id = row.get("id")?;
+            if batch.is_recorded(id) {
+                continue;
+            }
+            match member(row, stored, batch.is_template && stored) {
+                Ok(member) => members.list.push(member),
+                // It is counted, as everybody else is, and keeps nobody waiting.
+                Err(error) => {
+                    set_apart(if stored { "subscriptions" } else { "recipients" }, &row.name("id"), &error);
+                    members.unreadable.push((id, error.to_string()));
+                }
+            }
+        }
+        Ok(members)
     }
 
-    /// The ids of these; of those that are tried again, also such as do not exist any more.
+    /// The ids of these; of those that are tried again, also such as do not exist any more. And the id behind which there are
+    /// more, if so.
     pub(crate) async fn left(&self, batch: &Batch, most: usize) -> Result<(Vec<i64>, Option<i64>)> {
         if let Part::Ids(ids) = &batch.part {
             return Ok((ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(), None));
         }
-        let (members, rest_after) = self.members(batch, most).await?;
-        Ok((members.iter().map(|member| member.id).collect(), rest_after))
+        let Members { list, unreadable, rest_after } = self.members(batch, most).await?;
+        let readable = list.iter().map(|member| member.id);
+        Ok((readable.chain(unreadable.iter().map(|(id, _)| *id)).collect(), rest_after))
+    }
+
+    /// Gives up a batch that cannot be read: its notification goes on without it, and says so. True when that was the last of
+    /// it.
+    pub(crate) async fn abandon_batch(&self, id: Uuid, epoch: i64, why: String) -> Result<bool> {
+        let jobs = self.jobs.clone();
+        transact!(&self.sql, tx => abandon_batch(tx, &jobs, id, epoch, &why))
     }
 
     /// Notes that a member is about to be sent to, alone: should the process crash, it was with that one.
@@ -239,10 +288,46 @@ impl Store {
         Ok(recorded)
     }
 
+    /// Has the batches that wait for a push service sent now, by jobs that `new_job` makes, and returns how many there were.
+    /// Their own jobs will find nothing to do.
+    pub(crate) async fn wake_batches(
+        &self,
+        origin: &str,
+        new_job: impl Fn(&Waiting) -> Result<NewJob>,
+    ) -> Result<usize> {
+        let sql = "SELECT batches.id AS id, notification, urgency, estimate, rate_milli
+                   FROM batches JOIN notifications ON notifications.id = notification
+                   WHERE waits_for = ? AND epoch = 0 LIMIT ?";
+        let mut count = 0;
+        loop {
+            let rows = self.sql.query(sql, values![origin, WOKEN]).await?;
+            let waiting = sql::each(&rows, "batches", "id", |row: &Row| {
+                Ok(Waiting {
+                    batch: row.get("id")?,
+                    notification: row.get("notification")?,
+                    urgency: row.get("urgency")?,
+                    estimate: row.get("estimate")?,
+                    is_paced: row.get::<Option<i64>>("rate_milli")?.is_some(),
+                })
+            });
+            let moves = waiting.iter().map(|waiting| Ok((waiting.batch, new_job(waiting)?)));
+            let moves: Vec<(Uuid, NewJob)> = moves.collect::<Result<_>>()?;
+            let queues: Vec<_> = moves.iter().map(|(_, job)| job.queue.clone()).collect();
+            let jobs = self.jobs.clone();
+            let woken = transact!(&self.sql, tx => wake_batches(tx, &jobs, &moves))?;
+            self.jobs.wake(queues.iter().map(|queue| &**queue));
+            count += woken;
+            if woken == 0 || rows.len() < WOKEN {
+                return Ok(count);
+            }
+        }
+    }
+
     /// The batches of a notification that are not finished.
     pub(crate) async fn batches_of(&self, notification: Uuid) -> Result<Vec<Uuid>> {
         let sql = "SELECT id FROM batches WHERE notification = ? LIMIT 1000";
-        self.sql.query(sql, values![notification]).await?.iter().map(Row::first).collect()
+        let rows = self.sql.query(sql, values![notification]).await?;
+        Ok(sql::each(&rows, "batches", "id", Row::first))
     }
 
     /// Takes the cutting of an audience for the claim `epoch`. None when it is done.
@@ -293,6 +378,15 @@ impl Store {
         let jobs = self.jobs.clone();
         transact!(&self.sql, tx => give_up_fan_out(tx, &jobs, notification, epoch, (outcome, left), &reason))
     }
+}
+
+async fn abandon_batch<T: Tx>(tx: &T, jobs: &Jobs, id: Uuid, epoch: i64, why: &str) -> Result<bool> {
+    let sql = "DELETE FROM batches WHERE id = ? AND epoch <= ? RETURNING notification";
+    let Some(row) = sql::first(tx, sql, &values![id, epoch]).await? else { return Ok(false) };
+    let notification: Uuid = row.first()?;
+    let sql = "UPDATE notifications SET outstanding = outstanding - 1, error = ? WHERE id = ?";
+    tx.execute(sql, &values![format!("a batch of it cannot be read: {why}"), notification]).await?;
+    end_if_done(tx, jobs, notification).await
 }
 
 async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<Option<FanOut>> {
@@ -386,7 +480,7 @@ async fn open_batch<T: Tx>(tx: &T, id: Uuid, epoch: i64) -> Result<Option<Batch>
 fn read(row: &Row) -> Result<Batch> {
     let ids: Option<String> = row.get("ids")?;
     let part = match ids {
-        Some(ids) => Part::Ids(serde_json::from_str(&ids).map_err(unreadable)?),
+        Some(ids) => Part::Ids(serde_json::from_str(&ids).map_err(unreadable("ids"))?),
         None => Part::Range { upto: row.get("upto_id")? },
     };
     let above: String = row.get("above")?;
@@ -399,7 +493,7 @@ fn read(row: &Row) -> Result<Batch> {
         standing: Standing::read(row)?,
         estimate: row.get("estimate")?,
         low_id: row.get("low_id")?,
-        above: serde_json::from_str(&above).map_err(unreadable)?,
+        above: serde_json::from_str(&above).map_err(unreadable("above"))?,
         trying: row.get("trying")?,
         site: row.get("site")?,
         audience: audience(row)?,
@@ -417,11 +511,16 @@ fn read(row: &Row) -> Result<Batch> {
 
 fn audience(row: &Row) -> Result<Audience> {
     let text: String = row.get("audience")?;
-    Ok(serde_json::from_str(&text).map_err(unreadable)?)
+    serde_json::from_str(&text).map_err(unreadable("audience"))
 }
 
-fn unreadable(error: serde_json::Error) -> rusqlite::Error {
-    rusqlite::Error::ToSqlConversionFailure(Box::new(error))
+/// What is wrong with a column that has JSON of ours.
+fn unreadable(column: &str) -> impl Fn(serde_json::Error) -> sql::Error {
+    move |error| sql::Error::Unreadable {
+        column: column.to_owned(),
+        wanted: "JSON as this program writes it",
+        found: error.to_string(),
+    }
 }
 
 fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
@@ -554,16 +653,15 @@ impl Known {
         if let Some(evidence) = self.0.get(&key) {
             return Ok(*evidence);
         }
-        let sql = "SELECT (SELECT accepted_at FROM push_acceptances WHERE origin = ?1 AND signer = ?2) AS same,
+        let sql =
+            "SELECT (SELECT accepted_at FROM push_acceptances WHERE origin = ?1 AND signer = ?2) AS same,
                           (SELECT max(accepted_at) FROM push_acceptances WHERE origin = ?1) AS service,
                           (SELECT max(accepted_at) FROM push_acceptances) AS anywhere";
         let row = sql::first(tx, sql, &values![&key.0, signer]).await?;
         let evidence = match row {
-            Some(row) => Evidence {
-                same: row.get("same")?,
-                service: row.get("service")?,
-                any: row.get("anywhere")?,
-            },
+            Some(row) => {
+                Evidence { same: row.get("same")?, service: row.get("service")?, any: row.get("anywhere")? }
+            }
             None => Evidence::default(),
         };
         self.0.insert(key, evidence);
@@ -631,8 +729,10 @@ async fn record<T: Tx>(
     checkpoint: &Checkpoint,
 ) -> Result<Recorded> {
     let above = serde_json::to_string(&checkpoint.above).unwrap_or_default();
-    let held = "UPDATE batches SET low_id = ?, above = ? WHERE id = ? AND epoch = ?";
-    if tx.execute(held, &values![checkpoint.low_id, above, id, epoch]).await? == 0 {
+    // Of those that are tried again, each is counted once: who is deferred is counted by another batch from now on.
+    let held = "UPDATE batches SET low_id = ?, above = ?, again = CASE WHEN ids IS NULL THEN 0 ELSE ? END
+                WHERE id = ? AND epoch = ?";
+    if tx.execute(held, &values![checkpoint.low_id, above, checkpoint.left, id, epoch]).await? == 0 {
         return Ok(Recorded::TooLate);
     }
     let deleted = judge(tx, site, checkpoint).await?;
@@ -664,11 +764,26 @@ async fn record<T: Tx>(
 
 async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferred: &Deferred) -> Result<()> {
     let ids = serde_json::to_string(&deferred.ids).unwrap_or_default();
-    let sql = "INSERT INTO batches (id, notification, after_id, upto_id, ids, again, attempt, low_id)
-               VALUES (?, ?, 0, 0, ?, ?, ?, 0)";
-    let parameters = values![deferred.job.id, notification, ids, deferred.ids.len(), deferred.attempt];
+    let sql =
+        "INSERT INTO batches (id, notification, after_id, upto_id, ids, again, attempt, low_id, waits_for)
+               VALUES (?, ?, 0, 0, ?, ?, ?, 0, ?)";
+    let Deferred { ids: members, job: NewJob { id, .. }, attempt, waits_for } = deferred;
+    let parameters = values![*id, notification, ids, members.len(), *attempt, waits_for];
     tx.execute(sql, &parameters).await?;
     one_more(tx, jobs, notification, &deferred.job).await
+}
+
+/// Gives batches to other jobs, except such as were taken in hand meanwhile.
+async fn wake_batches<T: Tx>(tx: &T, jobs: &Jobs, moves: &[(Uuid, NewJob)]) -> Result<usize> {
+    let mut woken = 0;
+    for (batch, job) in moves {
+        let sql = "UPDATE batches SET id = ?, waits_for = NULL WHERE id = ? AND epoch = 0";
+        if tx.execute(sql, &values![job.id, *batch]).await? == 1 {
+            jobs.insert(tx, std::slice::from_ref(job)).await?;
+            woken += 1;
+        }
+    }
+    Ok(woken)
 }
 
 /// Makes a batch of what is left of the range of the batch `of`.

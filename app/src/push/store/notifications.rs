@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx};
+use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
 use perennial_server::{transact, values};
 use perennial_webpush::{HttpVersion, Keys};
 use perennial_workers::queue::Due;
@@ -13,11 +13,13 @@ use uuid::Uuid;
 
 use super::batches::insert_batch;
 use super::pacing::{Stage, Standing};
-use super::{Store, job, now_ms, timestamp};
+use super::{Page, Pager, Store, job, now_ms, timestamp};
 use crate::push::FAN_OUT_QUEUE;
 use crate::push::audience::{Audience, Selection};
 use crate::push::close::Close;
 
+/// How long counting an audience may take: the request waits for it, and the connection is everybody's.
+const COUNTING: Duration = Duration::from_secs(2);
 /// For how long an idempotency key is kept, in milliseconds.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
 
@@ -127,22 +129,31 @@ impl Store {
         self.sql.value(newest, values![site]).await
     }
 
-    /// How many subscriptions an audience has now.
-    pub(crate) async fn count(&self, site: i64, audience: &Audience, watermark: i64) -> Result<u64> {
+    /// How many subscriptions an audience has now. None when that takes too long to find out.
+    pub(crate) async fn count(&self, site: i64, audience: &Audience, watermark: i64) -> Result<Option<u64>> {
         let Selection { from, condition, parameters, .. } =
             audience.select(self.sql.dialect(), site, 0, watermark);
-        let sql = format!("SELECT count(*) FROM {from} WHERE {condition}");
-        self.sql.value(sql, parameters).await
+        self.count_in_time(site, format!("SELECT count(*) FROM {from} WHERE {condition}"), parameters).await
     }
 
-    /// How many of an audience have no value for one of these names in their metadata.
+    async fn count_in_time(&self, site: i64, sql: String, parameters: Vec<Value>) -> Result<Option<u64>> {
+        let _share = self.shares.take(site).await?;
+        match self.sql.query_within(COUNTING, sql, parameters).await {
+            Ok(rows) => rows.first().map(Row::first).transpose(),
+            Err(error) if error.is_late() => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// How many of an audience have no value for one of these names in their metadata. None when that takes too long to find
+    /// out.
     pub(crate) async fn count_incomplete(
         &self,
         site: i64,
         audience: &Audience,
         watermark: i64,
         names: &[String],
-    ) -> Result<u64> {
+    ) -> Result<Option<u64>> {
         let dialect = self.sql.dialect();
         let Selection { from, condition, mut parameters, .. } = audience.select(dialect, site, 0, watermark);
         let missing = names.iter().map(|name| match dialect {
@@ -156,8 +167,9 @@ impl Store {
             }
         });
         let missing = missing.collect::<Vec<_>>().join(" OR ");
-        let sql = format!("SELECT count(*) FROM {from} WHERE {condition} AND (metadata IS NULL OR {missing})");
-        self.sql.value(sql, parameters).await
+        let sql =
+            format!("SELECT count(*) FROM {from} WHERE {condition} AND (metadata IS NULL OR {missing})");
+        self.count_in_time(site, sql, parameters).await
     }
 
     /// What the same request was answered before.
@@ -178,6 +190,15 @@ impl Store {
         let columns = columns(self.sql.dialect());
         let sql = format!("SELECT {columns} FROM notifications WHERE site = ? AND id = ?");
         self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
+    }
+
+    /// Some notifications, of any sites. One that cannot be read is left out.
+    pub(crate) async fn notifications_of(&self, ids: &[Uuid]) -> Result<Vec<Notification>> {
+        let columns = columns(self.sql.dialect());
+        let places = vec!["?"; ids.len()].join(", ");
+        let sql = format!("SELECT {columns} FROM notifications WHERE id IN ({places})");
+        let rows = self.sql.query(sql, ids.iter().copied().map(Value::from).collect::<Vec<_>>()).await?;
+        Ok(sql::each(&rows, "notifications", "id", read))
     }
 
     /// A notification of any site.
@@ -205,12 +226,18 @@ impl Store {
         outcome: Option<String>,
         cursor: i64,
         limit: usize,
-    ) -> Result<Vec<DeliveryView>> {
+    ) -> Result<Page<DeliveryView>> {
         let sql = "SELECT subscription, outcome, status, detail, at FROM deliveries
                    WHERE notification = ?1 AND subscription > ?2 AND (?3 IS NULL OR outcome = ?3)
                    ORDER BY subscription LIMIT ?4";
-        let rows = self.sql.query(sql, values![notification, cursor, outcome, limit]).await?;
-        rows.iter().map(DeliveryView::read).collect()
+        let mut pager = Pager::new(("deliveries", "subscription"), cursor, limit);
+        loop {
+            let (after, limit) = pager.part();
+            let rows = self.sql.query(sql, values![notification, after, &outcome, limit]).await?;
+            if let Some(page) = pager.take(&rows, DeliveryView::read) {
+                return Ok(page);
+            }
+        }
     }
 
     /// Deletes some of what belongs to notifications that ended before `before`, in milliseconds since 1970; returns how
@@ -239,7 +266,8 @@ impl Store {
         let columns = columns(self.sql.dialect());
         let sql =
             format!("SELECT {columns} FROM notifications WHERE site = ? AND id < ? ORDER BY id DESC LIMIT ?");
-        self.sql.query(sql, values![site, cursor, limit]).await?.iter().map(read).collect()
+        let rows = self.sql.query(sql, values![site, cursor, limit]).await?;
+        Ok(sql::each(&rows, "notifications", "id", read))
     }
 }
 
@@ -358,10 +386,6 @@ impl DeliveryView {
             detail: row.get("detail")?,
             at: timestamp(row.get("at")?),
         })
-    }
-
-    pub(crate) fn subscription(&self) -> i64 {
-        self.subscription
     }
 }
 

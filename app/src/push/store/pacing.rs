@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use perennial_server::pool::set_apart;
 use perennial_server::pool::sql::{self, Result, Row, Tx};
 use perennial_server::{transact, values};
 use uuid::Uuid;
@@ -122,14 +123,20 @@ pub(crate) enum Reserved {
 }
 
 impl Store {
-    /// How notifications stand.
-    pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Standing)>> {
+    /// How notifications stand; none of one that cannot be read.
+    pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Option<Standing>)>> {
         let hex: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
         let among = self.sql.dialect().is_among("id", "?");
         let sql = format!("SELECT id, {} FROM notifications WHERE {among}", Standing::COLUMNS);
         let list = serde_json::to_string(&hex).unwrap_or_default();
         let rows = self.sql.query(sql, values![list]).await?;
-        rows.iter().map(|row| Ok((row.get("id")?, Standing::read(row)?))).collect()
+        let read = |row: &Row| {
+            let standing = Standing::read(row);
+            let standing =
+                standing.inspect_err(|error| set_apart("notifications", &row.name("id"), error)).ok();
+            Ok((row.get("id")?, standing))
+        };
+        Ok(sql::each(&rows, "notifications", "id", read))
     }
 
     /// Reserves the next slice of a notification's schedule.

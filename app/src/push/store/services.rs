@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::pool::sql::Result;
+use perennial_server::pool::sql::{self, Result};
 use perennial_server::values;
 use perennial_webpush::Acceptance;
 
@@ -65,7 +65,7 @@ impl Store {
                 changed_at: row.get("changed_at")?,
             })
         };
-        rows.iter().map(read).collect()
+        Ok(sql::each(&rows, "push_services", "origin", read))
     }
 
     /// Forgets services that nothing has been said about for a day.
@@ -85,7 +85,8 @@ impl Store {
             at.as_millisecond()
         };
         for acceptance in accepted {
-            let sql = "INSERT INTO push_acceptances AS known (origin, signer, accepted_at) VALUES (?1, ?2, ?3)
+            let sql =
+                "INSERT INTO push_acceptances AS known (origin, signer, accepted_at) VALUES (?1, ?2, ?3)
                        ON CONFLICT (origin, signer) DO UPDATE SET accepted_at = excluded.accepted_at
                        WHERE known.accepted_at < excluded.accepted_at";
             self.sql.execute(sql, values![&acceptance.origin, acceptance.signer.0, at(&acceptance)]).await?;

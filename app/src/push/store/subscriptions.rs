@@ -8,10 +8,14 @@ use jiff::Timestamp;
 use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
 use perennial_server::{transact, values};
 use perennial_webpush::Keys;
+use serde_json::value::RawValue;
 
 use super::notifications::DeliveryView;
-use super::{Store, now_ms, timestamp};
+use super::{Page, Pager, Store, now_ms, timestamp};
 use crate::push::audience::{Audience, Selection};
+
+/// How many subscriptions of a user are deleted at once.
+const DELETED: usize = 500;
 
 /// A subscription that is about to be stored.
 #[derive(Clone, Debug)]
@@ -83,7 +87,7 @@ pub(crate) struct Subscription {
     pub(crate) endpoint: String,
     pub(crate) user: Option<String>,
     pub(crate) tags: Vec<String>,
-    pub(crate) metadata: Option<serde_json::Value>,
+    pub(crate) metadata: Option<Box<RawValue>>,
     pub(crate) created_at: Timestamp,
     pub(crate) updated_at: Timestamp,
 }
@@ -91,7 +95,6 @@ pub(crate) struct Subscription {
 /// A subscription with everything that sending to it takes.
 #[derive(Clone, Debug)]
 pub(crate) struct Exported {
-    pub(crate) id: i64,
     pub(crate) endpoint: String,
     pub(crate) p256dh: Vec<u8>,
     pub(crate) auth: Vec<u8>,
@@ -130,7 +133,7 @@ impl Store {
         self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
     }
 
-    /// Subscriptions after `cursor` in the order of their ids.
+    /// Subscriptions after `cursor` in the order of their ids: up to `limit`, and as many bytes as one answer may have.
     pub(crate) async fn subscriptions(
         &self,
         site: i64,
@@ -138,18 +141,26 @@ impl Store {
         tag: Option<String>,
         cursor: i64,
         limit: usize,
-    ) -> Result<Vec<Subscription>> {
-        let columns = columns(self.sql.dialect());
+    ) -> Result<Page<Subscription>> {
+        let _share = self.shares.take(site).await?;
+        let dialect = self.sql.dialect();
+        let columns = columns(dialect);
         let audience = tag.map_or(Audience::All, Audience::Tags);
-        let Selection { from, mut condition, id, mut parameters } =
-            audience.select(self.sql.dialect(), site, cursor, i64::MAX);
-        if let Some(user) = user {
-            condition.push_str(r#" AND "user" = ?"#);
-            parameters.push(user.into());
+        let mut pager = Pager::new(("subscriptions", "id"), cursor, limit);
+        loop {
+            let (after, limit) = pager.part();
+            let Selection { from, mut condition, id, mut parameters } =
+                audience.select(dialect, site, after, i64::MAX);
+            if let Some(user) = &user {
+                condition.push_str(r#" AND "user" = ?"#);
+                parameters.push(user.into());
+            }
+            parameters.push(limit.into());
+            let sql = format!("SELECT {columns} FROM {from} WHERE {condition} ORDER BY {id} LIMIT ?");
+            if let Some(page) = pager.take(&self.sql.query(sql, parameters).await?, read) {
+                return Ok(page);
+            }
         }
-        parameters.push(limit.into());
-        let sql = format!("SELECT {columns} FROM {from} WHERE {condition} ORDER BY {id} LIMIT ?");
-        self.sql.query(sql, parameters).await?.iter().map(read).collect()
     }
 
     /// Stores many, whatever was known about them before, so many in one transaction.
@@ -175,7 +186,7 @@ impl Store {
     }
 
     /// Subscriptions after `cursor` in the order of their ids, with everything that sending to them takes.
-    pub(crate) async fn export(&self, site: i64, cursor: i64, limit: usize) -> Result<Vec<Exported>> {
+    pub(crate) async fn export(&self, site: i64, cursor: i64, limit: usize) -> Result<Page<Exported>> {
         let tags = self.sql.dialect().list_of("tag");
         let sql = format!(
             r#"SELECT id, endpoint, p256dh, auth, vapid_key, "user", metadata, expires_at,
@@ -183,12 +194,10 @@ impl Store {
                       (SELECT public_key FROM vapid_keys WHERE vapid_keys.id = vapid_key) AS public_key
                FROM subscriptions WHERE site = ? AND id > ? ORDER BY id LIMIT ?"#
         );
-        let rows = self.sql.query(sql, values![site, cursor, limit]).await?;
         let read = |row: &Row| {
             let tags: Vec<String> = serde_json::from_str(&row.get::<String>("tags")?).unwrap_or_default();
             let metadata: Option<String> = row.get("metadata")?;
             Ok(Exported {
-                id: row.get("id")?,
                 endpoint: row.get("endpoint")?,
                 p256dh: row.get("p256dh")?,
                 auth: row.get("auth")?,
@@ -199,32 +208,43 @@ impl Store {
                 expires_at: row.get("expires_at")?,
             })
         };
-        rows.iter().map(read).collect()
+        let mut pager = Pager::new(("subscriptions", "id"), cursor, limit);
+        loop {
+            let (after, limit) = pager.part();
+            let rows = self.sql.query(sql.clone(), values![site, after, limit]).await?;
+            if let Some(page) = pager.take(&rows, read) {
+                return Ok(page);
+            }
+        }
     }
 
-    /// Everything of one user: subscriptions, and how notifications went for them.
-    pub(crate) async fn all_of_user(
+    /// How notifications went for one subscription, those first that were accepted first, after a notification.
+    pub(crate) async fn deliveries_of(
         &self,
-        site: i64,
-        user: &str,
-    ) -> Result<(Vec<Subscription>, Vec<DeliveryView>)> {
-        let most = 10_000;
-        let subscriptions = self.subscriptions(site, Some(user.to_owned()), None, 0, most).await?;
-        let ids: Vec<i64> = subscriptions.iter().map(|subscription| subscription.id).collect();
-        let among = self.sql.dialect().numbers_in("?");
-        let sql = format!(
-            "SELECT subscription, outcome, status, detail, at FROM deliveries WHERE subscription IN ({among})
-             ORDER BY at LIMIT {most}"
-        );
-        let list = serde_json::to_string(&ids).unwrap_or_default();
-        let rows = self.sql.query(sql, values![list]).await?;
-        Ok((subscriptions, rows.iter().map(DeliveryView::read).collect::<Result<_>>()?))
+        subscription: i64,
+        after: Vec<u8>,
+        limit: usize,
+    ) -> Result<(Vec<DeliveryView>, Option<Vec<u8>>)> {
+        let sql = "SELECT notification, subscription, outcome, status, detail, at FROM deliveries
+                   WHERE subscription = ? AND notification > ? ORDER BY subscription, notification LIMIT ?";
+        let rows = self.sql.query(sql, values![subscription, after, limit]).await?;
+        let next = rows.last().filter(|_| rows.len() == limit).and_then(|row| row.get("notification").ok());
+        Ok((sql::each(&rows, "deliveries", "subscription", DeliveryView::read), next))
     }
 
     /// Deletes everything of one user: how many subscriptions, and how many lines of logs.
     pub(crate) async fn delete_user(&self, site: i64, user: &str) -> Result<(u64, u64)> {
-        let user = user.to_owned();
-        transact!(&self.sql, tx => delete_user(tx, site, &user))
+        let (mut subscriptions, mut deliveries) = (0, 0);
+        loop {
+            // Some in each transaction: others write in between, however many there are.
+            let name = user.to_owned();
+            let (some, lines) = transact!(&self.sql, tx => delete_user(tx, site, &name))?;
+            subscriptions += some;
+            deliveries += lines;
+            if some == 0 {
+                return Ok((subscriptions, deliveries));
+            }
+        }
     }
 
     /// Deletes one; false when there is none.
@@ -249,11 +269,16 @@ impl Store {
 }
 
 async fn delete_user<T: Tx>(tx: &T, site: i64, user: &str) -> Result<(u64, u64)> {
-    let of = r#"SELECT id FROM subscriptions WHERE site = ? AND "user" = ?"#;
-    let sql = format!("DELETE FROM deliveries WHERE subscription IN ({of})");
-    let deliveries = tx.execute(&sql, &values![site, user]).await?;
-    let sql = r#"DELETE FROM subscriptions WHERE site = ? AND "user" = ?"#;
-    Ok((tx.execute(sql, &values![site, user]).await?, deliveries))
+    let sql =
+        format!(r#"SELECT id FROM subscriptions WHERE site = ? AND "user" = ? ORDER BY id LIMIT {DELETED}"#);
+    let rows = tx.query(&sql, &values![site, user]).await?;
+    let ids = rows.iter().map(Row::first).collect::<Result<Vec<i64>>>()?;
+    let list = serde_json::to_string(&ids).unwrap_or_default();
+    let among = tx.dialect().numbers_in("?");
+    let sql = format!("DELETE FROM deliveries WHERE subscription IN ({among})");
+    let deliveries = tx.execute(&sql, &values![&list]).await?;
+    let sql = format!("DELETE FROM subscriptions WHERE id IN ({among})");
+    Ok((tx.execute(&sql, &values![&list]).await?, deliveries))
 }
 
 async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>> {
@@ -324,7 +349,8 @@ impl Found {
 async fn find<T: Tx>(tx: &T, site: i64, endpoint: &str) -> Result<Option<Found>> {
     let sql = r#"SELECT id, auth, "user" FROM subscriptions WHERE site = ? AND endpoint_hash = ?"#;
     let row = sql::first(tx, sql, &values![site, endpoint_hash(endpoint)]).await?;
-    row.map(|row| Ok(Found { id: row.get("id")?, auth: row.get("auth")?, user: row.get("user")? })).transpose()
+    row.map(|row| Ok(Found { id: row.get("id")?, auth: row.get("auth")?, user: row.get("user")? }))
+        .transpose()
 }
 
 /// Takes away the tags that were not the browser's, but its user's.
@@ -504,7 +530,7 @@ fn read(row: &Row) -> Result<Subscription> {
         endpoint: row.get("endpoint")?,
         user: row.get("user")?,
         tags: serde_json::from_str(&tags).unwrap_or_default(),
-        metadata: metadata.and_then(|text| serde_json::from_str(&text).ok()),
+        metadata: metadata.and_then(|text| RawValue::from_string(text).ok()),
         created_at: timestamp(row.get("created_at")?),
         updated_at: timestamp(row.get("updated_at")?),
     })

@@ -145,6 +145,7 @@ pub(crate) const SQLITE: &[&str] = &[
     CREATE INDEX subscriptions_refused ON subscriptions (refused_since) WHERE refused_since IS NOT NULL;
     -- Refusals were counted by another rule before.
     UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE strikes > 0;
+    ALTER TABLE batches ADD COLUMN waits_for text;
 
     CREATE TABLE push_acceptances (
         origin      TEXT NOT NULL,
@@ -307,6 +308,7 @@ pub(crate) const POSTGRES: &[&str] = &[
     ALTER TABLE subscriptions ADD COLUMN refused_with bigint;
     CREATE INDEX subscriptions_refused ON subscriptions (refused_since) WHERE refused_since IS NOT NULL;
     UPDATE subscriptions SET strikes = 0, struck_at = NULL WHERE strikes > 0;
+    ALTER TABLE batches ADD COLUMN waits_for text;
 
     CREATE TABLE push_acceptances (
         origin      text NOT NULL,

@@ -18,7 +18,8 @@ local function score(priority, due)
 end
 
 local function priority_of(record)
-  return tonumber(string.match(record, '^-?%d+'))
+  -- Others may have written it: then it is read, and dead, when its turn comes.
+  return tonumber(string.match(record, '^-?%d+')) or 0
 end
 
 -- Adds what is in a list to a sorted set or a hash, if there is anything.

@@ -5,7 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use perennial_server::pool::redis::client::cmd;
+use perennial_server::pool::redis::client::{FromRedisValue, Value, cmd, from_redis_value};
+use perennial_server::pool::set_apart;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
@@ -49,10 +50,26 @@ impl Schedules for RedisQueue {
     async fn due(&self) -> Result<Standings> {
         let mut script = self.0.scripts.due.prepare_invoke();
         script.key(self.all_schedules()).arg(self.schedule(""));
-        let (now, found): (i64, Vec<Fields>) = self.invoke(&script).await?;
-        let mut all: Vec<Standing> = found.into_iter().map(standing).collect();
+        let (now, found): (i64, Vec<Value>) = self.invoke(&script).await?;
+        let (mut all, mut unreadable) = (Vec::new(), Vec::new());
+        for one in found {
+            match Fields::from_redis_value(one.clone()) {
+                Ok(fields) => all.push(standing(fields)),
+                Err(error) => {
+                    let name = match &one {
+                        Value::Array(fields) => {
+                            fields.first().and_then(|name| from_redis_value(name.clone()).ok())
+                        }
+                        _ => None,
+                    };
+                    let name: String = name.unwrap_or_default();
+                    set_apart("schedules", &name, &error);
+                    unreadable.push(name);
+                }
+            }
+        }
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Standings { now: timestamp(now), all })
+        Ok(Standings { now: timestamp(now), all, unreadable })
     }
 
     async fn fire(&self, claim: Claim) -> Result<bool> {
@@ -160,7 +177,7 @@ impl RedisQueue {
 
     /// Forgets what no process has upheld for long.
     async fn forget_schedules(&self) -> Result<()> {
-        let Standings { now, all } = self.due().await?;
+        let Standings { now, all, .. } = self.due().await?;
         for standing in all.iter().filter(|one| now.duration_since(one.seen_at).unsigned_abs() > FORGOTTEN) {
             let mut delete = cmd("DEL");
             for part in PARTS {

@@ -2,10 +2,11 @@
 
 use std::time::Duration;
 
-use rusqlite::{Connection, OptionalExtension, Row, named_params};
+use perennial_server::pool::set_apart;
+use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
-use super::{SqliteQueue, give_back};
+use super::{SqliteQueue, give_back, lossy};
 use crate::ledger::{Cancelled, Filter, JobView, Ledger, STEP};
 use crate::queue::Result;
 use crate::state::State;
@@ -29,14 +30,26 @@ impl Ledger for SqliteQueue {
         let list = move |tx: &Connection| {
             let sql = format!(
                 "SELECT * FROM (SELECT {LIVE} FROM jobs UNION ALL SELECT {ENDED} FROM ended_jobs)
-                 WHERE {FITS} AND (:cursor IS NULL OR id > :cursor) ORDER BY id LIMIT :limit"
+                 WHERE {FITS} AND typeof(id) = 'blob' AND length(id) = 16 AND (:cursor IS NULL OR id > :cursor) ORDER BY id LIMIT :limit"
             );
             let parameters = named_params! {
                 ":id": filter.id.as_ref().map(Uuid::as_bytes), ":kind": filter.kind, ":queue": filter.queue,
                 ":state": filter.state.map(State::as_str), ":reason": filter.reason,
                 ":cursor": cursor.as_ref().map(Uuid::as_bytes), ":limit": limit,
             };
-            tx.prepare_cached(&sql)?.query_map(parameters, view)?.collect()
+            let mut statement = tx.prepare_cached(&sql)?;
+            let mut rows = statement.query(parameters)?;
+            let mut found = Vec::new();
+            while let Some(row) = rows.next()? {
+                match view(row) {
+                    Ok(job) => found.push(job),
+                    Err(error) => {
+                        let id = row.get("id").map(Uuid::from_bytes).unwrap_or_default();
+                        set_apart("jobs", &id.to_string(), &error);
+                    }
+                }
+            }
+            Ok(found)
         };
         Ok(self.store.read(list).await?)
     }
@@ -49,7 +62,7 @@ impl Ledger for SqliteQueue {
             );
             tx.prepare_cached(&sql)?
                 .query_row([id.as_bytes()], |row| {
-                    let payload: String = row.get("payload")?;
+                    let payload = lossy(row, "payload")?.unwrap_or_default();
                     Ok(JobView { payload: from_json(payload), ..view(row)? })
                 })
                 .optional()
@@ -68,13 +81,23 @@ impl Ledger for SqliteQueue {
                  FROM ended_jobs WHERE id = :id ON CONFLICT (id) DO UPDATE SET id = id RETURNING queue",
             )?;
             let mut queues = Vec::with_capacity(found.len());
-            for id in &found {
-                queues
-                    .push(revive.query_row(named_params! { ":id": id, ":now": now }, |row| {
-                        row.get::<_, String>(0)
-                    })?);
+            let mut revived = Vec::with_capacity(found.len());
+            for id in found {
+                let queue =
+                    revive.query_row(named_params! { ":id": id, ":now": now }, |row| lossy(row, "queue"));
+                match queue {
+                    Ok(queue) => {
+                        revived.push(id);
+                        queues.push(queue.unwrap_or_default());
+                    }
+                    // What a live job may not be stays among the dead, and keeps no other.
+                    Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
+                        set_apart("ended_jobs", &Uuid::from_bytes(id).to_string(), &error);
+                    }
+                    Err(error) => return Err(error),
+                }
             }
-            delete(tx, &found)?;
+            delete(tx, &revived)?;
             Ok(queues)
         };
         let queues = self.store.write(retry).await?;
@@ -137,16 +160,24 @@ impl Ledger for SqliteQueue {
 
     async fn paused(&self) -> Result<Vec<String>> {
         let sql = "SELECT queue FROM paused_queues ORDER BY queue";
-        let paused = |tx: &Connection| tx.prepare_cached(sql)?.query_map([], |row| row.get(0))?.collect();
+        let paused = |tx: &Connection| {
+            let queue = |row: &Row<'_>| Ok(lossy(row, "queue")?.unwrap_or_default());
+            tx.prepare_cached(sql)?.query_map([], queue)?.collect()
+        };
         Ok(self.store.read(paused).await?)
     }
 
     async fn ended(&self) -> Result<Vec<(String, u64)>> {
         let sql = "SELECT queue, count(*) FROM ended_jobs GROUP BY queue ORDER BY queue";
         let ended = |tx: &Connection| {
-            tx.prepare_cached(sql)?.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?.collect()
+            let count = |row: &Row<'_>| Ok((lossy(row, "queue")?.unwrap_or_default(), row.get(1)?));
+            tx.prepare_cached(sql)?.query_map([], count)?.collect()
         };
-        Ok(self.store.read(ended).await?)
+        let stamp = self.store.stamp();
+        match self.ended.get(stamp) {
+            Some(ended) => Ok(ended),
+            None => Ok(self.ended.set(stamp, self.store.read(ended).await?)),
+        }
     }
 
     async fn prune(&self, older: Duration) -> Result<usize> {
@@ -165,7 +196,9 @@ impl Ledger for SqliteQueue {
 
 /// Some jobs that have ended and fit.
 fn ended(tx: &Connection, filter: &Filter) -> rusqlite::Result<Vec<[u8; 16]>> {
-    let sql = format!("SELECT id FROM ended_jobs WHERE {FITS} LIMIT :limit");
+    let sql = format!(
+        "SELECT id FROM ended_jobs WHERE {FITS} AND typeof(id) = 'blob' AND length(id) = 16 LIMIT :limit"
+    );
     let parameters = named_params! {
         ":id": filter.id.as_ref().map(Uuid::as_bytes), ":kind": filter.kind, ":queue": filter.queue,
         ":state": filter.state.map(State::as_str), ":reason": filter.reason, ":limit": STEP,
@@ -181,27 +214,28 @@ fn delete(tx: &Connection, ids: &[[u8; 16]]) -> rusqlite::Result<usize> {
     Ok(ids.len())
 }
 
+/// What is shown of a job. Texts that are no UTF-8 are shown all the same.
 fn view(row: &Row<'_>) -> rusqlite::Result<JobView> {
-    let state: String = row.get("state")?;
+    let text = |column: &str| -> rusqlite::Result<_> { Ok(lossy(row, column)?.unwrap_or_default()) };
     let moment =
         |column: &str| -> rusqlite::Result<_> { Ok(row.get::<_, Option<i64>>(column)?.map(timestamp)) };
     Ok(JobView {
         id: Uuid::from_bytes(row.get("id")?),
-        kind: row.get("kind")?,
-        queue: row.get("queue")?,
-        state: state.parse().unwrap_or(State::Dead),
+        kind: text("kind")?,
+        queue: text("queue")?,
+        state: text("state")?.parse().unwrap_or(State::Dead),
         priority: row.get("priority")?,
         epoch: row.get("epoch")?,
         failures: row.get("failures")?,
         recoveries: row.get("recoveries")?,
         run_at: moment("run_at")?,
-        worker: row.get("worker")?,
-        progress: read_json(row.get("progress")?),
-        trace: row.get("trace")?,
+        worker: lossy(row, "worker")?,
+        progress: read_json(lossy(row, "progress")?),
+        trace: lossy(row, "trace")?,
         created_at: timestamp(row.get("created_at")?),
         ended_at: moment("ended_at")?,
-        reason: row.get("reason")?,
-        errors: read_json(row.get("errors")?),
+        reason: lossy(row, "reason")?,
+        errors: read_json(lossy(row, "errors")?),
         payload: None,
     })
 }

@@ -1,0 +1,44 @@
+//! What was read of the store: it holds until something is written. A process that has nothing to do asks its store hardly
+//! anything by that.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use perennial_server::pool::sqlite::Stamp;
+
+/// It is read again after this long all the same: a stamp may miss what another process writes in the same moment.
+const FOR: Duration = Duration::from_secs(5);
+
+/// One answer.
+#[derive(Debug)]
+pub(super) struct Kept<T>(Mutex<Option<Answer<T>>>);
+
+#[derive(Debug)]
+struct Answer<T> {
+    /// Where the store stood when it was asked for.
+    stamp: Stamp,
+    at: Instant,
+    value: T,
+}
+
+impl<T> Default for Kept<T> {
+    fn default() -> Self {
+        Self(Mutex::default())
+    }
+}
+
+impl<T: Clone> Kept<T> {
+    /// The answer, if the store stands where it stood then.
+    pub(super) fn get(&self, stamp: Stamp) -> Option<T> {
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let answer = kept.as_ref()?;
+        (answer.stamp == stamp && answer.at.elapsed() < FOR).then(|| answer.value.clone())
+    }
+
+    /// Keeps an answer to a question that was asked when the store stood there.
+    pub(super) fn set(&self, stamp: Stamp, value: T) -> T {
+        let answer = Answer { stamp, at: Instant::now(), value: value.clone() };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        value
+    }
+}
