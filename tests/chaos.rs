@@ -335,20 +335,37 @@ async fn redis_is_killed_stopped_and_cut_off() {
     chaos.settle("redis, killed, stopped, cut off").await;
 }
 
+/// A file system that is soon full. It is unmounted when this drops.
+struct SmallDisk(TempDir);
+
+impl SmallDisk {
+    /// None where nothing may be mounted.
+    fn mount(size: &str) -> Option<Self> {
+        let disk = Self(TempDir::new().unwrap());
+        let mounted = std::process::Command::new("mount")
+            .args(["-t", "tmpfs", "-o", &format!("size={size}"), "tmpfs"])
+            .arg(disk.0.path())
+            .stderr(Stdio::null())
+            .status()
+            .unwrap();
+        mounted.success().then_some(disk)
+    }
+}
+
+impl Drop for SmallDisk {
+    fn drop(&mut self) {
+        let mut unmount = std::process::Command::new("umount");
+        let _ = unmount.arg("-l").arg(self.0.path()).stderr(Stdio::null()).status();
+    }
+}
+
 /// Needs the right to mount: skipped, and said so, where there is none.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sqlite_meets_a_full_disk() {
-    let directory = TempDir::new().unwrap();
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=6m", "tmpfs"])
-        .arg(directory.path())
-        .stderr(Stdio::null())
-        .status()
-        .unwrap();
-    if !mounted.success() {
-        eprintln!("skipped: nothing may be mounted here");
-        return;
-    }
+    let Some(disk) = SmallDisk::mount("6m") else {
+        return eprintln!("skipped: nothing may be mounted here");
+    };
+    let directory = &disk.0;
     let mut chaos = Chaos::new(format!("sqlite:{}", directory.path().join("jobs.db").display()), 1).await;
     let ballast = directory.path().join("ballast");
     for _ in 0..if full() { 5 } else { 1 } {
@@ -371,23 +388,15 @@ async fn sqlite_meets_a_full_disk() {
     }
     chaos.settle("sqlite, disk full").await;
     drop(chaos);
-    let _ = std::process::Command::new("umount").arg("-l").arg(directory.path()).status();
 }
 
 /// `/readyz` says that nothing can be written, for as long as that is so.
 #[tokio::test]
 async fn a_full_disk_is_named_until_there_is_room() {
-    let directory = TempDir::new().unwrap();
-    let mounted = std::process::Command::new("mount")
-        .args(["-t", "tmpfs", "-o", "size=8m", "tmpfs"])
-        .arg(directory.path())
-        .stderr(Stdio::null())
-        .status()
-        .unwrap();
-    if !mounted.success() {
-        eprintln!("skipped: nothing may be mounted here");
-        return;
-    }
+    let Some(disk) = SmallDisk::mount("8m") else {
+        return eprintln!("skipped: nothing may be mounted here");
+    };
+    let directory = &disk.0;
     let double = Double::start().await;
     let store = directory.path().join("perennial.db");
     let setup = Setup::new().sending_to(&double).set("push.page=false");
@@ -405,5 +414,4 @@ async fn a_full_disk_is_named_until_there_is_room() {
     crate::pools::until_ready_says(&perennial, 200, "").await;
     perennial.subscribe(&double, 1).await;
     drop(perennial);
-    let _ = std::process::Command::new("umount").arg("-l").arg(directory.path()).status();
 }

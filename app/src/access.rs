@@ -47,7 +47,7 @@ pub(crate) const CACHE: cache::Config = cache::Config {
     // What does not need the store goes on for those who were known.
     stale: Duration::from_secs(300),
 };
-/// Which keys there are, for as long as somebody guesses: the beginnings of their hashes.
+/// The beginnings of the hashes of all API keys. They are read only while an address guesses keys.
 const LISTED: cache::Config = cache::Config {
     name: "api_key_hashes",
     bytes: 4 << 20,
@@ -247,8 +247,8 @@ impl Access {
         Ok(found.filter(is_good))
     }
 
-    /// Whether a key may be in the store. While somebody guesses, it is asked once in a while which keys there are; where these
-    /// are too many to be listed, a few are looked for one by one.
+    /// Whether a key may be in the store. While an address guesses keys, the hashes of all keys are read every few seconds; where
+    /// they are too many to be listed, a few keys a minute are looked up one by one.
     async fn may_be_there(&self, hash: &Hash) -> Result<bool, Problem> {
         let load = async { keys::hashes(&self.0.store).await.map(|hashes| hashes.map(Arc::new)) };
         let listed = self.0.listed.get("", load).await;

@@ -86,13 +86,13 @@ impl Exchange {
         }
         self.tell_others(tools).await?;
         self.count += 1;
-        if self.count.is_multiple_of(ALL_ONE_IN) {
+        let is_all = self.count.is_multiple_of(ALL_ONE_IN);
+        if is_all {
             // A store's clock may have been set back.
             self.newest = 0;
             self.seen.retain(|origin, _| self.known.keys().any(|(known, _)| known == origin));
         }
         // In a store of our own, only an operator's word comes from elsewhere.
-        let is_all = self.count.is_multiple_of(ALL_ONE_IN);
         let is_told = tools.services_changed.swap(false, Ordering::Relaxed);
         if !tools.store.is_shared() && !is_all && !is_told && self.count > 1 {
             return Ok(());

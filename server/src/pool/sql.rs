@@ -1,7 +1,7 @@
 //! One way to ask either SQL store, for those whose statements are the same on both.
 //!
-//! Statements are written with `?` or `?1` (see `sql/placeholders.rs`). What the two do not share is in [`Dialect`], and little enough; whoever
-//! needs more of one store asks [`sqlite`] or [`postgres`] itself.
+//! Statements are written with `?` or `?1` (see `sql/placeholders.rs`). What the two do not share is in [`Dialect`], and
+//! little enough; whoever needs more of one store asks [`sqlite`] or [`postgres`] itself.
 //!
 //! A transaction is an `async fn` over [`Tx`], run by [`transact!`](crate::transact): on Postgres it waits for the
 //! server between two statements; on SQLite it runs to its end in the writer's thread, in a savepoint of the next
@@ -514,6 +514,14 @@ impl Tx for Transaction<'_> {
     }
 }
 
+/// The statement for a reader of SQLite.
+fn rows_of(
+    sql: Cow<'static, str>,
+    parameters: Vec<Value>,
+) -> impl FnOnce(&Connection) -> rusqlite::Result<Vec<Row>> {
+    move |connection| query_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
+}
+
 fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
     let mut statement = connection.prepare_cached(sql)?;
     let names: Arc<[String]> = statement.column_names().map(str::to_owned).collect();
@@ -631,12 +639,7 @@ impl Store {
     ) -> Result<Vec<Row>> {
         let (sql, parameters) = (sql.into(), parameters.into());
         match self {
-            Self::Sqlite(sqlite) => {
-                let query = move |connection: &Connection| {
-                    query_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
-                };
-                Ok(sqlite.read(query).await?)
-            }
+            Self::Sqlite(sqlite) => Ok(sqlite.read(rows_of(sql, parameters)).await?),
             Self::Postgres(postgres) => query_postgres(&postgres.get().await?, &sql, &parameters).await,
         }
     }
@@ -653,12 +656,7 @@ impl Store {
     ) -> Result<Vec<Row>> {
         let (sql, parameters) = (sql.into(), parameters.into());
         match self {
-            Self::Sqlite(sqlite) => {
-                let query = move |connection: &Connection| {
-                    query_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
-                };
-                Ok(sqlite.read_within(timeout, query).await?)
-            }
+            Self::Sqlite(sqlite) => Ok(sqlite.read_within(timeout, rows_of(sql, parameters)).await?),
             Self::Postgres(postgres) => {
                 let connection = postgres.get().await?;
                 // What nobody waits for any more is cancelled on the server.
