@@ -289,8 +289,10 @@ async fn descriptors_that_are_few_are_shared_out() {
     std::fs::write(&script, text).unwrap();
     std::fs::set_permissions(&script, std::fs::Permissions::from_mode(0o755)).unwrap();
     let perennial = setup.program(script).start().await;
-    eventually("it says so", || async { perennial.log().contains("a setting is changed").then_some(()) })
-        .await;
+    eventually("it says so", || async {
+        perennial.log().contains("a setting needs attention").then_some(())
+    })
+    .await;
     let address = perennial.client().base().trim_start_matches("http://").to_owned();
     let mut idle = Vec::new();
     for _ in 0..1100 {

@@ -33,7 +33,8 @@ pub(crate) mod schedules;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, OnceLock};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::Instant;
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -54,6 +55,7 @@ use tower::ServiceExt;
 
 use crate::access::{Access, bearer};
 use crate::boot::PoolFn;
+use crate::built::{self, BuildView};
 use crate::module::StatusFn;
 use crate::settings::Settings;
 use jobs::Books;
@@ -67,9 +69,11 @@ struct Known {
     health: Health,
     metrics: Metrics,
     telemetry: Arc<Telemetry>,
-    settings: Settings,
+    /// Those in force: SIGHUP changes them.
+    settings: Arc<Mutex<Settings>>,
     loopback: bool,
     connections: Connections,
+    began: Instant,
     booted: OnceLock<Booted>,
 }
 
@@ -100,13 +104,15 @@ impl Admin {
         health: Health,
         metrics: Metrics,
         telemetry: Arc<Telemetry>,
-        settings: Settings,
+        settings: Arc<Mutex<Settings>>,
         listen: &[Listen],
         connections: Connections,
     ) -> Self {
         let loopback = listen.iter().all(is_loopback);
         let booted = OnceLock::new();
-        Self(Arc::new(Known { health, metrics, telemetry, settings, loopback, connections, booted }))
+        let began = Instant::now();
+        metrics.built(built::VERSION, built::COMMIT);
+        Self(Arc::new(Known { health, metrics, telemetry, settings, loopback, connections, began, booted }))
     }
 
     /// Boot has ended.
@@ -184,14 +190,13 @@ async fn metrics(State(Admin(known)): State<Admin>) -> Response {
         .into_response()
 }
 
-async fn build() -> axum::Json<Value> {
-    axum::Json(
-        json!({ "name": "perennial", "version": env!("CARGO_PKG_VERSION"), "pid": std::process::id() }),
-    )
+async fn build(State(Admin(known)): State<Admin>) -> axum::Json<BuildView> {
+    axum::Json(BuildView::of(known.began))
 }
 
 async fn settings(State(Admin(known)): State<Admin>) -> Response {
-    axum::Json(known.settings.show()).into_response()
+    let shown = known.settings.lock().unwrap_or_else(PoisonError::into_inner).show();
+    axum::Json(shown).into_response()
 }
 
 async fn requests(State(Admin(known)): State<Admin>) -> axum::Json<Vec<RequestView>> {

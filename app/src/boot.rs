@@ -2,6 +2,7 @@
 
 mod start;
 
+use std::io;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
@@ -12,7 +13,7 @@ use perennial_server::cpu::Cpu;
 use perennial_server::drain::Drain;
 use perennial_server::health::Health;
 use perennial_server::http::Server;
-use perennial_server::net::{Connections, Sockets};
+use perennial_server::net::{BindError, Connections, Sockets};
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::sql::{self, Tables};
 use perennial_server::pool::sqlite::{self, Sqlite};
@@ -94,7 +95,7 @@ pub(crate) async fn boot(
     let open = async || {
         Server::bind(config.server.clone(), &inheritance.sockets)
             .await
-            .context("the public listener cannot be opened")
+            .map_err(|error| not_opened(error, "server.listen"))
     };
     let early = if inheritance.succeeds() { Some(open().await?) } else { None };
     let patience = config.phases.succession + config.phases.hard + CLOSING;
@@ -231,6 +232,19 @@ pub(crate) async fn boot(
         store,
         data_dir,
     })
+}
+
+/// Why a listener could not be opened, with the setting that says where it is to be.
+pub(crate) fn not_opened(error: BindError, setting: &'static str) -> anyhow::Error {
+    let is_taken =
+        matches!(&error, BindError::Address { source, .. } if source.kind() == io::ErrorKind::AddrInUse);
+    let remedy = match is_taken {
+        true => format!(
+            "{setting}: another program listens there; stop it, or choose another address (--set {setting}=127.0.0.1:PORT)"
+        ),
+        false => format!("{setting}: the listener cannot be opened"),
+    };
+    anyhow::Error::from(error).context(remedy)
 }
 
 impl App {

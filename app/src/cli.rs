@@ -55,7 +55,7 @@ enum Command {
     /// Serve until SIGTERM or Ctrl-C (what happens without a command)
     Serve(serve::Serve),
     /// Check the settings and print those in effect, and where each came from
-    Check,
+    Check(check::Check),
     /// The keys: VAPID and API
     #[command(subcommand)]
     Keys(keys::Keys),
@@ -93,7 +93,7 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     let sources = Sources { file: cli.settings.config, set: cli.settings.set, ..Sources::from_environment() };
     let result = match cli.command.unwrap_or(Command::Serve(serve::Serve::default())) {
         Command::Serve(serve) => return serve.run(&sources, modules),
-        Command::Check => check::check(&sources, modules),
+        Command::Check(check) => return check.run(&sources, modules),
         Command::Keys(keys) => keys.run(&sources, modules),
         Command::Migrate => migrate(&sources, modules),
         Command::Adopt(adopt) => adopt.run(&sources, modules),
@@ -119,11 +119,11 @@ fn report(error: &anyhow::Error) -> ExitCode {
     if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
-/// Merges the sources over the defaults of the host and of every module.
-fn load(sources: &Sources, modules: &[Blueprint]) -> Result<Settings, Problems> {
+/// Merges the sources over the defaults of the host and of every module. What is wrong with them is for [`read`] to say.
+fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
     let defaults: Vec<&str> =
         [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
-    Settings::load(&defaults, sources)
+    Settings::merge(&defaults, sources)
 }
 
 /// Reads all settings, those of the modules too.
@@ -152,7 +152,7 @@ async fn open_store(data_dir: &DataDir, store: &Store, modules: &[Blueprint]) ->
 
 /// Does what a boot does first, so that the boots of many replicas find it done.
 fn migrate(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-    let settings = load(sources, modules)?;
+    let settings = load(sources, modules);
     let (config, _) = read(&settings, modules)?;
     block_on(async {
         let (_data_dir, store) = open_alone(&config, modules).await?;

@@ -2,9 +2,10 @@
 
 use std::collections::BTreeSet;
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, SystemTime};
 
+use jiff::Timestamp;
 use perennial_server::cgroup::{self, Cgroup, Pressure};
 use perennial_server::cpu;
 use perennial_server::health::{self, Policy};
@@ -20,6 +21,7 @@ use secrecy::{ExposeSecret, SecretString};
 use crate::access::KeyFile;
 use crate::capacity::Means;
 use crate::cron;
+use crate::data_dir;
 use crate::settings::{Network, Reader, Size};
 use crate::sites;
 use crate::stop::Phases;
@@ -96,10 +98,13 @@ impl Config {
     pub(crate) fn read(settings: &mut Reader<'_>) -> Self {
         let server = server(settings);
         let pressure = server.net.pressure.clone();
+        let data_dir: PathBuf = settings.get("data_dir");
+        let store = store(settings);
+        note_exposed(settings, &data_dir, &store);
         Self {
             paused: false,
             notes: BTreeSet::new(),
-            data_dir: settings.get("data_dir"),
+            data_dir,
             threads: threads(settings),
             admin: admin(settings, &server),
             server,
@@ -110,7 +115,7 @@ impl Config {
                 stall_after: settings.duration("admin.stall_after", MILLISECOND..=DAY),
                 unready_after: settings.duration("admin.unready_after", MILLISECOND..=DAY),
             },
-            store: store(settings),
+            store,
             queue: queue(settings),
             store_policy: settings.parse("store.readiness", "required or degraded"),
             queue_policy: settings.parse("queue.readiness", "required or degraded"),
@@ -142,6 +147,25 @@ pub(crate) fn telemetry(settings: &mut Reader<'_>) -> telemetry::Config {
     telemetry::Config {
         filter: settings.parse("telemetry.log", "a level such as info, or info,perennial_workers=debug"),
         format: settings.parse("telemetry.format", "auto, text or json"),
+    }
+}
+
+/// Says when others can read what is kept: keys are secrets, and so are endpoints.
+fn note_exposed(settings: &mut Reader<'_>, data_dir: &Path, store: &Store) {
+    if let Some(mode) = data_dir::exposed(data_dir) {
+        settings.note(format!(
+            "data_dir: others can read {} (its mode is {mode:o}): chmod 700",
+            data_dir.display()
+        ));
+    }
+    if let Store::Sqlite { file, .. } = store {
+        let file = data_dir.join(file);
+        if let Some(mode) = data_dir::exposed(&file).filter(|_| file.parent() != Some(data_dir)) {
+            settings.note(format!(
+                "store.url: others can read {} (its mode is {mode:o}): chmod 600",
+                file.display()
+            ));
+        }
     }
 }
 
@@ -204,10 +228,19 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         (Some(_), None) => settings.refuse("server.tls.key_file", "the key of the certificate"),
         (None, Some(_)) => settings.refuse("server.tls.cert_file", "the certificate of the key"),
     };
+    note_certificate(settings, tls.as_ref());
     let timeout = |settings: &mut Reader<'_>, key| settings.duration(key, MILLISECOND..=DAY);
     let head_limit = head_limit(settings);
     let wanted = settings.number("server.max_connections", 1..=1_000_000);
     let max_connections = fit(settings, "server.max_connections", wanted, |means| means.visitors(head_limit));
+    let proxy_protocol = settings.get("server.proxy_protocol");
+    let trusted_proxies =
+        settings.parse_list::<Network>("server.trusted_proxies", "networks such as 10.1.0.0/16");
+    if proxy_protocol && trusted_proxies.is_empty() {
+        settings.note(
+            "server.proxy_protocol: no proxy is trusted, so that no connection begins with its header; list the proxies in server.trusted_proxies".to_owned(),
+        );
+    }
     http::Config {
         net: net::Config {
             name: "public",
@@ -217,12 +250,8 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
             max_connections,
             max_per_address: settings.number("server.max_per_address", 0..=1_000_000),
             at_limit: settings.parse("server.at_limit", "queue or reject"),
-            proxy_protocol: settings.get("server.proxy_protocol"),
-            trusted_proxies: settings
-                .parse_list::<Network>("server.trusted_proxies", "networks such as 10.1.0.0/16")
-                .into_iter()
-                .map(|network| network.0)
-                .collect(),
+            proxy_protocol,
+            trusted_proxies: trusted_proxies.into_iter().map(|network| network.0).collect(),
             forwarded_header: settings.parse("server.forwarded_header", "x-forwarded-for or forwarded"),
             timeouts: Timeouts {
                 handshake: timeout(settings, "server.handshake_timeout"),
@@ -252,6 +281,22 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
             ping_every: timeout(settings, "server.http2.ping_every"),
             ping_timeout: timeout(settings, "server.http2.ping_timeout"),
         },
+    }
+}
+
+/// Says when the certificate has ended, or ends soon.
+fn note_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
+    let Some(end) = tls.and_then(|tls| tls::ends_at(&tls.cert_file)) else { return };
+    let at = Timestamp::try_from(end).map_or_else(|_| String::new(), |at| format!(" ({at:.0})"));
+    match end.duration_since(SystemTime::now()) {
+        Err(_) => settings.note(format!("server.tls.cert_file: the certificate has expired{at}")),
+        Ok(left) if left < 7 * DAY => {
+            settings.note(format!(
+                "server.tls.cert_file: the certificate expires in {} days{at}",
+                left.as_secs() / 86400
+            ));
+        }
+        Ok(_) => {}
     }
 }
 

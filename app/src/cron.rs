@@ -100,6 +100,9 @@ pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
         for (field, wanted) in wrong {
             settings.refuse_part(KEY, &format!("[{index}].{field}"), value.get(field), &wanted);
         }
+        if entry.is_never_due(Timestamp::now()) {
+            settings.note(format!("{KEY}[{index}]: the schedule {} is never due again", entry.name));
+        }
         entries.push((format!("{KEY}[{index}]"), entry));
     }
     Config {
@@ -140,6 +143,17 @@ impl Config {
 }
 
 impl Entry {
+    /// Returns true when the entry has an expression that is due at no time from now on, within its bounds.
+    fn is_never_due(&self, now: Timestamp) -> bool {
+        let zone = self.zone.as_deref().unwrap_or("UTC");
+        let Some(Ok(expression)) = self.expression.as_deref().map(|text| Expression::parse(text, zone))
+        else {
+            return self.until.is_some_and(|until| until < now);
+        };
+        let next = expression.next_after(self.from.map_or(now, |from| from.max(now)));
+        next.is_none_or(|next| self.until.is_some_and(|until| next > until))
+    }
+
     /// What can be said before it is known which jobs there are.
     fn check(&self) -> Vec<Wrong> {
         let mut wrong = Vec::new();

@@ -190,14 +190,19 @@ pub fn is_locked(path: &Path) -> bool {
 }
 
 fn warn_if_others_can_read(path: &Path) {
-    let Ok(file) = fs::metadata(path) else { return };
-    let mode = file.permissions().mode();
+    if let Some(mode) = exposed(path) {
+        warn!(file = %path.display(), mode = format!("{mode:o}"), "others can read this secret");
+    }
+}
+
+/// The mode of a file or a directory that others can read; none when they cannot, or when it is not there.
+pub(crate) fn exposed(path: &Path) -> Option<u32> {
+    let file = fs::metadata(path).ok()?;
+    let mode = file.permissions().mode() & 0o777;
     // A Secret of Kubernetes belongs to root, and its group is the pod's.
     let is_ours = file.uid() == rustix::process::geteuid().as_raw();
     let others = if is_ours { 0o077 } else { 0o007 };
-    if mode & others != 0 {
-        warn!(file = %path.display(), mode = format!("{:o}", mode & 0o777), "others can read this secret");
-    }
+    (mode & others != 0).then_some(mode)
 }
 
 fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {

@@ -95,7 +95,7 @@ pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Regi
 /// Needs a key with the scope `jobs`, and a kind that is public. With 202 it is stored and will run, whatever
 /// happens to this process. When too many wait the answer is 503 with `Retry-After`.
 #[utoipa::path(
-    post, path = "/jobs/{kind}", params(("kind" = String, Path)), request_body = JobRequest,
+    post, path = "/jobs/{kind}", operation_id = "enqueueJob", params(("kind" = String, Path)), request_body = JobRequest,
     responses((status = ACCEPTED, body = Enqueued))
 )]
 async fn enqueue(

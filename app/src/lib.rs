@@ -13,6 +13,7 @@ mod adopt;
 pub mod api;
 mod backup;
 mod boot;
+mod built;
 mod capacity;
 mod cli;
 mod config;

@@ -56,6 +56,7 @@ use perennial_server::drain::Drain;
 use perennial_server::http::detach::Detach;
 use perennial_server::http::problem::Problem;
 use perennial_server::pool::sql;
+use perennial_server::pulse::pulse;
 use perennial_webpush::Contact;
 use perennial_workers::Jobs;
 use secrecy::ExposeSecret;
@@ -108,6 +109,8 @@ const FAN_OUTS: usize = 4;
 /// How soon a job is looked at again that is about a site which this process does not serve: another one may, of the version
 /// that is just being rolled out.
 const NOT_SERVED: Duration = Duration::from_secs(30);
+/// How often subscriptions are counted for the gauge.
+const CENSUS_EVERY: Duration = Duration::from_secs(60);
 /// How long the page's token is good for.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
@@ -290,6 +293,10 @@ impl Module for Push {
             let (application, drain) = (Arc::clone(&application), host.drain.clone());
             move || Arc::clone(&application).forget_limits(drain.clone())
         });
+        host.task("push census", {
+            let (application, drain) = (Arc::clone(&application), host.drain.clone());
+            move || Arc::clone(&application).count_subscriptions(drain.clone())
+        });
         host.task("push flows", {
             let drain = host.drain.clone();
             move || flows.clone().run(drain.clone())
@@ -365,6 +372,23 @@ impl Application {
         let outcomes = outcomes.collect::<Vec<_>>().join(", ");
         let took = ended.ended_at.unwrap_or(ended.created_at).duration_since(ended.created_at);
         info!(%notification, outcomes, took_ms = took.as_millis(), "notification done");
+    }
+
+    /// Keeps the gauges of subscriptions, until nothing new is taken. A site with more than can be counted in time keeps its
+    /// last number.
+    async fn count_subscriptions(self: Arc<Self>, drain: Drain) -> anyhow::Result<()> {
+        loop {
+            for (site, profile) in self.profiles.iter() {
+                let watermark = self.store.watermark(site.0).await?;
+                if let Some(count) = self.store.count(site.0, &Audience::All, watermark).await? {
+                    metrics::subscriptions(&profile.name, count);
+                }
+            }
+            tokio::select! {
+                () = pulse(CENSUS_EVERY) => {}
+                () = drain.soft() => return Ok(()),
+            }
+        }
     }
 
     /// Forgets the addresses that have kept within their limits, until nothing new is taken.

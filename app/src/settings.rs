@@ -4,6 +4,7 @@
 //! refuses keys that do not exist; [`Reader`] turns values into types. Both go on after an error: whoever
 //! starts the program learns of all of them at once.
 
+mod mask;
 mod reader;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -118,18 +119,26 @@ struct Entry {
 }
 
 /// The settings in effect, by their dotted keys.
-#[derive(Clone, Debug)]
-pub struct Settings(BTreeMap<String, Entry>);
+#[derive(Clone, Debug, Default)]
+pub struct Settings {
+    entries: BTreeMap<String, Entry>,
+    /// What is wrong with the layers: [`Reader::finish`] reports it together with the values that do not fit.
+    problems: Vec<Problem>,
+    /// What an operator should know of the layers.
+    notes: BTreeSet<String>,
+}
 
 /// One setting as it may be shown to anybody.
 #[derive(Clone, Debug, Serialize)]
 pub struct Shown {
     /// Its key.
     pub key: String,
-    /// Its value in TOML, with passwords masked.
-    pub value: String,
+    /// Its value, with secrets masked.
+    pub value: Value,
     /// Where it came from.
     pub source: String,
+    /// Whether the value differs from the default.
+    pub changed: bool,
 }
 
 impl Settings {
@@ -138,7 +147,13 @@ impl Settings {
     /// # Errors
     /// Everything that is no setting: unknown keys, a file that cannot be read, text that is no TOML.
     pub fn load(defaults: &[&'static str], sources: &Sources) -> Result<Self, Problems> {
-        let mut settings = Self(BTreeMap::new());
+        let settings = Self::merge(defaults, sources);
+        if settings.problems.is_empty() { Ok(settings) } else { Err(Problems(settings.problems)) }
+    }
+
+    /// The same, but what is no setting is reported by [`Reader::finish`], so that it does not hide values that do not fit.
+    pub fn merge(defaults: &[&'static str], sources: &Sources) -> Self {
+        let mut settings = Self::default();
         let mut problems = Vec::new();
         for text in defaults {
             settings.add_defaults(text, &mut problems);
@@ -152,7 +167,8 @@ impl Settings {
         for flag in &sources.set {
             settings.add_flag(flag, &mut problems);
         }
-        if problems.is_empty() { Ok(settings) } else { Err(Problems(problems)) }
+        settings.problems = problems;
+        settings
     }
 
     /// Those of a module are as good as its author.
@@ -165,7 +181,7 @@ impl Settings {
         };
         flatten(&table, "", &mut |key, value| {
             let entry = Entry { value: value.clone(), source: Source::Default, default: value.clone() };
-            if self.0.insert(key.clone(), entry).is_some() {
+            if self.entries.insert(key.clone(), entry).is_some() {
                 problems
                     .push(wrong(&key, "it has a default already: a module's keys are its own".to_owned()));
             }
@@ -192,7 +208,13 @@ impl Settings {
         let key = key.to_lowercase().replace("__", ".");
         // Kubernetes describes a service named "perennial" by PERENNIAL_SERVICE_HOST, PERENNIAL_PORT and so
         // on: what has no section and is no key is not ours.
-        if !key.contains('.') && !self.0.contains_key(&key) {
+        if !key.contains('.') && !self.entries.contains_key(&key) {
+            if let Some(meant) = self.entries.keys().find(|known| known.replace('.', "_") == key) {
+                let right = meant.to_uppercase().replace('.', "__");
+                self.notes.insert(format!(
+                    "{name} is no setting: a section and its key are separated by two underscores, {PREFIX}{right}"
+                ));
+            }
             return;
         }
         self.put_text(key, value, Source::Environment(name.to_owned()), problems);
@@ -214,7 +236,7 @@ impl Settings {
     fn put_text(&mut self, key: String, text: &str, source: Source, problems: &mut Vec<Problem>) {
         self.open_part(&key);
         let trimmed = text.trim();
-        let value = match self.0.get(&key).map(|entry| &entry.default) {
+        let value = match self.entries.get(&key).map(|entry| &entry.default) {
             Some(Value::Boolean(_)) => trimmed.parse().map(Value::Boolean).ok(),
             Some(Value::Integer(_)) => trimmed.parse().map(Value::Integer).ok(),
             Some(Value::Float(_)) => trimmed.parse().map(Value::Float).ok(),
@@ -229,12 +251,12 @@ impl Settings {
         if is_part && value.as_table().is_some_and(Table::is_empty) {
             return;
         }
-        if let Some(entry) = self.0.get_mut(&key) {
+        if let Some(entry) = self.entries.get_mut(&key) {
             entry.value = value;
             entry.source = source;
             return;
         }
-        let near = self.0.keys().map(|known| (strsim::jaro_winkler(known, &key), known));
+        let near = self.entries.keys().map(|known| (strsim::jaro_winkler(known, &key), known));
         let near = near.max_by(|a, b| a.0.total_cmp(&b.0)).filter(|(likeness, _)| *likeness > 0.85);
         let wanted = match near {
             Some((_, known)) => format!("there is no such setting; did you mean {known}?"),
@@ -250,40 +272,55 @@ impl Settings {
         };
         let name = rest.split_once('.').map_or(rest, |(name, _)| name);
         let first = format!("{section}.{FIRST}.");
-        let defaults = self.0.iter().filter_map(|(key, entry)| {
+        let defaults = self.entries.iter().filter_map(|(key, entry)| {
             let key = format!("{section}.{name}.{}", key.strip_prefix(&first)?);
             let (value, source) = (entry.default.clone(), Source::Default);
             Some((key, Entry { value, source, default: entry.default.clone() }))
         });
-        if is_name(name) && !self.0.keys().any(|key| key.starts_with(&format!("{section}.{name}."))) {
-            self.0.extend(defaults.collect::<Vec<_>>());
+        if is_name(name) && !self.entries.keys().any(|key| key.starts_with(&format!("{section}.{name}."))) {
+            self.entries.extend(defaults.collect::<Vec<_>>());
         }
         is_name(name)
     }
 
     /// The parts of an open section, the one that is always there first.
     fn names(&self, section: &str) -> Vec<String> {
-        let parts =
-            self.0.keys().filter_map(|key| key.strip_prefix(section)?.strip_prefix('.')?.split_once('.'));
+        let parts = self
+            .entries
+            .keys()
+            .filter_map(|key| key.strip_prefix(section)?.strip_prefix('.')?.split_once('.'));
         let names: BTreeSet<&str> = parts.map(|(name, _)| name).filter(|name| *name != FIRST).collect();
         [FIRST].into_iter().chain(names).map(str::to_owned).collect()
     }
 
     /// Every setting in effect, as it may be shown.
     pub fn show(&self) -> Vec<Shown> {
-        let shown = self.0.iter().map(|(key, entry)| Shown {
+        let shown = self.entries.iter().map(|(key, entry)| Shown {
             key: key.clone(),
-            value: mask(&entry.value).to_string(),
+            value: mask::value(key, &entry.value),
             source: entry.source.to_string(),
+            changed: entry.value != entry.default,
         });
         shown.collect()
+    }
+
+    /// What an operator should know of the layers.
+    pub(crate) fn notes(&self) -> impl Iterator<Item = &String> {
+        self.notes.iter()
+    }
+
+    /// Takes over the value of one key from settings that were read later, and where it came from.
+    pub(crate) fn take_over(&mut self, key: &str, later: &Self) {
+        if let Some(entry) = later.entries.get(key) {
+            self.entries.insert(key.to_owned(), entry.clone());
+        }
     }
 
     /// The keys whose values differ from those of `other`.
     pub fn changed_from(&self, other: &Self) -> Vec<&str> {
         let differs =
-            |key: &String, entry: &Entry| other.0.get(key).is_none_or(|old| old.value != entry.value);
-        self.0.iter().filter(|(key, entry)| differs(key, entry)).map(|(key, _)| key.as_str()).collect()
+            |key: &String, entry: &Entry| other.entries.get(key).is_none_or(|old| old.value != entry.value);
+        self.entries.iter().filter(|(key, entry)| differs(key, entry)).map(|(key, _)| key.as_str()).collect()
     }
 }
 
@@ -314,29 +351,6 @@ fn list(text: &str) -> Option<Value> {
     Some(Value::Array(items.map(|item| Value::String(item.to_owned())).collect()))
 }
 
-/// Hides the passwords of URLs. Other secrets are in files, which settings only name.
-fn mask(value: &Value) -> Value {
-    match value {
-        Value::String(text) => Value::String(mask_url(text)),
-        Value::Array(items) => Value::Array(items.iter().map(mask).collect()),
-        Value::Table(table) => {
-            Value::Table(table.iter().map(|(name, value)| (name.clone(), mask(value))).collect())
-        }
-        other => other.clone(),
-    }
-}
-
-fn mask_url(text: &str) -> String {
-    let masked = || {
-        let (scheme, rest) = text.split_once("://")?;
-        let end = rest.find('/').unwrap_or(rest.len());
-        let (user_info, _) = rest[..end].rsplit_once('@')?;
-        let (user, _) = user_info.split_once(':')?;
-        Some(format!("{scheme}://{user}:***{}", &rest[user_info.len()..]))
-    };
-    masked().unwrap_or_else(|| text.to_owned())
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -349,7 +363,7 @@ mod tests {
 
     fn shown(settings: &Settings, key: &str) -> (String, String) {
         let shown = settings.show().into_iter().find(|shown| shown.key == key).unwrap();
-        (shown.value, shown.source)
+        (shown.value.to_string(), shown.source)
     }
 
     fn set(flags: &[&str]) -> Sources {
@@ -419,14 +433,24 @@ mod tests {
     }
 
     #[test]
-    fn passwords_in_urls_are_masked() {
-        let hook = list("[{ url = 'https://hook:s3cret@example.com/x' }]").unwrap();
-        assert!(!mask(&hook).to_string().contains("s3cret"));
-        let settings = load(&set(&["store.url=postgres://app:s3cret@db:5432/p?x=1"])).unwrap();
-        assert_eq!(shown(&settings, "store.url").0, "\"postgres://app:***@db:5432/p?x=1\"");
-        for same in ["sqlite:perennial.db", "redis://host/1", "https://a/b:c@d"] {
-            assert_eq!(mask_url(same), same);
-        }
+    fn a_variable_with_one_underscore_is_said_to_be_none() {
+        let environment = vec![("PERENNIAL_SERVER_LISTEN".to_owned(), "b".to_owned())];
+        let settings = load(&Sources { environment, ..Sources::default() }).unwrap();
+        let note = settings.notes.first().unwrap();
+        assert!(note.starts_with("PERENNIAL_SERVER_LISTEN is no setting"), "{note}");
+        assert!(note.ends_with("PERENNIAL_SERVER__LISTEN"), "{note}");
+    }
+
+    #[test]
+    fn unknown_keys_do_not_hide_values_that_do_not_fit() {
+        let settings = Settings::merge(&[SCHEMA], &set(&["sever.listen=x", "server.threads=many"]));
+        let mut reader = Reader::new(&settings);
+        reader.number("server.threads", 0..=4_u16);
+        let text = reader.finish().unwrap_err().to_string();
+        assert!(
+            text.contains("did you mean server.listen?") && text.contains("server.threads = \"many\""),
+            "{text}"
+        );
     }
 
     #[test]

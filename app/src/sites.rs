@@ -3,6 +3,8 @@
 //! An API key belongs to one site. Without a key, the page that calls (`Origin`) says which one it is, else the name that
 //! was asked for (`Host`), else it is the default site.
 
+mod origins;
+
 use std::collections::HashMap;
 use std::sync::Arc;
 
@@ -15,6 +17,7 @@ use perennial_server::values;
 use tracing::warn;
 
 use crate::settings::{Reader, Setting};
+use origins::Pattern;
 
 /// The section of the settings with a part for each.
 pub(crate) const SECTION: &str = "sites";
@@ -42,8 +45,8 @@ pub struct Site {
     pub id: SiteId,
     /// In the settings.
     pub name: String,
-    /// The web origins of its pages.
-    pub origins: Vec<String>,
+    /// The origins of its pages.
+    origins: Vec<Pattern>,
     /// The names that it is asked for by.
     pub hosts: Vec<String>,
 }
@@ -56,7 +59,8 @@ pub struct Sites(Arc<Known>);
 struct Known {
     all: Vec<Site>,
     by_id: HashMap<SiteId, usize>,
-    by_origin: HashMap<String, usize>,
+    /// The most exact first.
+    by_origin: Vec<(Pattern, usize)>,
     by_host: HashMap<String, usize>,
 }
 
@@ -70,14 +74,17 @@ impl Config {
         let mut sites = Vec::<Site>::new();
         for name in settings.names(SECTION) {
             let origins_key = format!("{SECTION}.{name}.origins");
-            let origins = settings.read_with(
-                &origins_key,
-                "a list of origins such as https://www.example.com",
-                |value| {
-                    let origins = <Vec<String> as Setting>::read(value)?;
-                    origins.iter().all(|origin| is_origin(origin)).then_some(origins)
-                },
-            );
+            let listed: Vec<String> = settings.get(&origins_key);
+            let mut origins = Vec::new();
+            for (index, text) in listed.iter().enumerate() {
+                match Pattern::read(text) {
+                    Ok(origin) => origins.push(origin),
+                    Err(wanted) => {
+                        let (part, value) = (format!("[{index}]"), toml::Value::from(text.as_str()));
+                        settings.refuse_part(&origins_key, &part, Some(&value), &wanted);
+                    }
+                }
+            }
             let hosts_key = format!("{SECTION}.{name}.hosts");
             let hosts = settings.read_with(
                 &hosts_key,
@@ -92,7 +99,9 @@ impl Config {
             );
             let hosts: Vec<String> = hosts.iter().map(|host| host.to_ascii_lowercase()).collect();
             for other in &sites {
-                if let Some(origin) = origins.iter().find(|origin| other.origins.contains(origin)) {
+                let twice =
+                    |text: &&String| Pattern::read(text).is_ok_and(|origin| other.origins.contains(&origin));
+                if let Some(origin) = listed.iter().find(twice) {
                     let wanted =
                         format!("{origin} in one site only; it is in sites.{}.origins, too", other.name);
                     settings.refuse::<()>(&origins_key, &wanted);
@@ -126,12 +135,13 @@ impl Config {
                 );
             }
         }
-        let (mut by_id, mut by_origin, mut by_host) = (HashMap::new(), HashMap::new(), HashMap::new());
+        let (mut by_id, mut by_origin, mut by_host) = (HashMap::new(), Vec::new(), HashMap::new());
         for (index, site) in all.iter().enumerate() {
             by_id.insert(site.id, index);
             by_origin.extend(site.origins.iter().map(|origin| (origin.clone(), index)));
             by_host.extend(site.hosts.iter().map(|host| (host.clone(), index)));
         }
+        by_origin.sort_by_key(|(origin, _): &(Pattern, usize)| std::cmp::Reverse(origin.rank()));
         Ok(Sites(Arc::new(Known { all, by_id, by_origin, by_host })))
     }
 }
@@ -182,8 +192,8 @@ impl Sites {
         let own = host(parts);
         let Some(origin) = parts.headers.get(header::ORIGIN) else { return self.of_host(own) };
         let origin = origin.to_str().ok()?;
-        if let Some(index) = self.0.by_origin.get(origin) {
-            return Some(&self.0.all[*index]);
+        if let Some(site) = self.of_origin(origin) {
+            return Some(site);
         }
         let (_, host) = origin.split_once("://")?;
         if own == Some(host) { self.of_host(own) } else { None }
@@ -192,8 +202,14 @@ impl Sites {
     /// Whether a page of another site than this one sends these headers.
     pub fn is_elsewhere(&self, headers: &HeaderMap, id: SiteId) -> bool {
         let origin = headers.get(header::ORIGIN).and_then(|origin| origin.to_str().ok());
-        let owner = origin.and_then(|origin| self.0.by_origin.get(origin));
-        owner.is_some_and(|index| self.0.all[*index].id != id)
+        let owner = origin.and_then(|origin| self.of_origin(origin));
+        owner.is_some_and(|owner| owner.id != id)
+    }
+
+    /// The site that lists this origin.
+    pub(crate) fn of_origin(&self, origin: &str) -> Option<&Site> {
+        let found = self.0.by_origin.iter().find(|(pattern, _)| pattern.matches(origin));
+        found.map(|(_, index)| &self.0.all[*index])
     }
 
     /// The site of a host that was asked for: the default one unless another has that name.
@@ -209,13 +225,4 @@ impl Sites {
 fn host(parts: &Parts) -> Option<&str> {
     let header = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     header.or_else(|| parts.uri.authority().map(Authority::as_str))
-}
-
-/// Whether a text is an origin as browsers write it.
-fn is_origin(text: &str) -> bool {
-    let Ok(uri) = text.parse::<http::Uri>() else { return false };
-    let web = matches!(uri.scheme_str(), Some("http" | "https"));
-    web && uri.authority().is_some_and(|host| !host.as_str().contains('@'))
-        && !text.ends_with('/')
-        && uri.path() == "/"
 }

@@ -44,6 +44,10 @@ const TRY_EVERY: Duration = Duration::from_millis(5);
 /// # Errors
 /// When it cannot be started, ends, or takes too long: then nothing has changed.
 pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
+    // The end of process 1 is the end of its container, and of every successor in it.
+    if std::process::id() == 1 {
+        bail!("this is process 1 of a container, which would end with it: replace the container instead");
+    }
     let (ours, theirs) = UnixStream::pair().context("no line to a successor")?;
     let mut names = Vec::new();
     let mut mappings = Vec::new();

@@ -153,7 +153,8 @@ impl Server {
         let services =
             Services { drain: drain.clone(), cpu, detached: detached.clone(), slow_poll: config.slow_poll };
         let stack = Arc::new(Stack::new(router, &config, Arc::new(services)));
-        let protocol = Http { stack, config: Arc::clone(&config) };
+        let listener = config.net.name;
+        let protocol = Http { stack, config: Arc::clone(&config), listener };
         net::serve(self.bound, protocol, &drain).await;
         // Nothing new is detached without a connection.
         detached.close();

@@ -15,6 +15,7 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use crate::cache;
 use crate::drain::Drain;
+use crate::net::Refusal;
 use crate::pool::Status;
 
 /// Counter by `listener`, `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
@@ -81,16 +82,43 @@ pub const CACHE_BYTES: &str = "perennial_cache_bytes";
 /// Counter by `what`: rows of a store that could not be read, each time they were.
 pub const UNREADABLE: &str = "perennial_unreadable_rows_total";
 
+/// Counter by `listener`, `reason`: connections whose first bytes, or requests whose head could not be served, by
+/// [`Refusal`].
+pub const HTTP_REFUSED: &str = "perennial_http_refused_total";
+/// Gauge by `version`, `commit`: 1.
+pub const BUILD_INFO: &str = "perennial_build_info";
+
 /// Upper bounds, in seconds, of the buckets of every histogram of durations.
-const SECONDS: [f64; 14] =
-    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0, 60.0];
+const SECONDS: [f64; 17] =
+    [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0];
+
+/// Why the host ends connections.
+const CUTS: [&str; 13] = [
+    "address limit",
+    "body idle",
+    "body timeout",
+    "drain",
+    "flood",
+    "handshake timeout",
+    "head timeout",
+    "idle timeout",
+    "limit",
+    "made room",
+    "memory",
+    "resets",
+    "write timeout",
+];
 
 /// How often the recorder tidies up, so that histograms do not grow while nobody scrapes.
 const UPKEEP: Duration = Duration::from_secs(5);
 
 /// The process's metrics, as Prometheus text. A cheap handle.
 #[derive(Clone)]
-pub struct Metrics(PrometheusHandle);
+pub struct Metrics {
+    recorder: PrometheusHandle,
+    /// What every exporter says of its process: processor time, memory, descriptors, threads, its start.
+    process: metrics_process::Collector,
+}
 
 impl std::fmt::Debug for Metrics {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -108,12 +136,20 @@ impl Metrics {
             .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)?
             .install_recorder()?;
         describe();
-        Ok(Self(handle))
+        let process = metrics_process::Collector::default();
+        process.describe();
+        Ok(Self { recorder: handle, process })
+    }
+
+    /// Says what was built. `commit` is empty when nobody knows.
+    pub fn built(&self, version: &'static str, commit: &'static str) {
+        gauge!(BUILD_INFO, "version" => version, "commit" => commit).set(1.0);
     }
 
     /// The text exposition format.
     pub fn render(&self) -> String {
-        self.0.render()
+        self.process.collect();
+        self.recorder.render()
     }
 
     /// Tidies up until the end.
@@ -123,7 +159,7 @@ impl Metrics {
     pub async fn upkeep(self, drain: Drain) -> Result<(), Infallible> {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(UPKEEP) => self.0.run_upkeep(),
+                () = tokio::time::sleep(UPKEEP) => self.recorder.run_upkeep(),
                 () = drain.hard() => return Ok(()),
             }
         }
@@ -171,6 +207,39 @@ fn describe() {
     );
     describe_counter!(CACHE_REMOVALS, Unit::Count, "entries removed from a cache, by cause");
     describe_gauge!(CACHE_BYTES, Unit::Bytes, "what the entries of a cache take");
+    describe_counter!(
+        HTTP_REFUSED,
+        Unit::Count,
+        "connections that could not be served, by listener and reason"
+    );
+    describe_gauge!(BUILD_INFO, Unit::Count, "1, by the version and the commit that was built");
+    begin_at_zero();
+}
+
+/// A counter that is absent until something happens hides its first increment from every alert.
+fn begin_at_zero() {
+    let plain = [CPU_REFUSED, HTTP_PANICS, SQLITE_COMMITS, SQLITE_WRITES, SQLITE_LOST, LOG_LINES_DROPPED];
+    for name in plain {
+        counter!(name).increment(0);
+    }
+    for reason in CUTS {
+        counter!(HTTP_CONNECTIONS_CUT, "reason" => reason).increment(0);
+    }
+}
+
+/// A table whose rows are read one by one.
+pub fn may_be_unreadable(what: &'static str) {
+    counter!(UNREADABLE, "what" => what).increment(0);
+}
+
+/// A contained task that may fail.
+pub(crate) fn task_may_fail(task: &'static str) {
+    counter!(TASK_FAILURES, "task" => task).increment(0);
+}
+
+/// One connection, or one request head, that could not be served.
+pub(crate) fn refused(listener: &'static str, refusal: Refusal) {
+    counter!(HTTP_REFUSED, "listener" => listener, "reason" => refusal.as_str()).increment(1);
 }
 
 /// The metrics of a listener's requests. What the recorder finds by labels is looked up once.
@@ -192,6 +261,10 @@ impl std::fmt::Debug for Requests {
 impl Requests {
     pub(crate) fn new(listener: &'static str) -> Self {
         let in_flight = gauge!(HTTP_IN_FLIGHT, "listener" => listener);
+        counter!(HTTP_SHED, "listener" => listener).increment(0);
+        for refusal in Refusal::ALL {
+            counter!(HTTP_REFUSED, "listener" => listener, "reason" => refusal.as_str()).increment(0);
+        }
         Self { listener, in_flight, routes: RwLock::default() }
     }
 
@@ -218,6 +291,7 @@ impl Requests {
             ("status", status.to_string()),
         ];
         let duration = histogram!(HTTP_DURATION, "listener" => self.listener, "route" => route.to_owned());
+        counter!(HTTP_SLOW_POLLS, "route" => route.to_owned()).increment(0);
         let new = (counter!(HTTP_REQUESTS, &labels), duration);
         record(&new);
         let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
@@ -320,6 +394,7 @@ pub(crate) fn memory(used: u64, limit: u64) {
 
 /// How long connections of a pool are waited for.
 pub(crate) fn pool_waits(pool: &'static str) -> Histogram {
+    counter!(POOL_NESTED, "pool" => pool).increment(0);
     histogram!(POOL_WAIT, "pool" => pool)
 }
 

@@ -9,6 +9,7 @@
 //!   connection.rs   one connection: what it does, since when, and its end
 //!   socket.rs       its bytes
 //!   watch.rs        all of them: every deadline, by one task that looks around
+//!   refusals.rs     what could not be served at all: counted, and told to the log
 //! ```
 //!
 //! What is spoken on a connection is a `Protocol`: HTTP in [`crate::http`], anything in [`crate::tcp`].
@@ -18,6 +19,7 @@ mod bind;
 pub(crate) mod connection;
 mod listen;
 pub(crate) mod proxy;
+pub(crate) mod refusals;
 pub(crate) mod socket;
 pub mod tls;
 pub(crate) mod watch;
@@ -39,6 +41,7 @@ pub(crate) use bind::{Bound, bind};
 pub use connection::{Connection, Peer};
 pub use listen::Listen;
 pub use proxy::ForwardedHeader;
+pub use refusals::Refusal;
 use socket::{Peek, Socket};
 pub use watch::{ConnectionView, Connections, network};
 
@@ -123,6 +126,12 @@ pub(crate) trait Protocol: Clone + Send + Sync + 'static {
 
     /// What is said to a client that is turned away at the limit.
     fn refusal(&self) -> &'static [u8];
+
+    /// What is said to a client that speaks this protocol without TLS on a port with TLS; empty when that cannot be told.
+    fn wants_tls(&self) -> &'static [u8];
+
+    /// Returns true when these are the first bytes of a client that speaks this protocol without TLS.
+    fn is_plain(&self, first: &[u8]) -> bool;
 }
 
 /// How often the files of a certificate are looked at.

@@ -1,4 +1,4 @@
-//! SIGTERM, SIGINT, SIGHUP and SIGUSR2 as a stream of values.
+//! SIGTERM, SIGQUIT, SIGINT, SIGHUP and SIGUSR2 as a stream of values.
 //!
 //! Installed before anything slow happens: until then SIGTERM kills the process outright, and as PID 1 of a
 //! container it would be ignored altogether.
@@ -6,12 +6,12 @@
 use std::io;
 
 use futures_util::StreamExt;
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR2};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
 /// What somebody outside asked of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGTERM: leave, in order.
+    /// SIGTERM, or SIGQUIT, which images of nginx and php-fpm are stopped with: leave, in order.
     Terminate,
     /// SIGINT (Ctrl-C): leave, in order, without the notice that load balancers need.
     Interrupt,
@@ -36,14 +36,16 @@ impl Signals {
     /// # Errors
     /// When the operating system refuses a handler or the wake-up socket.
     pub fn install() -> io::Result<Self> {
-        Ok(Self(signal_hook_tokio::Signals::new([SIGTERM, SIGINT, SIGHUP, SIGUSR2])?))
+        // SIGUSR1 reopens logs elsewhere, and SIGPIPE says that a reader has gone: neither is a reason to end.
+        let heard = [SIGTERM, SIGQUIT, SIGINT, SIGHUP, SIGUSR2, SIGUSR1, SIGPIPE];
+        Ok(Self(signal_hook_tokio::Signals::new(heard)?))
     }
 
     /// The next signal. Signals of one kind that arrive together are one.
     pub async fn next(&mut self) -> Signal {
         loop {
             match self.0.next().await {
-                Some(SIGTERM) => return Signal::Terminate,
+                Some(SIGTERM | SIGQUIT) => return Signal::Terminate,
                 Some(SIGINT) => return Signal::Interrupt,
                 Some(SIGHUP) => return Signal::Reload,
                 Some(SIGUSR2) => return Signal::Succeed,

@@ -98,6 +98,7 @@ impl Tasks {
         E: Display + Send,
     {
         let drain = self.0.drain.clone();
+        metrics::task_may_fail(name);
         self.start(name, async move {
             for failures in 1u32.. {
                 let reason = match AssertUnwindSafe(make()).catch_unwind().await {

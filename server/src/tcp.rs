@@ -158,4 +158,12 @@ impl<H: TcpHandler> Protocol for Tcp<H> {
     fn refusal(&self) -> &'static [u8] {
         b""
     }
+
+    fn wants_tls(&self) -> &'static [u8] {
+        b""
+    }
+
+    fn is_plain(&self, _first: &[u8]) -> bool {
+        false
+    }
 }

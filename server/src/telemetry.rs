@@ -7,7 +7,7 @@ use std::io::{self, IsTerminal};
 use std::str::FromStr;
 
 use tracing::error;
-use tracing_subscriber::filter::ParseError;
+use tracing_subscriber::filter::{LevelFilter, ParseError};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
@@ -62,15 +62,42 @@ impl FromStr for Format {
     }
 }
 
-/// A valid log filter.
+/// A valid log filter: a level, or a level for each part of the program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter(String);
 
-impl FromStr for Filter {
-    type Err = ParseError;
+/// Why a text is no log filter.
+#[derive(Debug, thiserror::Error)]
+pub enum FilterError {
+    /// A word that is no level. The library would take it for the name of a part of the program, and log nothing else.
+    #[error("{0:?} is no level: wanted off, error, warn, info, debug or trace")]
+    NoLevel(String),
+    /// A part that the library cannot read.
+    #[error(transparent)]
+    Directive(#[from] ParseError),
+}
 
-    fn from_str(text: &str) -> Result<Self, ParseError> {
-        EnvFilter::try_new(text).map(|_| Self(text.to_owned()))
+impl FromStr for Filter {
+    type Err = FilterError;
+
+    fn from_str(text: &str) -> Result<Self, FilterError> {
+        let parts: Vec<&str> = text.split(',').map(str::trim).filter(|part| !part.is_empty()).collect();
+        if parts.is_empty() {
+            return Err(FilterError::NoLevel(text.to_owned()));
+        }
+        for part in &parts {
+            let level = match part.rsplit_once('=') {
+                Some((_, level)) => level,
+                None => part,
+            };
+            // A filter of spans ends with its bracket, and may stand without a level.
+            if level.parse::<LevelFilter>().is_err() && !part.ends_with(']') {
+                return Err(FilterError::NoLevel(level.to_owned()));
+            }
+        }
+        let text = parts.join(",");
+        EnvFilter::try_new(&text)?;
+        Ok(Self(text))
     }
 }
 
@@ -143,5 +170,38 @@ fn log_panic(info: &std::panic::PanicHookInfo<'_>) {
         error!(message, place, %backtrace, "panic");
     } else {
         error!(message, place, "panic");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_misspelt_level_is_refused_and_spaces_are_trimmed() {
+        for (text, filter) in [
+            ("info", "info"),
+            (" info", "info"),
+            ("info\n", "info"),
+            ("INFO", "INFO"),
+            ("off", "off"),
+            (" info , perennial_workers=debug,", "info,perennial_workers=debug"),
+            ("warn,perennial_server::net=trace", "warn,perennial_server::net=trace"),
+        ] {
+            assert_eq!(text.parse::<Filter>().unwrap(), Filter(filter.to_owned()), "{text:?}");
+        }
+        for bad in [
+            "debg",
+            "warning",
+            "",
+            " ",
+            ",",
+            "info,perennial_workers",
+            "perennial_workers=debg",
+            "inf o",
+            "6",
+        ] {
+            assert!(bad.parse::<Filter>().is_err(), "{bad:?}");
+        }
     }
 }

@@ -63,6 +63,18 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    const ALL: [Self; 9] = [
+        Self::Done,
+        Self::Skipped,
+        Self::Snoozed,
+        Self::HandedBack,
+        Self::Failed,
+        Self::TimedOut,
+        Self::Panicked,
+        Self::Dead,
+        Self::Cancelled,
+    ];
+
     /// The word for it.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -99,6 +111,27 @@ pub fn describe() {
     );
     describe_histogram!(CRON_LAG, Unit::Seconds, "from when a time was due to its claim, by schedule");
     describe_gauge!(CRON_OVERDUE, Unit::Seconds, "for how long a time has been due, by schedule");
+    for name in [JOBS_RESCUED, JOBS_RELAYED] {
+        counter!(name).increment(0);
+    }
+    for what in ["jobs", "outbox", "schedules", "schedule_runs"] {
+        perennial_server::metrics::may_be_unreadable(what);
+    }
+}
+
+/// A kind of job, none of which has run yet.
+pub(crate) fn may_run(kind: &'static str) {
+    for outcome in Outcome::ALL {
+        counter!(JOBS, "kind" => kind, "outcome" => outcome.as_str()).increment(0);
+    }
+    counter!(JOBS_STALE, "kind" => kind).increment(0);
+}
+
+/// A schedule, no time of which has come yet.
+pub(crate) fn may_be_due(schedule: &str) {
+    for outcome in ["fired", "missed", "overlapped", "passed"] {
+        counter!(CRON_OCCURRENCES, "schedule" => schedule.to_owned(), "outcome" => outcome).increment(0);
+    }
 }
 
 /// The gauge of jobs that run.

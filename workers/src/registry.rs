@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use crate::job::{Context, Fate, Job, Options, Rate};
+use crate::metrics;
 use crate::queue::{self, NewJob};
 use crate::state::Budget;
 
@@ -153,6 +154,7 @@ impl Registry {
             if !self.queues.iter().any(|lane| *lane.name == *queue) {
                 return Err(Unserved { kind: kind.name, queue });
             }
+            metrics::may_run(kind.name);
         }
         Ok(())
     }

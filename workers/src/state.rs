@@ -120,6 +120,27 @@ pub enum Event {
     Lapsed,
 }
 
+/// The longest text of an error or of a reason that is kept, in bytes. What a job says may be a whole page of somebody
+/// else's server.
+const MAX_TEXT: usize = 2_000;
+
+impl Event {
+    /// The same event, with texts that are short enough to be kept.
+    #[must_use]
+    pub fn in_short(mut self) -> Self {
+        match &mut self {
+            Self::Failed { error: text, .. } | Self::Hopeless(text) | Self::Cancelled(text) => {
+                if text.len() > MAX_TEXT {
+                    text.truncate(text.floor_char_boundary(MAX_TEXT - '…'.len_utf8()));
+                    text.push('…');
+                }
+            }
+            Self::Done | Self::Snoozed(_) | Self::HandedBack | Self::Lapsed => {}
+        }
+        self
+    }
+}
+
 /// What becomes of a job.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Transition {
@@ -209,6 +230,29 @@ mod tests {
 
     fn dead(reason: &str, spent: Spent) -> Transition {
         Transition::Ended { state: State::Dead, reason: reason.to_owned(), spent }
+    }
+
+    #[test]
+    fn texts_of_errors_are_cut_between_characters() {
+        let long = "ä".repeat(5_000);
+        for event in [
+            Event::Failed { error: long.clone(), after: None },
+            Event::Hopeless(long.clone()),
+            Event::Cancelled(long.clone()),
+        ] {
+            let (Event::Failed { error: text, .. } | Event::Hopeless(text) | Event::Cancelled(text)) =
+                event.in_short()
+            else {
+                panic!("another event");
+            };
+            assert!(
+                text.ends_with('…') && text.len() <= MAX_TEXT && text.len() > MAX_TEXT - 4,
+                "{}",
+                text.len()
+            );
+        }
+        let short = Event::Hopeless("no".to_owned());
+        assert_eq!(short.clone().in_short(), short);
     }
 
     #[test]

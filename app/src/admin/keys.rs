@@ -17,7 +17,7 @@ use axum::{Extension, Router};
 use http::StatusCode;
 use jiff::Timestamp;
 use perennial_server::cache::Caches;
-use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::problem::{Errors, FieldError, Problem};
 use perennial_server::pool::sql::Store;
 use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
@@ -98,7 +98,7 @@ struct NewKey {
 }
 
 async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) -> Result<Json<Made>> {
-    let mut errors = Vec::new();
+    let mut errors = Errors::default();
     if !keys::is_name(&new.name) {
         errors.push(FieldError::new("name", keys::NAME_WANTED));
     }
@@ -116,7 +116,7 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
     let life = duration("expires_in", new.expires_in.as_deref(), &mut errors);
     let site = keyring.sites.wanted(new.site.as_deref())?;
     if !errors.is_empty() {
-        return Err(Problem::invalid(errors).into());
+        return Err(Problem::from(errors).into());
     }
     let now = Timestamp::now().as_millisecond();
     let grant = Grant {
@@ -151,12 +151,12 @@ async fn replace(
     Path(name): Path<String>,
     Json(request): Json<Replace>,
 ) -> Result<Json<Made>> {
-    let mut errors = Vec::new();
+    let mut errors = Errors::default();
     let overlap = duration("overlap", request.overlap.as_deref(), &mut errors).unwrap_or(OVERLAP);
     let life = duration("expires_in", request.expires_in.as_deref(), &mut errors);
     let site = keyring.sites.wanted(request.site.as_deref())?;
     if !errors.is_empty() {
-        return Err(Problem::invalid(errors).into());
+        return Err(Problem::from(errors).into());
     }
     let now = Timestamp::now().as_millisecond();
     let (key, of) = (access::random_key(), (site.id, name.clone()));
@@ -196,7 +196,7 @@ async fn revoke(
     Ok(Json(Revoked { revoked: ended.len() }))
 }
 
-fn duration(field: &str, text: Option<&str>, errors: &mut Vec<FieldError>) -> Option<Duration> {
+fn duration(field: &str, text: Option<&str>, errors: &mut Errors) -> Option<Duration> {
     let read = parse_duration(text?);
     if read.is_none() {
         errors.push(FieldError::new(field, Duration::WANTED));

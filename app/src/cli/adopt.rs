@@ -31,7 +31,7 @@ pub(super) struct Adopt {
 
 impl Adopt {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         block_on(self.adopt(&settings, config, modules))?
     }

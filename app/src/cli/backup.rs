@@ -19,7 +19,7 @@ pub(super) struct Backup {
 impl Backup {
     /// Reads the store itself, also while a server runs: a long copy keeps nobody waiting.
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let copied = Source::of(&config.data_dir, &config.store, push::vapid_files(&settings))?
             .copy_to(&self.directory)?;

@@ -1,26 +1,70 @@
 //! `perennial check`.
 
 use std::io::Write;
+use std::process::ExitCode;
 
-use super::{load, read};
+use clap::Args;
+use serde_json::json;
+
+use super::{load, read, report};
 use crate::module::Blueprint;
-use crate::settings::Sources;
+use crate::settings::{Problems, Shown, Sources};
 
-/// Prints every setting in effect and where it came from.
-pub(super) fn check(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-    let settings = load(sources, modules)?;
-    let (config, _) = read(&settings, modules)?;
-    let shown = settings.show();
-    let width =
-        shown.iter().map(|shown| shown.key.len() + shown.value.len() + 3).filter(|width| *width < 70).max();
-    let width = width.unwrap_or_default();
-    let mut out = std::io::stdout().lock();
-    for shown in shown {
-        let line = format!("{} = {}", shown.key, shown.value);
-        writeln!(out, "{line:<width$}  # {}", shown.source)?;
+#[derive(Args, Debug)]
+pub(super) struct Check {
+    /// Only what differs from the defaults
+    #[arg(long)]
+    changed: bool,
+    /// One JSON object with settings, errors and warnings
+    #[arg(long)]
+    json: bool,
+}
+
+impl Check {
+    /// Prints settings and where they came from, and a summary. With errors the exit code is 2; warnings leave it at 0.
+    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
+        let settings = load(sources, modules);
+        let (errors, warnings): (Vec<String>, Vec<String>) = match read(&settings, modules) {
+            Ok((config, _)) => (Vec::new(), config.notes.into_iter().collect()),
+            Err(Problems(problems)) => {
+                (problems.iter().map(ToString::to_string).collect(), settings.notes().cloned().collect())
+            }
+        };
+        let mut shown = settings.show();
+        shown.retain(|shown| shown.changed || !self.changed);
+        let code = if errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) };
+        match self.print(&shown, &errors, &warnings) {
+            Ok(()) => code,
+            Err(error) => report(&error),
+        }
     }
-    for note in &config.notes {
-        eprintln!("warning: {note}");
+
+    fn print(&self, shown: &[Shown], errors: &[String], warnings: &[String]) -> anyhow::Result<()> {
+        if self.json {
+            let all = json!({ "settings": shown, "errors": errors, "warnings": warnings });
+            return super::print(&format!("{all:#}\n"));
+        }
+        super::print(&table(shown))?;
+        let mut err = std::io::stderr().lock();
+        for error in errors {
+            writeln!(err, "error: {error}")?;
+        }
+        for warning in warnings {
+            writeln!(err, "warning: {warning}")?;
+        }
+        writeln!(err, "{}, {}", count(errors.len(), "error"), count(warnings.len(), "warning"))?;
+        Ok(())
     }
-    Ok(())
+}
+
+/// A line for each setting, with its source beside it.
+fn table(shown: &[Shown]) -> String {
+    let lines: Vec<String> = shown.iter().map(|shown| format!("{} = {}", shown.key, shown.value)).collect();
+    let width = lines.iter().map(String::len).filter(|width| *width < 70).max().unwrap_or_default();
+    let lines = lines.iter().zip(shown);
+    lines.map(|(line, shown)| format!("{line:<width$}  # {}\n", shown.source)).collect()
+}
+
+fn count(number: usize, what: &str) -> String {
+    format!("{number} {what}{}", if number == 1 { "" } else { "s" })
 }

@@ -24,7 +24,7 @@ pub(super) struct Health {
 
 impl Health {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
         let client = Client::new(&base, None, TIMEOUT)?;

@@ -117,7 +117,7 @@ impl Which {
 
 impl Jobs {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::of_books(&config, modules).await?;

@@ -76,7 +76,7 @@ pub(super) struct Replace {
 
 impl Keys {
     pub(super) fn run(self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         match self {
             Self::Show => show(&config, &settings),

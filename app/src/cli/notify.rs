@@ -110,7 +110,7 @@ struct To {
 
 impl Notify {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let key_file = self.key_file.clone().unwrap_or_else(|| config.data_dir.join(API_KEY));
         let key = std::fs::read_to_string(&key_file)

@@ -15,7 +15,7 @@ pub(super) struct Resume {}
 
 impl Resume {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let answer = block_on(async {
             let desk = Desk::open(&config, modules, async |_, store, _| {

@@ -7,7 +7,7 @@
 use std::io::{IsTerminal, Write};
 use std::pin::pin;
 use std::process::ExitCode;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::Context;
@@ -83,7 +83,7 @@ struct Prepared {
 }
 
 fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Prepared> {
-    let settings = load(sources, modules)?;
+    let settings = load(sources, modules);
     let (mut config, configured) = read(&settings, modules)?;
     let telemetry = Arc::new(Telemetry::install(&config.telemetry)?);
     config.server.access_log = telemetry.access_log();
@@ -92,7 +92,7 @@ fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow:
     perennial_workers::metrics::describe();
     raise_file_limit();
     for note in &config.notes {
-        warn!(note, "a setting is changed");
+        warn!(note, "a setting needs attention");
     }
     let serving = Builder::new_multi_thread()
         .worker_threads(config.threads)
@@ -120,18 +120,19 @@ impl Prepared {
 
         let admin = match Server::bind(config.admin.clone(), &inheritance.sockets)
             .await
-            .context("the admin listener cannot be opened")
+            .map_err(|error| boot::not_opened(error, "admin.listen"))
         {
             Ok(admin) => admin,
             Err(error) => return (failed(&error), Some(serving)),
         };
+        let running = Arc::new(Mutex::new(settings));
         let admin_sockets = admin.sockets();
         let admin_addresses = admin.addresses();
         let known = Admin::new(
             health.clone(),
             metrics.clone(),
             Arc::clone(&telemetry),
-            settings.clone(),
+            Arc::clone(&running),
             &config.admin.net.listen,
             admin.connections(),
         );
@@ -181,7 +182,7 @@ impl Prepared {
                 greet(&app);
                 let reload = || {
                     app.sockets.renew_certificate();
-                    reload(&sources, &modules, &settings, &telemetry);
+                    reload(&sources, &modules, &running, &telemetry);
                 };
                 let sockets = [app.sockets.clone(), admin_sockets];
                 let reason = serve_until(&app, &attendants, &sockets, &mut signals, reload).await;
@@ -199,8 +200,11 @@ impl Prepared {
     }
 }
 
-/// Boot could not be finished.
+/// Boot could not be finished. A filter that lets no errors through must not hide that.
 fn failed(error: &anyhow::Error) -> ExitCode {
+    if !tracing::enabled!(tracing::Level::ERROR) {
+        eprintln!("perennial: boot failed: {error:#}");
+    }
     error!(error = format!("{error:#}"), "boot failed");
     ExitCode::FAILURE
 }
@@ -268,20 +272,20 @@ async fn first_stop(signals: &mut Signals) -> Signal {
 }
 
 /// SIGHUP: reads the settings again, applies what can be applied, and says what could not.
-fn reload(sources: &Sources, modules: &[Blueprint], running: &Settings, telemetry: &Telemetry) {
-    let settings = match load(sources, modules) {
-        Ok(settings) => settings,
-        Err(problems) => return error!(%problems, "nothing was reloaded"),
-    };
+fn reload(sources: &Sources, modules: &[Blueprint], running: &Mutex<Settings>, telemetry: &Telemetry) {
+    let settings = load(sources, modules);
     let mut reader = Reader::new(&settings);
     let config = config::telemetry(&mut reader);
     if let Err(problems) = reader.finish() {
+        if !tracing::enabled!(tracing::Level::ERROR) {
+            eprintln!("perennial: nothing was reloaded: {problems}");
+        }
         return error!(%problems, "nothing was reloaded");
     }
     telemetry.set_filter(&config.filter);
-    let later: Vec<&str> =
-        settings.changed_from(running).into_iter().filter(|key| *key != "telemetry.log").collect();
-    info!(needs_a_restart = ?later, "reloaded telemetry.log");
+    let mut running = running.lock().unwrap_or_else(PoisonError::into_inner);
+    running.take_over("telemetry.log", &settings);
+    info!(needs_a_restart = ?settings.changed_from(&running), "reloaded telemetry.log");
 }
 
 /// Tells a person at a terminal where to go. Whatever is said here is not in any log.

@@ -129,7 +129,7 @@ impl Sink {
         sources: &Sources,
         modules: &[Blueprint],
     ) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let base = wait_for_server(&config.data_dir).await?;
         let key_file = config.data_dir.join(API_KEY);

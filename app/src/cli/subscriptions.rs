@@ -49,7 +49,7 @@ pub(super) enum Subscriptions {
 
 impl Subscriptions {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::open(&config, modules, async |data_dir, store, jobs| {

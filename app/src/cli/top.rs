@@ -32,7 +32,7 @@ pub(super) struct Top {
 
 impl Top {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        let settings = load(sources, modules)?;
+        let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
         let token = std::fs::read_to_string(config.data_dir.join(ADMIN_TOKEN)).ok();

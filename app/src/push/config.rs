@@ -195,14 +195,16 @@ pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
 /// Whom push services may ask, or why Apple would refuse to deliver.
 pub(super) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
     let text: String = settings.get("push.contact");
-    let contact = match text.as_str() {
-        "" => Err("push.contact is not set".to_owned()),
-        text => text.parse().map_err(|error: ContactError| format!("push.contact cannot be used: {error}")),
-    };
-    if contact.is_err() && settings.get("push.contact_required") {
-        settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
+    if text.is_empty() {
+        if settings.get("push.contact_required") {
+            settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
+        }
+        return Err("push.contact is not set".to_owned());
     }
-    contact
+    text.parse().map_err(|error: ContactError| {
+        settings.refuse::<()>("push.contact", &error.to_string());
+        error.to_string()
+    })
 }
 
 fn pins(value: &toml::Value) -> Option<Vec<Pin>> {

@@ -30,7 +30,7 @@ const PAGE: usize = 200;
 ///
 /// Nothing more is begun from now on, in any replica within a second. Needs a key with the scope `notify`, as resuming,
 /// cancelling and changing the rate do.
-#[utoipa::path(post, path = "/notifications/{id}/pause", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+#[utoipa::path(post, path = "/notifications/{id}/pause", operation_id = "pauseNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(super) async fn pause(
     caller: Authorized<Notify>,
     State(tools): State<Tools>,
@@ -40,7 +40,7 @@ pub(super) async fn pause(
 }
 
 /// Goes on with a paused notification
-#[utoipa::path(post, path = "/notifications/{id}/resume", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+#[utoipa::path(post, path = "/notifications/{id}/resume", operation_id = "resumeNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(super) async fn resume(
     caller: Authorized<Notify>,
     State(tools): State<Tools>,
@@ -52,7 +52,7 @@ pub(super) async fn resume(
 /// Cancels a notification
 ///
 /// Who has not been sent to yet is counted as `cancelled`.
-#[utoipa::path(post, path = "/notifications/{id}/cancel", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+#[utoipa::path(post, path = "/notifications/{id}/cancel", operation_id = "cancelNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(super) async fn cancel(
     caller: Authorized<Notify>,
     State(tools): State<Tools>,
@@ -75,7 +75,7 @@ pub(super) struct RateRequest {
 ///
 /// It holds within a second, also while it is being sent.
 #[utoipa::path(
-    patch, path = "/notifications/{id}", params(("id" = Uuid, Path)), request_body = RateRequest,
+    patch, path = "/notifications/{id}", operation_id = "changeNotification", params(("id" = Uuid, Path)), request_body = RateRequest,
     responses((status = OK, body = NotificationView))
 )]
 pub(super) async fn set_rate(
@@ -119,7 +119,7 @@ async fn view(tools: &Tools, site: i64, id: Uuid) -> Result<Json<NotificationVie
 /// Server-sent events: `progress` whenever something has changed, and `end` with the last. Needs a key with the scope
 /// `read`, which may have `push.followers_per_key` such requests at once.
 #[utoipa::path(
-    get, path = "/notifications/{id}/events", params(("id" = Uuid, Path)),
+    get, path = "/notifications/{id}/events", operation_id = "followNotification", params(("id" = Uuid, Path)),
     responses((status = OK, content_type = "text/event-stream", body = NotificationView))
 )]
 pub(super) async fn events(
@@ -137,6 +137,7 @@ pub(super) async fn events(
 
 /// Which deliveries.
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Which {
     /// Only those with this outcome
@@ -148,7 +149,7 @@ pub(super) struct Which {
 /// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids, those that
 /// came with the notification under -1, -2 and so on. Failures, or with `"log": "all"` everybody who was sent to. Needs a key with the scope `read`.
 #[utoipa::path(
-    get, path = "/notifications/{id}/deliveries", params(("id" = Uuid, Path), Which),
+    get, path = "/notifications/{id}/deliveries", operation_id = "listDeliveries", params(("id" = Uuid, Path), Which),
     responses((status = OK, content_type = "application/x-ndjson"))
 )]
 pub(super) async fn deliveries(

@@ -28,6 +28,9 @@ pub(super) struct Config {
     pub(super) site_per_minute: u32,
 }
 
+/// What a limit is about, in metrics.
+pub(super) const WORDS: [&str; 2] = ["address", "site"];
+
 /// What was called lately.
 pub(super) struct Limits {
     addresses: DefaultKeyedRateLimiter<(SiteId, IpAddr)>,

@@ -8,6 +8,7 @@ use metrics::{
 };
 use perennial_webpush::Verdict;
 
+use super::limits;
 use super::outcome::Outcome;
 
 /// Counter by `verdict`: attempts to send.
@@ -20,6 +21,9 @@ pub(crate) const SEND_DURATION: &str = "perennial_push_send_duration_seconds";
 pub(crate) const NOTIFICATIONS: &str = "perennial_push_notifications_total";
 /// Counter by `what`: requests without a key that were over a limit.
 pub(crate) const LIMITED: &str = "perennial_push_limited_total";
+
+/// Gauge by `site`: subscriptions that are stored, counted once a minute.
+pub(crate) const SUBSCRIPTIONS: &str = "perennial_push_subscriptions";
 
 /// Gauge: push services that nothing is sent to now, since they asked us to wait, are away, or refuse our key.
 pub(crate) const HELD: &str = "perennial_push_services_held";
@@ -43,6 +47,17 @@ pub(crate) fn describe() {
     describe_histogram!(SEND_DURATION, Unit::Seconds, "one attempt to send, its wait for a turn included");
     describe_counter!(NOTIFICATIONS, Unit::Count, "notifications that were accepted");
     describe_counter!(LIMITED, Unit::Count, "requests without a key that were over a limit, by limit");
+    describe_gauge!(SUBSCRIPTIONS, Unit::Count, "subscriptions that are stored, by site");
+    counter!(NOTIFICATIONS).increment(0);
+    for outcome in Outcome::ALL {
+        counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(0);
+    }
+    for what in limits::WORDS {
+        counter!(LIMITED, "what" => what).increment(0);
+    }
+    for what in ["batches", "deliveries", "notifications", "push_services", "subscriptions"] {
+        perennial_server::metrics::may_be_unreadable(what);
+    }
 }
 
 /// Handles that were looked up once: some of these are counted a hundred thousand times a second.
@@ -119,6 +134,12 @@ pub(crate) fn accepted() {
 
 pub(crate) fn limited(what: &'static str) {
     counter!(LIMITED, "what" => what).increment(1);
+}
+
+/// How many subscriptions a site has.
+#[expect(clippy::cast_precision_loss, reason = "some millions")]
+pub(crate) fn subscriptions(site: &str, count: u64) {
+    gauge!(SUBSCRIPTIONS, "site" => site.to_owned()).set(count as f64);
 }
 
 /// How many subscriptions of strangers a site has.

@@ -144,7 +144,7 @@ pub(super) struct DryRun {
 /// Needs a key with the scope `notify`. With 202 it is stored and will be sent, whatever happens to this
 /// process; its progress is at `Location`. An `Idempotency-Key` makes repeating the request safe for 24 hours.
 #[utoipa::path(
-    post, path = "/notify", request_body = NotifyRequest,
+    post, path = "/notify", operation_id = "notify", request_body = NotifyRequest,
     params(("Idempotency-Key" = Option<String>, Header)),
     responses((status = ACCEPTED, body = Notified), (status = OK, body = DryRun, description = "A dry run"))
 )]

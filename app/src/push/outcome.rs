@@ -47,7 +47,7 @@ impl Outcome {
         }
     }
 
-    const ALL: [Self; 11] = [
+    pub(super) const ALL: [Self; 11] = [
         Self::Delivered,
         Self::Gone,
         Self::Rejected,

@@ -178,6 +178,7 @@ fn eta(left: u64, rate: f64) -> Option<u64> {
 
 /// Which notifications.
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Page {
     /// Older than the one with this id
@@ -198,7 +199,7 @@ pub(crate) struct Notifications {
 /// One notification
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/notifications/{id}", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+#[utoipa::path(get, path = "/notifications/{id}", operation_id = "getNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(super) async fn one(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,
@@ -213,7 +214,7 @@ pub(super) async fn one(
 /// All notifications, the newest first
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/notifications", params(Page), responses((status = OK, body = Notifications)))]
+#[utoipa::path(get, path = "/notifications", operation_id = "listNotifications", params(Page), responses((status = OK, body = Notifications)))]
 pub(super) async fn list(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,

@@ -97,7 +97,12 @@ impl Exchange {
         if !tools.store.is_shared() && !is_all && !is_told && self.count > 1 {
             return Ok(());
         }
-        for held in tools.store.held_services(self.newest - AGAIN_MS).await? {
+        let all_held = tools.store.held_services(self.newest - AGAIN_MS).await;
+        if all_held.is_err() {
+            // What was said is still to be heard.
+            tools.services_changed.fetch_or(is_told, Ordering::Relaxed);
+        }
+        for held in all_held? {
             self.newest = self.newest.max(held.changed_at);
             if self.seen.insert(held.origin.clone(), held.changed_at) == Some(held.changed_at) {
                 continue;

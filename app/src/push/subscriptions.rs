@@ -133,7 +133,7 @@ pub(super) struct Subscribed {
 /// The key to subscribe with
 ///
 /// For pages of the allowed origins.
-#[utoipa::path(get, path = "/push/key", responses((status = OK, body = KeyView)))]
+#[utoipa::path(get, path = "/push/key", operation_id = "getPushKey", security((), ("key" = [])), responses((status = OK, body = KeyView)))]
 pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<Response> {
     visitor.may(Scope::Subscribe)?;
     let key = KeyView { key: tools.vapid.for_request(visitor.site).await?.current.public_key() };
@@ -145,7 +145,7 @@ pub(super) async fn key(visitor: Visitor, State(tools): State<Tools>) -> Result<
 /// For pages of the allowed origins, within limits, or with a key of the scope `subscribe`. The same endpoint
 /// again brings what is stored up to date; without an API key that takes the same `auth`.
 #[utoipa::path(
-    post, path = "/subscriptions", request_body = SubscribeRequest,
+    post, path = "/subscriptions", operation_id = "storeSubscription", security((), ("key" = [])), request_body = SubscribeRequest,
     responses((status = CREATED, body = Subscribed), (status = OK, body = Subscribed, description = "Updated"))
 )]
 pub(super) async fn subscribe(
@@ -219,7 +219,7 @@ pub(super) struct UnsubscribeRequest {
 ///
 /// For the page that has it, by its endpoint and secret.
 #[utoipa::path(
-    delete, path = "/subscriptions", request_body = UnsubscribeRequest, responses((status = NO_CONTENT), (status = NOT_FOUND))
+    delete, path = "/subscriptions", operation_id = "deleteSubscriptionByEndpoint", security((), ("key" = [])), request_body = UnsubscribeRequest, responses((status = NO_CONTENT), (status = NOT_FOUND))
 )]
 pub(super) async fn unsubscribe(
     visitor: Visitor,
@@ -270,7 +270,7 @@ impl From<Subscription> for SubscriptionView {
 /// One subscription
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/subscriptions/{id}", params(("id" = i64, Path)), responses((status = OK, body = SubscriptionView)))]
+#[utoipa::path(get, path = "/subscriptions/{id}", operation_id = "getSubscription", params(("id" = i64, Path)), responses((status = OK, body = SubscriptionView)))]
 pub(super) async fn one(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,
@@ -286,7 +286,7 @@ pub(super) async fn one(
 /// Deletes one subscription
 ///
 /// Needs a key with the scope `subscribe`.
-#[utoipa::path(delete, path = "/subscriptions/{id}", params(("id" = i64, Path)), responses((status = NO_CONTENT), (status = NOT_FOUND)))]
+#[utoipa::path(delete, path = "/subscriptions/{id}", operation_id = "deleteSubscription", params(("id" = i64, Path)), responses((status = NO_CONTENT), (status = NOT_FOUND)))]
 pub(super) async fn delete(
     Authorized { caller, .. }: Authorized<Subscribe>,
     State(tools): State<Tools>,
@@ -301,6 +301,7 @@ pub(super) async fn delete(
 
 /// Which subscriptions.
 #[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(super) struct Filter {
     /// Of this user
@@ -325,7 +326,7 @@ pub(super) struct Subscriptions {
 /// Subscriptions of a user, with a tag, or all
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/subscriptions", params(Filter), responses((status = OK, body = Subscriptions)))]
+#[utoipa::path(get, path = "/subscriptions", operation_id = "listSubscriptions", params(Filter), responses((status = OK, body = Subscriptions)))]
 pub(super) async fn list(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,
@@ -382,10 +383,12 @@ impl FromRequestParts<Tools> for Visitor {
 
 /// Lets pages of all sites read the answers: which site they belong to is said by [`Sites::of_page`].
 pub(super) fn cors(sites: &Sites) -> CorsLayer {
-    let origins = sites.all().flat_map(|site| &site.origins).filter_map(|origin| origin.parse().ok());
-    let origins: Vec<HeaderValue> = origins.collect();
+    let sites = sites.clone();
+    let is_listed = move |origin: &HeaderValue, _: &Parts| {
+        origin.to_str().is_ok_and(|origin| sites.of_origin(origin).is_some())
+    };
     CorsLayer::new()
-        .allow_origin(AllowOrigin::list(origins))
+        .allow_origin(AllowOrigin::predicate(is_listed))
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, HeaderName::from_static("x-request-id")])
 }

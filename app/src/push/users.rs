@@ -43,7 +43,7 @@ pub(super) struct Deleted {
 /// Everything of one user
 ///
 /// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/users/{user}", params(("user" = String, Path)), responses((status = OK, body = UserView)))]
+#[utoipa::path(get, path = "/users/{user}", operation_id = "getUser", params(("user" = String, Path)), responses((status = OK, body = UserView)))]
 pub(super) async fn one(
     Authorized { caller, .. }: Authorized<Read>,
     State(tools): State<Tools>,
@@ -130,7 +130,7 @@ impl Part {
 /// Deletes everything of one user
 ///
 /// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `subscribe`.
-#[utoipa::path(delete, path = "/users/{user}", params(("user" = String, Path)), responses((status = OK, body = Deleted)))]
+#[utoipa::path(delete, path = "/users/{user}", operation_id = "deleteUser", params(("user" = String, Path)), responses((status = OK, body = Deleted)))]
 pub(super) async fn delete(
     Authorized { caller, .. }: Authorized<Subscribe>,
     State(tools): State<Tools>,

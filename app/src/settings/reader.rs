@@ -36,7 +36,7 @@ pub trait Setting: Sized {
 impl<'a> Reader<'a> {
     /// Nothing read yet.
     pub fn new(settings: &'a Settings) -> Self {
-        Self { settings, problems: Vec::new(), notes: BTreeSet::new() }
+        Self { settings, problems: settings.problems.clone(), notes: settings.notes.clone() }
     }
 
     /// A setting of a type that is known here.
@@ -109,7 +109,7 @@ impl<'a> Reader<'a> {
     /// Notes that the value of `key` does not fit for a reason that its type does not show.
     pub fn refuse<T>(&mut self, key: &str, wanted: &str) -> Option<T> {
         let entry = self.entry(key);
-        let (value, source) = (super::mask(&entry.value).to_string(), entry.source.clone());
+        let (value, source) = (super::mask::value(key, &entry.value).to_string(), entry.source.clone());
         let problem = Problem { key: key.to_owned(), value: Some(value), source, wanted: wanted.to_owned() };
         self.problems.push(problem);
         None
@@ -119,7 +119,7 @@ impl<'a> Reader<'a> {
     pub fn refuse_part(&mut self, key: &str, part: &str, value: Option<&Value>, wanted: &str) {
         let problem = Problem {
             key: format!("{key}{part}"),
-            value: value.map(|value| super::mask(value).to_string()),
+            value: value.map(|value| super::mask::value(key, value).to_string()),
             source: self.entry(key).source.clone(),
             wanted: if value.is_some() { wanted.to_owned() } else { format!("wanted {wanted}") },
         };
@@ -146,7 +146,10 @@ impl<'a> Reader<'a> {
 
     fn entry(&self, key: &str) -> &'a Entry {
         #[expect(clippy::panic, reason = "a mistake in the program, which any start of it shows")]
-        self.settings.0.get(key).unwrap_or_else(|| panic!("the setting {key} is read, but has no default"))
+        self.settings
+            .entries
+            .get(key)
+            .unwrap_or_else(|| panic!("the setting {key} is read, but has no default"))
     }
 
     fn read<T>(&mut self, key: &str, wanted: &str, read: impl Fn(&Value) -> Option<T>) -> T {

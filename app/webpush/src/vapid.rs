@@ -234,15 +234,15 @@ pub struct Contact(String);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ContactError {
     /// Neither `mailto:` nor `https:` (RFC 8292, section 2.1).
-    #[error("a contact starts with mailto: or https:")]
+    #[error("a contact that starts with mailto: or https:, such as mailto:name@example.com")]
     Scheme,
     /// No address in it, or one with a space or brackets.
     #[error(
-        "a contact is written mailto:name@example.com, without spaces or brackets, or https://example.com/"
+        "a contact written as mailto:name@example.com, without spaces or brackets, or https://example.com/"
     )]
     Form,
     /// An address that nobody outside can reach.
-    #[error("a contact must be reachable from outside: no localhost, no .local, no .invalid")]
+    #[error("a contact that is reachable from outside: no localhost, no .local, no .invalid")]
     Unreachable,
 }
 

@@ -23,9 +23,10 @@ use super::Config;
 use super::body::Leftover;
 use super::exchange::FollowedBody;
 use super::stack::Stack;
-use crate::net::Protocol;
 use crate::net::connection::{Connection, Phase, Spoken, Told};
+use crate::net::refusals::refused;
 use crate::net::socket::{Peek, Rest, Socket};
+use crate::net::{Protocol, Refusal};
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -40,6 +41,7 @@ const MAX_ERRORS: usize = 128;
 pub(super) struct Http {
     pub(super) stack: Arc<Stack>,
     pub(super) config: Arc<Config>,
+    pub(super) listener: &'static str,
 }
 
 impl Protocol for Http {
@@ -50,8 +52,13 @@ impl Protocol for Http {
         }
         match connection.unless_cut(detect(&mut socket)).await {
             // Boxed, since a future is as large as the largest that it may be.
-            Some(Ok(Spoken::Http2)) => Box::pin(self.http2(socket, &connection)).await,
-            Some(Ok(_)) => Box::pin(self.http1(socket, &connection, Phase::Head)).await,
+            Some(Ok(First::Http2)) => Box::pin(self.http2(socket, &connection)).await,
+            Some(Ok(First::Tls)) => {
+                let detail = "the client began a TLS handshake";
+                refused(self.listener, Refusal::TlsOnPlainPort, connection.peer(), &detail);
+                close(socket, &connection).await;
+            }
+            Some(Ok(First::Http1)) => Box::pin(self.http1(socket, &connection, Phase::Head)).await,
             Some(Err(error)) => {
                 debug!(peer = %connection.peer(), %error, "no request came on this connection");
             }
@@ -74,11 +81,29 @@ impl Protocol for Http {
     fn refusal(&self) -> &'static [u8] {
         b"HTTP/1.1 503 Service Unavailable\r\nretry-after: 1\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
     }
+
+    fn wants_tls(&self) -> &'static [u8] {
+        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\ncontent-length: 71\r\nconnection: close\r\n\r\n{\"title\":\"Bad Request\",\"status\":400,\"detail\":\"this port speaks https\"}"
+    }
+
+    fn is_plain(&self, first: &[u8]) -> bool {
+        // A TLS record begins with 22, a method with a letter.
+        first.first().is_some_and(u8::is_ascii_alphabetic)
+    }
+}
+
+/// What the first bytes of a connection without TLS are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum First {
+    Http1,
+    Http2,
+    /// A TLS handshake, on the wrong port.
+    Tls,
 }
 
 /// Tells HTTP/2 with prior knowledge from HTTP/1.1 by the first bytes. They stay in the socket, unless it takes
 /// more than one look: then they are put back.
-async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<Spoken> {
+async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<First> {
     let mut first = [0; PREFACE.len()];
     let mut length = socket.peek(&mut first).await?;
     if length > 0 && length < PREFACE.len() && first[..length] == PREFACE[..length] {
@@ -95,8 +120,10 @@ async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<Spoken> {
     }
     match length {
         0 => Err(io::ErrorKind::UnexpectedEof.into()),
-        _ if first[..length] == *PREFACE => Ok(Spoken::Http2),
-        _ => Ok(Spoken::Http1),
+        // The record of a ClientHello (RFC 8446, section 5.1).
+        _ if first[0] == 22 && (length < 2 || first[1] == 3) => Ok(First::Tls),
+        _ if first[..length] == *PREFACE => Ok(First::Http2),
+        _ => Ok(First::Http1),
     }
 }
 
@@ -138,7 +165,7 @@ impl Http {
             Told::Cut => false,
         };
         let driven = tokio::select! {
-            driven = drive(Pin::new(&mut *served), connection, may_rest) => driven,
+            driven = drive(self.listener, Pin::new(&mut *served), connection, may_rest) => driven,
             () = leftover.drop_all() => Driven::Ended,
         };
         match driven {
@@ -180,7 +207,7 @@ impl Http {
             .max_local_error_reset_streams(MAX_ERRORS)
             .serve_connection(TokioIo::new(io), service);
         let mut served = Box::pin(served);
-        drive(served.as_mut(), connection, || false).await;
+        drive(self.listener, served.as_mut(), connection, || false).await;
         drop(served);
         streams.end().await;
     }
@@ -225,6 +252,7 @@ async fn close<I: Rest>(mut io: I, connection: &Connection) {
 
 /// Runs a connection until it ends by itself, until it is told to, or until it may rest.
 async fn drive<C: Served>(
+    listener: &'static str,
     mut served: Pin<&mut C>,
     connection: &Connection,
     may_rest: impl Fn() -> bool,
@@ -243,10 +271,24 @@ async fn drive<C: Served>(
             polled => polled.map_ok(|()| Driven::Ended),
         }
     });
-    end.await.unwrap_or_else(|error| {
+    end.await.unwrap_or_else(|error: hyper::Error| {
+        if let Some(refusal) = refusal(&error) {
+            refused(listener, refusal, connection.peer(), &error);
+        }
         debug!(peer = %connection.peer(), %error, "the connection ended with an error");
         Driven::Ended
     })
+}
+
+/// What of an error of hyper's is a request head that could not be read. hyper has answered it.
+fn refusal(error: &hyper::Error) -> Option<Refusal> {
+    let is_target = || error.to_string().contains("URI");
+    match () {
+        () if error.is_parse_too_large() && is_target() => Some(Refusal::LongTarget),
+        () if error.is_parse_too_large() => Some(Refusal::LongHead),
+        () if error.is_parse() => Some(Refusal::BadHead),
+        () => None,
+    }
 }
 
 /// The tasks of one HTTP/2 connection, one a stream: they end with it.

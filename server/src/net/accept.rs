@@ -13,6 +13,7 @@ use tracing::{debug, warn};
 
 use super::bind::{Accepted, Listener};
 use super::proxy::{self, is_trusted};
+use super::refusals::{Refusal, refused};
 use super::socket::Peek;
 use super::{Config, Connections, Peer, Protocol, Socket, Sockets, tls};
 use crate::backoff::Backoff;
@@ -257,7 +258,13 @@ impl<P: Protocol> Host<P> {
         let opened = async {
             if self.config.proxy_protocol && is_trusted(&self.config.trusted_proxies, connection.socket_peer)
             {
-                let client = proxy::read_header(&mut socket).await?;
+                let header = proxy::read_header(&mut socket).await;
+                if let Err(error) = &header
+                    && error.kind() == io::ErrorKind::InvalidData
+                {
+                    refused(self.config.name, Refusal::ProxyHeader, connection.socket_peer, error);
+                }
+                let client = header?;
                 if let Some(client) = client
                     && socket.set_client(client).is_err()
                 {
@@ -267,13 +274,35 @@ impl<P: Protocol> Host<P> {
             }
             match tls {
                 None => Ok(Opened::Plain(socket)),
-                Some(identity) => Ok(Opened::Secure(Box::new(identity.acceptor().accept(socket).await?))),
+                Some(identity) => {
+                    let mut first = [0];
+                    let length = socket.peek(&mut first).await?;
+                    if self.protocol.is_plain(&first[..length]) {
+                        return Ok(Opened::WantsTls(socket));
+                    }
+                    let accepted = identity.acceptor().accept(socket).await;
+                    if let Err(error) = &accepted
+                        && error.kind() == io::ErrorKind::InvalidData
+                    {
+                        refused(self.config.name, Refusal::Handshake, connection.peer(), error);
+                    }
+                    Ok(Opened::Secure(Box::new(accepted?)))
+                }
             }
         };
         // Boxed, since a future is as large as the largest that it may be, for as long as the connection lasts.
         let opened: Option<io::Result<Opened<S>>> = Box::pin(connection.unless_cut(opened)).await;
         match opened {
             Some(Ok(Opened::Plain(socket))) => self.protocol.plain(socket).await,
+            Some(Ok(Opened::WantsTls(mut socket))) => {
+                let detail = "the client speaks without TLS";
+                refused(self.config.name, Refusal::PlainOnTlsPort, connection.peer(), &detail);
+                let say = async {
+                    socket.write_all(self.protocol.wants_tls()).await?;
+                    socket.shutdown().await
+                };
+                let _ = connection.unless_cut(say).await;
+            }
             Some(Ok(Opened::Secure(stream))) => Box::pin(self.protocol.secure(stream)).await,
             Some(Err(error)) => debug!(peer = %connection.peer(), %error, "nothing came on this connection"),
             None => {}
@@ -284,6 +313,8 @@ impl<P: Protocol> Host<P> {
 enum Opened<S> {
     Plain(Socket<S>),
     Secure(Box<tokio_rustls::server::TlsStream<Socket<S>>>),
+    /// A client that speaks the protocol without TLS where there is TLS.
+    WantsTls(Socket<S>),
 }
 
 /// Says something and closes, without a reset that would overtake what was said.

@@ -8,6 +8,7 @@ use rustls::ServerConfig;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::TlsAcceptor;
+use x509_cert::der::Decode;
 
 /// The files of a server's identity.
 #[derive(Clone, Debug)]
@@ -80,6 +81,13 @@ impl Identity {
         *current.write().unwrap_or_else(PoisonError::into_inner) = (stamp, acceptor);
         Ok(true)
     }
+}
+
+/// When the first certificate of a file ends; none when the file has none that can be read.
+pub fn ends_at(cert_file: &Path) -> Option<SystemTime> {
+    let certificate = CertificateDer::pem_file_iter(cert_file).ok()?.next()?.ok()?;
+    let certificate = x509_cert::Certificate::from_der(&certificate).ok()?;
+    Some(certificate.tbs_certificate.validity.not_after.to_system_time())
 }
 
 fn stamp(config: &Config) -> Stamp {

@@ -1,7 +1,7 @@
 //! Lines on their way to standard error: gathered, and written by a thread of their own.
 //!
 //! A request never waits for whoever reads the log. What waits is bounded in bytes; one line more is dropped, and
-//! counted. Gathering for some milliseconds makes one system call of thousands of lines.
+//! counted, and so is a line that a full disk did not take. Gathering for some milliseconds makes one system call of thousands of lines.
 
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -81,7 +81,8 @@ impl Lines {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn write_to(&self, mut out: impl Write) {
+    fn write_to(&self, out: impl Write) {
+        let mut out = Whole { out, is_cut: false };
         let mut writing = Vec::new();
         loop {
             let mut state = self.state();
@@ -97,10 +98,52 @@ impl Lines {
                 std::thread::sleep(GATHER);
             }
             std::mem::swap(&mut self.state().waiting, &mut writing);
-            // Nobody can be told that standard error is closed.
-            let _ = out.write_all(&writing).and_then(|()| out.flush());
+            let lost = out.write(&writing, || self.state().closed);
+            self.0.dropped.fetch_add(lost, Ordering::Relaxed);
             writing.clear();
         }
+    }
+}
+
+/// Writes lines as far as they can be written, and never joins two of them.
+#[derive(Debug)]
+struct Whole<W> {
+    out: W,
+    /// Whether the last line was cut off.
+    is_cut: bool,
+}
+
+impl<W: Write> Whole<W> {
+    /// Writes lines, and returns how many of them were lost, the one that was cut off among them. A pipe that is full is
+    /// waited for, unless the process ends; a full disk is not.
+    fn write(&mut self, lines: &[u8], is_ending: impl Fn() -> bool) -> u64 {
+        if self.is_cut && self.write_part(b"\n", &is_ending) == 1 {
+            self.is_cut = false;
+        }
+        let written = if self.is_cut { 0 } else { self.write_part(lines, &is_ending) };
+        let (done, rest) = lines.split_at(written);
+        if !rest.is_empty() {
+            self.is_cut |= done.last().is_some_and(|byte| *byte != b'\n');
+        }
+        rest.iter().filter(|byte| **byte == b'\n').count() as u64
+    }
+
+    /// Returns how many bytes were written.
+    fn write_part(&mut self, bytes: &[u8], is_ending: impl Fn() -> bool) -> usize {
+        let mut written = 0;
+        while written < bytes.len() {
+            match self.out.write(&bytes[written..]) {
+                Ok(0) => break,
+                Ok(more) => written += more,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                // Standard error may be a pipe that another process has made non-blocking.
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock && !is_ending() => {
+                    std::thread::sleep(GATHER);
+                }
+                Err(_) => break,
+            }
+        }
+        written
     }
 }
 
@@ -187,6 +230,57 @@ mod tests {
         fn flush(&mut self) -> io::Result<()> {
             Ok(())
         }
+    }
+
+    /// Takes so many bytes, and then says what is wrong; again and again.
+    struct Short {
+        written: Arc<Mutex<Vec<u8>>>,
+        room: usize,
+        steps: std::vec::IntoIter<(io::ErrorKind, usize)>,
+    }
+
+    impl Write for Short {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            if self.room == 0 {
+                let Some((kind, room)) = self.steps.next() else { return Err(io::ErrorKind::Other.into()) };
+                self.room = room;
+                return Err(kind.into());
+            }
+            let length = bytes.len().min(self.room);
+            self.room -= length;
+            self.written.lock().unwrap().extend_from_slice(&bytes[..length]);
+            Ok(length)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    fn short(room: usize, steps: &[(io::ErrorKind, usize)]) -> (Whole<Short>, Arc<Mutex<Vec<u8>>>) {
+        let written = Arc::default();
+        let out = Short { written: Arc::clone(&written), room, steps: steps.to_vec().into_iter() };
+        (Whole { out, is_cut: false }, written)
+    }
+
+    #[test]
+    fn a_full_pipe_is_waited_for_and_loses_nothing() {
+        let (mut out, written) =
+            short(3, &[(io::ErrorKind::WouldBlock, 2), (io::ErrorKind::WouldBlock, 100)]);
+        assert_eq!(out.write(b"one\ntwo\nthree\n", || false), 0);
+        assert_eq!(written.lock().unwrap().as_slice(), b"one\ntwo\nthree\n");
+        let (mut out, _) = short(3, &[(io::ErrorKind::WouldBlock, 100)]);
+        assert_eq!(out.write(b"one\ntwo\n", || true), 2, "but not at the end");
+    }
+
+    #[test]
+    fn lines_that_a_full_disk_takes_are_counted_and_the_next_one_stands_alone() {
+        let full = io::ErrorKind::StorageFull;
+        let (mut out, written) = short(6, &[(full, 0), (full, 100)]);
+        assert_eq!(out.write(b"one\ntwo\nthree\n", || false), 2, "one was cut off, one never begun");
+        assert_eq!(out.write(b"four\n", || false), 1, "the disk is full still");
+        assert_eq!(out.write(b"five\n", || false), 0);
+        assert_eq!(written.lock().unwrap().as_slice(), b"one\ntw\nfive\n");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use super::claim::by_hand;
 use super::{Cause, Ending, Outcome, Overlap, Run, Schedule, Standing, Standings, TakeOver};
 use crate::admission::Admission;
 use crate::ledger::Ledger;
+use crate::metrics;
 use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};
 use crate::state::State;
@@ -119,6 +120,7 @@ impl Crontab {
     /// When the store fails.
     pub async fn define(&self) -> Result<()> {
         for schedule in self.schedules.iter() {
+            metrics::may_be_due(&schedule.name);
             if schedule.next_after(Timestamp::now()).is_none() {
                 warn!(
                     schedule = schedule.name,

@@ -105,6 +105,7 @@ impl Run {
             info!(attempt = self.context.attempt(), failures, recoveries, "job started");
         }
         let (event, outcome) = self.attempt().await;
+        let event = event.in_short();
         let spent = if self.context.advance.has_advanced() { Spent::default() } else { self.claimed.spent };
         let (failure, detail) = match &event {
             Event::Failed { error, .. } => (Some(error.clone()), Some(error.clone())),
