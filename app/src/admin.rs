@@ -7,6 +7,7 @@
 //! | `GET /startupz` | open | whether boot has ended |
 //! | `GET /metrics` | open | Prometheus |
 //! | `GET /build` | token* | what this binary is |
+//! | `GET /process` | token* | what the process takes: processor time, memory, threads, open files |
 //! | `GET /settings` | token* | every setting in effect, masked, and where it came from |
 //! | `GET /requests` | token* | which requests run, what they wait for, since when |
 //! | `GET /connections` | token* | which connections are open, and what they do |
@@ -29,6 +30,7 @@
 
 pub(crate) mod jobs;
 pub(crate) mod keys;
+mod process;
 pub(crate) mod schedules;
 
 use std::collections::BTreeMap;
@@ -60,6 +62,7 @@ use crate::module::StatusFn;
 use crate::settings::Settings;
 use jobs::Books;
 use keys::Keyring;
+use process::ProcessView;
 
 /// What the admin listener knows. A cheap handle.
 #[derive(Clone)]
@@ -108,7 +111,7 @@ impl Admin {
         listen: &[Listen],
         connections: Connections,
     ) -> Self {
-        let loopback = listen.iter().all(is_loopback);
+        let loopback = listen.iter().all(Listen::is_loopback);
         let booted = OnceLock::new();
         let began = Instant::now();
         metrics.built(built::VERSION, built::COMMIT);
@@ -123,6 +126,7 @@ impl Admin {
     pub(crate) fn router(&self) -> Router {
         let guarded = Router::new()
             .route("/build", get(build))
+            .route("/process", get(process))
             .route("/settings", get(settings))
             .route("/requests", get(requests))
             .route("/connections", get(connections))
@@ -192,6 +196,10 @@ async fn metrics(State(Admin(known)): State<Admin>) -> Response {
 
 async fn build(State(Admin(known)): State<Admin>) -> axum::Json<BuildView> {
     axum::Json(BuildView::of(known.began))
+}
+
+async fn process(State(Admin(known)): State<Admin>) -> axum::Json<ProcessView> {
+    process::view(known.began)
 }
 
 async fn settings(State(Admin(known)): State<Admin>) -> Response {
@@ -324,15 +332,4 @@ fn is_own_name(headers: &HeaderMap, uri: &Uri, peer: Peer) -> bool {
     let name =
         host.rsplit_once(':').filter(|(_, port)| port.parse::<u16>().is_ok()).map_or(host, |(name, _)| name);
     name == "localhost" || name.trim_matches(['[', ']']).parse::<IpAddr>().is_ok()
-}
-
-fn is_loopback(listen: &Listen) -> bool {
-    match listen {
-        Listen::Unix(_) => true,
-        Listen::Http(address) | Listen::Https(address) => {
-            let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
-            host == "localhost"
-                || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-        }
-    }
 }

@@ -1,6 +1,8 @@
 //! What the HTTP interfaces of all modules share: reading JSON strictly, and the one place where an error
 //! becomes a status.
 
+mod wanted;
+
 use std::error::Error as StdError;
 use std::sync::Arc;
 use std::time::Duration;
@@ -19,6 +21,8 @@ use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::error::Category;
 use tracing::error;
+
+pub(crate) use wanted::wanted;
 
 /// How soon to come back to a queue that is full.
 const FULL: Duration = Duration::from_secs(5);
@@ -73,7 +77,7 @@ impl From<queue::Error> for Error {
         match error {
             queue::Error::Misfit { field, reason, .. } => {
                 let field = if field == "." { "payload".to_owned() } else { format!("payload.{field}") };
-                FieldError::new(field, reason).into()
+                FieldError::new(field, wanted(&reason)).into()
             }
             queue::Error::Full { .. } => {
                 Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
@@ -169,6 +173,11 @@ where
             let detail = "wanted Content-Type: application/json";
             return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
         }
+        let encodings = parts.headers.get_all(header::CONTENT_ENCODING);
+        if encodings.iter().any(|encoding| encoding != "identity") {
+            let detail = "wanted the body as it is, without Content-Encoding";
+            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
+        }
         parse(&read(body).await?).map(Self)
     }
 }
@@ -187,8 +196,42 @@ where
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> std::result::Result<Self, Problem> {
         let query = axum::extract::Query::try_from_uri(&parts.uri);
         query.map(|axum::extract::Query(query)| Self(query)).map_err(|rejection| {
-            // The library names the parameter in its text.
-            FieldError::new("query", rejection.body_text()).into()
+            let text = rejection.body_text();
+            let text = text.strip_prefix("Failed to deserialize query string: ").unwrap_or(&text);
+            of_query(text).into()
+        })
+    }
+}
+
+/// What is wrong with a query: the library puts the parameter's name in front, or it is in the message.
+fn of_query(text: &str) -> FieldError {
+    if let Some((name, reason)) = text.split_once(": ")
+        && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
+        && name != "invalid length"
+    {
+        return FieldError::new(name, wanted(reason));
+    }
+    let quoted = ["unknown field `", "missing field `", "duplicate field `"];
+    let name = quoted.iter().find_map(|prefix| text.strip_prefix(prefix)?.split('`').next());
+    FieldError::new(name.unwrap_or("query"), wanted(text))
+}
+
+/// The parameters of a path. What does not fit, or is no UTF-8, names nothing.
+#[derive(Clone, Copy, Debug)]
+pub struct Path<T>(pub T);
+
+impl<T, S> FromRequestParts<S> for Path<T>
+where
+    T: DeserializeOwned + Send,
+    S: Send + Sync,
+{
+    type Rejection = Problem;
+
+    async fn from_request_parts(parts: &mut Parts, state: &S) -> std::result::Result<Self, Problem> {
+        let path = axum::extract::Path::from_request_parts(parts, state).await;
+        path.map(|axum::extract::Path(path)| Self(path)).map_err(|rejection| match rejection.status() {
+            StatusCode::BAD_REQUEST => Problem::new(StatusCode::BAD_REQUEST, "wanted a path in UTF-8"),
+            status => Problem::new(status, "the path cannot be read"),
         })
     }
 }
@@ -226,25 +269,35 @@ pub(crate) fn is_too_long(error: &(dyn StdError + 'static)) -> bool {
 }
 
 fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Problem> {
-    let mut json = serde_json::Deserializer::from_slice(body);
-    let parsed = serde_path_to_error::deserialize(&mut json);
-    let parsed = parsed.and_then(|value| {
-        json.end().map_err(|error| {
-            serde_path_to_error::Error::new(serde_path_to_error::Track::new().path(), error)
-        })?;
-        Ok(value)
-    });
-    parsed.map_err(|error| {
-        let path = error.path().to_string();
-        let error = error.into_inner();
+    parse_json(body).map_err(|(path, error)| {
         if error.classify() != Category::Data {
             return Problem::new(StatusCode::BAD_REQUEST, format!("the body is no JSON: {error}"));
         }
-        // The place in the text follows the message; the field says it better.
-        let message = error.to_string();
-        let message = message.split(" at line ").next().unwrap_or_default();
-        FieldError::new(if path == "." { "body" } else { &path }, message).into()
+        FieldError::new(if path == "." { "body" } else { &path }, wanted(&error.to_string())).into()
     })
+}
+
+/// Reads one line of several.
+///
+/// # Errors
+/// Where it does not fit, and what was wanted.
+pub(crate) fn parse_line<T: DeserializeOwned>(line: &[u8]) -> std::result::Result<T, String> {
+    parse_json(line).map_err(|(path, error)| {
+        if error.classify() != Category::Data {
+            return format!("it is no JSON: {error}");
+        }
+        let wanted = wanted(&error.to_string());
+        if path == "." { format!("wanted {wanted}") } else { format!("{path}: wanted {wanted}") }
+    })
+}
+
+/// Reads JSON; an error comes with its place, a dot for the whole.
+fn parse_json<T: DeserializeOwned>(text: &[u8]) -> std::result::Result<T, (String, serde_json::Error)> {
+    let mut json = serde_json::Deserializer::from_slice(text);
+    let parsed = serde_path_to_error::deserialize(&mut json);
+    let value = parsed.map_err(|error| (error.path().to_string(), error.into_inner()))?;
+    json.end().map_err(|error| (".".to_owned(), error))?;
+    Ok(value)
 }
 
 #[cfg(test)]
@@ -278,6 +331,19 @@ mod tests {
         assert_eq!(wrong["errors"][0]["field"], "inner.number");
         assert_eq!(problem(r#"{"inner": {}}"#)["errors"][0]["field"], "inner");
         assert_eq!(problem("[]")["status"], 422);
+    }
+
+    #[test]
+    fn a_query_that_does_not_fit_names_the_parameter() {
+        let said = |text: &str| {
+            let problem = serde_json::to_value(Problem::from(of_query(text))).unwrap();
+            problem["errors"][0].clone()
+        };
+        let limit = said("limit: invalid digit found in string");
+        assert_eq!((&limit["field"], &limit["wanted"]), (&"limit".into(), &"a whole number".into()));
+        let unknown = said("unknown field `limt`, expected `limit`");
+        assert_eq!(unknown["field"], "limt");
+        assert_eq!(said("something else")["field"], "query");
     }
 
     #[test]

@@ -9,12 +9,16 @@ mod desk;
 mod health;
 mod jobs;
 mod keys;
+mod moment;
 mod notify;
+mod output;
+mod pages;
 mod resume;
 mod serve;
 mod sink;
 mod subscriptions;
 mod top;
+mod trial;
 
 use std::io::Write;
 use std::path::PathBuf;
@@ -31,7 +35,16 @@ use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
 
 /// A long-lived application server: requests, jobs and web push in one process.
 #[derive(Debug, Parser)]
-#[command(name = "perennial", version)]
+#[command(
+    name = "perennial",
+    version,
+    after_help = "Examples:
+  perennial                                     serve, with everything in ./perennial-data
+  perennial serve --dev                         try everything on this machine, with a push service of its own
+  perennial check --changed                     what is set, and where
+  perennial notify --all --title Hello          send, and follow to the end
+  perennial jobs list --state dead              what was given up, and why"
+)]
 struct Cli {
     #[command(flatten)]
     settings: SettingsArgs,
@@ -48,6 +61,9 @@ struct SettingsArgs {
     /// One setting; may be given several times
     #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
+    /// Answer in JSON: one object, or one a line
+    #[arg(long, global = true)]
+    json: bool,
 }
 
 #[derive(Debug, Subcommand)]
@@ -85,27 +101,34 @@ enum Command {
     Subscriptions(subscriptions::Subscriptions),
     /// A local push service: gives out subscriptions, and prints what it decrypts
     Sink(sink::Sink),
+    /// Print a completion script for a shell
+    Completions(pages::Completions),
+    /// Print or write the manual pages
+    Man(pages::Man),
 }
 
 /// Does what the command line says. Exit codes: 0 well done, 1 failed, 2 not understood or bad settings.
 pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     let cli = Cli::parse();
+    let json = cli.settings.json;
     let sources = Sources { file: cli.settings.config, set: cli.settings.set, ..Sources::from_environment() };
     let result = match cli.command.unwrap_or(Command::Serve(serve::Serve::default())) {
         Command::Serve(serve) => return serve.run(&sources, modules),
-        Command::Check(check) => return check.run(&sources, modules),
-        Command::Keys(keys) => keys.run(&sources, modules),
+        Command::Check(check) => return check.run(json, &sources, modules),
+        Command::Keys(keys) => keys.run(json, &sources, modules),
         Command::Migrate => migrate(&sources, modules),
         Command::Adopt(adopt) => adopt.run(&sources, modules),
         Command::Resume(resume) => resume.run(&sources, modules),
         Command::Backup(backup) => backup.run(&sources, modules),
-        Command::Health(health) => health.run(&sources, modules),
-        Command::Jobs(jobs) => jobs.run(&sources, modules),
-        Command::Cron(cron) => cron.run(&sources, modules),
-        Command::Notify(notify) => notify.run(&sources, modules),
+        Command::Health(health) => health.run(json, &sources, modules),
+        Command::Jobs(jobs) => jobs.run(json, &sources, modules),
+        Command::Cron(cron) => cron.run(json, &sources, modules),
+        Command::Notify(notify) => notify.run(json, &sources, modules),
         Command::Subscriptions(subscriptions) => subscriptions.run(&sources, modules),
-        Command::Top(top) => top.run(&sources, modules),
+        Command::Top(top) => top.run(json, &sources, modules),
         Command::Sink(sink) => sink.run(&sources, modules),
+        Command::Completions(completions) => completions.run(),
+        Command::Man(man) => man.run(),
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,

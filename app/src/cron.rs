@@ -10,6 +10,7 @@ use perennial_workers::{Registry, queue};
 use serde::{Deserialize, Deserializer, de};
 use toml::Value;
 
+use crate::api::wanted;
 use crate::settings::{Reader, parse_duration};
 
 const KEY: &str = "cron.schedules";
@@ -239,16 +240,6 @@ impl Entry {
                 within_ms: ms(self.catch_up_within.unwrap_or(CATCH_UP.1)),
             },
         }
-    }
-}
-
-/// What was wanted, of an error of serde's.
-fn wanted(error: &str) -> String {
-    let error = error.lines().next().unwrap_or_default();
-    match (error.strip_prefix("missing field "), error.rsplit_once("expected ")) {
-        (Some(field), _) => format!("the field {field}"),
-        (None, Some((_, expected))) => expected.replace("u32", "a whole number"),
-        (None, None) => error.to_owned(),
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
 
-use axum::extract::{FromRef, Path, State};
+use axum::extract::{FromRef, State};
 use axum::response::{IntoResponse, Response};
 use http::{HeaderMap, StatusCode};
 use perennial_server::http::problem::FieldError;
@@ -21,7 +21,7 @@ use utoipa_axum::routes;
 use uuid::Uuid;
 
 use crate::access::{self, Access, Authorized};
-use crate::api::{Json, Result, not_found, trace};
+use crate::api::{Json, Path, Result, not_found, trace};
 use crate::settings::Setting;
 
 /// The longest unique key, in bytes.

@@ -15,6 +15,7 @@ mod audience;
 mod close;
 mod config;
 mod deliver;
+pub(crate) mod dumps;
 mod fanout;
 mod flows;
 mod followers;
@@ -444,6 +445,21 @@ pub(crate) async fn transfer(
 pub(crate) fn vapid_files(settings: &Settings) -> Vec<(String, String)> {
     let profiles = profile::read(&mut Reader::new(settings));
     profiles.into_iter().map(|profile| (profile.vapid.file, profile.vapid.shared)).collect()
+}
+
+/// Makes a key of elsewhere the one that pages of a site subscribe with, for a command that runs while no server does.
+pub(crate) async fn import_key(
+    settings: &Settings,
+    site: &str,
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    key: &perennial_webpush::VapidKey,
+) -> anyhow::Result<()> {
+    let profiles = profile::read(&mut Reader::new(settings));
+    let profile = profiles.into_iter().find(|profile| profile.name == site);
+    let profile =
+        profile.ok_or_else(|| anyhow::anyhow!("--site: wanted the name of a site in the settings"))?;
+    vapid::import(data_dir, sql, &profile.vapid, key).await
 }
 
 /// Making VAPID keys, for the same.

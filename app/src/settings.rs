@@ -9,6 +9,7 @@ mod reader;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
+use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -26,6 +27,9 @@ const OPEN: [&str; 1] = [crate::sites::SECTION];
 /// The part that is there without being named.
 const FIRST: &str = crate::sites::DEFAULT;
 
+/// Where the push service beside a server listens.
+pub(crate) const TRIAL_HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+
 /// What the environment's variables begin with.
 const PREFIX: &str = "PERENNIAL_";
 
@@ -38,6 +42,8 @@ pub struct Sources {
     pub environment: Vec<(String, String)>,
     /// `section.key=value`, as on the command line.
     pub set: Vec<String>,
+    /// The authority of the push service beside the server, with `serve --dev`.
+    pub trial: Option<PathBuf>,
 }
 
 impl Sources {
@@ -62,6 +68,8 @@ pub enum Source {
     Environment(String),
     /// On the command line.
     Flag,
+    /// By `serve --dev`.
+    Trial,
 }
 
 impl fmt::Display for Source {
@@ -71,6 +79,7 @@ impl fmt::Display for Source {
             Self::File(path) => write!(f, "{}", path.display()),
             Self::Environment(name) => f.write_str(name),
             Self::Flag => f.write_str("--set"),
+            Self::Trial => f.write_str("--dev"),
         }
     }
 }
@@ -167,8 +176,33 @@ impl Settings {
         for flag in &sources.set {
             settings.add_flag(flag, &mut problems);
         }
+        if let Some(ca) = &sources.trial {
+            settings.add_trial(ca, &mut problems);
+        }
         settings.problems = problems;
         settings
+    }
+
+    /// What a server needs to send to the push service beside it, besides what it may do already.
+    fn add_trial(&mut self, ca: &Path, problems: &mut Vec<Problem>) {
+        let host = Value::from(TRIAL_HOST.to_string());
+        let mut put = |key: &str, value: Value| self.put(key.to_owned(), value, Source::Trial, problems);
+        put("push.allow_insecure", true.into());
+        put("push.extra_ca_file", ca.to_string_lossy().into_owned().into());
+        for key in ["push.allow_hosts", "push.allow_networks"] {
+            if let Some(entry) = self.entries.get_mut(key) {
+                let mut list = match entry.value.clone() {
+                    Value::Array(list) => list,
+                    one => vec![one],
+                };
+                list.push(host.clone());
+                *entry = Entry {
+                    value: Value::Array(list),
+                    source: Source::Trial,
+                    default: entry.default.clone(),
+                };
+            }
+        }
     }
 
     /// Those of a module are as good as its author.
@@ -379,7 +413,7 @@ mod tests {
         let environment = [("PERENNIAL_SERVER__THREADS", "4"), ("PERENNIAL_DATA_DIR", "env"), ("HOME", "/")];
         let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         let set = vec!["data_dir=flag".to_owned()];
-        let settings = load(&Sources { file: Some(file.clone()), environment, set }).unwrap();
+        let settings = load(&Sources { file: Some(file.clone()), environment, set, trial: None }).unwrap();
         let at = |key| shown(&settings, key);
         assert_eq!(at("data_dir"), ("\"flag\"".into(), "--set".into()));
         assert_eq!(at("server.threads"), ("4".into(), "PERENNIAL_SERVER__THREADS".into()));

@@ -131,7 +131,8 @@ impl Telemetry {
         let (lines, writer) = Lines::start(io::stderr())?;
         let (filter, handle) = reload::Layer::new(config.filter.directives());
         let terminal = io::stderr().is_terminal();
-        let events = tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(terminal);
+        let events =
+            tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(terminal && has_colours());
         let json = config.format == Format::Json || (config.format == Format::Auto && !terminal);
         let events = if json {
             events.json().flatten_event(true).with_span_list(false).boxed()
@@ -160,6 +161,12 @@ impl Telemetry {
     pub fn publish(&self) {
         metrics::log_lines_dropped(self.lines.dropped());
     }
+}
+
+/// Whether colours are wanted: see <https://no-color.org>; a dumb terminal has none.
+pub fn has_colours() -> bool {
+    let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
+    !is_set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")
 }
 
 fn log_panic(info: &std::panic::PanicHookInfo<'_>) {

@@ -12,7 +12,6 @@
 
 use std::sync::Arc;
 
-use axum::extract::Path;
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use perennial_server::http::problem::FieldError;
@@ -24,7 +23,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
-use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::api::{Json, Path, Query, Result, not_found, within_page};
 use crate::jobs::{Enqueued, JobRequest};
 
 /// The most jobs in one answer.
@@ -79,14 +78,22 @@ struct QueueView {
     ended: u64,
 }
 
+/// The queues that this process serves, and those that the store has something of.
+async fn names(books: &Books) -> Result<Vec<String>> {
+    let store = books.jobs.store();
+    let mut names: Vec<String> = books.registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
+    names.extend(store.paused().await?);
+    names.extend(store.ended().await?.into_iter().map(|(queue, _)| queue));
+    names.sort();
+    names.dedup();
+    Ok(names)
+}
+
 async fn queues(Extension(books): Extension<Books>) -> Result<Json<Vec<QueueView>>> {
     let store = books.jobs.store();
     let (paused, ended) = (store.paused().await?, store.ended().await?);
     let serving = books.worker.as_ref().map(Status::serving).unwrap_or_default();
-    let mut names: Vec<String> = books.registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
-    names.extend(paused.iter().cloned().chain(ended.iter().map(|(queue, _)| queue.clone())));
-    names.sort();
-    names.dedup();
+    let names = names(&books).await?;
     let mut views = Vec::with_capacity(names.len());
     for queue in names {
         let served = serving.iter().find(|served| served.queue == queue);
@@ -112,6 +119,12 @@ async fn pause(
     Extension(books): Extension<Books>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
+    // Pausing what does not exist would look like it worked. While no server runs, nobody knows what does.
+    let known = names(&books).await?;
+    let is_served = !books.registry.lanes().is_empty();
+    if is_served && !known.contains(&queue) {
+        return Err(FieldError::new("queue", format!("one of {}", known.join(", "))).into());
+    }
     books.jobs.store().pause(queue, true).await?;
     Ok(Json(json!({})))
 }

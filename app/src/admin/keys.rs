@@ -11,7 +11,6 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use axum::extract::Path;
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use http::StatusCode;
@@ -25,7 +24,7 @@ use tracing::info;
 
 use crate::access::keys::{self, Ends, Grant, Hash, KeyView, MAX_PER_MINUTE};
 use crate::access::{self, Scope};
-use crate::api::{Json, Result, not_found};
+use crate::api::{Json, Path, Result, not_found};
 use crate::settings::{Setting, parse_duration};
 use crate::sites::{Site, Sites};
 

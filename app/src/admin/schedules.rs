@@ -7,7 +7,6 @@
 //! | `POST /schedules/{name}/run` | runs its job now: 409 if one has not ended and its policy lets none run beside it |
 //! | `POST /schedules/{name}/pause`, `/resume` | in every process; resumed, it goes on from now |
 
-use axum::extract::Path;
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use http::StatusCode;
@@ -19,7 +18,7 @@ use serde_json::{Value, json};
 use tracing::info;
 
 use super::jobs::Books;
-use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::api::{Json, Path, Query, Result, not_found, within_page};
 use crate::jobs::Enqueued;
 
 /// What may be looked at.

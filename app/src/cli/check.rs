@@ -15,14 +15,11 @@ pub(super) struct Check {
     /// Only what differs from the defaults
     #[arg(long)]
     changed: bool,
-    /// One JSON object with settings, errors and warnings
-    #[arg(long)]
-    json: bool,
 }
 
 impl Check {
     /// Prints settings and where they came from, and a summary. With errors the exit code is 2; warnings leave it at 0.
-    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
+    pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
         let settings = load(sources, modules);
         let (errors, warnings): (Vec<String>, Vec<String>) = match read(&settings, modules) {
             Ok((config, _)) => (Vec::new(), config.notes.into_iter().collect()),
@@ -33,28 +30,28 @@ impl Check {
         let mut shown = settings.show();
         shown.retain(|shown| shown.changed || !self.changed);
         let code = if errors.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(2) };
-        match self.print(&shown, &errors, &warnings) {
+        match print(json, &shown, &errors, &warnings) {
             Ok(()) => code,
             Err(error) => report(&error),
         }
     }
+}
 
-    fn print(&self, shown: &[Shown], errors: &[String], warnings: &[String]) -> anyhow::Result<()> {
-        if self.json {
-            let all = json!({ "settings": shown, "errors": errors, "warnings": warnings });
-            return super::print(&format!("{all:#}\n"));
-        }
-        super::print(&table(shown))?;
-        let mut err = std::io::stderr().lock();
-        for error in errors {
-            writeln!(err, "error: {error}")?;
-        }
-        for warning in warnings {
-            writeln!(err, "warning: {warning}")?;
-        }
-        writeln!(err, "{}, {}", count(errors.len(), "error"), count(warnings.len(), "warning"))?;
-        Ok(())
+fn print(json: bool, shown: &[Shown], errors: &[String], warnings: &[String]) -> anyhow::Result<()> {
+    if json {
+        let all = json!({ "settings": shown, "errors": errors, "warnings": warnings });
+        return super::print(&format!("{all:#}\n"));
     }
+    super::print(&table(shown))?;
+    let mut err = std::io::stderr().lock();
+    for error in errors {
+        writeln!(err, "error: {error}")?;
+    }
+    for warning in warnings {
+        writeln!(err, "warning: {warning}")?;
+    }
+    writeln!(err, "{}, {}", count(errors.len(), "error"), count(warnings.len(), "warning"))?;
+    Ok(())
 }
 
 /// A line for each setting, with its source beside it.

@@ -125,12 +125,15 @@ impl Answer {
         if status.is_success() {
             return Ok(body);
         }
-        let detail = body["detail"].as_str().unwrap_or_default();
-        let mut text = format!("{status}: {detail}");
-        for error in body["errors"].as_array().into_iter().flatten() {
-            let part = |name: &str| error[name].as_str().unwrap_or_default().to_owned();
-            text.push_str(&format!("\n  {}: {}", part("field"), part("wanted")));
-        }
+        let part = |value: &Value, name: &str| value[name].as_str().unwrap_or_default().to_owned();
+        let errors = body["errors"].as_array().into_iter().flatten();
+        let errors: Vec<String> =
+            errors.map(|error| format!("{}: {}", part(error, "field"), part(error, "wanted"))).collect();
+        let text = match (errors.as_slice(), part(&body, "detail")) {
+            ([], detail) if detail.is_empty() => format!("the server answered {status}"),
+            ([], detail) => detail,
+            (errors, _) => errors.join("\n"),
+        };
         if status.is_client_error() {
             return Err(Refused(text).into());
         }

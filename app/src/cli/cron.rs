@@ -5,23 +5,22 @@ use http::Method;
 use serde_json::Value;
 
 use super::desk::Desk;
+use super::output::{self, NONE, json_lines, table, text};
 use super::{block_on, load, print, read};
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
-/// What is shown for nothing.
-const NONE: &str = "-";
 /// What is due for less than this, in milliseconds, is just being claimed.
 const OVERDUE_MS: i64 = 3000;
 
 #[derive(Debug, Subcommand)]
+#[command(after_help = "Examples:
+  perennial cron list
+  perennial cron history push.retention --limit 5
+  perennial cron run nightly-report")]
 pub(super) enum Cron {
     /// List schedules: the next time and the newest run of each, by UTC and on the wall clock of its zone
-    List {
-        /// Everything that is known, a line of JSON for each
-        #[arg(long)]
-        json: bool,
-    },
+    List,
     /// Show the newest runs of a schedule
     History {
         /// Its name
@@ -29,9 +28,6 @@ pub(super) enum Cron {
         /// At most so many
         #[arg(long, default_value_t = 20)]
         limit: usize,
-        /// Everything that is known, a line of JSON for each
-        #[arg(long)]
-        json: bool,
     },
     /// Run a schedule's job now, and print the job's id
     Run {
@@ -51,20 +47,20 @@ pub(super) enum Cron {
 }
 
 impl Cron {
-    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::of_books(&config, modules).await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
-            self.print(&answer?)
+            self.print(json, &answer?)
         })?
     }
 
     async fn ask(&self, desk: &Desk) -> anyhow::Result<Value> {
         let (method, path) = match self {
-            Self::List { .. } => (Method::GET, "/schedules".to_owned()),
+            Self::List => (Method::GET, "/schedules".to_owned()),
             Self::History { name, limit, .. } => (Method::GET, of(name, &format!("runs?limit={limit}"))),
             Self::Run { name } => (Method::POST, of(name, "run")),
             Self::Pause { name } => (Method::POST, of(name, "pause")),
@@ -73,13 +69,11 @@ impl Cron {
         desk.call(method, &path, None).await
     }
 
-    fn print(&self, answer: &Value) -> anyhow::Result<()> {
+    fn print(&self, json: bool, answer: &Value) -> anyhow::Result<()> {
         let entries = answer.as_array().map(Vec::as_slice).unwrap_or_default();
         let text = match self {
-            Self::List { json: true } | Self::History { json: true, .. } => {
-                entries.iter().map(|entry| format!("{entry}\n")).collect()
-            }
-            Self::List { .. } => {
+            Self::List | Self::History { .. } if json => json_lines(entries),
+            Self::List => {
                 let titles = [
                     "NAME",
                     "WHEN",
@@ -97,6 +91,7 @@ impl Cron {
             Self::History { .. } => {
                 table(["DUE", "DUE (UTC)", "CAUSE", "LAG", "TOOK", "OUTCOME", "JOB"], entries.iter().map(run))
             }
+            Self::Run { .. } if json => format!("{answer}\n"),
             Self::Run { .. } => format!("{}\n", text(&answer["id"])),
             Self::Pause { .. } | Self::Resume { .. } => String::new(),
         };
@@ -144,27 +139,10 @@ fn run(entry: &Value) -> [String; 7] {
     ]
 }
 
-fn text(value: &Value) -> String {
-    value.as_str().unwrap_or(NONE).to_owned()
-}
-
 fn utc(moment: &Value) -> String {
-    let time: Option<jiff::Timestamp> = moment["utc"].as_str().and_then(|text| text.parse().ok());
-    time.map_or_else(|| NONE.to_owned(), |time| time.strftime("%F %T").to_string())
+    output::utc(&moment["utc"])
 }
 
 fn time(ms: &Value) -> String {
     ms.as_i64().map_or_else(|| NONE.to_owned(), |ms| format!("{}.{:03}s", ms / 1000, ms % 1000))
-}
-
-/// Columns as wide as what is in them.
-fn table<const N: usize>(titles: [&str; N], rows: impl Iterator<Item = [String; N]>) -> String {
-    let rows: Vec<[String; N]> = std::iter::once(titles.map(str::to_owned)).chain(rows).collect();
-    let widths: [usize; N] =
-        std::array::from_fn(|column| rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0));
-    let line = |row: &[String; N]| {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        format!("{}\n", cells.collect::<Vec<_>>().join("  ").trim_end())
-    };
-    rows.iter().map(line).collect()
 }

@@ -23,13 +23,17 @@ pub(super) struct Health {
 }
 
 impl Health {
-    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
         let client = Client::new(&base, None, TIMEOUT)?;
         let path = if self.live { "/livez" } else { "/readyz" };
         let answer = block_on(client.ask(Method::GET, path, None, None))??;
+        if json {
+            print(&format!("{}\n", answer.body))?;
+            return if answer.status.is_success() { Ok(()) } else { bail!("not ready") };
+        }
         let reasons = answer.body["reasons"].as_array().into_iter().flatten();
         let reasons: Vec<_> = reasons.filter_map(|reason| reason.as_str()).collect();
         if answer.status.is_success() {

@@ -7,11 +7,17 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::desk::Desk;
+use super::output::{self, NONE, clipped, json_lines, table, text, utc};
 use super::{block_on, load, print, read};
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
 #[derive(Debug, Subcommand)]
+#[command(after_help = "Examples:
+  perennial jobs queues
+  perennial jobs list --state dead --kind mail.send
+  perennial jobs retry --all
+  perennial jobs pause push")]
 pub(super) enum Jobs {
     /// List jobs, in the order in which they were made
     List {
@@ -68,6 +74,9 @@ pub(super) enum Jobs {
     },
 }
 
+/// The states of jobs.
+const STATES: [&str; 5] = ["scheduled", "ready", "running", "dead", "cancelled"];
+
 /// Which jobs. What is not given is not asked for.
 #[derive(Args, Debug)]
 pub(super) struct Which {
@@ -77,8 +86,8 @@ pub(super) struct Which {
     /// In this queue
     #[arg(long)]
     queue: Option<String>,
-    /// scheduled, ready, running, dead or cancelled
-    #[arg(long)]
+    /// In this state
+    #[arg(long, value_parser = STATES)]
     state: Option<String>,
     /// Whose reason for having ended contains this text
     #[arg(long)]
@@ -89,7 +98,6 @@ pub(super) struct Which {
 #[derive(Args, Debug)]
 pub(super) struct Chosen {
     /// These
-    #[arg(required_unless_present_any = ["all", "kind", "queue", "state", "reason"])]
     ids: Vec<Uuid>,
     /// All of them
     #[arg(long)]
@@ -115,16 +123,47 @@ impl Which {
     }
 }
 
+impl Chosen {
+    /// Nothing is chosen by saying nothing.
+    fn check(&self) -> anyhow::Result<()> {
+        if self.ids.is_empty() && !self.all && self.which.fields().is_empty() {
+            bail!("say which jobs: their ids, or --kind, --queue, --state or --reason, or --all");
+        }
+        Ok(())
+    }
+}
+
 impl Jobs {
-    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+        if let Self::Retry(some) | Self::Discard(some) = self {
+            some.check()?;
+        }
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         block_on(async {
             let desk = Desk::of_books(&config, modules).await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
-            print(&lines(&answer?))
+            // Programs that read on have read lines of JSON from the beginning.
+            print(&self.shown(&answer?, json || !output::is_terminal()))
         })?
+    }
+
+    fn shown(&self, answer: &Value, json: bool) -> String {
+        let list = answer.as_array().or_else(|| answer["jobs"].as_array());
+        match (self, list) {
+            (_, Some(list)) if json => json_lines(list),
+            (Self::Queues, Some(queues)) => table(
+                ["QUEUE", "STATE", "BUSY", "READY", "SCHEDULED", "ENDED", "OLDEST"],
+                queues.iter().map(queue),
+            ),
+            (_, Some(jobs)) => {
+                table(["ID", "KIND", "QUEUE", "STATE", "FAILURES", "CREATED", "REASON"], jobs.iter().map(job))
+            }
+            (_, None) if json => format!("{answer:#}\n"),
+            (Self::Show { .. } | Self::Enqueue { .. }, None) => format!("{answer:#}\n"),
+            (_, None) => counts(answer),
+        }
     }
 
     async fn ask(&self, desk: &Desk) -> anyhow::Result<Value> {
@@ -178,11 +217,36 @@ async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) 
     Ok(Value::Object(sums))
 }
 
-/// A line for each of a list, so that other programs can read on.
-fn lines(answer: &Value) -> String {
-    let list = answer.as_array().or_else(|| answer["jobs"].as_array());
-    match list {
-        Some(list) => list.iter().map(|entry| format!("{entry}\n")).collect(),
-        None => format!("{answer:#}\n"),
-    }
+fn job(job: &Value) -> [String; 7] {
+    let last = job["errors"].as_array().and_then(|errors| errors.last());
+    let reason = job["reason"].as_str().or_else(|| last?["error"].as_str()).unwrap_or_default();
+    [
+        text(&job["id"]),
+        text(&job["kind"]),
+        text(&job["queue"]),
+        text(&job["state"]),
+        job["failures"].to_string(),
+        utc(&job["created_at"]),
+        clipped(reason, 60),
+    ]
+}
+
+fn queue(queue: &Value) -> [String; 7] {
+    let oldest = queue["oldest_ms"].as_u64().filter(|ms| *ms > 0);
+    [
+        text(&queue["queue"]),
+        if queue["paused"] == true { "paused".to_owned() } else { "open".to_owned() },
+        format!("{}/{}", queue["busy"], queue["slots"]),
+        queue["ready"].to_string(),
+        queue["scheduled"].to_string(),
+        queue["ended"].to_string(),
+        oldest.map_or_else(|| NONE.to_owned(), |ms| format!("{}s", ms / 1000)),
+    ]
+}
+
+/// What was done, in words: `2 retried`.
+fn counts(answer: &Value) -> String {
+    let counts = answer.as_object().into_iter().flatten();
+    let counts: Vec<String> = counts.map(|(what, count)| format!("{count} {what}")).collect();
+    if counts.is_empty() { "done\n".to_owned() } else { format!("{}\n", counts.join(", ")) }
 }

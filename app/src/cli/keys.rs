@@ -1,12 +1,17 @@
 //! `perennial keys`.
 
-use anyhow::bail;
+use std::fs::File;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
 use clap::Subcommand;
 use http::Method;
-use jiff::Timestamp;
+use perennial_webpush::VapidKey;
 use serde_json::{Value, json};
 
 use super::desk::Desk;
+use super::output::{json_lines, table, utc};
 use super::{block_on, load, open_alone, print, read};
 use crate::access::{self, first};
 use crate::config::{Config, Store};
@@ -16,12 +21,29 @@ use crate::push;
 use crate::settings::{Settings, Sources};
 use crate::sites;
 
+/// The longest file of keys that is read, in bytes.
+const MAX_KEY_FILE: u64 = 64 << 10;
+
 #[derive(Debug, Subcommand)]
 pub(super) enum Keys {
     /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
     Generate,
-    /// Say where the keys are
+    /// Say where the keys are, and show the public VAPID keys
     Show,
+    /// Take over the VAPID key pair of another sender: pages subscribe with it from now on, and those there are go on signing for
+    /// the subscriptions that were made with them
+    #[command(after_help = "Examples:
+  perennial keys import private_key.pem
+  npx web-push generate-vapid-keys --json | perennial keys import -
+  grep VAPID_ .env | perennial keys import --site shop -
+It reads PEM (PKCS#8, SEC1), DER, JWK, JSON, and base64 of the private key, alone or beside the public one.")]
+    Import {
+        /// A file with the private key; - is standard input
+        file: PathBuf,
+        /// Of which site
+        #[arg(long, default_value = sites::DEFAULT)]
+        site: String,
+    },
     /// API keys in the store, and what they may be used for
     List,
     /// Make an API key, and print it: it is stored nowhere
@@ -75,10 +97,11 @@ pub(super) struct Replace {
 }
 
 impl Keys {
-    pub(super) fn run(self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    pub(super) fn run(self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         match self {
+            Self::Import { file, site } => block_on(import(&file, &site, &config, &settings, modules))??,
             Self::Show => show(&config, &settings),
             Self::Generate if data_dir::is_locked(&config.data_dir) => {
                 show(&config, &settings);
@@ -88,13 +111,19 @@ impl Keys {
                 }
             }
             Self::Generate => block_on(generate(config, &settings, modules))??,
-            asked => block_on(asked.ask(&config, &settings, modules))??,
+            asked => block_on(asked.ask(json, &config, &settings, modules))??,
         }
         Ok(())
     }
 
     /// Asks the server that runs, or does it here.
-    async fn ask(self, config: &Config, settings: &Settings, modules: &[Blueprint]) -> anyhow::Result<()> {
+    async fn ask(
+        self,
+        json: bool,
+        config: &Config,
+        settings: &Settings,
+        modules: &[Blueprint],
+    ) -> anyhow::Result<()> {
         let desk = match &self {
             Self::Rotate { .. } => {
                 Desk::open(config, modules, async |data_dir, store, jobs| {
@@ -104,12 +133,12 @@ impl Keys {
             }
             _ => Desk::of_keys(config, modules).await?,
         };
-        let answered = self.answer(&desk).await;
+        let answered = self.answer(json, &desk).await;
         desk.close().await;
         answered
     }
 
-    async fn answer(self, desk: &Desk) -> anyhow::Result<()> {
+    async fn answer(self, json: bool, desk: &Desk) -> anyhow::Result<()> {
         let named = match &self {
             Self::Add(Add { named, .. }) | Self::Replace(Replace { named, .. }) | Self::Revoke(named) => {
                 Some(named)
@@ -120,7 +149,7 @@ impl Keys {
             bail!("NAME: wanted {}", access::keys::NAME_WANTED);
         }
         match self {
-            Self::List => list(&desk.call(Method::GET, "/keys", None).await?),
+            Self::List => list(json, &desk.call(Method::GET, "/keys", None).await?),
             Self::Add(Add { named, scopes, per_minute, expires_in }) => {
                 let Named { name, site } = named;
                 let mut body = json!({ "name": name, "site": site, "scopes": scopes,
@@ -128,14 +157,20 @@ impl Keys {
                 if let Some(fields) = body.as_object_mut() {
                     fields.retain(|_, value| !value.is_null());
                 }
-                made(&desk.call(Method::POST, "/keys", Some(&body)).await?)
+                let answer = desk.call(Method::POST, "/keys", Some(&body)).await?;
+                let Err(error) = made(json, &answer) else { return Ok(()) };
+                // It is stored nowhere, so that nobody could ever use it, or end it by itself.
+                let path = format!("/keys/{name}/revoke");
+                desk.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
+                Err(error.context("the key could not be printed, and was withdrawn"))
             }
             Self::Replace(Replace { named: Named { name, site }, overlap, expires_in }) => {
                 let mut body = json!({ "site": site, "overlap": overlap });
                 if let Some(life) = expires_in {
                     body["expires_in"] = life.into();
                 }
-                made(&desk.call(Method::POST, &format!("/keys/{name}/replace"), Some(&body)).await?)
+                let answer = desk.call(Method::POST, &format!("/keys/{name}/replace"), Some(&body)).await?;
+                made(json, &answer).context("the key could not be printed; replace it again")
             }
             Self::Revoke(Named { name, site }) => {
                 let path = format!("/keys/{name}/revoke");
@@ -152,36 +187,80 @@ impl Keys {
                     "VAPID public key  {key}\nPages get it within a minute; subscriptions keep the one they were made with.\n"
                 ))
             }
-            Self::Generate | Self::Show => Ok(()),
+            Self::Generate | Self::Show | Self::Import { .. } => Ok(()),
         }
     }
 }
 
 /// Nothing but the key goes to standard output, so that it can be put where it belongs.
-fn made(answer: &Value) -> anyhow::Result<()> {
-    let ends = answer["ends_at"].as_str().map_or(String::new(), |at| format!(", and ends at {at}"));
-    eprintln!("This key is shown once, is stored nowhere{ends}:");
-    print(&format!("{}\n", answer["key"].as_str().unwrap_or_default()))
+fn made(json: bool, answer: &Value) -> anyhow::Result<()> {
+    let text = if json {
+        format!("{answer}\n")
+    } else {
+        let ends = match &answer["ends_at"] {
+            Value::Null => String::new(),
+            at => format!(", and ends at {}", utc(at)),
+        };
+        eprintln!("This key is shown once, is stored nowhere{ends}:");
+        format!("{}\n", answer["key"].as_str().unwrap_or_default())
+    };
+    // A pipe that nobody reads is no place for a key that is shown once.
+    let mut out = std::io::stdout().lock();
+    Ok(out.write_all(text.as_bytes()).and_then(|()| out.flush())?)
 }
 
-fn list(keys: &Value) -> anyhow::Result<()> {
-    let mut text = format!("{:<16} {:<24} {:<28} {:>10}  ENDS\n", "SITE", "NAME", "SCOPES", "PER MINUTE");
-    for key in keys.as_array().into_iter().flatten() {
+fn list(json: bool, keys: &Value) -> anyhow::Result<()> {
+    let keys = keys.as_array().map(Vec::as_slice).unwrap_or_default();
+    if json {
+        return print(&json_lines(keys));
+    }
+    let row = |key: &Value| {
         let word = |field: &str| key[field].as_str().unwrap_or_default().to_owned();
         let scopes: Vec<&str> =
             key["scopes"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
         let limit = key["per_minute"].as_u64().map_or("no limit".to_owned(), |limit| limit.to_string());
-        let ends = match (key["ends_at"].as_str(), key["has_ended"] == true) {
-            (None, _) => "never".to_owned(),
-            (Some(at), has_ended) => {
-                let at = at.parse::<Timestamp>().map_or(at.to_owned(), |at| format!("{at:.0}"));
-                if has_ended { format!("{at} (ended)") } else { at }
-            }
+        let ends = match (&key["ends_at"], key["has_ended"] == true) {
+            (Value::Null, _) => "never".to_owned(),
+            (at, true) => format!("{} (ended)", utc(at)),
+            (at, false) => utc(at),
         };
-        let (site, name, scopes) = (word("site"), word("name"), scopes.join(","));
-        text.push_str(&format!("{site:<16} {name:<24} {scopes:<28} {limit:>10}  {ends}\n"));
+        [word("site"), word("name"), scopes.join(","), limit, ends]
+    };
+    print(&table(["SITE", "NAME", "SCOPES", "PER MINUTE", "ENDS"], keys.iter().map(row)))
+}
+
+/// Takes over a key pair: through the server that runs, or in the store while none does, also before the first start.
+async fn import(
+    file: &Path,
+    site: &str,
+    config: &Config,
+    settings: &Settings,
+    modules: &[Blueprint],
+) -> anyhow::Result<()> {
+    let mut bytes = Vec::new();
+    let mut input: Box<dyn Read> = match file.as_os_str() == "-" {
+        true => Box::new(std::io::stdin()),
+        false => Box::new(File::open(file).with_context(|| format!("{} cannot be read", file.display()))?),
+    };
+    input.by_ref().take(MAX_KEY_FILE).read_to_end(&mut bytes)?;
+    let key =
+        VapidKey::import(&bytes).with_context(|| format!("{}: nothing was imported", file.display()))?;
+    if data_dir::is_locked(&config.data_dir) {
+        let desk = Desk::of_keys(config, modules).await?;
+        let body = json!({ "site": site, "pem": key.to_pem()? });
+        let answer = desk.call(Method::POST, "/vapid/import", Some(&body)).await;
+        desk.close().await;
+        answer?;
+    } else {
+        let (data_dir, store) = open_alone(config, modules).await?;
+        let imported = push::import_key(settings, site, &data_dir, &store, &key).await;
+        store.close().await;
+        imported?;
     }
-    print(&text)
+    print(&format!(
+        "VAPID public key  {}\nPages of the site {site} subscribe with it within a minute; subscriptions that are there keep the key that they were made with.\n",
+        key.public_key()
+    ))
 }
 
 async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) -> anyhow::Result<()> {
@@ -205,6 +284,12 @@ async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) ->
     Ok(())
 }
 
+/// The public half of the key in use, if this is a file of VAPID keys.
+fn public_key(file: &Path) -> Option<String> {
+    let pem = std::fs::read_to_string(file).ok()?;
+    Some(VapidKey::from_pem(&pem).ok()?.public_key())
+}
+
 /// Never the secrets themselves.
 fn show(config: &Config, settings: &Settings) {
     let is_shared = matches!(config.store, Store::Postgres(_));
@@ -216,6 +301,9 @@ fn show(config: &Config, settings: &Settings) {
     let own = own.map(|(label, file)| (label.to_owned(), file.to_owned(), false));
     for (label, file, is_in_store) in vapid.chain(own) {
         let file = config.data_dir.join(file);
+        if let Some(key) = public_key(&file) {
+            println!("{:<18}{key}", format!("{label}, public"));
+        }
         let place = match (file.exists(), is_in_store) {
             (true, _) => "",
             (false, true) => "in the store, unless there is ",

@@ -3,14 +3,15 @@
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, bail};
+use anyhow::{Context, anyhow, bail};
 use clap::Args;
 use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
+use jiff::Zoned;
 use serde_json::{Value, json};
 
 use super::client::{Client, Refused};
-use super::{block_on, load, read};
+use super::{block_on, load, moment, read};
 use crate::addresses::{Addresses, url};
 use crate::data_dir::API_KEY;
 use crate::module::Blueprint;
@@ -25,6 +26,11 @@ const POLL_SLOWLY: Duration = Duration::from_secs(1);
 const AWAY: Duration = Duration::from_secs(60);
 
 #[derive(Args, Debug)]
+#[command(after_help = "Examples:
+  perennial notify --all --title Hello --body World
+  perennial notify --tags 'news and not muted' --title News --rate 500 --ramp-up 30s
+  perennial notify --user 42 --title 'Your order' --link https://www.example.com/orders --at 'tomorrow 9:00'
+  perennial notify --all --title Hello --dry-run")]
 pub(super) struct Notify {
     #[command(flatten)]
     to: To,
@@ -55,7 +61,7 @@ pub(super) struct Notify {
     /// How long the rate takes to rise from nothing: 30s
     #[arg(long, requires = "rate", value_name = "DURATION")]
     ramp_up: Option<String>,
-    /// Not before then: 2026-01-31T12:00:00Z
+    /// Not before then: 2027-01-31T12:00:00Z, "tomorrow 9:00", "in 2h"
     #[arg(long, value_name = "TIME")]
     at: Option<String>,
     /// Not after then
@@ -109,7 +115,7 @@ struct To {
 }
 
 impl Notify {
-    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
         let key_file = self.key_file.clone().unwrap_or_else(|| config.data_dir.join(API_KEY));
@@ -121,18 +127,22 @@ impl Notify {
                 .context("the server has only a Unix socket; give --url")?,
         };
         let client = Client::new(&base, Some(key.trim().to_owned()), TIMEOUT)?;
-        block_on(self.send(&client))?
+        block_on(self.send(json, &client))?
     }
 
-    async fn send(&self, client: &Client) -> anyhow::Result<()> {
+    async fn send(&self, json: bool, client: &Client) -> anyhow::Result<()> {
         if let Some(id) = &self.watch {
-            return told(id, &follow(client, id).await?);
+            return told(json, id, &follow(client, id).await?);
         }
-        let request = self.request();
+        let request = self.request()?;
         let idempotency_key = self.idempotency_key.as_deref().map(|key| ("idempotency-key", key));
         let accepted = client.call_with(Method::POST, "/notify", Some(&request), idempotency_key).await?;
         for warning in accepted["warnings"].as_array().into_iter().flatten() {
             eprintln!("warning: {}", warning.as_str().unwrap_or_default());
+        }
+        if json && (self.dry_run || self.detach) {
+            println!("{accepted}");
+            return Ok(());
         }
         if self.dry_run {
             println!("{}", accepted["audience"]);
@@ -144,10 +154,16 @@ impl Notify {
             return Ok(());
         }
         eprintln!("accepted as {id}");
-        told(id, &follow(client, id).await?)
+        told(json, id, &follow(client, id).await?)
     }
 
-    fn request(&self) -> Value {
+    fn request(&self) -> anyhow::Result<Value> {
+        let now = Zoned::now();
+        let time = |name: &str, text: &Option<String>| {
+            let at = text.as_deref().map(|text| moment::parse(text, &now)).transpose();
+            at.map_err(|wanted| anyhow!("--{name}: {wanted}"))
+        };
+        let (at, expires) = (time("at", &self.at)?, time("expires", &self.expires)?);
         let to = match &self.to {
             To { user: Some(user), .. } => json!({ "user": user }),
             To { tags: Some(tags), .. } => json!({ "tags": tags }),
@@ -170,8 +186,8 @@ impl Notify {
             ("topic", json!(self.topic)),
             ("rate", json!(self.rate)),
             ("ramp_up", json!(self.ramp_up)),
-            ("at", json!(self.at)),
-            ("expires", json!(self.expires)),
+            ("at", json!(at)),
+            ("expires", json!(expires)),
             ("http", json!(self.http)),
             ("webhook", json!(self.webhook)),
             ("declarative", json!(self.declarative.then_some(true))),
@@ -180,13 +196,17 @@ impl Notify {
         for (name, value) in optional.into_iter().filter(|(_, value)| !value.is_null()) {
             request[name] = value;
         }
-        request
+        Ok(request)
     }
 }
 
 /// Says how it ended. Fails when that was not well.
-fn told(id: &str, progress: &Value) -> anyhow::Result<()> {
-    println!("{id} {}", outcomes(progress));
+fn told(json: bool, id: &str, progress: &Value) -> anyhow::Result<()> {
+    match outcomes(progress) {
+        _ if json => println!("{progress}"),
+        words if words.is_empty() => println!("{id} nobody to send to"),
+        words => println!("{id} {words}"),
+    }
     if let Some(error) = progress["error"].as_str() {
         bail!("not everybody could be sent to: {error}");
     }
@@ -241,5 +261,5 @@ fn show(bar: &ProgressBar, progress: &Value) {
 fn outcomes(progress: &Value) -> String {
     let outcomes = progress["outcomes"].as_object().into_iter().flatten();
     let outcomes: Vec<_> = outcomes.map(|(outcome, count)| format!("{outcome} {count}")).collect();
-    if outcomes.is_empty() { "nobody to send to".to_owned() } else { outcomes.join(", ") }
+    outcomes.join(", ")
 }

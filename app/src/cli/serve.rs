@@ -10,7 +10,7 @@ use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::Args;
 use perennial_server::drain::{self, Phase};
 use perennial_server::health::Health;
@@ -19,14 +19,16 @@ use perennial_server::metrics::Metrics;
 use perennial_server::net::Sockets;
 use perennial_server::signal::{Signal, Signals};
 use perennial_server::tasks::Tasks;
-use perennial_server::telemetry::Telemetry;
+use perennial_server::telemetry::{Telemetry, has_colours};
 use tokio::runtime::{Builder, Runtime};
 use tracing::{error, info, warn};
 
+use super::trial::{self, Trial};
 use super::{load, read, report};
 use crate::admin::{Admin, Booted};
 use crate::boot::{self, App};
 use crate::config::{self, Config};
+use crate::data_dir::DataDir;
 use crate::module::{Blueprint, Configured};
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
@@ -40,7 +42,19 @@ pub(super) struct Serve {
     /// Run no jobs and no schedules, and so send nothing, until `perennial resume`
     #[arg(long)]
     paused: bool,
+    /// A trial on this machine alone: a push service of its own runs beside the server, with imaginary browsers that
+    /// show what they are sent
+    #[arg(long)]
+    dev: bool,
+    /// How many imaginary browsers
+    #[arg(long, default_value_t = 3, value_name = "COUNT", requires = "dev")]
+    subscribers: usize,
 }
+
+/// Where the push service of a trial listens: for messages, and for a Firefox.
+const TRIAL_PORTS: (u16, u16) = (8443, 8444);
+/// Its certificates, in the data directory.
+const TRIAL_DIRECTORY: &str = "dev";
 
 impl Serve {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
@@ -59,6 +73,12 @@ fn serve(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> ExitCode 
             Ok(signals) => signals,
             Err(error) => return (report(&error), None),
         };
+        if command.dev {
+            return match try_out(command, sources, modules, signals).await {
+                Ok(served) => served,
+                Err(error) => (report(&error), None),
+            };
+        }
         match prepare(command, sources, modules) {
             Ok(prepared) => prepared.run(signals).await,
             Err(error) => (report(&error), None),
@@ -68,6 +88,60 @@ fn serve(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> ExitCode 
         serving.shutdown_timeout(THREADS);
     }
     code
+}
+
+/// Serves with a push service beside it, which ends with it. The certificate of that has to be there before the settings are
+/// read.
+async fn try_out(
+    command: &Serve,
+    sources: &Sources,
+    modules: &[Blueprint],
+    signals: Signals,
+) -> anyhow::Result<(ExitCode, Option<Runtime>)> {
+    let (config, _) = read(&load(sources, modules), modules)?;
+    let everywhere = [&config.server.net.listen, &config.admin.net.listen];
+    if let Some(listen) = everywhere.into_iter().flatten().find(|listen| !listen.is_loopback()) {
+        bail!("--dev is for this machine alone: {listen} can be reached from others");
+    }
+    let ports = TRIAL_PORTS;
+    let directory = config.data_dir.join(TRIAL_DIRECTORY);
+    // Owned by us alone, like everything in it.
+    drop(DataDir::lock(&config.data_dir)?);
+    let (trial, bound) = Trial::bind(trial::usual(ports.0), trial::usual(ports.1), &directory)
+        .await
+        .with_context(|| format!("--dev needs the ports {} and {}", ports.0, ports.1))?;
+    let sources = Sources { trial: Some(trial.ca.clone()), ..sources.clone() };
+    let prepared = prepare(command, &sources, modules)?;
+    warn_of_trial(&trial);
+    let (trigger, drain) = drain::channel();
+    let mut beside = tokio::task::JoinSet::new();
+    beside.spawn(bound.run(drain));
+    let (data_dir, count) = (config.data_dir.clone(), command.subscribers);
+    beside.spawn(async move {
+        if count > 0
+            && let Err(error) = trial.subscribe(&data_dir, count).await
+        {
+            error!(error = format!("{error:#}"), "the imaginary browsers could not be subscribed");
+        }
+    });
+    let served = prepared.run(signals).await;
+    trigger.advance(Phase::Hard);
+    beside.shutdown().await;
+    Ok(served)
+}
+
+/// Says in red what must not be taken for a server.
+fn warn_of_trial(trial: &Trial) {
+    let (red, plain) =
+        if std::io::stderr().is_terminal() && has_colours() { ("\x1b[1;31m", "\x1b[0m") } else { ("", "") };
+    eprintln!(
+        "{red}This is a trial: it sends to a push service of its own at {}, for this machine alone. Do not serve visitors with it.{plain}",
+        trial.origin()
+    );
+    eprintln!(
+        "A Firefox takes part with these in about:config: dom.push.serverURL = {}, dom.push.testing.allowInsecureServerURL = true",
+        trial.browsers
+    );
 }
 
 /// Everything that must be right before anything is touched.

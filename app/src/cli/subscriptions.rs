@@ -1,5 +1,6 @@
 //! `perennial subscriptions`: in and out by the million.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{BufRead, BufReader, BufWriter, IsTerminal, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
@@ -8,15 +9,16 @@ use std::sync::Arc;
 
 use anyhow::{Context, bail};
 use bytes::Bytes;
-use clap::Subcommand;
+use clap::{Args, Subcommand};
 use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::desk::Desk;
 use super::{block_on, load, read};
 use crate::module::Blueprint;
 use crate::push;
+use crate::push::dumps::{self, Format, Row, Unusable};
 use crate::settings::Sources;
 use crate::sites;
 
@@ -29,13 +31,11 @@ const SHOWN: usize = 20;
 pub(super) enum Subscriptions {
     /// Store subscriptions, one JSON object a line, as `export` writes them; what is known already is brought up to
     /// date. Fails when a line was refused; all others are stored
-    Import {
-        /// A file; - is standard input
-        file: PathBuf,
-        /// Into which site
-        #[arg(long, default_value = sites::DEFAULT)]
-        site: String,
-    },
+    #[command(after_help = "Examples:
+  perennial subscriptions import subscriptions.jsonl
+  perennial subscriptions import --from laravel --dry-run push_subscriptions.csv
+  perennial subscriptions import --from pywebpush --ids - < subscriptions.json")]
+    Import(Import),
     /// Write all subscriptions, one JSON object a line
     Export {
         /// A file; - is standard output
@@ -45,6 +45,24 @@ pub(super) enum Subscriptions {
         #[arg(long, default_value = sites::DEFAULT)]
         site: String,
     },
+}
+
+#[derive(Args, Debug)]
+pub(super) struct Import {
+    /// A file; - is standard input
+    file: PathBuf,
+    /// Into which site
+    #[arg(long, default_value = sites::DEFAULT)]
+    site: String,
+    /// Whose dump it is; without this, lines as `export` writes them
+    #[arg(long, value_name = "SENDER")]
+    from: Option<Format>,
+    /// Store nothing, and say how many there are of each push service
+    #[arg(long)]
+    dry_run: bool,
+    /// Print the number of each line and the id of its subscription
+    #[arg(long)]
+    ids: bool,
 }
 
 impl Subscriptions {
@@ -58,7 +76,7 @@ impl Subscriptions {
             })
             .await?;
             let done = match self {
-                Self::Import { file, site } => import(&desk, file, site).await,
+                Self::Import(import) => import.run(&desk).await,
                 Self::Export { file, site } => export(&desk, file, site).await,
             };
             desk.close().await;
@@ -67,48 +85,184 @@ impl Subscriptions {
     }
 }
 
-async fn import(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
-    let (input, length): (Box<dyn Read>, u64) = if file.as_os_str() == "-" {
-        (Box::new(std::io::stdin()), 0)
-    } else {
-        let file = File::open(file).with_context(|| format!("{} cannot be read", file.display()))?;
-        let length = file.metadata()?.len();
-        (Box::new(file), length)
-    };
-    let mut input = BufReader::with_capacity(1 << 20, input);
-    let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
-    let (mut created, mut updated, mut refused, mut line, mut shown) = (0, 0, 0, 0, 0);
-    let mut is_key_told = false;
-    loop {
-        let chunk = next_chunk(&mut input)?;
-        if chunk.is_empty() {
-            break;
+impl Import {
+    async fn run(&self, desk: &Desk) -> anyhow::Result<()> {
+        let (input, length): (Box<dyn Read>, u64) = if self.file.as_os_str() == "-" {
+            (Box::new(std::io::stdin()), 0)
+        } else {
+            let file =
+                File::open(&self.file).with_context(|| format!("{} cannot be read", self.file.display()))?;
+            let length = file.metadata()?.len();
+            (Box::new(file), length)
+        };
+        let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
+        // The bar goes by what was read, whatever it became.
+        let input = BufReader::with_capacity(1 << 20, bar.wrap_read(input));
+        let mut lines: Box<dyn Iterator<Item = anyhow::Result<Line>>> = match self.from {
+            None => Box::new(own_lines(input)),
+            Some(format) => Box::new(dumps::read(format, input)?.map(|row| Ok(Line::from(row)))),
+        };
+        let mut told = Told { bar, shown: 0, is_key_told: false };
+        let mut sums = Sums::default();
+        loop {
+            let chunk = Chunk::next(&mut lines)?;
+            if chunk.is_empty() {
+                break;
+            }
+            sums.inactive += chunk.inactive;
+            sums.refused += chunk.bad.len() as u64;
+            for (number, why) in &chunk.bad {
+                told.refused(*number, why);
+            }
+            self.store(desk, chunk, &mut sums, &mut told).await?;
         }
-        let (bytes, lines) = (chunk.len(), chunk.iter().filter(|byte| **byte == b'\n').count());
-        let answer =
-            desk.post_lines(&format!("/subscriptions/import?site={site}"), Bytes::from(chunk)).await?;
+        told.bar.finish_and_clear();
+        sums.tell(self.dry_run);
+        if sums.refused > 0 {
+            bail!("{} lines were refused", sums.refused);
+        }
+        Ok(())
+    }
+
+    /// Has the server store a chunk, or only look at it.
+    async fn store(&self, desk: &Desk, chunk: Chunk, sums: &mut Sums, told: &mut Told) -> anyhow::Result<()> {
+        if chunk.numbers.is_empty() {
+            return Ok(());
+        }
+        let Self { site, dry_run, ids, .. } = self;
+        let path = format!("/subscriptions/import?site={site}&dry_run={dry_run}&ids={ids}");
+        let answer = desk.post_lines(&path, Bytes::from(chunk.text)).await?;
+        if answer["without_key"].as_u64() > Some(0) && !std::mem::replace(&mut told.is_key_told, true) {
+            told.bar.suspend(|| tell_key(&answer));
+        }
+        sums.add(&answer);
+        let of = |line: &Value| {
+            let index = usize::try_from(line.as_u64().unwrap_or_default()).unwrap_or_default();
+            chunk.numbers.get(index.saturating_sub(1)).copied().unwrap_or_default()
+        };
+        for reason in answer["reasons"].as_array().into_iter().flatten() {
+            told.refused(of(&reason[0]), reason[1].as_str().unwrap_or_default());
+        }
+        for stored in answer["ids"].as_array().into_iter().flatten() {
+            told.bar.suspend(|| println!("{} {}", of(&stored[0]), stored[1]));
+        }
+        told.bar.set_message(sums.words());
+        Ok(())
+    }
+}
+
+/// A line of an import, and where it came from; or why it is left out.
+struct Line {
+    number: u64,
+    text: Result<Vec<u8>, Unusable>,
+}
+
+impl From<Row> for Line {
+    fn from(row: Row) -> Self {
+        Self { number: row.number, text: row.read.map(|line| line.to_string().into_bytes()) }
+    }
+}
+
+/// Lines as `export` writes them: what is wrong with one is said by the server.
+fn own_lines(input: impl BufRead) -> impl Iterator<Item = anyhow::Result<Line>> {
+    let lines = (1..).zip(input.split(b'\n'));
+    lines
+        .filter(|(_, line)| line.as_ref().map_or(true, |line| !line.trim_ascii().is_empty()))
+        .map(|(number, line)| Ok(Line { number, text: Ok(line.context("the file cannot be read")?) }))
+}
+
+/// Lines that are sent together.
+#[derive(Default)]
+struct Chunk {
+    text: Vec<u8>,
+    /// Where each of them came from.
+    numbers: Vec<u64>,
+    bad: Vec<(u64, String)>,
+    inactive: u64,
+}
+
+impl Chunk {
+    /// About [`CHUNK`] bytes of lines; empty at the end.
+    fn next(lines: &mut impl Iterator<Item = anyhow::Result<Line>>) -> anyhow::Result<Self> {
+        let mut chunk = Self::default();
+        while chunk.text.len() < CHUNK {
+            let Some(line) = lines.next() else { break };
+            let Line { number, text } = line?;
+            match text {
+                Ok(text) => {
+                    chunk.text.extend_from_slice(&text);
+                    chunk.text.push(b'\n');
+                    chunk.numbers.push(number);
+                }
+                Err(Unusable::Inactive) => chunk.inactive += 1,
+                Err(Unusable::Bad(why)) => chunk.bad.push((number, why)),
+            }
+        }
+        Ok(chunk)
+    }
+
+    fn is_empty(&self) -> bool {
+        self.numbers.is_empty() && self.bad.is_empty() && self.inactive == 0
+    }
+}
+
+/// What a person at the terminal has been told.
+struct Told {
+    bar: ProgressBar,
+    shown: usize,
+    is_key_told: bool,
+}
+
+impl Told {
+    fn refused(&mut self, number: u64, why: &str) {
+        if self.shown < SHOWN {
+            self.bar.suspend(|| eprintln!("line {number}: {why}"));
+        } else if self.shown == SHOWN {
+            self.bar.suspend(|| eprintln!("and others"));
+        }
+        self.shown += 1;
+    }
+}
+
+/// What came of all chunks.
+#[derive(Default)]
+struct Sums {
+    created: u64,
+    updated: u64,
+    usable: u64,
+    refused: u64,
+    inactive: u64,
+    services: BTreeMap<String, u64>,
+}
+
+impl Sums {
+    fn add(&mut self, answer: &Value) {
         let count = |name: &str| answer[name].as_u64().unwrap_or_default();
-        created += count("created");
-        updated += count("updated");
-        refused += count("refused");
-        if count("without_key") > 0 && !std::mem::replace(&mut is_key_told, true) {
-            bar.suspend(|| tell_key(&answer));
+        self.created += count("created");
+        self.updated += count("updated");
+        self.usable += count("usable");
+        self.refused += count("refused");
+        for (service, number) in answer["services"].as_object().into_iter().flatten() {
+            *self.services.entry(service.clone()).or_default() += number.as_u64().unwrap_or_default();
         }
-        for reason in answer["reasons"].as_array().into_iter().flatten().take(SHOWN - shown) {
-            let number = line + reason[0].as_u64().unwrap_or_default();
-            bar.suspend(|| eprintln!("line {number}: {}", reason[1].as_str().unwrap_or_default()));
-            shown += 1;
+    }
+
+    fn words(&self) -> String {
+        format!("{} created, {} updated, {} refused", self.created, self.updated, self.refused)
+    }
+
+    fn tell(&self, dry_run: bool) {
+        let Self { created, updated, usable, refused, inactive, services } = self;
+        let mut told = if dry_run {
+            json!({ "usable": usable, "refused": refused, "services": services })
+        } else {
+            json!({ "created": created, "updated": updated, "refused": refused })
+        };
+        if *inactive > 0 {
+            told["inactive"] = (*inactive).into();
         }
-        line += lines as u64;
-        bar.inc(bytes as u64);
-        bar.set_message(format!("{created} created, {updated} updated, {refused} refused"));
+        println!("{told}");
     }
-    bar.finish_and_clear();
-    println!("{}", json!({ "created": created, "updated": updated, "refused": refused }));
-    if refused > 0 {
-        bail!("{refused} lines were refused");
-    }
-    Ok(())
 }
 
 /// Says which key lines are taken to have been made with that do not name one.
@@ -120,17 +274,6 @@ fn tell_key(answer: &serde_json::Value) {
             "warning: no push service is known to have accepted anything signed with it. Subscriptions that were made with another key are refused: give that as \"key\" in each line (perennial keys show says where keys are)"
         );
     }
-}
-
-/// Whole lines, about [`CHUNK`] bytes of them; empty at the end.
-fn next_chunk(input: &mut impl BufRead) -> anyhow::Result<Vec<u8>> {
-    let mut chunk = Vec::with_capacity(CHUNK + 4096);
-    while chunk.len() < CHUNK {
-        if input.read_until(b'\n', &mut chunk)? == 0 {
-            break;
-        }
-    }
-    Ok(chunk)
 }
 
 async fn export(desk: &Desk, file: &Path, site: &str) -> anyhow::Result<()> {
@@ -175,20 +318,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn chunks_are_whole_lines() {
-        let line = format!("{}\n", "x".repeat(999));
-        let text = line.repeat(5000);
-        let mut input = text.as_bytes();
-        let mut sizes = Vec::new();
+    fn chunks_are_whole_lines_and_know_where_they_came_from() {
+        let line = "x".repeat(999);
+        let text = format!("{line}\n\n").repeat(5000);
+        let mut lines = own_lines(text.as_bytes());
+        let (mut sizes, mut numbers) = (Vec::new(), Vec::new());
         loop {
-            let chunk = next_chunk(&mut input).unwrap();
+            let chunk = Chunk::next(&mut lines).unwrap();
             if chunk.is_empty() {
                 break;
             }
-            assert_eq!(chunk.len() % 1000, 0);
-            sizes.push(chunk.len());
+            assert_eq!(chunk.text.len() % 1000, 0);
+            sizes.push(chunk.text.len());
+            numbers.extend(chunk.numbers);
         }
-        assert_eq!(sizes.iter().sum::<usize>(), 5_000_000);
-        assert_eq!(sizes.len(), 6);
+        assert_eq!((sizes.iter().sum::<usize>(), sizes.len()), (5_000_000, 6));
+        assert!(numbers.into_iter().eq((0..5000).map(|index| 2 * index + 1)), "empty lines count, too");
     }
 }

@@ -170,6 +170,7 @@ pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
                 .into_iter()
                 .map(|Network(network)| network)
                 .collect(),
+            ports: settings.read_with("push.allow_ports", "a list of ports such as [443, 8443]", ports),
             insecure: settings.get("push.allow_insecure"),
         },
         http: settings
@@ -205,6 +206,18 @@ pub(super) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
         settings.refuse::<()>("push.contact", &error.to_string());
         error.to_string()
     })
+}
+
+/// A list of ports, as numbers or, from the environment, as texts.
+fn ports(value: &toml::Value) -> Option<Vec<u16>> {
+    let port = |port: &toml::Value| {
+        let number = port.as_integer().or_else(|| port.as_str()?.parse().ok())?;
+        u16::try_from(number).ok().filter(|port| *port > 0)
+    };
+    match value.as_array() {
+        Some(list) => list.iter().map(port).collect(),
+        None => Some(vec![port(value)?]),
+    }
 }
 
 fn pins(value: &toml::Value) -> Option<Vec<Pin>> {

@@ -4,7 +4,7 @@
 //! {"subscription": {"endpoint": "..", "keys": {"p256dh": "..", "auth": ".."}}, "key"?, "user"?, "tags"?, "metadata"?}
 //! ```
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use axum::Router;
@@ -68,6 +68,26 @@ pub(crate) struct Imported {
     pub(crate) bound_to: String,
     /// Whether push services have accepted anything that was signed with it.
     pub(crate) is_proven: bool,
+    /// Of a dry run: how many would be stored, and of each push service.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub(crate) usable: u64,
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) services: BTreeMap<String, u64>,
+    /// If they were asked for: the number of the line and the id of its subscription.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub(crate) ids: Vec<(usize, i64)>,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde wants it so")]
+fn is_zero(count: &u64) -> bool {
+    *count == 0
+}
+
+/// What is done with a chunk.
+#[derive(Clone, Copy, Debug)]
+struct How {
+    dry_run: bool,
+    ids: bool,
 }
 
 impl Imported {
@@ -96,7 +116,7 @@ impl Transfer {
     }
 
     /// Stores a chunk of lines. What does not fit is refused by its line; all else is stored.
-    async fn take(&self, site: SiteId, chunk: &[u8]) -> anyhow::Result<Imported> {
+    async fn take(&self, site: SiteId, chunk: &[u8], how: How) -> anyhow::Result<Imported> {
         let keys = self.vapid.of(site).await?;
         // A name that was not found before may be there now.
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, refused| refused.is_none());
@@ -120,21 +140,42 @@ impl Transfer {
             }
         }
         self.look_up(&read).await;
-        let mut rows = Vec::with_capacity(read.len());
+        let (mut rows, mut numbers) = (Vec::with_capacity(read.len()), Vec::with_capacity(read.len()));
         {
             let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
             for (number, endpoint, new) in read {
                 match hosts.get(endpoint.host()) {
                     Some(Some(why)) => imported.refuse(number, format!("subscription.endpoint: {why}")),
-                    _ => rows.push(new),
+                    _ => {
+                        rows.push(new);
+                        numbers.push(number);
+                        if how.dry_run {
+                            *imported.services.entry(endpoint.host().to_owned()).or_default() += 1;
+                        }
+                    }
                 }
             }
         }
-        for upserted in self.store.import_all(rows, ROWS).await? {
-            match upserted {
-                Upserted::Created(_) => imported.created += 1,
-                _ => imported.updated += 1,
-            }
+        if how.dry_run {
+            imported.usable = rows.len() as u64;
+            return Ok(imported);
+        }
+        for (number, upserted) in numbers.into_iter().zip(self.store.import_all(rows, ROWS).await?) {
+            let id = match upserted {
+                Upserted::Created(id) => {
+                    imported.created += 1;
+                    Some(id)
+                }
+                Upserted::Updated(id) => {
+                    imported.updated += 1;
+                    Some(id)
+                }
+                Upserted::WrongAuth => {
+                    imported.updated += 1;
+                    None
+                }
+            };
+            imported.ids.extend(id.filter(|_| how.ids).map(|id| (number, id)));
         }
         Ok(imported)
     }
@@ -145,7 +186,7 @@ impl Transfer {
         keys_of_site: &SiteKeys,
         line: &[u8],
     ) -> std::result::Result<(Endpoint, NewSubscription, bool), String> {
-        let line: Line = serde_json::from_slice(line).map_err(|error| error.to_string())?;
+        let line: Line = crate::api::parse_line(line)?;
         let expires_at = line
             .subscription
             .expires_at()
@@ -263,12 +304,26 @@ struct Of {
     site: Option<String>,
 }
 
+/// Into which site, and how.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Into {
+    /// The name of the site; the default one without
+    site: Option<String>,
+    /// Nothing is stored
+    #[serde(default)]
+    dry_run: bool,
+    /// The ids of the stored ones are answered
+    #[serde(default)]
+    ids: bool,
+}
+
 async fn import(
     State(transfer): State<Arc<Transfer>>,
-    Query(of): Query<Of>,
+    Query(into): Query<Into>,
     request: Request,
 ) -> Result<Json<Imported>> {
-    let site = transfer.sites.wanted(of.site.as_deref())?.id;
+    let site = transfer.sites.wanted(into.site.as_deref())?.id;
     let chunk = match Limited::new(request.into_body(), MAX_CHUNK).collect().await {
         Ok(chunk) => chunk.to_bytes(),
         Err(error) if is_too_long(&*error) => {
@@ -277,7 +332,8 @@ async fn import(
         }
         Err(_) => return Err(Problem::new(StatusCode::BAD_REQUEST, "the body broke off").into()),
     };
-    Ok(Json(transfer.take(site, &chunk).await?))
+    let how = How { dry_run: into.dry_run, ids: into.ids };
+    Ok(Json(transfer.take(site, &chunk, how).await?))
 }
 
 #[derive(Debug, Deserialize)]

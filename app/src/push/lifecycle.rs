@@ -2,7 +2,7 @@
 //! went for each subscription.
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::sse::{KeepAlive, Sse};
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
@@ -21,7 +21,7 @@ use super::outcome::Outcome;
 use super::progress::NotificationView;
 use super::store::Change;
 use crate::access::{Authorized, Notify, Read};
-use crate::api::{Json, Query, Result, not_found};
+use crate::api::{Json, Path, Query, Result, not_found};
 
 /// How many deliveries are read at once.
 const PAGE: usize = 200;

@@ -16,7 +16,7 @@ use perennial_server::http::scope::Scope;
 use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
 use perennial_workers::NewJob;
 use perennial_workers::queue::Due;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{Map, Value};
 use tracing::info;
 use utoipa::ToSchema;
@@ -96,8 +96,8 @@ pub(super) struct NotifyRequest {
     dry_run: Option<bool>,
 }
 
-/// Whom a notification is for.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
+/// Whom a notification is for: one of these.
+#[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(super) enum To {
     /// Every subscription: `true`
@@ -113,6 +113,42 @@ pub(super) enum To {
     /// Up to 1000 subscriptions that are not stored
     Push(Vec<PushSubscription>),
 }
+
+/// [`To`] as it is written, so that two of them at once can be told from what is no JSON.
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Written {
+    all: Option<bool>,
+    user: Option<String>,
+    users: Option<Vec<String>>,
+    tags: Option<String>,
+    subscriptions: Option<Vec<i64>>,
+    push: Option<Vec<PushSubscription>>,
+}
+
+impl<'de> Deserialize<'de> for To {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        let Written { all, user, users, tags, subscriptions, push } = Written::deserialize(from)?;
+        let given = [
+            ("all", all.map(Self::All)),
+            ("user", user.map(Self::User)),
+            ("users", users.map(Self::Users)),
+            ("tags", tags.map(Self::Tags)),
+            ("subscriptions", subscriptions.map(Self::Subscriptions)),
+            ("push", push.map(Self::Push)),
+        ];
+        let mut given = given.into_iter().filter_map(|(name, to)| Some((name, to?)));
+        match (given.next(), given.next()) {
+            (Some((_, to)), None) => Ok(to),
+            (Some((first, _)), Some((second, _))) => {
+                Err(de::Error::custom(format!("one of {NAMES}; there are {first} and {second}")))
+            }
+            (None, _) => Err(de::Error::custom(format!("one of {NAMES}"))),
+        }
+    }
+}
+
+const NAMES: &str = "all, user, users, tags, subscriptions, push";
 
 /// A notification that was accepted.
 #[derive(Debug, Serialize, ToSchema)]

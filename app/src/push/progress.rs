@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use axum::extract::{Path, State};
+use axum::extract::State;
 use jiff::Timestamp;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
@@ -13,7 +13,7 @@ use uuid::Uuid;
 use super::Tools;
 use super::store::Notification;
 use crate::access::{Authorized, Read};
-use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::api::{Json, Path, Query, Result, not_found, within_page};
 
 /// Over how long the rate of now is measured.
 const WINDOW: Duration = Duration::from_secs(5);

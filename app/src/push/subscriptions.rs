@@ -4,12 +4,8 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use axum::extract::{FromRequestParts, Path, State};
+use axum::extract::{FromRequestParts, State};
 use axum::response::{IntoResponse, Response};
-use base64::Engine;
-use base64::alphabet;
-use base64::engine::general_purpose::GeneralPurpose;
-use base64::engine::{DecodePaddingMode, GeneralPurposeConfig};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use jiff::Timestamp;
@@ -30,7 +26,7 @@ use super::tags::{TAG_WANTED, is_tag};
 use super::vapid::SiteKeys;
 use super::{Tools, user_token};
 use crate::access::{Authorized, Caller, Read, Scope, Subscribe};
-use crate::api::{Json, Query, Result, not_found, within_page};
+use crate::api::{Json, Path, Query, Result, not_found, within_page};
 use crate::sites::{SiteId, Sites};
 
 /// The longest user id, in bytes.
@@ -536,12 +532,4 @@ fn check_user_token(
         Ok(()) => Ok(()),
         Err(error) => refused(&error.to_string()),
     }
-}
-
-/// Bytes in base64url or base64, padded or not.
-pub(super) fn decode_base64(text: &str) -> Option<Vec<u8>> {
-    const EITHER: GeneralPurposeConfig =
-        GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent);
-    let alphabet = if text.contains(['+', '/']) { &alphabet::STANDARD } else { &alphabet::URL_SAFE };
-    GeneralPurpose::new(alphabet, EITHER).decode(text).ok()
 }

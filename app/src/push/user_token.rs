@@ -12,7 +12,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::hmac;
 
-use super::subscriptions::decode_base64;
+use perennial_webpush::decode_base64;
 
 /// The longest that a token may be good for.
 pub(super) const LONGEST: Duration = Duration::from_secs(31 * 24 * 3600);

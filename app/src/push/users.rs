@@ -1,7 +1,7 @@
 //! Everything of one user: to be shown to them, and to be forgotten.
 
 use axum::body::Body;
-use axum::extract::{Path, State};
+use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use bytes::Bytes;
 use futures_util::StreamExt;
@@ -17,7 +17,7 @@ use super::Tools;
 use super::store::DeliveryView;
 use super::subscriptions::{SubscriptionView, USER_WANTED, is_user};
 use crate::access::{Authorized, Read, Subscribe};
-use crate::api::{Json, Result};
+use crate::api::{Json, Path, Result};
 
 /// How many rows one part of an answer has.
 const PAGE: usize = 200;

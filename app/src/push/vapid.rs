@@ -17,7 +17,7 @@ use http::StatusCode;
 use perennial_server::cache::{self, Cache, Caches, Kept};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::pool::sql::{self, Dialect};
-use perennial_webpush::VapidKey;
+use perennial_webpush::{VapidKey, decode_base64};
 use secrecy::ExposeSecret;
 use serde::Deserialize;
 use serde_json::{Value, json};
@@ -25,7 +25,6 @@ use tracing::{info, warn};
 
 use super::profile::{Place, Profile};
 use super::store::{self, Store};
-use super::subscriptions::decode_base64;
 use crate::access::secrets;
 use crate::api::{Json, Result, store_failed};
 use crate::data_dir::DataDir;
@@ -173,12 +172,28 @@ impl VapidKeys {
         self.cache.known().into_iter().filter_map(named).collect()
     }
 
+    fn named(&self, name: &str) -> std::result::Result<(SiteId, &Profile), FieldError> {
+        let found = self.profiles.iter().find(|(_, profile)| profile.name == name);
+        let (site, profile) =
+            found.ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
+        Ok((*site, profile))
+    }
+
     /// Makes a new key for the pages of a site to subscribe with. Every process has it soon.
     pub(super) async fn rotate(&self, site: SiteId) -> anyhow::Result<VapidKey> {
         let profile = self.profiles.get(&site).context("this site is not in the settings")?;
         let key = rotate(&self.data_dir, &self.sql, &profile.vapid).await?;
         self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
         Ok(key)
+    }
+
+    /// Makes a key of elsewhere the one that pages of a site subscribe with. Those there are go on signing for their
+    /// subscriptions.
+    async fn import(&self, site: SiteId, key: &VapidKey) -> anyhow::Result<()> {
+        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        import(&self.data_dir, &self.sql, &profile.vapid, key).await?;
+        self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
+        Ok(())
     }
 
     async fn look_up(&self, site: SiteId) -> std::result::Result<Option<Arc<SiteKeys>>, Arc<anyhow::Error>> {
@@ -207,9 +222,29 @@ impl VapidKeys {
     }
 }
 
-/// What operators may do: `POST /vapid/rotate {"site"}`.
+/// What operators may do: `POST /vapid/rotate {"site"}`, `POST /vapid/import {"site", "pem"}`.
 pub(super) fn admin_write(keys: Arc<VapidKeys>) -> Router {
-    Router::new().route("/vapid/rotate", post(make_new)).with_state(keys)
+    Router::new()
+        .route("/vapid/rotate", post(make_new))
+        .route("/vapid/import", post(take_over))
+        .with_state(keys)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Imported {
+    site: String,
+    /// The key pair, as a PEM file.
+    pem: String,
+}
+
+async fn take_over(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Imported>) -> Result<Json<Value>> {
+    let (site, profile) = keys.named(&request.site)?;
+    let key = VapidKey::from_pem(&request.pem).map_err(|error| FieldError::new("pem", error.to_string()))?;
+    let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
+    keys.import(site, &key).await.map_err(refused)?;
+    info!(site = profile.name, key = key.public_key(), "an operator imported a VAPID key");
+    Ok(Json(json!({ "key": key.public_key() })))
 }
 
 #[derive(Debug, Deserialize)]
@@ -219,11 +254,9 @@ struct Rotate {
 }
 
 async fn make_new(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Rotate>) -> Result<Json<Value>> {
-    let named = keys.profiles.iter().find(|(_, profile)| profile.name == request.site);
-    let (site, profile) =
-        named.ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
+    let (site, profile) = keys.named(&request.site)?;
     let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
-    let key = keys.rotate(*site).await.map_err(refused)?;
+    let key = keys.rotate(site).await.map_err(refused)?;
     info!(site = profile.name, key = key.public_key(), "an operator made a new VAPID key");
     Ok(Json(json!({ "key": key.public_key() })))
 }
@@ -252,29 +285,61 @@ pub(super) async fn make(
 
 /// Makes a new key for pages to subscribe with, and keeps those there are for the subscriptions made with them.
 pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
+    let new = VapidKey::generate()?;
+    let before = before(data_dir, sql, place).await?.context("there is no VAPID key")?;
+    put_first(data_dir, sql, place, &new, Some(before)).await?;
+    Ok(new)
+}
+
+/// Makes a key of elsewhere the one that pages subscribe with. A store that has none yet has its first by that.
+pub(super) async fn import(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    place: &Place,
+    key: &VapidKey,
+) -> anyhow::Result<()> {
+    let before = before(data_dir, sql, place).await?;
+    put_first(data_dir, sql, place, key, before).await
+}
+
+/// The keys that there are, as a PEM file.
+async fn before(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<Option<String>> {
     let is_file = data_dir.join(&place.file).exists();
-    let before = match sql.dialect() {
+    match sql.dialect() {
         Dialect::Postgres if is_file => {
             // Other processes have files of their own.
             let file = data_dir.join(&place.file);
             bail!("the keys are in {}: put a new one first in it, wherever it comes from", file.display());
         }
         Dialect::Postgres => {
-            let shared = secrets::shared(sql, &place.shared).await?;
-            shared.context("there is no VAPID key in the store")?.expose_secret().to_owned()
+            Ok(secrets::shared(sql, &place.shared).await?.map(|pem| pem.expose_secret().to_owned()))
         }
-        Dialect::Sqlite => data_dir.read(&place.file).context("there is no VAPID key")?,
-    };
-    let new = VapidKey::generate()?;
-    let pem = format!("{}{before}", new.to_pem()?);
-    if is_file {
-        data_dir
-            .write(&place.file, &pem)
-            .context("the file of the keys cannot be changed: put a new one first in it")?;
-    } else {
-        secrets::replace(sql, &place.shared, &before, &pem).await?;
+        Dialect::Sqlite => Ok(data_dir.read(&place.file)),
     }
-    Ok(new)
+}
+
+/// Writes a key in front of those there are, among which it may be already.
+async fn put_first(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    place: &Place,
+    key: &VapidKey,
+    before: Option<String>,
+) -> anyhow::Result<()> {
+    let mut pem = key.to_pem()?;
+    for other in before.as_deref().map(VapidKey::all_from_pem).transpose()?.into_iter().flatten() {
+        if other != *key {
+            pem.push_str(&other.to_pem()?);
+        }
+    }
+    match (sql.dialect(), before) {
+        (Dialect::Sqlite, _) => data_dir
+            .write(&place.file, &pem)
+            .context("the file of the keys cannot be changed: put a new one first in it")?,
+        (Dialect::Postgres, Some(before)) => secrets::replace(sql, &place.shared, &before, &pem).await?,
+        (Dialect::Postgres, None) => _ = secrets::share(sql, &place.shared, &pem).await?,
+    }
+    Ok(())
 }
 
 /// The keys in a file, or in a shared store. A first one is made, but never a second: whoever lost the first has lost

@@ -35,9 +35,9 @@ pub use reputation::{HeldFor, Reputation};
 pub use resolve::{Pin, ResolveError};
 pub use sender::{Config, ConfigError, LaneStatus, Report, Sender};
 pub use service::{Acceptance, ServiceStatus};
-pub use subscription::{Keys, KeysError};
+pub use subscription::{Keys, KeysError, decode as decode_base64};
 pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError};
-pub use vapid::{Claims, Contact, ContactError, Signer, VapidError, VapidKey, verify};
+pub use vapid::{Claims, Contact, ContactError, ImportError, Signer, VapidError, VapidKey, verify};
 pub use verdict::{MAX_RETRY_AFTER, Verdict, verdict};
 
 /// Whoever panicked while holding one of these locks left nothing half done: each is held for a few lines.

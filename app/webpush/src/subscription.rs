@@ -103,7 +103,7 @@ impl std::fmt::Debug for Keys {
 }
 
 /// Either alphabet, with or without padding.
-pub(crate) fn decode(text: &str) -> Option<Vec<u8>> {
+pub fn decode(text: &str) -> Option<Vec<u8>> {
     BASE64URL.decode(text).or_else(|_| BASE64.decode(text)).ok()
 }
 

@@ -43,7 +43,9 @@ pub struct Policy {
     pub hosts: Vec<HostPattern>,
     /// Networks that may be sent to although they are not on the public internet.
     pub networks: Vec<IpNet>,
-    /// Whether `http` and ports other than 443 may be used: for development and tests.
+    /// Ports that may be sent to.
+    pub ports: Vec<u16>,
+    /// Whether `http` and any port may be used: for development and tests.
     pub insecure: bool,
 }
 
@@ -52,7 +54,7 @@ impl Default for Policy {
     fn default() -> Self {
         #[expect(clippy::expect_used, reason = "a test parses them all")]
         let hosts = DEFAULT_HOSTS.iter().map(|host| host.parse().expect("a pattern")).collect();
-        Self { hosts, networks: Vec::new(), insecure: false }
+        Self { hosts, networks: Vec::new(), ports: vec![443], insecure: false }
     }
 }
 
@@ -133,8 +135,8 @@ pub enum TargetError {
     /// A user name or a password in it.
     #[error("an endpoint has no user name or password")]
     UserInfo,
-    /// A port other than 443.
-    #[error("an endpoint has no port other than 443")]
+    /// A port that is not allowed.
+    #[error("an endpoint has a port that is not allowed (push.allow_ports)")]
     Port,
     /// A host that is not in the list of push services.
     #[error("{0} is not a known push service (push.allow_hosts)")]
@@ -272,7 +274,7 @@ impl Policy {
             return Err(TargetError::Form);
         }
         let port = parsed.port_or_known_default().ok_or(TargetError::Form)?;
-        if port != 443 && !self.insecure {
+        if !self.ports.contains(&port) && !self.insecure {
             return Err(TargetError::Port);
         }
         let host = match parsed.host().ok_or(TargetError::Form)? {

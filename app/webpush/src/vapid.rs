@@ -5,6 +5,8 @@
 //! renewed after 20: services cache its verification (RFC 8292, section 5), and Apple asks for at most one
 //! new claim an hour.
 
+mod formats;
+
 use std::fmt;
 use std::str::FromStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -20,6 +22,7 @@ use pem::Pem;
 use url::Url;
 
 use crate::subscription::{POINT, decode, encode};
+pub use formats::ImportError;
 
 /// How long a claim is valid. RFC 8292, section 2 allows 24 hours; clocks differ.
 const VALID: Duration = Duration::from_secs(22 * 3600);
@@ -172,6 +175,14 @@ impl VapidKey {
         Ok(value)
     }
 }
+
+impl PartialEq for VapidKey {
+    fn eq(&self, other: &Self) -> bool {
+        self.id == other.id
+    }
+}
+
+impl Eq for VapidKey {}
 
 impl fmt::Debug for VapidKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

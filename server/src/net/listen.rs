@@ -1,6 +1,7 @@
 //! Where to listen, as it is written in settings.
 
 use std::fmt;
+use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -13,6 +14,20 @@ pub enum Listen {
     Https(String),
     /// Plain HTTP on a Unix socket.
     Unix(PathBuf),
+}
+
+impl Listen {
+    /// Returns true when only this machine can connect: a loopback address, or a Unix socket.
+    pub fn is_loopback(&self) -> bool {
+        match self {
+            Self::Unix(_) => true,
+            Self::Http(address) | Self::Https(address) => {
+                let host = address.rsplit_once(':').map_or(address.as_str(), |(host, _)| host);
+                host == "localhost"
+                    || host.trim_matches(['[', ']']).parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+            }
+        }
+    }
 }
 
 impl FromStr for Listen {

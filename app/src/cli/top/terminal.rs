@@ -1,0 +1,65 @@
+//! The terminal that `perennial top` is shown on: how wide it is, and the key that ends it.
+
+use std::io::Read;
+
+use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios};
+use tokio::sync::mpsc;
+
+/// The width where the terminal does not tell it.
+const USUAL: usize = 100;
+
+/// How many characters fit into a line.
+pub(super) fn width() -> usize {
+    let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok();
+    size.map(|size| usize::from(size.ws_col)).filter(|width| *width > 0).unwrap_or(USUAL)
+}
+
+/// Keys as they are pressed, without Enter. The terminal is as it was when this drops.
+pub(super) struct Keys {
+    pressed: mpsc::Receiver<u8>,
+    before: Option<Termios>,
+}
+
+impl Keys {
+    pub(super) fn listen() -> Self {
+        let before = rustix::termios::tcgetattr(std::io::stdin()).ok();
+        if let Some(before) = &before {
+            let mut now = before.clone();
+            now.local_modes -= LocalModes::ICANON | LocalModes::ECHO;
+            now.special_codes[SpecialCodeIndex::VMIN] = 1;
+            now.special_codes[SpecialCodeIndex::VTIME] = 0;
+            let _ = rustix::termios::tcsetattr(std::io::stdin(), OptionalActions::Now, &now);
+        }
+        let (press, pressed) = mpsc::channel(8);
+        if before.is_some() {
+            // Reading a terminal cannot be cancelled: the thread ends with the process.
+            let _ = std::thread::Builder::new().name("keys".to_owned()).spawn(move || {
+                for byte in std::io::stdin().bytes().map_while(Result::ok) {
+                    if press.blocking_send(byte).is_err() {
+                        return;
+                    }
+                }
+            });
+        }
+        Self { pressed, before }
+    }
+
+    /// Waits for q. Without a terminal to read from it never comes.
+    pub(super) async fn quit(&mut self) {
+        loop {
+            match self.pressed.recv().await {
+                Some(b'q' | b'Q') => return,
+                Some(_) => {}
+                None => std::future::pending().await,
+            }
+        }
+    }
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        if let Some(before) = &self.before {
+            let _ = rustix::termios::tcsetattr(std::io::stdin(), OptionalActions::Now, before);
+        }
+    }
+}
