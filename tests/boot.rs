@@ -163,8 +163,8 @@ async fn probes_metrics_and_pages_for_operators() {
     let settings = admin.get("/settings").await.json();
     let listen = settings.as_array().unwrap().iter().find(|shown| shown["key"] == "server.listen").unwrap();
     assert_eq!(
-        (listen["value"].as_str(), listen["source"].as_str()),
-        (Some(r#"["127.0.0.1:0"]"#), Some("--set"))
+        (&listen["value"], listen["source"].as_str()),
+        (&serde_json::json!(["127.0.0.1:0"]), Some("--set"))
     );
     assert_eq!(admin.get("/workers").await.json(), serde_json::json!([]));
     assert!(admin.get("/modules").await.json()["push"]["vapid_keys"]["default"].is_string());

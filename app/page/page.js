@@ -24,23 +24,42 @@ function say(where, text, wrong = false) {
   where.classList.toggle("wrong", wrong);
 }
 
-/** Calls the server; an error has the server's words. */
+/** Calls the server; an error has the server's words, if it has any for a person. */
 async function call(method, path, body) {
   const headers = { "content-type": "application/json" };
   if (apiKey()) headers.authorization = `Bearer ${apiKey()}`;
-  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) });
-  const text = await response.text();
-  const answer = text ? JSON.parse(text) : {};
-  if (response.status === 401 && sessionStorage.getItem("key")) {
-    // The token of the start-up line is good for an hour.
-    sessionStorage.removeItem("key");
-    showKeyField();
-  }
-  if (!response.ok) {
+  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) })
+    .catch(() => { throw new Error("The server cannot be reached. Please try again."); });
+  const answer = read(await response.text());
+  if (response.status === 401) throw new Error(askForKey());
+  if (!response.ok || answer === null) {
+    // A proxy in front of the server answers in its own way.
+    if (answer === null) throw new Error(`The server cannot be reached (${response.status}). Please try again.`);
     const fields = (answer.errors ?? []).map((error) => `${error.field}: ${error.wanted}`);
-    throw new Error(fields.join("; ") || answer.detail || response.statusText);
+    throw new Error(fields.join("; ") || answer.detail || `The server answered ${response.status}.`);
   }
   return answer;
+}
+
+/** An answer of the server, or null when it is somebody else's. */
+function read(text) {
+  try {
+    return text ? JSON.parse(text) : {};
+  } catch {
+    return null;
+  }
+}
+
+/** What to do without a key that is good. */
+function askForKey() {
+  const had = Boolean(sessionStorage.getItem("key"));
+  // The token of the start-up line is good for an hour.
+  sessionStorage.removeItem("key");
+  showKeyField();
+  ui.key.focus();
+  return had
+    ? "The key is not good any more: enter an API key, or open the address that the server printed when it started."
+    : "Sending takes an API key: enter one, or open the address that the server printed when it started.";
 }
 
 function showKeyField() {
@@ -48,10 +67,13 @@ function showKeyField() {
 }
 
 function show(subscribed) {
+  // Whoever uses the keyboard goes on where he was.
+  const had = document.activeElement;
   ui.subscribe.hidden = subscribed;
   ui.unsubscribe.hidden = !subscribed;
   ui.logout.hidden = !subscribed;
-  ui.send.disabled = !subscribed;
+  ui.send.setAttribute("aria-disabled", String(!subscribed));
+  if (had?.hidden) (subscribed ? ui.unsubscribe : ui.subscribe).focus();
 }
 
 /** Tells the server about the subscription, and what it replaces if the browser had another one. */
@@ -77,7 +99,18 @@ function within(seconds, promise) {
   return Promise.race([promise, late]);
 }
 
+/** Asks the person, who may take any time; a promise to subscribe would count that, too. */
+async function permission() {
+  const answer = await Notification.requestPermission();
+  if (answer === "granted") return;
+  throw new Error(answer === "denied"
+    ? "This browser does not let this page show notifications. Allow them in its settings for this page (the icon beside the address), and press Subscribe again."
+    : "The browser has not been allowed to show notifications. Press Subscribe to be asked again.");
+}
+
 async function subscribe(registration) {
+  // First: browsers ask only while they know that somebody has just clicked.
+  await permission();
   const { key } = await call("GET", "/push/key");
   let subscription = await registration.pushManager.getSubscription();
   if (subscription && base64url(subscription.options.applicationServerKey) !== key) {
@@ -85,10 +118,18 @@ async function subscribe(registration) {
     await subscription.unsubscribe();
     subscription = null;
   }
-  subscription ??= await within(15, registration.pushManager.subscribe({
-    userVisibleOnly: true,
-    applicationServerKey: key,
-  }));
+  if (!subscription) {
+    const made = registration.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
+    // One that comes late is stored all the same: the browser has it.
+    let late = false;
+    made.then((came) => late && store(came, key)).catch(() => {});
+    try {
+      subscription = await within(15, made);
+    } catch (error) {
+      late = true;
+      throw error;
+    }
+  }
   await store(subscription, key);
 }
 
@@ -133,15 +174,17 @@ function describe({ audience, outcomes }) {
 function whenClicked(button, where, action) {
   button.addEventListener("click", async (event) => {
     event.preventDefault();
+    // A button that is disabled would lose the focus of the keyboard.
+    if (button.getAttribute("aria-disabled") === "true") return;
     if (button === ui.send && !ui.form.reportValidity()) return;
-    button.disabled = true;
+    button.setAttribute("aria-disabled", "true");
     say(where, "…");
     try {
       await action();
     } catch (error) {
       say(where, error.message, true);
     } finally {
-      button.disabled = button === ui.send && subscriptionId === null;
+      button.setAttribute("aria-disabled", String(button === ui.send && subscriptionId === null));
     }
   });
 }
@@ -153,12 +196,20 @@ function note({ title, body }) {
   ui.received.prepend(item);
 }
 
+/** Why this browser cannot be subscribed here; nothing when it can. */
+function obstacle() {
+  if ("serviceWorker" in navigator && "PushManager" in window && "Notification" in window) return null;
+  if (!window.isSecureContext) return "This page has to be opened with https, or from localhost.";
+  if (/iPhone|iPad/.test(navigator.userAgent)) return "Add this page to the home screen and open it from there.";
+  return "Web push is turned off in this browser, or there is none in its private windows.";
+}
+
 async function start() {
+  say(ui.state, "Looking…");
   showKeyField();
-  if (!("serviceWorker" in navigator) || !("PushManager" in window)) {
-    const apple = /iPhone|iPad/.test(navigator.userAgent);
-    const hint = apple ? "Add this page to the home screen and open it from there." : "It needs https, or localhost.";
-    say(ui.state, `This browser has no web push here. ${hint}`, true);
+  const why = obstacle();
+  if (why) {
+    say(ui.state, `This browser cannot be subscribed here. ${why}`, true);
     return;
   }
   navigator.serviceWorker.addEventListener("message", (event) => note(event.data));

@@ -17,7 +17,7 @@ use perennial_server::net::{BindError, Connections, Sockets};
 use perennial_server::pool::redis::Redis;
 use perennial_server::pool::sql::{self, Tables};
 use perennial_server::pool::sqlite::{self, Sqlite};
-use perennial_server::pool::{self, postgres::Postgres};
+use perennial_server::pool::{self, Url, postgres::Postgres, with_causes};
 use perennial_server::tasks::Tasks;
 use perennial_workers::admission::Admission;
 use perennial_workers::cron::Crontab;
@@ -71,6 +71,8 @@ pub(crate) struct App {
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) pools: Vec<PoolFn>,
     pub(crate) keyring: Keyring,
+    /// Where the public listens.
+    pub(crate) addresses: Vec<String>,
     /// Lines for whoever started the program on a terminal.
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
@@ -93,9 +95,11 @@ pub(crate) async fn boot(
 ) -> anyhow::Result<App> {
     // A predecessor is asked to leave only when there is nothing left that the settings could have wrong.
     let open = async || {
-        Server::bind(config.server.clone(), &inheritance.sockets)
-            .await
-            .map_err(|error| not_opened(error, "server.listen"))
+        Server::bind(config.server.clone(), &inheritance.sockets).await.map_err(|error| {
+            // One that is not taken over may be why.
+            inheritance.warn_of_the_rest();
+            not_opened(error, "server.listen")
+        })
     };
     let early = if inheritance.succeeds() { Some(open().await?) } else { None };
     let patience = config.phases.succession + config.phases.hard + CLOSING;
@@ -225,6 +229,7 @@ pub(crate) async fn boot(
         status,
         pools,
         keyring: Keyring { store: store.clone(), sites, caches },
+        addresses: addresses.server,
         announcements,
         closers,
         admin_read,
@@ -283,10 +288,16 @@ pub(crate) async fn open_store(data_dir: &DataDir, store: &config::Store) -> any
             opened.map(sql::Store::Sqlite).map_err(sql::Error::from)
         }
         config::Store::Postgres(config) => {
-            Postgres::open(config.clone()).await.map(sql::Store::Postgres).map_err(sql::Error::from)
+            let opened = Postgres::open(config.clone()).await.map(sql::Store::Postgres);
+            return opened.map_err(|error| not_usable("store.url: Postgres", &config.url, &error));
         }
     };
     opened.context("the store cannot be opened")
+}
+
+/// Why a server cannot be used: one sentence that says which, where and why.
+fn not_usable(server: &str, url: &Url, error: &(dyn std::error::Error + 'static)) -> anyhow::Error {
+    anyhow::anyhow!("{server} at {} cannot be used: {}", url.place(), with_causes(error))
 }
 
 /// Opens the store of jobs; and the outbox, if that is another one than the store.
@@ -295,7 +306,8 @@ pub(crate) async fn open_queue(
     store: &sql::Store,
 ) -> anyhow::Result<(store::Store, Option<Outbox>)> {
     if let Some(config::RedisQueue { redis, prefix }) = &config.queue {
-        let redis = Redis::open(redis.clone()).await.context("the store of jobs cannot be opened")?;
+        let opened = Redis::open(redis.clone()).await;
+        let redis = opened.map_err(|error| not_usable("queue.url: Redis", &redis.url, &error))?;
         let outbox = Outbox::new(store.clone());
         let queue = RedisQueue::with_outbox(redis, prefix, outbox.clone());
         return Ok((store::Store::Redis(queue), Some(outbox)));

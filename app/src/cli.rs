@@ -138,6 +138,10 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
 
 /// Prints an error for a person.
 fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(misused) = error.downcast_ref::<clap::Error>() {
+        let _ = misused.print();
+        return ExitCode::from(2);
+    }
     eprintln!("perennial: {error:#}");
     if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }

@@ -10,7 +10,7 @@ use perennial_server::cgroup::{self, Cgroup, Pressure};
 use perennial_server::cpu;
 use perennial_server::health::{self, Policy};
 use perennial_server::http;
-use perennial_server::net::{self, Listen, Timeouts, tls};
+use perennial_server::net::{self, Listen, Timeouts, UnixAccess, tls};
 use perennial_server::pool::{Url, postgres, redis};
 use perennial_server::telemetry;
 use perennial_workers::admission::Bounds;
@@ -245,6 +245,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         net: net::Config {
             name: "public",
             listen,
+            unix: unix_access(settings),
             tls,
             reuse_port: settings.get("server.reuse_port"),
             max_connections,
@@ -282,6 +283,28 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
             ping_timeout: timeout(settings, "server.http2.ping_timeout"),
         },
     }
+}
+
+/// Who may connect to Unix sockets.
+fn unix_access(settings: &mut Reader<'_>) -> UnixAccess {
+    let mode =
+        settings.read_with("server.socket_mode", "a mode in octal such as 0660, or nothing", |value| {
+            match value.as_str()? {
+                "" => Some(None),
+                text => u32::from_str_radix(text, 8).ok().filter(|mode| *mode <= 0o777).map(Some),
+            }
+        });
+    let wanted = "a group of this machine, by its name or number, or nothing";
+    let group = settings.read_with("server.socket_group", wanted, |value| match value.as_str()? {
+        "" => Some(None),
+        text => text.parse().ok().or_else(|| group(text)).map(Some),
+    });
+    UnixAccess { mode, group }
+}
+
+/// The number of a group.
+fn group(name: &str) -> Option<u32> {
+    nix::unistd::Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw())
 }
 
 /// Says when the certificate has ended, or ends soon.

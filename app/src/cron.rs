@@ -10,7 +10,6 @@ use perennial_workers::{Registry, queue};
 use serde::{Deserialize, Deserializer, de};
 use toml::Value;
 
-use crate::api::wanted;
 use crate::settings::{Reader, parse_duration};
 
 const KEY: &str = "cron.schedules";
@@ -243,6 +242,15 @@ impl Entry {
     }
 }
 
+/// What was wanted, of an error of the deserializer.
+fn wanted(error: &str) -> String {
+    let error = error.lines().next().unwrap_or_default();
+    match error.split_once(", expected ") {
+        Some((given, known)) if given.starts_with("unknown field ") => known.replace('`', ""),
+        _ => crate::api::wanted(error),
+    }
+}
+
 /// The schedules that the program has, in words.
 fn own_names(schedules: &[Schedule]) -> String {
     schedules.iter().map(|schedule| schedule.name.as_str()).collect::<Vec<_>>().join(", ")
@@ -290,18 +298,18 @@ mod tests {
     fn every_field_that_does_not_fit_is_named() {
         for (entry, part) in [
             ("{ expression = '* * * * *' }", "cron.schedules[0] "),
-            ("{ expression = '* * * * *' }", "wanted the field `name`"),
+            ("{ expression = '* * * * *' }", "wanted the field name"),
             ("{ name = 'a', expression = '61 * * * *' }", "cron.schedules[0].expression = \"61 * * * *\""),
             ("{ name = 'a', expression = '61 * * * *' }", "the minute 61 cannot be read"),
             ("{ name = 'a', zone = 'Mars' }", "cron.schedules[0].zone = \"Mars\""),
             ("{ name = 'X y', expression = '* * * * *' }", "cron.schedules[0].name = \"X y\""),
             ("'nightly'", "wanted a table"),
             ("{ name = 3 }", "cron.schedules[0].name = 3"),
-            ("{ name = 3 }", "wanted a string"),
+            ("{ name = 3 }", "wanted text, not 3"),
             ("{ name = 'a', expresion = '1' }", "cron.schedules[0].expresion = \"1\""),
-            ("{ name = 'a', expresion = '1' }", "wanted one of `name`, `expression`"),
+            ("{ name = 'a', expresion = '1' }", "wanted one of name, expression"),
             ("{ name = 'a', misfire = 'retry' }", "cron.schedules[0].misfire = \"retry\""),
-            ("{ name = 'a', misfire = 'retry' }", "wanted one of `skip`, `coalesce`, `catch_up`"),
+            ("{ name = 'a', misfire = 'retry' }", "wanted one of skip, coalesce, catch_up"),
             ("{ name = 'a', jitter = 'soon' }", "cron.schedules[0].jitter = \"soon\""),
             ("{ name = 'a', jitter = '30h' }", "wanted at most 24h"),
             ("{ name = 'a', from = 'tomorrow' }", "wanted a time such as"),

@@ -54,6 +54,7 @@ pub(crate) struct JobRequest {
     /// A key that no two of this kind have until one has ended: the id of the first is answered
     unique: Option<String>,
     /// Lower goes first
+    #[schema(minimum = -32768, maximum = 32767)]
     priority: Option<i16>,
 }
 

@@ -30,6 +30,7 @@ pub mod sink;
 pub mod sites;
 mod stop;
 mod succession;
+mod supervisor;
 
 use std::process::ExitCode;
 

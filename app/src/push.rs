@@ -380,8 +380,9 @@ impl Application {
     async fn count_subscriptions(self: Arc<Self>, drain: Drain) -> anyhow::Result<()> {
         loop {
             for (site, profile) in self.profiles.iter() {
-                let watermark = self.store.watermark(site.0).await?;
-                if let Some(count) = self.store.count(site.0, &Audience::All, watermark).await? {
+                // A store that is away is counted later.
+                let Ok(watermark) = self.store.watermark(site.0).await else { break };
+                if let Ok(Some(count)) = self.store.count(site.0, &Audience::All, watermark).await {
                     metrics::subscriptions(&profile.name, count);
                 }
             }

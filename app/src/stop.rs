@@ -12,6 +12,7 @@ use perennial_workers::limits::Reached;
 use tracing::{error, info, warn};
 
 use crate::boot::App;
+use crate::supervisor;
 
 /// How often to say what is waited for.
 const TELL: Duration = Duration::from_secs(3);
@@ -71,6 +72,9 @@ pub(crate) async fn stop(
     reason: Reason,
 ) -> ExitCode {
     let began = Instant::now();
+    if reason != Reason::Succession {
+        supervisor::stopping(&reason.to_string());
+    }
     info!(
         reason = %reason,
         notice_s = phases.notice.as_secs_f64(),

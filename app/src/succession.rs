@@ -29,6 +29,7 @@ use tokio::io::AsyncReadExt;
 use tracing::{info, warn};
 
 use crate::data_dir::{self, DataDir};
+use crate::supervisor;
 
 /// The name of the line to the predecessor among the inherited descriptors.
 const LINE: &str = "predecessor";
@@ -73,6 +74,8 @@ pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
         .env("LISTEN_FDNAMES", names.join(":"))
         .env_remove("LISTEN_PID")
         .env_remove("LISTEN_FDS_FIRST_FD")
+        // The watchdog of a supervisor goes over to it.
+        .env_remove("WATCHDOG_PID")
         .fd_mappings(mappings)
         .context("the sockets cannot be shared")?;
     let successor = Successor(Some(command.spawn().context("the successor cannot be started")?));
@@ -80,6 +83,9 @@ pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
     drop(command);
     info!(program = %program.display(), "a successor is starting");
     at_the_lock(ours).await?;
+    if let Some(process) = successor.0.as_ref().map(Child::id) {
+        supervisor::succeeded_by(process);
+    }
     successor.release();
     Ok(())
 }

@@ -52,6 +52,8 @@ pub struct Config {
     pub name: &'static str,
     /// Where to listen.
     pub listen: Vec<Listen>,
+    /// Who may connect to the Unix sockets that are made here.
+    pub unix: UnixAccess,
     /// Certificate and key, needed by `https` addresses.
     pub tls: Option<tls::Config>,
     /// Whether other processes may listen on the same addresses (`SO_REUSEPORT`).
@@ -81,6 +83,7 @@ impl Config {
         Self {
             name,
             listen,
+            unix: UnixAccess::default(),
             tls: None,
             reuse_port: false,
             max_connections: 10_000,
@@ -99,6 +102,15 @@ impl Config {
             pressure: Pressure::default(),
         }
     }
+}
+
+/// Who may connect to a Unix socket: whoever may write to its file.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct UnixAccess {
+    /// The mode of the file; as the process's umask says, without.
+    pub mode: Option<u32>,
+    /// The group that it belongs to.
+    pub group: Option<u32>,
 }
 
 /// How long a connection may take for what.

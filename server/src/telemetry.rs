@@ -1,6 +1,7 @@
 //! Logs: one line an event, to standard error, without ever making a request wait for the log's reader.
 
 mod access;
+mod seldom;
 mod writer;
 
 use std::io::{self, IsTerminal};
@@ -14,6 +15,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 pub(crate) use access::Access;
 pub use access::AccessLog;
+pub use seldom::Seldom;
 use writer::{Lines, Writer};
 
 use crate::metrics;

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::Drain;
-use perennial_server::pool::{postgres, redis, sql, sqlite};
+use perennial_server::pool::{postgres, redis, sql, sqlite, with_causes};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
@@ -77,7 +77,7 @@ impl From<sql::Error> for Error {
 impl Error {
     /// The error with its causes, in one line.
     pub fn in_one_line(self) -> String {
-        format!("{:#}", anyhow::Error::from(self))
+        with_causes(&self)
     }
 
     /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.

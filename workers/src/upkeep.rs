@@ -6,6 +6,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use perennial_server::drain::Drain;
+use perennial_server::telemetry::Seldom;
 use tokio::time::Instant;
 use tracing::{info, warn};
 
@@ -62,9 +63,14 @@ pub async fn run<Q: Queue + Ledger>(
     }
 }
 
+/// A store that is away fails all of this, each time.
+static FAILED: Seldom = Seldom::each_minute();
+
 fn complain<T>(result: Result<T>, what: &'static str) {
-    if let Err(error) = result {
-        warn!(error = error.in_one_line(), what);
+    if let Err(error) = result
+        && let Some(more) = FAILED.tell()
+    {
+        warn!(error = error.in_one_line(), more_since_last = more, "{what}");
     }
 }
 

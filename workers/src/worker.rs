@@ -23,6 +23,7 @@ use std::time::Duration;
 use ::metrics::Histogram;
 use perennial_server::cgroup::Pressure;
 use perennial_server::drain::{Drain, Phase};
+use perennial_server::telemetry::Seldom;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::warn;
@@ -88,6 +89,9 @@ impl Lane {
         Self { lane, pace, waits, look_at: Instant::now(), is_backed_up: false, is_promising: false }
     }
 }
+
+/// A store that is away fails every claim.
+static NOT_CLAIMED: Seldom = Seldom::each_minute();
 
 impl<Q: Queue> Worker<Q> {
     /// A worker for the queues that `registry` serves.
@@ -217,7 +221,15 @@ impl<Q: Queue> Worker<Q> {
             Ok(claims) => claims,
             Err(error) => {
                 let queue = &*lane.lane.name;
-                return warn!(error = error.in_one_line(), queue, "no jobs could be claimed");
+                if let Some(more) = NOT_CLAIMED.tell() {
+                    warn!(
+                        error = error.in_one_line(),
+                        queue,
+                        more_since_last = more,
+                        "no jobs could be claimed"
+                    );
+                }
+                return;
             }
         };
         if let Some(pace) = &mut lane.pace {

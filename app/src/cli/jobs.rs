@@ -1,14 +1,15 @@
 //! `perennial jobs`.
 
 use anyhow::{Context, bail};
-use clap::{Args, Subcommand};
+use clap::error::ErrorKind;
+use clap::{Args, CommandFactory, Subcommand};
 use http::Method;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::desk::Desk;
 use super::output::{self, NONE, clipped, json_lines, table, text, utc};
-use super::{block_on, load, print, read};
+use super::{Cli, block_on, load, print, read};
 use crate::module::Blueprint;
 use crate::settings::Sources;
 
@@ -125,9 +126,10 @@ impl Which {
 
 impl Chosen {
     /// Nothing is chosen by saying nothing.
-    fn check(&self) -> anyhow::Result<()> {
+    fn check(&self) -> Result<(), clap::Error> {
         if self.ids.is_empty() && !self.all && self.which.fields().is_empty() {
-            bail!("say which jobs: their ids, or --kind, --queue, --state or --reason, or --all");
+            let text = "say which jobs: their ids, or --kind, --queue, --state or --reason, or --all";
+            return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, text));
         }
         Ok(())
     }

@@ -11,6 +11,7 @@ use perennial_webpush::VapidKey;
 use serde_json::{Value, json};
 
 use super::desk::Desk;
+use super::output::say;
 use super::output::{json_lines, table, utc};
 use super::{block_on, load, open_alone, print, read};
 use crate::access::{self, first};
@@ -278,7 +279,7 @@ async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) ->
     }
     store.close().await;
     for (label, value) in shown {
-        println!("{label:<18}{value}");
+        say!("{label:<18}{value}");
     }
     show(&config, settings);
     Ok(())
@@ -302,16 +303,14 @@ fn show(config: &Config, settings: &Settings) {
     for (label, file, is_in_store) in vapid.chain(own) {
         let file = config.data_dir.join(file);
         if let Some(key) = public_key(&file) {
-            println!("{:<18}{key}", format!("{label}, public"));
+            say!("{:<18}{key}", format!("{label}, public"));
         }
         let place = match (file.exists(), is_in_store) {
             (true, _) => "",
             (false, true) => "in the store, unless there is ",
             (false, false) => "none yet: ",
         };
-        println!("{label:<18}{place}{}", file.display());
+        say!("{label:<18}{place}{}", file.display());
     }
-    println!(
-        "Keep a copy of the VAPID keys: every subscription is bound to one, and losing it loses them all."
-    );
+    say!("Keep a copy of the VAPID keys: every subscription is bound to one, and losing it loses them all.");
 }

@@ -32,8 +32,9 @@ fn relative(text: &str, now: &Zoned) -> Option<Timestamp> {
 
 /// A day and a time of day, either of which may be left out: today, and midnight.
 fn on_a_day(text: &str, now: &Zoned) -> Option<Timestamp> {
-    let (first, rest) =
-        text.split_once([' ', 'T']).map_or((text, None), |(first, rest)| (first, Some(rest.trim())));
+    // A T stands between them only where a date is in front of it.
+    let words = text.split_once(' ').or_else(|| text.split_once('T').filter(|(first, _)| first.len() == 10));
+    let (first, rest) = words.map_or((text, None), |(first, rest)| (first, Some(rest.trim())));
     let (day, time) = match day(first, now) {
         Some(day) => (day, rest.map_or(Some(Time::midnight()), time_of_day)?),
         None => (now.date(), time_of_day(text)?),

@@ -11,6 +11,7 @@ use jiff::Zoned;
 use serde_json::{Value, json};
 
 use super::client::{Client, Refused};
+use super::output::say;
 use super::{block_on, load, moment, read};
 use crate::addresses::{Addresses, url};
 use crate::data_dir::API_KEY;
@@ -141,16 +142,16 @@ impl Notify {
             eprintln!("warning: {}", warning.as_str().unwrap_or_default());
         }
         if json && (self.dry_run || self.detach) {
-            println!("{accepted}");
+            say!("{accepted}");
             return Ok(());
         }
         if self.dry_run {
-            println!("{}", accepted["audience"]);
+            say!("{}", accepted["audience"]);
             return Ok(());
         }
         let id = accepted["id"].as_str().context("the answer has no id")?;
         if self.detach {
-            println!("{id}");
+            say!("{id}");
             return Ok(());
         }
         eprintln!("accepted as {id}");
@@ -203,9 +204,9 @@ impl Notify {
 /// Says how it ended. Fails when that was not well.
 fn told(json: bool, id: &str, progress: &Value) -> anyhow::Result<()> {
     match outcomes(progress) {
-        _ if json => println!("{progress}"),
-        words if words.is_empty() => println!("{id} nobody to send to"),
-        words => println!("{id} {words}"),
+        _ if json => say!("{progress}"),
+        words if words.is_empty() => say!("{id} nobody to send to"),
+        words => say!("{id} {words}"),
     }
     if let Some(error) = progress["error"].as_str() {
         bail!("not everybody could be sent to: {error}");

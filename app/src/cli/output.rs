@@ -1,9 +1,21 @@
 //! How commands show what they were answered: tables for people, JSON for programs, times in one form.
 
-use std::io::IsTerminal;
+use std::fmt;
+use std::io::{IsTerminal, Write};
 
 use jiff::Timestamp;
 use serde_json::Value;
+
+/// Prints a line, for as long as somebody reads: a pipe that is closed is no reason to fail.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::cli::output::line(format_args!($($text)*)) };
+}
+pub(super) use say;
+
+/// See [`say`].
+pub(super) fn line(text: fmt::Arguments<'_>) {
+    let _ = writeln!(std::io::stdout(), "{text}");
+}
 
 /// What stands for nothing in a table.
 pub(super) const NONE: &str = "-";

@@ -33,6 +33,7 @@ use crate::module::{Blueprint, Configured};
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
 use crate::succession::{self, Inheritance};
+use crate::supervisor;
 
 /// How long the threads of the serving runtime may take to end after everything on them has.
 const THREADS: Duration = Duration::from_secs(1);
@@ -192,10 +193,10 @@ impl Prepared {
         let (last, at_last) = drain::channel();
         let attendants = Tasks::new(at_last.clone());
 
-        let admin = match Server::bind(config.admin.clone(), &inheritance.sockets)
-            .await
-            .map_err(|error| boot::not_opened(error, "admin.listen"))
-        {
+        let admin = match Server::bind(config.admin.clone(), &inheritance.sockets).await.map_err(|error| {
+            inheritance.warn_of_the_rest();
+            boot::not_opened(error, "admin.listen")
+        }) {
             Ok(admin) => admin,
             Err(error) => return (failed(&error), Some(serving)),
         };
@@ -221,6 +222,7 @@ impl Prepared {
             attendants.contained("heartbeat", move || health.clone().heartbeat(at_last.clone()));
         }
 
+        attendants.critical("watchdog", supervisor::watchdog(health.clone(), at_last.clone()));
         let phases = config.phases;
         let tables = boot::tables(modules.iter().map(|module| module.tables));
         let boot =
@@ -253,10 +255,13 @@ impl Prepared {
                     admin_write: app.admin_write.clone(),
                 });
                 health.started();
+                supervisor::ready(&app.addresses.join(", "));
                 greet(&app);
                 let reload = || {
+                    supervisor::reloading();
                     app.sockets.renew_certificate();
                     reload(&sources, &modules, &running, &telemetry);
+                    supervisor::reloaded();
                 };
                 let sockets = [app.sockets.clone(), admin_sockets];
                 let reason = serve_until(&app, &attendants, &sockets, &mut signals, reload).await;

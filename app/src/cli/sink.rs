@@ -7,6 +7,7 @@ use clap::Args;
 use perennial_server::drain::{self, Phase};
 use perennial_server::signal::{Signal, Signals};
 
+use super::output::say;
 use super::trial::Trial;
 use super::{block_on, load, read};
 use crate::module::Blueprint;
@@ -54,10 +55,8 @@ impl Sink {
 }
 
 fn explain(trial: &Trial) {
-    println!("A push service at {}. Start the server so that it sends here:", trial.origin());
-    println!("  perennial {}", trial.flags().join(" \\\n            "));
-    println!(
-        "then subscribe imaginary browsers with --subscribers, or a Firefox with these in about:config:"
-    );
-    println!("  dom.push.serverURL = {}   dom.push.testing.allowInsecureServerURL = true", trial.browsers);
+    say!("A push service at {}. Start the server so that it sends here:", trial.origin());
+    say!("  perennial {}", trial.flags().join(" \\\n            "));
+    say!("then subscribe imaginary browsers with --subscribers, or a Firefox with these in about:config:");
+    say!("  dom.push.serverURL = {}   dom.push.testing.allowInsecureServerURL = true", trial.browsers);
 }

@@ -15,6 +15,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use super::desk::Desk;
+use super::output::say;
 use super::{block_on, load, read};
 use crate::module::Blueprint;
 use crate::push;
@@ -144,7 +145,7 @@ impl Import {
             told.refused(of(&reason[0]), reason[1].as_str().unwrap_or_default());
         }
         for stored in answer["ids"].as_array().into_iter().flatten() {
-            told.bar.suspend(|| println!("{} {}", of(&stored[0]), stored[1]));
+            told.bar.suspend(|| say!("{} {}", of(&stored[0]), stored[1]));
         }
         told.bar.set_message(sums.words());
         Ok(())
@@ -261,7 +262,7 @@ impl Sums {
         if *inactive > 0 {
             told["inactive"] = (*inactive).into();
         }
-        println!("{told}");
+        say!("{told}");
     }
 }
 

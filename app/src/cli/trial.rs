@@ -13,6 +13,7 @@ use perennial_webpush::{ReceiverKeys, decode_base64};
 use serde_json::{Value, json};
 
 use super::client::Client;
+use super::output::say;
 use crate::addresses::{Addresses, url};
 use crate::data_dir::{ADMIN_TOKEN, API_KEY};
 use crate::settings::TRIAL_HOST;
@@ -49,11 +50,11 @@ impl Behaviour for Printer {
         let text = plaintext.map(|text| String::from_utf8_lossy(text).into_owned());
         let topic = push.topic.as_deref();
         let line = json!({ "to": to, "ttl": push.ttl, "urgency": push.urgency.as_str(), "topic": topic, "text": text });
-        println!("{line}");
+        say!("{line}");
     }
 
     fn refused(&self, refusal: &Refusal) {
-        println!("{}", json!({ "refused": refusal.status.as_u16(), "because": refusal.message }));
+        say!("{}", json!({ "refused": refusal.status.as_u16(), "because": refusal.message }));
     }
 }
 
@@ -116,7 +117,7 @@ impl Trial {
             self.printer.numbers.lock().unwrap_or_else(PoisonError::into_inner).insert(token, number);
             let request = json!({ "subscription": subscription, "key": vapid, "tags": ["sink"] });
             let stored: Value = client.call(Method::POST, "/subscriptions", Some(&request)).await?;
-            println!("{}", json!({ "subscribed": format!("#{number}"), "id": stored["id"] }));
+            say!("{}", json!({ "subscribed": format!("#{number}"), "id": stored["id"] }));
         }
         Ok(())
     }

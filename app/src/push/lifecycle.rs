@@ -67,7 +67,7 @@ pub(super) async fn cancel(
 pub(super) struct RateRequest {
     /// Sends per second; null for as fast as push services take them
     #[serde(default, deserialize_with = "crate::api::given")]
-    #[schema(value_type = Option<f64>)]
+    #[schema(value_type = Option<f64>, exclusive_minimum = 0.0, maximum = 1_000_000.0)]
     rate: Option<Option<f64>>,
 }
 
@@ -120,7 +120,7 @@ async fn view(tools: &Tools, site: i64, id: Uuid) -> Result<Json<NotificationVie
 /// `read`, which may have `push.followers_per_key` such requests at once.
 #[utoipa::path(
     get, path = "/notifications/{id}/events", operation_id = "followNotification", params(("id" = Uuid, Path)),
-    responses((status = OK, content_type = "text/event-stream", body = NotificationView))
+    responses((status = OK, content_type = "text/event-stream", body = String, description = "Events `progress`, whose data is what `GET /notifications/{id}` answers"))
 )]
 pub(super) async fn events(
     Authorized { caller, .. }: Authorized<Read>,
@@ -141,6 +141,9 @@ pub(super) async fn events(
 #[serde(deny_unknown_fields)]
 pub(super) struct Which {
     /// Only those with this outcome
+    #[param(
+        pattern = "^(delivered|gone|unauthorized|too_large|rejected|expired|unreachable|failed|cancelled|incomplete|forbidden)$"
+    )]
     outcome: Option<String>,
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
+use std::fmt;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -64,13 +65,15 @@ pub(super) struct NotifyRequest {
     /// Instead: any JSON, or a text, for your own service worker. An empty text is sent without a body.
     payload: Option<Value>,
     /// How long push services keep it for a device that is away, in seconds: 0 to 2419200
+    #[schema(minimum = 0, maximum = 2_419_200)]
     ttl: Option<i64>,
     /// very-low, low, normal or high
-    #[schema(example = "normal")]
+    #[schema(example = "normal", pattern = "^(very-low|low|normal|high)$")]
     urgency: Option<String>,
     /// A later notification with the same topic replaces this one while it waits
     topic: Option<String>,
     /// Sends per second, kept evenly: 0.5 is one every two seconds. As fast as push services take them, unless given
+    #[schema(exclusive_minimum = 0.0, maximum = 1_000_000.0, example = 500.0)]
     rate: Option<f64>,
     /// How long the rate takes to rise from nothing, in a straight line
     #[schema(example = "30s")]
@@ -114,37 +117,40 @@ pub(super) enum To {
     Push(Vec<PushSubscription>),
 }
 
-/// [`To`] as it is written, so that two of them at once can be told from what is no JSON.
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Written {
-    all: Option<bool>,
-    user: Option<String>,
-    users: Option<Vec<String>>,
-    tags: Option<String>,
-    subscriptions: Option<Vec<i64>>,
-    push: Option<Vec<PushSubscription>>,
+impl<'de> Deserialize<'de> for To {
+    /// As derived, but two of them at once are told from what is no JSON.
+    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
+        from.deserialize_map(OneOf)
+    }
 }
 
-impl<'de> Deserialize<'de> for To {
-    fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
-        let Written { all, user, users, tags, subscriptions, push } = Written::deserialize(from)?;
-        let given = [
-            ("all", all.map(Self::All)),
-            ("user", user.map(Self::User)),
-            ("users", users.map(Self::Users)),
-            ("tags", tags.map(Self::Tags)),
-            ("subscriptions", subscriptions.map(Self::Subscriptions)),
-            ("push", push.map(Self::Push)),
-        ];
-        let mut given = given.into_iter().filter_map(|(name, to)| Some((name, to?)));
-        match (given.next(), given.next()) {
-            (Some((_, to)), None) => Ok(to),
-            (Some((first, _)), Some((second, _))) => {
-                Err(de::Error::custom(format!("one of {NAMES}; there are {first} and {second}")))
+struct OneOf;
+
+impl<'de> de::Visitor<'de> for OneOf {
+    type Value = To;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "an object with one of {NAMES}")
+    }
+
+    fn visit_map<M: de::MapAccess<'de>>(self, mut map: M) -> std::result::Result<To, M::Error> {
+        let mut found: Option<(String, To)> = None;
+        while let Some(name) = map.next_key::<String>()? {
+            let to = match name.as_str() {
+                "all" => To::All(map.next_value()?),
+                "user" => To::User(map.next_value()?),
+                "users" => To::Users(map.next_value()?),
+                "tags" => To::Tags(map.next_value()?),
+                "subscriptions" => To::Subscriptions(map.next_value()?),
+                "push" => To::Push(map.next_value()?),
+                other => return Err(de::Error::custom(format!("one of {NAMES}; there is no {other}"))),
+            };
+            if let Some((first, _)) = found {
+                return Err(de::Error::custom(format!("one of {NAMES}; there are {first} and {name}")));
             }
-            (None, _) => Err(de::Error::custom(format!("one of {NAMES}"))),
+            found = Some((name, to));
         }
+        found.map(|(_, to)| to).ok_or_else(|| de::Error::custom(format!("one of {NAMES}")))
     }
 }
 

@@ -184,6 +184,7 @@ pub(crate) struct Page {
     /// Older than the one with this id
     cursor: Option<Uuid>,
     /// At most so many, up to 100
+    #[param(minimum = 1, maximum = 100)]
     limit: Option<usize>,
 }
 

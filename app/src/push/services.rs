@@ -12,6 +12,7 @@ use axum::{Json as Answer, Router};
 use perennial_server::drain::Drain;
 use perennial_server::http::problem::FieldError;
 use perennial_server::pulse::pulse;
+use perennial_server::telemetry::Seldom;
 use perennial_webpush::{Cause, HeldFor, Sender, ServiceStatus};
 use perennial_workers::queue::Due;
 use serde::{Deserialize, Serialize};
@@ -63,6 +64,9 @@ struct Exchange {
     untold: u64,
 }
 
+/// A store that is away fails every exchange.
+static NOT_EXCHANGED: Seldom = Seldom::each_minute();
+
 /// Exchanges, until nothing is sent any more.
 pub(super) async fn run(tools: Tools, drain: Drain) -> anyhow::Result<()> {
     let mut exchange = Exchange::default();
@@ -72,7 +76,13 @@ pub(super) async fn run(tools: Tools, drain: Drain) -> anyhow::Result<()> {
             () = drain.soft() => return Ok(()),
         }
         if let Err(error) = exchange.once(&tools).await {
-            warn!(error = format!("{error:#}"), "which push services are held is not known");
+            if let Some(more) = NOT_EXCHANGED.tell() {
+                warn!(
+                    error = format!("{error:#}"),
+                    more_since_last = more,
+                    "which push services are held is not known"
+                );
+            }
         }
     }
 }

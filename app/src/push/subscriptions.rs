@@ -80,8 +80,10 @@ const SKEW_MS: i64 = 60_000;
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub(super) struct SubscriptionKeys {
     /// 65 bytes, base64url
+    #[schema(pattern = "^[A-Za-z0-9_+/-]{87}=?$")]
     pub(super) p256dh: String,
     /// 16 bytes, base64url
+    #[schema(pattern = "^[A-Za-z0-9_+/-]{22}(==)?$")]
     pub(super) auth: String,
 }
 
@@ -207,13 +209,13 @@ async fn store(tools: &Tools, visitor: &Visitor, new: NewSubscription) -> Result
 #[serde(deny_unknown_fields)]
 pub(super) struct UnsubscribeRequest {
     endpoint: String,
-    /// Its secret, which only the browser knows
-    auth: String,
+    /// Its secret, which only the browser knows; a backend with an API key needs none
+    auth: Option<String>,
 }
 
 /// Deletes a browser's subscription
 ///
-/// For the page that has it, by its endpoint and secret.
+/// For the page that has it, by its endpoint and secret; with an API key, by its endpoint.
 #[utoipa::path(
     delete, path = "/subscriptions", operation_id = "deleteSubscriptionByEndpoint", security((), ("key" = [])), request_body = UnsubscribeRequest, responses((status = NO_CONTENT), (status = NOT_FOUND))
 )]
@@ -223,9 +225,17 @@ pub(super) async fn unsubscribe(
     Json(request): Json<UnsubscribeRequest>,
 ) -> Result<StatusCode> {
     visitor.may(Scope::Subscribe)?;
-    let auth =
-        Keys::decode_auth(&request.auth).map_err(|error| FieldError::new("auth", error.to_string()))?;
-    if tools.store.delete_by_endpoint(visitor.site.0, &request.endpoint, auth.to_vec()).await? {
+    let auth = match (&request.auth, &visitor.caller) {
+        (Some(auth), _) => {
+            let auth = Keys::decode_auth(auth).map_err(|error| FieldError::new("auth", error.to_string()))?;
+            Some(auth.to_vec())
+        }
+        (None, Some(_)) => None,
+        (None, None) => {
+            return Err(FieldError::new("auth", "the secret of the subscription, or an API key").into());
+        }
+    };
+    if tools.store.delete_by_endpoint(visitor.site.0, &request.endpoint, auth).await? {
         Ok(StatusCode::NO_CONTENT)
     } else {
         Err(not_found("subscription").into())
@@ -301,12 +311,17 @@ pub(super) async fn delete(
 #[serde(deny_unknown_fields)]
 pub(super) struct Filter {
     /// Of this user
+    #[param(min_length = 1, max_length = 256)]
     user: Option<String>,
     /// With this tag
+    #[param(pattern = "^[A-Za-z0-9_.:/-]{1,64}$")]
     tag: Option<String>,
+    /// With this endpoint
+    endpoint: Option<String>,
     /// After the one with this id
     cursor: Option<i64>,
     /// At most so many, up to 1000; fewer where they are long
+    #[param(minimum = 1, maximum = 1000)]
     limit: Option<usize>,
 }
 
@@ -336,6 +351,16 @@ pub(super) async fn list(
     }
     let limit = within_page(filter.limit, 100, PAGE)?;
     let cursor = filter.cursor.unwrap_or(0);
+    if let Some(endpoint) = &filter.endpoint {
+        let found = tools.store.subscription_at(caller.site.0, endpoint).await?;
+        let fits = |found: &Subscription| {
+            (filter.user.is_none() || filter.user == found.user)
+                && filter.tag.as_ref().is_none_or(|tag| found.tags.contains(tag))
+                && found.id > cursor
+        };
+        let subscriptions = found.into_iter().filter(fits).map(SubscriptionView::from).collect();
+        return Ok(Json(Subscriptions { subscriptions, next: None }));
+    }
     let (found, next) =
         tools.store.subscriptions(caller.site.0, filter.user, filter.tag, cursor, limit).await?;
     Ok(Json(Subscriptions { subscriptions: found.into_iter().map(SubscriptionView::from).collect(), next }))

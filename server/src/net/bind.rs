@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
-use super::{Config, Connections, Listen, tls};
+use super::{Config, Connections, Listen, UnixAccess, tls};
 
 /// How many connections may fail to be taken at the end.
 const MAX_FAILURES: usize = 1000;
@@ -134,7 +134,8 @@ impl Inherited {
     fn tcp(&self, listener: &str, address: SocketAddr) -> Option<std::net::TcpListener> {
         let socket = self.take(|name, socket| match socket {
             Socket::Tcp(socket) => socket.local_addr().is_ok_and(|at| {
-                at == address || (address.port() == 0 && at.ip() == address.ip() && name == listener)
+                is_same_place(at, address)
+                    || (address.port() == 0 && at.ip() == address.ip() && name == listener)
             }),
             Socket::Unix(_) => false,
         });
@@ -154,6 +155,13 @@ impl Inherited {
             Socket::Tcp(_) => None,
         }
     }
+}
+
+/// Whether a socket at `open` is where `wanted` says. Any address is any address, in either version of IP: supervisors write
+/// `[::]` where settings have `0.0.0.0`.
+fn is_same_place(open: SocketAddr, wanted: SocketAddr) -> bool {
+    let is_any = |at: SocketAddr| at.ip().is_unspecified();
+    open == wanted || (is_any(open) && is_any(wanted) && open.port() == wanted.port())
 }
 
 /// The open sockets of a server.
@@ -257,7 +265,7 @@ async fn listeners(
                 let identity = identity.cloned().ok_or_else(missing).map_err(failed)?;
                 listeners.extend(tcp(config, inherited, address, Some(identity)).await.map_err(failed)?);
             }
-            Listen::Unix(path) => listeners.push(unix(inherited, path).map_err(failed)?),
+            Listen::Unix(path) => listeners.push(unix(config, inherited, path).map_err(failed)?),
         }
     }
     Ok(listeners)
@@ -302,7 +310,7 @@ fn open(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
     socket.listen(BACKLOG)
 }
 
-fn unix(inherited: &Inherited, path: &Path) -> io::Result<Listener> {
+fn unix(config: &Config, inherited: &Inherited, path: &Path) -> io::Result<Listener> {
     let address = Listen::Unix(path.to_owned()).to_string();
     let is_there = |socket: &std::os::unix::net::UnixListener| {
         socket.local_addr().is_ok_and(|at| at.as_pathname() == Some(path))
@@ -320,7 +328,15 @@ fn unix(inherited: &Inherited, path: &Path) -> io::Result<Listener> {
     if is_socket && StdUnixStream::connect(path).is_err() {
         std::fs::remove_file(path)?;
     }
-    Ok(Listener::Unix { socket: UnixListener::bind(path)?, address, origin: Opened::Here })
+    let socket = UnixListener::bind(path)?;
+    let UnixAccess { mode, group } = config.unix;
+    if let Some(group) = group {
+        rustix::fs::chown(path, None, Some(rustix::process::Gid::from_raw(group)))?;
+    }
+    if let Some(mode) = mode {
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
+    }
+    Ok(Listener::Unix { socket, address, origin: Opened::Here })
 }
 
 impl Listener {
@@ -441,6 +457,14 @@ mod tests {
     use std::time::Duration;
 
     use super::*;
+
+    #[test]
+    fn any_address_is_any_address() {
+        let same = |open: &str, wanted: &str| is_same_place(open.parse().unwrap(), wanted.parse().unwrap());
+        assert!(same("[::]:8080", "0.0.0.0:8080") && same("0.0.0.0:8080", "[::]:8080"));
+        assert!(same("127.0.0.1:8080", "127.0.0.1:8080"));
+        assert!(!same("[::]:8080", "0.0.0.0:8081") && !same("[::]:8080", "127.0.0.1:8080"));
+    }
 
     #[tokio::test]
     async fn what_has_connected_is_taken_and_what_comes_later_is_not_reset() {

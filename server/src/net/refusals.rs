@@ -1,13 +1,13 @@
 //! Connections that ended before there was a request, since their first bytes could not be served: counted by reason, and
 //! told to the log with their address, but not more often than somebody reads.
 
-use std::sync::{Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use tracing::warn;
 
 use super::connection::Peer;
 use crate::metrics;
+use crate::telemetry::Seldom;
 
 /// How often the log tells of one reason.
 const TELL_EVERY: Duration = Duration::from_secs(10);
@@ -57,32 +57,12 @@ impl Refusal {
     }
 }
 
-/// When the log was last told of each reason, and how many it was not told of since.
-static TOLD: Mutex<[Told; Refusal::ALL.len()]> = Mutex::new([Told { at: None, more: 0 }; Refusal::ALL.len()]);
-
-#[derive(Clone, Copy, Debug)]
-struct Told {
-    at: Option<Instant>,
-    more: u64,
-}
-
-impl Told {
-    /// How many were left out since the last line; none when this one is left out, too.
-    fn tell(&mut self, now: Instant) -> Option<u64> {
-        if self.at.is_some_and(|at| now.duration_since(at) < TELL_EVERY) {
-            self.more += 1;
-            return None;
-        }
-        self.at = Some(now);
-        Some(std::mem::take(&mut self.more))
-    }
-}
+static TOLD: [Seldom; Refusal::ALL.len()] = [const { Seldom::every(TELL_EVERY) }; Refusal::ALL.len()];
 
 /// Counts a refusal, and tells the log of it.
 pub(crate) fn refused(listener: &'static str, refusal: Refusal, peer: Peer, detail: &dyn std::fmt::Display) {
     metrics::refused(listener, refusal);
-    let told = TOLD.lock().unwrap_or_else(PoisonError::into_inner)[refusal as usize].tell(Instant::now());
-    if let Some(more) = told {
+    if let Some(more) = TOLD[refusal as usize].tell() {
         let reason = refusal.as_str();
         warn!(listener, reason, %peer, %detail, more_since_last = more, "a connection could not be served");
     }
@@ -91,17 +71,6 @@ pub(crate) fn refused(listener: &'static str, refusal: Refusal, peer: Peer, deta
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_log_is_told_once_in_a_while_and_how_many_it_missed() {
-        let mut told = Told { at: None, more: 0 };
-        let began = Instant::now();
-        assert_eq!(told.tell(began), Some(0));
-        assert_eq!(told.tell(began + Duration::from_secs(1)), None);
-        assert_eq!(told.tell(began + Duration::from_secs(9)), None);
-        assert_eq!(told.tell(began + Duration::from_secs(10)), Some(2));
-        assert_eq!(told.tell(began + Duration::from_secs(20)), Some(0));
-    }
 
     #[test]
     fn each_reason_has_its_place() {

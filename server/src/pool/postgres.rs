@@ -131,6 +131,8 @@ impl From<PoolError> for Error {
     fn from(error: PoolError) -> Self {
         match error {
             PoolError::Timeout(TimeoutType::Wait) => Self::Busy,
+            // What the pool says of it is about the pool.
+            PoolError::Backend(error) => Self::Away(error.into()),
             error => Self::Away(error.into()),
         }
     }

@@ -55,6 +55,20 @@ impl Url {
         Self { text, file, seen: Arc::default() }
     }
 
+    /// Where the server is, without anything that may be secret: its hosts and ports, or the directory of its socket.
+    pub fn place(&self) -> String {
+        let text = self.text.expose_secret();
+        let rest = text.split_once("://").map_or("", |(_, rest)| rest);
+        let rest = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
+        let (hosts, more) = rest.find(['/', '?']).map_or((rest, ""), |at| rest.split_at(at));
+        if !hosts.is_empty() {
+            return hosts.to_owned();
+        }
+        let options = more.split_once('?').map_or("", |(_, options)| options).split('&');
+        let host = options.into_iter().find_map(|option| option.strip_prefix("host="));
+        host.unwrap_or_else(|| more.split('?').next().unwrap_or_default()).to_owned()
+    }
+
     /// What it is now, if that is another than this and has been so for two looks.
     pub(super) fn changed(&self) -> Option<Candidate> {
         let text = std::fs::read_to_string(self.file.as_ref()?).ok()?;

@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_server::drain::{Drain, Phase};
+use perennial_server::telemetry::Seldom;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
@@ -53,6 +54,9 @@ enum Claimed {
     HeldUp,
 }
 
+/// A store that is away fails every look.
+static NOT_LOOKED_AT: Seldom = Seldom::each_minute();
+
 impl Timer {
     /// Fires the schedules of `crontab` until `drain` begins, looking at least every `poll`.
     pub fn new(crontab: Crontab, poll: Duration, workers: worker::Status, drain: Drain) -> Self {
@@ -79,7 +83,13 @@ impl Timer {
             let wait = match self.look().await {
                 Ok(next) => next.map_or(self.poll, |next| (next + AFTER).min(self.poll)),
                 Err(error) => {
-                    warn!(error = error.in_one_line(), "schedules could not be looked at");
+                    if let Some(more) = NOT_LOOKED_AT.tell() {
+                        warn!(
+                            error = error.in_one_line(),
+                            more_since_last = more,
+                            "schedules could not be looked at"
+                        );
+                    }
                     self.answers_since = Instant::now() + self.poll;
                     self.uphold_at = self.answers_since;
                     self.poll

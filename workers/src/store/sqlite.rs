@@ -127,6 +127,49 @@ pub const MIGRATIONS: Migrations = Migrations {
         ending     TEXT
     ) WITHOUT ROWID;
     CREATE INDEX schedule_runs_of ON schedule_runs (schedule, claimed_at);",
+        // Defaults run in the library of whoever inserts: this is what SQLite 3.31 can do, which has no tables that are STRICT
+        // and no parts of seconds in unixepoch.
+        "ALTER TABLE jobs RENAME TO old_jobs;
+    CREATE TABLE jobs (
+        id           BLOB PRIMARY KEY DEFAULT (randomblob(16)) CHECK (typeof(id) = 'blob' AND length(id) = 16),
+        kind         TEXT NOT NULL,
+        queue        TEXT NOT NULL DEFAULT 'default',
+        priority     INTEGER NOT NULL DEFAULT 0 CHECK (typeof(priority) = 'integer' AND priority BETWEEN -32768 AND 32767),
+        state        TEXT NOT NULL DEFAULT 'ready' CHECK (state IN ('scheduled', 'ready', 'running')),
+        payload      TEXT NOT NULL CHECK (typeof(payload) = 'text' AND json_valid(payload) AND length(payload) <= 262144),
+        run_at       INTEGER NOT NULL DEFAULT (CAST(ROUND((julianday('now') - 2440587.5) * 86400000) AS INTEGER)),
+        scheduled_at INTEGER,
+        epoch        INTEGER NOT NULL DEFAULT 0,
+        worker       TEXT,
+        lease_until  INTEGER,
+        failures     INTEGER NOT NULL DEFAULT 0,
+        recoveries   INTEGER NOT NULL DEFAULT 0,
+        recovered_at INTEGER,
+        errors       TEXT,
+        checkpoint   TEXT,
+        progress     TEXT,
+        trace        TEXT,
+        unique_key   TEXT,
+        cancelled    TEXT,
+        created_at   INTEGER NOT NULL DEFAULT (CAST(ROUND((julianday('now') - 2440587.5) * 86400000) AS INTEGER)),
+        CHECK (typeof(kind) = 'text' AND typeof(queue) = 'text'),
+        CHECK (typeof(epoch) = 'integer' AND typeof(failures) = 'integer' AND typeof(recoveries) = 'integer'),
+        CHECK (epoch >= 0 AND failures BETWEEN 0 AND 1000000 AND recoveries BETWEEN 0 AND 1000000),
+        CHECK (state <> 'running' OR lease_until IS NOT NULL),
+        CHECK (typeof(run_at) = 'integer' AND typeof(created_at) = 'integer'),
+        CHECK (run_at BETWEEN 0 AND 253402300799000 AND created_at BETWEEN 0 AND 253402300799000),
+        CHECK (typeof(coalesce(scheduled_at, 0)) = 'integer' AND typeof(coalesce(lease_until, 0)) = 'integer'),
+        CHECK (typeof(coalesce(recovered_at, 0)) = 'integer')
+    ) WITHOUT ROWID;
+    INSERT INTO jobs (id, kind, queue, priority, state, payload, run_at, scheduled_at, epoch, worker, lease_until, failures,
+        recoveries, recovered_at, errors, checkpoint, progress, trace, unique_key, cancelled, created_at)
+    SELECT id, kind, queue, priority, state, payload, run_at, scheduled_at, epoch, worker, lease_until, failures,
+        recoveries, recovered_at, errors, checkpoint, progress, trace, unique_key, cancelled, created_at FROM old_jobs;
+    DROP TABLE old_jobs;
+    CREATE INDEX jobs_ready ON jobs (queue, priority, run_at) WHERE state = 'ready';
+    CREATE INDEX jobs_scheduled ON jobs (queue, run_at) WHERE state = 'scheduled';
+    CREATE INDEX jobs_waits ON jobs (scheduled_at) WHERE state = 'scheduled';
+    CREATE INDEX jobs_leases ON jobs (lease_until) WHERE state = 'running';",
     ],
 };
 

@@ -261,10 +261,32 @@ impl Store {
         self.sql.execute(sql, values![before]).await
     }
 
-    /// Deletes the one with this endpoint for somebody who knows its secret; false when there is none such.
-    pub(crate) async fn delete_by_endpoint(&self, site: i64, endpoint: &str, auth: Vec<u8>) -> Result<bool> {
-        let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ? AND auth = ?";
-        Ok(self.sql.execute(sql, values![site, endpoint_hash(endpoint), auth]).await? == 1)
+    /// Deletes the one with this endpoint, and this secret if one is given; false when there is none such.
+    pub(crate) async fn delete_by_endpoint(
+        &self,
+        site: i64,
+        endpoint: &str,
+        auth: Option<Vec<u8>>,
+    ) -> Result<bool> {
+        let hash = endpoint_hash(endpoint);
+        let deleted = match auth {
+            Some(auth) => {
+                let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ? AND auth = ?";
+                self.sql.execute(sql, values![site, hash, auth]).await?
+            }
+            None => {
+                let sql = "DELETE FROM subscriptions WHERE site = ? AND endpoint_hash = ?";
+                self.sql.execute(sql, values![site, hash]).await?
+            }
+        };
+        Ok(deleted == 1)
+    }
+
+    /// The one with this endpoint.
+    pub(crate) async fn subscription_at(&self, site: i64, endpoint: &str) -> Result<Option<Subscription>> {
+        let columns = columns(self.sql.dialect());
+        let sql = format!("SELECT {columns} FROM subscriptions WHERE site = ? AND endpoint_hash = ?");
+        self.sql.first(sql, values![site, endpoint_hash(endpoint)]).await?.as_ref().map(read).transpose()
     }
 }
 
@@ -370,6 +392,10 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<(Upserted, u64)>
     if let Some(existing) = &existing
         && new.proof == Proof::Auth
         && existing.auth != new.keys.auth()
+        && !new.replaces.as_ref().is_some_and(|before| {
+            // A browser that has new keys for the endpoint knows the old secret.
+            before.endpoint == new.endpoint && before.auth == existing.auth
+        })
     {
         return Ok((Upserted::WrongAuth, 0));
     }

@@ -1,0 +1,67 @@
+//! What a supervisor that started the process is told, as systemd wants it (`sd_notify(3)`, `Type=notify`): when it is
+//! ready, reloads or stops, and that it is alive. Without a supervisor nothing is said.
+
+use std::convert::Infallible;
+use std::time::Duration;
+
+use perennial_server::drain::Drain;
+use perennial_server::health::Health;
+use sd_notify::NotifyState;
+use tracing::warn;
+
+/// Boot has ended.
+pub(crate) fn ready(addresses: &str) {
+    tell(&[NotifyState::Ready, NotifyState::Status(&format!("serving on {addresses}"))]);
+}
+
+/// Settings are read again; [`ready`] follows.
+pub(crate) fn reloading() {
+    match NotifyState::monotonic_usec_now() {
+        Ok(now) => tell(&[NotifyState::Reloading, now]),
+        Err(_) => tell(&[NotifyState::Reloading]),
+    }
+}
+
+/// They have been read.
+pub(crate) fn reloaded() {
+    tell(&[NotifyState::Ready]);
+}
+
+/// The process leaves.
+pub(crate) fn stopping(reason: &str) {
+    tell(&[NotifyState::Stopping, NotifyState::Status(&format!("draining: {reason}"))]);
+}
+
+/// Another process is the one to watch from now on.
+pub(crate) fn succeeded_by(process: u32) {
+    tell(&[NotifyState::MainPid(process), NotifyState::Status("a successor takes over")]);
+}
+
+/// Says that the process is alive, for as long as the serving threads run tasks: half as often as the supervisor wants to hear
+/// it at the latest.
+///
+/// # Errors
+/// Never: the type is that of a task.
+pub(crate) async fn watchdog(health: Health, drain: Drain) -> Result<(), Infallible> {
+    let Some(every) = sd_notify::watchdog_enabled().map(|period| period / 2) else {
+        drain.hard().await;
+        return Ok(());
+    };
+    loop {
+        match health.live() {
+            Ok(()) => tell(&[NotifyState::Watchdog]),
+            Err(reason) => warn!(reason, "the supervisor is not told that the process is alive"),
+        }
+        tokio::select! {
+            () = tokio::time::sleep(every.max(Duration::from_millis(10))) => {}
+            () = drain.hard() => return Ok(()),
+        }
+    }
+}
+
+/// What cannot be said is no reason to stop.
+fn tell(what: &[NotifyState<'_>]) {
+    if let Err(error) = sd_notify::notify(what) {
+        warn!(%error, "the supervisor cannot be told");
+    }
+}

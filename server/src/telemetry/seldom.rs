@@ -1,0 +1,63 @@
+//! Lines of the log that come again and again for as long as something lasts: told once in a while.
+
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+/// Lets a line through once in a period, and counts those that were left out in between. One for each place that logs.
+#[derive(Debug)]
+pub struct Seldom {
+    period: Duration,
+    told: Mutex<Told>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    at: Option<Instant>,
+    left_out: u64,
+}
+
+impl Seldom {
+    /// One line in so long.
+    pub const fn every(period: Duration) -> Self {
+        Self { period, told: Mutex::new(Told { at: None, left_out: 0 }) }
+    }
+
+    /// One line a minute: for what a store that is away makes fail, which a condition of readiness tells of by itself.
+    pub const fn each_minute() -> Self {
+        Self::every(Duration::from_secs(60))
+    }
+
+    /// How many lines were left out since the last one; none when this one is left out, too.
+    pub fn tell(&self) -> Option<u64> {
+        self.told.lock().unwrap_or_else(PoisonError::into_inner).tell(self.period, Instant::now())
+    }
+}
+
+impl Told {
+    fn tell(&mut self, period: Duration, now: Instant) -> Option<u64> {
+        if self.at.is_some_and(|at| now.duration_since(at) < period) {
+            self.left_out += 1;
+            return None;
+        }
+        self.at = Some(now);
+        Some(std::mem::take(&mut self.left_out))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_line_comes_once_in_a_period_and_says_how_many_it_stands_for() {
+        let period = Duration::from_secs(10);
+        let mut told = Told { at: None, left_out: 0 };
+        let began = Instant::now();
+        let after = |seconds| began + Duration::from_secs(seconds);
+        assert_eq!(told.tell(period, began), Some(0));
+        assert_eq!(told.tell(period, after(1)), None);
+        assert_eq!(told.tell(period, after(9)), None);
+        assert_eq!(told.tell(period, after(10)), Some(2));
+        assert_eq!(told.tell(period, after(20)), Some(0));
+    }
+}
