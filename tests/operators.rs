@@ -135,7 +135,7 @@ async fn dead_jobs_are_listed_shown_retried_and_discarded() {
     assert_eq!(code, Some(2), "which? {error}");
     let (code, _, error) = jobs(&hello.setup, &["list", "--state", "tired"]).await;
     assert_eq!(
-        (code, error.contains("wanted scheduled, ready, running, dead or cancelled")),
+        (code, error.contains("state: one of scheduled, ready, running, dead, cancelled")),
         (Some(1), true),
         "{error}"
     );

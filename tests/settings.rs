@@ -110,9 +110,19 @@ async fn a_contact_that_apple_refuses_is_a_warning_at_boot() {
         (Some("WARN"), Some("push.contact is not set"))
     );
 
-    let perennial = Setup::new().set("push.contact=mailto:me@localhost").start().await;
-    let warning = perennial.logged("Apple refuses messages without a contact").await;
-    assert!(warning["reason"].as_str().unwrap().contains("reachable from outside"), "{warning}");
+    for (contact, reason) in [
+        ("mailto:me@localhost", "reachable from outside"),
+        ("mailto:me@x.local", "reachable from outside"),
+        ("me@example.com", "starts with mailto: or https:"),
+        ("mailto: a@b.example.com", "without spaces or brackets"),
+    ] {
+        let setup = Setup::new().set(&format!("push.contact={contact}"));
+        for command in ["check", "serve"] {
+            let refused = setup.run(&[command]).await;
+            assert_eq!(refused.status.code(), Some(2), "{contact}");
+            assert!(text(&refused.stderr).contains(reason), "{contact}: {}", text(&refused.stderr));
+        }
+    }
 }
 
 #[tokio::test]
@@ -144,4 +154,115 @@ async fn sighup_reads_the_log_filter_again_and_says_what_takes_a_restart() {
     said("nothing was reloaded").await;
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
     assert_eq!(child.wait().await.unwrap().code(), Some(0));
+}
+
+#[tokio::test]
+async fn check_ends_with_a_summary_and_shows_what_differs() {
+    let setup = Setup::new().set("server.proxy_protocol=true").environment("PERENNIAL_SERVER_LISTEN", "x");
+    let check = setup.run(&["check", "--changed"]).await;
+    let (shown, said) = (text(&check.stdout), text(&check.stderr));
+    assert_eq!(check.status.code(), Some(0), "{said}");
+    assert!(shown.contains("server.proxy_protocol = true") && !shown.contains("drain.hard"), "{shown}");
+    assert!(said.contains("warning: PERENNIAL_SERVER_LISTEN is no setting"), "{said}");
+    assert!(said.contains("PERENNIAL_SERVER__LISTEN"), "{said}");
+    assert!(said.contains("warning: server.proxy_protocol: no proxy is trusted"), "{said}");
+    assert_eq!(said.lines().last(), Some("0 errors, 2 warnings"));
+
+    let setup = setup.set("server.threads=many").set("sever.listen=x");
+    let check = setup.run(&["check", "--json"]).await;
+    assert_eq!(check.status.code(), Some(2));
+    let all: serde_json::Value = serde_json::from_slice(&check.stdout).unwrap();
+    let errors = all["errors"].to_string();
+    assert!(errors.contains("did you mean server.listen?") && errors.contains("server.threads"), "{errors}");
+    assert!(all["settings"].as_array().unwrap().len() > 100);
+}
+
+#[tokio::test]
+async fn what_will_not_work_is_a_warning_before_it_does_not() {
+    let setup = Setup::new().set("cron.schedules=[{ name = 'x', expression = '0 0 30 2 *', job = 'y' }]");
+    let data_dir = setup.data_dir();
+    std::fs::create_dir_all(&data_dir).unwrap();
+    std::fs::set_permissions(&data_dir, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let directory = setup.file("tls");
+    std::fs::create_dir_all(&directory).unwrap();
+    let mut certificate = rcgen::CertificateParams::new(vec!["localhost".to_owned()]).unwrap();
+    certificate.not_after = rcgen::date_time_ymd(2024, 1, 1);
+    let key = rcgen::KeyPair::generate().unwrap();
+    let certificate = certificate.self_signed(&key).unwrap();
+    std::fs::write(directory.join("cert.pem"), certificate.pem()).unwrap();
+    std::fs::write(directory.join("key.pem"), key.serialize_pem()).unwrap();
+    let setup = setup
+        .set(&format!("server.tls.cert_file={}", directory.join("cert.pem").display()))
+        .set(&format!("server.tls.key_file={}", directory.join("key.pem").display()));
+    let said = text(&setup.run(&["check"]).await.stderr);
+    for part in [
+        "the schedule x is never due again",
+        "the certificate has expired (2024-01-01T00:00:00Z)",
+        "data_dir: others can read",
+    ] {
+        assert!(said.contains(part), "{part:?} is not in {said}");
+    }
+}
+
+#[tokio::test]
+async fn a_misspelt_log_level_is_refused_and_silence_hides_no_failure() {
+    for level in ["debg", "warning", "info,perennial_workers"] {
+        let refused = Setup::new().set(&format!("telemetry.log={level}")).run(&["serve"]).await;
+        assert_eq!(refused.status.code(), Some(2), "{level}");
+        assert!(text(&refused.stderr).contains("telemetry.log"), "{}", text(&refused.stderr));
+    }
+    // With a line break, as a file has it.
+    let perennial = Setup::new().set("telemetry.log= info\n").start().await;
+    perennial.logged("ready").await;
+    let silent = Setup::new().set("telemetry.log=off").set("store.url=postgres://nobody@127.0.0.1:9/none");
+    let failed = silent.run(&["serve"]).await;
+    let said = text(&failed.stderr);
+    assert_eq!(failed.status.code(), Some(1));
+    assert!(said.contains("boot failed") && said.contains("Postgres at 127.0.0.1:9"), "{said}");
+    assert_eq!(said.matches("Connection refused").count(), 1, "once, and not in each layer: {said}");
+}
+
+#[tokio::test]
+async fn settings_in_force_are_shown_with_their_types_and_without_secrets() {
+    let setup = Setup::new();
+    let file = setup.file("p.toml");
+    std::fs::write(&file, "[telemetry]\nlog = \"info\"\n").unwrap();
+    let setup = setup.config(file.to_str().unwrap());
+    let hook = setup.file("hook");
+    std::fs::write(&hook, "a secret of more than sixteen bytes").unwrap();
+    let webhooks = format!(
+        "sites.default.webhooks=[{{ name = 'b', url = 'https://u:pw@hooks.example.com/T0/s3cret?t=s3cret', secret_file = '{}' }}]",
+        hook.display()
+    );
+    let perennial = setup.set(&webhooks).start().await;
+    let shown = async || {
+        let all = perennial.admin().get("/settings").await;
+        assert!(!all.text().contains("s3cret") && !all.text().contains("u:pw"), "{}", all.text());
+        let all = all.json();
+        move |key: &str| {
+            all.as_array().unwrap().iter().find(|shown| shown["key"] == key).unwrap()["value"].clone()
+        }
+    };
+    let of = shown().await;
+    assert_eq!(of("server.threads"), 0);
+    assert_eq!(of("push.page"), true);
+    assert_eq!(of("sites.default.webhooks")[0]["url"], "https://u:***@hooks.example.com/***?t=***");
+    assert_eq!(of("telemetry.log"), "info");
+    std::fs::write(&file, "[telemetry]\nlog = \"debug\"\n").unwrap();
+    perennial.signal(nix::sys::signal::Signal::SIGHUP);
+    perennial.logged("reloaded telemetry.log").await;
+    assert_eq!(shown().await("telemetry.log"), "debug");
+}
+
+#[tokio::test]
+async fn a_port_that_is_taken_names_the_setting_and_the_remedy() {
+    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = taken.local_addr().unwrap();
+    for setting in ["server.listen", "admin.listen"] {
+        let failed = Setup::new().set(&format!("{setting}={address}")).run(&["serve"]).await;
+        let said = text(&failed.stderr);
+        assert_eq!(failed.status.code(), Some(1), "{said}");
+        assert!(said.contains(&format!("{setting}: another program listens there")), "{said}");
+        assert!(said.contains(&format!("--set {setting}=")), "{said}");
+    }
 }

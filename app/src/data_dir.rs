@@ -69,13 +69,21 @@ impl DataDir {
     /// # Errors
     /// When another process has it, or it cannot be made.
     pub fn lock(path: &Path) -> Result<Self, Error> {
-        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))?;
+        Self::make(path)?;
         let in_use = |pid| Error::InUse { path: path.to_owned(), pid };
         let lock = take(&path.join(LOCK), in_use)?;
         let data_dir = Self { path: path.to_owned(), stores: Mutex::default(), _lock: lock };
         // Left behind by a process that was killed.
         data_dir.remove(ADDRESSES);
         Ok(data_dir)
+    }
+
+    /// Makes the directory if it is missing, readable for its owner only.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make(path: &Path) -> Result<(), Error> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))
     }
 
     /// Locks the file of a store for as long as this value lives, wherever it is: two directories may name the same one. The

@@ -65,3 +65,8 @@ impl Perennial {
         cli::main(&self.modules)
     }
 }
+
+/// What the README shows compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

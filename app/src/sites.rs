@@ -75,15 +75,16 @@ impl Config {
         for name in settings.names(SECTION) {
             let origins_key = format!("{SECTION}.{name}.origins");
             let listed: Vec<String> = settings.get(&origins_key);
-            let mut origins = Vec::new();
-            for (index, text) in listed.iter().enumerate() {
+            let (mut origins, mut wrong) = (Vec::new(), Vec::new());
+            for text in &listed {
                 match Pattern::read(text) {
                     Ok(origin) => origins.push(origin),
-                    Err(wanted) => {
-                        let (part, value) = (format!("[{index}]"), toml::Value::from(text.as_str()));
-                        settings.refuse_part(&origins_key, &part, Some(&value), &wanted);
-                    }
+                    Err(wanted) => wrong.push(format!("for {text:?} {wanted}")),
                 }
+            }
+            if !wrong.is_empty() {
+                let wanted = format!("a list of origins as browsers write them: {}", wrong.join("; "));
+                settings.refuse::<()>(&origins_key, &wanted);
             }
             let hosts_key = format!("{SECTION}.{name}.hosts");
             let hosts = settings.read_with(

@@ -128,6 +128,22 @@ impl Firefox {
         self.call("input.performActions", json!({ "context": self.tab, "actions": actions })).await;
     }
 
+    /// Presses Enter, on whatever has the focus.
+    pub async fn press_enter(&self) {
+        let actions = json!([{ "type": "key", "id": "keyboard", "actions": [
+            { "type": "keyDown", "value": "\u{e007}" },
+            { "type": "keyUp", "value": "\u{e007}" },
+        ]}]);
+        self.call("input.performActions", json!({ "context": self.tab, "actions": actions })).await;
+    }
+
+    /// Runs a script in the page.
+    pub async fn run(&self, script: &str) {
+        let target = json!({ "context": self.tab });
+        let parameters = json!({ "expression": script, "target": target, "awaitPromise": true });
+        self.call("script.evaluate", parameters).await;
+    }
+
     /// The value of an expression in the page, awaited if it is a promise. It must be text.
     pub async fn evaluate(&self, expression: &str) -> String {
         let target = json!({ "context": self.tab });

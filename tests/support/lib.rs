@@ -17,6 +17,7 @@ pub mod postgres;
 pub mod process;
 pub mod redis;
 pub mod tinyproxy;
+pub mod tools;
 pub mod wire;
 
 use std::future::Future;

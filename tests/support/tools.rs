@@ -16,7 +16,8 @@ pub fn directory() -> PathBuf {
 
 /// A tool of the Python environment, or of Node's; none where they are not installed, which in CI is a failure.
 pub fn tool(name: &str) -> Option<PathBuf> {
-    let places = [directory().join("python/bin"), directory().join("node/node_modules/.bin"), "/usr/bin".into()];
+    let places =
+        [directory().join("python/bin"), directory().join("node/node_modules/.bin"), "/usr/bin".into()];
     let found = places.into_iter().map(|place| place.join(name)).find(|tool| tool.exists());
     let must = std::env::var_os("CI").is_some_and(|ci| ci == "true");
     assert!(found.is_some() || !must, "{name} is not installed: tests/run installs it");
@@ -33,14 +34,23 @@ pub async fn run(tool: &Path, arguments: &[&str], directory: &Path) -> Output {
         self::directory().join("python/bin").display(),
         std::env::var("PATH").unwrap_or_default()
     );
-    let running = Command::new(tool).args(arguments).current_dir(directory).env("PATH", path).kill_on_drop(true).output();
-    tokio::time::timeout(PATIENCE, running).await.unwrap_or_else(|_| panic!("{} hangs", tool.display())).unwrap()
+    let running = Command::new(tool)
+        .args(arguments)
+        .current_dir(directory)
+        .env("PATH", path)
+        .kill_on_drop(true)
+        .output();
+    tokio::time::timeout(PATIENCE, running)
+        .await
+        .unwrap_or_else(|_| panic!("{} hangs", tool.display()))
+        .unwrap()
 }
 
 /// Runs a tool that has to be content.
 pub async fn must_pass(tool: &Path, arguments: &[&str], directory: &Path) -> String {
     let output = run(tool, arguments, directory).await;
-    let said = [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
+    let said =
+        [output.stdout, output.stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned()).concat();
     assert!(output.status.success(), "{} {arguments:?}: {said}", tool.display());
     said
 }

@@ -60,7 +60,7 @@ impl State {
 
 /// A word that names no state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("wanted scheduled, ready, running, dead or cancelled")]
+#[error("one of scheduled, ready, running, dead, cancelled")]
 pub struct NoState;
 
 impl FromStr for State {

@@ -75,9 +75,6 @@ pub(super) enum Jobs {
     },
 }
 
-/// The states of jobs.
-const STATES: [&str; 5] = ["scheduled", "ready", "running", "dead", "cancelled"];
-
 /// Which jobs. What is not given is not asked for.
 #[derive(Args, Debug)]
 pub(super) struct Which {
@@ -87,8 +84,8 @@ pub(super) struct Which {
     /// In this queue
     #[arg(long)]
     queue: Option<String>,
-    /// In this state
-    #[arg(long, value_parser = STATES)]
+    /// In this state: scheduled, ready, running, dead or cancelled
+    #[arg(long)]
     state: Option<String>,
     /// Whose reason for having ended contains this text
     #[arg(long)]

@@ -26,6 +26,10 @@ use crate::sites;
 const MAX_KEY_FILE: u64 = 64 << 10;
 
 #[derive(Debug, Subcommand)]
+#[command(after_help = "Examples:
+  perennial keys show
+  perennial keys add backend --scopes notify,read --per-minute 600
+  perennial keys import private_key.pem")]
 pub(super) enum Keys {
     /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
     Generate,

@@ -106,8 +106,7 @@ async fn try_out(
     }
     let ports = TRIAL_PORTS;
     let directory = config.data_dir.join(TRIAL_DIRECTORY);
-    // Owned by us alone, like everything in it.
-    drop(DataDir::lock(&config.data_dir)?);
+    DataDir::make(&config.data_dir)?;
     let (trial, bound) = Trial::bind(trial::usual(ports.0), trial::usual(ports.1), &directory)
         .await
         .with_context(|| format!("--dev needs the ports {} and {}", ports.0, ports.1))?;

@@ -17,6 +17,7 @@ use serde_json::{Value, json};
 use super::desk::Desk;
 use super::output::say;
 use super::{block_on, load, read};
+use crate::data_dir::DataDir;
 use crate::module::Blueprint;
 use crate::push;
 use crate::push::dumps::{self, Format, Row, Unusable};
@@ -70,6 +71,10 @@ impl Subscriptions {
     pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
+        if matches!(self, Self::Import(_)) {
+            // It may come before the first start.
+            DataDir::make(&config.data_dir)?;
+        }
         block_on(async {
             let desk = Desk::open(&config, modules, async |data_dir, store, jobs| {
                 let transfer = push::transfer(&settings, &config, &data_dir, &store, jobs).await?;

@@ -19,6 +19,8 @@ pub(super) fn value(key: &str, value: &Value) -> Value {
     match value {
         Value::String(text) => Value::String(match URLS.contains(&key) {
             true => of_url(text),
+            // What pages send to everybody is no secret.
+            false if key.ends_with(".origins") => text.clone(),
             false => of_text(text),
         }),
         Value::Array(items) => Value::Array(items.iter().map(|item| self::value(key, item)).collect()),
@@ -59,21 +61,31 @@ fn of_rest(scheme: &str, rest: &str) -> String {
     if query.contains('@') {
         return HIDDEN.to_owned();
     }
-    let (user, place) = base.rsplit_once('@').map_or(("", base), |(_, place)| ("***@", place));
+    let (user, place) =
+        base.rsplit_once('@').map_or((String::new(), base), |(user, place)| (of_user(user), place));
     let (hosts, path) = place.find('/').map_or((place, ""), |at| place.split_at(at));
     if !hosts.split(',').all(is_host) {
         return HIDDEN.to_owned();
     }
     let path = match scheme {
+        // Who knows the path of a webhook may call it.
+        "http" | "https" if path.len() > 1 => "/***",
         // The name of a database, its number, or the path of a socket.
-        "postgres" | "postgresql" | "redis" | "rediss" | "redis+unix" | "unix" => path,
-        _ if path.len() > 1 => "/***",
         _ => path,
     };
     let options = query.trim_start_matches(['?', '#']).split('&').filter(|option| !option.is_empty());
     let options: Vec<String> = options.map(of_option).collect();
     let query = if options.is_empty() { String::new() } else { format!("?{}", options.join("&")) };
     format!("{user}{hosts}{path}{query}")
+}
+
+/// The name of a user, if it is told apart from the password.
+fn of_user(user: &str) -> String {
+    let is_of_name = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    match user.split_once(':') {
+        Some((name, _)) if name.chars().all(is_of_name) => format!("{name}:{HIDDEN}@"),
+        _ => format!("{HIDDEN}@"),
+    }
 }
 
 /// A name or an address, with a port that is a number. `*.example.com` is a pattern of origins.
@@ -115,9 +127,12 @@ mod tests {
     #[test]
     fn of_a_url_what_is_harmless_is_shown() {
         for (given, wanted) in [
-            ("postgres://app:s3cret@db:5432/p?sslmode=require", "postgres://***@db:5432/p?sslmode=require"),
-            ("postgres://app:s3/c/ret@db/p", "postgres://***@db/p"),
-            ("postgres://app:s3@cret@db/p", "postgres://***@db/p"),
+            (
+                "postgres://app:s3cret@db:5432/p?sslmode=require",
+                "postgres://app:***@db:5432/p?sslmode=require",
+            ),
+            ("postgres://app:s3/c/ret@db/p", "postgres://app:***@db/p"),
+            ("postgres://app:s3@cret@db/p", "postgres://app:***@db/p"),
             ("postgres://app:s3?cret@db/p", "postgres://***"),
             ("postgres://app:s3#cret@db/p", "postgres://***"),
             ("postgres://db/p?user=app&password=s3cret", "postgres://db/p?user=***&password=***"),
@@ -130,7 +145,7 @@ mod tests {
                 "postgres://***@h1:5432,h2:5433/p?target_session_attrs=read-write",
             ),
             ("host=db user=app password=s3cret", "***"),
-            ("redis://:s3cret@cache/0", "redis://***@cache/0"),
+            ("redis://:s3cret@cache/0", "redis://:***@cache/0"),
             ("redis://[::1]:6379/1", "redis://[::1]:6379/1"),
             ("redis://s3cret:x", "redis://***"),
             ("sqlite:perennial.db", "sqlite:perennial.db"),

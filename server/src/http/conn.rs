@@ -83,7 +83,7 @@ impl Protocol for Http {
     }
 
     fn wants_tls(&self) -> &'static [u8] {
-        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\ncontent-length: 71\r\nconnection: close\r\n\r\n{\"title\":\"Bad Request\",\"status\":400,\"detail\":\"this port speaks https\"}"
+        b"HTTP/1.1 400 Bad Request\r\ncontent-type: application/problem+json\r\ncontent-length: 70\r\nconnection: close\r\n\r\n{\"title\":\"Bad Request\",\"status\":400,\"detail\":\"this port speaks https\"}"
     }
 
     fn is_plain(&self, first: &[u8]) -> bool {

@@ -1,0 +1,354 @@
+//! Every snippet of README.md and of docs/ does what it says: shell in a fresh directory, JavaScript in a real browser,
+//! SQL with the libraries of other programs.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+
+use axum::Router;
+use axum::routing::get;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tokio::process::Command;
+
+use support::double::Double;
+use support::firefox::{self, Firefox};
+use support::process::{Perennial, Setup, binary};
+use support::redis::Prefix;
+use support::{eventually, soon};
+
+const README: &str = include_str!("../README.md");
+const MOVING_IN: &str = include_str!("../docs/moving-in.md");
+
+/// The snippets of a page: their languages, and their lines.
+fn snippets(page: &str) -> Vec<(String, String)> {
+    let mut found = Vec::new();
+    let mut open: Option<(String, String)> = None;
+    for line in page.lines() {
+        match (line.trim_start().strip_prefix("```"), &mut open) {
+            (Some(_), Some(_)) => found.extend(open.take()),
+            (Some(language), None) => open = Some((language.to_owned(), String::new())),
+            (None, Some((_, text))) => text.push_str(&format!("{}\n", line.trim_start())),
+            (None, None) => {}
+        }
+    }
+    found
+}
+
+/// The snippet of a page that has this text in it.
+fn snippet(page: &str, language: &str, part: &str) -> String {
+    let mut fitting = snippets(page).into_iter().filter(|(of, text)| of == language && text.contains(part));
+    let (_, text) = fitting.next().unwrap_or_else(|| panic!("no {language} has {part}"));
+    assert!(fitting.next().is_none(), "one {language} has {part}");
+    text
+}
+
+/// Runs a snippet as somebody types it: in this directory, with the program on the path.
+async fn shell(directory: &Path, text: &str) -> Output {
+    let bin = directory.join("bin");
+    std::fs::create_dir_all(&bin).unwrap();
+    if !bin.join("perennial").exists() {
+        std::os::unix::fs::symlink(binary(), bin.join("perennial")).unwrap();
+    }
+    let path = format!("{}:{}", bin.display(), std::env::var("PATH").unwrap());
+    let mut command = Command::new("bash");
+    command
+        .args(["-euo", "pipefail", "-c", text])
+        .current_dir(directory)
+        .env("PATH", path)
+        .kill_on_drop(true);
+    command.env("PERENNIAL_PUSH__RESOLVE", crate::moving::SERVICES);
+    soon("the snippet ends", command.output()).await.unwrap()
+}
+
+fn said(output: &Output) -> String {
+    [&output.stdout, &output.stderr].map(|bytes| String::from_utf8_lossy(bytes).into_owned()).concat()
+}
+
+#[test]
+fn every_snippet_is_one_that_is_tried() {
+    let known = [
+        // What this test itself is part of.
+        "cargo run --release",
+        // Here.
+        "curl -i http://127.0.0.1:8080/notify",
+        "const server = \"https://push.example.com\"",
+        "self.addEventListener(\"push\"",
+        "hash_hmac('sha256'",
+        "user: null",
+        "curl -i https://push.example.com/notify",
+        "perennial serve --dev",
+        "INSERT INTO jobs",
+        "redis-cli XADD",
+        "perennial keys import private_key.pem",
+        "perennial subscriptions import --from",
+        "grep VAPID_ .env",
+        "npx web-push generate-vapid-keys --json",
+        "gunzip users.csv.gz",
+        "{\"endpoint\": \"https://..\"",
+        // By the tests of stores and of adoption.
+        "perennial keys generate --set store.url",
+        // By rustdoc.
+        "impl Module for Hello",
+    ];
+    for (page, text) in [
+        ("README.md", README),
+        ("moving-in.md", MOVING_IN),
+        ("operations.md", include_str!("../docs/operations.md")),
+    ] {
+        for (language, text) in snippets(text) {
+            let is_known = known.iter().any(|part| text.contains(part));
+            assert!(is_known, "{page}: nothing tries this {language}:\n{text}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_first_five_minutes_from_a_terminal() {
+    let perennial = Setup::new().start().await;
+    let directory = TempDir::new().unwrap();
+    std::os::unix::fs::symlink(perennial.setup.data_dir(), directory.path().join("perennial-data")).unwrap();
+    let text = snippet(README, "sh", "curl -i http://127.0.0.1:8080/notify");
+    let text = text.replace("http://127.0.0.1:8080", perennial.client().base());
+    let output = shell(directory.path(), &text).await;
+    let said = said(&output);
+    assert!(said.contains("202 Accepted") && said.contains("location: /notifications/"), "{said}");
+}
+
+#[tokio::test]
+async fn the_backends_example_is_accepted() {
+    let perennial = Setup::new().start().await;
+    let key = std::fs::read_to_string(perennial.setup.data_dir().join("api.key")).unwrap();
+    let text = snippet(README, "sh", "curl -i https://push.example.com/notify");
+    let text = format!(
+        "KEY={}\n{}",
+        key.trim(),
+        text.replace("https://push.example.com", perennial.client().base())
+    );
+    let output = shell(TempDir::new().unwrap().path(), &text).await;
+    assert!(said(&output).contains("202 Accepted"), "{}", said(&output));
+}
+
+/// A site of its own, with the page and the service worker of the README.
+async fn site(server: &str) -> String {
+    let page = snippet(README, "js", "const server = ").replace("https://push.example.com", server);
+    let logout = snippet(README, "js", "user: null");
+    // What the page's code leaves out: it is run in a module, and says when it is done.
+    let script = format!(
+        "try {{\n{page}\nwindow.logout = async () => {{\n{}\n}};\ndocument.title = 'subscribed';\n}} catch (error) {{ document.title = `failed: ${{error}}`; }}",
+        logout
+            .replace("const subscription", "const mine")
+            .replace("subscription,", "subscription: mine,")
+            .replace("{ subscription:", "{ subscription:")
+    );
+    let page = format!(
+        "<!doctype html><title>subscribing</title><p id=state>site</p><script type=module>{script}</script>"
+    );
+    let worker = snippet(README, "js", "self.addEventListener(\"push\"");
+    let typed = |media: &'static str, text: String| {
+        get(move || std::future::ready(([("content-type", media)], text.clone())))
+    };
+    let router =
+        Router::new().route("/", typed("text/html", page)).route("/sw.js", typed("text/javascript", worker));
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let origin = format!("http://localhost:{}", listener.local_addr().unwrap().port());
+    tokio::spawn(async move { axum::serve(listener, router).await });
+    origin
+}
+
+async fn shown(firefox: &Firefox) -> Vec<Value> {
+    let list = "navigator.serviceWorker.ready.then((worker) => worker.getNotifications())
+        .then((shown) => JSON.stringify(shown.map(({ title, body, data }) => ({ title, body, data }))))";
+    serde_json::from_str(&firefox.evaluate(list).await).unwrap()
+}
+
+#[tokio::test]
+async fn a_site_of_its_own_subscribes_shows_and_forgets() {
+    if !firefox::is_installed().await {
+        return;
+    }
+    let double = Double::start().await;
+    // The port is known only once it is there, and the site names the server.
+    let port = support::free_port();
+    let server = format!("http://127.0.0.1:{port}");
+    let origin = site(&server).await;
+    let perennial = Setup::listening_as_configured()
+        .sending_to(&double)
+        .set(&format!("server.listen=127.0.0.1:{port}"))
+        .set("admin.listen=127.0.0.1:0")
+        .set(&format!("sites.default.origins={origin}"))
+        .start()
+        .await;
+    let firefox = Firefox::start(double.browsers()).await;
+    // Its push service may not have woken up yet.
+    for attempt in 0..4 {
+        firefox.open(&format!("{origin}/?{attempt}")).await;
+        let title = eventually("the page has done its part", || async {
+            let title = firefox.evaluate("document.title").await;
+            (title != "subscribing").then_some(title)
+        })
+        .await;
+        if title == "subscribed" {
+            break;
+        }
+        assert!(attempt < 3, "{title}");
+    }
+    let stored = perennial.client().get("/subscriptions").await.json();
+    assert_eq!(stored["subscriptions"][0]["metadata"]["name"], "Ada", "{stored}");
+
+    // What the backend's example sends is shown, with the address that a click opens.
+    let example = snippet(README, "sh", "curl -i https://push.example.com/notify");
+    let body = example.split_once("-d '").unwrap().1.rsplit_once('\'').unwrap().0;
+    let mut request: Value = serde_json::from_str(body).unwrap();
+    request["to"] = json!({ "all": true });
+    let progress = perennial.notify_and_wait(&request).await;
+    assert_eq!(progress["outcomes"], json!({ "delivered": 1 }));
+    let first = eventually("it is shown", || async { shown(&firefox).await.into_iter().next() }).await;
+    assert_eq!((&first["title"], &first["body"]), (&json!("Hello Ada"), &json!("Fresh today")), "{first}");
+    assert_eq!(first["data"]["url"], "https://www.example.com/news", "{first}");
+    let declared = json!({ "to": {"all": true}, "declarative": true, "notification": { "title": "Declared", "url": "https://www.example.com/d" } });
+    perennial.notify_and_wait(&declared).await;
+    let declared = eventually("it is shown", || async {
+        shown(&firefox).await.into_iter().find(|shown| shown["title"] == "Declared")
+    })
+    .await;
+    assert_eq!(declared["data"]["url"], "https://www.example.com/d");
+
+    // The logout.
+    let subscription = "navigator.serviceWorker.ready.then((worker) => worker.pushManager.getSubscription()).then((mine) => JSON.stringify(mine))";
+    let subscription: Value = serde_json::from_str(&firefox.evaluate(subscription).await).unwrap();
+    let owned = json!({ "subscription": subscription, "user": "ada" });
+    assert_eq!(perennial.client().post("/subscriptions", &owned).await.status, 200);
+    firefox.evaluate("window.logout().then(() => 'done')").await;
+    let after = perennial.client().get("/subscriptions").await.json();
+    assert_eq!(after["subscriptions"][0]["user"], Value::Null, "{after}");
+}
+
+/// The row of the only job that another program has enqueued.
+async fn enqueued(perennial: &Perennial) -> Value {
+    let jobs = perennial.admin().get("/jobs?kind=mail.send").await.json();
+    assert_eq!(jobs["jobs"].as_array().map(Vec::len), Some(1), "{jobs}");
+    jobs["jobs"][0].clone()
+}
+
+#[tokio::test]
+async fn other_programs_enqueue_with_their_own_sqlite() {
+    let statement = snippet(README, "sql", "INSERT INTO jobs");
+    for program in ["sqlite3", "python3"] {
+        let perennial = Setup::new().start().await;
+        let file = perennial.setup.data_dir().join("perennial.db");
+        let mut command = Command::new(program);
+        if program == "sqlite3" {
+            command.arg(&file).arg(&statement);
+        } else {
+            let script = "import sqlite3, sys; db = sqlite3.connect(sys.argv[1]); db.execute(sys.argv[2]); db.commit()";
+            command
+                .args(["-c", script])
+                .arg(&file)
+                .arg(statement.split("--").next().unwrap().trim().trim_end_matches(';'));
+        }
+        let output = command.output().await.unwrap();
+        assert!(output.status.success(), "{program}: {}", said(&output));
+        let job = enqueued(&perennial).await;
+        let made: jiff::Timestamp = job["created_at"].as_str().unwrap().parse().unwrap();
+        let age = jiff::Timestamp::now().duration_since(made);
+        assert!(age.as_secs().abs() < 60, "{program}: by its own clock, to the millisecond: {job}");
+        // What an old library can read at all.
+        let schema = rusqlite::Connection::open(&file).unwrap();
+        let strict: i64 = schema
+            .query_row(
+                "SELECT count(*) FROM sqlite_schema WHERE sql LIKE '%STRICT%' OR sql LIKE '%subsec%'",
+                [],
+                |row| row.get(0),
+            )
+            .unwrap();
+        assert_eq!(strict, 0, "SQLite 3.31 knows neither");
+    }
+}
+
+#[tokio::test]
+async fn other_programs_enqueue_into_redis() {
+    let prefix = Prefix::new().await;
+    let perennial = crate::stores::with_redis(Setup::new(), &prefix).start().await;
+    let socket = prefix.url().trim_start_matches("redis+unix://").split('?').next().unwrap();
+    let text = snippet(README, "sh", "redis-cli XADD");
+    let text = text
+        .replace("redis-cli", &format!("redis-cli -s {socket}"))
+        .replace("perennial:", &format!("{}:", prefix.name()));
+    let output = shell(TempDir::new().unwrap().path(), &text).await;
+    assert!(output.status.success(), "{}", said(&output));
+    eventually("it is taken in", || async {
+        let jobs = perennial.admin().get("/jobs?kind=mail.send").await.json();
+        (jobs["jobs"].as_array()?.len() == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_user_token_of_php_names_a_user() {
+    if Command::new("php").arg("--version").output().await.is_err() {
+        eprintln!("not run: php is not installed");
+        return;
+    }
+    let double = Double::start().await;
+    let setup = Setup::new().sending_to(&double);
+    let file = setup.file("user.secret");
+    std::fs::write(&file, "a secret of the backend").unwrap();
+    let perennial = setup.set(&format!("sites.default.user_secret_file={}", file.display())).start().await;
+    let snippet = snippet(README, "php", "hash_hmac");
+    let script = format!("$secret = 'a secret of the backend'; $user = 'ann';\n{snippet}\necho $token;");
+    let output = Command::new("php").args(["-r", &script]).output().await.unwrap();
+    let token = String::from_utf8(output.stdout).unwrap();
+    let request = json!({ "subscription": double.mint(), "user": "ann", "user_token": token.trim() });
+    assert_eq!(
+        perennial.client().without_key().post("/subscriptions", &request).await.status,
+        201,
+        "{token}"
+    );
+}
+
+/// Files of the names that the page's commands have, of the shapes that their senders write.
+fn as_moved_in(directory: &Path) {
+    let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures");
+    for (from, to) in [
+        ("keys/openssl-ecparam-genkey.pem", "private_key.pem"),
+        ("keys/laravel.env", ".env"),
+        ("keys/web-push-cli.json", "keys.json"),
+        ("dumps/web-push-php.jsonl", "subscriptions.jsonl"),
+        ("dumps/laravel.batch.tsv", "push_subscriptions.tsv"),
+        ("dumps/django-webpush.dumpdata.json", "webpush.json"),
+        ("dumps/django-push-notifications.dumpdata.json", "devices.json"),
+        ("dumps/onesignal.csv", "users.csv"),
+        ("dumps/django-webpush.joined.csv", "subscriptions.csv"),
+    ] {
+        std::fs::copy(fixtures.join(from), directory.join(to)).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn every_recipe_for_moving_in_is_followed() {
+    let mut tried = 0;
+    for (language, text) in snippets(MOVING_IN) {
+        // Commands of the other senders' programs are theirs; a placeholder is none.
+        let is_ours =
+            |line: &&str| line.contains("perennial ") && !line.contains("SENDER") && !line.contains("npx");
+        let commands: Vec<&str> = text.lines().filter(is_ours).collect();
+        if language != "sh" || commands.is_empty() {
+            continue;
+        }
+        let directory = TempDir::new().unwrap();
+        as_moved_in(directory.path());
+        for command in commands {
+            let output = shell(directory.path(), &format!("{command}\n")).await;
+            let said = said(&output);
+            // The dumps have bad lines, which is told by the exit code.
+            let is_import = command.contains("subscriptions import");
+            assert!(
+                output.status.success() || (is_import && said.contains("lines were refused")),
+                "{command}: {said}"
+            );
+            assert!(!is_import || said.contains("\"created\":"), "{command}: {said}");
+            tried += 1;
+        }
+    }
+    assert!(tried >= 10, "{tried}");
+}

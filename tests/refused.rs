@@ -1,0 +1,85 @@
+//! Connections that cannot be served leave a trace: a counter, and a line of the log with their address.
+
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
+
+use support::certificates::Certificates;
+use support::eventually;
+use support::process::{Perennial, Setup};
+
+/// Says something to a port, and returns what is answered until the end.
+async fn say(address: &str, bytes: &[u8]) -> String {
+    let mut stream = TcpStream::connect(address.trim_start_matches("http://").trim_start_matches("https://"))
+        .await
+        .unwrap();
+    stream.write_all(bytes).await.unwrap();
+    let mut answer = Vec::new();
+    let _ = stream.read_to_end(&mut answer).await;
+    String::from_utf8_lossy(&answer).into_owned()
+}
+
+async fn counted(perennial: &Perennial, reason: &str) {
+    let line = format!("perennial_http_refused_total{{listener=\"public\",reason=\"{reason}\"}} 1");
+    eventually(&line, || async {
+        perennial.admin().get("/metrics").await.text().contains(&line).then_some(())
+    })
+    .await;
+    let told = eventually("the log tells of it", || async {
+        perennial.log_lines().into_iter().find(|told| told["reason"] == reason)
+    })
+    .await;
+    assert!(told["peer"].as_str().unwrap().starts_with("127.0.0.1"), "{told}");
+}
+
+#[tokio::test]
+async fn what_is_no_http_is_counted_by_reason_and_told_with_its_address() {
+    let perennial = Setup::new().start().await;
+    let address = perennial.client().base().to_owned();
+    let long = format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(70_000));
+    let wide = format!("GET / HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n", "x".repeat(70_000));
+    assert!(say(&address, b"NONSENSE\r\n\r\n").await.starts_with("HTTP/1.1 400"));
+    counted(&perennial, "bad_head").await;
+    let answer = say(&address, wide.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    counted(&perennial, "head_too_large").await;
+    let answer = say(&address, long.as_bytes()).await;
+    assert!(answer.starts_with("HTTP/1.1 414") || answer.starts_with("HTTP/1.1 431"), "{answer}");
+    // A browser that was told https.
+    assert_eq!(say(&address, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03").await, "");
+    counted(&perennial, "tls_on_plain_port").await;
+}
+
+#[tokio::test]
+async fn plain_http_on_a_port_with_tls_is_answered_with_a_word() {
+    let certificates = Certificates::new();
+    let perennial = Setup::new()
+        .set("server.listen=127.0.0.1:0,https://127.0.0.1:0")
+        .set(&format!("server.tls.cert_file={}", certificates.certificate().display()))
+        .set(&format!("server.tls.key_file={}", certificates.key().display()))
+        .start()
+        .await;
+    let addresses: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(perennial.setup.data_dir().join("addresses.json")).unwrap())
+            .unwrap();
+    let tls = addresses["server"][1].as_str().unwrap();
+    let answer = say(tls, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+    assert!(
+        answer.starts_with("HTTP/1.1 400 Bad Request") && answer.contains("this port speaks https"),
+        "{answer}"
+    );
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap();
+    assert!(head.contains(&format!("content-length: {}", body.len())), "{answer}");
+    assert!(serde_json::from_str::<serde_json::Value>(body).is_ok(), "{body}");
+    counted(&perennial, "plain_on_tls_port").await;
+    let _ = say(tls, b"\x16\x03\x01\x00\x05hello").await;
+    counted(&perennial, "tls_handshake").await;
+}
+
+#[tokio::test]
+async fn a_proxy_that_does_not_say_whom_it_speaks_for_is_refused_with_a_trace() {
+    let perennial =
+        Setup::new().set("server.proxy_protocol=true").set("server.trusted_proxies=127.0.0.1").start().await;
+    let address = perennial.client().base().to_owned();
+    let _ = say(&address, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
+    counted(&perennial, "bad_proxy_header").await;
+}

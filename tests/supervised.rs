@@ -1,0 +1,99 @@
+//! Under a supervisor: what systemd is told, the sockets that it opens, and its unit file.
+
+use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
+
+use nix::sys::signal::Signal;
+use tokio::net::UnixDatagram;
+
+use support::process::Setup;
+use support::soon;
+use support::tools::{must_pass, tool};
+
+/// The next message that has this line.
+async fn told(socket: &UnixDatagram, line: &str) -> String {
+    soon(line, async {
+        loop {
+            let mut message = vec![0; 4096];
+            let length = socket.recv(&mut message).await.unwrap();
+            let text = String::from_utf8_lossy(&message[..length]).into_owned();
+            if text.lines().any(|told| told == line) {
+                return text;
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test]
+async fn a_supervisor_is_told_when_it_is_ready_alive_reloads_and_stops() {
+    let setup = Setup::new();
+    let path = setup.file("notify");
+    let socket = UnixDatagram::bind(&path).unwrap();
+    let perennial = setup
+        .environment("NOTIFY_SOCKET", path.to_str().unwrap())
+        .environment("WATCHDOG_USEC", "200000")
+        .start()
+        .await;
+    let ready = told(&socket, "READY=1").await;
+    assert!(ready.contains("STATUS=serving on 127.0.0.1:"), "{ready}");
+    told(&socket, "WATCHDOG=1").await;
+    perennial.signal(Signal::SIGHUP);
+    let reloading = told(&socket, "RELOADING=1").await;
+    assert!(reloading.contains("MONOTONIC_USEC="), "{reloading}");
+    told(&socket, "READY=1").await;
+    perennial.signal(Signal::SIGTERM);
+    let stopping = told(&socket, "STOPPING=1").await;
+    assert!(stopping.contains("STATUS=draining: SIGTERM"), "{stopping}");
+}
+
+#[tokio::test]
+async fn signals_of_other_servers_drain_or_do_nothing() {
+    let mut perennial = Setup::new().start().await;
+    for harmless in [Signal::SIGUSR1, Signal::SIGPIPE] {
+        perennial.signal(harmless);
+    }
+    assert_eq!(perennial.client().get("/push/key").await.status, 200);
+    perennial.signal(Signal::SIGQUIT);
+    let ended = perennial.ended().await;
+    assert_eq!(ended.code(), Some(0), "as SIGTERM: {ended}");
+}
+
+#[tokio::test]
+async fn unix_sockets_have_a_mode_and_a_group() {
+    let setup = Setup::listening_as_configured();
+    let path = setup.file("p.sock");
+    let group = nix::unistd::getegid().as_raw();
+    let perennial = setup
+        .set(&format!("server.listen=127.0.0.1:0,unix:{}", path.display()))
+        .set("admin.listen=127.0.0.1:0")
+        .set("server.socket_mode=0660")
+        .set(&format!("server.socket_group={group}"))
+        .start()
+        .await;
+    let file = std::fs::metadata(&path).unwrap();
+    assert_eq!(file.permissions().mode() & 0o777, 0o660);
+    drop(perennial);
+    let bad = Setup::new()
+        .set("server.socket_mode=rw")
+        .set("server.socket_group=no-such-group")
+        .run(&["check"])
+        .await;
+    let said = String::from_utf8_lossy(&bad.stderr).into_owned();
+    assert!(said.contains("a mode in octal") && said.contains("a group of this machine"), "{said}");
+}
+
+#[tokio::test]
+async fn the_unit_file_leaves_little_to_attack() {
+    let Some(analyze) = tool("systemd-analyze") else { return };
+    let directory = Path::new(env!("CARGO_MANIFEST_DIR")).join("../systemd");
+    let said = must_pass(
+        &analyze,
+        &["security", "--offline=true", "--threshold=20", "perennial.service"],
+        &directory,
+    )
+    .await;
+    let level = said.rsplit("Overall exposure level for perennial.service: ").next().unwrap();
+    let level: f64 = level.split_whitespace().next().unwrap().parse().unwrap();
+    assert!(level < 2.0, "{level}");
+}
