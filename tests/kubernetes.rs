@@ -290,3 +290,18 @@ fn the_image_is_small_and_nobodys() {
         assert!(known.iter().any(|known| name.starts_with(known)), "{linked}");
     }
 }
+
+#[test]
+fn the_network_policy_blocks_what_the_program_never_sends_to() {
+    let policy = include_str!("../k8s/base/network-policy.yaml");
+    let policy: serde_json::Value = serde_yaml_ng::from_str(policy).unwrap();
+    let rules = policy["spec"]["egress"].as_array().unwrap();
+    let blocks =
+        rules.iter().flat_map(|rule| rule["to"].as_array().unwrap()).filter(|to| to["ipBlock"].is_object());
+    let excepted = blocks.flat_map(|to| to["ipBlock"]["except"].as_array().unwrap());
+    let excepted: std::collections::BTreeSet<String> =
+        excepted.map(|network| network.as_str().unwrap().to_owned()).collect();
+    let blocked: std::collections::BTreeSet<String> =
+        perennial_webpush::not_public().map(|network| network.to_string()).collect();
+    assert_eq!(excepted, blocked);
+}

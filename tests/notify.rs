@@ -398,6 +398,16 @@ async fn the_log_follows_a_notification_from_its_request_to_its_end() {
     };
     let request = answer.header("x-request-id").unwrap();
     assert_eq!(of("request", "request_id", request), 1);
+    // One name for each id, at the same place in every line: of the request, of jobs, and of what they say.
+    let trace = answer.header("traceresponse").unwrap().split('-').nth(1).unwrap().to_owned();
+    assert_eq!(trace, request.replace('-', ""), "a trace that begins with the request has its digits");
+    let joined: Vec<&Value> = lines
+        .iter()
+        .filter(|line| line["trace_id"] == trace.as_str() && line["request_id"] == request)
+        .collect();
+    for message in ["request", "job started", "batch sent", "job ended"] {
+        assert!(joined.iter().any(|line| line["message"] == message), "{message}: {joined:?}");
+    }
     assert_eq!(of("batch sent", "notification", &id), 1);
     let accepted: Vec<_> = lines.iter().filter(|line| line["notification"] == id.as_str()).collect();
     assert!(

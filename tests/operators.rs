@@ -221,6 +221,15 @@ async fn a_job_leaves_one_line_at_its_start_and_one_at_its_end_with_ids_that_joi
     let messages: Vec<&str> = of_job.iter().filter_map(|line| line["message"].as_str()).collect();
     assert_eq!(messages, ["job started", "job ended"], "{}", hello.log());
     assert!(of_job.iter().all(|line| line.to_string().contains(trace)));
+    let of_trace = |message: &str| {
+        let is_joined = |line: &&Value| {
+            line["message"] == message && line["trace_id"] == "4bf92f3577b34da6a3ce929d0e0e4736"
+        };
+        lines.iter().filter(is_joined).count()
+    };
+    for message in ["request", "enqueued", "job started", "job ended"] {
+        assert_eq!(of_trace(message), 1, "{message}: {}", hello.log());
+    }
     assert!(lines.iter().any(|line| line["message"] == "enqueued" && line["job"] == id));
     let metrics = hello.admin().get("/metrics").await.text();
     assert!(metrics.contains(r#"perennial_jobs_total{kind="hello.count",outcome="done"} 1"#), "{metrics}");

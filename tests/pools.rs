@@ -309,3 +309,40 @@ async fn a_redis_that_takes_no_writes_is_named_until_it_does() {
     set(0).await;
     until_ready_says(&perennial, 200, "").await;
 }
+
+/// A user who may do what the documentation says, and nothing else.
+#[tokio::test]
+async fn a_redis_user_needs_no_more_than_is_documented() {
+    let documented = include_str!("../docs/operations.md")
+        .split('`')
+        .find(|text| text.starts_with("ACL SETUSER perennial"));
+    let rights = documented.unwrap().strip_prefix("ACL SETUSER perennial on >PASSWORD ").unwrap().to_owned();
+    for (is_told, rights) in [(true, rights.clone()), (false, rights.replace(" +info", ""))] {
+        let server = redis::Server::durable().await;
+        let admin = Redis::open(redis::config(&server.url())).await.unwrap();
+        let mut set = cmd("ACL");
+        set.arg("SETUSER").arg("perennial").arg("on").arg(">secret");
+        rights.split(' ').for_each(|right| _ = set.arg(right));
+        admin.query::<String>(&set).await.unwrap();
+        let url = format!("{}?user=perennial&pass=secret", server.url());
+        let double = Double::start().await;
+        let perennial = Setup::new().sending_to(&double).set(&format!("queue.url={url}")).start().await;
+        perennial.subscribe(&double, 3).await;
+        let progress = perennial.notify_and_wait(&json!({ "to": {"all": true}, "payload": "x" })).await;
+        assert_eq!(progress["outcomes"], json!({ "delivered": 3 }));
+        for arguments in [
+            &["jobs", "queues"][..],
+            &["jobs", "pause", "push"],
+            &["jobs", "resume", "push"],
+            &["cron", "list"],
+            &["keys", "add", "x"],
+        ] {
+            let output = perennial.setup.run(arguments).await;
+            assert!(output.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&output.stderr));
+        }
+        let log = perennial.log();
+        assert_eq!(log.contains("does not let this user ask INFO"), !is_told, "{log}");
+        let denied: Vec<&str> = log.lines().filter(|line| line.contains("NOPERM")).collect();
+        assert!(denied.is_empty(), "{denied:?}");
+    }
+}

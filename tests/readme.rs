@@ -9,6 +9,7 @@ use axum::routing::get;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
+use tokio::task::JoinSet;
 
 use support::double::Double;
 use support::firefox::{self, Firefox};
@@ -129,16 +130,13 @@ async fn the_backends_example_is_accepted() {
 }
 
 /// A site of its own, with the page and the service worker of the README.
-async fn site(server: &str) -> String {
+async fn site(server: &str) -> (String, JoinSet<std::io::Result<()>>) {
     let page = snippet(README, "js", "const server = ").replace("https://push.example.com", server);
     let logout = snippet(README, "js", "user: null");
     // What the page's code leaves out: it is run in a module, and says when it is done.
     let script = format!(
         "try {{\n{page}\nwindow.logout = async () => {{\n{}\n}};\ndocument.title = 'subscribed';\n}} catch (error) {{ document.title = `failed: ${{error}}`; }}",
-        logout
-            .replace("const subscription", "const mine")
-            .replace("subscription,", "subscription: mine,")
-            .replace("{ subscription:", "{ subscription:")
+        logout.replace("const subscription", "const mine").replace("subscription,", "subscription: mine,")
     );
     let page = format!(
         "<!doctype html><title>subscribing</title><p id=state>site</p><script type=module>{script}</script>"
@@ -151,8 +149,9 @@ async fn site(server: &str) -> String {
         Router::new().route("/", typed("text/html", page)).route("/sw.js", typed("text/javascript", worker));
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let origin = format!("http://localhost:{}", listener.local_addr().unwrap().port());
-    tokio::spawn(async move { axum::serve(listener, router).await });
-    origin
+    let mut serving = JoinSet::new();
+    serving.spawn(async move { axum::serve(listener, router).await });
+    (origin, serving)
 }
 
 async fn shown(firefox: &Firefox) -> Vec<Value> {
@@ -170,7 +169,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
     // The port is known only once it is there, and the site names the server.
     let port = support::free_port();
     let server = format!("http://127.0.0.1:{port}");
-    let origin = site(&server).await;
+    let (origin, _serving) = site(&server).await;
     let perennial = Setup::listening_as_configured()
         .sending_to(&double)
         .set(&format!("server.listen=127.0.0.1:{port}"))

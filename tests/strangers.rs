@@ -37,12 +37,16 @@ async fn store(perennial: &Perennial, subscription: &Value) {
 
 /// Rows that answer with a refusal, an order to wait, or an error; before the good ones, or among them.
 async fn good_ones_are_served_beside(status: u16, hostile: usize, scattered: bool) {
-    const GOOD: usize = 100;
+    of_many_good_ones(100, status, hostile, scattered).await;
+}
+
+/// The same of so many good ones.
+async fn of_many_good_ones(many: usize, status: u16, hostile: usize, scattered: bool) {
     let (double, perennial) = start_with(|setup| {
         setup.set("push.address_burst=1000000").set("push.site_burst=1000000").set("push.attempts=2")
     })
     .await;
-    let good: Vec<Value> = (0..GOOD).map(|_| double.mint()).collect();
+    let good: Vec<Value> = (0..many).map(|_| double.mint()).collect();
     let bad: Vec<Value> = (0..hostile).map(|_| double.mint()).collect();
     let is_bad: std::collections::HashSet<String> = bad.iter().map(token).collect();
     double.script(
@@ -51,11 +55,11 @@ async fn good_ones_are_served_beside(status: u16, hostile: usize, scattered: boo
         },
     );
     // The good ones have been delivered to before.
-    for subscription in &good[..GOOD / 2] {
+    for subscription in &good[..many / 2] {
         store(&perennial, subscription).await;
     }
     perennial.notify_and_wait(&to_all()).await;
-    let mut rest = good[GOOD / 2..].iter();
+    let mut rest = good[many / 2..].iter();
     for subscription in &bad {
         store(&perennial, subscription).await;
         if scattered && let Some(good) = rest.next() {
@@ -68,11 +72,11 @@ async fn good_ones_are_served_beside(status: u16, hostile: usize, scattered: boo
     let before = double.taken().len();
     let began = Instant::now();
     perennial.notify(&to_all()).await;
-    eventually(&format!("{GOOD} are delivered to beside {hostile} that answer {status}"), || async {
-        (double.taken().len() >= before + GOOD).then_some(())
+    eventually(&format!("{many} are delivered to beside {hostile} that answer {status}"), || async {
+        (double.taken().len() >= before + many).then_some(())
     })
     .await;
-    println!("{hostile} that answer {status}, scattered {scattered}: {:?}", began.elapsed());
+    println!("{many} beside {hostile} that answer {status}, scattered {scattered}: {:?}", began.elapsed());
     // At any moment, somebody who is in a hurry.
     for _ in 0..5 {
         let urgent = json!({ "to": { "push": [good[0]] }, "payload": "now", "urgency": "high", "ttl": 60 });
@@ -104,6 +108,19 @@ async fn two_hundred_subscriptions_that_ask_to_wait_keep_nobody_waiting() {
 #[tokio::test]
 async fn two_hundred_subscriptions_that_are_out_of_order_keep_nobody_waiting() {
     good_ones_are_served_beside(503, 200, true).await;
+}
+
+/// As many as a determined visitor may store: for the figures.
+#[tokio::test]
+async fn two_thousand_hostile_subscriptions_keep_three_thousand_waiting_no_longer_than_none_do() {
+    if !support::full() {
+        return;
+    }
+    for (status, hostile) in [(403, 0), (403, 2000), (429, 2000), (503, 2000)] {
+        for scattered in [false, true] {
+            of_many_good_ones(3000, status, hostile, scattered).await;
+        }
+    }
 }
 
 /// Nothing was ever delivered, and those who come first are refused: the others are found soon.

@@ -152,6 +152,34 @@ async fn pages_of_other_origins_are_refused_unless_they_are_listed() {
     assert_eq!(other.header("access-control-allow-origin"), None);
     assert_eq!(page("null").get("/push/key").await.status, 403);
 
+    // What is refused, also before any route is asked, can be read by the page.
+    let readable = |answer: &support::http::Answer| {
+        assert_eq!(
+            answer.header("access-control-allow-origin"),
+            Some("https://shop.example"),
+            "{}",
+            answer.text()
+        );
+    };
+    let listed = page("https://shop.example");
+    let missing = listed.get("/subscription").await;
+    assert_eq!(missing.status, 404);
+    readable(&missing);
+    let unknown = json!({ "endpoint": "https://x.example/", "auth": double.mint()["keys"]["auth"] });
+    let gone = listed.delete("/subscriptions", Some(&unknown)).await;
+    assert_eq!(gone.status, 404);
+    readable(&gone);
+    let long = listed.post("/subscriptions", &json!({ "subscription": "x".repeat(2 << 20) })).await;
+    assert_eq!(long.status, 413);
+    readable(&long);
+    let wrong = listed.send(Method::PUT, "/subscriptions", None).await;
+    assert_eq!(wrong.status, 405);
+    readable(&wrong);
+    assert_eq!(
+        page("https://evil.example").get("/nothing").await.header("access-control-allow-origin"),
+        None
+    );
+
     let preflight = page("https://shop.example")
         .with_header("access-control-request-method", "POST")
         .with_header("access-control-request-headers", "content-type")

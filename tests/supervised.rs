@@ -59,6 +59,35 @@ async fn signals_of_other_servers_drain_or_do_nothing() {
     assert_eq!(ended.code(), Some(0), "as SIGTERM: {ended}");
 }
 
+/// A successor of process 1 would end with it.
+#[tokio::test]
+async fn process_1_of_a_container_goes_on_and_says_why() {
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("not run: a namespace of processes takes root");
+        return;
+    }
+    let setup = Setup::new();
+    let log = std::fs::File::create(setup.file("pid1.log")).unwrap();
+    let plain = setup.command(&["serve"]);
+    let mut command = tokio::process::Command::new("unshare");
+    command.args(["--pid", "--fork", "--kill-child", "--mount-proc"]).arg(plain.as_std().get_program());
+    command.args(plain.as_std().get_args()).stderr(log).kill_on_drop(true);
+    for (name, value) in plain.as_std().get_envs().filter_map(|(name, value)| Some((name, value?))) {
+        command.env(name, value);
+    }
+    let unshare = command.spawn().unwrap();
+    let text = || std::fs::read_to_string(setup.file("pid1.log")).unwrap();
+    support::eventually("it is ready", || async { text().contains("\"ready\"").then_some(()) }).await;
+    let children = format!("/proc/{0}/task/{0}/children", unshare.id().unwrap());
+    let child: i32 = std::fs::read_to_string(children).unwrap().trim().parse().unwrap();
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child), Signal::SIGUSR2).unwrap();
+    support::eventually("it says why", || async {
+        text().contains("process 1 of a container").then_some(())
+    })
+    .await;
+    assert!(std::path::Path::new(&format!("/proc/{child}")).exists(), "it goes on");
+}
+
 #[tokio::test]
 async fn unix_sockets_have_a_mode_and_a_group() {
     let setup = Setup::listening_as_configured();

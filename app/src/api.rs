@@ -11,7 +11,7 @@ use axum::body::Body;
 use axum::extract::{FromRequest, FromRequestParts, Request};
 use axum::response::{IntoResponse, Response};
 use http::request::Parts;
-use http::{HeaderMap, StatusCode, header};
+use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
@@ -131,15 +131,10 @@ pub fn within_page(limit: Option<usize>, usual: usize, most: usize) -> std::resu
     Err(FieldError::new("limit", format!("a whole number from 1 to {most}")).into())
 }
 
-/// What joins a job to the request that enqueued it: the caller's trace (`traceparent`, W3C Trace Context, section
-/// 3.2), or the request's id.
-pub fn trace(headers: &HeaderMap, scope: &Scope) -> String {
-    let parent = headers.get("traceparent").and_then(|value| value.to_str().ok());
-    let is_trace = |text: &&str| {
-        let lengths = text.split('-').map(str::len);
-        lengths.eq([2, 32, 16, 2]) && text.bytes().all(|byte| byte == b'-' || byte.is_ascii_hexdigit())
-    };
-    parent.filter(is_trace).map_or_else(|| scope.id().to_string(), str::to_owned)
+/// What joins a job to the request that enqueued it: the caller's trace (`traceparent`), or the one that begins with the
+/// request, whose id has the digits of the request's.
+pub fn trace(scope: &Scope) -> String {
+    scope.trace().as_str().to_owned()
 }
 
 /// 404 for something with an id.

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Router;
+use http::HeaderValue;
 use perennial_server::cache::{Bus, Caches};
 use perennial_server::cpu::Cpu;
 use perennial_server::drain::Drain;
@@ -210,6 +211,13 @@ pub(crate) async fn boot(
         pause: &pause,
     }
     .start();
+    let readers = {
+        let sites = access.sites().clone();
+        Arc::new(move |origin: &HeaderValue| {
+            origin.to_str().is_ok_and(|origin| sites.of_origin(origin).is_some())
+        })
+    };
+    let server = server.errors_readable_by(readers);
     let routes = openapi::with_description(routes);
     tasks.critical("http", server.run(routes, Some(cpu), drain));
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use axum::extract::{FromRef, State};
 use axum::response::{IntoResponse, Response};
-use http::{HeaderMap, StatusCode};
+use http::StatusCode;
 use perennial_server::http::problem::FieldError;
 use perennial_server::http::scope::Scope;
 use perennial_workers::job::{Unique, UniqueUntil};
@@ -104,13 +104,12 @@ async fn enqueue(
     scope: Scope,
     State(known): State<Known>,
     Path(kind): Path<String>,
-    headers: HeaderMap,
     Json(request): Json<JobRequest>,
 ) -> Result<Response> {
     let kind = known.registry.get().and_then(|registry| registry.kind(&kind));
     // A kind that is not public is nobody's business.
     let kind = kind.filter(|kind| kind.options.public).ok_or_else(|| not_found("kind of job"))?;
-    let job = request.job(&kind, &caller.site.0.to_string())?.trace(trace(&headers, &scope));
+    let job = request.job(&kind, &caller.site.0.to_string())?.trace(trace(&scope));
     let id = known.jobs.enqueue(job).await?;
     info!(job = %id, kind = kind.name, "enqueued");
     Ok((StatusCode::ACCEPTED, axum::Json(Enqueued { id })).into_response())

@@ -21,8 +21,10 @@ pub mod scope;
 mod stack;
 mod target;
 mod timed;
+pub mod trace;
 
 use std::convert::Infallible;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -112,11 +114,20 @@ pub struct Http2 {
 }
 
 /// A server whose sockets are open, so that its addresses are known and a bad port has failed already.
-#[derive(Debug)]
 pub struct Server {
     bound: net::Bound,
     config: Config,
+    readers: Option<Readers>,
 }
+
+impl fmt::Debug for Server {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Server").field("bound", &self.bound).finish_non_exhaustive()
+    }
+}
+
+/// Says whether pages of an origin may read errors.
+pub type Readers = Arc<dyn Fn(&http::HeaderValue) -> bool + Send + Sync>;
 
 impl Server {
     /// Opens the sockets, or takes those of `inherited` that have the same addresses, and reads the certificate.
@@ -124,7 +135,14 @@ impl Server {
     /// # Errors
     /// When an address cannot be had, or `https` lacks a usable certificate.
     pub async fn bind(config: Config, inherited: &Inherited) -> Result<Self, BindError> {
-        Ok(Self { bound: net::bind(config.net.clone(), inherited).await?, config })
+        Ok(Self { bound: net::bind(config.net.clone(), inherited).await?, config, readers: None })
+    }
+
+    /// Lets pages of these origins read errors, whoever answers them: a router's own policy never sees what is refused before
+    /// it, as a body that is too long, and a page could only tell that something went wrong.
+    #[must_use]
+    pub fn errors_readable_by(self, readers: Readers) -> Self {
+        Self { readers: Some(readers), ..self }
     }
 
     /// The addresses in use, in the form in which they are written in settings.
@@ -152,7 +170,7 @@ impl Server {
         let detached = TaskTracker::new();
         let services =
             Services { drain: drain.clone(), cpu, detached: detached.clone(), slow_poll: config.slow_poll };
-        let stack = Arc::new(Stack::new(router, &config, Arc::new(services)));
+        let stack = Arc::new(Stack::new(router, &config, self.readers, Arc::new(services)));
         let listener = config.net.name;
         let protocol = Http { stack, config: Arc::clone(&config), listener };
         net::serve(self.bound, protocol, &drain).await;

@@ -1,6 +1,7 @@
 //! Logs: one line an event, to standard error, without ever making a request wait for the log's reader.
 
 mod access;
+mod joined;
 mod seldom;
 mod writer;
 
@@ -15,6 +16,7 @@ use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
 pub(crate) use access::Access;
 pub use access::AccessLog;
+use joined::Joined;
 pub use seldom::Seldom;
 use writer::{Lines, Writer};
 
@@ -137,7 +139,7 @@ impl Telemetry {
             tracing_subscriber::fmt::layer().with_writer(lines.clone()).with_ansi(terminal && has_colours());
         let json = config.format == Format::Json || (config.format == Format::Auto && !terminal);
         let events = if json {
-            events.json().flatten_event(true).with_span_list(false).boxed()
+            events.json().flatten_event(true).with_span_list(false).map_event_format(Joined).boxed()
         } else {
             events.with_target(false).boxed()
         };

@@ -89,11 +89,7 @@ fn of_text(message: &str) -> Option<String> {
 
 fn list(known: &str) -> String {
     let known = known.replace('`', "");
-    match known.strip_prefix("one of ") {
-        Some(_) => known,
-        None if known.starts_with("there are no") => "nothing".to_owned(),
-        None => known,
-    }
+    if known.starts_with("there are no") { "nothing".to_owned() } else { known }
 }
 
 #[cfg(test)]

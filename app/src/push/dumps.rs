@@ -152,7 +152,7 @@ fn separated<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result
     Ok(Box::new(first.into_iter().chain(rest).map(move |(record, names)| {
         let fields = match names {
             Some(names) => named(&names, record.cells),
-            None => unnamed(format, record.cells),
+            None => unnamed(format, &record.cells),
         };
         Row { number: record.line, read: line(format, &Value::Object(fields)) }
     })))
@@ -190,7 +190,7 @@ fn named(names: &[String], cells: Vec<String>) -> Map<String, Value> {
 }
 
 /// Without names the values say what they are: there is one URL, one key of 65 bytes, and one secret of 16.
-fn unnamed(format: Format, cells: Vec<String>) -> Map<String, Value> {
+fn unnamed(format: Format, cells: &[String]) -> Map<String, Value> {
     let mut fields = Map::new();
     let length = |cell: &String| decode_base64(cell).map_or(0, |bytes| bytes.len());
     let find = |fits: &dyn Fn(&String) -> bool| cells.iter().find(|cell| fits(cell)).cloned();
@@ -312,7 +312,7 @@ fn join(rows: Vec<Row>) -> Vec<Row> {
         };
         match value["model"].as_str() {
             Some("webpush.group") => {
-                _ = groups.insert(value["pk"].to_string(), value["fields"]["name"].clone())
+                _ = groups.insert(value["pk"].to_string(), value["fields"]["name"].clone());
             }
             Some("webpush.pushinformation") => {
                 let fields = value["fields"].clone();

@@ -10,7 +10,7 @@ use futures_util::stream;
 use http::header;
 use perennial_server::http::problem::FieldError;
 use perennial_server::http::scope::Scope;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use tracing::info;
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -120,7 +120,7 @@ async fn view(tools: &Tools, site: i64, id: Uuid) -> Result<Json<NotificationVie
 /// `read`, which may have `push.followers_per_key` such requests at once.
 #[utoipa::path(
     get, path = "/notifications/{id}/events", operation_id = "followNotification", params(("id" = Uuid, Path)),
-    responses((status = OK, content_type = "text/event-stream", body = String, description = "Events `progress`, whose data is what `GET /notifications/{id}` answers"))
+    responses((status = OK, content_type = "text/event-stream", body = ProgressEvent, description = "One event after the other, until the notification has ended"))
 )]
 pub(super) async fn events(
     Authorized { caller, .. }: Authorized<Read>,
@@ -130,9 +130,19 @@ pub(super) async fn events(
 ) -> Result<Response> {
     let id = parse(&id)?;
     let Json(view) = view(&tools, caller.site.0, id).await?;
+    scope.is_a_stream();
     let follower = tools.followers.follow(&caller.key, id, &view)?;
     let events = follower.events(scope.drain().clone());
     Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())
+}
+
+/// A server-sent event
+#[derive(Debug, Serialize, ToSchema)]
+pub(super) struct ProgressEvent {
+    /// `progress`, or `end` for the last one
+    event: String,
+    /// What `GET /notifications/{id}` answers, as JSON
+    data: String,
 }
 
 /// Which deliveries.

@@ -91,12 +91,22 @@ pub(super) struct NotifyRequest {
     /// Whether browsers that can may show it without a service worker: it needs `notification.url`
     declarative: Option<bool>,
     /// The version of HTTP to send with: auto, 1 or 2
+    #[serde(default, deserialize_with = "version")]
     http: Option<String>,
     /// Whether `{{name}}` in the text stands for what each subscription has in its metadata: true, unless this is false. A
     /// backslash before it makes a single one plain text
     template: Option<bool>,
     /// Only says whom it would be for
     dry_run: Option<bool>,
+}
+
+/// A version of HTTP, as a text or a number.
+fn version<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<String>, D::Error> {
+    Ok(match Option::<Value>::deserialize(from)? {
+        None | Some(Value::Null) => None,
+        Some(Value::String(text)) => Some(text),
+        Some(other) => Some(other.to_string()),
+    })
 }
 
 /// Whom a notification is for: one of these.
@@ -160,7 +170,11 @@ const NAMES: &str = "all, user, users, tags, subscriptions, push";
 #[derive(Debug, Serialize, ToSchema)]
 pub(super) struct Notified {
     id: Uuid,
+    /// scheduled or queued
     #[schema(example = "queued")]
+    state: &'static str,
+    /// The same under the name that it had before
+    #[schema(deprecated)]
     status: &'static str,
     /// An estimate of how many subscriptions it is for
     audience: u64,
@@ -257,7 +271,7 @@ pub(super) async fn notify(
     } else {
         NewJob::new(&FanOut { notification: id, priority }).map(|job| job.priority(priority))
     };
-    let mut new_job = job?.trace(trace(&headers, &scope));
+    let mut new_job = job?.trace(trace(&scope));
     if let Some(at) = plan.due_at {
         new_job = new_job.due(Due::At(Timestamp::from_millisecond(at).unwrap_or_default()));
     }
@@ -297,7 +311,7 @@ fn conflict() -> Problem {
 }
 
 fn accepted(id: Uuid, audience: u64, state: Stage, warnings: Vec<String>) -> Response {
-    let body = axum::Json(Notified { id, status: state.as_str(), audience, warnings });
+    let body = axum::Json(Notified { id, state: state.as_str(), status: state.as_str(), audience, warnings });
     (StatusCode::ACCEPTED, [(header::LOCATION, format!("/notifications/{id}"))], body).into_response()
 }
 

@@ -75,14 +75,14 @@ pub(super) async fn run(tools: Tools, drain: Drain) -> anyhow::Result<()> {
             () = pulse(EXCHANGE) => {}
             () = drain.soft() => return Ok(()),
         }
-        if let Err(error) = exchange.once(&tools).await {
-            if let Some(more) = NOT_EXCHANGED.tell() {
-                warn!(
-                    error = format!("{error:#}"),
-                    more_since_last = more,
-                    "which push services are held is not known"
-                );
-            }
+        if let Err(error) = exchange.once(&tools).await
+            && let Some(more) = NOT_EXCHANGED.tell()
+        {
+            warn!(
+                error = format!("{error:#}"),
+                more_since_last = more,
+                "which push services are held is not known"
+            );
         }
     }
 }

@@ -100,7 +100,7 @@ impl Connection {
                 "broadcasts": {},
             })),
             Some("register") => {
-                let vapid_key = message["key"].as_str().and_then(|key| perennial_webpush::decode_base64(key));
+                let vapid_key = message["key"].as_str().and_then(perennial_webpush::decode_base64);
                 let owner = Owner::Browser { channel: channel.to_owned(), to: self.to.clone() };
                 let endpoint = self.sink.register(owner, vapid_key);
                 self.channels.push((channel.to_owned(), endpoint.clone()));

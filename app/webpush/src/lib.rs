@@ -36,7 +36,7 @@ pub use resolve::{Pin, ResolveError};
 pub use sender::{Config, ConfigError, LaneStatus, Report, Sender};
 pub use service::{Acceptance, ServiceStatus};
 pub use subscription::{Keys, KeysError, decode as decode_base64};
-pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError};
+pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError, not_public};
 pub use vapid::{Claims, Contact, ContactError, ImportError, Signer, VapidError, VapidKey, verify};
 pub use verdict::{MAX_RETRY_AFTER, Verdict, verdict};
 

@@ -391,6 +391,13 @@ const NOT_PUBLIC_V6: [Ipv6Net; 14] = [
     v6([0, 0, 0, 0, 0xffff, 0, 0, 0], 96), // IPv4-translated (RFC 2765)
 ];
 
+/// The networks that nothing is sent to unless [`Policy::networks`] has them: for the rules of a firewall that is to say the
+/// same.
+pub fn not_public() -> impl Iterator<Item = IpNet> {
+    let v4 = NOT_PUBLIC_V4.into_iter().map(IpNet::V4);
+    v4.chain(NOT_PUBLIC_V6.into_iter().map(IpNet::V6))
+}
+
 const fn v4(a: u8, b: u8, c: u8, d: u8, prefix: u8) -> Ipv4Net {
     Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
 }

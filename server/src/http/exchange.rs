@@ -88,6 +88,7 @@ impl Exchange {
         let waited = spent.body + spent.waits.iter().map(|(_, took)| *took).sum::<Duration>();
         warn!(
             request_id = self.scope.id().as_str(),
+            trace_id = self.scope.trace().id(),
             route,
             took_ms = milliseconds(took),
             body_ms = milliseconds(spent.body),
@@ -112,6 +113,7 @@ impl Drop for Exchange {
                 $level!(
                     target: "access",
                     request_id = self.scope.id().as_str(),
+                    trace_id = self.scope.trace().id(),
                     method = self.scope.method(),
                     path = self.scope.path(),
                     route,
@@ -131,6 +133,7 @@ impl Drop for Exchange {
             None => line!(info),
             Some(log) if enabled!(target: "access", Level::INFO) => log.write(&Access {
                 request_id: self.scope.id().as_str(),
+                trace_id: self.scope.trace().id(),
                 method: self.scope.method(),
                 path: self.scope.path(),
                 route,
@@ -144,7 +147,7 @@ impl Drop for Exchange {
             }),
             Some(_) => {}
         }
-        if took >= self.ledger.slow_after {
+        if took >= self.ledger.slow_after && !self.scope.has_a_stream() {
             self.log_slow(took, route);
         }
     }

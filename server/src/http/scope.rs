@@ -16,6 +16,7 @@ use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
 
 use super::timed::Timed;
+use super::trace::Trace;
 use crate::cpu::{Cpu, CpuError};
 use crate::drain::Drain;
 use crate::net::Connection;
@@ -38,6 +39,8 @@ struct State {
     stage: AtomicU8,
     /// Whether its client has shown who it is.
     is_identified: AtomicBool,
+    /// Whether its response has no end of its own.
+    is_stream: AtomicBool,
     /// Why its body was given up.
     no_body: OnceLock<&'static str>,
     /// Since when a part of the response waits for the client, by the connection's clock; 0 if none does.
@@ -85,6 +88,7 @@ pub enum Stage {
 /// What a request is begun with.
 #[derive(Debug)]
 pub(super) struct Begun {
+    pub(super) trace: Trace,
     pub(super) id: RequestId,
     pub(super) began: Instant,
     pub(super) deadline: Instant,
@@ -103,6 +107,7 @@ impl Scope {
             headers: OnceLock::new(),
             stage: AtomicU8::new(Stage::Handler as u8),
             is_identified: AtomicBool::new(false),
+            is_stream: AtomicBool::new(false),
             no_body: OnceLock::new(),
             stalled: AtomicU64::new(0),
             spent: Mutex::default(),
@@ -112,6 +117,20 @@ impl Scope {
     /// The id that stands in the log, in the response and, if it is trusted, in the request.
     pub fn id(&self) -> &RequestId {
         &self.0.begun.id
+    }
+
+    /// The trace that it belongs to.
+    pub fn trace(&self) -> &Trace {
+        &self.0.begun.trace
+    }
+
+    /// Its response goes on for as long as its client wants, and is no slow one for that.
+    pub fn is_a_stream(&self) {
+        self.0.is_stream.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_a_stream(&self) -> bool {
+        self.0.is_stream.load(Ordering::Relaxed)
     }
 
     /// When the request is answered with 503 if it has no response yet.

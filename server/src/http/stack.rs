@@ -1,6 +1,7 @@
 //! What surrounds every request, in order, with the reason beside each step.
 
 use std::convert::Infallible;
+use std::fmt;
 use std::net::IpAddr;
 use std::panic::AssertUnwindSafe;
 use std::pin::pin;
@@ -22,13 +23,14 @@ use ipnet::IpNet;
 use tower::{Layer, Service};
 use tracing::{Instrument, info_span};
 
-use super::Config;
 use super::body::{Leftover, Pace, RequestBody};
 use super::exchange::{Exchange, FollowedBody, Ledger, logged, method_label};
 use super::problem::Problem;
 use super::scope::{Begun, REQUEST_ID, RequestId, Scope, Services};
 use super::target::{self, Target};
 use super::timed::Timed;
+use super::trace::{TRACERESPONSE, Trace};
+use super::{Config, Readers};
 use crate::cgroup::Pressure;
 use crate::drain::Phase;
 use crate::metrics::{self, Requests};
@@ -37,7 +39,6 @@ use crate::net::connection::{OpenBody, Spoken, Told};
 use crate::net::proxy::{ForwardedHeader, forwarded_for, is_trusted};
 
 /// The steps around a router.
-#[derive(Debug)]
 pub(super) struct Stack {
     router: Router,
     request_timeout: Duration,
@@ -50,7 +51,14 @@ pub(super) struct Stack {
     pressure: Pressure,
     in_flight: Arc<AtomicUsize>,
     ledger: Arc<Ledger>,
+    readers: Option<Readers>,
     services: Arc<Services>,
+}
+
+impl fmt::Debug for Stack {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Stack")
+    }
 }
 
 /// One request among those that run, counted while it lasts.
@@ -64,7 +72,12 @@ impl Drop for InFlight {
 }
 
 impl Stack {
-    pub(super) fn new(router: Router, config: &Config, services: Arc<Services>) -> Self {
+    pub(super) fn new(
+        router: Router,
+        config: &Config,
+        readers: Option<Readers>,
+        services: Arc<Services>,
+    ) -> Self {
         Self {
             // The only step inside the router: which pattern matched is known nowhere else.
             router: router.layer(RouteLabel),
@@ -83,6 +96,7 @@ impl Stack {
                 access_log: config.access_log.clone(),
                 slow_after: config.slow_after,
             }),
+            readers,
             services,
         }
     }
@@ -100,9 +114,11 @@ impl Stack {
         // The scope comes next: everything after it may say which request it speaks of.
         let began = Instant::now();
         let id = if self.trust_request_id { RequestId::from_client(request.headers()) } else { None };
+        let id = id.unwrap_or_default();
         let version = request.version();
         let scope = Scope::new(Begun {
-            id: id.unwrap_or_default(),
+            trace: Trace::of(request.headers(), id.as_str()),
+            id,
             began,
             deadline: began + self.request_timeout,
             method: method_label(request.method()),
@@ -111,13 +127,14 @@ impl Stack {
             connection: Arc::clone(&connection),
             services: Arc::clone(&self.services),
         });
+        let origin = self.readers.as_ref().and_then(|_| request.headers().get(header::ORIGIN).cloned());
         let target = target::check(&mut request);
         request.extensions_mut().insert(scope.clone());
 
         // The exchange is counted and logged however the steps below end, and also if they never do.
         let exchange = Exchange::begin(Arc::clone(&self.ledger), scope.clone(), version, in_flight);
 
-        let span = info_span!("request", request_id = scope.id().as_str());
+        let span = info_span!("request", request_id = scope.id().as_str(), trace_id = scope.trace().id());
         let mut response = match target {
             Target::Route => self.respond(request, leftover, &scope).instrument(span).await,
             Target::Server => ([(header::ALLOW, target::METHODS)], StatusCode::NO_CONTENT).into_response(),
@@ -127,7 +144,11 @@ impl Stack {
                 problem.into_response()
             }
         };
+        if let Some(origin) = origin {
+            self.let_read(origin, &mut response);
+        }
         response.headers_mut().insert(REQUEST_ID, scope.id().header());
+        response.headers_mut().extend(scope.trace().header().map(|trace| (TRACERESPONSE, trace)));
         if let Some(added) = scope.added_headers() {
             response.headers_mut().extend(added.clone());
         }
@@ -136,6 +157,17 @@ impl Stack {
         // end should not find that out by its next request.
         self.say_if_last(&connection, version, &mut response);
         Ok(exchange.respond(response))
+    }
+
+    /// Lets a page read an error that no policy of a router has seen.
+    fn let_read(&self, origin: HeaderValue, response: &mut Response) {
+        let is_error = response.status().is_client_error() || response.status().is_server_error();
+        let headers = response.headers_mut();
+        let is_decided = headers.contains_key(header::ACCESS_CONTROL_ALLOW_ORIGIN);
+        if is_error && !is_decided && self.readers.as_ref().is_some_and(|may_read| may_read(&origin)) {
+            headers.insert(header::ACCESS_CONTROL_ALLOW_ORIGIN, origin);
+            headers.append(header::VARY, HeaderValue::from_static("origin"));
+        }
     }
 
     fn say_if_last<B>(&self, connection: &Connection, version: Version, response: &mut http::Response<B>) {

@@ -21,6 +21,7 @@ pub struct AccessLog(pub(super) Lines);
 #[derive(Debug, Serialize)]
 pub(crate) struct Access<'a> {
     pub(crate) request_id: &'a str,
+    pub(crate) trace_id: &'a str,
     pub(crate) method: &'static str,
     pub(crate) path: &'a str,
     pub(crate) route: &'a str,

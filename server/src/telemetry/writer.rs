@@ -257,26 +257,26 @@ mod tests {
         }
     }
 
-    fn short(room: usize, steps: &[(io::ErrorKind, usize)]) -> (Whole<Short>, Arc<Mutex<Vec<u8>>>) {
+    fn short(room: usize, steps: Vec<(io::ErrorKind, usize)>) -> (Whole<Short>, Arc<Mutex<Vec<u8>>>) {
         let written = Arc::default();
-        let out = Short { written: Arc::clone(&written), room, steps: steps.to_vec().into_iter() };
+        let out = Short { written: Arc::clone(&written), room, steps: steps.into_iter() };
         (Whole { out, is_cut: false }, written)
     }
 
     #[test]
     fn a_full_pipe_is_waited_for_and_loses_nothing() {
         let (mut out, written) =
-            short(3, &[(io::ErrorKind::WouldBlock, 2), (io::ErrorKind::WouldBlock, 100)]);
+            short(3, vec![(io::ErrorKind::WouldBlock, 2), (io::ErrorKind::WouldBlock, 100)]);
         assert_eq!(out.write(b"one\ntwo\nthree\n", || false), 0);
         assert_eq!(written.lock().unwrap().as_slice(), b"one\ntwo\nthree\n");
-        let (mut out, _) = short(3, &[(io::ErrorKind::WouldBlock, 100)]);
+        let (mut out, _) = short(3, vec![(io::ErrorKind::WouldBlock, 100)]);
         assert_eq!(out.write(b"one\ntwo\n", || true), 2, "but not at the end");
     }
 
     #[test]
     fn lines_that_a_full_disk_takes_are_counted_and_the_next_one_stands_alone() {
         let full = io::ErrorKind::StorageFull;
-        let (mut out, written) = short(6, &[(full, 0), (full, 100)]);
+        let (mut out, written) = short(6, vec![(full, 0), (full, 100)]);
         assert_eq!(out.write(b"one\ntwo\nthree\n", || false), 2, "one was cut off, one never begun");
         assert_eq!(out.write(b"four\n", || false), 1, "the disk is full still");
         assert_eq!(out.write(b"five\n", || false), 0);

@@ -11,6 +11,7 @@ use perennial_server::tasks::panic_message;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, info_span, warn};
+use uuid::Uuid;
 
 use super::Worker;
 use super::settle::{Settled, Settler};
@@ -79,11 +80,25 @@ pub(super) fn start<Q: Queue>(
         queue = &*claimed.queue,
         epoch = claimed.epoch,
         trace = claimed.trace,
+        trace_id = claimed.trace.as_deref().and_then(trace_id),
+        request_id = claimed.trace.as_deref().and_then(trace_id).and_then(request_id),
         subject
     );
     let in_hand = worker.slots.take(&claimed, kind.name, subject, &context);
     let run = Run { settler, kind, claimed: Arc::new(claimed), job, context, in_hand };
     jobs.spawn(run.execute().instrument(span));
+}
+
+/// The id in a `traceparent` (W3C Trace Context, section 3.2).
+fn trace_id(trace: &str) -> Option<&str> {
+    let mut parts = trace.split('-').skip(1);
+    parts.next().filter(|id| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()))
+}
+
+/// The id of the request that a trace began with: of a trace of somebody else's there is none.
+fn request_id(trace_id: &str) -> Option<String> {
+    let id = Uuid::try_parse(trace_id).ok()?;
+    (id.get_version_num() == 7).then(|| id.hyphenated().to_string())
 }
 
 struct Run {

@@ -34,8 +34,9 @@ impl Keys {
         if before.is_some() {
             // Reading a terminal cannot be cancelled: the thread ends with the process.
             let _ = std::thread::Builder::new().name("keys".to_owned()).spawn(move || {
-                for byte in std::io::stdin().bytes().map_while(Result::ok) {
-                    if press.blocking_send(byte).is_err() {
+                let mut byte = [0];
+                while std::io::stdin().read_exact(&mut byte).is_ok() {
+                    if press.blocking_send(byte[0]).is_err() {
                         return;
                     }
                 }

@@ -60,12 +60,8 @@ impl VapidKey {
             return from_json(&fields);
         }
         let found = Found::in_text(text);
-        match found.key {
-            Some(_) => found.check(),
-            // 32 bytes that happen to be text.
-            None if bytes.len() == SCALAR => from_bytes(bytes),
-            None => found.check(),
-        }
+        // 32 bytes that happen to be text.
+        if found.key.is_none() && bytes.len() == SCALAR { from_bytes(bytes) } else { found.check() }
     }
 }
 

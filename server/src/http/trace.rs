@@ -1,0 +1,98 @@
+//! The trace that a request belongs to: W3C Trace Context, <https://www.w3.org/TR/trace-context/>, section 3.2.
+
+use http::{HeaderMap, HeaderName, HeaderValue};
+
+/// What a caller names its trace in.
+const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
+/// What tells a caller the trace of its request (Trace Context, level 2, section 3.5).
+pub(super) const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
+
+/// A `traceparent`: `00-`, 32 hexadecimal digits of the trace, 16 of whoever called, and flags.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trace(Box<str>);
+
+/// Where the id of the trace is in it.
+const ID: std::ops::Range<usize> = 3..35;
+
+impl Trace {
+    /// The caller's trace, or one that begins with this request: then its id has the digits of the request's.
+    pub(super) fn of(headers: &HeaderMap, request: &str) -> Self {
+        let named = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
+        named.and_then(Self::parse).unwrap_or_else(|| Self::begin(request))
+    }
+
+    /// Reads a `traceparent` of a version that is known.
+    pub fn parse(text: &str) -> Option<Self> {
+        let is_hex =
+            |part: &str| part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
+        let is_zero = |part: &str| part.bytes().all(|byte| byte == b'0');
+        let mut parts = text.split('-');
+        let (version, trace, parent, flags) = (parts.next()?, parts.next()?, parts.next()?, parts.next()?);
+        let lengths = [version, trace, parent, flags].map(str::len);
+        let is_well_formed = lengths == [2, 32, 16, 2]
+            && [version, trace, parent, flags].into_iter().all(is_hex)
+            && version == "00"
+            && !is_zero(trace)
+            && !is_zero(parent)
+            && parts.next().is_none();
+        is_well_formed.then(|| Self(text.into()))
+    }
+
+    fn begin(request: &str) -> Self {
+        let digits: String =
+            request.chars().filter(char::is_ascii_hexdigit).collect::<String>().to_ascii_lowercase();
+        let id = if digits.len() == 32 && request.len() == 36 { digits } else { random(32) };
+        Self(format!("00-{id}-{}-01", random(16)).into())
+    }
+
+    /// The id that all parts of the trace have.
+    pub fn id(&self) -> &str {
+        &self.0[ID]
+    }
+
+    /// As it is passed on.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    pub(super) fn header(&self) -> Option<HeaderValue> {
+        HeaderValue::from_str(&self.0).ok()
+    }
+}
+
+/// Hexadecimal digits, not all of them zero. They are names and no secrets.
+fn random(digits: usize) -> String {
+    let number = u128::from(fastrand::u64(1..)) << 64 | u128::from(fastrand::u64(1..));
+    format!("{number:032x}")[32 - digits..].to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GIVEN: &str = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+
+    #[test]
+    fn a_callers_trace_is_kept_and_any_other_begins_with_the_request() {
+        let headers = |text: &str| HeaderMap::from_iter([(TRACEPARENT, text.parse().unwrap())]);
+        let request = "01a21e7b-bd29-7044-a469-5bd2101244fc";
+        let kept = Trace::of(&headers(GIVEN), request);
+        assert_eq!((kept.as_str(), kept.id()), (GIVEN, "4bf92f3577b34da6a3ce929d0e0e4736"));
+        for none in [
+            "",
+            "x",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7",
+            "ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+            "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+            "00-00000000000000000000000000000000-00f067aa0ba902b7-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-0000000000000000-01",
+            "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01-more",
+        ] {
+            let begun = Trace::of(&headers(none), request);
+            assert_eq!(begun.id(), "01a21e7bbd297044a4695bd2101244fc", "{none}");
+            assert_eq!(Trace::parse(begun.as_str()), Some(begun), "{none}");
+        }
+        let named = Trace::of(&HeaderMap::new(), "order-4711");
+        assert_eq!(Trace::parse(named.as_str()), Some(named), "whatever the request is called");
+    }
+}
