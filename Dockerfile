@@ -2,11 +2,8 @@
 # docker build -t perennial:0.1.0 .
 # docker run -p 8080:8080 -v perennial:/var/lib/perennial perennial:0.1.0
 
-# Pin both by their digests where builds have to be the same: --build-arg RUST_IMAGE=rust:1.95-slim-trixie@sha256:..
-ARG RUST_IMAGE=rust:1.95-slim-trixie
-ARG BASE_IMAGE=gcr.io/distroless/cc-debian13:nonroot
-
-FROM ${RUST_IMAGE} AS build
+# Where builds have to be the same, pin both images by their digests: rust:1.95-slim-trixie@sha256:..
+FROM rust:1.95-slim-trixie AS build
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 # The binary says what is in it: `cargo audit bin` and scanners of images read that.
 RUN --mount=type=cache,target=/usr/local/cargo/registry cargo install --locked cargo-auditable
@@ -21,7 +18,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && install -d /out/data
 
 # The C library, certificates of authorities, and nothing else: no shell, no package manager.
-FROM ${BASE_IMAGE}
+FROM gcr.io/distroless/cc-debian13:nonroot
 COPY --from=build /out/perennial /perennial
 COPY --from=build --chown=65532:65532 /out/data /var/lib/perennial
 ENV PERENNIAL_DATA_DIR=/var/lib/perennial

@@ -12,7 +12,7 @@ use http::Request;
 use http_body_util::{BodyExt, Empty, StreamBody};
 use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use perennial_server::drain::Phase;
+use perennial_runtime::drain::Phase;
 use perennial_server::http::Config;
 use perennial_server::http::scope::Scope;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

@@ -16,7 +16,7 @@ use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use nix::sys::signal::Signal;
 use perennial::sink::Answer;
-use perennial_server::drain::Phase;
+use perennial_runtime::drain::Phase;
 use perennial_server::http::scope::Scope;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};

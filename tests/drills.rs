@@ -9,9 +9,9 @@ use std::time::{Duration, Instant};
 use futures_util::future::join_all;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sys::signal::Signal;
-use perennial_server::pool::postgres::{Config, Postgres};
-use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::cmd;
+use perennial_store::pool::postgres::{Config, Postgres};
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::redis::client::cmd;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 

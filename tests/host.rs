@@ -11,12 +11,12 @@ use bytes::Bytes;
 use http::{Method, Request, StatusCode};
 use http_body_util::Empty;
 use hyper_util::rt::{TokioExecutor, TokioIo};
-use perennial_server::drain::{self, Phase};
-use perennial_server::health::{self, Health};
+use perennial_runtime::drain::{self, Phase};
+use perennial_runtime::health::{self, Health};
+use perennial_runtime::tasks::Tasks;
 use perennial_server::http::Config;
 use perennial_server::http::scope::Scope;
 use perennial_server::net::Listen;
-use perennial_server::tasks::Tasks;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
 

@@ -6,11 +6,11 @@ use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use perennial_server::backoff::Backoff;
-use perennial_server::breaker::{self, Breaker};
-use perennial_server::cgroup::{Cgroup, Pressure};
-use perennial_server::drain::{self, Phase, Trigger};
-use perennial_server::tasks::Tasks;
+use perennial_runtime::backoff::Backoff;
+use perennial_runtime::breaker::{self, Breaker};
+use perennial_runtime::cgroup::{Cgroup, Pressure};
+use perennial_runtime::drain::{self, Phase, Trigger};
+use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
 use perennial_workers::job::{Rate, Stopped, Unique, UniqueUntil};
 use perennial_workers::ledger::{Cancelled, Filter, JobView};

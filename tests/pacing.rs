@@ -308,6 +308,8 @@ async fn progress_is_told_as_it_happens() {
     let id = perennial.notify(&at_rate(20.0)).await;
     let told =
         soon("the end of the events", perennial.client().get(&format!("/notifications/{id}/events"))).await;
+    let slow = perennial.log_lines().into_iter().find(|line| line["message"] == "slow request");
+    assert_eq!(slow, None, "who follows wants it to last");
     assert_eq!(told.headers["content-type"], "text/event-stream");
     let text = told.text();
     let counts: Vec<u64> = text

@@ -4,8 +4,8 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use nix::sys::signal::Signal;
-use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::{Script, cmd};
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::redis::client::{Script, cmd};
 use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::process::Command;
@@ -324,7 +324,7 @@ async fn a_redis_user_needs_no_more_than_is_documented() {
         set.arg("SETUSER").arg("perennial").arg("on").arg(">secret");
         rights.split(' ').for_each(|right| _ = set.arg(right));
         admin.query::<String>(&set).await.unwrap();
-        let url = format!("{}?user=perennial&pass=secret", server.url());
+        let url = server.url().replace("redis://", "redis://perennial:secret@");
         let double = Double::start().await;
         let perennial = Setup::new().sending_to(&double).set(&format!("queue.url={url}")).start().await;
         perennial.subscribe(&double, 3).await;
@@ -345,4 +345,21 @@ async fn a_redis_user_needs_no_more_than_is_documented() {
         let denied: Vec<&str> = log.lines().filter(|line| line.contains("NOPERM")).collect();
         assert!(denied.is_empty(), "{denied:?}");
     }
+}
+
+/// While a store is away the log says so once, and not for everything that asks it in vain.
+#[tokio::test]
+async fn a_store_that_is_away_is_told_once() {
+    let postgres = postgres::Server::start(&[]).await;
+    let perennial = on_postgres(Setup::new(), &postgres.create().await).await.start().await;
+    let before = perennial.log_lines().len();
+    postgres.signal_all(Signal::SIGKILL);
+    perennial.logged("not met").await;
+    tokio::time::sleep(Duration::from_secs(5)).await;
+    let lines = perennial.log_lines();
+    let complaints: Vec<&Value> =
+        lines[before..].iter().filter(|line| line["level"] == "WARN" || line["level"] == "ERROR").collect();
+    assert!(complaints.len() < 30, "{}: {complaints:#?}", complaints.len());
+    let claims = complaints.iter().filter(|line| line["message"] == "no jobs could be claimed").count();
+    assert!(claims <= 1, "{complaints:#?}");
 }

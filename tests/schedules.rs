@@ -8,8 +8,8 @@ use std::time::Duration;
 
 use futures_util::future::join_all;
 use jiff::{SignedDuration, Timestamp};
-use perennial_server::drain::{self, Phase, Trigger};
-use perennial_server::tasks::Tasks;
+use perennial_runtime::drain::{self, Phase, Trigger};
+use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
 use perennial_workers::cron::crontab::{Asked, RunView, ScheduleState};
 use perennial_workers::cron::timer::Timer;
@@ -131,7 +131,7 @@ impl Replica {
             renew_every: Duration::from_millis(200),
             poll: Duration::from_millis(50),
             payload_bytes: 1 << 20,
-            pressure: perennial_server::cgroup::Pressure::default(),
+            pressure: perennial_runtime::cgroup::Pressure::default(),
         };
         let worker = Worker::new(queue.clone(), Arc::new(registry), config).unwrap();
         let (trigger, drain) = drain::channel();
@@ -527,7 +527,7 @@ async fn a_full_queue_is_waited_for(kind: Kind, ticks: bool) {
             renew_every: Duration::from_secs(1),
             poll: Duration::from_secs(1),
             payload_bytes: 1,
-            pressure: perennial_server::cgroup::Pressure::default(),
+            pressure: perennial_runtime::cgroup::Pressure::default(),
         },
     );
     let status = worker.unwrap().status();

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
-use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::cmd;
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::redis::client::cmd;
 use perennial_workers::Queue;
 use perennial_workers::queue::{Claim, Due, NewJob, Settlement};
 use perennial_workers::state::Transition;
@@ -394,7 +394,7 @@ async fn a_database_with_another_encoding_is_refused() {
 /// SQL of modules is read as SQL.
 #[tokio::test]
 async fn question_marks_that_are_no_places_stay() {
-    use perennial_server::pool::sql::{Store, Value};
+    use perennial_store::pool::sql::{Store, Value};
     let database = Database::new().await;
     let store = Store::Postgres(database.connect().await);
     let text =

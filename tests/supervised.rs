@@ -2,6 +2,9 @@
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
+use std::process::Stdio;
+
+use command_fds::{CommandFdExt, FdMapping};
 
 use nix::sys::signal::Signal;
 use tokio::net::UnixDatagram;
@@ -110,6 +113,27 @@ async fn unix_sockets_have_a_mode_and_a_group() {
         .await;
     let said = String::from_utf8_lossy(&bad.stderr).into_owned();
     assert!(said.contains("a mode in octal") && said.contains("a group of this machine"), "{said}");
+}
+
+/// A socket that a supervisor has opened is the supervisor's, also when the process ends.
+#[tokio::test]
+async fn an_inherited_unix_socket_stays() {
+    let setup = Setup::listening_as_configured();
+    let path = setup.file("inherited.sock");
+    let socket = std::os::unix::net::UnixListener::bind(&path).unwrap();
+    let setup = setup.set(&format!("server.listen=unix:{}", path.display())).set("admin.listen=127.0.0.1:0");
+    let mut command = setup.command(&["serve"]);
+    command.env("LISTEN_FDS", "1").env("LISTEN_FDNAMES", "public");
+    let mapping = FdMapping { parent_fd: socket.into(), child_fd: 3 };
+    command.fd_mappings(vec![mapping]).unwrap();
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
+    let addresses = setup.data_dir().join("addresses.json");
+    support::eventually("it listens", || async { addresses.exists().then_some(()) }).await;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(child.id().unwrap().cast_signed()), Signal::SIGTERM)
+        .unwrap();
+    let ended = soon("it ends", child.wait()).await.unwrap();
+    assert!(ended.success());
+    assert!(path.exists(), "its file is there for the next process");
 }
 
 #[tokio::test]

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use perennial_server::drain::{self, Drain, Phase};
+use perennial_runtime::drain::{self, Drain, Phase};
+use perennial_runtime::tasks::Tasks;
 use perennial_server::net::{Config, Inherited};
-use perennial_server::tasks::Tasks;
 use perennial_server::tcp::{Server, Stream, TcpHandler};
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;

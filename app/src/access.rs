@@ -22,12 +22,12 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
-use perennial_server::cache::{self, Cache, Caches, Kept};
-use perennial_server::drain::Drain;
+use perennial_runtime::drain::Drain;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::Scope as RequestScope;
-use perennial_server::pool::redis::Redis;
-use perennial_server::pool::sql::Store;
+use perennial_store::cache::{self, Cache, Caches, Kept};
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::sql::Store;
 use secrecy::{ExposeSecret, SecretString};
 
 use crate::api::store_failed;

@@ -9,7 +9,7 @@ use std::path::Path;
 
 use anyhow::{Context, bail, ensure};
 use jiff::Timestamp;
-use perennial_server::pool::postgres::{Postgres, Session, Transaction, Type};
+use perennial_store::pool::postgres::{Postgres, Session, Transaction, Type};
 use perennial_workers::job::{Unique, UniqueUntil};
 use perennial_workers::queue::Due;
 use perennial_workers::store::Store;

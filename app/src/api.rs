@@ -15,7 +15,7 @@ use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::Scope;
-use perennial_server::pool::{sql, sqlite, with_causes};
+use perennial_store::pool::{sql, sqlite, with_causes};
 use perennial_workers::queue;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};

@@ -13,7 +13,7 @@ use anyhow::{Context, bail};
 use axum::routing::post;
 use axum::{Extension, Router};
 use perennial_server::http::problem::FieldError;
-use perennial_server::pool::sqlite;
+use perennial_store::pool::sqlite;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 use uuid::Uuid;

@@ -25,7 +25,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 
 use crate::boot;
 use crate::config::{Config, Store};

@@ -6,13 +6,13 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
 
 use jiff::Timestamp;
-use perennial_server::cgroup::{self, Cgroup, Pressure};
-use perennial_server::cpu;
-use perennial_server::health::{self, Policy};
+use perennial_runtime::cgroup::{self, Cgroup, Pressure};
+use perennial_runtime::cpu;
+use perennial_runtime::health::{self, Policy};
+use perennial_runtime::telemetry;
 use perennial_server::http;
 use perennial_server::net::{self, Listen, Timeouts, UnixAccess, tls};
-use perennial_server::pool::{Url, postgres, redis};
-use perennial_server::telemetry;
+use perennial_store::pool::{Url, postgres, redis};
 use perennial_workers::admission::Bounds;
 use perennial_workers::limits::Limits;
 use perennial_workers::{upkeep, worker};

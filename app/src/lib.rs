@@ -35,9 +35,19 @@ mod supervisor;
 use std::process::ExitCode;
 
 // What a module is written with, in the versions that the host has.
-pub use perennial_server as server;
+pub use perennial_runtime as runtime;
+pub use perennial_store as store;
 pub use perennial_workers as workers;
 pub use {anyhow, axum, rusqlite};
+
+/// Listeners, and as long as there are applications that look for them here, what the runtime and the stores have.
+pub mod server {
+    pub use perennial_runtime::{
+        backoff, breaker, cgroup, cpu, drain, health, pulse, signal, tasks, telemetry,
+    };
+    pub use perennial_server::{http, metrics, net, tcp};
+    pub use perennial_store::{cache, pool, transact, values};
+}
 
 use module::{Blueprint, Module};
 

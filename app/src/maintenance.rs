@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use perennial_server::backoff::Backoff;
-use perennial_server::pool::sql;
-use perennial_server::pool::sqlite::Sqlite;
+use perennial_runtime::backoff::Backoff;
+use perennial_store::pool::sql;
+use perennial_store::pool::sqlite::Sqlite;
 use perennial_workers::cron::Overlap;
 use perennial_workers::state::Budget;
 use perennial_workers::{Context, Fate, Job, Jobs, Ledger, Options, Schedule};

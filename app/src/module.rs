@@ -35,11 +35,11 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use perennial_server::cache::Caches;
-use perennial_server::drain::Drain;
-use perennial_server::health::{Condition, Health};
-use perennial_server::pool::sql::{Store, Tables};
-use perennial_server::tasks::Tasks;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::{Condition, Health};
+use perennial_runtime::tasks::Tasks;
+use perennial_store::cache::Caches;
+use perennial_store::pool::sql::{Store, Tables};
 use perennial_workers::{Job, Jobs, Registry, Schedule};
 use serde_json::Value;
 use utoipa_axum::router::OpenApiRouter;

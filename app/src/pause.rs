@@ -8,7 +8,7 @@
 
 use axum::routing::post;
 use axum::{Extension, Router};
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 use serde::Serialize;
 use tokio::sync::watch;
 use tracing::info;

@@ -52,12 +52,12 @@ use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use axum::extract::FromRef;
-use perennial_server::cache::{self, Cache, Kept};
-use perennial_server::drain::Drain;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::pulse::pulse;
 use perennial_server::http::detach::Detach;
 use perennial_server::http::problem::Problem;
-use perennial_server::pool::sql;
-use perennial_server::pulse::pulse;
+use perennial_store::cache::{self, Cache, Kept};
+use perennial_store::pool::sql;
 use perennial_webpush::Contact;
 use perennial_workers::Jobs;
 use secrecy::ExposeSecret;

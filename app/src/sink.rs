@@ -36,7 +36,7 @@ use futures_util::stream;
 use http::request::Parts;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt, Limited};
-use perennial_server::drain::Drain;
+use perennial_runtime::drain::Drain;
 use perennial_server::http::scope::Scope;
 use perennial_server::http::{self as server, Server};
 use perennial_server::net::{self, Inherited, Listen, tls};

@@ -12,8 +12,8 @@ use http::request::Parts;
 use http::uri::Authority;
 use http::{HeaderMap, header};
 use perennial_server::http::problem::FieldError;
-use perennial_server::pool::sql::{self, Store};
-use perennial_server::values;
+use perennial_store::pool::sql::{self, Store};
+use perennial_store::values;
 use tracing::warn;
 
 use crate::settings::{Reader, Setting};

@@ -4,10 +4,10 @@ use std::fmt;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-use perennial_server::drain::{Phase, Trigger};
-use perennial_server::health::Health;
-use perennial_server::signal::{Signal, Signals};
-use perennial_server::tasks::{Death, Tasks};
+use perennial_runtime::drain::{Phase, Trigger};
+use perennial_runtime::health::Health;
+use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::tasks::{Death, Tasks};
 use perennial_workers::limits::Reached;
 use tracing::{error, info, warn};
 

@@ -4,8 +4,8 @@
 use std::convert::Infallible;
 use std::time::Duration;
 
-use perennial_server::drain::Drain;
-use perennial_server::health::Health;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::Health;
 use sd_notify::NotifyState;
 use tracing::warn;
 

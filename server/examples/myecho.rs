@@ -10,10 +10,10 @@
 use std::io;
 use std::time::Duration;
 
-use perennial_server::drain::{self, Drain, Phase};
+use perennial_runtime::drain::{self, Drain, Phase};
+use perennial_runtime::signal::Signals;
+use perennial_runtime::tasks::Tasks;
 use perennial_server::net::{Config, Inherited, Timeouts};
-use perennial_server::signal::Signals;
-use perennial_server::tasks::Tasks;
 use perennial_server::tcp::{Server, Stream, TcpHandler};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 

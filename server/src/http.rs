@@ -12,6 +12,7 @@
 //! problem.rs  errors as RFC 9457
 //! ```
 
+mod access;
 mod body;
 mod conn;
 pub mod detach;
@@ -30,10 +31,10 @@ use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
 
-use crate::cpu::Cpu;
-use crate::drain::Drain;
 use crate::net::{self, BindError, Connections, Inherited, Sockets};
-use crate::telemetry::AccessLog;
+use perennial_runtime::cpu::Cpu;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::telemetry::JsonLines;
 
 use conn::Http;
 use scope::Services;
@@ -47,7 +48,7 @@ pub struct Config {
     /// Whether the access log is only for debugging.
     pub quiet: bool,
     /// Where the access log goes directly; to the events of `tracing` if nowhere.
-    pub access_log: Option<AccessLog>,
+    pub access_log: Option<JsonLines>,
     /// How many requests may run at once. More are answered with 503.
     pub max_requests: usize,
     /// The longest head of an HTTP/1.1 request, in bytes: at least 8 KiB.

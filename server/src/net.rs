@@ -31,8 +31,8 @@ use ipnet::IpNet;
 use tokio_rustls::server::TlsStream;
 use tracing::{info, warn};
 
-use crate::cgroup::Pressure;
-use crate::drain::Drain;
+use perennial_runtime::cgroup::Pressure;
+use perennial_runtime::drain::Drain;
 
 pub use accept::AtLimit;
 use accept::Host;

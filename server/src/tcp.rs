@@ -14,10 +14,10 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
-use crate::drain::Drain;
 use crate::net::connection::{Phase, Spoken};
 use crate::net::socket::{Peek, Socket};
 use crate::net::{self, BindError, Connection, Connections, Inherited, Protocol, Sockets};
+use perennial_runtime::drain::Drain;
 
 /// What is spoken on the connections of a [`Server`].
 pub trait TcpHandler: Send + Sync + 'static {

@@ -10,9 +10,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use perennial_server::cgroup::Pressure;
-use perennial_server::drain::{self, Phase};
-use perennial_server::tasks::Tasks;
+use perennial_runtime::cgroup::Pressure;
+use perennial_runtime::drain::{self, Phase};
+use perennial_runtime::tasks::Tasks;
 use perennial_workers::queue::{Claim, Due, NewJob, Settlement};
 use perennial_workers::state::Transition;
 use perennial_workers::store::Store;

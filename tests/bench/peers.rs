@@ -20,13 +20,13 @@ use http_body_util::Full;
 use hyper::body::Incoming;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
-use perennial_server::cpu::{self, Cpu};
-use perennial_server::drain;
+use perennial_runtime::cpu::{self, Cpu};
+use perennial_runtime::drain;
+use perennial_runtime::metrics::Metrics;
+use perennial_runtime::telemetry::{self, Format, Telemetry};
 use perennial_server::http::scope::Scope;
 use perennial_server::http::{Config, Server};
-use perennial_server::metrics::Metrics;
 use perennial_server::net::{self, Inherited};
-use perennial_server::telemetry::{self, Format, Telemetry};
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
@@ -85,7 +85,7 @@ async fn host(filter: &str) {
     let _metrics = Metrics::install().unwrap();
     let mut net = net::Config::new("public", vec!["127.0.0.1:0".parse().unwrap()]);
     net.max_connections = 100_000;
-    let config = Config { max_requests: 100_000, access_log: telemetry.access_log(), ..Config::new(net) };
+    let config = Config { max_requests: 100_000, access_log: telemetry.json_lines(), ..Config::new(net) };
     let server = Server::bind(config, &Inherited::default()).await.unwrap();
     println!("{}", server.addresses()[0]);
     let threads = std::thread::available_parallelism().unwrap();

@@ -11,10 +11,10 @@ use std::io::Write;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use perennial_server::backoff::Backoff;
-use perennial_server::drain::{self, Phase};
-use perennial_server::signal::{Signal, Signals};
-use perennial_server::tasks::Tasks;
+use perennial_runtime::backoff::Backoff;
+use perennial_runtime::drain::{self, Phase};
+use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
 use perennial_workers::state::Budget;
 use perennial_workers::store::Store;
@@ -75,7 +75,7 @@ async fn main() {
         renew_every: lease / 3,
         poll: Duration::from_millis(500),
         payload_bytes: 64 << 20,
-        pressure: perennial_server::cgroup::Pressure::default(),
+        pressure: perennial_runtime::cgroup::Pressure::default(),
     };
     let (trigger, drain) = drain::channel();
     let tasks = Tasks::new(drain.clone());

@@ -6,9 +6,9 @@ use perennial::anyhow::Result;
 use perennial::data_dir::DataDir;
 use perennial::module::{Host, Module};
 use perennial::push::Push;
-use perennial::server::pool::sql::Store;
 use perennial::settings::{Reader, Settings};
 use perennial::sites::Sites;
+use perennial::store::pool::sql::Store;
 
 /// Web push, with one more step.
 struct Next(Push);

@@ -2,10 +2,10 @@
 
 use std::time::Duration;
 
-use perennial_server::pool::postgres::Postgres;
-use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::{Script, cmd};
-use perennial_server::pool::sqlite::{self, Sqlite};
+use perennial_store::pool::postgres::Postgres;
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::redis::client::{Script, cmd};
+use perennial_store::pool::sqlite::{self, Sqlite};
 use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};

@@ -9,7 +9,7 @@ use std::sync::{Arc, Mutex};
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use perennial::sink::{self, Answer, Behaviour, Push, Receiver, Refusal, Sink};
-use perennial_server::drain::{self, Trigger};
+use perennial_runtime::drain::{self, Trigger};
 use perennial_server::net::tls;
 use perennial_webpush::Keys;
 use serde_json::Value;

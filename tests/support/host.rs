@@ -3,11 +3,11 @@
 use std::time::Duration;
 
 use axum::Router;
-use perennial_server::cpu::Cpu;
-use perennial_server::drain::{self, Phase, Trigger};
+use perennial_runtime::cpu::Cpu;
+use perennial_runtime::drain::{self, Phase, Trigger};
+use perennial_runtime::tasks::Tasks;
 use perennial_server::http::{Config, Server};
 use perennial_server::net::{self, Connections, Inherited, Sockets};
-use perennial_server::tasks::Tasks;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 

@@ -41,7 +41,7 @@ impl PgBouncer {
         let open = || {
             let mut config = config(&url);
             config.pgbouncer = true;
-            async { perennial_server::pool::postgres::Postgres::open(config).await.ok() }
+            async { perennial_store::pool::postgres::Postgres::open(config).await.ok() }
         };
         eventually("PgBouncer answers", open).await.close();
         Self { url, _server: server, _directory: directory, _child: child }

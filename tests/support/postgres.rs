@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use perennial_server::pool::postgres::{Config, Postgres};
+use perennial_store::pool::postgres::{Config, Postgres};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use uuid::Uuid;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
-use perennial_server::pool::redis::{Config, Redis};
+use perennial_store::pool::redis::{Config, Redis};
 use tempfile::TempDir;
 use tokio::process::{Child, Command};
 use uuid::Uuid;

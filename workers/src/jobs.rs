@@ -1,6 +1,6 @@
 //! The jobs of a process, as applications and operators have them in hand.
 
-use perennial_server::pool::sql::{self, Tx};
+use perennial_store::pool::sql::{self, Tx};
 use uuid::Uuid;
 
 use crate::admission::Admission;

@@ -115,7 +115,7 @@ pub fn describe() {
         counter!(name).increment(0);
     }
     for what in ["jobs", "outbox", "schedules", "schedule_runs"] {
-        perennial_server::metrics::may_be_unreadable(what);
+        perennial_store::metrics::may_be_unreadable(what);
     }
 }
 

@@ -17,10 +17,10 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::backoff::Backoff;
-use perennial_server::drain::Drain;
-use perennial_server::pool::sql::{self, Dialect, Row, Store, Tables, Tx};
-use perennial_server::{transact, values};
+use perennial_runtime::backoff::Backoff;
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::sql::{self, Dialect, Row, Store, Tables, Tx};
+use perennial_store::{transact, values};
 use tokio::sync::Notify;
 use tokio::time::Instant;
 use tracing::{info, warn};

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::drain::Drain;
-use perennial_server::pool::{postgres, redis, sql, sqlite, with_causes};
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::{postgres, redis, sql, sqlite, with_causes};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;

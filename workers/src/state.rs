@@ -23,7 +23,7 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::backoff::Backoff;
+use perennial_runtime::backoff::Backoff;
 use serde::{Deserialize, Serialize};
 
 /// How many crashes while it is given up are the end.

@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::drain::Drain;
-use perennial_server::pool::sql;
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::sql;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::value::RawValue;

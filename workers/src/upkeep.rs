@@ -5,8 +5,8 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use perennial_server::drain::Drain;
-use perennial_server::telemetry::Seldom;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::telemetry::Seldom;
 use tokio::time::Instant;
 use tracing::{info, warn};
 

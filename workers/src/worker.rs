@@ -21,9 +21,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use ::metrics::Histogram;
-use perennial_server::cgroup::Pressure;
-use perennial_server::drain::{Drain, Phase};
-use perennial_server::telemetry::Seldom;
+use perennial_runtime::cgroup::Pressure;
+use perennial_runtime::drain::{Drain, Phase};
+use perennial_runtime::telemetry::Seldom;
 use tokio::task::JoinSet;
 use tokio::time::Instant;
 use tracing::warn;

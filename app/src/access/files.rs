@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
-use perennial_server::drain::Drain;
+use perennial_runtime::drain::Drain;
 use tracing::{error, info};
 
 use super::keys::{self, Grant, Hash, MAX_PER_MINUTE};

@@ -1,6 +1,6 @@
 //! The keys that a first boot makes.
 
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::info;
 

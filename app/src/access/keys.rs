@@ -4,9 +4,9 @@ use std::collections::{BTreeSet, HashSet};
 
 use aws_lc_rs::digest;
 use jiff::Timestamp;
-use perennial_server::cache::Kept;
-use perennial_server::pool::sql::{self, Row, Store, Tables, Tx};
-use perennial_server::{transact, values};
+use perennial_store::cache::Kept;
+use perennial_store::pool::sql::{self, Row, Store, Tables, Tx};
+use perennial_store::{transact, values};
 use serde::{Deserialize, Serialize};
 use utoipa::ToSchema;
 

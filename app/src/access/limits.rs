@@ -14,11 +14,11 @@ use governor::middleware::StateInformationMiddleware;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use perennial_server::backoff::Backoff;
-use perennial_server::breaker::{self, Breaker};
+use perennial_runtime::backoff::Backoff;
+use perennial_runtime::breaker::{self, Breaker};
 use perennial_server::http::problem::Problem;
 use perennial_server::net::network;
-use perennial_server::pool::redis::{Redis, client};
+use perennial_store::pool::redis::{Redis, client};
 
 use super::Caller;
 use super::keys::MAX_PER_MINUTE;

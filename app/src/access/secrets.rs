@@ -1,7 +1,7 @@
 //! Secrets that all replicas need, on a store that they share. A file in `data_dir` wins over what is here.
 
-use perennial_server::pool::sql::{self, Dialect, Store, Tx};
-use perennial_server::{transact, values};
+use perennial_store::pool::sql::{self, Dialect, Store, Tx};
+use perennial_store::{transact, values};
 use secrecy::SecretString;
 
 /// A secret that all replicas need, on a store that they share.

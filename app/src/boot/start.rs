@@ -4,11 +4,11 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use perennial_server::cache::Caches;
-use perennial_server::drain::Drain;
-use perennial_server::health::{Condition, Health, Policy};
-use perennial_server::pool::sql;
-use perennial_server::tasks::Tasks;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::{Condition, Health, Policy};
+use perennial_runtime::tasks::Tasks;
+use perennial_store::cache::Caches;
+use perennial_store::pool::sql;
 use perennial_workers::admission::Admission;
 use perennial_workers::cron::{Crontab, tick, timer::Timer};
 use perennial_workers::outbox::Outbox;

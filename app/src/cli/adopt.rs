@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, bail};
 use clap::Args;
 use indicatif::{ProgressBar, ProgressStyle};
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
 

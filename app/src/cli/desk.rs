@@ -9,7 +9,7 @@ use axum::{Extension, Router};
 use bytes::Bytes;
 use http::{Method, Request, header};
 use http_body_util::BodyExt;
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
 use serde_json::Value;

@@ -12,14 +12,14 @@ use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
-use perennial_server::drain::{self, Phase};
-use perennial_server::health::Health;
+use perennial_runtime::drain::{self, Phase};
+use perennial_runtime::health::Health;
+use perennial_runtime::metrics::Metrics;
+use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::tasks::Tasks;
+use perennial_runtime::telemetry::{Telemetry, has_colours};
 use perennial_server::http::Server;
-use perennial_server::metrics::Metrics;
 use perennial_server::net::Sockets;
-use perennial_server::signal::{Signal, Signals};
-use perennial_server::tasks::Tasks;
-use perennial_server::telemetry::{Telemetry, has_colours};
 use tokio::runtime::{Builder, Runtime};
 use tracing::{error, info, warn};
 
@@ -160,9 +160,11 @@ fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow:
     let settings = load(sources, modules);
     let (mut config, configured) = read(&settings, modules)?;
     let telemetry = Arc::new(Telemetry::install(&config.telemetry)?);
-    config.server.access_log = telemetry.access_log();
+    config.server.access_log = telemetry.json_lines();
     config.paused = command.paused;
     let metrics = Metrics::install()?;
+    perennial_server::metrics::describe();
+    perennial_store::metrics::describe();
     perennial_workers::metrics::describe();
     raise_file_limit();
     for note in &config.notes {

@@ -4,8 +4,8 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use clap::Args;
-use perennial_server::drain::{self, Phase};
-use perennial_server::signal::{Signal, Signals};
+use perennial_runtime::drain::{self, Phase};
+use perennial_runtime::signal::{Signal, Signals};
 
 use super::output::say;
 use super::trial::Trial;

@@ -1,6 +1,6 @@
 //! Whom a notification is for.
 
-use perennial_server::pool::sql::{Dialect, Value};
+use perennial_store::pool::sql::{Dialect, Value};
 use serde::{Deserialize, Serialize};
 
 use super::tags::Expression;

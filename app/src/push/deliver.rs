@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use perennial_server::pool::{set_apart, sql};
+use perennial_store::pool::{set_apart, sql};
 use perennial_webpush::Urgency;
 use perennial_workers::queue;
 use perennial_workers::{Context, Fate, Job, NewJob, Options};

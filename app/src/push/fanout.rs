@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use perennial_server::backoff::Backoff;
+use perennial_runtime::backoff::Backoff;
 use perennial_workers::state::Budget;
 use perennial_workers::{Context, Fate, Job, Options};
 use serde::{Deserialize, Serialize};

@@ -10,7 +10,7 @@ use std::time::Duration;
 use axum::response::sse::Event;
 use futures_util::stream::{self, Stream};
 use http::StatusCode;
-use perennial_server::drain::Drain;
+use perennial_runtime::drain::Drain;
 use perennial_server::http::problem::Problem;
 use tokio::sync::{Notify, watch};
 use tracing::warn;
@@ -133,7 +133,7 @@ impl Followers {
         }
     }
 
-    async fn look(&self, tools: &Tools, ids: &[Uuid]) -> perennial_server::pool::sql::Result<()> {
+    async fn look(&self, tools: &Tools, ids: &[Uuid]) -> perennial_store::pool::sql::Result<()> {
         let found = tools.store.notifications_of(ids).await?;
         let mut found: HashMap<Uuid, Told> = found
             .into_iter()

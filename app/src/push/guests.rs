@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
 use perennial_server::net::network;
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 use tracing::warn;
 
 use super::metrics;

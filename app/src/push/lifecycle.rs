@@ -181,7 +181,7 @@ pub(super) async fn deliveries(
         async move {
             let Some(cursor) = cursor else { return Ok(None) };
             let (page, next) = tools.store.deliveries(id, outcome, cursor, PAGE).await?;
-            Ok::<_, perennial_server::pool::sql::Error>(Some((lines(&page), next)))
+            Ok::<_, perennial_store::pool::sql::Error>(Some((lines(&page), next)))
         }
     });
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(pages)).into_response())

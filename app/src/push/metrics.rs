@@ -56,7 +56,7 @@ pub(crate) fn describe() {
         counter!(LIMITED, "what" => what).increment(0);
     }
     for what in ["batches", "deliveries", "notifications", "push_services", "subscriptions"] {
-        perennial_server::metrics::may_be_unreadable(what);
+        perennial_store::metrics::may_be_unreadable(what);
     }
 }
 

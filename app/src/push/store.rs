@@ -20,8 +20,8 @@ mod subscriptions;
 mod tables;
 
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Result, Tx};
-use perennial_server::values;
+use perennial_store::pool::sql::{self, Result, Tx};
+use perennial_store::values;
 use perennial_workers::{Job, Jobs, NewJob, queue};
 use uuid::Uuid;
 

@@ -6,7 +6,7 @@
 //! not        = "not" not | "(" expression ")" | tag
 //! ```
 
-use perennial_server::pool::sql::Value;
+use perennial_store::pool::sql::Value;
 
 /// The longest tag, in characters.
 const MAX_TAG: usize = 64;

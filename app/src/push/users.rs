@@ -8,7 +8,7 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use http::header;
 use perennial_server::http::problem::FieldError;
-use perennial_server::pool::sql;
+use perennial_store::pool::sql;
 use serde::Serialize;
 use tracing::info;
 use utoipa::ToSchema;

@@ -20,7 +20,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use jiff::Timestamp;
-use perennial_server::backoff::Backoff;
+use perennial_runtime::backoff::Backoff;
 use perennial_workers::state::Budget;
 use perennial_workers::{Context, Fate, Job, Options};
 use secrecy::{ExposeSecret, SecretString};

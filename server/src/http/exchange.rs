@@ -12,11 +12,13 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tracing::{Level, debug, enabled, info, warn};
 
+use super::access::{self, Access};
 use super::scope::{Scope, Stage, milliseconds};
 use super::stack::InFlight;
-use crate::metrics::{Counted, Requests};
+use crate::metrics::Requests;
 use crate::net::connection::Running;
-use crate::telemetry::{Access, AccessLog};
+use perennial_runtime::metrics::Counted;
+use perennial_runtime::telemetry::JsonLines;
 
 /// What nginx made the usual code for "the client left before there was an answer".
 const CLIENT_LEFT: u16 = 499;
@@ -34,7 +36,7 @@ pub(super) struct Ledger {
     pub(super) requests: Requests,
     /// Whether the access log is only for debugging.
     pub(super) quiet: bool,
-    pub(super) access_log: Option<AccessLog>,
+    pub(super) access_log: Option<JsonLines>,
     /// How long a request may take without a word about where its time went.
     pub(super) slow_after: Duration,
 }
@@ -131,20 +133,23 @@ impl Drop for Exchange {
         match &self.ledger.access_log {
             _ if self.ledger.quiet => line!(debug),
             None => line!(info),
-            Some(log) if enabled!(target: "access", Level::INFO) => log.write(&Access {
-                request_id: self.scope.id().as_str(),
-                trace_id: self.scope.trace().id(),
-                method: self.scope.method(),
-                path: self.scope.path(),
-                route,
-                status,
-                bytes: self.bytes,
-                complete: self.complete,
-                took_ms: milliseconds(took),
-                version: self.version,
-                peer: self.scope.connection().peer(),
-                client: self.scope.forwarded_client(),
-            }),
+            Some(log) if enabled!(target: "access", Level::INFO) => access::write(
+                log,
+                &Access {
+                    request_id: self.scope.id().as_str(),
+                    trace_id: self.scope.trace().id(),
+                    method: self.scope.method(),
+                    path: self.scope.path(),
+                    route,
+                    status,
+                    bytes: self.bytes,
+                    complete: self.complete,
+                    took_ms: milliseconds(took),
+                    version: self.version,
+                    peer: self.scope.connection().peer(),
+                    client: self.scope.forwarded_client(),
+                },
+            ),
             Some(_) => {}
         }
         if took >= self.ledger.slow_after && !self.scope.has_a_stream() {

@@ -17,9 +17,9 @@ use tracing::{Instrument, Span};
 
 use super::timed::Timed;
 use super::trace::Trace;
-use crate::cpu::{Cpu, CpuError};
-use crate::drain::Drain;
 use crate::net::Connection;
+use perennial_runtime::cpu::{Cpu, CpuError};
+use perennial_runtime::drain::Drain;
 
 /// The header that carries a request id, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");

@@ -31,12 +31,12 @@ use super::target::{self, Target};
 use super::timed::Timed;
 use super::trace::{TRACERESPONSE, Trace};
 use super::{Config, Readers};
-use crate::cgroup::Pressure;
-use crate::drain::Phase;
 use crate::metrics::{self, Requests};
 use crate::net::Connection;
 use crate::net::connection::{OpenBody, Spoken, Told};
 use crate::net::proxy::{ForwardedHeader, forwarded_for, is_trusted};
+use perennial_runtime::cgroup::Pressure;
+use perennial_runtime::drain::Phase;
 
 /// The steps around a router.
 pub(super) struct Stack {

@@ -16,9 +16,9 @@ use super::proxy::{self, is_trusted};
 use super::refusals::{Refusal, refused};
 use super::socket::Peek;
 use super::{Config, Connections, Peer, Protocol, Socket, Sockets, tls};
-use crate::backoff::Backoff;
-use crate::drain::Drain;
 use crate::metrics;
+use perennial_runtime::backoff::Backoff;
+use perennial_runtime::drain::Drain;
 
 /// After a failed accept (no file descriptor left, say): the condition lasts, a busy loop would not help.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));

@@ -7,7 +7,7 @@ use tracing::warn;
 
 use super::connection::Peer;
 use crate::metrics;
-use crate::telemetry::Seldom;
+use perennial_runtime::telemetry::Seldom;
 
 /// How often the log tells of one reason.
 const TELL_EVERY: Duration = Duration::from_secs(10);

@@ -14,10 +14,11 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::connection::{Connection, Peer, Phase, Spoken, Told};
 use super::{Config, Timeouts};
-use crate::cgroup::Pressure;
-use crate::drain::{self, Drain};
 use crate::http::scope::{RequestView, Scope};
-use crate::metrics::{self, Counted};
+use crate::metrics;
+use perennial_runtime::cgroup::Pressure;
+use perennial_runtime::drain::{self, Drain};
+use perennial_runtime::metrics::Counted;
 
 /// How long the drain waits at least before idle connections are closed, however long they have been idle: a request that
 /// is on its way is answered, with `Connection: close`. Then, how long one that was told to leave may take.

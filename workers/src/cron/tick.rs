@@ -3,7 +3,7 @@
 //! Its own jobs are lost, doubled or shifted when a process stalls, when there are several, or when clocks change; a
 //! beat may be all of that. The timer also wakes by itself, and nothing depends on this one.
 
-use perennial_server::drain::Drain;
+use perennial_runtime::drain::Drain;
 use tokio_cron_scheduler::{Job, JobScheduler};
 
 use super::Crontab;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::drain::{Drain, Phase};
-use perennial_server::telemetry::Seldom;
+use perennial_runtime::drain::{Drain, Phase};
+use perennial_runtime::telemetry::Seldom;
 use tokio::time::Instant;
 use tracing::{debug, info, warn};
 

@@ -24,9 +24,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::drain::Drain;
-use perennial_server::pool::postgres::{self, Parameter, Postgres, Session};
-use perennial_server::pool::{Migrations, sql};
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::postgres::{self, Parameter, Postgres, Session};
+use perennial_store::pool::{Migrations, sql};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 use uuid::Uuid;

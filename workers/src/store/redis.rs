@@ -27,10 +27,10 @@ use std::time::Duration;
 
 use futures_util::StreamExt;
 use jiff::Timestamp;
-use perennial_server::drain::Drain;
-use perennial_server::pool::redis::Redis;
-use perennial_server::pool::redis::client::{FromRedisValue, Script, ScriptInvocation, cmd};
-use perennial_server::pool::set_apart;
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::redis::client::{FromRedisValue, Script, ScriptInvocation, cmd};
+use perennial_store::pool::set_apart;
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;

@@ -4,8 +4,8 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Dialect, Row, Tx};
-use perennial_server::{transact, values};
+use perennial_store::pool::sql::{self, Dialect, Row, Tx};
+use perennial_store::{transact, values};
 use uuid::Uuid;
 
 use super::{Store, json, postgres, read_json, sqlite, stands_for, timestamp};

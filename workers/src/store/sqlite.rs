@@ -22,9 +22,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::drain::Drain;
-use perennial_server::pool::sqlite::Sqlite;
-use perennial_server::pool::{Migrations, set_apart, sql};
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::sqlite::Sqlite;
+use perennial_store::pool::{Migrations, set_apart, sql};
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, named_params};
 use uuid::Uuid;
 

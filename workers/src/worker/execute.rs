@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use jiff::Timestamp;
-use perennial_server::breaker;
-use perennial_server::tasks::panic_message;
+use perennial_runtime::breaker;
+use perennial_runtime::tasks::panic_message;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, info_span, warn};

@@ -3,7 +3,7 @@
 
 use std::time::Duration;
 
-use perennial_server::backoff::Backoff;
+use perennial_runtime::backoff::Backoff;
 use tokio::sync::{mpsc, oneshot};
 use tracing::{error, warn};
 

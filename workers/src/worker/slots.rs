@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
-use perennial_server::metrics::Counted;
+use perennial_runtime::metrics::Counted;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;

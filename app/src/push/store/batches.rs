@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
-use perennial_server::pool::set_apart;
-use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
-use perennial_server::{transact, values};
+use perennial_store::pool::set_apart;
+use perennial_store::pool::sql::{self, Dialect, Result, Row, Tx, Value};
+use perennial_store::{transact, values};
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 

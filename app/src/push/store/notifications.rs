@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
-use perennial_server::{transact, values};
+use perennial_store::pool::sql::{self, Dialect, Result, Row, Tx, Value};
+use perennial_store::{transact, values};
 use perennial_webpush::{HttpVersion, Keys};
 use perennial_workers::queue::Due;
 use perennial_workers::{Jobs, NewJob};

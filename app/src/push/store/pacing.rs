@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use perennial_server::pool::set_apart;
-use perennial_server::pool::sql::{self, Result, Row, Tx};
-use perennial_server::{transact, values};
+use perennial_store::pool::set_apart;
+use perennial_store::pool::sql::{self, Result, Row, Tx};
+use perennial_store::{transact, values};
 use uuid::Uuid;
 
 use super::{Store, now_ms};

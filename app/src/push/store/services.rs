@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Result};
-use perennial_server::values;
+use perennial_store::pool::sql::{self, Result};
+use perennial_store::values;
 use perennial_webpush::Acceptance;
 
 use super::{Store, now_ms};
@@ -56,7 +56,7 @@ impl Store {
              WHERE changed_at > ? AND changed_at > 0 ORDER BY changed_at DESC LIMIT 2048"
         );
         let rows = self.sql.query(sql, values![changed_at]).await?;
-        let read = |row: &perennial_server::pool::sql::Row| {
+        let read = |row: &perennial_store::pool::sql::Row| {
             let wait: Option<i64> = row.get("wait")?;
             Ok(Held {
                 origin: row.get("origin")?,

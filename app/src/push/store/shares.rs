@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use perennial_server::pool::sql::{self, Dialect, Result};
-use perennial_server::pool::{postgres, sqlite};
+use perennial_store::pool::sql::{self, Dialect, Result};
+use perennial_store::pool::{postgres, sqlite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
 /// How long a caller waits for its site's share.

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use aws_lc_rs::digest;
 use futures_util::future::try_join_all;
 use jiff::Timestamp;
-use perennial_server::pool::sql::{self, Dialect, Result, Row, Tx, Value};
-use perennial_server::{transact, values};
+use perennial_store::pool::sql::{self, Dialect, Result, Row, Tx, Value};
+use perennial_store::{transact, values};
 use perennial_webpush::Keys;
 use serde_json::value::RawValue;
 

@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_server::pool::postgres::{Connection, Parameter, Postgres, Session};
+use perennial_store::pool::postgres::{Connection, Parameter, Postgres, Session};
 use tokio::time::Instant;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use perennial_server::pool::postgres::{Parameter, Session};
+use perennial_store::pool::postgres::{Parameter, Session};
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 use uuid::Uuid;

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use perennial_server::pool::redis::client::cmd;
+use perennial_store::pool::redis::client::cmd;
 use uuid::Uuid;
 
 use super::{AT_ONCE, Entry, Header, Kept, Record, RedisQueue, due_of, read_state, write_state};

@@ -5,8 +5,8 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use perennial_server::pool::redis::client::{FromRedisValue, Value, cmd, from_redis_value};
-use perennial_server::pool::set_apart;
+use perennial_store::pool::redis::client::{FromRedisValue, Value, cmd, from_redis_value};
+use perennial_store::pool::set_apart;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;

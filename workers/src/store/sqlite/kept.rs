@@ -4,7 +4,7 @@
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use perennial_server::pool::sqlite::Stamp;
+use perennial_store::pool::sqlite::Stamp;
 
 /// It is read again after this long all the same: a stamp may miss what another process writes in the same moment.
 const FOR: Duration = Duration::from_secs(5);

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use perennial_server::pool::set_apart;
+use perennial_store::pool::set_apart;
 use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 

@@ -9,25 +9,19 @@
 //!    └──────────────────────────── it succeeds ──────────────┘
 //! ```
 //!
-//! The same value guards what a job does ([`Breaker::call`]) and a tower service ([`Breaker::layer`]). A job
-//! whose error has [`Open`] among its causes is snoozed, not failed; an endpoint answers 503 with `Retry-After`.
+//! It guards what a job or an endpoint does ([`Breaker::call`]). A job whose error has [`Open`] among its causes is snoozed,
+//! not failed; an endpoint answers 503 with `Retry-After`.
 
 use std::fmt;
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use axum::response::{IntoResponse, Response};
-use http::StatusCode;
 use serde::Serialize;
 use tokio::time::Instant;
-use tower::{Layer, Service};
 use tracing::{info, warn};
 
 use crate::backoff::Backoff;
-use crate::http::problem::Problem;
 use crate::metrics;
 
 /// When to open, and for how long.
@@ -53,15 +47,6 @@ pub struct Open {
     pub dependency: &'static str,
     /// When asking again makes sense.
     pub retry_after: Duration,
-}
-
-impl IntoResponse for Open {
-    fn into_response(self) -> Response {
-        let retry_after = self.retry_after;
-        Problem::new(StatusCode::SERVICE_UNAVAILABLE, self.to_string())
-            .retry_after(retry_after)
-            .into_response()
-    }
 }
 
 /// Why a call did not succeed.
@@ -126,12 +111,6 @@ impl Breaker {
         let result = call.await;
         permit.judge(result.is_ok());
         Ok(result?)
-    }
-
-    /// A layer that lets services through as [`Breaker::call`] does. `is_failure` says which outcomes count
-    /// against the dependency: an answer of 500 may, one of 404 should not.
-    pub fn layer<F>(&self, is_failure: F) -> BreakerLayer<F> {
-        BreakerLayer { breaker: self.clone(), is_failure }
     }
 
     /// Leave to ask the dependency once. If what is returned drops unjudged, as when a caller goes away, it
@@ -229,63 +208,8 @@ impl Drop for Permit {
     }
 }
 
-/// See [`Breaker::layer`].
-#[derive(Clone, Debug)]
-pub struct BreakerLayer<F> {
-    breaker: Breaker,
-    is_failure: F,
-}
-
-impl<S, F: Clone> Layer<S> for BreakerLayer<F> {
-    type Service = Guarded<S, F>;
-
-    fn layer(&self, inner: S) -> Self::Service {
-        Guarded { inner, breaker: self.breaker.clone(), is_failure: self.is_failure.clone() }
-    }
-}
-
-/// A service behind a breaker.
-#[derive(Clone, Debug)]
-pub struct Guarded<S, F> {
-    inner: S,
-    breaker: Breaker,
-    is_failure: F,
-}
-
-impl<S, F, Request> Service<Request> for Guarded<S, F>
-where
-    S: Service<Request>,
-    S::Future: Send + 'static,
-    S::Response: Send + 'static,
-    S::Error: Send + 'static,
-    F: Fn(&Result<S::Response, S::Error>) -> bool + Clone + Send + 'static,
-{
-    type Response = S::Response;
-    type Error = CallError<S::Error>;
-    type Future = Pin<Box<dyn Future<Output = Result<S::Response, CallError<S::Error>>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        self.inner.poll_ready(context).map_err(CallError::Failed)
-    }
-
-    fn call(&mut self, request: Request) -> Self::Future {
-        let permit = match self.breaker.permit() {
-            Ok(permit) => permit,
-            Err(open) => return Box::pin(std::future::ready(Err(CallError::Open(open)))),
-        };
-        let (calling, is_failure) = (self.inner.call(request), self.is_failure.clone());
-        Box::pin(async move {
-            let result = calling.await;
-            permit.judge(!is_failure(&result));
-            Ok(result?)
-        })
-    }
-}
-
 #[cfg(test)]
 mod tests {
-    use tower::{ServiceBuilder, ServiceExt, service_fn};
-
     use super::*;
 
     const SECOND: Duration = Duration::from_secs(1);
@@ -333,21 +257,5 @@ mod tests {
         breaker.permit().unwrap().judge(false);
         let open = breaker.permit().unwrap_err();
         assert!(open.retry_after >= 10 * SECOND && open.retry_after <= 20 * SECOND, "{open:?}");
-    }
-
-    #[tokio::test(start_paused = true)]
-    async fn a_service_behind_it_is_not_called_while_it_is_open() {
-        let breaker = breaker();
-        let service = service_fn(|status: u16| std::future::ready(Ok::<u16, std::io::Error>(status)));
-        let is_failure = |answer: &Result<u16, _>| answer.as_ref().is_ok_and(|status| *status >= 500);
-        let service = ServiceBuilder::new().layer(breaker.layer(is_failure)).service(service);
-        for status in [404, 503, 503, 503] {
-            assert_eq!(service.clone().oneshot(status).await.unwrap(), status);
-        }
-        let refused = service.clone().oneshot(200).await.unwrap_err();
-        let CallError::Open(open) = refused else { panic!("{refused}") };
-        let response = open.into_response();
-        assert_eq!(response.status(), StatusCode::SERVICE_UNAVAILABLE);
-        assert!(response.headers().contains_key("retry-after"));
     }
 }

@@ -30,9 +30,9 @@ use tracing::warn;
 
 pub use bus::Bus;
 
-use crate::drain::Drain;
 use crate::metrics;
-use crate::pulse::pulse;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::pulse::pulse;
 
 /// How often entries that have ended are removed, and sizes are counted. Nobody else does while nobody asks.
 const TIDY: Duration = Duration::from_secs(1);

@@ -26,10 +26,10 @@ use tracing::info;
 
 use super::bounded::{Bounded, Limits};
 use super::{Migrations, Newer, Standing, Status};
-use crate::drain::Drain;
-use crate::health::Condition;
 use crate::metrics;
-use crate::tasks::panic_message;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::Condition;
+use perennial_runtime::tasks::panic_message;
 
 /// How long bringing the tables up to date may take, for each step.
 const MIGRATION: Duration = Duration::from_secs(600);

@@ -19,8 +19,8 @@ use tracing::{info, warn};
 
 use super::bounded::{Bounded, Limits};
 use super::{Status, Url, with_causes};
-use crate::drain::Drain;
-use crate::health::Condition;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::Condition;
 
 pub use ::redis as client;
 

@@ -37,8 +37,8 @@ pub use tokio_postgres::types::Type;
 use super::bounded::{Bounded, Limits};
 use super::holders::{Held, Holders};
 use super::{Migrations, Newer, Standing, Status, Url, tls, with_causes};
-use crate::drain::Drain;
-use crate::health::Condition;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::Condition;
 
 /// How much longer than the server's own limit an answer is waited for.
 const GRACE: Duration = Duration::from_secs(1);

@@ -23,7 +23,7 @@ use uuid::Uuid;
 use super::postgres::{self, Parameter, Postgres, Session, Transaction};
 use super::sqlite::{self, Sqlite};
 use super::{Migrations, Status, set_apart};
-use crate::backoff::Backoff;
+use perennial_runtime::backoff::Backoff;
 
 #[doc(hidden)]
 pub use rusqlite::Connection;

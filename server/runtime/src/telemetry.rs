@@ -1,6 +1,5 @@
 //! Logs: one line an event, to standard error, without ever making a request wait for the log's reader.
 
-mod access;
 mod joined;
 mod seldom;
 mod writer;
@@ -14,10 +13,9 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::{SubscriberInitExt, TryInitError};
 use tracing_subscriber::{EnvFilter, Layer, Registry, reload};
 
-pub(crate) use access::Access;
-pub use access::AccessLog;
 use joined::Joined;
 pub use seldom::Seldom;
+pub use writer::JsonLines;
 use writer::{Lines, Writer};
 
 use crate::metrics;
@@ -116,7 +114,7 @@ impl Filter {
 pub struct Telemetry {
     filter: reload::Handle<EnvFilter, Registry>,
     lines: Lines,
-    access: Option<AccessLog>,
+    json: Option<JsonLines>,
     _writer: Writer,
 }
 
@@ -145,13 +143,13 @@ impl Telemetry {
         };
         tracing_subscriber::registry().with(filter).with(events).try_init()?;
         std::panic::set_hook(Box::new(log_panic));
-        let access = json.then(|| AccessLog(lines.clone()));
-        Ok(Self { filter: handle, lines, access, _writer: writer })
+        let json = json.then(|| JsonLines::new(lines.clone()));
+        Ok(Self { filter: handle, lines, json, _writer: writer })
     }
 
-    /// Where a server's access log goes directly, if its lines are JSON.
-    pub fn access_log(&self) -> Option<AccessLog> {
-        self.access.clone()
+    /// Where lines of JSON may be written directly, if that is what the log is made of.
+    pub fn json_lines(&self) -> Option<JsonLines> {
+        self.json.clone()
     }
 
     /// Replaces the filter while running.

@@ -1,0 +1,63 @@
+//! The access log's line as JSON.
+//!
+//! There is one for each request, and it always has the same fields. It looks like the lines of the others.
+
+use std::fmt::{Debug, Display};
+use std::net::IpAddr;
+
+use http::Version;
+use jiff::Timestamp;
+use serde::{Serialize, Serializer};
+
+use crate::net::Peer;
+use perennial_runtime::telemetry::JsonLines;
+
+/// One request that has ended.
+#[derive(Debug, Serialize)]
+pub(super) struct Access<'a> {
+    pub(super) request_id: &'a str,
+    pub(super) trace_id: &'a str,
+    pub(super) method: &'static str,
+    pub(super) path: &'a str,
+    pub(super) route: &'a str,
+    pub(super) status: u16,
+    pub(super) bytes: u64,
+    pub(super) complete: bool,
+    pub(super) took_ms: f64,
+    #[serde(serialize_with = "debugged")]
+    pub(super) version: Version,
+    #[serde(serialize_with = "displayed")]
+    pub(super) peer: Peer,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) client: Option<IpAddr>,
+}
+
+/// What stands around it in every line.
+#[derive(Serialize)]
+struct Line<'a> {
+    #[serde(serialize_with = "to_the_microsecond")]
+    timestamp: Timestamp,
+    level: &'static str,
+    message: &'static str,
+    #[serde(flatten)]
+    access: &'a Access<'a>,
+    target: &'static str,
+}
+
+fn displayed<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
+}
+
+fn debugged<S: Serializer>(value: &impl Debug, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{value:?}"))
+}
+
+fn to_the_microsecond<S: Serializer>(time: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{time:.6}"))
+}
+
+/// Writes the line of one request.
+pub(super) fn write(log: &JsonLines, access: &Access<'_>) {
+    let timestamp = Timestamp::now();
+    log.write(&Line { timestamp, level: "INFO", message: "request", access, target: "access" });
+}
