@@ -60,7 +60,7 @@ pub struct Config {
     pub write_queue: usize,
     /// How long a caller waits for a reader, or for room in the write queue.
     pub wait: Duration,
-    /// How long a caller waits for the commit of a write that was taken.
+    /// How long a caller waits for the commit of a write that was taken, and after how long of running a write is broken off.
     pub commit_wait: Duration,
 }
 
@@ -89,7 +89,7 @@ pub enum Error {
     /// The commit did not come in time. The write may still happen.
     #[error("the store has not committed within the time allowed; the write may still happen")]
     Slow,
-    /// A read has not come to its end in time, and was broken off.
+    /// A read or a write has not come to its end in time, and was broken off. What it did is undone.
     #[error("a query of the store has not ended within the time allowed")]
     Late,
     /// SQLite refused. What this closure did is undone.
@@ -181,7 +181,9 @@ impl Sqlite {
     /// When the file cannot be had or is no database.
     pub async fn open(config: Config) -> Result<Self> {
         let path = config.path.clone();
-        let connection = blocking(move || open_writer(&path)).await;
+        let deadline = Deadline::default();
+        let asked = deadline.clone();
+        let connection = blocking(move || open_writer(&path, asked)).await;
         let connection = connection.map_err(|error| match error {
             Error::Sql(source) => Error::NoStore { path: config.path.clone(), source },
             other => other,
@@ -192,7 +194,7 @@ impl Sqlite {
         let counted = Arc::clone(&written);
         let writer = thread::Builder::new()
             .name("sqlite-writer".to_owned())
-            .spawn(move || write_loop(connection, receiver, &watched, &counted))
+            .spawn(move || write_loop(connection, &deadline, receiver, &watched, &counted))
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let readers = managed::Pool::builder(Readers { path: config.path.clone() });
         let limits = Limits {
@@ -239,7 +241,7 @@ impl Sqlite {
     {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
-        let write = Box::new(Pending { work: Some(work), result: None, reply });
+        let write = Box::new(Pending { work: Some(work), timeout: commit_wait, result: None, reply });
         let sender = self.0.writes.lock().unwrap_or_else(PoisonError::into_inner).clone();
         match sender.ok_or(Error::Closed)?.send_timeout(write, self.0.config.wait).await {
             Ok(()) => {}
@@ -281,15 +283,12 @@ impl Sqlite {
             Err(_) => return Err(Error::Closed),
         };
         blocking(move || {
-            // Whoever asked may have gone, and the reader is everybody's.
+            // The caller may have gone, and all requests share the reader.
             let deadline = Instant::now() + timeout;
             reader.progress_handler(STEPS, Some(move || Instant::now() > deadline))?;
             let found = query(&reader);
             reader.progress_handler(0, None::<fn() -> bool>)?;
-            found.map_err(|error| match error.sqlite_error_code() {
-                Some(rusqlite::ErrorCode::OperationInterrupted) => Error::Late,
-                _ => error.into(),
-            })
+            found.map_err(interrupted_is_late)
         })
         .await
     }
@@ -431,6 +430,13 @@ impl Sqlite {
     }
 }
 
+fn interrupted_is_late(error: rusqlite::Error) -> Error {
+    match error.sqlite_error_code() {
+        Some(rusqlite::ErrorCode::OperationInterrupted) => Error::Late,
+        _ => error.into(),
+    }
+}
+
 async fn blocking<T, F>(work: F) -> Result<T>
 where
     T: Send + 'static,
@@ -462,7 +468,7 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     file.sync_all().map_err(at)
 }
 
-fn open_writer(path: &Path) -> Result<Connection> {
+fn open_writer(path: &Path, deadline: Deadline) -> Result<Connection> {
     // SQLite would make the file readable by others; its -wal and -shm take over this one's mode.
     OpenOptions::new()
         .create(true)
@@ -470,8 +476,9 @@ fn open_writer(path: &Path) -> Result<Connection> {
         .mode(0o600)
         .open(path)
         .map_err(|source| Error::Open { path: path.to_owned(), source })?;
-    let connection = Connection::open(path)?;
+    let mut connection = Connection::open(path)?;
     connection.busy_timeout(Duration::from_secs(5))?;
+    connection.progress_handler(STEPS, Some(move || deadline.is_over()))?;
     connection.set_prepared_statement_cache_capacity(STATEMENTS);
     connection.pragma_update(None, "journal_mode", "wal")?;
     connection.pragma_update(None, "synchronous", "full")?;
@@ -482,10 +489,25 @@ fn open_writer(path: &Path) -> Result<Connection> {
     Ok(connection)
 }
 
+/// When the statement that the writer runs is broken off. SQLite asks for it while a statement runs.
+#[derive(Clone, Debug, Default)]
+struct Deadline(Arc<Mutex<Option<Instant>>>);
+
+impl Deadline {
+    fn set(&self, deadline: Option<Instant>) {
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+    }
+
+    fn is_over(&self) -> bool {
+        let deadline = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        deadline.is_some_and(|deadline| Instant::now() > deadline)
+    }
+}
+
 /// One queued write: applied in a savepoint, answered after the commit.
 trait Write: Send {
     /// Runs the closure. False when what it did must be undone.
-    fn apply(&mut self, connection: &Connection) -> bool;
+    fn apply(&mut self, connection: &Connection, deadline: &Deadline) -> bool;
     /// Why it did not reach the disk, if it is the disk's fault.
     fn disk_failure(&self) -> Option<String>;
     /// Tells the caller, and why everything was lost if it was.
@@ -494,6 +516,8 @@ trait Write: Send {
 
 struct Pending<F, T> {
     work: Option<F>,
+    /// After how long of running it is broken off: every other write waits for it.
+    timeout: Duration,
     result: Option<Result<T>>,
     reply: oneshot::Sender<Result<T>>,
 }
@@ -503,10 +527,13 @@ where
     T: Send,
     F: FnOnce(&Connection) -> rusqlite::Result<T> + Send,
 {
-    fn apply(&mut self, connection: &Connection) -> bool {
+    fn apply(&mut self, connection: &Connection, deadline: &Deadline) -> bool {
         let Some(work) = self.work.take() else { return false };
-        let result = match catch_unwind(AssertUnwindSafe(|| work(connection))) {
-            Ok(result) => result.map_err(Error::Sql),
+        deadline.set(Some(Instant::now() + self.timeout));
+        let result = catch_unwind(AssertUnwindSafe(|| work(connection)));
+        deadline.set(None);
+        let result = match result {
+            Ok(result) => result.map_err(interrupted_is_late),
             Err(panic) => Err(Error::Panicked(panic_message(&*panic).to_owned())),
         };
         self.result.insert(result).is_ok()
@@ -542,13 +569,14 @@ fn is_disk_failure(error: &rusqlite::Error) -> bool {
 
 fn write_loop(
     mut connection: Connection,
+    deadline: &Deadline,
     mut writes: mpsc::Receiver<Box<dyn Write>>,
     health: &WriteHealth,
     written: &AtomicU64,
 ) {
     while let Some(first) = writes.blocking_recv() {
         let mut group = vec![first];
-        let lost = commit(&mut connection, &mut writes, &mut group).err();
+        let lost = commit(&mut connection, deadline, &mut writes, &mut group).err();
         // Before anybody is told.
         written.store(connection.total_changes(), Ordering::Release);
         let own = group.iter().find_map(|write| write.disk_failure());
@@ -566,6 +594,7 @@ fn write_loop(
 /// Applies `group`, and what joins it meanwhile, in one transaction.
 fn commit(
     connection: &mut Connection,
+    deadline: &Deadline,
     writes: &mut mpsc::Receiver<Box<dyn Write>>,
     group: &mut Vec<Box<dyn Write>>,
 ) -> std::result::Result<(), String> {
@@ -576,7 +605,7 @@ fn commit(
     let mut applied = 0;
     while let Some(write) = group.get_mut(applied) {
         execute("SAVEPOINT one_write").map_err(|error| error.to_string())?;
-        let kept = write.apply(&transaction);
+        let kept = write.apply(&transaction, deadline);
         applied += 1;
         // Some errors (a full disk) make SQLite undo the whole transaction, not just one statement.
         if transaction.is_autocommit() {
@@ -669,6 +698,22 @@ mod tests {
         let panicked = store.write(|tx| insert(1)(tx).map(|()| panic!("bad row"))).await;
         assert!(matches!(&panicked, Err::<(), _>(Error::Panicked(why)) if why == "bad row"), "{panicked:?}");
         store.write(insert(1)).await.unwrap();
+        assert_eq!(count(&store).await, 1);
+    }
+
+    #[tokio::test]
+    async fn a_write_without_end_is_broken_off_and_the_next_one_happens() {
+        let directory = tempfile::tempdir().unwrap();
+        let store = store(&directory).await;
+        let endless = |tx: &Connection| {
+            tx.execute(
+                "WITH RECURSIVE every (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM every) INSERT INTO numbers SELECT n FROM every",
+                [],
+            )
+        };
+        let broken_off = store.write_within(Duration::from_millis(50), endless).await;
+        assert!(matches!(broken_off, Err(Error::Late | Error::Slow)), "{broken_off:?}");
+        store.write(insert(-1)).await.unwrap();
         assert_eq!(count(&store).await, 1);
     }
 
