@@ -11,7 +11,7 @@ use std::fmt::Write;
 use std::marker::PhantomData;
 use std::net::IpAddr;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::constant_time::verify_slices_are_equal;
@@ -22,6 +22,7 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::request::Parts;
 use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use perennial_runtime::drain::Drain;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::Scope as RequestScope;
@@ -204,7 +205,7 @@ impl Access {
             per_minute: None,
             ends_at: None,
         };
-        let mut tokens = self.0.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = self.0.tokens.lock();
         tokens.insert(hash(token.expose_secret()), Token { caller, ends: Instant::now() + life });
         token
     }
@@ -259,7 +260,7 @@ impl Access {
     }
 
     fn token(&self, hash: &Hash) -> Option<Caller> {
-        let mut tokens = self.0.tokens.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut tokens = self.0.tokens.lock();
         tokens.retain(|_, token| Instant::now() < token.ends);
         tokens.get(hash).map(|token| token.caller.clone())
     }

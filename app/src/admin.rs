@@ -35,7 +35,7 @@ pub(crate) mod schedules;
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
 use axum::Router;
@@ -45,6 +45,7 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use http::uri::Authority;
 use http::{HeaderMap, Method, StatusCode, Uri, header};
+use parking_lot::Mutex;
 use perennial_runtime::health::Health;
 use perennial_runtime::metrics::Metrics;
 use perennial_runtime::telemetry::Telemetry;
@@ -203,7 +204,7 @@ async fn process(State(Admin(known)): State<Admin>) -> axum::Json<ProcessView> {
 }
 
 async fn settings(State(Admin(known)): State<Admin>) -> Response {
-    let shown = known.settings.lock().unwrap_or_else(PoisonError::into_inner).show();
+    let shown = known.settings.lock().show();
     axum::Json(shown).into_response()
 }
 

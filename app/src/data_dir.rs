@@ -4,8 +4,8 @@ use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
 use std::io::{self, Read, Write};
 use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use tracing::warn;
 
 /// The first API key.
@@ -100,7 +100,7 @@ impl DataDir {
                 _ => file.to_owned(),
             }
         });
-        let mut stores = self.stores.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut stores = self.stores.lock();
         if stores.iter().any(|(locked, _)| *locked == file) {
             return Ok(());
         }

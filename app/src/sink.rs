@@ -20,7 +20,7 @@ use std::io::Write;
 use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use anyhow::Context;
@@ -36,6 +36,7 @@ use futures_util::stream;
 use http::request::Parts;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt, Limited};
+use parking_lot::{Mutex, MutexGuard};
 use perennial_runtime::drain::Drain;
 use perennial_server::http::scope::Scope;
 use perennial_server::http::{self as server, Server};
@@ -241,7 +242,7 @@ impl Sink {
     }
 
     fn mailboxes(&self) -> MutexGuard<'_, HashMap<String, Mailbox>> {
-        self.0.mailboxes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.mailboxes.lock()
     }
 
     /// Who owns a subscription, and which key may send to it.

@@ -19,11 +19,11 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use command_fds::{CommandFdExt, FdMapping};
+use parking_lot::{Mutex, MutexGuard};
 use perennial_server::net::{Inherited, Sockets};
 use tokio::io::AsyncReadExt;
 use tracing::{info, warn};
@@ -146,7 +146,7 @@ impl Inheritance {
     }
 
     fn predecessor(&self) -> MutexGuard<'_, Option<UnixStream>> {
-        self.predecessor.lock().unwrap_or_else(PoisonError::into_inner)
+        self.predecessor.lock()
     }
 
     /// Whether there is a predecessor.

@@ -3,13 +3,13 @@
 //! Labels are bounded: a route is the pattern that matched (or `unmatched`), never a path.
 
 use std::collections::HashMap;
-use std::sync::{PoisonError, RwLock};
 use std::time::Duration;
 
 use metrics::{
     Counter, Gauge, Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge,
     histogram,
 };
+use parking_lot::RwLock;
 use perennial_runtime::metrics::Counted;
 
 use crate::net::Refusal;
@@ -116,7 +116,7 @@ impl Requests {
             requests.increment(1);
             duration.record(took);
         };
-        let routes = self.routes.read().unwrap_or_else(PoisonError::into_inner);
+        let routes = self.routes.read();
         if let Some(known) = routes.get(route).and_then(|route| route.0.get(&(method, status))) {
             return record(known);
         }
@@ -131,7 +131,7 @@ impl Requests {
         counter!(HTTP_SLOW_POLLS, "route" => route.to_owned()).increment(0);
         let new = (counter!(HTTP_REQUESTS, &labels), duration);
         record(&new);
-        let mut routes = self.routes.write().unwrap_or_else(PoisonError::into_inner);
+        let mut routes = self.routes.write();
         routes.entry(route.into()).or_default().0.insert((method, status), new);
     }
 

@@ -1,7 +1,9 @@
 //! Who may still enqueue: a queue that grows until something dies is none.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
+
+use parking_lot::Mutex;
 
 use crate::queue::{Depth, Error, NewJob, Result};
 
@@ -50,7 +52,7 @@ impl Admission {
     /// # Errors
     /// [`Error::Full`] names the queue; nothing was counted.
     pub fn admit(&self, jobs: &[NewJob]) -> Result<()> {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queues = self.queues.lock();
         for job in jobs {
             let full = queues
                 .get(&*job.queue)
@@ -75,13 +77,13 @@ impl Admission {
 
     /// What was added here so far: to be asked before counting.
     pub(crate) fn added(&self, queue: &str) -> Added {
-        let queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let queues = self.queues.lock();
         queues.get(queue).map(|fill| fill.added).unwrap_or_default()
     }
 
     /// A queue was counted. What was added since then may or may not be among it, and is counted on top.
     pub(crate) fn measured(&self, queue: &Arc<str>, depth: Depth, before: Added) {
-        let mut queues = self.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut queues = self.queues.lock();
         let fill = queues.entry(Arc::clone(queue)).or_default();
         fill.jobs = depth.waiting() + (fill.added.jobs - before.jobs);
         fill.bytes = depth.bytes + (fill.added.bytes - before.bytes);

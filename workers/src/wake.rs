@@ -1,8 +1,9 @@
 //! Who tells whom that there is something to do.
 
 use std::collections::BTreeSet;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 /// Queues that may have something to claim. A cheap handle.
@@ -20,7 +21,7 @@ struct Shared {
 impl Wake {
     /// There may be something in these queues.
     pub fn queues<'a>(&self, queues: impl IntoIterator<Item = &'a str>) {
-        let mut woken = self.0.queues.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut woken = self.0.queues.lock();
         for queue in queues {
             if !woken.contains(queue) {
                 woken.insert(queue.into());
@@ -33,7 +34,7 @@ impl Wake {
     /// Waits until there may be something, and returns where.
     pub(crate) async fn woken(&self) -> BTreeSet<Arc<str>> {
         loop {
-            let woken = std::mem::take(&mut *self.0.queues.lock().unwrap_or_else(PoisonError::into_inner));
+            let woken = std::mem::take(&mut *self.0.queues.lock());
             if !woken.is_empty() {
                 return woken;
             }

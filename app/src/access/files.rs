@@ -5,9 +5,10 @@ use std::collections::{BTreeSet, HashMap};
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::{Mutex, RwLock};
 use perennial_runtime::drain::Drain;
 use tracing::{error, info};
 
@@ -161,12 +162,12 @@ impl Files {
     }
 
     pub(super) fn find(&self, hash: &Hash) -> Option<Caller> {
-        self.0.keys.read().unwrap_or_else(PoisonError::into_inner).get(hash).cloned()
+        self.0.keys.read().get(hash).cloned()
     }
 
     /// Reads files again and again, until nothing new is taken.
     pub(super) async fn follow(&self, drain: Drain) {
-        if self.0.files.lock().unwrap_or_else(PoisonError::into_inner).is_empty() {
+        if self.0.files.lock().is_empty() {
             return drain.soft().await;
         }
         loop {
@@ -179,7 +180,7 @@ impl Files {
 
     /// Reads what files say now. One that cannot be used changes nothing.
     fn look(&self) {
-        let mut files = self.0.files.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut files = self.0.files.lock();
         let mut changed = false;
         for (config, _, known) in files.iter_mut() {
             let (key, file) = (&config.name, config.file.display());
@@ -209,6 +210,6 @@ impl Files {
                 }
             }
         }
-        *self.0.keys.write().unwrap_or_else(PoisonError::into_inner) = keys;
+        *self.0.keys.write() = keys;
     }
 }

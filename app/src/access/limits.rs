@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use governor::clock::{Clock, DefaultClock};
@@ -14,6 +14,7 @@ use governor::middleware::StateInformationMiddleware;
 use governor::state::{InMemoryState, NotKeyed};
 use governor::{DefaultDirectRateLimiter, DefaultKeyedRateLimiter, Quota, RateLimiter};
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use parking_lot::Mutex;
 use perennial_runtime::backoff::Backoff;
 use perennial_runtime::breaker::{self, Breaker};
 use perennial_server::http::problem::Problem;
@@ -148,14 +149,14 @@ impl Limits {
         };
         let standing = shared.unwrap_or_else(|| self.count_here(&caller.key, per_minute));
         if !standing.wait.is_zero() {
-            let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut used_up = self.used_up.lock();
             used_up.insert(caller.key.clone(), (Instant::now(), standing));
         }
         Some(standing)
     }
 
     fn still_used_up(&self, key: &str, per_minute: NonZeroU32) -> Option<Standing> {
-        let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used_up = self.used_up.lock();
         let (since, standing) = *used_up.get(key)?;
         let ago = since.elapsed();
         if ago >= standing.wait || standing.per_minute != per_minute.get() {
@@ -171,7 +172,7 @@ impl Limits {
 
     fn count_here(&self, key: &str, per_minute: NonZeroU32) -> Standing {
         let limiter = {
-            let mut local = self.local.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut local = self.local.lock();
             let known = local.entry(key.to_owned()).or_insert_with(|| (0, limiter(per_minute)));
             if known.0 != per_minute.get() {
                 *known = (per_minute.get(), limiter(per_minute));
@@ -190,7 +191,7 @@ impl Limits {
     /// What a wrong key is answered that comes from this address, if too many have come from there, or in all.
     pub(super) fn is_guessing(&self, address: Option<IpAddr>) -> Option<Problem> {
         let now = Instant::now();
-        let guessing = self.guessing.lock().unwrap_or_else(PoisonError::into_inner);
+        let guessing = self.guessing.lock();
         let (by_address, all) = &*guessing;
         let of_address = address.map(network).and_then(|address| by_address.get(&address).copied());
         let until = of_address.max(*all).filter(|until| *until > now)?;
@@ -203,11 +204,11 @@ impl Limits {
         let until = Instant::now() + GUESSING;
         // Also of those that are not remembered, and of guessers who have many addresses.
         if self.wrong_in_all.check().is_err() {
-            self.guessing.lock().unwrap_or_else(PoisonError::into_inner).1 = Some(until);
+            self.guessing.lock().1 = Some(until);
         }
         let Some(address) = address.map(network) else { return };
         if self.wrong.len() < ADDRESSES && self.wrong.check_key(&address).is_err() {
-            self.guessing.lock().unwrap_or_else(PoisonError::into_inner).0.insert(address, until);
+            self.guessing.lock().0.insert(address, until);
         }
     }
 
@@ -221,8 +222,8 @@ impl Limits {
         self.wrong.retain_recent();
         self.wrong.shrink_to_fit();
         let now = Instant::now();
-        self.guessing.lock().unwrap_or_else(PoisonError::into_inner).0.retain(|_, until| *until > now);
-        let mut used_up = self.used_up.lock().unwrap_or_else(PoisonError::into_inner);
+        self.guessing.lock().0.retain(|_, until| *until > now);
+        let mut used_up = self.used_up.lock();
         used_up.retain(|_, (since, standing)| since.elapsed() < standing.wait);
     }
 }

@@ -7,11 +7,12 @@
 use std::io::{IsTerminal, Write};
 use std::pin::pin;
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, bail};
 use clap::Args;
+use parking_lot::Mutex;
 use perennial_runtime::drain::{self, Phase};
 use perennial_runtime::health::Health;
 use perennial_runtime::metrics::Metrics;
@@ -363,7 +364,7 @@ fn reload(sources: &Sources, modules: &[Blueprint], running: &Mutex<Settings>, t
         return error!(%problems, "nothing was reloaded");
     }
     telemetry.set_filter(&config.filter);
-    let mut running = running.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut running = running.lock();
     running.take_over("telemetry.log", &settings);
     info!(needs_a_restart = ?settings.changed_from(&running), "reloaded telemetry.log");
 }

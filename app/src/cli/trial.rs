@@ -4,11 +4,12 @@
 use std::collections::HashMap;
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
 use http::Method;
+use parking_lot::Mutex;
 use perennial_webpush::{ReceiverKeys, decode_base64};
 use serde_json::{Value, json};
 
@@ -45,7 +46,7 @@ struct Printer {
 
 impl Behaviour for Printer {
     fn taken(&self, push: &Push, plaintext: Option<&[u8]>) {
-        let numbers = self.numbers.lock().unwrap_or_else(PoisonError::into_inner);
+        let numbers = self.numbers.lock();
         let to = numbers.get(&push.token).map_or_else(|| "browser".to_owned(), |number| format!("#{number}"));
         let text = plaintext.map(|text| String::from_utf8_lossy(text).into_owned());
         let topic = push.topic.as_deref();
@@ -114,7 +115,7 @@ impl Trial {
             let subscription = self.service.mint(Arc::new(receiver), Some(vapid_bytes.clone()));
             let token = subscription["endpoint"].as_str().and_then(|endpoint| endpoint.rsplit('/').next());
             let token = token.unwrap_or_default().to_owned();
-            self.printer.numbers.lock().unwrap_or_else(PoisonError::into_inner).insert(token, number);
+            self.printer.numbers.lock().insert(token, number);
             let request = json!({ "subscription": subscription, "key": vapid, "tags": ["sink"] });
             let stored: Value = client.call(Method::POST, "/subscriptions", Some(&request)).await?;
             say!("{}", json!({ "subscribed": format!("#{number}"), "id": stored["id"] }));

@@ -4,10 +4,11 @@
 //! reserves the slices of those that are paced.
 
 use std::collections::{BTreeSet, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use futures_util::future::join_all;
+use parking_lot::Mutex;
 use perennial_runtime::drain::{Drain, Phase};
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep_until};
@@ -45,7 +46,7 @@ impl Flow {
 
     /// Puts a batch into the line of those that send.
     pub(crate) fn stand_in_line(self: &Arc<Self>, batch: Uuid) -> Place {
-        lock(&self.line).insert(batch);
+        self.line.lock().insert(batch);
         Place { flow: Arc::clone(self), batch }
     }
 
@@ -80,13 +81,13 @@ pub(crate) struct Place {
 impl Place {
     /// How many are before it.
     pub(crate) fn rank(&self) -> u32 {
-        u32::try_from(lock(&self.flow.line).range(..self.batch).count()).unwrap_or(u32::MAX)
+        u32::try_from(self.flow.line.lock().range(..self.batch).count()).unwrap_or(u32::MAX)
     }
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
-        lock(&self.flow.line).remove(&self.batch);
+        self.flow.line.lock().remove(&self.batch);
     }
 }
 
@@ -118,7 +119,7 @@ impl Flows {
 
     /// The flow of a notification that stands like this.
     pub(crate) fn flow(&self, id: Uuid, standing: Standing) -> Arc<Flow> {
-        let mut flows = lock(&self.notifications);
+        let mut flows = self.notifications.lock();
         if let Some(flow) = flows.get(&id).and_then(Weak::upgrade) {
             flow.set(standing);
             return flow;
@@ -133,7 +134,7 @@ impl Flows {
 
     /// Those that are sent now.
     fn flows(&self) -> Vec<Arc<Flow>> {
-        let mut flows = lock(&self.notifications);
+        let mut flows = self.notifications.lock();
         flows.retain(|_, flow| flow.strong_count() > 0);
         flows.values().filter_map(Weak::upgrade).collect()
     }
@@ -141,7 +142,7 @@ impl Flows {
     /// The pace of an origin, if there is a rate for all.
     pub(crate) fn origin(&self, origin: &str) -> Option<Arc<Pace>> {
         self.origin_rate?;
-        let mut origins = lock(&self.origins);
+        let mut origins = self.origins.lock();
         if let Some(pace) = origins.get(origin) {
             return Some(Arc::clone(pace));
         }
@@ -155,7 +156,7 @@ impl Flows {
 
     /// Somebody has changed how a notification stands, here and now.
     pub(crate) fn changed(&self, id: Uuid, standing: Standing) {
-        let flow = lock(&self.notifications).get(&id).and_then(Weak::upgrade);
+        let flow = self.notifications.lock().get(&id).and_then(Weak::upgrade);
         if let Some(flow) = flow {
             flow.set(standing);
         }
@@ -214,7 +215,7 @@ impl Flows {
     /// Those that want another slice.
     fn paces(&self) -> Vec<Wanting> {
         let flows = self.flows().into_iter().filter(|flow| flow.pace.is_wanted()).map(Wanting::Flow);
-        let origins = lock(&self.origins);
+        let origins = self.origins.lock();
         let wanted = origins.iter().filter(|(_, pace)| pace.is_wanted());
         flows.chain(wanted.map(|(origin, pace)| Wanting::Origin(origin.clone(), Arc::clone(pace)))).collect()
     }
@@ -252,7 +253,7 @@ impl Flows {
 
     /// The store's clock as far as is known, with what it showed when an answer came.
     fn local(&self, store_us: i64, replied: Instant) -> StoreClock {
-        let mut clock = lock(&self.clock);
+        let mut clock = self.clock.lock();
         let new = StoreClock { at: replied, us: store_us };
         let better = match *clock {
             Some(known) => known.with(new),
@@ -303,10 +304,6 @@ fn since(clock: StoreClock, us: i64) -> Instant {
 
 fn micros(duration: Duration) -> i64 {
     i64::try_from(duration.as_micros()).unwrap_or(i64::MAX)
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -4,12 +4,13 @@
 
 use std::collections::HashMap;
 use std::convert::Infallible;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::response::sse::Event;
 use futures_util::stream::{self, Stream};
 use http::StatusCode;
+use parking_lot::{Mutex, MutexGuard};
 use perennial_runtime::drain::Drain;
 use perennial_server::http::problem::Problem;
 use tokio::sync::{Notify, watch};
@@ -71,7 +72,7 @@ impl Followers {
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
-        self.0.known.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.known.lock()
     }
 
     /// How many follow.

@@ -5,10 +5,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::hmac;
+use parking_lot::Mutex;
 use perennial_server::net::network;
 use perennial_store::pool::sql;
 use tracing::warn;
@@ -75,7 +75,7 @@ impl Guests {
 
     /// Notes that one was stored, and how many made room.
     pub(super) fn stored(&self, site: SiteId, name: &str, evicted: u64) {
-        if let Some(counted) = self.sites.lock().unwrap_or_else(PoisonError::into_inner).get_mut(&site) {
+        if let Some(counted) = self.sites.lock().get_mut(&site) {
             counted.guests = (counted.guests + 1).saturating_sub(evicted);
         }
         if evicted > 0 {
@@ -91,7 +91,7 @@ impl Guests {
     /// Whether a site has as many as it may. Counted anew from time to time; in between, by what comes.
     async fn must_evict(&self, store: &Store, site: SiteId, name: &str) -> sql::Result<bool> {
         let Some(most) = self.config.per_site else { return Ok(false) };
-        let known = self.sites.lock().unwrap_or_else(PoisonError::into_inner).get(&site).copied();
+        let known = self.sites.lock().get(&site).copied();
         let mut counted = match known.filter(|counted| counted.at.elapsed() < COUNTED) {
             Some(counted) => counted,
             None => Counted {
@@ -111,7 +111,7 @@ impl Guests {
             );
             counted.warned = Some(Instant::now());
         }
-        self.sites.lock().unwrap_or_else(PoisonError::into_inner).insert(site, counted);
+        self.sites.lock().insert(site, counted);
         Ok(counted.guests >= most)
     }
 }

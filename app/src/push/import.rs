@@ -5,7 +5,7 @@
 //! ```
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use axum::Router;
 use axum::extract::{Request, State};
@@ -16,6 +16,7 @@ use futures_util::StreamExt;
 use futures_util::stream;
 use http::StatusCode;
 use http_body_util::{BodyExt, Limited};
+use parking_lot::Mutex;
 use perennial_server::http::problem::Problem;
 use perennial_webpush::{Endpoint, Keys, Sender, TargetError};
 use serde::{Deserialize, Serialize};
@@ -119,7 +120,7 @@ impl Transfer {
     async fn take(&self, site: SiteId, chunk: &[u8], how: How) -> anyhow::Result<Imported> {
         let keys = self.vapid.of(site).await?;
         // A name that was not found before may be there now.
-        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).retain(|_, refused| refused.is_none());
+        self.hosts.lock().retain(|_, refused| refused.is_none());
         let current = &keys.current;
         let mut imported = Imported {
             bound_to: current.public_key(),
@@ -142,7 +143,7 @@ impl Transfer {
         self.look_up(&read).await;
         let (mut rows, mut numbers) = (Vec::with_capacity(read.len()), Vec::with_capacity(read.len()));
         {
-            let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+            let hosts = self.hosts.lock();
             for (number, endpoint, new) in read {
                 match hosts.get(endpoint.host()) {
                     Some(Some(why)) => imported.refuse(number, format!("subscription.endpoint: {why}")),
@@ -257,7 +258,7 @@ impl Transfer {
     async fn look_up(&self, read: &[(usize, Endpoint, NewSubscription)]) {
         let mut new = HashMap::new();
         {
-            let hosts = self.hosts.lock().unwrap_or_else(PoisonError::into_inner);
+            let hosts = self.hosts.lock();
             for (_, endpoint, _) in read {
                 if !hosts.contains_key(endpoint.host()) {
                     new.entry(endpoint.host().to_owned()).or_insert_with(|| endpoint.clone());
@@ -273,7 +274,7 @@ impl Transfer {
             (host, refused)
         }));
         let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).collect().await;
-        self.hosts.lock().unwrap_or_else(PoisonError::into_inner).extend(found);
+        self.hosts.lock().extend(found);
     }
 }
 

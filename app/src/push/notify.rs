@@ -3,7 +3,7 @@
 use std::collections::hash_map::Entry;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use aws_lc_rs::digest;
@@ -12,6 +12,7 @@ use axum::response::{IntoResponse, Response};
 use futures_util::StreamExt;
 use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use perennial_server::http::problem::{Errors, FieldError, Problem};
 use perennial_server::http::scope::Scope;
 use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
@@ -328,7 +329,7 @@ struct Entered {
 impl InFlight {
     fn enter(&self, api_key: &str, key: &str) -> std::result::Result<Entered, Problem> {
         let key = (api_key.to_owned(), key.to_owned());
-        if self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(key.clone()) {
+        if self.0.lock().insert(key.clone()) {
             return Ok(Entered { in_flight: self.clone(), key });
         }
         let detail = "a request with this Idempotency-Key is being accepted just now";
@@ -338,7 +339,7 @@ impl InFlight {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        self.in_flight.0.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.key);
+        self.in_flight.0.lock().remove(&self.key);
     }
 }
 

@@ -6,10 +6,11 @@
 //! a slice; one that cannot reach the store sends nothing.
 
 use std::collections::VecDeque;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
@@ -157,7 +158,7 @@ impl Pace {
     }
 
     fn slices(&self) -> MutexGuard<'_, VecDeque<Slice>> {
-        self.slices.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slices.lock()
     }
 }
 

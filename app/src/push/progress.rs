@@ -1,11 +1,12 @@
 //! `GET /notifications`: how far they have come.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use serde::{Deserialize, Serialize};
 use utoipa::{IntoParams, ToSchema};
 use uuid::Uuid;
@@ -63,7 +64,7 @@ impl Recent {
 impl Progress {
     pub(crate) fn record(&self, notification: Uuid, count: usize) {
         let now = Instant::now();
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         all.entry(notification).or_default().recorded.push_back((now, count as u64));
         all.retain(|_, recent| recent.tidy(now));
     }
@@ -71,7 +72,7 @@ impl Progress {
     /// Outcomes a second, lately, of one of which so many are decided.
     fn rate(&self, notification: Uuid, decided: u64) -> f64 {
         let now = Instant::now();
-        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut all = self.0.lock();
         all.retain(|_, recent| recent.tidy(now));
         let recent = all.entry(notification).or_default();
         if recent.read.back().is_none_or(|(when, _)| now - *when >= BETWEEN) {

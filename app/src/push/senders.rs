@@ -29,7 +29,7 @@ struct Lane {
     /// Tasks that run on it.
     busy: AtomicUsize,
     stop: CancellationToken,
-    thread: std::sync::Mutex<Option<JoinHandle<()>>>,
+    thread: parking_lot::Mutex<Option<JoinHandle<()>>>,
 }
 
 impl Senders {
@@ -102,7 +102,7 @@ impl Lane {
     }
 
     fn join(&self) {
-        let thread = self.thread.lock().ok().and_then(|mut thread| thread.take());
+        let thread = self.thread.lock().take();
         if thread.is_some_and(|thread| thread.join().is_err()) {
             warn!("a sending thread has panicked");
         }

@@ -3,12 +3,12 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use axum::extract::State;
 use axum::routing::{get, post};
 use axum::{Json as Answer, Router};
+use parking_lot::Mutex;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::pulse::pulse;
 use perennial_runtime::telemetry::Seldom;
@@ -258,7 +258,7 @@ impl AtRisk {
 
     /// Whether a look may find others than the last.
     fn is_due(&self) -> bool {
-        self.is_new.swap(false, Ordering::Relaxed) || !lock(&self.by_origin).is_empty()
+        self.is_new.swap(false, Ordering::Relaxed) || !self.by_origin.lock().is_empty()
     }
 
     /// Counts them.
@@ -268,17 +268,13 @@ impl AtRisk {
             *by_origin.entry(origin(&endpoint).to_owned()).or_default() += 1;
         }
         tools.meters.at_risk(by_origin.values().sum());
-        *lock(&self.by_origin) = by_origin;
+        *self.by_origin.lock() = by_origin;
         Ok(())
     }
 
     fn of(&self, origin: &str) -> u64 {
-        lock(&self.by_origin).get(origin).copied().unwrap_or_default()
+        self.by_origin.lock().get(origin).copied().unwrap_or_default()
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A push service, as operators see it.

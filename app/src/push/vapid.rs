@@ -5,7 +5,7 @@
 //! made with them. What a process knows of them is a cache: a key that is made while it runs is in use soon.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
@@ -14,6 +14,7 @@ use axum::Router;
 use axum::extract::State;
 use axum::routing::post;
 use http::StatusCode;
+use parking_lot::Mutex;
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_store::cache::{self, Cache, Caches, Kept};
 use perennial_store::pool::sql::{self, Dialect};
@@ -148,7 +149,7 @@ impl VapidKeys {
     pub(super) async fn with(&self, site: SiteId, public_key: &str) -> Result<Arc<SiteKeys>> {
         let keys = self.for_request(site).await?;
         let may_look = {
-            let mut looked = self.looked.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut looked = self.looked.lock();
             let is_due = looked.is_none_or(|at| at.elapsed() >= LOOK_AGAIN);
             let may_look = is_due && keys.id_of(public_key).is_none();
             if may_look {

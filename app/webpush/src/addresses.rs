@@ -2,10 +2,10 @@
 
 use std::collections::HashMap;
 use std::net::IpAddr;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::lock;
+use parking_lot::Mutex;
 
 /// For how long an address is set aside when it fails, which doubles each time, and the longest.
 const ASIDE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
@@ -45,7 +45,7 @@ pub struct AddressStatus {
 impl Addresses {
     /// `resolved` in the order in which to try them: first those that are well, the least used of them first.
     pub(crate) fn in_turn(&self, mut resolved: Vec<IpAddr>, now: Instant) -> Vec<IpAddr> {
-        let mut known = lock(&self.0);
+        let mut known = self.0.lock();
         resolved.truncate(MAX_ADDRESSES);
         if known.health.len() + resolved.len() > 2 * MAX_ADDRESSES {
             known.health.retain(|_, health| health.open > 0);
@@ -59,7 +59,7 @@ impl Addresses {
 
     /// Counts a connection that is being opened to `address`.
     pub(crate) fn choose(&self, address: IpAddr) -> Chosen {
-        let mut known = lock(&self.0);
+        let mut known = self.0.lock();
         known.choices += 1;
         let chosen = known.choices;
         let health = known.health.entry(address).or_default();
@@ -70,7 +70,7 @@ impl Addresses {
 
     /// How they are.
     pub(crate) fn status(&self, now: Instant) -> Vec<AddressStatus> {
-        let known = lock(&self.0);
+        let known = self.0.lock();
         let status = |(address, health): (&IpAddr, &Health)| AddressStatus {
             address: *address,
             connections: health.open,
@@ -92,7 +92,7 @@ pub(crate) struct Chosen {
 impl Chosen {
     /// It works.
     pub(crate) fn works(&self) {
-        if let Some(health) = lock(&self.addresses.0).health.get_mut(&self.address) {
+        if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
             health.failures = 0;
             health.aside_until = None;
         }
@@ -100,7 +100,7 @@ impl Chosen {
 
     /// It fails: others are tried first for a while.
     pub(crate) fn fails(&self, now: Instant) {
-        if let Some(health) = lock(&self.addresses.0).health.get_mut(&self.address) {
+        if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
             let (first, last) = ASIDE;
             let aside = first.saturating_mul(2_u32.saturating_pow(health.failures.min(16))).min(last);
             health.failures += 1;
@@ -111,7 +111,7 @@ impl Chosen {
 
 impl Drop for Chosen {
     fn drop(&mut self) {
-        if let Some(health) = lock(&self.addresses.0).health.get_mut(&self.address) {
+        if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
             health.open -= 1;
         }
     }

@@ -8,19 +8,19 @@
 
 use std::collections::HashMap;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request, StatusCode, Version};
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::connect::{ConnectError, Connector, HttpVersion};
 use crate::lane::{Lane, Room};
-use crate::lock;
 use crate::reputation::Reputation;
 use crate::service::Service;
 use crate::turns::Turn;
@@ -141,7 +141,7 @@ impl Client {
         service: impl FnOnce() -> Option<Arc<Service>>,
     ) -> Option<Arc<Lane>> {
         let http = self.shared.connector.offered(asked);
-        let mut all = lock(&self.lanes);
+        let mut all = self.lanes.lock();
         if all.is_empty() {
             self.shared.drivers.spawn(sweep(Arc::clone(&self.lanes)));
         }
@@ -187,13 +187,13 @@ impl Client {
 
     /// All lanes, for those who look.
     pub(crate) fn lanes(&self) -> Vec<Arc<Lane>> {
-        lock(&self.lanes).values().flat_map(HashMap::values).cloned().collect()
+        self.lanes.lock().values().flat_map(HashMap::values).cloned().collect()
     }
 
     /// Ends every connection.
     pub(crate) async fn close(&self) {
         self.shared.drivers.stop.cancel();
-        lock(&self.lanes).clear();
+        self.lanes.lock().clear();
         self.shared.drivers.end().await;
     }
 }
@@ -268,7 +268,7 @@ async fn patiently<T>(lane: &Lane, turn: &mut Turn<'_>, mut answer: Pin<&mut imp
 async fn sweep(lanes: Lanes) {
     loop {
         tokio::time::sleep(SWEEP).await;
-        for lanes in lock(&lanes).values_mut() {
+        for lanes in lanes.lock().values_mut() {
             lanes.values().for_each(|lane| lane.sweep());
             lanes.retain(|_, lane| Arc::strong_count(lane) > 1 || lane.connections() > 0);
         }

@@ -3,7 +3,7 @@
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Weak};
+use std::sync::{Arc, Weak};
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
@@ -11,6 +11,7 @@ use bytes::{Bytes, BytesMut};
 use h2::client::SendRequest;
 use h2::{Ping, PingPong, Reason, RecvStream};
 use http::{Request, Response};
+use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
@@ -18,7 +19,6 @@ use crate::addresses::Chosen;
 use crate::client::{Answer, BODY, Drivers, MAX_ANSWER, SendError};
 use crate::connect::Connected;
 use crate::lane::{IDLE, Room};
-use crate::lock;
 
 /// A connection that carries requests and is silent for this long is asked whether it lives, and has as long
 /// to answer. Pings on idle connections are answered with GOAWAY `ENHANCE_YOUR_CALM`.
@@ -121,7 +121,7 @@ impl Http2 {
 
     /// Whether requests may be sent on it.
     pub(crate) fn is_usable(&self) -> bool {
-        let forgotten = self.load() == 0 && lock(&self.last_used).elapsed() > IDLE;
+        let forgotten = self.load() == 0 && self.last_used.lock().elapsed() > IDLE;
         !self.over.load(Ordering::Relaxed) && !forgotten
     }
 
@@ -132,7 +132,7 @@ impl Http2 {
         body: Bytes,
     ) -> Result<Answer, SendError> {
         let mut in_flight = InFlight::on(&self);
-        let mut sender = lock(&self.sender).clone();
+        let mut sender = self.sender.lock().clone();
         let sent = async {
             let over = |_| {
                 // It is going away: the others are asked first.
@@ -194,7 +194,7 @@ impl Drop for InFlight<'_> {
             connection.over.store(true, Ordering::Relaxed);
         }
         if connection.in_flight.fetch_sub(1, Ordering::Relaxed) == 1 {
-            *lock(&connection.last_used) = Instant::now();
+            *connection.last_used.lock() = Instant::now();
         }
     }
 }

@@ -6,17 +6,17 @@
 //! secret and their salts. What is lost: whoever steals the process's memory can read what was sent with that pair,
 //! and messages of one pair can be recognised as coming from the same sender, which the VAPID key tells anyway.
 
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
 use aws_lc_rs::rand;
+use parking_lot::Mutex;
 use quick_cache::sync::{Cache, DefaultLifecycle};
 use quick_cache::{DefaultHashBuilder, OptionsBuilder, UnitWeighter};
 use sha2::{Digest, Sha256};
 
 use crate::encrypt::{CryptoError, IKM, SALT, encrypt, input_keying_material, seal};
-use crate::lock;
 use crate::message::Payload;
 use crate::subscription::{Keys, POINT};
 
@@ -117,7 +117,7 @@ impl Keying {
 
     /// The pair in use, or a new one when it has grown old; and a salt that nobody has had before.
     fn next(&self, life: Duration, cache: u64, now: Instant) -> Result<(Arc<Pair>, [u8; SALT]), CryptoError> {
-        let mut state = lock(&self.state);
+        let mut state = self.state.lock();
         if state.random.is_empty() {
             let mut random = vec![0; RANDOM];
             rand::fill(&mut random)?;

@@ -5,12 +5,13 @@
 //! answer did not come in time is not used again: what stands between us and the service may have forgotten
 //! it without a word.
 
+use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
-use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{Request, Version};
+use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::{Notify, OwnedSemaphorePermit};
 use tokio::time::sleep_until;
 
@@ -18,7 +19,6 @@ use crate::client::{Answer, ClientError, Limits, SendError, Shared};
 use crate::connect::{ConnectError, HttpVersion};
 use crate::http1::Http1;
 use crate::http2::Http2;
-use crate::lock;
 use crate::service::Service;
 use crate::turns::Turns;
 
@@ -248,7 +248,7 @@ impl Lane {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        lock(&self.state)
+        self.state.lock()
     }
 }
 

@@ -22,8 +22,6 @@ mod vapid;
 mod verdict;
 mod window;
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
-
 pub use addresses::AddressStatus;
 pub use connect::{HttpVersion, HttpVersionError};
 pub use encrypt::{CryptoError, DecryptError, ReceiverKeys, encrypt};
@@ -39,8 +37,3 @@ pub use subscription::{Keys, KeysError, decode as decode_base64};
 pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError, not_public};
 pub use vapid::{Claims, Contact, ContactError, ImportError, Signer, VapidError, VapidKey, verify};
 pub use verdict::{MAX_RETRY_AFTER, Verdict, verdict};
-
-/// Whoever panicked while holding one of these locks left nothing half done: each is held for a few lines.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}

@@ -2,17 +2,17 @@
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use bytes::Bytes;
 use http::{HeaderMap, header};
+use parking_lot::Mutex;
 use tracing::warn;
 
 use crate::addresses::{AddressStatus, Addresses};
 use crate::gate::{Cause, News};
-use crate::lock;
 use crate::reputation::{Gates, HeldFor, Reputation, Ticket};
 use crate::target::{Endpoint, HostPattern, Origin, Policy, TargetError, origin_of};
 use crate::vapid::{Claimed, Signer, VapidKey};
@@ -188,7 +188,7 @@ impl Service {
     pub(crate) fn admit(&self, asking: Asking<'_>) -> Result<Errand<'_>, (Duration, Cause)> {
         let Asking { key, who, urgent } = asking;
         let now = Instant::now();
-        let mut known = lock(&self.known);
+        let mut known = self.known.lock();
         known.used = now;
         let mut errand =
             Errand { service: self, signer: key.signer(), who, of_key: Ticket::Open, of_all: Ticket::Open };
@@ -213,7 +213,7 @@ impl Service {
     /// Whether it makes no sense to wait for a turn: for how long nothing is sent, and why.
     pub(crate) fn is_held(&self, asking: Asking<'_>, patience: Duration) -> Option<(Duration, Cause)> {
         let now = Instant::now();
-        let mut known = lock(&self.known);
+        let mut known = self.known.lock();
         let of_key = known.gates_of(asking.key.signer());
         let of_key = of_key.and_then(|gates| gates.held(asking.who, asking.urgent, now));
         let held = of_key.or_else(|| known.gates.held(asking.who, asking.urgent, now));
@@ -222,13 +222,13 @@ impl Service {
 
     /// Whether it refuses what is signed with a key, as far as is known: for many, not for a single subscription.
     pub(crate) fn refuses(&self, signer: Signer) -> bool {
-        lock(&self.known).gates_of(signer).is_some_and(|gates| !gates.is_open())
+        self.known.lock().gates_of(signer).is_some_and(|gates| !gates.is_open())
     }
 
     /// Which acceptances were not told yet.
     fn take_accepted(&self) -> Vec<Acceptance> {
         let origin = || self.origin.name.clone();
-        let keys = &mut lock(&self.known).keys;
+        let keys = &mut self.known.lock().keys;
         let accepted = keys.iter_mut().filter_map(|known| {
             Some(Acceptance { origin: origin(), signer: known.signer, at: known.accepted.take()? })
         });
@@ -238,7 +238,7 @@ impl Service {
     /// Its name could not be looked up. True when that has happened so often, and for so long, that it is as if there was no
     /// such name.
     pub(crate) fn is_lost(&self) -> bool {
-        let mut lost = lock(&self.lost);
+        let mut lost = self.lost.lock();
         let (since, times) = lost.get_or_insert_with(|| (Instant::now(), 0));
         *times = times.saturating_add(1);
         *times >= LOST.0 && since.elapsed() >= LOST.1 && !self.origin.is_named()
@@ -246,12 +246,12 @@ impl Service {
 
     /// Its name has addresses.
     pub(crate) fn is_found(&self) {
-        *lock(&self.lost) = None;
+        *self.lost.lock() = None;
     }
 
     /// When another connection may be opened: no sooner than `pause` after the last one.
     pub(crate) fn next_dial(&self, pause: Duration) -> Instant {
-        let (mut dialed, now) = (lock(&self.dialed), Instant::now());
+        let (mut dialed, now) = (self.dialed.lock(), Instant::now());
         let at = dialed.map_or(now, |dialed| (dialed + pause).max(now));
         *dialed = Some(at);
         at
@@ -259,7 +259,7 @@ impl Service {
 
     /// Forgets everything that speaks against sending to it.
     fn open(&self) {
-        let mut known = lock(&self.known);
+        let mut known = self.known.lock();
         known.gates.open();
         known.keys.iter_mut().for_each(|key| key.gates = None);
     }
@@ -269,7 +269,7 @@ impl Service {
         if !self.answers.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOK_AT_ONE_IN) {
             return;
         }
-        let mut clock = lock(&self.clock);
+        let mut clock = self.clock.lock();
         if clock.looked.is_some_and(|looked| looked.elapsed() < LOOK_AT_CLOCK) {
             return;
         }
@@ -289,7 +289,7 @@ impl Service {
 
     fn status(&self, now: Instant) -> ServiceStatus {
         let (held, has_delivered) = {
-            let known = lock(&self.known);
+            let known = self.known.lock();
             (known.held(now), known.gates.delivered().is_some())
         };
         ServiceStatus {
@@ -297,7 +297,7 @@ impl Service {
             held,
             is_trusted: self.origin.is_named() || has_delivered,
             addresses: self.addresses.status(now),
-            clock_ahead_seconds: lock(&self.clock).ahead_seconds,
+            clock_ahead_seconds: self.clock.lock().ahead_seconds,
         }
     }
 }
@@ -329,7 +329,7 @@ impl Errand<'_> {
             }
         }
         let (id, now) = (id.finish(), Instant::now());
-        let mut known = lock(&self.service.known);
+        let mut known = self.service.known.lock();
         let closed = known.note_key(self.signer, news, of_key, self.who, id);
         // Who refuses a key is there, and does not choke.
         let news = if news == News::Refuses { News::Answers } else { news };
@@ -342,7 +342,7 @@ impl Drop for Errand<'_> {
         if self.of_all == Ticket::Open && self.of_key == Ticket::Open {
             return;
         }
-        let mut known = lock(&self.service.known);
+        let mut known = self.service.known.lock();
         known.gates.lose(self.of_all);
         if let Some(gates) = known.gates_of(self.signer) {
             gates.lose(self.of_key);
@@ -357,7 +357,7 @@ pub(crate) struct Services(Mutex<HashMap<String, Arc<Service>>>);
 impl Services {
     /// The endpoint with this URL. What is at an origin that has been checked needs no second look.
     pub(crate) fn endpoint(&self, policy: &Policy, url: String) -> Result<Endpoint, TargetError> {
-        let known = origin_of(&url).and_then(|origin| lock(&self.0).get(origin).cloned());
+        let known = origin_of(&url).and_then(|origin| self.0.lock().get(origin).cloned());
         match known {
             Some(service) => Endpoint::at(&service.origin, &Bytes::from(url)),
             None => policy.check(&url),
@@ -366,7 +366,7 @@ impl Services {
 
     /// The service at an origin; none when too many of its kind are in use.
     pub(crate) fn of(&self, origin: &Arc<Origin>) -> Option<Arc<Service>> {
-        let mut known = lock(&self.0);
+        let mut known = self.0.lock();
         if let Some(service) = known.get(&origin.name) {
             return Some(Arc::clone(service));
         }
@@ -374,7 +374,7 @@ impl Services {
         if known.values().filter(|service| of_kind(service)).count() >= budget(&origin.pattern) {
             // What is held makes room as well as any other; what has delivered something goes last.
             let next = known.values().filter(|service| of_kind(service)).min_by_key(|service| {
-                let known = lock(&service.known);
+                let known = service.known.lock();
                 (known.gates.delivered().is_some(), known.used)
             })?;
             let next = next.origin.name.clone();
@@ -391,38 +391,38 @@ impl Services {
         let Ok(endpoint) = policy.check(&format!("{origin}/")) else { return };
         let origin = &endpoint.origin;
         {
-            let known = lock(&self.0);
+            let known = self.0.lock();
             let of_kind = known.values().filter(|service| service.origin.pattern == origin.pattern).count();
             if !known.contains_key(&origin.name) && of_kind >= budget(&origin.pattern) / 2 {
                 return;
             }
         }
         if let Some(service) = self.of(origin) {
-            lock(&service.known).gates.hold(whom, wait, cause, Instant::now());
+            service.known.lock().gates.hold(whom, wait, cause, Instant::now());
         }
     }
 
     /// Whether an origin is known, and has delivered something.
     pub(crate) fn has_delivered(&self, origin: &str) -> bool {
-        let service = lock(&self.0).get(origin).cloned();
-        service.is_some_and(|service| lock(&service.known).gates.delivered().is_some())
+        let service = self.0.lock().get(origin).cloned();
+        service.is_some_and(|service| service.known.lock().gates.delivered().is_some())
     }
 
     /// Which acceptances were not told yet: of each service and each key the last one.
     pub(crate) fn take_accepted(&self) -> Vec<Acceptance> {
-        let known: Vec<_> = lock(&self.0).values().cloned().collect();
+        let known: Vec<_> = self.0.lock().values().cloned().collect();
         known.iter().flat_map(|service| service.take_accepted()).collect()
     }
 
     /// Sends to an origin again. False when it is not known.
     pub(crate) fn resume(&self, origin: &str) -> bool {
-        let service = lock(&self.0).get(origin).cloned();
+        let service = self.0.lock().get(origin).cloned();
         service.inspect(|service| service.open()).is_some()
     }
 
     pub(crate) fn status(&self) -> Vec<ServiceStatus> {
         let now = Instant::now();
-        let known: Vec<_> = lock(&self.0).values().cloned().collect();
+        let known: Vec<_> = self.0.lock().values().cloned().collect();
         let mut all: Vec<_> = known.iter().map(|service| service.status(now)).collect();
         all.sort_by(|one, other| one.origin.cmp(&other.origin));
         all

@@ -1,11 +1,10 @@
 //! Who may send to an origin next: as many at once as its window allows, and bulk never takes all of them.
 
-use std::sync::Mutex;
+use parking_lot::Mutex;
 use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
-use crate::lock;
 use crate::reputation::Reputation;
 use crate::window::Window;
 
@@ -48,12 +47,12 @@ impl Turns {
 
     /// How long an answer takes that need not wait for others, about.
     pub(crate) fn usual(&self) -> Duration {
-        lock(&self.window).quickest()
+        self.window.lock().quickest()
     }
 
     /// How many may be under way at once, and how many are.
     pub(crate) fn status(&self) -> (usize, usize) {
-        let limit = lock(&self.window).limit();
+        let limit = self.window.lock().limit();
         (limit, limit.saturating_sub(self.all.free()))
     }
 
@@ -68,7 +67,7 @@ impl Turns {
     }
 
     fn change(&self, change: impl FnOnce(&mut Window)) {
-        let mut window = lock(&self.window);
+        let mut window = self.window.lock();
         let before = window.limit();
         change(&mut window);
         let limit = window.limit();
@@ -135,7 +134,7 @@ impl Rights {
     }
 
     fn set(&self, wanted: usize) {
-        let mut count = lock(&self.count);
+        let mut count = self.count.lock();
         let (before, excess) = *count;
         let there = before + excess;
         if wanted >= there {
@@ -151,7 +150,7 @@ impl Rights {
 
 impl Drop for Right<'_> {
     fn drop(&mut self) {
-        let mut count = lock(&self.rights.count);
+        let mut count = self.rights.count.lock();
         if count.1 > 0 {
             count.1 -= 1;
             if let Some(permit) = self.permit.take() {

@@ -9,7 +9,7 @@ mod formats;
 
 use std::fmt;
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use aws_lc_rs::digest::{SHA256, digest};
@@ -18,6 +18,7 @@ use aws_lc_rs::signature::{
     ECDSA_P256_SHA256_FIXED, ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, KeyPair, UnparsedPublicKey,
 };
 use http::HeaderValue;
+use parking_lot::Mutex;
 use pem::Pem;
 use url::Url;
 
@@ -213,7 +214,7 @@ impl Claimed {
         origin: &str,
         now: SystemTime,
     ) -> Result<HeaderValue, VapidError> {
-        let mut claims = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut claims = self.0.lock();
         let is_same = |claim: &Claim| claim.signer == key.id;
         if let Some(claim) = claims.iter().find(|claim| is_same(claim) && claim.is_fresh(now)) {
             return Ok(claim.header.clone());

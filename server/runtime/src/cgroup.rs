@@ -7,9 +7,10 @@ use std::fs;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tracing::warn;
 
 use crate::drain::Drain;
@@ -120,7 +121,7 @@ impl Pressure {
     }
 
     fn trickles(&self, now: Instant) -> bool {
-        let mut last = self.0.trickled.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut last = self.0.trickled.lock();
         let is_due = last.is_none_or(|last| now.saturating_duration_since(last) >= TRICKLE);
         if is_due {
             *last = Some(now);

@@ -7,10 +7,11 @@
 use std::any::Any;
 use std::num::NonZeroUsize;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 use tracing::warn;
 
@@ -104,7 +105,7 @@ fn work_on(receiver: &Mutex<Receiver<Work>>) {
     }
     loop {
         // Whoever has the lock waits for work, the others for the lock.
-        let work = receiver.lock().unwrap_or_else(PoisonError::into_inner).recv();
+        let work = receiver.lock().recv();
         match work {
             Ok(work) => work(),
             Err(_) => return,

@@ -11,10 +11,11 @@
 use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tracing::{info, warn};
 
 use crate::drain::Drain;
@@ -140,7 +141,7 @@ impl Health {
             reasons.push("starting".to_owned());
         }
         reasons.extend(self.fresh_within(self.0.config.unready_after).err());
-        let unmet = self.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
+        let unmet = self.0.unmet.lock();
         let of = |policy: Policy| {
             let unmet = unmet.iter().filter(move |(_, unmet)| unmet.policy == policy);
             unmet.map(|(name, unmet)| format!("{name}: {}", unmet.reason))
@@ -191,7 +192,7 @@ pub struct Condition {
 impl Condition {
     /// It holds.
     pub fn met(&self) {
-        let mut unmet = self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unmet = self.health.0.unmet.lock();
         if unmet.remove(self.name).is_some() {
             info!(condition = self.name, "met");
         }
@@ -200,7 +201,7 @@ impl Condition {
     /// It does not hold, for this reason.
     pub fn unmet(&self, reason: &str) {
         let new = Unmet { reason: reason.to_owned(), policy: self.policy };
-        let mut unmet = self.health.0.unmet.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut unmet = self.health.0.unmet.lock();
         let before = unmet.insert(self.name, new);
         // What boot begins with is no news.
         if self.health.has_started() && before.is_none_or(|before| before.reason != reason) {

@@ -12,10 +12,11 @@ use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::Future;
 use std::panic::AssertUnwindSafe;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::FutureExt;
+use parking_lot::Mutex;
 use tokio::sync::watch;
 use tokio::task::AbortHandle;
 use tokio_util::task::TaskTracker;
@@ -127,7 +128,7 @@ impl Tasks {
             }
             .instrument(error_span!("task", task = name)),
         );
-        let mut live = lock(&self.0.live);
+        let mut live = self.0.live.lock();
         let key = live.last_key_value().map_or(0, |(key, _)| key + 1);
         live.insert(key, Live { name, abort: task.abort_handle() });
         // The task removes its own entry when it ends by any path, so it starts only after it is listed.
@@ -156,12 +157,12 @@ impl Tasks {
 
     /// The names of the tasks that run now.
     pub fn running(&self) -> Vec<&'static str> {
-        lock(&self.0.live).values().map(|live| live.name).collect()
+        self.0.live.lock().values().map(|live| live.name).collect()
     }
 
     /// Aborts what still runs and says what that was.
     pub fn abort(&self) -> Vec<&'static str> {
-        let live = lock(&self.0.live);
+        let live = self.0.live.lock();
         live.values()
             .map(|live| {
                 live.abort.abort();
@@ -179,12 +180,8 @@ struct Listed {
 
 impl Drop for Listed {
     fn drop(&mut self) {
-        lock(&self.shared.live).remove(&self.key);
+        self.shared.live.lock().remove(&self.key);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// The text of a panic, as far as it has one.

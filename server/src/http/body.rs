@@ -8,8 +8,8 @@
 //! nothing. So what is left of the body goes back to its connection, which reads and drops it for a moment.
 
 use std::pin::Pin;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Sleep;
 
@@ -48,7 +49,7 @@ impl Leftover {
     pub(super) fn drop_later(&self, body: Incoming, open: OpenBody) {
         if !body.is_end_stream() {
             self.0.any.store(true, Ordering::Relaxed);
-            *self.0.body.lock().unwrap_or_else(PoisonError::into_inner) = Some((body, open));
+            *self.0.body.lock() = Some((body, open));
             self.0.came.notify_one();
         }
     }
@@ -57,7 +58,7 @@ impl Leftover {
     pub(super) async fn drop_all(&self) {
         loop {
             self.0.came.notified().await;
-            let body = self.0.body.lock().unwrap_or_else(PoisonError::into_inner).take();
+            let body = self.0.body.lock().take();
             if let Some((body, open)) = body {
                 let _ = tokio::time::timeout(LINGER, drop_one(body)).await;
                 drop(open);

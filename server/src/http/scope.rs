@@ -6,11 +6,12 @@ use std::future::Future;
 use std::net::IpAddr;
 use std::panic::resume_unwind;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
 use axum::extract::{FromRequestParts, MatchedPath};
 use http::{HeaderMap, HeaderName, HeaderValue, request::Parts};
+use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio_util::task::TaskTracker;
 use tracing::{Instrument, Span};
@@ -306,7 +307,7 @@ impl Scope {
     }
 
     pub(super) fn spent(&self) -> MutexGuard<'_, Spent> {
-        self.0.spent.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.spent.lock()
     }
 }
 

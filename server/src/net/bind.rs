@@ -7,9 +7,10 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
 
 use super::{Config, Connections, Listen, UnixAccess, tls};
@@ -105,7 +106,7 @@ impl Inherited {
 
     /// The names and addresses of those that no listener has taken.
     pub fn left(&self) -> Vec<String> {
-        let sockets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let sockets = self.0.lock();
         sockets
             .iter()
             .map(|(name, socket)| match socket {
@@ -121,7 +122,7 @@ impl Inherited {
     }
 
     fn take(&self, fits: impl Fn(&str, &Socket) -> bool) -> Option<Socket> {
-        let mut sockets = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut sockets = self.0.lock();
         let index = sockets.iter().position(|(name, socket)| fits(name, socket))?;
         sockets.remove(index).map(|(_, socket)| socket)
     }
@@ -205,7 +206,7 @@ impl Sockets {
     /// # Errors
     /// When the system has no more descriptors.
     pub fn share(&self) -> io::Result<Vec<(&'static str, OwnedFd)>> {
-        let descriptors = self.0.descriptors.lock().unwrap_or_else(PoisonError::into_inner);
+        let descriptors = self.0.descriptors.lock();
         descriptors.iter().map(|descriptor| Ok((self.0.name, descriptor.try_clone()?))).collect()
     }
 
@@ -220,7 +221,7 @@ impl Sockets {
 
     /// Gives up the descriptors: a socket is open for as long as anybody has one.
     pub(super) fn close(&self) {
-        self.0.descriptors.lock().unwrap_or_else(PoisonError::into_inner).clear();
+        self.0.descriptors.lock().clear();
     }
 
     pub(super) fn identity(&self) -> Option<&tls::Identity> {

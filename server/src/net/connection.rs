@@ -9,11 +9,12 @@ use std::future::{Future, poll_fn};
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, OnceLock};
 use std::task::{Context, Poll};
 use std::time::Instant;
 
 use futures_util::task::AtomicWaker;
+use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
@@ -240,7 +241,7 @@ impl Connection {
 
     /// Keeps the right to be open, until its client is told that nothing more will come.
     pub(super) fn hold_slot(&self, slot: Option<OwnedSemaphorePermit>) {
-        *self.slot.lock().unwrap_or_else(PoisonError::into_inner) = slot;
+        *self.slot.lock() = slot;
     }
 
     /// Its client was told that nothing more will come: another one may have its place.
@@ -382,7 +383,7 @@ impl Connection {
 
     /// The requests that run on it.
     pub(crate) fn requests(&self) -> MutexGuard<'_, Vec<Scope>> {
-        self.requests.lock().unwrap_or_else(PoisonError::into_inner)
+        self.requests.lock()
     }
 
     pub(crate) fn clock(&self) -> &Clock {

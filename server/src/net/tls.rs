@@ -1,9 +1,10 @@
 //! TLS for listeners: certificate, key, ALPN, and certificates that are renewed while we serve.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::Arc;
 use std::time::SystemTime;
 
+use parking_lot::RwLock;
 use rustls::ServerConfig;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, PrivateKeyDer};
@@ -64,7 +65,7 @@ impl Identity {
 
     /// What new connections are accepted with.
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
-        self.0.current.read().unwrap_or_else(PoisonError::into_inner).1.clone()
+        self.0.current.read().1.clone()
     }
 
     /// Reads the files again if they have changed since; whether they had. On an error the old ones stay.
@@ -74,11 +75,11 @@ impl Identity {
     pub(crate) fn refresh(&self) -> Result<bool, Error> {
         let Files { config, current } = &*self.0;
         let stamp = stamp(config);
-        if stamp == current.read().unwrap_or_else(PoisonError::into_inner).0 {
+        if stamp == current.read().0 {
             return Ok(false);
         }
         let acceptor = acceptor(config)?;
-        *current.write().unwrap_or_else(PoisonError::into_inner) = (stamp, acceptor);
+        *current.write() = (stamp, acceptor);
         Ok(true)
     }
 }

@@ -5,10 +5,11 @@
 
 use std::collections::{BinaryHeap, HashMap};
 use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
@@ -141,11 +142,11 @@ impl Drop for Seat {
 impl Table {
     fn shard(&self, id: u64) -> MutexGuard<'_, HashMap<u64, Arc<Connection>>> {
         let shard = usize::try_from(id % SHARDS as u64).unwrap_or_default();
-        self.shards[shard].lock().unwrap_or_else(PoisonError::into_inner)
+        self.shards[shard].lock()
     }
 
     fn addresses(&self) -> MutexGuard<'_, HashMap<IpAddr, usize>> {
-        self.addresses.lock().unwrap_or_else(PoisonError::into_inner)
+        self.addresses.lock()
     }
 
     /// Counts a connection from this client, if there is a limit.
@@ -240,7 +241,7 @@ impl Connections {
     /// Has the connection that was idle for longest end, of the address that has most of them. False when none is idle.
     pub(crate) fn make_room(&self) -> bool {
         let now = self.0.clock.tick();
-        let mut victims = self.0.victims.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut victims = self.0.victims.lock();
         let is_idle = |connection: &Connection| {
             let is_between = matches!(connection.phase(), Phase::Opening | Phase::Idle | Phase::Head);
             is_between && connection.told() < Told::Cut && connection.phase_lasts(now) >= milliseconds(IDLE)
@@ -283,7 +284,7 @@ impl Connections {
         let shards = self.0.shards.iter();
         shards
             .flat_map(|shard| {
-                let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                let shard = shard.lock();
                 shard.values().cloned().collect::<Vec<_>>()
             })
             .collect()
@@ -350,7 +351,7 @@ impl Connections {
             // A store is as old as the last look when it is written.
             let slack = milliseconds(pause);
             for shard in &self.0.shards {
-                let shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
+                let shard = shard.lock();
                 for connection in shard.values() {
                     look_at(connection, timeouts, now, slack, hurry, drained);
                 }

@@ -18,13 +18,14 @@ mod bus;
 use std::convert::Infallible;
 use std::fmt;
 use std::future::Future;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use futures_util::future::{BoxFuture, FutureExt, join_all};
 use moka::Expiry;
 use moka::notification::RemovalCause;
+use parking_lot::RwLock;
 use serde::Serialize;
 use tracing::warn;
 
@@ -349,7 +350,7 @@ impl Caches {
     /// One more.
     pub fn make<V: Kept + Clone>(&self, config: Config) -> Cache<V> {
         let cache = Cache::new(config);
-        self.0.caches.write().unwrap_or_else(PoisonError::into_inner).push(Arc::new(cache.clone()));
+        self.0.caches.write().push(Arc::new(cache.clone()));
         cache
     }
 
@@ -417,7 +418,7 @@ impl Caches {
     }
 
     fn all(&self) -> Vec<Arc<dyn AnyCache>> {
-        self.0.caches.read().unwrap_or_else(PoisonError::into_inner).clone()
+        self.0.caches.read().clone()
     }
 }
 

@@ -22,11 +22,12 @@ mod ledger;
 mod schedules;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use futures_util::StreamExt;
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use perennial_runtime::drain::Drain;
 use perennial_store::pool::redis::Redis;
 use perennial_store::pool::redis::client::{FromRedisValue, Script, ScriptInvocation, cmd};
@@ -360,11 +361,11 @@ impl RedisQueue {
 
     /// Notes a queue, for those who look after all of them.
     async fn note(&self, queue: &str) -> Result<()> {
-        if self.0.known.lock().unwrap_or_else(PoisonError::into_inner).contains(queue) {
+        if self.0.known.lock().contains(queue) {
             return Ok(());
         }
         self.0.redis.query::<()>(cmd("SADD").arg(self.all_queues()).arg(queue)).await?;
-        self.0.known.lock().unwrap_or_else(PoisonError::into_inner).insert(queue.to_owned());
+        self.0.known.lock().insert(queue.to_owned());
         Ok(())
     }
 

@@ -1,10 +1,11 @@
 //! The jobs in hand, and what others may see of them.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
+use parking_lot::{Mutex, MutexGuard};
 use perennial_runtime::metrics::Counted;
 use serde::Serialize;
 use tokio_util::sync::CancellationToken;
@@ -154,7 +155,7 @@ impl Slots {
     }
 
     fn lock(&self) -> MutexGuard<'_, InHandOfAll> {
-        self.0.jobs.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.jobs.lock()
     }
 
     pub(super) fn of_queue(&self, queue: &str) -> usize {

@@ -2,9 +2,10 @@
 //! audience, listing. The others are left to everybody else, however many requests a site sends at once.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use perennial_store::pool::sql::{self, Dialect, Result};
 use perennial_store::pool::{postgres, sqlite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -34,7 +35,7 @@ impl Shares {
     /// That the store is busy, when as many as may have been running for too long.
     pub(super) async fn take(&self, site: i64) -> Result<OwnedSemaphorePermit> {
         let share = {
-            let mut sites = self.sites.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut sites = self.sites.lock();
             Arc::clone(sites.entry(site).or_insert_with(|| Arc::new(Semaphore::new(self.size))))
         };
         let taken = tokio::time::timeout(WAIT, share.acquire_owned()).await;

@@ -1,7 +1,8 @@
 //! Lines of the log that come again and again for as long as something lasts: told once in a while.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 /// Lets a line through once in a period, and counts those that were left out in between. One for each place that logs.
 #[derive(Debug)]
@@ -29,7 +30,7 @@ impl Seldom {
 
     /// How many lines were left out since the last one; none when this one is left out, too.
     pub fn tell(&self) -> Option<u64> {
-        self.told.lock().unwrap_or_else(PoisonError::into_inner).tell(self.period, Instant::now())
+        self.told.lock().tell(self.period, Instant::now())
     }
 }
 

@@ -4,11 +4,12 @@
 //! counted, and so is a line that a full disk did not take. Gathering for some milliseconds makes one system call of thousands of lines.
 
 use std::io::{self, Write};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, sync_channel};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::Serialize;
 use tracing_subscriber::fmt::MakeWriter;
 
@@ -101,7 +102,7 @@ impl Lines {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.state.lock()
     }
 
     fn write_to(&self, out: impl Write) {
@@ -113,7 +114,7 @@ impl Lines {
                 if state.closed {
                     return;
                 }
-                state = self.0.came.wait(state).unwrap_or_else(PoisonError::into_inner);
+                self.0.came.wait(&mut state);
             }
             let closed = state.closed;
             drop(state);
@@ -191,7 +192,7 @@ impl Drop for Writer {
         self.lines.state().closed = true;
         self.lines.0.came.notify_one();
         // A reader that has stopped reading does not keep the process.
-        let _ = self.ended.get_mut().unwrap_or_else(PoisonError::into_inner).recv_timeout(LAST);
+        let _ = self.ended.get_mut().recv_timeout(LAST);
     }
 }
 
@@ -246,7 +247,7 @@ mod tests {
             if let Some(gate) = self.gate.take() {
                 gate.wait();
             }
-            self.written.lock().unwrap().extend_from_slice(bytes);
+            self.written.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
 
@@ -271,7 +272,7 @@ mod tests {
             }
             let length = bytes.len().min(self.room);
             self.room -= length;
-            self.written.lock().unwrap().extend_from_slice(&bytes[..length]);
+            self.written.lock().extend_from_slice(&bytes[..length]);
             Ok(length)
         }
 
@@ -291,7 +292,7 @@ mod tests {
         let (mut out, written) =
             short(3, vec![(io::ErrorKind::WouldBlock, 2), (io::ErrorKind::WouldBlock, 100)]);
         assert_eq!(out.write(b"one\ntwo\nthree\n", || false), 0);
-        assert_eq!(written.lock().unwrap().as_slice(), b"one\ntwo\nthree\n");
+        assert_eq!(written.lock().as_slice(), b"one\ntwo\nthree\n");
         let (mut out, _) = short(3, vec![(io::ErrorKind::WouldBlock, 100)]);
         assert_eq!(out.write(b"one\ntwo\n", || true), 2, "but not at the end");
     }
@@ -303,7 +304,7 @@ mod tests {
         assert_eq!(out.write(b"one\ntwo\nthree\n", || false), 2, "one was cut off, one never begun");
         assert_eq!(out.write(b"four\n", || false), 1, "the disk is full still");
         assert_eq!(out.write(b"five\n", || false), 0);
-        assert_eq!(written.lock().unwrap().as_slice(), b"one\ntw\nfive\n");
+        assert_eq!(written.lock().as_slice(), b"one\ntw\nfive\n");
     }
 
     #[test]
@@ -314,7 +315,7 @@ mod tests {
             lines.append(|waiting| waiting.extend(format!("{number}\n").bytes()));
         }
         drop(writer);
-        let written = String::from_utf8(out.written.lock().unwrap().clone()).unwrap();
+        let written = String::from_utf8(out.written.lock().clone()).unwrap();
         assert!(written.lines().map(|line| line.parse::<usize>().unwrap()).eq(0..10_000));
         assert_eq!(lines.dropped(), 0);
     }
@@ -332,7 +333,7 @@ mod tests {
         assert!(lines.dropped() > 0);
         gate.wait();
         drop(writer);
-        let written = out.written.lock().unwrap().len() / line.len();
+        let written = out.written.lock().len() / line.len();
         assert_eq!(u64::try_from(written).unwrap() + lines.dropped(), 3 * (MOST / line.len()) as u64);
     }
 }

@@ -2,9 +2,10 @@
 //! when as many do as there are connections, all of them wait for each other.
 
 use std::collections::HashMap;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 
+use parking_lot::Mutex;
 use tokio::task::{self, Id};
 use tracing::warn;
 
@@ -53,8 +54,8 @@ impl Holders {
         Held { holders: Arc::clone(self), task }
     }
 
-    fn lock(&self) -> std::sync::MutexGuard<'_, HashMap<Id, usize>> {
-        self.by_task.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<Id, usize>> {
+        self.by_task.lock()
     }
 }
 

@@ -13,14 +13,15 @@ use std::future::{Future, poll_fn};
 use std::path::PathBuf;
 use std::pin::Pin;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
+use parking_lot::RwLock;
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Mutex, mpsc, watch};
@@ -301,7 +302,7 @@ impl Postgres {
     }
 
     fn reach(&self) -> Arc<Reach> {
-        Arc::clone(&self.0.reach.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.reach.read())
     }
 
     /// How its pool stands.
@@ -355,7 +356,7 @@ impl Postgres {
             Err(error) => Err(error),
         };
         if let Some(reach) = candidate.judge("Postgres", reached) {
-            *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
+            *self.0.reach.write() = Arc::new(reach);
             // Who listens by the old way is to listen by the new one.
             self.0.changed.send_modify(|changes| *changes += 1);
         }

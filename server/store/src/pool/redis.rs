@@ -6,14 +6,15 @@
 use std::convert::Infallible;
 use std::fmt;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use ::redis::aio::{ConnectionManager, ConnectionManagerConfig, PubSub};
 use ::redis::{AsyncConnectionConfig, Client, Cmd, ErrorKind, FromRedisValue, RedisError, RedisResult};
 use ::redis::{IntoConnectionInfo, ScriptInvocation, ServerErrorKind, TlsCertificates};
 use deadpool_redis::{Connection, Manager, Pool, PoolError, TimeoutType};
+use parking_lot::RwLock;
 use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
@@ -227,13 +228,13 @@ impl Reach {
 
     /// The shared connection, and its number.
     fn plain(&self) -> (ConnectionManager, u64) {
-        let plain = self.plain.read().unwrap_or_else(PoisonError::into_inner);
+        let plain = self.plain.read();
         (plain.clone(), self.number.load(Ordering::Acquire))
     }
 
     /// Makes another in the place of the shared connection with this number, which has not answered.
     fn replace_plain(&self, config: &Config, silent: u64) {
-        let mut current = self.plain.write().unwrap_or_else(PoisonError::into_inner);
+        let mut current = self.plain.write();
         if self.number.load(Ordering::Acquire) != silent {
             return;
         }
@@ -298,7 +299,7 @@ impl Redis {
     }
 
     fn reach(&self) -> Arc<Reach> {
-        Arc::clone(&self.0.reach.read().unwrap_or_else(PoisonError::into_inner))
+        Arc::clone(&self.0.reach.read())
     }
 
     /// How its pool stands.
@@ -335,7 +336,7 @@ impl Redis {
             Err(error) => Err(error),
         };
         if let Some(reach) = candidate.judge("Redis", reached) {
-            *self.0.reach.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(reach);
+            *self.0.reach.write() = Arc::new(reach);
         }
     }
 

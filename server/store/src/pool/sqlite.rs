@@ -13,12 +13,13 @@ use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use deadpool::managed::{self, Metrics, PoolError, RecycleError, RecycleResult};
+use parking_lot::Mutex;
 use rusqlite::{Connection, OpenFlags, TransactionBehavior};
 use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::spawn_blocking;
@@ -161,7 +162,7 @@ struct WriteHealth {
 
 impl WriteHealth {
     fn set(&self, failure: Option<String>) {
-        let mut known = self.failure.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = self.failure.lock();
         if known.is_some() != failure.is_some() {
             self.changed.notify_one();
         }
@@ -169,7 +170,7 @@ impl WriteHealth {
     }
 
     fn failure(&self) -> Option<String> {
-        self.failure.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.failure.lock().clone()
     }
 }
 
@@ -242,7 +243,7 @@ impl Sqlite {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
         let write = Box::new(Pending { work: Some(work), timeout: commit_wait, result: None, reply });
-        let sender = self.0.writes.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let sender = self.0.writes.lock().clone();
         match sender.ok_or(Error::Closed)?.send_timeout(write, self.0.config.wait).await {
             Ok(()) => {}
             Err(mpsc::error::SendTimeoutError::Timeout(_)) => {
@@ -421,8 +422,8 @@ impl Sqlite {
 
     /// Takes no more writes, commits those that were taken, and closes every connection.
     pub async fn close(&self) {
-        drop(self.0.writes.lock().unwrap_or_else(PoisonError::into_inner).take());
-        let writer = self.0.writer.lock().unwrap_or_else(PoisonError::into_inner).take();
+        drop(self.0.writes.lock().take());
+        let writer = self.0.writer.lock().take();
         self.0.readers.close();
         if let Some(writer) = writer {
             let _ = spawn_blocking(move || writer.join()).await;
@@ -495,11 +496,11 @@ struct Deadline(Arc<Mutex<Option<Instant>>>);
 
 impl Deadline {
     fn set(&self, deadline: Option<Instant>) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = deadline;
+        *self.0.lock() = deadline;
     }
 
     fn is_over(&self) -> bool {
-        let deadline = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let deadline = *self.0.lock();
         deadline.is_some_and(|deadline| Instant::now() > deadline)
     }
 }

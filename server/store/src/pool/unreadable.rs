@@ -5,8 +5,9 @@
 
 use std::collections::HashSet;
 use std::fmt::Display;
-use std::sync::{LazyLock, Mutex, PoisonError};
+use std::sync::LazyLock;
 
+use parking_lot::Mutex;
 use tracing::{debug, warn};
 
 use crate::metrics;
@@ -19,7 +20,7 @@ const MAX_TOLD: usize = 1024;
 pub fn set_apart(what: &'static str, name: &str, why: &dyn Display) {
     static TOLD: LazyLock<Mutex<HashSet<(&'static str, String)>>> = LazyLock::new(Mutex::default);
     metrics::unreadable(what);
-    let mut told = TOLD.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut told = TOLD.lock();
     if told.len() >= MAX_TOLD {
         told.clear();
     }

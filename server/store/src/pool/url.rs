@@ -2,8 +2,9 @@
 
 use std::error::Error;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
 
@@ -73,7 +74,7 @@ impl Url {
     pub(super) fn changed(&self) -> Option<Candidate> {
         let text = std::fs::read_to_string(self.file.as_ref()?).ok()?;
         let text = text.trim_end_matches(['\r', '\n']);
-        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen = self.seen.lock();
         if text.trim().is_empty() || text == self.text.expose_secret() {
             *seen = None;
             return None;

@@ -8,10 +8,11 @@
 //! with an older due time, and for priorities that have no cursor yet.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
+use parking_lot::Mutex;
 use perennial_store::pool::postgres::{Connection, Parameter, Postgres, Session};
 use tokio::time::Instant;
 use tokio_postgres::Row;
@@ -48,7 +49,7 @@ struct Cursor {
 
 impl Cursors {
     fn get(&self, queue: &Arc<str>) -> Cursor {
-        let mut cursors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cursors = self.0.lock();
         let now = Instant::now();
         let new = || Cursor { last: BTreeMap::new(), head_at: now, promote_at: now };
         cursors.entry(Arc::clone(queue)).or_insert_with(new).clone()
@@ -56,14 +57,14 @@ impl Cursors {
 
     /// Something becomes due after this long: whoever put it there knows before the next look.
     pub(super) fn due_in(&self, queue: &str, wait: Duration) {
-        let mut cursors = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut cursors = self.0.lock();
         if let (Some(cursor), Some(at)) = (cursors.get_mut(queue), Instant::now().checked_add(wait)) {
             cursor.promote_at = cursor.promote_at.min(at);
         }
     }
 
     fn change(&self, queue: &Arc<str>, change: impl FnOnce(&mut Cursor)) {
-        if let Some(cursor) = self.0.lock().unwrap_or_else(PoisonError::into_inner).get_mut(queue) {
+        if let Some(cursor) = self.0.lock().get_mut(queue) {
             change(cursor);
         }
     }

@@ -1,8 +1,9 @@
 //! What was read of the store: it holds until something is written. A process that has nothing to do asks its store hardly
 //! anything by that.
 
-use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+use parking_lot::Mutex;
 
 use perennial_store::pool::sqlite::Stamp;
 
@@ -30,7 +31,7 @@ impl<T> Default for Kept<T> {
 impl<T: Clone> Kept<T> {
     /// The answer, if the store stands where it stood then.
     pub(super) fn get(&self, stamp: Stamp) -> Option<T> {
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = self.0.lock();
         let answer = kept.as_ref()?;
         (answer.stamp == stamp && answer.at.elapsed() < FOR).then(|| answer.value.clone())
     }
@@ -38,7 +39,7 @@ impl<T: Clone> Kept<T> {
     /// Keeps an answer to a question that was asked when the store stood there.
     pub(super) fn set(&self, stamp: Stamp, value: T) -> T {
         let answer = Answer { stamp, at: Instant::now(), value: value.clone() };
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        *self.0.lock() = Some(answer);
         value
     }
 }
