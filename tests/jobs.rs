@@ -390,6 +390,11 @@ impl Engine {
         self.queue.claim(claim).await.unwrap().jobs
     }
 
+    /// A claim may begin behind what has become ready again, so it is asked for until it is found.
+    async fn claim_one(&self) -> Claimed {
+        eventually("a job is claimed", async || self.claim(1, LEASE).await.pop()).await
+    }
+
     async fn settle(&self, job: &Claimed, transition: Transition) -> bool {
         let settlement = Settlement::of(Arc::new(job.clone()), transition);
         self.queue.settle(vec![settlement]).await.unwrap().remove(0)
@@ -625,11 +630,11 @@ async fn a_lease_is_renewed_for_as_long_as_the_job_runs(kind: Kind) {
 async fn a_stale_claim_changes_nothing(kind: Kind) {
     let engine = Engine::idle(kind).await;
     engine.enqueue("contested", Act::Done).await;
-    let first = engine.claim(1, LEASE).await.remove(0);
+    let first = engine.claim_one().await;
     assert_eq!(engine.rescue().await, 0, "its lease is held");
     engine.backend.end_leases().await;
     assert_eq!(engine.rescue().await, 1);
-    let second = engine.claim(1, LEASE).await.remove(0);
+    let second = engine.claim_one().await;
     assert!(second.epoch > first.epoch);
     assert_eq!(second.spent.recoveries, 1);
 
@@ -723,7 +728,7 @@ async fn a_checkpoint_is_kept_and_forgives_crashes(kind: Kind) {
     engine.claim(1, LEASE).await;
     engine.backend.end_leases().await;
     engine.rescue().await;
-    let claimed = engine.claim(1, LEASE).await.remove(0);
+    let claimed = engine.claim_one().await;
     assert_eq!((claimed.spent.recoveries, claimed.checkpoint.as_deref()), (1, None));
     assert!(engine.queue.record(claimed.held(), "tests".into(), "7".to_owned()).await.unwrap());
     engine.backend.end_leases().await;
@@ -869,7 +874,7 @@ async fn dead_letters_are_kept_shown_retried_and_discarded(kind: Kind) {
     let mut engine = Engine::idle(kind).await;
     for (name, reason) in [("a", "timeout"), ("b", "bad address"), ("c", "timeout again")] {
         engine.queue.enqueue(vec![job(name, Act::Done).trace(name)]).await.unwrap();
-        let claimed = engine.claim(1, LEASE).await.remove(0);
+        let claimed = engine.claim_one().await;
         assert!(engine.settle(&claimed, dead(reason)).await);
     }
     let all = engine.jobs(State::Dead).await;
@@ -905,7 +910,7 @@ async fn dead_letters_are_kept_shown_retried_and_discarded(kind: Kind) {
 async fn what_ended_long_ago_is_forgotten(kind: Kind) {
     let engine = Engine::idle(kind).await;
     engine.enqueue("old", Act::Done).await;
-    let claimed = engine.claim(1, LEASE).await.remove(0);
+    let claimed = engine.claim_one().await;
     assert!(engine.settle(&claimed, dead("as the test wants")).await);
     assert_eq!(engine.queue.prune(Duration::from_secs(3600)).await.unwrap(), 0);
     tokio::time::sleep(Duration::from_millis(5)).await;
@@ -919,7 +924,7 @@ async fn what_comes_again_after_its_end_can_end_again(kind: Kind) {
     for reason in ["first", "second"] {
         // The same id, as when an answer was lost and the caller asks again.
         engine.queue.enqueue(vec![again.clone()]).await.unwrap();
-        let claimed = engine.claim(1, LEASE).await.remove(0);
+        let claimed = engine.claim_one().await;
         assert!(engine.settle(&claimed, dead(reason)).await);
         assert_eq!(engine.queue.show(again.id).await.unwrap().unwrap().reason.as_deref(), Some(reason));
     }
@@ -971,7 +976,7 @@ async fn a_clock_that_jumps_loses_nothing(kind: Kind) {
     for jump in [hour, -hour] {
         let mut engine = Engine::idle(kind).await;
         engine.enqueue("running", Act::Done).await;
-        let claimed = engine.claim(1, LEASE).await.remove(0);
+        let claimed = engine.claim_one().await;
         engine
             .queue
             .enqueue(vec![job("soon", Act::Done).due(Due::In(Duration::from_secs(2)))])

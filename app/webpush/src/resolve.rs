@@ -6,6 +6,8 @@ use std::time::Duration;
 
 use hickory_resolver::TokioResolver;
 use hickory_resolver::config::LookupIpStrategy;
+use hickory_resolver::net::{DnsError, NetError};
+use hickory_resolver::proto::op::ResponseCode;
 use tracing::warn;
 
 /// How long one name server may take to answer.
@@ -76,10 +78,14 @@ impl Resolver {
                     Ok(addresses)
                 }
             }
-            Err(error) if error.is_nx_domain() || error.is_no_records_found() => {
-                Err(ResolveError::NotFound(host.to_owned()))
-            }
+            Err(error) if has_none(&error) => Err(ResolveError::NotFound(host.to_owned())),
             Err(error) => Err(failed(error.to_string())),
         }
     }
+}
+
+/// Whether a name server that knows says that there are no addresses. One that is broken (SERVFAIL, REFUSED) sends none either.
+fn has_none(error: &NetError) -> bool {
+    let NetError::Dns(DnsError::NoRecordsFound(none)) = error else { return false };
+    matches!(none.response_code, ResponseCode::NXDomain | ResponseCode::NoError)
 }

@@ -204,7 +204,9 @@ impl Sender {
     pub async fn check_addresses(&self, endpoint: &Endpoint) -> Result<(), TargetError> {
         match self.0.shared.connector.addresses(endpoint.host()).await {
             Err(ConnectError::Forbidden(error)) => Err(error),
-            Err(ConnectError::Resolve(ResolveError::NotFound(host))) => Err(TargetError::Host(host)),
+            Err(ConnectError::Resolve(ResolveError::NotFound(host))) if !endpoint.origin.is_named() => {
+                Err(TargetError::NoSuchHost(host))
+            }
             Err(_)
                 if !endpoint.origin.is_named()
                     && !self.0.shared.services.has_delivered(&endpoint.origin.name) =>

@@ -141,6 +141,9 @@ pub enum TargetError {
     /// A host that is not in the list of push services.
     #[error("{0} is not a known push service (push.allow_hosts)")]
     Host(String),
+    /// A host that DNS does not know.
+    #[error("{0} does not exist, as the name servers of this machine say")]
+    NoSuchHost(String),
     /// A host that cannot be looked up now, and is not known.
     #[error("{0} cannot be looked up now")]
     NotLookedUp(String),
