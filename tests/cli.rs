@@ -7,8 +7,8 @@ use serde_json::{Value, json};
 
 use nix::sys::signal::Signal;
 use support::double::Double;
-use support::eventually;
 use support::process::{Perennial, Setup};
+use support::{eventually, soon};
 
 fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
@@ -307,4 +307,106 @@ async fn top_shows_what_goes_on() {
     }
     let nobody = Setup::new().run(&["top", "--once"]).await;
     assert_eq!(nobody.status.code(), Some(1));
+}
+
+/// Every command answers programs in lines of JSON, also when it fails; and people in words of the interface.
+#[tokio::test]
+async fn commands_answer_in_one_family() {
+    let perennial = Setup::new().start().await;
+    let run = async |arguments: &[&str]| {
+        let output = perennial.setup.run(arguments).await;
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        (output.status.code(), text(&output.stdout), text(&output.stderr))
+    };
+    let backup = perennial.setup.file("copy");
+    for arguments in [
+        &["keys", "show"][..],
+        &["keys", "generate"],
+        &["keys", "rotate"],
+        &["keys", "add", "one"],
+        &["keys", "revoke", "one"],
+        &["keys", "list"],
+        &["jobs", "queues"],
+        &["jobs", "list"],
+        &["jobs", "pause", "push"],
+        &["jobs", "resume", "push"],
+        &["cron", "pause", "jobs.retention"],
+        &["cron", "resume", "jobs.retention"],
+        &["resume"],
+        &["backup", backup.to_str().unwrap()],
+    ] {
+        let (code, out, error) = run(&[arguments, &["--json"]].concat()).await;
+        assert_eq!(code, Some(0), "{arguments:?}: {error}");
+        assert!(arguments == ["jobs", "list"] || !out.is_empty(), "{arguments:?}");
+        for line in out.lines() {
+            assert!(
+                serde_json::from_str::<Value>(line).is_ok_and(|line| line.is_object()),
+                "{arguments:?}: {out}"
+            );
+        }
+    }
+    let id = "01890a5d-ac96-774b-bcce-b302099a8057";
+    for (arguments, said) in [
+        (&["jobs", "resume", "nope"][..], "one of "),
+        (&["jobs", "retry", id], "none of these jobs has ended"),
+        (&["jobs", "show", "nope"], "wanted the id of a job"),
+        (&["jobs", "list", "--limit", "x"], "wanted a whole number"),
+        (&["jobs", "retry"], "perennial jobs retry"),
+        (&["notify", "--all", "--title", "x", "--ttl", "soon"], "wanted seconds"),
+        (&["notify", "--all", "--title", "x", "--at", "2020-01-01"], "is past"),
+        (&["sink", "--listen", "localhost:8443"], "wanted an IP address and a port"),
+    ] {
+        let (code, _, error) = run(arguments).await;
+        assert!(code != Some(0) && error.contains(said), "{arguments:?}: {error}");
+    }
+    let (code, _, error) = run(&["jobs", "show", id, "--json"]).await;
+    let error: Value = serde_json::from_str(&error).unwrap_or_else(|_| panic!("{error}"));
+    assert!(code == Some(1) && error["error"].is_string(), "{error}");
+}
+
+/// A key is shown once: where it leads nowhere, none is made.
+#[tokio::test]
+async fn no_key_is_made_that_nobody_could_see() {
+    let perennial = Setup::new().start().await;
+    let mut add = perennial.setup.command(&["keys", "add", "lost"]);
+    let refused =
+        add.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::piped()).spawn().unwrap();
+    let refused = soon("it ends", refused.wait_with_output()).await.unwrap();
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("leads nowhere"));
+    let list = perennial.setup.run(&["keys", "list", "--json"]).await;
+    assert!(!String::from_utf8_lossy(&list.stdout).contains("lost"));
+}
+
+/// Whatever is mistyped, and wherever: a password is not repeated.
+#[tokio::test]
+async fn mistyped_settings_do_not_repeat_what_may_be_secret() {
+    let setup = Setup::new();
+    let file = setup.file("settings.toml");
+    for text in [
+        "[store]\nurl = \"postgres://u:s3cret@h/db\n",
+        "[store]\nurl = postgres://u:s3cret@h/db\n",
+        "[queue]\nurl = \"redis://:s3cret@h\" x\n",
+        "\"postgres://u:s3cret@h/db\" = 1\n",
+        "[access]\nkeys = [{ name = 'b', key = 's3cret' }]\n",
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let output = setup.run(&["check", "--config", file.to_str().unwrap()]).await;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert_eq!(output.status.code(), Some(2), "{text}: {said}");
+        assert!(!said.contains("s3cret"), "{text}: {said}");
+    }
+    for arguments in [
+        &["check", "--set", "postgres://u:s3cret@h/db"][..],
+        &["check", "--set", "store.url:postgres://u:s3cret@h/db"],
+        &["check", "store.url=postgres://u:s3cret@h/db"],
+        &["serve", "--set", "store.url=postgres://127.0.0.1:s3cret/x"],
+        &["serve", "--set", "queue.url=redis://127.0.0.1:s3cret/0"],
+    ] {
+        let output = setup.run(arguments).await;
+        let said = [output.stdout, output.stderr].concat();
+        let said = String::from_utf8_lossy(&said);
+        assert!(!output.status.success() && !said.contains("s3cret"), "{arguments:?}: {said}");
+    }
 }

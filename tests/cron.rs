@@ -281,7 +281,7 @@ async fn what_cannot_be_a_schedule_is_refused_at_boot_by_name() {
                 "cron.schedules[0].job, of \"a\": wanted one of jobs.retention, ",
                 "there is no no.such",
                 "cron.schedules[1].payload, of \"b\": wanted",
-                "unknown field `a`",
+                "no fields; there is no a",
                 "cron.schedules[2].name, of \"push.expire\": wanted one of jobs.retention, store.optimize, ",
                 "or an expression and a job beside it",
             ],

@@ -83,3 +83,26 @@ async fn a_proxy_that_does_not_say_whom_it_speaks_for_is_refused_with_a_trace() 
     let _ = say(&address, b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await;
     counted(&perennial, "bad_proxy_header").await;
 }
+
+/// What is refused by its head is refused before the client is asked for a body of any length.
+#[tokio::test]
+async fn a_body_that_is_kept_back_is_not_asked_for_in_vain() {
+    let perennial = Setup::new().start().await;
+    let made = perennial.setup.run(&["keys", "add", "reader", "--scopes", "read"]).await;
+    let reader = String::from_utf8_lossy(&made.stdout).trim().to_owned();
+    let right = std::fs::read_to_string(perennial.setup.data_dir().join("api.key")).unwrap();
+    for (key, begins) in
+        [("nope", "HTTP/1.1 401"), (reader.as_str(), "HTTP/1.1 403"), (right.trim(), "HTTP/1.1 100 Continue")]
+    {
+        let head = format!(
+            "POST /notify HTTP/1.1\r\nhost: localhost\r\nauthorization: Bearer {key}\r\ncontent-type: application/json\r\n\
+             content-length: 2\r\nexpect: 100-continue\r\nconnection: close\r\n\r\n"
+        );
+        let address = perennial.client().base().trim_start_matches("http://").to_owned();
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = [0; 21];
+        stream.read_exact(&mut answer).await.unwrap();
+        assert!(answer.starts_with(begins.as_bytes()), "{begins}: {}", String::from_utf8_lossy(&answer));
+    }
+}

@@ -1,5 +1,6 @@
 //! Under a supervisor: what systemd is told, the sockets that it opens, and its unit file.
 
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
@@ -31,13 +32,23 @@ async fn told(socket: &UnixDatagram, line: &str) -> String {
 #[tokio::test]
 async fn a_supervisor_is_told_when_it_is_ready_alive_reloads_and_stops() {
     let setup = Setup::new();
-    let path = setup.file("notify");
-    let socket = UnixDatagram::bind(&path).unwrap();
-    let perennial = setup
-        .environment("NOTIFY_SOCKET", path.to_str().unwrap())
-        .environment("WATCHDOG_USEC", "200000")
-        .start()
-        .await;
+    let path = setup.file("notify").to_str().unwrap().to_owned();
+    supervise(setup, UnixDatagram::bind(&path).unwrap(), &path).await;
+}
+
+/// The abstract namespace: what some supervisors in containers use.
+#[tokio::test]
+async fn a_supervisor_may_have_a_socket_without_a_path() {
+    let name = format!("perennial-notify-{}", std::process::id());
+    let address = std::os::unix::net::SocketAddr::from_abstract_name(&name).unwrap();
+    let socket = std::os::unix::net::UnixDatagram::bind_addr(&address).unwrap();
+    socket.set_nonblocking(true).unwrap();
+    supervise(Setup::new(), UnixDatagram::from_std(socket).unwrap(), &format!("@{name}")).await;
+}
+
+async fn supervise(setup: Setup, socket: UnixDatagram, name: &str) {
+    let perennial =
+        setup.environment("NOTIFY_SOCKET", name).environment("WATCHDOG_USEC", "200000").start().await;
     let ready = told(&socket, "READY=1").await;
     assert!(ready.contains("STATUS=serving on 127.0.0.1:"), "{ready}");
     told(&socket, "WATCHDOG=1").await;
@@ -60,6 +71,7 @@ async fn signals_of_other_servers_drain_or_do_nothing() {
     perennial.signal(Signal::SIGQUIT);
     let ended = perennial.ended().await;
     assert_eq!(ended.code(), Some(0), "as SIGTERM: {ended}");
+    assert!(perennial.log().contains(r#""reason":"SIGQUIT""#), "{}", perennial.log());
 }
 
 /// A successor of process 1 would end with it.

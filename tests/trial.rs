@@ -46,6 +46,15 @@ async fn one_command_is_a_complete_trial_on_this_machine() {
     assert!(ended.status.success());
     assert!(String::from_utf8_lossy(&ended.stderr).contains("This is a trial"));
 
+    // A second one, while something else has its usual port, does not meet the browsers of the first.
+    let _taken = std::net::TcpListener::bind("127.0.0.1:8443");
+    let mut again = piped(&setup, &["serve", "--dev", "--subscribers", "2"]);
+    let mut lines = BufReader::new(again.stdout.take().unwrap()).lines();
+    line(&mut lines, "\"subscribed\":\"#2\"").await;
+    let sent = setup.run(&["notify", "--all", "--title", "Again"]).await;
+    let told = String::from_utf8_lossy(&sent.stdout).into_owned();
+    assert!(sent.status.success() && told.trim_end().ends_with(" delivered 2"), "{told}");
+
     let open = Setup::new().set("server.listen=0.0.0.0:0").run(&["serve", "--dev"]).await;
     assert_eq!(open.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&open.stderr).contains("--dev is for this machine alone"));

@@ -20,11 +20,7 @@ impl Addresses {
     /// Those of the server that runs on this data directory.
     pub(crate) fn of_running(path: &Path) -> anyhow::Result<Self> {
         let file = path.join(ADDRESSES);
-        if let Err(error) = std::fs::read_dir(path)
-            && error.kind() == std::io::ErrorKind::PermissionDenied
-        {
-            bail!("{} belongs to another user: run this as that user, or as root", path.display());
-        }
+        data_dir::check_access(path)?;
         // One that was killed leaves its file behind, and by now somebody else may listen there.
         if !data_dir::is_locked(path) {
             bail!("no server runs on {}", path.display());

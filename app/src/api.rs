@@ -321,7 +321,7 @@ mod tests {
     fn a_body_that_does_not_fit_names_the_field() {
         let unknown = problem(r#"{"inner": {"numbr": 1}}"#);
         assert_eq!(unknown["errors"][0]["field"], "inner.numbr");
-        assert_eq!(unknown["errors"][0]["wanted"], "unknown field `numbr`, expected `number`");
+        assert_eq!(unknown["errors"][0]["wanted"], "no field but number; there is no numbr");
         let wrong = problem(r#"{"inner": {"number": 300}}"#);
         assert_eq!(wrong["errors"][0]["field"], "inner.number");
         assert_eq!(problem(r#"{"inner": {}}"#)["errors"][0]["field"], "inner");

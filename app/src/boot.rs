@@ -253,7 +253,7 @@ pub(crate) fn not_opened(error: BindError, setting: &'static str) -> anyhow::Err
         matches!(&error, BindError::Address { source, .. } if source.kind() == io::ErrorKind::AddrInUse);
     let remedy = match is_taken {
         true => format!(
-            "{setting}: another program listens there; stop it, or choose another address (--set {setting}=127.0.0.1:PORT)"
+            "{setting}: another program listens there (or a socket that was inherited for another address, which a warning names); stop it, or choose another address (--set {setting}=127.0.0.1:PORT)"
         ),
         false => format!("{setting}: the listener cannot be opened"),
     };

@@ -1,6 +1,7 @@
 //! The command line.
 
 mod adopt;
+mod arguments;
 mod backup;
 mod check;
 mod client;
@@ -29,9 +30,9 @@ use perennial_store::pool::sql;
 
 use crate::boot;
 use crate::config::{Config, Store};
-use crate::data_dir::DataDir;
+use crate::data_dir::{self, DataDir};
 use crate::module::{Blueprint, Configured};
-use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
+use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources, masked_words};
 
 /// A long-lived application server: requests, jobs and web push in one process.
 #[derive(Debug, Parser)]
@@ -39,11 +40,11 @@ use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
     name = "perennial",
     version,
     after_help = "Examples:
-  perennial                                     serve, with everything in ./perennial-data
-  perennial serve --dev                         try everything on this machine, with a push service of its own
-  perennial check --changed                     what is set, and where
-  perennial notify --all --title Hello          send, and follow to the end
-  perennial jobs list --state dead              what was given up, and why"
+  perennial                             serve from ./perennial-data
+  perennial serve --dev                 try everything on this machine
+  perennial check --changed             what is set, and where
+  perennial notify --all --title Hello  send, and follow to the end
+  perennial jobs list --state dead      what was given up, and why"
 )]
 struct Cli {
     #[command(flatten)]
@@ -61,7 +62,7 @@ struct SettingsArgs {
     /// One setting; may be given several times
     #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
-    /// Answer in JSON: one object, or one a line
+    /// Answer in JSON, an object for each line of a list; errors too
     #[arg(long, global = true)]
     json: bool,
 }
@@ -76,6 +77,7 @@ enum Command {
     #[command(subcommand)]
     Keys(keys::Keys),
     /// Bring the tables of the store up to date, and do nothing else
+    #[command(after_help = "Example:\n  perennial migrate --config /etc/perennial.toml")]
     Migrate,
     /// Move everything from an embedded store to the Postgres server that the settings name
     Adopt(adopt::Adopt),
@@ -109,17 +111,24 @@ enum Command {
 
 /// Does what the command line says. Exit codes: 0 well done, 1 failed, 2 not understood or bad settings.
 pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) if error.use_stderr() && error.to_string().contains("://") => {
+            eprint!("{}", masked_words(&error.to_string()));
+            return ExitCode::from(2);
+        }
+        Err(error) => error.exit(),
+    };
     let json = cli.settings.json;
     let sources = Sources { file: cli.settings.config, set: cli.settings.set, ..Sources::from_environment() };
     let result = match cli.command.unwrap_or(Command::Serve(serve::Serve::default())) {
         Command::Serve(serve) => return serve.run(&sources, modules),
         Command::Check(check) => return check.run(json, &sources, modules),
         Command::Keys(keys) => keys.run(json, &sources, modules),
-        Command::Migrate => migrate(&sources, modules),
-        Command::Adopt(adopt) => adopt.run(&sources, modules),
-        Command::Resume(resume) => resume.run(&sources, modules),
-        Command::Backup(backup) => backup.run(&sources, modules),
+        Command::Migrate => migrate(json, &sources, modules),
+        Command::Adopt(adopt) => adopt.run(json, &sources, modules),
+        Command::Resume(resume) => resume.run(json, &sources, modules),
+        Command::Backup(backup) => backup.run(json, &sources, modules),
         Command::Health(health) => health.run(json, &sources, modules),
         Command::Jobs(jobs) => jobs.run(json, &sources, modules),
         Command::Cron(cron) => cron.run(json, &sources, modules),
@@ -132,6 +141,10 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
+        Err(error) if json && !error.is::<clap::Error>() => {
+            eprintln!("{}", serde_json::json!({ "error": format!("{error:#}") }));
+            exit_code(&error)
+        }
         Err(error) => report(&error),
     }
 }
@@ -143,6 +156,10 @@ fn report(error: &anyhow::Error) -> ExitCode {
         return ExitCode::from(2);
     }
     eprintln!("perennial: {error:#}");
+    exit_code(error)
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
     if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
@@ -165,6 +182,7 @@ fn read(settings: &Settings, modules: &[Blueprint]) -> Result<(Config, Vec<Confi
 
 /// The store, for a command that runs while no server does.
 async fn open_alone(config: &Config, modules: &[Blueprint]) -> anyhow::Result<(DataDir, sql::Store)> {
+    data_dir::check_access(&config.data_dir)?;
     let data_dir = DataDir::lock(&config.data_dir)?;
     let store = open_store(&data_dir, &config.store, modules).await?;
     Ok((data_dir, store))
@@ -178,13 +196,13 @@ async fn open_store(data_dir: &DataDir, store: &Store, modules: &[Blueprint]) ->
 }
 
 /// Does what a boot does first, so that the boots of many replicas find it done.
-fn migrate(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+fn migrate(json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
     let settings = load(sources, modules);
     let (config, _) = read(&settings, modules)?;
     block_on(async {
         let (_data_dir, store) = open_alone(&config, modules).await?;
         store.close().await;
-        print("the tables are up to date\n")
+        output::done(json, &serde_json::json!({ "migrated": true }), "the tables are up to date\n")
     })?
 }
 

@@ -144,10 +144,14 @@ impl Config {
 }
 
 pub(crate) fn telemetry(settings: &mut Reader<'_>) -> telemetry::Config {
-    telemetry::Config {
-        filter: settings.parse("telemetry.log", "a level such as info, or info,perennial_workers=debug"),
-        format: settings.parse("telemetry.format", "auto, text or json"),
+    let filter: telemetry::Filter =
+        settings.parse("telemetry.log", "a level such as info, or info,perennial_workers=debug");
+    if !filter.has_level_for_the_rest() {
+        settings.note(
+            "telemetry.log: only errors are logged of what it does not name; with info in front it is the usual log besides".to_owned(),
+        );
     }
+    telemetry::Config { filter, format: settings.parse("telemetry.format", "auto, text or json") }
 }
 
 /// Says when others can read what is kept: keys are secrets, and so are endpoints.
@@ -434,11 +438,16 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
 /// A URL, from a file where there is one, since it may hold a password.
 fn url(settings: &mut Reader<'_>, key: &str, wanted: &str, schemes: &[&str]) -> SecretString {
     let text: String = settings.get(key);
-    let url = settings.secret_file(&format!("{key}_file")).unwrap_or_else(|| text.into());
+    let file = settings.secret_file(&format!("{key}_file"));
+    let is_from_file = file.is_some();
+    let url = file.unwrap_or_else(|| text.into());
     if !schemes.iter().any(|scheme| url.expose_secret().starts_with(scheme))
         || url.expose_secret() == "sqlite:"
     {
-        settings.refuse::<()>(key, wanted);
+        match is_from_file {
+            true => settings.refuse::<()>(&format!("{key}_file"), &format!("a file with {wanted}")),
+            false => settings.refuse::<()>(key, wanted),
+        };
     }
     url
 }

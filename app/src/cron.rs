@@ -273,7 +273,7 @@ fn job(registry: &Registry, kind: &str, payload: Option<&Value>) -> Result<Templ
     let payload = payload.map_err(|error| ("payload", error.to_string()))?.unwrap_or_else(|| "{}".to_owned());
     let job = kind.job(&payload).map_err(|error| match error {
         queue::Error::Misfit { field, reason, .. } => {
-            ("payload", format!("what the job reads; {field}: {reason}"))
+            ("payload", format!("what the job reads; {field}: {}", crate::api::wanted(&reason)))
         }
         error => ("payload", format!("a payload that the job reads; {error}")),
     })?;
@@ -306,7 +306,7 @@ mod tests {
             ("'nightly'", "wanted a table"),
             ("{ name = 3 }", "cron.schedules[0].name = 3"),
             ("{ name = 3 }", "wanted text, not 3"),
-            ("{ name = 'a', expresion = '1' }", "cron.schedules[0].expresion = \"1\""),
+            ("{ name = 'a', expresion = '1' }", "cron.schedules[0].expresion = \"***\""),
             ("{ name = 'a', expresion = '1' }", "wanted one of name, expression"),
             ("{ name = 'a', misfire = 'retry' }", "cron.schedules[0].misfire = \"retry\""),
             ("{ name = 'a', misfire = 'retry' }", "wanted one of skip, coalesce, catch_up"),

@@ -213,6 +213,19 @@ pub(crate) fn exposed(path: &Path) -> Option<u32> {
     (mode & others != 0).then_some(mode)
 }
 
+/// Whether this user may look into the directory, if there is one.
+///
+/// # Errors
+/// When it belongs to another user: everything that is asked about it would say something else.
+pub(crate) fn check_access(path: &Path) -> anyhow::Result<()> {
+    match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            anyhow::bail!("{} belongs to another user: run this as that user, or as root", path.display())
+        }
+        _ => Ok(()),
+    }
+}
+
 fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
     let path = path.to_owned();
     move |source| Error::File { path, source }

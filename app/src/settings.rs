@@ -15,6 +15,7 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use toml::{Table, Value};
 
+pub(crate) use mask::words as masked_words;
 pub(crate) use reader::parse_duration;
 pub use reader::{Network, Reader, Setting, Size};
 
@@ -232,7 +233,10 @@ impl Settings {
         };
         let table: Table = match text.parse() {
             Ok(table) => table,
-            Err(error) => return problems.push(unreadable(format!("the file is no TOML: {error}"))),
+            Err(error) => {
+                return problems
+                    .push(unreadable(format!("the file is no TOML: {}", place_of(&error, &text))));
+            }
         };
         flatten(&table, "", &mut |key, value| self.put(key, value.clone(), source.clone(), problems));
     }
@@ -258,7 +262,7 @@ impl Settings {
         match flag.split_once('=') {
             Some((key, value)) => self.put_text(key.trim().to_owned(), value, Source::Flag, problems),
             None => problems.push(Problem {
-                key: flag.to_owned(),
+                key: mask::key(flag.to_owned()),
                 value: None,
                 source: Source::Flag,
                 wanted: "wanted section.key=value".to_owned(),
@@ -296,7 +300,7 @@ impl Settings {
             Some((_, known)) => format!("there is no such setting; did you mean {known}?"),
             None => "there is no such setting".to_owned(),
         };
-        problems.push(Problem { key, value: None, source, wanted });
+        problems.push(Problem { key: mask::key(key), value: None, source, wanted });
     }
 
     /// Makes the part of an open section that a key is in, with all its defaults, unless it is there. Whether it is in one.
@@ -356,6 +360,14 @@ impl Settings {
             |key: &String, entry: &Entry| other.entries.get(key).is_none_or(|old| old.value != entry.value);
         self.entries.iter().filter(|(key, entry)| differs(key, entry)).map(|(key, _)| key.as_str()).collect()
     }
+}
+
+/// What is wrong, and where. The line itself is not repeated: it may have a password in it.
+fn place_of(error: &toml::de::Error, text: &str) -> String {
+    let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
+    let line = before.matches('\n').count() + 1;
+    let column = before.rsplit('\n').next().unwrap_or_default().chars().count() + 1;
+    format!("{} at line {line}, column {column}", error.message())
 }
 
 /// What a part of an open section may be called: it becomes part of file names and of variables.

@@ -51,6 +51,7 @@ impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Signal(Signal::Terminate) => f.write_str("SIGTERM"),
+            Self::Signal(Signal::Quit) => f.write_str("SIGQUIT"),
             Self::Signal(Signal::Interrupt) => f.write_str("SIGINT"),
             Self::Signal(Signal::Reload) => f.write_str("SIGHUP"),
             Self::Signal(Signal::Succeed) => f.write_str("SIGUSR2"),
@@ -84,13 +85,13 @@ pub(crate) async fn stop(
     );
     health.draining();
     trigger.advance(Phase::Notice);
-    if matches!(reason, Reason::Signal(Signal::Terminate) | Reason::Limit(_)) {
+    if matches!(reason, Reason::Signal(Signal::Terminate | Signal::Quit) | Reason::Limit(_)) {
         trigger.linger(phases.idle.min(phases.soft / 2));
     }
     // Nobody waits for load balancers when a developer presses Ctrl-C, when a successor has the sockets, or when
     // nothing can be served any more.
     let notice = match reason {
-        Reason::Signal(Signal::Terminate) | Reason::Limit(_) => phases.notice,
+        Reason::Signal(Signal::Terminate | Signal::Quit) | Reason::Limit(_) => phases.notice,
         _ => Duration::ZERO,
     };
     let patient = tokio::select! {
@@ -133,7 +134,7 @@ async fn impatience(signals: &mut Signals, began: Instant) {
     // Some senders signal the process and its group, which is the process again.
     loop {
         let signal = signals.next().await;
-        let stops = matches!(signal, Signal::Terminate | Signal::Interrupt);
+        let stops = matches!(signal, Signal::Terminate | Signal::Quit | Signal::Interrupt);
         if stops && began.elapsed() >= ECHO {
             break;
         }

@@ -2,6 +2,10 @@
 //! ready, reloads or stops, and that it is alive. Without a supervisor nothing is said.
 
 use std::convert::Infallible;
+use std::io;
+use std::os::linux::net::SocketAddrExt;
+use std::os::unix::net::{SocketAddr, UnixDatagram};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use perennial_runtime::drain::Drain;
@@ -59,9 +63,25 @@ pub(crate) async fn watchdog(health: Health, drain: Drain) -> Result<(), Infalli
     }
 }
 
-/// What cannot be said is no reason to stop.
+/// What cannot be said is no reason to stop, nor to say so at every turn of the watchdog.
 fn tell(what: &[NotifyState<'_>]) {
-    if let Err(error) = sd_notify::notify(what) {
-        warn!(%error, "the supervisor cannot be told");
+    static HAS_FAILED: AtomicBool = AtomicBool::new(false);
+    let told = match std::env::var("NOTIFY_SOCKET").ok().as_deref().and_then(|name| name.strip_prefix('@')) {
+        Some(name) => tell_abstract(name, what),
+        None => sd_notify::notify(what),
+    };
+    match told {
+        Err(error) if !HAS_FAILED.swap(true, Ordering::Relaxed) => {
+            warn!(%error, "the supervisor cannot be told");
+        }
+        Err(_) => {}
+        Ok(()) => HAS_FAILED.store(false, Ordering::Relaxed),
     }
+}
+
+/// Tells a socket of the abstract namespace, which has a name and no path (`unix(7)`).
+fn tell_abstract(name: &str, what: &[NotifyState<'_>]) -> io::Result<()> {
+    let address = SocketAddr::from_abstract_name(name)?;
+    let lines: String = what.iter().map(|line| format!("{line}\n")).collect();
+    UnixDatagram::unbound()?.send_to_addr(lines.as_bytes(), &address).map(drop)
 }

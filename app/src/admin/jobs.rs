@@ -119,20 +119,26 @@ async fn pause(
     Extension(books): Extension<Books>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
-    // Pausing what does not exist would look like it worked. While no server runs, nobody knows what does.
-    let known = names(&books).await?;
-    let is_served = !books.registry.lanes().is_empty();
-    if is_served && !known.contains(&queue) {
-        return Err(FieldError::new("queue", format!("one of {}", known.join(", "))).into());
-    }
+    check_queue(&books, &queue).await?;
     books.jobs.store().pause(queue, true).await?;
     Ok(Json(json!({})))
+}
+
+/// Pausing or resuming what does not exist would look as if it had worked. The names are known while a server runs.
+async fn check_queue(books: &Books, queue: &String) -> Result<()> {
+    let known = names(books).await?;
+    let is_served = !books.registry.lanes().is_empty();
+    if is_served && !known.contains(queue) {
+        return Err(FieldError::new("queue", format!("one of {}", known.join(", "))).into());
+    }
+    Ok(())
 }
 
 async fn resume(
     Extension(books): Extension<Books>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
+    check_queue(&books, &queue).await?;
     books.jobs.store().pause(queue, false).await?;
     Ok(Json(json!({})))
 }

@@ -1,5 +1,8 @@
 //! What was wanted, in words of the interface: the errors of the deserializer speak of types of the program.
 
+/// How a time is written (RFC 3339).
+const TIME: &str = "a time such as 2027-01-31T12:00:00Z";
+
 /// Translates a message of the deserializer, such as `invalid type: string "x", expected f64`.
 pub(crate) fn wanted(message: &str) -> String {
     let message = message.lines().next().unwrap_or_default();
@@ -11,8 +14,13 @@ pub(crate) fn wanted(message: &str) -> String {
         let (given, known) = rest.split_once(", expected ").unwrap_or((rest, ""));
         return format!("{}, not {}", list(known), given.trim_matches('`'));
     }
-    if message.starts_with("unknown field ") || message.starts_with("duplicate field ") {
-        return message.to_owned();
+    if let Some(rest) = message.strip_prefix("unknown field ") {
+        let (given, known) = rest.split_once(", ").unwrap_or((rest, ""));
+        let known = known.strip_prefix("expected ").unwrap_or_default();
+        return format!("{}; there is no {}", fields(known), given.trim_matches('`'));
+    }
+    if let Some(field) = message.strip_prefix("duplicate field ") {
+        return format!("the field {} once, not twice", field.trim_matches('`'));
     }
     let found = message.split_once(", expected ").and_then(|(given, expected)| {
         let kind = kind(expected)?;
@@ -42,6 +50,7 @@ fn kind(expected: &str) -> Option<String> {
         "a map" => "an object",
         "unit" => "null",
         "option" => "a value or null",
+        _ if expected.contains("timestamp") || expected.contains("datetime") => TIME,
         "a UUID" | "a formatted UUID string" => "an id such as 01890a5d-ac96-774b-bcce-b302099a8057",
         _ if expected.starts_with("struct ") || expected.contains("enum ") => "an object",
         _ if expected.starts_with("a tuple") || expected.starts_with("tuple ") => "a list",
@@ -82,9 +91,24 @@ fn of_text(message: &str) -> Option<String> {
         {
             "an id such as 01890a5d-ac96-774b-bcce-b302099a8057"
         }
+        _ if message.starts_with("failed to parse")
+            || message.contains("timestamp")
+            || message.contains("datetime") =>
+        {
+            TIME
+        }
         _ => return None,
     };
     Some(words.to_owned())
+}
+
+/// The names of fields, such as "one of `to`, `title`".
+fn fields(known: &str) -> String {
+    match known.strip_prefix("one of ") {
+        Some(several) => format!("one of the fields {}", several.replace('`', "")),
+        None if known.starts_with('`') => format!("no field but {}", known.replace('`', "")),
+        None => "no fields".to_owned(),
+    }
 }
 
 fn list(known: &str) -> String {
@@ -131,6 +155,8 @@ mod tests {
         pair: Option<(u8, u8)>,
         #[serde(default)]
         any: Option<std::collections::BTreeMap<String, i64>>,
+        #[serde(default)]
+        at: Option<jiff::Timestamp>,
     }
 
     #[test]
@@ -144,7 +170,10 @@ mod tests {
             (r#"{"inner": {"number": 1.5}}"#, "a whole number from 0 to 255, not 1.5"),
             (r#"{"inner": {"number": null}}"#, "a whole number from 0 to 255, not null"),
             (r#"{"inner": {}}"#, "the field number, which is missing"),
-            (r#"{"inner": {"numbr": 1}}"#, "unknown field `numbr`, expected `number`"),
+            (r#"{"inner": {"numbr": 1}}"#, "no field but number; there is no numbr"),
+            (r#"{"inner": {"number": 1, "number": 2}}"#, "the field number once, not twice"),
+            (r#"{"at": "tomorrow"}"#, TIME),
+            (r#"{"at": 5}"#, "a time such as 2027-01-31T12:00:00Z, not 5"),
             (r#"{"list": "a"}"#, "a list, not \"a\""),
             (r#"{"list": [true]}"#, "text, not true"),
             (r#"{"word": "three"}"#, "one or two, not three"),

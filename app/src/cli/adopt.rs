@@ -1,5 +1,6 @@
 //! `perennial adopt`.
 
+use std::collections::BTreeMap;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -10,6 +11,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use perennial_store::pool::sql;
 use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
+use serde_json::json;
 
 use super::{block_on, load, open_alone, open_store, print, read};
 use crate::adopt::Source;
@@ -30,13 +32,19 @@ pub(super) struct Adopt {
 }
 
 impl Adopt {
-    pub(super) fn run(&self, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
+    pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
-        block_on(self.adopt(&settings, config, modules))?
+        block_on(self.adopt(json, &settings, config, modules))?
     }
 
-    async fn adopt(&self, settings: &Settings, config: Config, modules: &[Blueprint]) -> anyhow::Result<()> {
+    async fn adopt(
+        &self,
+        json: bool,
+        settings: &Settings,
+        config: Config,
+        modules: &[Blueprint],
+    ) -> anyhow::Result<()> {
         if !matches!(config.store, Store::Postgres(_)) {
             bail!(
                 "the settings name an embedded store: wanted store.url = postgres://.., where everything is to go"
@@ -56,7 +64,7 @@ impl Adopt {
             let (ours, store) = open_alone(&config, modules).await?;
             (Some(ours), store)
         };
-        let done = move_all(settings, &directory, &self.file, &config, &store).await;
+        let done = move_all(json, settings, &directory, &self.file, &config, &store).await;
         store.close().await;
         done
     }
@@ -71,6 +79,7 @@ async fn bring_up_to_date(data_dir: &DataDir, file: &Path, modules: &[Blueprint]
 }
 
 async fn move_all(
+    json: bool,
     settings: &Settings,
     directory: &Path,
     file: &Path,
@@ -90,6 +99,11 @@ async fn move_all(
     });
     let moved = moved.await.context("nothing was moved")?;
     bar.finish_and_clear();
+    if json {
+        let told = json!({ "tables": moved.tables.iter().cloned().collect::<BTreeMap<_, _>>(), "jobs": moved.jobs, "left_behind": moved.unknown,
+                           "paused_queues": moved.paused.queues, "paused_schedules": moved.paused.schedules });
+        return print(&format!("{told}\n"));
+    }
     let mut text = String::new();
     for (table, rows) in moved.tables.iter().filter(|(_, rows)| *rows > 0) {
         text.push_str(&format!("{rows:>12}  {table}\n"));

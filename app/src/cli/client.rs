@@ -130,7 +130,9 @@ impl Answer {
         let errors: Vec<String> =
             errors.map(|error| format!("{}: {}", part(error, "field"), part(error, "wanted"))).collect();
         let text = match (errors.as_slice(), part(&body, "detail")) {
-            ([], detail) if detail.is_empty() => format!("the server answered {status}"),
+            ([], detail) if detail.is_empty() => {
+                format!("the server answered {status}, and not as a Perennial would: is it one?")
+            }
             ([], detail) => detail,
             (errors, _) => errors.join("\n"),
         };

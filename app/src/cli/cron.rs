@@ -4,6 +4,7 @@ use clap::Subcommand;
 use http::Method;
 use serde_json::Value;
 
+use super::arguments::whole;
 use super::desk::Desk;
 use super::output::{self, NONE, json_lines, table, text};
 use super::{block_on, load, print, read};
@@ -22,11 +23,12 @@ pub(super) enum Cron {
     /// List schedules: the next time and the newest run of each, by UTC and on the wall clock of its zone
     List,
     /// Show the newest runs of a schedule
+    #[command(after_help = "Example:\n  perennial cron history push.retention --limit 5")]
     History {
         /// Its name
         name: String,
         /// At most so many
-        #[arg(long, default_value_t = 20)]
+        #[arg(long, default_value_t = 20, value_parser = whole::<usize>)]
         limit: usize,
     },
     /// Run a schedule's job now, and print the job's id
@@ -91,9 +93,10 @@ impl Cron {
             Self::History { .. } => {
                 table(["DUE", "DUE (UTC)", "CAUSE", "LAG", "TOOK", "OUTCOME", "JOB"], entries.iter().map(run))
             }
-            Self::Run { .. } if json => format!("{answer}\n"),
+            _ if json => format!("{answer}\n"),
             Self::Run { .. } => format!("{}\n", text(&answer["id"])),
-            Self::Pause { .. } | Self::Resume { .. } => String::new(),
+            Self::Pause { name } => format!("{name} rests until it is resumed\n"),
+            Self::Resume { name } => format!("{name} goes on\n"),
         };
         print(&text)
     }

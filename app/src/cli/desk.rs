@@ -53,6 +53,7 @@ impl Desk {
     where
         F: Future<Output = anyhow::Result<Router>>,
     {
+        data_dir::check_access(&config.data_dir)?;
         if data_dir::is_locked(&config.data_dir) {
             let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
             let file = config.data_dir.join(ADMIN_TOKEN);

@@ -7,6 +7,7 @@ use http::Method;
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use super::arguments::{job_id, whole};
 use super::desk::Desk;
 use super::output::{self, NONE, clipped, json_lines, table, text, utc};
 use super::{Cli, block_on, load, print, read};
@@ -21,31 +22,44 @@ use crate::settings::Sources;
   perennial jobs pause push")]
 pub(super) enum Jobs {
     /// List jobs, in the order in which they were made
+    #[command(
+        after_help = "Examples:\n  perennial jobs list --state dead --kind mail.send\n  perennial jobs list --reason timeout --limit 10"
+    )]
     List {
         #[command(flatten)]
         which: Which,
         /// After the one with this id
-        #[arg(long)]
+        #[arg(long, value_parser = job_id)]
         cursor: Option<Uuid>,
         /// At most so many
-        #[arg(long, default_value_t = 100)]
+        #[arg(long, default_value_t = 100, value_parser = whole::<usize>)]
         limit: usize,
     },
     /// Show one job, with its payload and its last errors
+    #[command(after_help = "Example:\n  perennial jobs show 01890a5d-ac96-774b-bcce-b302099a8057")]
     Show {
         /// Its id
+        #[arg(value_parser = job_id)]
         id: Uuid,
     },
     /// Let jobs that have ended run again
+    #[command(
+        after_help = "Examples:\n  perennial jobs retry --kind mail.send --reason timeout\n  perennial jobs retry --all"
+    )]
     Retry(Chosen),
     /// Delete jobs that have ended
+    #[command(after_help = "Example:\n  perennial jobs discard --state cancelled")]
     Discard(Chosen),
     /// End a job that has not ended
     Cancel {
         /// Its id
+        #[arg(value_parser = job_id)]
         id: Uuid,
     },
     /// Enqueue a job of any kind through the running server
+    #[command(
+        after_help = "Example:\n  perennial jobs enqueue mail.send '{\"to\": \"a@example.com\"}' --delay 30s"
+    )]
     Enqueue {
         /// Its kind
         kind: String,
@@ -58,12 +72,13 @@ pub(super) enum Jobs {
         #[arg(long)]
         unique: Option<String>,
         /// Lower goes first
-        #[arg(long, allow_hyphen_values = true)]
+        #[arg(long, allow_hyphen_values = true, value_parser = whole::<i16>)]
         priority: Option<i16>,
     },
     /// Say how much waits and runs in each queue
     Queues,
     /// Let no more jobs of a queue begin
+    #[command(after_help = "Example:\n  perennial jobs pause push")]
     Pause {
         /// The queue
         queue: String,
@@ -96,6 +111,7 @@ pub(super) struct Which {
 #[derive(Args, Debug)]
 pub(super) struct Chosen {
     /// These
+    #[arg(value_parser = job_id)]
     ids: Vec<Uuid>,
     /// All of them
     #[arg(long)]
@@ -123,10 +139,16 @@ impl Which {
 
 impl Chosen {
     /// Nothing is chosen by saying nothing.
-    fn check(&self) -> Result<(), clap::Error> {
+    fn check(&self, command: &str) -> Result<(), clap::Error> {
         if self.ids.is_empty() && !self.all && self.which.fields().is_empty() {
             let text = "say which jobs: their ids, or --kind, --queue, --state or --reason, or --all";
-            return Err(Cli::command().error(ErrorKind::MissingRequiredArgument, text));
+            let mut cli = Cli::command();
+            cli.build();
+            let jobs = cli.find_subcommand_mut("jobs").and_then(|jobs| jobs.find_subcommand_mut(command));
+            return Err(match jobs {
+                Some(command) => command.error(ErrorKind::MissingRequiredArgument, text),
+                None => cli.error(ErrorKind::MissingRequiredArgument, text),
+            });
         }
         Ok(())
     }
@@ -134,8 +156,10 @@ impl Chosen {
 
 impl Jobs {
     pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
-        if let Self::Retry(some) | Self::Discard(some) = self {
-            some.check()?;
+        match self {
+            Self::Retry(some) => some.check("retry")?,
+            Self::Discard(some) => some.check("discard")?,
+            _ => {}
         }
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
@@ -144,7 +168,11 @@ impl Jobs {
             let answer = self.ask(&desk).await;
             desk.close().await;
             // Programs that read on have read lines of JSON from the beginning.
-            print(&self.shown(&answer?, json || !output::is_terminal()))
+            let answer = answer?;
+            match answer.is_object() && answer.get("jobs").is_none() && json {
+                true => print(&format!("{answer}\n")),
+                false => print(&self.shown(&answer, json || !output::is_terminal())),
+            }
         })?
     }
 
@@ -212,6 +240,11 @@ async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) 
             let sum = sums.get(name).and_then(Value::as_u64).unwrap_or_default();
             sums.insert(name.clone(), json!(sum + count.as_u64().unwrap_or_default()));
         }
+    }
+    if sums.values().all(|sum| *sum == 0) {
+        bail!(
+            "none of these jobs has ended, if they are known at all: `perennial jobs show ID` says it of one"
+        );
     }
     Ok(Value::Object(sums))
 }

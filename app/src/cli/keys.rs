@@ -10,9 +10,9 @@ use http::Method;
 use perennial_webpush::VapidKey;
 use serde_json::{Value, json};
 
+use super::arguments::whole;
 use super::desk::Desk;
-use super::output::say;
-use super::output::{json_lines, table, utc};
+use super::output::{done, json_lines, leads_nowhere, say, table, utc};
 use super::{block_on, load, open_alone, print, read};
 use crate::access::{self, first};
 use crate::config::{Config, Store};
@@ -50,14 +50,21 @@ It reads PEM (PKCS#8, SEC1), DER, JWK, JSON, and base64 of the private key, alon
         site: String,
     },
     /// API keys in the store, and what they may be used for
+    #[command(after_help = "Example:\n  perennial keys list --json")]
     List,
     /// Make an API key, and print it: it is stored nowhere
+    #[command(
+        after_help = "Examples:\n  perennial keys add backend --scopes notify,read --per-minute 600\n  perennial keys add partner --site shop --scopes notify --expires-in 720h"
+    )]
     Add(Add),
     /// Make another API key in the place of one, and print it; the old one goes on being good for a while
+    #[command(after_help = "Example:\n  perennial keys replace backend --overlap 1h")]
     Replace(Replace),
     /// End an API key now
+    #[command(after_help = "Example:\n  perennial keys revoke backend")]
     Revoke(Named),
     /// Make a new VAPID key for browsers to subscribe with; those before it go on signing for their subscriptions
+    #[command(after_help = "Example:\n  perennial keys rotate --site shop")]
     Rotate {
         /// Of which site
         #[arg(long, default_value = sites::DEFAULT)]
@@ -82,7 +89,7 @@ pub(super) struct Add {
     #[arg(long, value_delimiter = ',')]
     scopes: Option<Vec<String>>,
     /// How many requests a minute
-    #[arg(long, value_name = "NUMBER")]
+    #[arg(long, value_name = "NUMBER", value_parser = whole::<u32>)]
     per_minute: Option<u32>,
     /// When it ends, such as 720h; never without this
     #[arg(long, value_name = "DURATION")]
@@ -105,17 +112,23 @@ impl Keys {
     pub(super) fn run(self, json: bool, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<()> {
         let settings = load(sources, modules);
         let (config, _) = read(&settings, modules)?;
+        data_dir::check_access(&config.data_dir)?;
+        if matches!(self, Self::Add(_) | Self::Replace(_)) && leads_nowhere() {
+            bail!("standard output leads nowhere: the key, which is shown once, would be lost");
+        }
         match self {
-            Self::Import { file, site } => block_on(import(&file, &site, &config, &settings, modules))??,
-            Self::Show => show(&config, &settings),
+            Self::Import { file, site } => {
+                block_on(import(json, &file, &site, &config, &settings, modules))??;
+            }
+            Self::Show => show(json, &config, &settings)?,
             Self::Generate if data_dir::is_locked(&config.data_dir) => {
-                show(&config, &settings);
+                show(json, &config, &settings)?;
                 let files = [VAPID_KEY, API_KEY, ADMIN_TOKEN];
                 if files.iter().any(|file| !config.data_dir.join(file).exists()) {
                     bail!("a server runs on {}; stop it to have a key made", config.data_dir.display());
                 }
             }
-            Self::Generate => block_on(generate(config, &settings, modules))??,
+            Self::Generate => block_on(generate(json, config, &settings, modules))??,
             asked => block_on(asked.ask(json, &config, &settings, modules))??,
         }
         Ok(())
@@ -170,27 +183,29 @@ impl Keys {
                 Err(error.context("the key could not be printed, and was withdrawn"))
             }
             Self::Replace(Replace { named: Named { name, site }, overlap, expires_in }) => {
-                let mut body = json!({ "site": site, "overlap": overlap });
+                let mut body = json!({ "site": site, "overlap": &overlap });
                 if let Some(life) = expires_in {
                     body["expires_in"] = life.into();
                 }
                 let answer = desk.call(Method::POST, &format!("/keys/{name}/replace"), Some(&body)).await?;
-                made(json, &answer).context("the key could not be printed; replace it again")
+                made(json, &answer).with_context(|| format!("the new key of {name} could not be printed, so that it is in no hands; the old one is good for {overlap}: replace it again before"))
             }
             Self::Revoke(Named { name, site }) => {
                 let path = format!("/keys/{name}/revoke");
                 desk.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
-                print(&format!(
+                let words = format!(
                     "{name} has ended. Where replicas share no Redis, one that has just seen it takes it for 15 s more.\n"
-                ))
+                );
+                done(json, &json!({ "name": name, "site": site, "revoked": true }), &words)
             }
             Self::Rotate { site } => {
                 let body = json!({ "site": site });
                 let answer = desk.call(Method::POST, "/vapid/rotate", Some(&body)).await?;
                 let key = answer["key"].as_str().unwrap_or_default();
-                print(&format!(
+                let words = format!(
                     "VAPID public key  {key}\nPages get it within a minute; subscriptions keep the one they were made with.\n"
-                ))
+                );
+                done(json, &answer, &words)
             }
             Self::Generate | Self::Show | Self::Import { .. } => Ok(()),
         }
@@ -236,6 +251,7 @@ fn list(json: bool, keys: &Value) -> anyhow::Result<()> {
 
 /// Takes over a key pair: through the server that runs, or in the store while none does, also before the first start.
 async fn import(
+    json: bool,
     file: &Path,
     site: &str,
     config: &Config,
@@ -262,13 +278,19 @@ async fn import(
         store.close().await;
         imported?;
     }
-    print(&format!(
-        "VAPID public key  {}\nPages of the site {site} subscribe with it within a minute; subscriptions that are there keep the key that they were made with.\n",
-        key.public_key()
-    ))
+    let key = key.public_key();
+    let words = format!(
+        "VAPID public key  {key}\nPages of the site {site} subscribe with it within a minute; subscriptions that are there keep the key that they were made with.\n"
+    );
+    done(json, &json!({ "site": site, "key": key }), &words)
 }
 
-async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) -> anyhow::Result<()> {
+async fn generate(
+    json: bool,
+    config: Config,
+    settings: &Settings,
+    modules: &[Blueprint],
+) -> anyhow::Result<()> {
     let (data_dir, store) = open_alone(&config, modules).await?;
     // Who has keys in files needs none in the store.
     let needs_one = !access::keys::exist(&store).await? || !data_dir.join(API_KEY).exists();
@@ -282,11 +304,12 @@ async fn generate(config: Config, settings: &Settings, modules: &[Blueprint]) ->
         shown.extend((module.keys)(settings, &sites, &data_dir, &store).await?);
     }
     store.close().await;
-    for (label, value) in shown {
-        say!("{label:<18}{value}");
+    if !json {
+        for (label, value) in shown {
+            say!("{label:<18}  {value}");
+        }
     }
-    show(&config, settings);
-    Ok(())
+    show(json, &config, settings)
 }
 
 /// The public half of the key in use, if this is a file of VAPID keys.
@@ -295,8 +318,37 @@ fn public_key(file: &Path) -> Option<String> {
     Some(VapidKey::from_pem(&pem).ok()?.public_key())
 }
 
-/// Never the secrets themselves.
-fn show(config: &Config, settings: &Settings) {
+/// A file that keys are in.
+struct KeyFile {
+    label: String,
+    path: PathBuf,
+    /// Whether the store has the key unless the file is there.
+    is_in_store: bool,
+}
+
+impl KeyFile {
+    fn json(&self) -> Value {
+        let mut shown = json!({ "key": self.label, "file": self.path, "exists": self.path.exists() });
+        if let Some(public) = public_key(&self.path) {
+            shown["public"] = public.into();
+        }
+        shown
+    }
+
+    /// Lines of what it is and where: never the secrets themselves.
+    fn lines(&self) -> Vec<(String, String)> {
+        let Self { label, path, is_in_store } = self;
+        let place = match (path.exists(), is_in_store) {
+            (true, _) => "",
+            (false, true) => "in the store, unless there is ",
+            (false, false) => "none yet: ",
+        };
+        let public = public_key(path).map(|key| (format!("{label}, public"), key));
+        public.into_iter().chain([(label.clone(), format!("{place}{}", path.display()))]).collect()
+    }
+}
+
+fn show(json: bool, config: &Config, settings: &Settings) -> anyhow::Result<()> {
     let is_shared = matches!(config.store, Store::Postgres(_));
     let vapid = push::vapid_files(settings).into_iter().map(|(file, name)| {
         let label = if name == VAPID_KEY { "VAPID key pair".to_owned() } else { name };
@@ -304,17 +356,19 @@ fn show(config: &Config, settings: &Settings) {
     });
     let own = [("API key", API_KEY), ("admin token", ADMIN_TOKEN)];
     let own = own.map(|(label, file)| (label.to_owned(), file.to_owned(), false));
-    for (label, file, is_in_store) in vapid.chain(own) {
-        let file = config.data_dir.join(file);
-        if let Some(key) = public_key(&file) {
-            say!("{:<18}{key}", format!("{label}, public"));
-        }
-        let place = match (file.exists(), is_in_store) {
-            (true, _) => "",
-            (false, true) => "in the store, unless there is ",
-            (false, false) => "none yet: ",
-        };
-        say!("{label:<18}{place}{}", file.display());
+    let files = vapid.chain(own).map(|(label, file, is_in_store)| KeyFile {
+        label,
+        path: config.data_dir.join(file),
+        is_in_store,
+    });
+    if json {
+        return print(&json_lines(&files.map(|file| file.json()).collect::<Vec<_>>()));
+    }
+    let lines: Vec<(String, String)> = files.flat_map(|file| file.lines()).collect();
+    let width = lines.iter().map(|(label, _)| label.chars().count()).max().unwrap_or_default();
+    for (label, value) in lines {
+        say!("{label:<width$}  {value}");
     }
     say!("Keep a copy of the VAPID keys: every subscription is bound to one, and losing it loses them all.");
+    Ok(())
 }

@@ -15,10 +15,13 @@ pub(super) const WANTED: &str = "a time such as 2027-01-31T12:00:00Z, \"2027-01-
 /// What was wanted.
 pub(super) fn parse(text: &str, now: &Zoned) -> Result<Timestamp, String> {
     let text = text.trim();
-    if let Ok(exact) = text.parse::<Timestamp>() {
-        return Ok(exact);
+    let exact = text.parse::<Timestamp>().ok();
+    let at = exact.or_else(|| relative(text, now)).or_else(|| on_a_day(text, now));
+    let at = at.ok_or_else(|| format!("wanted {WANTED}"))?;
+    if at < now.timestamp() {
+        return Err(format!("{} is past; wanted a time to come", at.strftime("%F %TZ")));
     }
-    relative(text, now).or_else(|| on_a_day(text, now)).ok_or_else(|| format!("wanted {WANTED}"))
+    Ok(at)
 }
 
 /// `in 2h`, `now`.
@@ -30,14 +33,18 @@ fn relative(text: &str, now: &Zoned) -> Option<Timestamp> {
     now.timestamp().checked_add(wait).ok()
 }
 
-/// A day and a time of day, either of which may be left out: today, and midnight.
+/// A day and a time of day, either of which may be left out: midnight, and the day on which that time comes next.
 fn on_a_day(text: &str, now: &Zoned) -> Option<Timestamp> {
     // A T stands between them only where a date is in front of it.
     let words = text.split_once(' ').or_else(|| text.split_once('T').filter(|(first, _)| first.len() == 10));
     let (first, rest) = words.map_or((text, None), |(first, rest)| (first, Some(rest.trim())));
     let (day, time) = match day(first, now) {
         Some(day) => (day, rest.map_or(Some(Time::midnight()), time_of_day)?),
-        None => (now.date(), time_of_day(text)?),
+        None => {
+            let time = time_of_day(text)?;
+            let days = i64::from(time < now.time());
+            (now.date().checked_add(days.days()).ok()?, time)
+        }
     };
     let zone: TimeZone = now.time_zone().clone();
     day.to_datetime(time).to_zoned(zone).ok().map(|at| at.timestamp())
@@ -101,6 +108,7 @@ mod tests {
             ("today 11:30 pm", "2026-11-27T22:30:00Z"),
             ("tomorrow 12am", "2026-11-27T23:00:00Z"),
             ("23:30", "2026-11-27T22:30:00Z"),
+            ("9:00", "2026-11-28T08:00:00Z"),
             ("in 2h", "2026-11-27T19:50:00Z"),
             ("in 1h30m", "2026-11-27T19:20:00Z"),
             ("now", "2026-11-27T17:50:00Z"),
@@ -111,6 +119,9 @@ mod tests {
             ["", "soon", "tomorrow 25:00", "tomorrow 9", "13pm", "2027-13-01", "next week", "9:00:00:00"]
         {
             assert!(at(bad).unwrap_err().starts_with("wanted a time such as"), "{bad}");
+        }
+        for past in ["2020-01-01T00:00:00Z", "today 9:00", "2026-11-26", "today"] {
+            assert!(at(past).unwrap_err().ends_with("is past; wanted a time to come"), "{past}");
         }
     }
 }

@@ -10,8 +10,9 @@ use indicatif::{ProgressBar, ProgressStyle};
 use jiff::Zoned;
 use serde_json::{Value, json};
 
+use super::arguments::{number, seconds, subscription_id};
 use super::client::{Client, Refused};
-use super::output::say;
+use super::output::{say, utc};
 use super::{block_on, load, moment, read};
 use crate::addresses::{Addresses, url};
 use crate::data_dir::API_KEY;
@@ -29,8 +30,8 @@ const AWAY: Duration = Duration::from_secs(60);
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   perennial notify --all --title Hello --body World
-  perennial notify --tags 'news and not muted' --title News --rate 500 --ramp-up 30s
-  perennial notify --user 42 --title 'Your order' --link https://www.example.com/orders --at 'tomorrow 9:00'
+  perennial notify --tags 'news and not muted' --title News --rate 500
+  perennial notify --user 42 --title 'Your order' --at 'tomorrow 9:00'
   perennial notify --all --title Hello --dry-run")]
 pub(super) struct Notify {
     #[command(flatten)]
@@ -47,8 +48,8 @@ pub(super) struct Notify {
     /// Instead of a notification: any JSON, or a text, for your own service worker
     #[arg(long, conflicts_with_all = ["title", "body", "link"])]
     payload: Option<String>,
-    /// How long push services keep it, in seconds
-    #[arg(long)]
+    /// How long push services keep it: 3600 (seconds), 1h
+    #[arg(long, value_parser = seconds)]
     ttl: Option<u32>,
     /// very-low, low, normal or high
     #[arg(long)]
@@ -57,7 +58,7 @@ pub(super) struct Notify {
     #[arg(long)]
     topic: Option<String>,
     /// Sends per second, kept evenly: 0.5 is one every two seconds
-    #[arg(long)]
+    #[arg(long, value_parser = number)]
     rate: Option<f64>,
     /// How long the rate takes to rise from nothing: 30s
     #[arg(long, requires = "rate", value_name = "DURATION")]
@@ -111,7 +112,7 @@ struct To {
     #[arg(long)]
     tags: Option<String>,
     /// Those with these ids
-    #[arg(long, value_delimiter = ',', value_name = "ID")]
+    #[arg(long, value_delimiter = ',', value_name = "ID", value_parser = subscription_id)]
     subscriptions: Option<Vec<i64>>,
 }
 
@@ -136,6 +137,9 @@ impl Notify {
             return told(json, id, &follow(client, id).await?);
         }
         let request = self.request()?;
+        if let Some(at) = request.get("at") {
+            eprintln!("not before {}", utc(at));
+        }
         let idempotency_key = self.idempotency_key.as_deref().map(|key| ("idempotency-key", key));
         let accepted = client.call_with(Method::POST, "/notify", Some(&request), idempotency_key).await?;
         for warning in accepted["warnings"].as_array().into_iter().flatten() {

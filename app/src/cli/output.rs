@@ -2,8 +2,10 @@
 
 use std::fmt;
 use std::io::{IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 
 use jiff::Timestamp;
+use rustix::fs::FileType;
 use serde_json::Value;
 
 /// Prints a line, for as long as somebody reads: a pipe that is closed is no reason to fail.
@@ -41,6 +43,18 @@ pub(super) fn table<const N: usize>(
 /// A line of JSON for each of a list, so that other programs can read on.
 pub(super) fn json_lines(list: &[Value]) -> String {
     list.iter().map(|entry| format!("{entry}\n")).collect()
+}
+
+/// Prints what was done: an object for programs, words for people.
+pub(super) fn done(json: bool, answer: &Value, words: &str) -> anyhow::Result<()> {
+    super::print(&if json { format!("{answer}\n") } else { words.to_owned() })
+}
+
+/// Whether standard output leads nowhere, as when it was closed before the start.
+pub(super) fn leads_nowhere() -> bool {
+    let null = std::fs::metadata("/dev/null").map(|null| null.rdev());
+    let out = rustix::fs::fstat(std::io::stdout());
+    matches!((null, out), (Ok(null), Ok(out)) if out.st_rdev == null && FileType::from_raw_mode(out.st_mode).is_char_device())
 }
 
 /// Whether a person looks.

@@ -53,7 +53,7 @@ pub(super) struct Serve {
     subscribers: usize,
 }
 
-/// Where the push service of a trial listens: for messages, and for a Firefox.
+/// Where the push service of a trial listens if it can: for messages, and for a Firefox.
 const TRIAL_PORTS: (u16, u16) = (8443, 8444);
 /// Its certificates, in the data directory.
 const TRIAL_DIRECTORY: &str = "dev";
@@ -105,12 +105,15 @@ async fn try_out(
     if let Some(listen) = everywhere.into_iter().flatten().find(|listen| !listen.is_loopback()) {
         bail!("--dev is for this machine alone: {listen} can be reached from others");
     }
-    let ports = TRIAL_PORTS;
     let directory = config.data_dir.join(TRIAL_DIRECTORY);
     DataDir::make(&config.data_dir)?;
-    let (trial, bound) = Trial::bind(trial::usual(ports.0), trial::usual(ports.1), &directory)
-        .await
-        .with_context(|| format!("--dev needs the ports {} and {}", ports.0, ports.1))?;
+    let bind =
+        async |(push, browsers)| Trial::bind(trial::usual(push), trial::usual(browsers), &directory).await;
+    let (trial, bound) = match bind(TRIAL_PORTS).await {
+        Ok(bound) => bound,
+        // Any others will do, unless a Firefox is to find them again.
+        Err(_) => bind((0, 0)).await.context("--dev needs two ports of this machine")?,
+    };
     let sources = Sources { trial: Some(trial.ca.clone()), ..sources.clone() };
     let prepared = prepare(command, &sources, modules)?;
     warn_of_trial(&trial);

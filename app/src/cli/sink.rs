@@ -7,6 +7,7 @@ use clap::Args;
 use perennial_runtime::drain::{self, Phase};
 use perennial_runtime::signal::{Signal, Signals};
 
+use super::arguments::{address, whole};
 use super::output::say;
 use super::trial::Trial;
 use super::{block_on, load, read};
@@ -19,16 +20,16 @@ use crate::settings::Sources;
   perennial sink --subscribers 3")]
 pub(super) struct Sink {
     /// Where messages are sent to, with TLS
-    #[arg(long, default_value = "127.0.0.1:8443", value_name = "ADDRESS")]
+    #[arg(long, default_value = "127.0.0.1:8443", value_name = "ADDRESS", value_parser = address)]
     listen: SocketAddr,
     /// Where a Firefox connects
-    #[arg(long, default_value = "127.0.0.1:8444", value_name = "ADDRESS")]
+    #[arg(long, default_value = "127.0.0.1:8444", value_name = "ADDRESS", value_parser = address)]
     browsers: SocketAddr,
     /// Where the certificates are put
     #[arg(long, default_value = "./perennial-sink", value_name = "DIRECTORY")]
     directory: PathBuf,
     /// Subscribe so many imaginary browsers at the server that runs on data_dir, or will in two minutes
-    #[arg(long, default_value_t = 0, value_name = "COUNT")]
+    #[arg(long, default_value_t = 0, value_name = "COUNT", value_parser = whole::<usize>)]
     subscribers: usize,
 }
 

@@ -103,7 +103,10 @@ impl Import {
         };
         let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
         // The bar goes by what was read, whatever it became.
-        let input = BufReader::with_capacity(1 << 20, bar.wrap_read(input));
+        let mut input = BufReader::with_capacity(1 << 20, bar.wrap_read(input));
+        if input.fill_buf().context("the file cannot be read")?.starts_with(dumps::BYTE_ORDER_MARK) {
+            input.consume(dumps::BYTE_ORDER_MARK.len());
+        }
         let mut lines: Box<dyn Iterator<Item = anyhow::Result<Line>>> = match self.from {
             None => Box::new(own_lines(input)),
             Some(format) => Box::new(dumps::read(format, input)?.map(|row| Ok(Line::from(row)))),
@@ -125,7 +128,14 @@ impl Import {
         told.bar.finish_and_clear();
         sums.tell(self.dry_run);
         if sums.refused > 0 {
-            bail!("{} lines were refused", sums.refused);
+            bail!(
+                "{} refused",
+                if sums.refused == 1 {
+                    "1 line was".to_owned()
+                } else {
+                    format!("{} lines were", sums.refused)
+                }
+            );
         }
         Ok(())
     }

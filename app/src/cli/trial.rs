@@ -22,6 +22,8 @@ use crate::sink::{self, Behaviour, Push, Refusal};
 
 /// How long to wait for the server that imaginary browsers are to be subscribed at.
 const WAIT: Duration = Duration::from_secs(120);
+/// The endpoints of the imaginary browsers, in the directory of the certificates.
+const SUBSCRIBERS: &str = "subscribers";
 /// How long one answer may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -110,17 +112,21 @@ impl Trial {
         let vapid = client.call(Method::GET, "/push/key", None).await?;
         let vapid = vapid["key"].as_str().context("the server has no VAPID key")?.to_owned();
         let vapid_bytes = decode_base64(&vapid).context("the server's VAPID key is not base64url")?;
+        let list = self.ca.with_file_name(SUBSCRIBERS);
+        forget_earlier(&client, &list).await?;
+        let mut endpoints = String::new();
         for number in 1..=count {
             let receiver = ReceiverKeys::generate().context("no randomness")?;
             let subscription = self.service.mint(Arc::new(receiver), Some(vapid_bytes.clone()));
-            let token = subscription["endpoint"].as_str().and_then(|endpoint| endpoint.rsplit('/').next());
-            let token = token.unwrap_or_default().to_owned();
+            let endpoint = subscription["endpoint"].as_str().unwrap_or_default();
+            endpoints.push_str(&format!("{endpoint}\n"));
+            let token = endpoint.rsplit('/').next().unwrap_or_default().to_owned();
             self.printer.numbers.lock().insert(token, number);
             let request = json!({ "subscription": subscription, "key": vapid, "tags": ["sink"] });
             let stored: Value = client.call(Method::POST, "/subscriptions", Some(&request)).await?;
             say!("{}", json!({ "subscribed": format!("#{number}"), "id": stored["id"] }));
         }
-        Ok(())
+        std::fs::write(&list, endpoints).with_context(|| format!("{} cannot be written", list.display()))
     }
 
     /// Asks a running server for its settings, since what it lacks cannot be seen from what it refuses.
@@ -166,6 +172,15 @@ impl Trial {
         ];
         needed.into_iter().filter_map(|(key, is_there)| (!is_there).then_some(key)).collect()
     }
+}
+
+/// Takes back the imaginary browsers of an earlier trial, which nothing stands behind any more.
+async fn forget_earlier(client: &Client, list: &Path) -> anyhow::Result<()> {
+    for endpoint in std::fs::read_to_string(list).unwrap_or_default().lines() {
+        // One that the server does not know has gone already.
+        client.ask(Method::DELETE, "/subscriptions", Some(&json!({ "endpoint": endpoint })), None).await?;
+    }
+    Ok(())
 }
 
 /// Where a trial listens unless something else is said.

@@ -61,24 +61,67 @@ type Rows<'a> = Box<dyn Iterator<Item = Row> + 'a>;
 /// # Errors
 /// When the file as a whole is nothing that can be read.
 pub(crate) fn read<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
+    if input.fill_buf().context("the file cannot be read")?.starts_with(BYTE_ORDER_MARK) {
+        input.consume(BYTE_ORDER_MARK.len());
+    }
     let beginning = input.fill_buf().context("the file cannot be read")?;
     refuse_foreign(beginning)?;
-    let is_json = beginning.trim_ascii_start().first().is_some_and(|byte| matches!(byte, b'{' | b'['));
-    if !is_json {
-        return separated(format, input);
-    }
-    let first = beginning.split(|byte| *byte == b'\n').next().unwrap_or_default();
-    let has_lines = serde_json::from_slice::<Value>(first).is_ok_and(|value| value.is_object());
-    let values: Rows<'_> = if has_lines { lines(input) } else { document(input)? };
+    let values: Rows<'_> = match shape(beginning) {
+        Shape::Separated => return separated(format, input),
+        Shape::Lines => lines(input),
+        Shape::Document => document(input)?,
+    };
     if format == Format::Django {
         return Ok(Box::new(join(values.collect()).into_iter()));
     }
     Ok(Box::new(values.map(move |row| Row { read: row.read.and_then(|value| line(format, &value)), ..row })))
 }
 
+/// What some editors put in front of UTF-8.
+pub(crate) const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+
+/// How a file has its rows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Shape {
+    /// One JSON document.
+    Document,
+    /// A JSON object a line.
+    Lines,
+    /// Values that are separated by commas or tabs.
+    Separated,
+}
+
+/// Finds out by the first lines. One that is broken does not decide: so that it costs itself alone.
+fn shape(beginning: &[u8]) -> Shape {
+    let lines =
+        || beginning.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
+    let is_object = |line: &[u8]| line.starts_with(b"{") && serde_json::from_slice::<Value>(line).is_ok();
+    // Of the last line there may be more.
+    let complete = lines().count().saturating_sub(1).max(1);
+    let objects = lines().take(complete).filter(|line| is_object(line)).count();
+    let first = lines().next().unwrap_or_default();
+    if String::from_utf8_lossy(&first[..first.len().min(64)]).contains("\"subscriptions\"") {
+        return Shape::Document;
+    }
+    match first.first() {
+        // An object that is longer than what was read of it, or one that is broken, has others below it.
+        Some(b'{') if objects > 0 || lines().skip(1).any(|line| line.starts_with(b"{\"")) => Shape::Lines,
+        Some(b'{') if beginning.len() >= LONG_LINE && lines().count() == 1 => Shape::Lines,
+        Some(b'{' | b'[') => Shape::Document,
+        _ if objects > 0 => Shape::Lines,
+        _ => Shape::Separated,
+    }
+}
+
+/// A line that is longer than this is no document that is written over several lines, in bytes.
+const LONG_LINE: usize = 64 << 10;
+
 /// Names what is known not to be readable, and what to do instead.
 fn refuse_foreign(beginning: &[u8]) -> anyhow::Result<()> {
     let text = String::from_utf8_lossy(&beginning[..beginning.len().min(4096)]);
+    if beginning.starts_with(&[0xff, 0xfe]) || beginning.starts_with(&[0xfe, 0xff]) {
+        bail!("the file is UTF-16: save it as UTF-8 first (iconv -f UTF-16 -t UTF-8)");
+    }
     if beginning.starts_with(&[0x1f, 0x8b]) {
         bail!("the file is compressed: gunzip it first");
     }
@@ -246,12 +289,17 @@ fn line(format: Format, row: &Value) -> Result<Value, Unusable> {
         return Err(bad("keys: they are missing, and without them nothing can be encrypted"));
     };
     let mut subscription = json!({ "endpoint": endpoint, "keys": { "p256dh": p256dh, "auth": auth } });
-    if let Some(time) = inner.get("expirationTime").and_then(Value::as_f64) {
-        subscription["expirationTime"] = json!(time);
+    match inner.get("expirationTime") {
+        None | Some(Value::Null) => {}
+        Some(Value::Number(time)) => subscription["expirationTime"] = json!(time),
+        Some(_) => return Err(bad("expirationTime: wanted milliseconds since 1970, or null")),
     }
     let mut line = json!({ "subscription": subscription });
     if let Some(user) = USER.iter().find_map(|name| as_user(outer.get(*name)?)) {
         line["user"] = user.into();
+    }
+    if let Some(Value::Number(_) | Value::Bool(_)) = outer.get("tags") {
+        return Err(bad("tags: wanted a list of words"));
     }
     let tags = tags(outer);
     if !tags.is_empty() {
@@ -259,6 +307,11 @@ fn line(format: Format, row: &Value) -> Result<Value, Unusable> {
     }
     if let Some(key) = text(outer, &["key"]) {
         line["key"] = key.into();
+    }
+    if format != Format::Onesignal
+        && outer.get("metadata").is_some_and(|metadata| !metadata.is_object() && !metadata.is_null())
+    {
+        return Err(bad("metadata: wanted an object"));
     }
     if let Some(metadata) = metadata(format, outer) {
         line["metadata"] = metadata;
@@ -466,6 +519,47 @@ mod tests {
         assert!(error.contains("web_p256"), "{error}");
         let error = rows(Format::Onesignal, "onesignal.csv.gz").unwrap_err().to_string();
         assert!(error.contains("gunzip"), "{error}");
+    }
+
+    #[test]
+    fn a_first_line_that_is_broken_costs_itself_alone() {
+        let good = r#"{"endpoint":"https://fcm.googleapis.com/x","keys":{"p256dh":"BA","auth":"AA"}}"#;
+        let long =
+            format!(r#"{{"endpoint":"https://fcm.googleapis.com/x","more":"{}"}}"#, "x".repeat(200 << 10));
+        for (first, usable) in [
+            ("exported 2 rows", 2),
+            ("1", 2),
+            (r#"{"endpoint":"https://fcm"#, 2),
+            ("\u{feff}", 2),
+            (&format!("\u{feff}{good}"), 3),
+            (&long, 2),
+            (&"junk ".repeat(20_000), 2),
+        ] {
+            for format in [Format::Pywebpush, Format::Json] {
+                let text = format!("{first}\n{good}\n{good}\n");
+                let input = BufReader::with_capacity(1 << 20, text.as_bytes());
+                let rows: Vec<Row> = read(format, input).unwrap().collect();
+                let found = rows.iter().filter(|row| row.read.is_ok()).count();
+                assert_eq!(found, usable, "{}: {rows:?}", &first[..first.len().min(40)]);
+            }
+        }
+        let utf16 = read(Format::Json, &[0xff, 0xfe, b'[', 0][..]).map(drop).unwrap_err();
+        assert!(utf16.to_string().contains("UTF-16"), "{utf16}");
+    }
+
+    #[test]
+    fn fields_that_do_not_fit_are_named() {
+        for (field, wanted) in [
+            (r#""tags": 5"#, "tags: "),
+            (r#""metadata": "x""#, "metadata: "),
+            (r#""expirationTime": "soon""#, "expirationTime: "),
+        ] {
+            let text = format!(
+                r#"[{{"endpoint":"https://fcm.googleapis.com/x","keys":{{"p256dh":"BA","auth":"AA"}},{field}}}]"#
+            );
+            let rows: Vec<Row> = read(Format::Json, text.as_bytes()).unwrap().collect();
+            assert!(matches!(&rows[0].read, Err(Unusable::Bad(why)) if why.starts_with(wanted)), "{rows:?}");
+        }
     }
 
     #[test]

@@ -399,8 +399,8 @@ async fn check(
         }
     };
     let urgency =
-        request.urgency.map(|urgency| urgency.parse::<Urgency>()).transpose().unwrap_or_else(|error| {
-            errors.push(FieldError::new("urgency", error.to_string()));
+        request.urgency.map(|urgency| urgency.parse::<Urgency>()).transpose().unwrap_or_else(|_| {
+            errors.push(FieldError::new("urgency", "very-low, low, normal or high"));
             None
         });
     if let Some(Err(error)) = request.topic.as_ref().map(|topic| topic.parse::<Topic>()) {
@@ -493,7 +493,8 @@ fn plan(tools: &Tools, site: SiteId, request: &NotifyRequest, errors: &mut Error
     if let Some(name) = &request.webhook {
         if tools.webhooks.get(site, name).is_none() {
             let names = tools.webhooks.names(site).join(", ");
-            wanted("webhook", &format!("the name of a webhook of this site: {names}"));
+            let known = if names.is_empty() { "it has none".to_owned() } else { names };
+            wanted("webhook", &format!("the name of a webhook of this site: {known}"));
         }
         plan.webhook = Some(name.clone());
     }

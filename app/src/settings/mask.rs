@@ -14,21 +14,101 @@ const WORDS: [&str; 2] = ["", "store"];
 const OPTIONS: [&str; 7] =
     ["application_name", "connect_timeout", "db", "host", "protocol", "sslmode", "target_session_attrs"];
 
+/// Settings that are lists of tables: where there is a text instead, it may be anything.
+const LISTS: [&str; 3] = [KEYS, "cron.schedules", ".webhooks"];
+/// Of these the one that a key may be given for itself.
+const KEYS: &str = "access.keys";
+/// What may be shown of such a table.
+const FIELDS: [&str; 22] = [
+    "catch_up",
+    "catch_up_within",
+    "events",
+    "expression",
+    "file",
+    "from",
+    "grace",
+    "interval",
+    "jitter",
+    "job",
+    "misfire",
+    "name",
+    "overlap",
+    "paused",
+    "per_minute",
+    "pruned",
+    "scopes",
+    "secret_file",
+    "site",
+    "until",
+    "url",
+    "zone",
+];
+
+/// What was given for a key, if it looks like one: it may be a whole setting, or a URL.
+pub(super) fn key(given: String) -> String {
+    let is_of_key = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
+    if given.len() <= 100 && given.chars().all(is_of_key) { given } else { HIDDEN.to_owned() }
+}
+
+/// A text of the command line, without what may be secret in it.
+pub(crate) fn words(text: &str) -> String {
+    let is_end = |c: char| c.is_whitespace() || "'\"`".contains(c);
+    text.split_inclusive(is_end)
+        .map(|word| match word.contains("://") {
+            true => format!("{HIDDEN}{}", word.chars().next_back().filter(|c| is_end(*c)).unwrap_or(' ')),
+            false => word.to_owned(),
+        })
+        .collect()
+}
+
+/// A part of the value of a setting as it may be shown; `part` is where in it, such as `[0].name`.
+pub(super) fn part(key: &str, part: &str, value: &Value) -> Value {
+    match part.rsplit_once('.') {
+        Some((_, field)) if is_list(key) && !FIELDS.contains(&field) => Value::String(HIDDEN.to_owned()),
+        Some((_, field)) => self::value(field, value),
+        None => self::value(key, value),
+    }
+}
+
+fn is_list(key: &str) -> bool {
+    LISTS.iter().any(|list| key.ends_with(list))
+}
+
 /// The value of a setting as it may be shown.
 pub(super) fn value(key: &str, value: &Value) -> Value {
+    let is_list = is_list(key);
     match value {
+        Value::String(text) if is_list && (key == KEYS || text.contains(['[', '{'])) && !text.is_empty() => {
+            Value::String(HIDDEN.to_owned())
+        }
         Value::String(text) => Value::String(match URLS.contains(&key) {
             true => of_url(text),
             // What pages send to everybody is no secret.
-            false if key.ends_with(".origins") => text.clone(),
+            false if key.ends_with(".origins") && !text.contains('@') => text.clone(),
+            false if key.ends_with("file") => of_file(text),
             false => of_text(text),
         }),
         Value::Array(items) => Value::Array(items.iter().map(|item| self::value(key, item)).collect()),
         Value::Table(table) => {
-            Value::Table(table.iter().map(|(name, item)| (name.clone(), self::value(key, item))).collect())
+            let shown = |(name, item): (&String, &Value)| {
+                let item = match !is_list || FIELDS.contains(&name.as_str()) {
+                    true => self::value(name, item),
+                    false => Value::String(HIDDEN.to_owned()),
+                };
+                (self::key(name.clone()), item)
+            };
+            Value::Table(table.iter().map(shown).collect())
         }
         other => other.clone(),
     }
+}
+
+/// The path of a file. What does not look like one may be what was to be in it.
+fn of_file(text: &str) -> String {
+    let is_path = ["/", "./", "../"].iter().any(|start| text.starts_with(start)) || text.contains('.');
+    let is_shown = text.is_empty()
+        || (is_path && !text.contains([':', '=', '@']) && !text.contains(char::is_whitespace));
+    if is_shown { text.to_owned() } else { HIDDEN.to_owned() }
 }
 
 /// A text that need not be a URL.
@@ -46,7 +126,8 @@ fn of_url(text: &str) -> String {
         return text.to_owned();
     }
     if let Some(file) = text.strip_prefix("sqlite:") {
-        return format!("sqlite:{}", if file.contains('@') { HIDDEN } else { file });
+        let (file, query) = file.find('?').map_or((file, ""), |at| (&file[..at], "?***"));
+        return format!("sqlite:{}{query}", if file.contains(['@', '=', ';']) { HIDDEN } else { file });
     }
     match text.split_once("://") {
         Some((scheme, rest)) => format!("{scheme}://{}", of_rest(scheme, rest)),
@@ -71,7 +152,8 @@ fn of_rest(scheme: &str, rest: &str) -> String {
         // Who knows the path of a webhook may call it.
         "http" | "https" if path.len() > 1 => "/***",
         // The name of a database, its number, or the path of a socket.
-        _ => path,
+        _ if path.chars().all(|c| c.is_ascii_alphanumeric() || "/_.-%".contains(c)) => path,
+        _ => "/***",
     };
     let options = query.trim_start_matches(['?', '#']).split('&').filter(|option| !option.is_empty());
     let options: Vec<String> = options.map(of_option).collect();
@@ -150,6 +232,10 @@ mod tests {
             ("redis://s3cret:x", "redis://***"),
             ("sqlite:perennial.db", "sqlite:perennial.db"),
             ("store", "store"),
+            ("postgres://h/db;password=s3cret", "postgres://h/***"),
+            ("postgres://h/db password=s3cret", "postgres://h/***"),
+            ("postgres://127.0.0.1:s3cret/x", "postgres://***"),
+            ("sqlite:perennial.db?key=s3cret", "sqlite:perennial.db?***"),
         ] {
             assert_eq!(shown("store.url", given), wanted, "{given}");
         }
@@ -166,6 +252,30 @@ mod tests {
         }
         let hooks = Value::Array(vec![Value::Table(toml::toml! { url = "https://a:s3cret@example.com/x" })]);
         assert!(!value("sites.default.webhooks", &hooks).to_string().contains("s3cret"));
+    }
+
+    #[test]
+    fn secrets_in_the_wrong_place_are_not_shown_either() {
+        let table = |text: &str| Value::Array(vec![Value::Table(text.parse().unwrap())]);
+        for (key, given) in [
+            ("sites.default.webhooks", table("name = 'a'\nsecret = 's3cret'")),
+            ("sites.default.webhooks", table("name = 'a'\nsecret_file = 'whsec_s3cret'")),
+            ("sites.default.webhooks", "[{url='https://example.com/s3cret'".into()),
+            ("access.keys", table("name = 'b'\nkey = 's3cret'")),
+            ("access.keys", "s3cret".into()),
+            ("cron.schedules", table("name = 'c'\npayload = { password = 's3cret' }")),
+            ("push.proxy_credentials_file", "user:s3cret".into()),
+            ("sites.default.origins", "https://u:s3cret@h".into()),
+        ] {
+            let shown = value(key, &given).to_string();
+            assert!(!shown.contains("s3cret"), "{key}: {shown}");
+        }
+        assert_eq!(shown("push.proxy_credentials_file", "/run/secrets/proxy"), "/run/secrets/proxy");
+        assert_eq!(key("postgres://u:s3cret@h/db".to_owned()), "***");
+        assert_eq!(
+            words("unexpected argument 'store.url=postgres://u:s3cret@h/db' found"),
+            "unexpected argument '***' found"
+        );
     }
 
     proptest! {

@@ -119,7 +119,7 @@ impl<'a> Reader<'a> {
     pub fn refuse_part(&mut self, key: &str, part: &str, value: Option<&Value>, wanted: &str) {
         let problem = Problem {
             key: format!("{key}{part}"),
-            value: value.map(|value| super::mask::value(key, value).to_string()),
+            value: value.map(|value| super::mask::part(key, part, value).to_string()),
             source: self.entry(key).source.clone(),
             wanted: if value.is_some() { wanted.to_owned() } else { format!("wanted {wanted}") },
         };

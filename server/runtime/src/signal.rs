@@ -11,8 +11,10 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGUSR1, SI
 /// What somebody outside asked of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Signal {
-    /// SIGTERM, or SIGQUIT, which images of nginx and php-fpm are stopped with: leave, in order.
+    /// SIGTERM: leave, in order.
     Terminate,
+    /// SIGQUIT, which images of nginx and php-fpm are stopped with: the same.
+    Quit,
     /// SIGINT (Ctrl-C): leave, in order, without the notice that load balancers need.
     Interrupt,
     /// SIGHUP: read again what can be read again.
@@ -45,7 +47,8 @@ impl Signals {
     pub async fn next(&mut self) -> Signal {
         loop {
             match self.0.next().await {
-                Some(SIGTERM | SIGQUIT) => return Signal::Terminate,
+                Some(SIGTERM) => return Signal::Terminate,
+                Some(SIGQUIT) => return Signal::Quit,
                 Some(SIGINT) => return Signal::Interrupt,
                 Some(SIGHUP) => return Signal::Reload,
                 Some(SIGUSR2) => return Signal::Succeed,

@@ -74,6 +74,9 @@ pub enum FilterError {
     /// A word that is no level. The library would take it for the name of a part of the program, and log nothing else.
     #[error("{0:?} is no level: wanted off, error, warn, info, debug or trace")]
     NoLevel(String),
+    /// A level where the name of a part of the program belongs.
+    #[error("{0:?} is a level, and no part of the program has that name: wanted a level, or name=level")]
+    LevelAsName(String),
     /// A part that the library cannot read.
     #[error(transparent)]
     Directive(#[from] ParseError),
@@ -93,8 +96,13 @@ impl FromStr for Filter {
                 None => part,
             };
             // A filter of spans ends with its bracket, and may stand without a level.
-            if level.parse::<LevelFilter>().is_err() && !part.ends_with(']') {
+            let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
+            if !is_level(level) && !part.ends_with(']') {
                 return Err(FilterError::NoLevel(level.to_owned()));
+            }
+            let name = part.split(['=', '[']).next().unwrap_or_default();
+            if name.len() < part.len() && is_level(name) {
+                return Err(FilterError::LevelAsName(name.to_owned()));
             }
         }
         let text = parts.join(",");
@@ -105,8 +113,14 @@ impl FromStr for Filter {
 
 impl Filter {
     fn directives(&self) -> EnvFilter {
-        // Its level info is about its own making.
-        EnvFilter::new(format!("tokio_cron_scheduler=warn,{}", self.0))
+        // A filter with nothing but names, of which one may be misspelt, would keep even errors from the log. And the level info
+        // of that library is about its own making.
+        EnvFilter::new(format!("error,tokio_cron_scheduler=warn,{}", self.0))
+    }
+
+    /// Whether it says what is logged of the parts that it does not name. Of these errors alone are logged without.
+    pub fn has_level_for_the_rest(&self) -> bool {
+        self.0.split(',').any(|part| part.parse::<LevelFilter>().is_ok())
     }
 }
 
@@ -209,6 +223,9 @@ mod tests {
             "perennial_workers=debg",
             "inf o",
             "6",
+            "info=",
+            "info=debug",
+            "debug[{a=b}]",
         ] {
             assert!(bad.parse::<Filter>().is_err(), "{bad:?}");
         }

@@ -14,6 +14,7 @@ use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
+use http::{HeaderMap, header};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
@@ -43,6 +44,11 @@ impl Leftover {
     /// Whether a body was not read to its end. What comes next on the connection may be more of it.
     pub(super) fn had_any(&self) -> bool {
         self.0.any.load(Ordering::Relaxed)
+    }
+
+    /// A client keeps its body until it is asked for it (RFC 9110, section 10.1.1), which nothing here has done.
+    fn is_kept_back(&self) {
+        self.0.any.store(true, Ordering::Relaxed);
     }
 
     /// Has a body dropped as it comes.
@@ -101,6 +107,8 @@ pub(super) struct RequestBody {
     body: Option<Incoming>,
     /// Until its end has come.
     open: Option<OpenBody>,
+    /// Whether the first look at it asks the client to send it.
+    is_kept_back: bool,
     leftover: Option<Leftover>,
     scope: Scope,
     pace: Pace,
@@ -117,9 +125,16 @@ struct Wait {
 }
 
 impl RequestBody {
-    pub(super) fn new(body: Incoming, leftover: Option<Leftover>, scope: Scope, pace: Pace) -> Self {
+    pub(super) fn new(
+        body: Incoming,
+        headers: &HeaderMap,
+        leftover: Option<Leftover>,
+        scope: Scope,
+        pace: Pace,
+    ) -> Self {
+        let is_kept_back = headers.contains_key(header::EXPECT);
         let open = (!body.is_end_stream()).then(|| OpenBody::on(scope.shared_connection()));
-        Self { open, body: Some(body), leftover, scope, pace, wait: None }
+        Self { open, body: Some(body), is_kept_back, leftover, scope, pace, wait: None }
     }
 
     /// Nothing has come: whether that is for too long.
@@ -169,6 +184,7 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        self.is_kept_back = false;
         let Some(body) = &mut self.body else { return Poll::Ready(None) };
         let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(context) else {
             std::task::ready!(self.poll_limit(context));
@@ -197,7 +213,10 @@ impl Drop for RequestBody {
             && let Some(open) = self.open.take()
             && let Some(body) = self.body.take()
         {
-            leftover.drop_later(body, open);
+            match self.is_kept_back {
+                true => leftover.is_kept_back(),
+                false => leftover.drop_later(body, open),
+            }
         }
     }
 }

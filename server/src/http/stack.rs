@@ -221,7 +221,7 @@ impl Stack {
         scope: &Scope,
     ) -> Response {
         let (parts, body) = request.into_parts();
-        let body = RequestBody::new(body, leftover, scope.clone(), self.pace);
+        let body = RequestBody::new(body, &parts.headers, leftover, scope.clone(), self.pace);
         // A body that announces itself as too long is refused before it is read.
         if body.size_hint().lower() > self.body_limit as u64 {
             return body_too_long(self.body_limit);

@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 use std::net::SocketAddr;
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
@@ -11,7 +12,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::Mutex;
+use socket2::SockRef;
 use tokio::net::{TcpListener, TcpSocket, TcpStream, UnixListener, UnixStream};
+use tracing::warn;
 
 use super::{Config, Connections, Listen, UnixAccess, tls};
 
@@ -87,6 +90,11 @@ impl Inherited {
     /// # Errors
     /// When a descriptor is no listening socket.
     pub fn from_environment() -> Result<Self, InheritedError> {
+        if let Ok(count) = std::env::var("LISTEN_FDS")
+            && count.parse::<u32>().is_err()
+        {
+            warn!("LISTEN_FDS is no number: no sockets are inherited");
+        }
         let mut descriptors = listenfd::ListenFd::from_env();
         let names = std::env::var("LISTEN_FDNAMES").unwrap_or_default();
         let mut names = names.split(':').map(str::to_owned);
@@ -95,6 +103,9 @@ impl Inherited {
             let name = names.next().unwrap_or_default();
             let failed = |source| InheritedError { index, source };
             let tcp = match descriptors.take_tcp_listener(index) {
+                Ok(Some(tcp)) if !SockRef::from(&tcp).is_listener().unwrap_or(true) => {
+                    return Err(failed(io::Error::other("it is bound, but does not listen")));
+                }
                 Ok(tcp) => tcp.map(Socket::Tcp),
                 // Not TCP.
                 Err(_) => descriptors.take_unix_listener(index).map_err(failed)?.map(Socket::Unix),
@@ -116,7 +127,7 @@ impl Inherited {
                         socket.local_addr().map_or_else(|error| error.to_string(), |at| at.to_string())
                     )
                 }
-                Socket::Unix(socket) => format!("{name} {:?}", socket.local_addr()),
+                Socket::Unix(socket) => format!("{name} {}", name_of(socket)),
             })
             .collect()
     }
@@ -156,6 +167,14 @@ impl Inherited {
             Socket::Tcp(_) => None,
         }
     }
+}
+
+/// A path, or a name of the abstract namespace.
+fn name_of(socket: &std::os::unix::net::UnixListener) -> String {
+    let Ok(address) = socket.local_addr() else { return "unix".to_owned() };
+    let path = address.as_pathname().map(|path| format!("unix:{}", path.display()));
+    let name = || address.as_abstract_name().map(|name| format!("unix:@{}", String::from_utf8_lossy(name)));
+    path.or_else(name).unwrap_or_else(|| "unix".to_owned())
 }
 
 /// Whether a socket at `open` is where `wanted` says. Any address is any address, in either version of IP: supervisors write

@@ -63,7 +63,8 @@ impl Url {
         let rest = rest.rsplit_once('@').map_or(rest, |(_, place)| place);
         let (hosts, more) = rest.find(['/', '?']).map_or((rest, ""), |at| rest.split_at(at));
         if !hosts.is_empty() {
-            return hosts.to_owned();
+            let hosts: Vec<&str> = hosts.split(',').map(without_odd_port).collect();
+            return hosts.join(",");
         }
         let options = more.split_once('?').map_or("", |(_, options)| options).split('&');
         let host = options.into_iter().find_map(|option| option.strip_prefix("host="));
@@ -83,5 +84,13 @@ impl Url {
         let (_, was_tried) = before.filter(|(before, _)| before.expose_secret() == text)?;
         *seen = Some((text.into(), true));
         Some(Candidate { url: Self::new(text.into(), self.file.clone()), was_tried })
+    }
+}
+
+/// A host with its port, if that is a number: what else stands there may be a password in the wrong place.
+fn without_odd_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if !port.contains(']') && port.parse::<u16>().is_err() => name,
+        _ => host,
     }
 }
