@@ -1,6 +1,7 @@
 //! The host's settings as the types that its components want.
 
 use std::collections::BTreeSet;
+use std::net::SocketAddr;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, SystemTime};
@@ -233,6 +234,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         (None, Some(_)) => settings.refuse("server.tls.cert_file", "the certificate of the key"),
     };
     note_certificate(settings, tls.as_ref());
+    check_certificate(settings, tls.as_ref());
     let timeout = |settings: &mut Reader<'_>, key| settings.duration(key, MILLISECOND..=DAY);
     let head_limit = head_limit(settings);
     let wanted = settings.number("server.max_connections", 1..=1_000_000);
@@ -311,6 +313,18 @@ fn group(name: &str) -> Option<u32> {
     nix::unistd::Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw())
 }
 
+/// Refuses a key that does not fit the certificate. Files that are not there need not be there while settings are only checked.
+fn check_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
+    match tls.map(tls::check) {
+        None | Some(Ok(())) => {}
+        Some(Err(error @ tls::Error::Pem { .. })) => settings.note(format!("server.tls: {error}")),
+        Some(Err(tls::Error::Identity(_))) => {
+            settings
+                .refuse::<()>("server.tls.key_file", "the key of the certificate in server.tls.cert_file");
+        }
+    }
+}
+
 /// Says when the certificate has ended, or ends soon.
 fn note_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
     let Some(end) = tls.and_then(|tls| tls::ends_at(&tls.cert_file)) else { return };
@@ -342,6 +356,9 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
         settings.refuse::<()>("admin.listen", "addresses without https://");
     }
+    if listen.iter().any(|listen| server.net.listen.iter().any(|public| is_same_place(listen, public))) {
+        settings.refuse::<()>("admin.listen", "addresses that server.listen does not have");
+    }
     let net = net::Config {
         name: "admin",
         listen,
@@ -356,6 +373,21 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     // A copy of the store takes as long as it takes.
     let request_timeout = Duration::from_secs(3600);
     http::Config { net, quiet: true, max_requests: usize::MAX, request_timeout, ..server.clone() }
+}
+
+/// Whether two listeners could not be open at once.
+fn is_same_place(one: &Listen, other: &Listen) -> bool {
+    let address = |listen: &Listen| match listen {
+        Listen::Http(address) | Listen::Https(address) => address.parse::<SocketAddr>().ok(),
+        Listen::Unix(_) => None,
+    };
+    match (address(one), address(other)) {
+        (Some(one), Some(other)) => {
+            let is_any = one.ip().is_unspecified() || other.ip().is_unspecified();
+            one.port() != 0 && one.port() == other.port() && (one.ip() == other.ip() || is_any)
+        }
+        _ => one == other,
+    }
 }
 
 fn cpu(settings: &mut Reader<'_>) -> cpu::Config {
@@ -441,9 +473,9 @@ fn url(settings: &mut Reader<'_>, key: &str, wanted: &str, schemes: &[&str]) -> 
     let file = settings.secret_file(&format!("{key}_file"));
     let is_from_file = file.is_some();
     let url = file.unwrap_or_else(|| text.into());
-    if !schemes.iter().any(|scheme| url.expose_secret().starts_with(scheme))
-        || url.expose_secret() == "sqlite:"
-    {
+    let text = url.expose_secret();
+    let is_readable = !text.starts_with("redis") || redis::is_url(text);
+    if !schemes.iter().any(|scheme| text.starts_with(scheme)) || text == "sqlite:" || !is_readable {
         match is_from_file {
             true => settings.refuse::<()>(&format!("{key}_file"), &format!("a file with {wanted}")),
             false => settings.refuse::<()>(key, wanted),

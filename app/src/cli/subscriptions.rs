@@ -26,8 +26,8 @@ use crate::sites;
 
 /// How much is sent at once, in bytes: less than the admin listener takes in one body.
 const CHUNK: usize = 900 << 10;
-/// How many lines that were refused are shown.
-const SHOWN: usize = 20;
+/// How many lines that were refused are shown: to people, and in a file.
+const SHOWN: (usize, usize) = (20, 10_000);
 
 #[derive(Debug, Subcommand)]
 pub(super) enum Subscriptions {
@@ -231,10 +231,11 @@ struct Told {
 
 impl Told {
     fn refused(&mut self, number: u64, why: &str) {
-        if self.shown < SHOWN {
+        let most = if std::io::stderr().is_terminal() { SHOWN.0 } else { SHOWN.1 };
+        if self.shown < most {
             self.bar.suspend(|| eprintln!("line {number}: {why}"));
-        } else if self.shown == SHOWN {
-            self.bar.suspend(|| eprintln!("and others"));
+        } else if self.shown == most {
+            self.bar.suspend(|| eprintln!("and others; with 2> refused.txt there are up to {}", SHOWN.1));
         }
         self.shown += 1;
     }

@@ -36,7 +36,7 @@ const ROWS: usize = 250;
 /// How many hosts are looked up at once.
 const LOOKUPS: usize = 32;
 /// How many lines that were refused are told of each request.
-const MAX_REFUSED: usize = 100;
+const MAX_REFUSED: usize = 10_000;
 /// The most subscriptions in one answer of an export.
 const PAGE: usize = 1000;
 

@@ -25,6 +25,7 @@ use tracing::{Instrument, error, error_span};
 use crate::backoff::Backoff;
 use crate::drain::{Drain, Phase};
 use crate::metrics;
+use crate::telemetry::Seldom;
 
 /// Between two starts of a contained task.
 const RESTART: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
@@ -101,6 +102,8 @@ impl Tasks {
         let drain = self.0.drain.clone();
         metrics::task_may_fail(name);
         self.start(name, async move {
+            // What a store that is away makes fail, fails every time for the same reason.
+            let (seldom, mut told) = (Seldom::each_minute(), String::new());
             for failures in 1u32.. {
                 let reason = match AssertUnwindSafe(make()).catch_unwind().await {
                     Ok(Ok(())) => return,
@@ -109,7 +112,11 @@ impl Tasks {
                 };
                 metrics::task_failed(name);
                 let pause = RESTART.jittered(failures);
-                error!(task = name, reason, restart_in = ?pause, "a contained task failed");
+                let left_out = seldom.tell();
+                if left_out.is_some() || reason != told {
+                    error!(task = name, reason, restart_in = ?pause, left_out, "a contained task failed");
+                    told = reason;
+                }
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
                     () = drain.soft() => return,

@@ -17,11 +17,14 @@ const ID: std::ops::Range<usize> = 3..35;
 impl Trace {
     /// The caller's trace, or one that begins with this request: then its id has the digits of the request's.
     pub(super) fn of(headers: &HeaderMap, request: &str) -> Self {
-        let named = headers.get(TRACEPARENT).and_then(|value| value.to_str().ok());
-        named.and_then(Self::parse).unwrap_or_else(|| Self::begin(request))
+        let mut named = headers.get_all(TRACEPARENT).iter();
+        // Of two, neither is to be believed.
+        let only = named.next().filter(|_| named.next().is_none());
+        let text = only.and_then(|value| value.to_str().ok());
+        text.and_then(Self::parse).unwrap_or_else(|| Self::begin(request))
     }
 
-    /// Reads a `traceparent` of a version that is known.
+    /// Reads a `traceparent`. Later versions may have more behind what this one has (section 3.2.4).
     pub fn parse(text: &str) -> Option<Self> {
         let is_hex =
             |part: &str| part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
@@ -31,11 +34,11 @@ impl Trace {
         let lengths = [version, trace, parent, flags].map(str::len);
         let is_well_formed = lengths == [2, 32, 16, 2]
             && [version, trace, parent, flags].into_iter().all(is_hex)
-            && version == "00"
+            && version != "ff"
             && !is_zero(trace)
             && !is_zero(parent)
-            && parts.next().is_none();
-        is_well_formed.then(|| Self(text.into()))
+            && (version != "00" || parts.next().is_none());
+        is_well_formed.then(|| Self(format!("00-{trace}-{parent}-{flags}").into()))
     }
 
     fn begin(request: &str) -> Self {
@@ -92,6 +95,12 @@ mod tests {
             assert_eq!(begun.id(), "01a21e7bbd297044a4695bd2101244fc", "{none}");
             assert_eq!(Trace::parse(begun.as_str()), Some(begun), "{none}");
         }
+        let later = Trace::of(&headers(&format!("01{}-more", &GIVEN[2..])), request);
+        assert_eq!(later.as_str(), GIVEN, "a later version");
+        let two = [(TRACEPARENT, GIVEN.parse().unwrap()), (TRACEPARENT, GIVEN.parse().unwrap())];
+        let mut both = HeaderMap::new();
+        two.into_iter().for_each(|(name, value)| _ = both.append(name, value));
+        assert_ne!(Trace::of(&both, request).as_str(), GIVEN);
         let named = Trace::of(&HeaderMap::new(), "order-4711");
         assert_eq!(Trace::parse(named.as_str()), Some(named), "whatever the request is called");
     }

@@ -84,6 +84,14 @@ impl Identity {
     }
 }
 
+/// Whether the files can be read, and fit each other.
+///
+/// # Errors
+/// Why a listener could not be opened with them.
+pub fn check(config: &Config) -> Result<(), Error> {
+    acceptor(config).map(drop)
+}
+
 /// When the first certificate of a file ends; none when the file has none that can be read.
 pub fn ends_at(cert_file: &Path) -> Option<SystemTime> {
     let certificate = CertificateDer::pem_file_iter(cert_file).ok()?.next()?.ok()?;

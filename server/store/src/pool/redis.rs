@@ -66,8 +66,14 @@ pub enum Error {
     #[error("this Redis cannot be used: {0}")]
     Unfit(String),
     /// The server refused, or the connection broke off. A write may have happened.
-    #[error("redis")]
-    Redis(#[from] RedisError),
+    #[error("Redis: {0}")]
+    Redis(RedisError),
+}
+
+impl From<RedisError> for Error {
+    fn from(error: RedisError) -> Self {
+        Self::Redis(error)
+    }
 }
 
 impl From<PoolError> for Error {
@@ -114,6 +120,11 @@ fn is_passing(error: &RedisError) -> bool {
 
 /// The result of a command.
 pub type Result<T> = std::result::Result<T, Error>;
+
+/// Whether a text is the URL of a Redis that this program understands.
+pub fn is_url(text: &str) -> bool {
+    text.into_connection_info().is_ok()
+}
 
 /// A pool of connections. A cheap handle.
 #[derive(Clone)]
