@@ -46,8 +46,8 @@ impl Leftover {
         self.0.any.load(Ordering::Relaxed)
     }
 
-    /// A client keeps its body until it is asked for it (RFC 9110, section 10.1.1), which nothing here has done.
-    fn is_kept_back(&self) {
+    /// A body is not read to its end, and nothing waits for the rest: the connection must not take that for a request.
+    fn is_given_up(&self) {
         self.0.any.store(true, Ordering::Relaxed);
     }
 
@@ -171,6 +171,9 @@ impl RequestBody {
             .is_some_and(|since| since.elapsed() >= self.pace.idle);
         // What is still to come is nothing to wait for.
         self.open = None;
+        if let Some(leftover) = &self.leftover {
+            leftover.is_given_up();
+        }
         self.scope.give_up_body(if idle { "body idle" } else { "body timeout" });
         BodyError::TooSlow
     }
@@ -214,7 +217,8 @@ impl Drop for RequestBody {
             && let Some(body) = self.body.take()
         {
             match self.is_kept_back {
-                true => leftover.is_kept_back(),
+                // The client keeps it until it is asked for it (RFC 9110, section 10.1.1).
+                true => leftover.is_given_up(),
                 false => leftover.drop_later(body, open),
             }
         }
