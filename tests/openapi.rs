@@ -25,6 +25,10 @@ async fn the_description_is_valid_and_every_operation_has_a_name_of_its_own() {
     let Some(validator) = tool("openapi-spec-validator") else { return };
     let (_perennial, directory) = described().await;
     must_pass(&validator, &["openapi.json"], directory.path()).await;
+    let Some(redocly) = tool("redocly") else { return };
+    // Where it is served is where it was asked for.
+    let rules = ["--extends=recommended", "--skip-rule=no-empty-servers"];
+    must_pass(&redocly, &[&["lint", "openapi.json"], &rules[..]].concat(), directory.path()).await;
     let text = std::fs::read_to_string(directory.path().join("openapi.json")).unwrap();
     let description: Value = serde_json::from_str(&text).unwrap();
     let mut names = Vec::new();

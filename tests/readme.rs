@@ -341,10 +341,7 @@ async fn every_recipe_for_moving_in_is_followed() {
             let said = said(&output);
             // The dumps have bad lines, which is told by the exit code.
             let is_import = command.contains("subscriptions import");
-            assert!(
-                output.status.success() || (is_import && said.contains(" refused")),
-                "{command}: {said}"
-            );
+            assert!(output.status.success() || (is_import && said.contains(" refused")), "{command}: {said}");
             assert!(!is_import || said.contains("\"created\":"), "{command}: {said}");
             tried += 1;
         }

@@ -38,6 +38,9 @@ pub async fn run(tool: &Path, arguments: &[&str], directory: &Path) -> Output {
         .args(arguments)
         .current_dir(directory)
         .env("PATH", path)
+        // It neither reports its use nor looks for newer versions of itself: the network is not part of a test.
+        .env("REDOCLY_TELEMETRY", "off")
+        .env("REDOCLY_SUPPRESS_UPDATE_NOTICE", "true")
         .kill_on_drop(true)
         .output();
     tokio::time::timeout(PATIENCE, running)
