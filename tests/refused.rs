@@ -18,6 +18,14 @@ async fn say(address: &str, bytes: &[u8]) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
+/// Whether an answer is a problem document of the length that it names.
+fn is_problem(answer: &str) -> bool {
+    let Some((head, body)) = answer.split_once("\r\n\r\n") else { return false };
+    head.contains("content-type: application/problem+json")
+        && head.contains(&format!("content-length: {}", body.len()))
+        && serde_json::from_str::<serde_json::Value>(body).is_ok_and(|problem| problem["detail"].is_string())
+}
+
 async fn counted(perennial: &Perennial, reason: &str) {
     let line = format!("perennial_http_refused_total{{listener=\"public\",reason=\"{reason}\"}} 1");
     eventually(&line, || async {
@@ -37,10 +45,21 @@ async fn what_is_no_http_is_counted_by_reason_and_told_with_its_address() {
     let address = perennial.client().base().to_owned();
     let long = format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(70_000));
     let wide = format!("GET / HTTP/1.1\r\nhost: localhost\r\nx: {}\r\n\r\n", "x".repeat(70_000));
-    assert!(say(&address, b"NONSENSE\r\n\r\n").await.starts_with("HTTP/1.1 400"));
+    let answer = say(&address, b"NONSENSE\r\n\r\n").await;
+    assert!(answer.starts_with("HTTP/1.1 400"), "{answer}");
+    assert!(is_problem(&answer), "{answer}");
     counted(&perennial, "bad_head").await;
     let answer = say(&address, wide.as_bytes()).await;
-    assert!(answer.starts_with("HTTP/1.1 431"), "{answer}");
+    assert!(answer.starts_with("HTTP/1.1 431") && is_problem(&answer), "{answer}");
+    for odd in [
+        "GET / HTTP/1.1\r\nhost: localhost\r\ncontent-length: x\r\n\r\n",
+        "GET / HTTP/1.1\r\nhost: localhost\r\nno colon\r\n\r\n",
+        "GET / HTTP/9.9\r\nhost: localhost\r\n\r\n",
+        "PROXY TCP4 1.2.3.4 5.6.7.8 1 2\r\nGET / HTTP/1.1\r\nhost: localhost\r\n\r\n",
+    ] {
+        let answer = say(&address, odd.as_bytes()).await;
+        assert!(answer.starts_with("HTTP/1.1 400") && is_problem(&answer), "{odd}: {answer}");
+    }
     counted(&perennial, "head_too_large").await;
     let answer = say(&address, long.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 414") || answer.starts_with("HTTP/1.1 431"), "{answer}");

@@ -17,6 +17,7 @@ mod body;
 mod conn;
 pub mod detach;
 mod exchange;
+mod explained;
 pub mod problem;
 pub mod scope;
 mod stack;

@@ -22,6 +22,7 @@ use tracing::debug;
 use super::Config;
 use super::body::Leftover;
 use super::exchange::FollowedBody;
+use super::explained::Explained;
 use super::stack::Stack;
 use crate::net::connection::{Connection, Phase, Spoken, Told};
 use crate::net::refusals::refused;
@@ -155,7 +156,7 @@ impl Http {
             // The watch has a deadline for it.
             .header_read_timeout(None)
             .max_buf_size(self.config.head_limit)
-            .serve_connection(TokioIo::new(io), service)
+            .serve_connection(TokioIo::new(Explained::new(io)), service)
             .with_upgrades();
         let mut served = Box::new(served);
         let may_rest = || match connection.told() {
@@ -172,7 +173,7 @@ impl Http {
             Driven::Ended => drop(served),
             Driven::Resting => {
                 if let Some(parts) = served.into_parts() {
-                    let mut io = parts.io.into_inner();
+                    let mut io = parts.io.into_inner().into_inner();
                     io.put_back(&parts.read_buf);
                     return Http1End::Resting(io);
                 }
