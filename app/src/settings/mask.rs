@@ -19,15 +19,13 @@ const LISTS: [&str; 3] = [KEYS, "cron.schedules", ".webhooks"];
 /// Of these the one that a key may be given for itself.
 const KEYS: &str = "access.keys";
 /// What may be shown of such a table.
-const FIELDS: [&str; 22] = [
+const FIELDS: [&str; 20] = [
     "catch_up",
     "catch_up_within",
-    "events",
     "expression",
     "file",
     "from",
     "grace",
-    "interval",
     "jitter",
     "job",
     "misfire",
@@ -130,9 +128,14 @@ fn of_url(text: &str) -> String {
         return format!("sqlite:{}{query}", if file.contains(['@', '=', ';']) { HIDDEN } else { file });
     }
     match text.split_once("://") {
-        Some((scheme, rest)) => format!("{scheme}://{}", of_rest(scheme, rest)),
-        None => HIDDEN.to_owned(),
+        Some((scheme, rest)) if is_scheme(scheme) => format!("{scheme}://{}", of_rest(scheme, rest)),
+        _ => HIDDEN.to_owned(),
     }
+}
+
+/// RFC 3986, section 3.1. What is none may be anything, as in `host=db password=PASSWORD://`.
+fn is_scheme(text: &str) -> bool {
+    text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
 /// What comes after the scheme. A password may have characters in it that would have to be encoded: where a mark could be
@@ -227,6 +230,7 @@ mod tests {
                 "postgres://***@h1:5432,h2:5433/p?target_session_attrs=read-write",
             ),
             ("host=db user=app password=s3cret", "***"),
+            ("host=db password=s3cret://", "***"),
             ("redis://:s3cret@cache/0", "redis://:***@cache/0"),
             ("redis://[::1]:6379/1", "redis://[::1]:6379/1"),
             ("redis://s3cret:x", "redis://***"),
