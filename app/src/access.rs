@@ -225,8 +225,8 @@ impl Access {
             return Ok(Some(caller));
         }
         let name = hex(&hash);
-        // Behind one address there may be a guesser and others who have good keys: the store is asked about each key, but for
-        // those that are certainly not in it.
+        // One address may send wrong keys and right ones. So while it sends wrong ones, the store is asked about a key only if
+        // the list of stored keys does not rule it out.
         let guessing = self.0.limits.is_guessing(address);
         if let Some(problem) = &guessing
             && !self.0.stored.has(&name)

@@ -356,7 +356,7 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
         settings.refuse::<()>("admin.listen", "addresses without https://");
     }
-    if listen.iter().any(|listen| server.net.listen.iter().any(|public| is_same_place(listen, public))) {
+    if listen.iter().any(|listen| server.net.listen.iter().any(|public| collide(listen, public))) {
         settings.refuse::<()>("admin.listen", "addresses that server.listen does not have");
     }
     let net = net::Config {
@@ -376,7 +376,7 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
 }
 
 /// Whether two listeners could not be open at once.
-fn is_same_place(one: &Listen, other: &Listen) -> bool {
+fn collide(one: &Listen, other: &Listen) -> bool {
     let address = |listen: &Listen| match listen {
         Listen::Http(address) | Listen::Https(address) => address.parse::<SocketAddr>().ok(),
         Listen::Unix(_) => None,

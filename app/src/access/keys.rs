@@ -320,7 +320,7 @@ fn words(scopes: &BTreeSet<Scope>) -> String {
     scopes.iter().map(|scope| scope.as_str()).collect::<Vec<_>>().join(" ")
 }
 
-/// How many keys are listed while somebody guesses.
+/// The most keys in the list that a key is compared with while wrong keys come in.
 const MOST_LISTED: usize = 100_000;
 
 /// What is stored of a key.

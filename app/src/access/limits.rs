@@ -202,7 +202,7 @@ impl Limits {
     /// Counts a wrong key.
     pub(super) fn guessed(&self, address: Option<IpAddr>) {
         let until = Instant::now() + GUESSING;
-        // Also of those that are not remembered, and of guessers who have many addresses.
+        // The limit of all addresses together counts wrong keys from addresses beyond the table, and from many addresses at once.
         if self.wrong_in_all.check().is_err() {
             self.guessing.lock().1 = Some(until);
         }
@@ -212,7 +212,7 @@ impl Limits {
         }
     }
 
-    /// Whether one more key may be looked for while somebody guesses.
+    /// Whether the store may be asked about one more key while wrong keys come in.
     pub(super) fn may_look(&self) -> bool {
         self.lookups.check().is_ok()
     }

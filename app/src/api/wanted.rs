@@ -3,6 +3,9 @@
 /// How a time is written (RFC 3339).
 const TIME: &str = "a time such as 2027-01-31T12:00:00Z";
 
+/// How an id is written (RFC 9562).
+const ID: &str = "an id such as 01890a5d-ac96-774b-bcce-b302099a8057";
+
 /// Translates a message of the deserializer, such as `invalid type: string "x", expected f64`.
 pub(crate) fn wanted(message: &str) -> String {
     let message = message.lines().next().unwrap_or_default();
@@ -51,7 +54,7 @@ fn kind(expected: &str) -> Option<String> {
         "unit" => "null",
         "option" => "a value or null",
         _ if expected.contains("timestamp") || expected.contains("datetime") => TIME,
-        "a UUID" | "a formatted UUID string" => "an id such as 01890a5d-ac96-774b-bcce-b302099a8057",
+        "a UUID" | "a formatted UUID string" => ID,
         _ if expected.starts_with("struct ") || expected.contains("enum ") => "an object",
         _ if expected.starts_with("a tuple") || expected.starts_with("tuple ") => "a list",
         // Somebody's own words.
@@ -89,7 +92,7 @@ fn of_text(message: &str) -> Option<String> {
         _ if message.starts_with("UUID parsing failed")
             || message.starts_with("invalid length: expected length 32") =>
         {
-            "an id such as 01890a5d-ac96-774b-bcce-b302099a8057"
+            ID
         }
         _ if message.starts_with("failed to parse")
             || message.contains("timestamp")

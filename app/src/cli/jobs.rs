@@ -167,19 +167,16 @@ impl Jobs {
             let desk = Desk::of_books(&config, modules).await?;
             let answer = self.ask(&desk).await;
             desk.close().await;
-            // Programs that read on have read lines of JSON from the beginning.
-            let answer = answer?;
-            match answer.is_object() && answer.get("jobs").is_none() && json {
-                true => print(&format!("{answer}\n")),
-                false => print(&self.shown(&answer, json || !output::is_terminal())),
-            }
+            print(&self.shown(&answer?, json))
         })?
     }
 
     fn shown(&self, answer: &Value, json: bool) -> String {
+        // Programs that read on have read JSON from the beginning.
+        let is_read_on = json || !output::is_terminal();
         let list = answer.as_array().or_else(|| answer["jobs"].as_array());
         match (self, list) {
-            (_, Some(list)) if json => json_lines(list),
+            (_, Some(list)) if is_read_on => json_lines(list),
             (Self::Queues, Some(queues)) => table(
                 ["QUEUE", "STATE", "BUSY", "READY", "SCHEDULED", "ENDED", "OLDEST"],
                 queues.iter().map(queue),
@@ -187,8 +184,9 @@ impl Jobs {
             (_, Some(jobs)) => {
                 table(["ID", "KIND", "QUEUE", "STATE", "FAILURES", "CREATED", "REASON"], jobs.iter().map(job))
             }
-            (_, None) if json => format!("{answer:#}\n"),
+            (_, None) if json => format!("{answer}\n"),
             (Self::Show { .. } | Self::Enqueue { .. }, None) => format!("{answer:#}\n"),
+            (_, None) if is_read_on => format!("{answer:#}\n"),
             (_, None) => counts(answer),
         }
     }

@@ -104,11 +104,11 @@ impl Import {
         let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
         // The bar goes by what was read, whatever it became.
         let mut input = BufReader::with_capacity(1 << 20, bar.wrap_read(input));
-        if input.fill_buf().context("the file cannot be read")?.starts_with(dumps::BYTE_ORDER_MARK) {
-            input.consume(dumps::BYTE_ORDER_MARK.len());
-        }
         let mut lines: Box<dyn Iterator<Item = anyhow::Result<Line>>> = match self.from {
-            None => Box::new(own_lines(input)),
+            None => {
+                dumps::skip_byte_order_mark(&mut input)?;
+                Box::new(own_lines(input))
+            }
             Some(format) => Box::new(dumps::read(format, input)?.map(|row| Ok(Line::from(row)))),
         };
         let mut told = Told { bar, shown: 0, is_key_told: false };

@@ -61,9 +61,7 @@ type Rows<'a> = Box<dyn Iterator<Item = Row> + 'a>;
 /// # Errors
 /// When the file as a whole is nothing that can be read.
 pub(crate) fn read<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
-    if input.fill_buf().context("the file cannot be read")?.starts_with(BYTE_ORDER_MARK) {
-        input.consume(BYTE_ORDER_MARK.len());
-    }
+    skip_byte_order_mark(&mut input)?;
     let beginning = input.fill_buf().context("the file cannot be read")?;
     refuse_foreign(beginning)?;
     let values: Rows<'_> = match shape(beginning) {
@@ -77,8 +75,17 @@ pub(crate) fn read<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::
     Ok(Box::new(values.map(move |row| Row { read: row.read.and_then(|value| line(format, &value)), ..row })))
 }
 
-/// What some editors put in front of UTF-8.
-pub(crate) const BYTE_ORDER_MARK: &[u8] = "\u{feff}".as_bytes();
+/// Some editors put one in front of UTF-8.
+///
+/// # Errors
+/// When the file cannot be read.
+pub(crate) fn skip_byte_order_mark(input: &mut impl BufRead) -> anyhow::Result<()> {
+    const MARK: &[u8] = "\u{feff}".as_bytes();
+    if input.fill_buf().context("the file cannot be read")?.starts_with(MARK) {
+        input.consume(MARK.len());
+    }
+    Ok(())
+}
 
 /// How a file has its rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,17 +105,17 @@ fn shape(beginning: &[u8]) -> Shape {
     let is_object = |line: &[u8]| line.starts_with(b"{") && serde_json::from_slice::<Value>(line).is_ok();
     // Of the last line there may be more.
     let complete = lines().count().saturating_sub(1).max(1);
-    let objects = lines().take(complete).filter(|line| is_object(line)).count();
+    let has_object = || lines().take(complete).any(is_object);
     let first = lines().next().unwrap_or_default();
     if String::from_utf8_lossy(&first[..first.len().min(64)]).contains("\"subscriptions\"") {
         return Shape::Document;
     }
     match first.first() {
         // An object that is longer than what was read of it, or one that is broken, has others below it.
-        Some(b'{') if objects > 0 || lines().skip(1).any(|line| line.starts_with(b"{\"")) => Shape::Lines,
+        Some(b'{') if has_object() || lines().skip(1).any(|line| line.starts_with(b"{\"")) => Shape::Lines,
         Some(b'{') if beginning.len() >= LONG_LINE && lines().count() == 1 => Shape::Lines,
         Some(b'{' | b'[') => Shape::Document,
-        _ if objects > 0 => Shape::Lines,
+        _ if has_object() => Shape::Lines,
         _ => Shape::Separated,
     }
 }
