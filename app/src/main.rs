@@ -3,8 +3,10 @@
 use std::process::ExitCode;
 
 use perennial::Perennial;
-use perennial::push::Push;
 
 fn main() -> ExitCode {
-    Perennial::new().host::<Push>().main()
+    let program = Perennial::new();
+    #[cfg(feature = "push")]
+    let program = program.host::<perennial::push::Push>();
+    program.main()
 }

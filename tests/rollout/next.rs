@@ -2,9 +2,11 @@
 
 use std::process::ExitCode;
 
+use perennial::access::Scope;
 use perennial::anyhow::Result;
+use perennial::command::Commands;
 use perennial::data_dir::DataDir;
-use perennial::module::{Host, Module};
+use perennial::module::{Host, Module, SecretFile};
 use perennial::push::Push;
 use perennial::settings::{Reader, Settings};
 use perennial::sites::Sites;
@@ -35,6 +37,16 @@ impl Module for Next {
     const DEFAULTS: &'static str = Push::DEFAULTS;
     const MIGRATIONS: &'static [&'static str] = &and_more::<SQLITE>(Push::MIGRATIONS);
     const POSTGRES_MIGRATIONS: &'static [&'static str] = &and_more::<POSTGRES>(Push::POSTGRES_MIGRATIONS);
+
+    const SCOPES: &'static [Scope] = Push::SCOPES;
+
+    fn commands() -> Commands {
+        Push::commands()
+    }
+
+    fn files(settings: &Settings) -> Vec<SecretFile> {
+        Push::files(settings)
+    }
 
     async fn keys(
         settings: &Settings,

@@ -1,0 +1,145 @@
+//! Copies of what cannot be had again: the embedded store and the keys.
+//!
+//! | route | what |
+//! |---|---|
+//! | `POST /backup` | `{"directory"}`: an absolute path on this machine, which is not there yet |
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use axum::routing::post;
+use axum::{Extension, Router};
+use perennial_server::http::problem::FieldError;
+use perennial_store::pool::sqlite;
+use serde::{Deserialize, Serialize};
+use tracing::info;
+use uuid::Uuid;
+
+use crate::api::{Json, Result};
+use crate::config::Store;
+use crate::data_dir::{ADMIN_TOKEN, API_KEY};
+use crate::module::SecretFile;
+
+/// What is to be copied.
+#[derive(Clone, Debug)]
+pub(crate) struct Source {
+    data_dir: PathBuf,
+    /// The file of the store.
+    file: PathBuf,
+    /// The files of the modules.
+    secrets: Vec<SecretFile>,
+}
+
+/// What was copied.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Copied {
+    pub(crate) directory: PathBuf,
+    /// Names within it.
+    pub(crate) files: Vec<String>,
+    pub(crate) bytes: u64,
+}
+
+impl Source {
+    /// What a data directory with this store has.
+    ///
+    /// # Errors
+    /// When the store is a server: it has a tool of its own for that.
+    pub(crate) fn of(data_dir: &Path, store: &Store, secrets: Vec<SecretFile>) -> anyhow::Result<Self> {
+        match store {
+            Store::Sqlite { file, .. } => {
+                Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file), secrets })
+            }
+            Store::Postgres(_) => {
+                bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it")
+            }
+        }
+    }
+
+    /// The files with keys, each with its name in the copy.
+    fn keys(&self) -> impl Iterator<Item = (PathBuf, &str)> {
+        let own = [API_KEY, ADMIN_TOKEN].map(|name| (self.data_dir.join(name), name));
+        let secrets =
+            self.secrets.iter().map(|secret| (self.data_dir.join(&secret.file), secret.name.as_str()));
+        secrets.chain(own)
+    }
+
+    /// Copies the store as it is at one moment, while it is in use, and the keys. The directory is there with
+    /// everything in it, or not at all.
+    pub(crate) fn copy_to(&self, directory: &Path) -> anyhow::Result<Copied> {
+        if directory.exists() {
+            bail!("{} is there already: wanted a new directory", directory.display());
+        }
+        let name = directory.file_name().context("wanted a directory with a name")?;
+        let draft = format!("{}.{}.new", name.to_string_lossy(), Uuid::now_v7().simple());
+        let Draft(draft) = &Draft(directory.with_file_name(draft));
+        let at = |path: &Path| format!("{} cannot be written", path.display());
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(draft).with_context(|| at(draft))?;
+        let store = self.file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
+        sqlite::copy(&self.file, &draft.join(&store)).context("the store cannot be copied")?;
+        let mut files = vec![store];
+        for (file, key) in self.keys() {
+            match fs::read(file) {
+                Ok(secret) => {
+                    let mut options = fs::OpenOptions::new();
+                    let file =
+                        options.write(true).create(true).truncate(true).mode(0o600).open(draft.join(key));
+                    let written = file.and_then(|mut file| {
+                        io::Write::write_all(&mut file, &secret)?;
+                        file.sync_all()
+                    });
+                    written.with_context(|| at(&draft.join(key)))?;
+                    files.push(key.to_owned());
+                }
+                Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+                Err(error) => return Err(error).with_context(|| format!("{key} cannot be read")),
+            }
+        }
+        let sizes = files.iter().map(|file| Ok(fs::metadata(draft.join(file))?.len()));
+        let bytes = sizes.sum::<io::Result<u64>>()?;
+        fs::rename(draft, directory).with_context(|| at(directory))?;
+        if let Some(parent) = directory.parent().filter(|parent| !parent.as_os_str().is_empty()) {
+            fs::File::open(parent)?.sync_all()?;
+        }
+        Ok(Copied { directory: directory.to_owned(), files, bytes })
+    }
+}
+
+/// A directory that is not finished: it goes when it does not become one that is.
+struct Draft(PathBuf);
+
+impl Drop for Draft {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// What operators may do, if there is something to copy.
+pub(crate) fn admin_write(source: Option<Source>) -> Router {
+    Router::new().route("/backup", post(backup)).layer(Extension(source))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Wanted {
+    directory: PathBuf,
+}
+
+async fn backup(
+    Extension(source): Extension<Option<Source>>,
+    Json(Wanted { directory }): Json<Wanted>,
+) -> Result<Json<Copied>> {
+    let refuse = |wanted: String| FieldError::new("directory", wanted);
+    let Some(source) = source else {
+        return Err(refuse("an embedded store: pg_dump copies Postgres".to_owned()).into());
+    };
+    if !directory.is_absolute() || directory.exists() {
+        return Err(refuse("an absolute path where nothing is yet".to_owned()).into());
+    }
+    let copy = tokio::task::spawn_blocking(move || source.copy_to(&directory));
+    let copied = copy.await.context("copying broke off")??;
+    info!(directory = %copied.directory.display(), bytes = copied.bytes, "copied by an operator");
+    Ok(Json(copied))
+}

@@ -1,0 +1,188 @@
+//! Boot, from top to bottom: everything that serves is made here, by hand, in stages.
+//!
+//! ```text
+//! Plan      what was read: settings, modules, what a predecessor has left
+//! Base      base.rs    the data directory, the store, the keys
+//! Mounted   mount.rs   the modules have joined
+//! Engine    engine.rs  the worker and the schedules
+//! App       start.rs   the tasks run, the public listener is open
+//! ```
+
+mod base;
+mod engine;
+mod mount;
+pub(crate) mod open;
+mod start;
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use http::HeaderValue;
+use perennial_runtime::cpu::Cpu;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::Health;
+use perennial_runtime::tasks::Tasks;
+use perennial_server::http::Server;
+use perennial_server::net::{BindError, Sockets};
+use perennial_store::pool;
+use perennial_store::pool::sql::{self, Tables};
+use perennial_workers::limits::Limits;
+use perennial_workers::worker;
+use tracing::info;
+
+use crate::addresses::{Addresses, url};
+use crate::admin::Booted;
+use crate::config::Config;
+use crate::data_dir::{self, DataDir};
+use crate::module::{Closer, Configured, SecretFile};
+use crate::openapi;
+use crate::sites::Sites;
+use crate::succession::Inheritance;
+use base::Base;
+use engine::Engine;
+use mount::Mounted;
+
+/// How long closing one thing may take at the very end.
+const CLOSE: Duration = Duration::from_secs(5);
+/// How long a predecessor may take, besides its drain, until it has closed everything.
+const CLOSING: Duration = Duration::from_secs(30);
+
+/// The state of a pool, read when an operator asks.
+pub(crate) type PoolFn = Arc<dyn Fn() -> (&'static str, pool::Status) + Send + Sync>;
+
+/// What boot works from: everything that was read, and nothing that was touched.
+pub(crate) struct Plan {
+    pub(crate) config: Config,
+    pub(crate) tables: Vec<Tables>,
+    /// The secret files of the modules.
+    pub(crate) files: Vec<SecretFile>,
+    pub(crate) inheritance: Inheritance,
+    /// Where the admin listener is.
+    pub(crate) admin_addresses: Vec<String>,
+}
+
+/// What serves, and what is needed to stop it.
+pub(crate) struct App {
+    pub(crate) tasks: Tasks,
+    pub(crate) workers: worker::Status,
+    pub(crate) limits: Limits,
+    pub(crate) sockets: Sockets,
+    /// Where the public listens.
+    pub(crate) addresses: Vec<String>,
+    /// Lines for a person who started the program on a terminal.
+    pub(crate) announcements: Vec<String>,
+    closers: Vec<Closer>,
+    store: sql::Store,
+    data_dir: Arc<DataDir>,
+}
+
+/// Makes everything and opens the public listener. Runs on the runtime that serves.
+pub(crate) async fn boot(
+    mut plan: Plan,
+    modules: Vec<Configured>,
+    health: Health,
+    drain: Drain,
+) -> anyhow::Result<(App, Booted)> {
+    // A predecessor is asked to leave only when there is nothing left that the settings could have wrong.
+    let early = if plan.inheritance.succeeds() { Some(plan.listen().await?) } else { None };
+    let base = Base::open(&plan).await?;
+    let tasks = Tasks::new(drain.clone());
+    let host = mount::host(&plan, &base, &tasks, &health, &drain);
+    let mut mounted = Mounted::mount(host, modules, &mut plan, &base).await?;
+    let cpu = Cpu::start(plan.config.cpu).context("the threads for the processor cannot be started")?;
+    let server = match early {
+        Some(server) => server,
+        None => plan.listen().await?,
+    };
+    plan.inheritance.warn_of_the_rest();
+    let engine = Engine::prepare(&plan.config, &base, &mut mounted).await?;
+    let addresses = Addresses { server: server.addresses(), admin: plan.admin_addresses.clone() };
+    let written = format!("{}\n", serde_json::to_string(&addresses)?);
+    base.data_dir.write(data_dir::ADDRESSES, &written)?;
+
+    // Nothing below can fail: a job that is begun is not cut off by a boot that is not finished.
+    let (workers, books) = (engine.worker.status(), engine.books.clone());
+    let routes = openapi::with_description(std::mem::take(&mut mounted.routes));
+    let (connections, sockets) = (server.connections(), server.sockets());
+    let parts =
+        start::Parts { config: &plan.config, base: &base, tasks: &tasks, health: &health, drain: &drain };
+    let pools = parts.start(engine, &mounted);
+    let server = server.errors_readable_by(readers(&base.sites));
+    tasks.critical("http", server.run(routes, Some(cpu), drain));
+    info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
+
+    let booted = Booted {
+        access: base.access.clone(),
+        workers: workers.clone(),
+        status: mounted.status,
+        pools,
+        connections,
+        books,
+        keyring: base.keyring(&plan),
+        admin_read: mounted.admin_read,
+        admin_write: mounted.admin_write,
+    };
+    let announcements = match url(&addresses.server) {
+        Some(base) => mounted.announcements.iter().map(|line| line(&base)).collect(),
+        None => Vec::new(),
+    };
+    let app = App {
+        tasks,
+        workers,
+        limits: plan.config.limits,
+        sockets,
+        addresses: addresses.server,
+        announcements,
+        closers: mounted.closers,
+        store: base.store,
+        data_dir: base.data_dir,
+    };
+    Ok((app, booted))
+}
+
+impl Plan {
+    /// Opens the public listener.
+    async fn listen(&self) -> anyhow::Result<Server> {
+        Server::bind(self.config.server.clone(), &self.inheritance.sockets).await.map_err(|error| {
+            // One that is not taken over may be why.
+            self.inheritance.warn_of_the_rest();
+            not_opened(error, "server.listen")
+        })
+    }
+}
+
+/// Pages of these origins may read why a request was refused before it was routed.
+fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
+    let sites = sites.clone();
+    Arc::new(move |origin: &HeaderValue| {
+        origin.to_str().is_ok_and(|origin| sites.of_origin(origin).is_some())
+    })
+}
+
+/// Why a listener could not be opened, with the setting that says where it is to be.
+pub(crate) fn not_opened(error: BindError, setting: &'static str) -> anyhow::Error {
+    let is_taken =
+        matches!(&error, BindError::Address { source, .. } if source.kind() == io::ErrorKind::AddrInUse);
+    let remedy = match is_taken {
+        true => format!(
+            "{setting}: another program listens there (or a socket that was inherited for another address, which a warning names); stop it, or choose another address (--set {setting}=127.0.0.1:PORT)"
+        ),
+        false => format!("{setting}: the listener cannot be opened"),
+    };
+    anyhow::Error::from(error).context(remedy)
+}
+
+impl App {
+    /// Closes what serves nobody any more, and says whether it closed in time. It does not if every thread of
+    /// the serving runtime is blocked.
+    pub(crate) async fn close(self) -> bool {
+        self.data_dir.remove(data_dir::ADDRESSES);
+        let mut in_time = true;
+        for close in self.closers {
+            in_time &= tokio::time::timeout(CLOSE, close()).await.is_ok();
+        }
+        in_time & tokio::time::timeout(CLOSE, self.store.close()).await.is_ok()
+    }
+}

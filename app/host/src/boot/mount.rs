@@ -1,0 +1,109 @@
+//! The second stage: the modules join.
+
+use std::sync::{Arc, OnceLock};
+
+use anyhow::Context as _;
+use axum::Router;
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::Health;
+use perennial_runtime::tasks::Tasks;
+use perennial_workers::job::DEFAULT_QUEUE;
+use perennial_workers::{Registry, Schedule};
+use tracing::info;
+use utoipa_axum::router::OpenApiRouter;
+
+use super::Plan;
+use super::base::Base;
+use crate::module::{Announcement, Closer, Configured, Host, StatusFn};
+use crate::pause::{self, Pause, Why};
+use crate::{backup, jobs, maintenance};
+
+/// What the modules have handed in.
+pub(super) struct Mounted {
+    /// Routes of the public listener.
+    pub(super) routes: OpenApiRouter,
+    pub(super) registry: Arc<Registry>,
+    pub(super) schedules: Vec<Schedule>,
+    pub(super) status: Vec<(&'static str, StatusFn)>,
+    pub(super) announcements: Vec<Announcement>,
+    pub(super) closers: Vec<Closer>,
+    pub(super) admin_read: Router,
+    pub(super) admin_write: Router,
+    pub(super) pause: Pause,
+}
+
+impl Mounted {
+    /// Has each module hand in its parts, and adds those of the host.
+    pub(super) async fn mount(
+        mut host: Host,
+        modules: Vec<Configured>,
+        plan: &mut Plan,
+        base: &Base,
+    ) -> anyhow::Result<Self> {
+        maintenance::mount(&mut host, plan.config.retention)?;
+        for module in modules {
+            let name = module.name;
+            (module.mount)(&mut host)
+                .await
+                .with_context(|| format!("the module {name} cannot be mounted"))?;
+            info!(module = name, "mounted");
+        }
+        let files = std::mem::take(&mut plan.files);
+        let source = backup::Source::of(&plan.config.data_dir, &plan.config.store, files).ok();
+        host.admin_write(backup::admin_write(source));
+        let pause = pause(plan, base, &mut host).await?;
+        host.registry.check()?;
+        let kinds = Arc::new(OnceLock::new());
+        host.routes(jobs::routes(base.jobs.clone(), base.access.clone(), Arc::clone(&kinds)));
+        let registry = Arc::new(host.registry);
+        let _ = kinds.set(Arc::clone(&registry));
+        Ok(Self {
+            routes: host.routes,
+            registry,
+            schedules: host.schedules,
+            status: host.status,
+            announcements: host.announcements,
+            closers: host.closers,
+            admin_read: host.admin_read,
+            admin_write: host.admin_write,
+            pause,
+        })
+    }
+}
+
+/// The host as modules see it, with nothing handed in yet.
+pub(super) fn host(plan: &Plan, base: &Base, tasks: &Tasks, health: &Health, drain: &Drain) -> Host {
+    let mut registry = Registry::new();
+    registry.serve(DEFAULT_QUEUE, plan.config.slots);
+    Host {
+        store: base.store.clone(),
+        jobs: base.jobs.clone(),
+        access: base.access.clone(),
+        sites: base.sites.clone(),
+        caches: base.caches.clone(),
+        data_dir: Arc::clone(&base.data_dir),
+        drain: drain.clone(),
+        health: health.clone(),
+        tasks: tasks.clone(),
+        routes: OpenApiRouter::new(),
+        registry,
+        schedules: Vec::new(),
+        status: Vec::new(),
+        announcements: Vec::new(),
+        closers: Vec::new(),
+        admin_read: Router::new(),
+        admin_write: Router::new(),
+    }
+}
+
+/// Whether jobs and schedules rest, and the route that ends it.
+async fn pause(plan: &Plan, base: &Base, host: &mut Host) -> anyhow::Result<Pause> {
+    let why =
+        if plan.config.paused { Some(Why::Asked) } else { base.store.is_copy().await?.then_some(Why::Copy) };
+    let pause = Pause::new(why);
+    host.admin_write(pause::admin_write(pause.clone(), base.store.clone()));
+    if let Some(why) = pause.why() {
+        host.announce(move |_| why.reason().to_owned());
+    }
+    Ok(pause)
+}

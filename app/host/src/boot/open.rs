@@ -1,0 +1,91 @@
+//! The stores, and what hangs on them alone: for boot, and for commands that run while no server does.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use perennial_store::cache::{Bus, Caches};
+use perennial_store::pool::redis::Redis;
+use perennial_store::pool::sql::{self, Tables};
+use perennial_store::pool::sqlite::{self, Sqlite};
+use perennial_store::pool::{Url, postgres::Postgres, with_causes};
+use perennial_workers::outbox::{self, Outbox};
+use perennial_workers::store as workers;
+use perennial_workers::store::postgres::PostgresQueue;
+use perennial_workers::store::redis::RedisQueue;
+use perennial_workers::store::sqlite::SqliteQueue;
+
+use crate::access;
+use crate::config::{self, Config};
+use crate::data_dir::DataDir;
+
+/// How many writes may wait for the store's writer.
+const WRITE_QUEUE: usize = 4096;
+/// How long a caller waits for a commit: a disk that takes longer is out of order.
+const COMMIT_WAIT: Duration = Duration::from_secs(60);
+
+/// The tables of everything: those of the host, then those of each module.
+pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
+    [access::keys::TABLES, workers::TABLES, outbox::TABLES].into_iter().chain(modules).collect()
+}
+
+/// Opens the store.
+pub(crate) async fn store(data_dir: &DataDir, store: &config::Store) -> anyhow::Result<sql::Store> {
+    let opened = match store {
+        config::Store::Sqlite { file, readers, wait, statement_timeout } => {
+            let path = data_dir.join(file);
+            data_dir.lock_store(&path)?;
+            let config = sqlite::Config {
+                path,
+                readers: *readers,
+                write_queue: WRITE_QUEUE,
+                wait: *wait,
+                commit_wait: COMMIT_WAIT,
+            };
+            let opened =
+                Sqlite::open(config).await.map(|store| store.with_statement_timeout(*statement_timeout));
+            opened.map(sql::Store::Sqlite).map_err(sql::Error::from)
+        }
+        config::Store::Postgres(config) => {
+            let opened = Postgres::open(config.clone()).await.map(sql::Store::Postgres);
+            return opened.map_err(|error| not_usable("store.url: Postgres", &config.url, &error));
+        }
+    };
+    opened.context("the store cannot be opened")
+}
+
+/// Why a server cannot be used: one sentence that says which, where and why.
+fn not_usable(server: &str, url: &Url, error: &(dyn std::error::Error + 'static)) -> anyhow::Error {
+    anyhow::anyhow!("{server} at {} cannot be used: {}", url.place(), with_causes(error))
+}
+
+/// Opens the store of jobs; and the outbox, if that is another one than the store.
+pub(crate) async fn queue(
+    config: &Config,
+    store: &sql::Store,
+) -> anyhow::Result<(workers::Store, Option<Outbox>)> {
+    if let Some(config::RedisQueue { redis, prefix }) = &config.queue {
+        let opened = Redis::open(redis.clone()).await;
+        let redis = opened.map_err(|error| not_usable("queue.url: Redis", &redis.url, &error))?;
+        let outbox = Outbox::new(store.clone());
+        let queue = RedisQueue::with_outbox(redis, prefix, outbox.clone());
+        return Ok((workers::Store::Redis(queue), Some(outbox)));
+    }
+    let queue = match store {
+        sql::Store::Sqlite(sqlite) => workers::Store::Sqlite(SqliteQueue::new(sqlite.clone())),
+        sql::Store::Postgres(postgres) => workers::Store::Postgres(PostgresQueue::new(postgres.clone())),
+    };
+    Ok((queue, None))
+}
+
+/// The caches, which replicas forget together where they share a Redis.
+pub(crate) fn caches(queue: &workers::Store, config: &Config) -> Caches {
+    Caches::new(shared_redis(queue, config).map(|(redis, prefix)| Bus::new(redis, &prefix)))
+}
+
+/// The Redis that replicas share, if they do, and what its keys begin with.
+pub(super) fn shared_redis(queue: &workers::Store, config: &Config) -> Option<(Redis, String)> {
+    match (queue, &config.queue) {
+        (workers::Store::Redis(queue), Some(shared)) => Some((queue.redis().clone(), shared.prefix.clone())),
+        _ => None,
+    }
+}

@@ -1,0 +1,187 @@
+//! The tasks that work beside the public listener, once everything is made. Each has a name, an owner, and a stated death:
+//! one that is critical takes the process with it, one that is contained is started again.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::{Condition, Health, Policy};
+use perennial_runtime::tasks::Tasks;
+use perennial_store::pool::sql;
+use perennial_workers::admission::Admission;
+use perennial_workers::cron::{Crontab, tick, timer::Timer};
+use perennial_workers::outbox::Outbox;
+use perennial_workers::worker::Worker;
+use perennial_workers::{Queue as _, Registry, store, upkeep};
+use tracing::{info, warn};
+
+use super::PoolFn;
+use super::base::Base;
+use super::engine::Engine;
+use super::mount::Mounted;
+use crate::config::Config;
+use crate::pause::Pause;
+
+/// What they work with.
+pub(super) struct Parts<'a> {
+    pub(super) config: &'a Config,
+    pub(super) base: &'a Base,
+    pub(super) tasks: &'a Tasks,
+    pub(super) health: &'a Health,
+    pub(super) drain: &'a Drain,
+}
+
+impl Parts<'_> {
+    /// Starts all of them, and returns the pools for operators.
+    pub(super) fn start(&self, engine: Engine, mounted: &Mounted) -> Vec<PoolFn> {
+        let pools = self.start_pools();
+        self.start_caches();
+        let Self { config, tasks, health, drain, .. } = self;
+        let pressure = config.server.net.pressure.clone();
+        pressure.tell(health.dependency("memory", Policy::Required));
+        tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, (*drain).clone()));
+        let work = self.work(engine, &mounted.registry);
+        if let Some(why) = mounted.pause.why() {
+            warn!("{}", why.reason());
+            let condition = health.dependency("jobs", Policy::Degraded);
+            condition.unmet(why.reason());
+            tasks.critical("pause", work.start_after(mounted.pause.clone(), condition));
+        } else {
+            work.start();
+        }
+        pools
+    }
+
+    /// What runs jobs and schedules, for a task of its own.
+    fn work(&self, engine: Engine, registry: &Arc<Registry>) -> Work {
+        let Engine { worker, crontab, .. } = engine;
+        let Self { config, base, tasks, drain, .. } = *self;
+        Work {
+            lease: config.worker.lease,
+            upkeep: config.upkeep,
+            timer: Timer::new(crontab.clone(), config.cron.poll, worker.status(), drain.clone()),
+            ticked: config.cron.tick.then_some(crontab),
+            tasks: tasks.clone(),
+            drain: drain.clone(),
+            queue: base.queue.clone(),
+            outbox: base.outbox.clone(),
+            registry: Arc::clone(registry),
+            admission: base.admission.clone(),
+            worker,
+        }
+    }
+
+    /// What looks after connections.
+    fn start_pools(&self) -> Vec<PoolFn> {
+        let Self { config, tasks, health, drain, .. } = *self;
+        let mut pools: Vec<PoolFn> = vec![Arc::new({
+            let store = self.base.store.clone();
+            move || store.pool()
+        })];
+        match &self.base.store {
+            sql::Store::Sqlite(sqlite) => {
+                let (sqlite, drain) = (sqlite.clone(), drain.clone());
+                let condition = health.dependency("sqlite", config.store_policy);
+                tasks.contained("sqlite", move || sqlite.clone().tend(condition.clone(), drain.clone()));
+            }
+            sql::Store::Postgres(postgres) => {
+                let (postgres, drain) = (postgres.clone(), drain.clone());
+                let condition = health.dependency("postgres", config.store_policy);
+                tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
+            }
+        }
+        if let store::Store::Redis(queue) = &self.base.queue {
+            let (redis, drain) = (queue.redis().clone(), drain.clone());
+            let condition = health.dependency("redis", config.queue_policy);
+            let watched = redis.clone();
+            pools.push(Arc::new(move || ("redis", watched.status())));
+            tasks.contained("redis", move || redis.clone().tend(condition.clone(), drain.clone()));
+        }
+        pools
+    }
+
+    /// What keeps caches, and the keys in them, as they should be.
+    fn start_caches(&self) {
+        let Self { tasks, drain, base: Base { caches, access, .. }, .. } = *self;
+        tasks.contained("API keys", {
+            let (access, drain) = (access.clone(), drain.clone());
+            move || access.clone().tend(drain.clone())
+        });
+        tasks.critical("caches", caches.clone().tidy(drain.clone()));
+        if caches.is_shared() {
+            let (caches, drain) = (caches.clone(), drain.clone());
+            tasks.contained("cache bus", move || caches.clone().listen(drain.clone()));
+        }
+    }
+}
+
+/// What runs jobs and schedules, and by that sends.
+struct Work {
+    lease: Duration,
+    upkeep: upkeep::Config,
+    timer: Timer,
+    /// Where the tick writes down what is due, if it does.
+    ticked: Option<Crontab>,
+    tasks: Tasks,
+    drain: Drain,
+    queue: store::Store,
+    outbox: Option<Outbox>,
+    registry: Arc<Registry>,
+    admission: Admission,
+    worker: Worker<store::Store>,
+}
+
+impl Work {
+    /// Starts all of it when the pause has ended.
+    async fn start_after(self, pause: Pause, condition: Condition) -> anyhow::Result<()> {
+        let drain = self.drain.clone();
+        tokio::select! {
+            () = pause.ended() => {
+                take_over(&self.queue, &self.registry, self.lease).await?;
+                self.start();
+                condition.met();
+                drain.soft().await;
+            }
+            () = drain.soft() => {}
+        }
+        Ok(())
+    }
+
+    fn start(self) {
+        let Self { upkeep, timer, ticked, tasks, drain, queue, outbox, registry, admission, worker, .. } =
+            self;
+        tasks.critical("workers", worker.run(drain.clone()));
+        let upkeep = upkeep::run(queue.clone(), registry, admission, upkeep, drain.clone());
+        tasks.critical("upkeep of jobs", upkeep);
+        tasks.contained("wake-ups", {
+            let (queue, drain) = (queue.clone(), drain.clone());
+            move || {
+                let (queue, drain) = (queue.clone(), drain.clone());
+                async move { queue.listen(drain).await }
+            }
+        });
+        if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
+            let drain = drain.clone();
+            tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
+        }
+        if let Some(crontab) = ticked {
+            tasks.contained("cron tick", move || tick::run(crontab.clone(), drain.clone()));
+        }
+        tasks.critical("cron", timer.run());
+    }
+}
+
+/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
+/// that died.
+pub(super) async fn take_over(
+    queue: &store::Store,
+    registry: &Registry,
+    lease: Duration,
+) -> anyhow::Result<()> {
+    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
+    if sqlite.end_leases().await? > 0 {
+        info!("the last process did not stop in order: taking over its jobs");
+        upkeep::rescue(queue, registry, lease).await?;
+    }
+    Ok(())
+}

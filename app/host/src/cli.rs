@@ -1,0 +1,192 @@
+//! The command line.
+
+mod adopt;
+mod backup;
+mod check;
+mod cron;
+mod health;
+mod jobs;
+mod keys;
+mod pages;
+mod resume;
+mod serve;
+mod top;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use axum::{Extension, Router};
+use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::access::Scopes;
+use crate::admin::jobs::Books;
+use crate::admin::{self, schedules};
+use crate::command::output::done;
+use crate::command::{Context, Offline, block_on};
+use crate::module::Blueprint;
+use crate::settings::{Problems, Sources, masked_words};
+
+/// A long-lived application server: requests, jobs and web push in one process.
+#[derive(Debug, Parser)]
+#[command(
+    name = "perennial",
+    version,
+    after_help = "Examples:
+  perennial                             serve from ./perennial-data
+  perennial serve --dev                 try everything on this machine
+  perennial check --changed             what is set, and where
+  perennial notify --all --title Hello  send, and follow to the end
+  perennial jobs list --state dead      what was given up, and why"
+)]
+struct Cli {
+    #[command(flatten)]
+    settings: SettingsArgs,
+    #[command(subcommand)]
+    command: Option<Command>,
+}
+
+/// Where settings come from, for every command.
+#[derive(Args, Clone, Debug)]
+struct SettingsArgs {
+    /// A TOML file with settings
+    #[arg(long, global = true, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One setting; may be given several times
+    #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
+    set: Vec<String>,
+    /// Answer in JSON, an object for each line of a list; errors too
+    #[arg(long, global = true)]
+    json: bool,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Serve until SIGTERM or Ctrl-C (what happens without a command)
+    Serve(serve::Serve),
+    /// Check the settings and print those in effect, and where each came from
+    Check(check::Check),
+    /// The keys: VAPID and API
+    #[command(subcommand)]
+    Keys(keys::Keys),
+    /// Bring the tables of the store up to date, and do nothing else
+    #[command(after_help = "Example:\n  perennial migrate --config /etc/perennial.toml")]
+    Migrate,
+    /// Move everything from an embedded store to the Postgres server that the settings name
+    Adopt(adopt::Adopt),
+    /// Let jobs and schedules run that rest: in a server that was started with --paused, or on a store that is a copy
+    Resume(resume::Resume),
+    /// Copy the embedded store and the keys, also while a server runs
+    Backup(backup::Backup),
+    /// Ask the running server whether it is ready; the exit code says it
+    Health(health::Health),
+    /// Jobs: look at them, and act on those that have ended
+    #[command(subcommand)]
+    Jobs(jobs::Jobs),
+    /// Schedules: look at them, run one now, pause and resume them
+    #[command(subcommand)]
+    Cron(cron::Cron),
+    /// Show what the running server does, each second anew
+    Top(top::Top),
+    /// Print a completion script for a shell
+    Completions(pages::Completions),
+    /// Print or write the manual pages
+    Man(pages::Man),
+}
+
+/// The command line: the host's commands, and those of the modules.
+fn definition(modules: &[Blueprint]) -> clap::Command {
+    let scopes = Scopes::new(modules.iter().flat_map(|module| module.scopes.iter().cloned()));
+    let scopes = format!("What for: {}; all of them without this", scopes.words());
+    let host = Cli::command().mut_subcommand("keys", |keys| {
+        keys.mut_subcommand("add", |add| add.mut_arg("scopes", |argument| argument.help(scopes)))
+    });
+    modules.iter().fold(host, |command, module| (module.commands)().define(command))
+}
+
+/// Does what the command line says. Exit codes: 0 well done, 1 failed, 2 not understood or bad settings.
+pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
+    let matches = match definition(modules).try_get_matches() {
+        Ok(matches) => matches,
+        Err(error) if error.use_stderr() && error.to_string().contains("://") => {
+            eprint!("{}", masked_words(&error.to_string()));
+            return ExitCode::from(2);
+        }
+        Err(error) => error.exit(),
+    };
+    let settings = SettingsArgs::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+    let json = settings.json;
+    let sources = Sources { file: settings.config, set: settings.set, ..Sources::from_environment() };
+    let of_module = modules.iter().find_map(|module| (module.commands)().asked(&matches));
+    let result = match of_module {
+        Some((run, matches)) => Context::read(json, &sources, modules)
+            .map_err(Into::into)
+            .and_then(|context| run(matches, &context)),
+        None => {
+            let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
+            match cli.command.unwrap_or(Command::Serve(serve::Serve::default())) {
+                Command::Serve(serve) => return serve.run(&matches, &sources, modules),
+                Command::Check(check) => return check.run(json, &sources, modules),
+                Command::Completions(completions) => completions.run(definition(modules)),
+                Command::Man(man) => man.run(definition(modules)),
+                command => Context::read(json, &sources, modules)
+                    .map_err(Into::into)
+                    .and_then(|context| command.run(&context)),
+            }
+        }
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if json && !error.is::<clap::Error>() => {
+            eprintln!("{}", serde_json::json!({ "error": format!("{error:#}") }));
+            exit_code(&error)
+        }
+        Err(error) => report(&error),
+    }
+}
+
+/// Prints an error for a person.
+fn report(error: &anyhow::Error) -> ExitCode {
+    if let Some(misused) = error.downcast_ref::<clap::Error>() {
+        let _ = misused.print();
+        return ExitCode::from(2);
+    }
+    eprintln!("perennial: {error:#}");
+    exit_code(error)
+}
+
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
+}
+
+impl Command {
+    fn run(self, context: &Context) -> anyhow::Result<()> {
+        match self {
+            Self::Keys(keys) => keys.run(context),
+            Self::Migrate => migrate(context),
+            Self::Adopt(adopt) => adopt.run(context),
+            Self::Resume(resume) => resume.run(context),
+            Self::Backup(backup) => backup.run(context),
+            Self::Health(health) => health.run(context),
+            Self::Jobs(jobs) => jobs.run(context),
+            Self::Cron(cron) => cron.run(context),
+            Self::Top(top) => top.run(context),
+            Self::Serve(_) | Self::Check(_) | Self::Completions(_) | Self::Man(_) => Ok(()),
+        }
+    }
+}
+
+/// Routes about jobs and schedules, on the store.
+async fn books(offline: Offline) -> anyhow::Result<Router> {
+    let routes = admin::jobs::admin_read().merge(admin::jobs::admin_write());
+    let routes = routes.merge(schedules::admin_read()).merge(schedules::admin_write());
+    Ok(routes.layer(Extension(Books::alone(offline.jobs))))
+}
+
+/// Does what a boot does first, so that the boots of many replicas find it done.
+fn migrate(context: &Context) -> anyhow::Result<()> {
+    block_on(async {
+        let (_data_dir, store) = context.open_alone().await?;
+        store.close().await;
+        done(context.json, &serde_json::json!({ "migrated": true }), "the tables are up to date\n")
+    })?
+}

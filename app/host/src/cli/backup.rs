@@ -1,0 +1,41 @@
+//! `perennial backup`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use serde_json::json;
+
+use crate::backup::Source;
+use crate::command::Context;
+use crate::command::output::done;
+use crate::data_dir;
+
+#[derive(Args, Debug)]
+#[command(after_help = "Example:\n  perennial backup /var/backups/perennial-$(date +%F)")]
+pub(super) struct Backup {
+    /// A directory that is not there yet
+    directory: PathBuf,
+}
+
+impl Backup {
+    /// Reads the store itself, also while a server runs: a long copy keeps nobody waiting.
+    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+        data_dir::check_access(context.data_dir())?;
+        let files = context.files();
+        let originals: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
+        let copied =
+            Source::of(context.data_dir(), &context.config.store, files)?.copy_to(&self.directory)?;
+        let remark = match originals.as_slice() {
+            [] => String::new(),
+            names => format!("; there is no other copy of {}", names.join(", ")),
+        };
+        let words = format!(
+            "{}: {} ({} bytes)\nTo restore it, start with it as data_dir{remark}.\nIt sends nothing until `perennial resume` says that it takes the place of the original.\n",
+            copied.directory.display(),
+            copied.files.join(", "),
+            copied.bytes
+        );
+        let told = json!({ "directory": copied.directory, "files": copied.files, "bytes": copied.bytes });
+        done(context.json, &told, &words)
+    }
+}

@@ -1,0 +1,45 @@
+//! `perennial health`.
+
+use std::time::Duration;
+
+use anyhow::bail;
+use clap::Args;
+use http::Method;
+
+use crate::addresses::Addresses;
+use crate::command::{Client, Context, block_on, print};
+
+/// Probes are answered at once, or the process is in trouble.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+#[derive(Args, Debug)]
+pub(super) struct Health {
+    /// Ask whether it is alive, instead of ready
+    #[arg(long)]
+    live: bool,
+}
+
+impl Health {
+    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+        let base = Addresses::of_running(context.data_dir())?.admin_url()?;
+        let client = Client::new(&base, None, TIMEOUT)?;
+        let path = if self.live { "/livez" } else { "/readyz" };
+        let answer = block_on(client.ask(Method::GET, path, None, None))??;
+        if context.json {
+            print(&format!("{}\n", answer.body))?;
+            return if answer.status.is_success() { Ok(()) } else { bail!("not ready") };
+        }
+        let reasons = answer.body["reasons"].as_array().into_iter().flatten();
+        let reasons: Vec<_> = reasons.filter_map(|reason| reason.as_str()).collect();
+        if answer.status.is_success() {
+            // What is away while all is well is said beside it.
+            let but = if reasons.is_empty() {
+                String::new()
+            } else {
+                format!(", degraded: {}", reasons.join(", "))
+            };
+            return print(&format!("ok{but}\n"));
+        }
+        bail!("{}: {}", answer.status, reasons.join(", "))
+    }
+}

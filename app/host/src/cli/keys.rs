@@ -1,0 +1,296 @@
+//! `perennial keys`.
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::path::PathBuf;
+
+use anyhow::{Context as _, bail};
+use axum::{Extension, Router};
+use clap::Subcommand;
+use http::Method;
+use serde_json::{Value, json};
+
+use crate::access::{self, first};
+use crate::admin::keys::{self, Keyring};
+use crate::command::arguments::whole;
+use crate::command::output::{done, json_lines, leads_nowhere, say, table, utc};
+use crate::command::{AdminBackend, Context, Offline, block_on, print};
+use crate::config::Store;
+use crate::data_dir::{self, ADMIN_TOKEN, API_KEY};
+use crate::sites;
+
+#[derive(Debug, Subcommand)]
+#[command(after_help = "Examples:
+  perennial keys show
+  perennial keys add backend --scopes notify,read --per-minute 600
+  perennial keys list")]
+pub(super) enum Keys {
+    /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
+    Generate,
+    /// Say where the keys are, and show the public halves of those that have one
+    Show,
+    /// API keys in the store, and what they may be used for
+    #[command(after_help = "Example:\n  perennial keys list --json")]
+    List,
+    /// Make an API key, and print it: it is stored nowhere
+    #[command(
+        after_help = "Examples:\n  perennial keys add backend --scopes notify,read --per-minute 600\n  perennial keys add partner --site shop --scopes notify --expires-in 720h"
+    )]
+    Add(Add),
+    /// Make another API key in the place of one, and print it; the old one goes on being good for a while
+    #[command(after_help = "Example:\n  perennial keys replace backend --overlap 1h")]
+    Replace(Replace),
+    /// End an API key now
+    #[command(after_help = "Example:\n  perennial keys revoke backend")]
+    Revoke(Named),
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Named {
+    /// What it is called
+    name: String,
+    /// Of which site
+    #[arg(long, default_value = sites::DEFAULT)]
+    site: String,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Add {
+    #[command(flatten)]
+    named: Named,
+    /// What for; everything without this
+    #[arg(long, value_delimiter = ',')]
+    scopes: Option<Vec<String>>,
+    /// How many requests a minute
+    #[arg(long, value_name = "NUMBER", value_parser = whole::<u32>)]
+    per_minute: Option<u32>,
+    /// When it ends, such as 720h; never without this
+    #[arg(long, value_name = "DURATION")]
+    expires_in: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(super) struct Replace {
+    #[command(flatten)]
+    named: Named,
+    /// How long the old one is good
+    #[arg(long, default_value = "24h", value_name = "DURATION")]
+    overlap: String,
+    /// When the new one ends, such as 720h; with the old one's end, if it has one, without this
+    #[arg(long, value_name = "DURATION")]
+    expires_in: Option<String>,
+}
+
+impl Keys {
+    pub(super) fn run(self, context: &Context) -> anyhow::Result<()> {
+        data_dir::check_access(context.data_dir())?;
+        if matches!(self, Self::Add(_) | Self::Replace(_)) && leads_nowhere() {
+            bail!("standard output leads nowhere: the key, which is shown once, would be lost");
+        }
+        match self {
+            Self::Show => show(context),
+            Self::Generate if context.is_running() => {
+                show(context)?;
+                if key_files(context).iter().any(KeyFile::is_missing) {
+                    bail!("a server runs on {}; stop it to have a key made", context.data_dir().display());
+                }
+                Ok(())
+            }
+            Self::Generate => block_on(generate(context))?,
+            asked => block_on(
+                context.with_backend(keyring, async |backend| asked.answer(context.json, backend).await),
+            )?,
+        }
+    }
+
+    async fn answer(self, json: bool, backend: &AdminBackend) -> anyhow::Result<()> {
+        let named = match &self {
+            Self::Add(Add { named, .. }) | Self::Replace(Replace { named, .. }) | Self::Revoke(named) => {
+                Some(named)
+            }
+            _ => None,
+        };
+        if named.is_some_and(|named| !access::keys::is_name(&named.name)) {
+            bail!("NAME: wanted {}", access::keys::NAME_WANTED);
+        }
+        match self {
+            Self::List => list(json, &backend.call(Method::GET, "/keys", None).await?),
+            Self::Add(Add { named, scopes, per_minute, expires_in }) => {
+                let Named { name, site } = named;
+                let mut body = json!({ "name": name, "site": site, "scopes": scopes,
+                                       "per_minute": per_minute, "expires_in": expires_in });
+                if let Some(fields) = body.as_object_mut() {
+                    fields.retain(|_, value| !value.is_null());
+                }
+                let answer = backend.call(Method::POST, "/keys", Some(&body)).await?;
+                let Err(error) = made(json, &answer) else { return Ok(()) };
+                // It is stored nowhere, so that nobody could ever use it, or end it by itself.
+                let path = format!("/keys/{name}/revoke");
+                backend.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
+                Err(error.context("the key could not be printed, and was withdrawn"))
+            }
+            Self::Replace(Replace { named: Named { name, site }, overlap, expires_in }) => {
+                let mut body = json!({ "site": site, "overlap": &overlap });
+                if let Some(life) = expires_in {
+                    body["expires_in"] = life.into();
+                }
+                let answer =
+                    backend.call(Method::POST, &format!("/keys/{name}/replace"), Some(&body)).await?;
+                made(json, &answer).with_context(|| format!("the new key of {name} could not be printed, so that it is in no hands; the old one is good for {overlap}: replace it again before"))
+            }
+            Self::Revoke(Named { name, site }) => {
+                let path = format!("/keys/{name}/revoke");
+                backend.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
+                let words = format!(
+                    "{name} has ended. Where replicas share no Redis, one that has just seen it takes it for 15 s more.\n"
+                );
+                done(json, &json!({ "name": name, "site": site, "revoked": true }), &words)
+            }
+            Self::Generate | Self::Show => Ok(()),
+        }
+    }
+}
+
+/// Nothing but the key goes to standard output, so that it can be put where it belongs.
+fn made(json: bool, answer: &Value) -> anyhow::Result<()> {
+    let text = if json {
+        format!("{answer}\n")
+    } else {
+        let ends = match &answer["ends_at"] {
+            Value::Null => String::new(),
+            at => format!(", and ends at {}", utc(at)),
+        };
+        eprintln!("This key is shown once, is stored nowhere{ends}:");
+        format!("{}\n", answer["key"].as_str().unwrap_or_default())
+    };
+    // A pipe that nobody reads is no place for a key that is shown once.
+    let mut out = std::io::stdout().lock();
+    Ok(out.write_all(text.as_bytes()).and_then(|()| out.flush())?)
+}
+
+fn list(json: bool, keys: &Value) -> anyhow::Result<()> {
+    let keys = keys.as_array().map(Vec::as_slice).unwrap_or_default();
+    if json {
+        return print(&json_lines(keys));
+    }
+    let row = |key: &Value| {
+        let word = |field: &str| key[field].as_str().unwrap_or_default().to_owned();
+        let scopes: Vec<&str> =
+            key["scopes"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
+        let limit = key["per_minute"].as_u64().map_or("no limit".to_owned(), |limit| limit.to_string());
+        let ends = match (&key["ends_at"], key["has_ended"] == true) {
+            (Value::Null, _) => "never".to_owned(),
+            (at, true) => format!("{} (ended)", utc(at)),
+            (at, false) => utc(at),
+        };
+        [word("site"), word("name"), scopes.join(","), limit, ends]
+    };
+    print(&table(["SITE", "NAME", "SCOPES", "PER MINUTE", "ENDS"], keys.iter().map(row)))
+}
+
+/// Routes about API keys, on the store.
+async fn keyring(offline: Offline) -> anyhow::Result<Router> {
+    let (sites, caches) = (offline.sites().await?, offline.caches());
+    let keyring = Keyring { scopes: offline.scopes().clone(), store: offline.store, sites, caches };
+    Ok(keys::admin_read().merge(keys::admin_write()).layer(Extension(keyring)))
+}
+
+async fn generate(context: &Context) -> anyhow::Result<()> {
+    let config = &context.config;
+    let (data_dir, store) = context.open_alone().await?;
+    // Who has keys in files needs none in the store.
+    let needs_one = !access::keys::exist(&store).await? || !data_dir.join(API_KEY).exists();
+    if config.key_files.is_empty() && needs_one {
+        first::make_api_key(&data_dir, &store, &config.scopes).await?;
+    }
+    first::make(&data_dir, &store, &config.scopes, true).await?;
+    let sites = config.sites.clone().open(&store).await?;
+    let mut shown = Vec::new();
+    for module in &context.modules {
+        shown.extend((module.keys)(context.settings(), &sites, &data_dir, &store).await?);
+    }
+    store.close().await;
+    if !context.json {
+        for (label, value) in shown {
+            say!("{label:<18}  {value}");
+        }
+    }
+    show(context)
+}
+
+/// A file that keys are in.
+struct KeyFile {
+    label: String,
+    path: PathBuf,
+    public: fn(&str) -> Option<String>,
+    /// Whether the store has the key unless the file is there.
+    is_in_store: bool,
+    loss: Option<&'static str>,
+}
+
+impl KeyFile {
+    /// The part of it that everybody may see.
+    fn public(&self) -> Option<String> {
+        (self.public)(&std::fs::read_to_string(&self.path).ok()?)
+    }
+
+    fn is_missing(&self) -> bool {
+        !self.path.exists() && !self.is_in_store
+    }
+
+    fn json(&self) -> Value {
+        let mut shown = json!({ "key": self.label, "file": self.path, "exists": self.path.exists() });
+        if let Some(public) = self.public() {
+            shown["public"] = public.into();
+        }
+        shown
+    }
+
+    /// Lines of what it is and where: never the secrets themselves.
+    fn lines(&self) -> Vec<(String, String)> {
+        let Self { label, path, is_in_store, .. } = self;
+        let place = match (path.exists(), is_in_store) {
+            (true, _) => "",
+            (false, true) => "in the store, unless there is ",
+            (false, false) => "none yet: ",
+        };
+        let public = self.public().map(|key| (format!("{label}, public"), key));
+        public.into_iter().chain([(label.clone(), format!("{place}{}", path.display()))]).collect()
+    }
+}
+
+/// The files of the modules, and those of the host.
+fn key_files(context: &Context) -> Vec<KeyFile> {
+    let is_in_store = matches!(context.config.store, Store::Postgres(_));
+    let of_modules = context.files().into_iter().map(|file| KeyFile {
+        label: file.label,
+        path: context.data_dir().join(file.file),
+        public: file.public,
+        is_in_store,
+        loss: Some(file.loss),
+    });
+    let own = [("API key", API_KEY), ("admin token", ADMIN_TOKEN)].map(|(label, file)| KeyFile {
+        label: label.to_owned(),
+        path: context.data_dir().join(file),
+        public: |_| None,
+        is_in_store: false,
+        loss: None,
+    });
+    of_modules.chain(own).collect()
+}
+
+fn show(context: &Context) -> anyhow::Result<()> {
+    let files = key_files(context);
+    if context.json {
+        return print(&json_lines(&files.iter().map(KeyFile::json).collect::<Vec<_>>()));
+    }
+    let lines: Vec<(String, String)> = files.iter().flat_map(KeyFile::lines).collect();
+    let width = lines.iter().map(|(label, _)| label.chars().count()).max().unwrap_or_default();
+    for (label, value) in lines {
+        say!("{label:<width$}  {value}");
+    }
+    for loss in files.iter().filter_map(|file| file.loss).collect::<BTreeSet<_>>() {
+        say!("{loss}");
+    }
+    Ok(())
+}

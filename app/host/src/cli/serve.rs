@@ -1,0 +1,397 @@
+//! `perennial serve`: two runtimes, and who does what on them.
+//!
+//! The *control* runtime is this thread. It handles signals, answers the admin listener, and stops the
+//! process: it goes on when every thread of the other one is blocked. The *serving* runtime has all the
+//! others: it boots, and then runs requests and jobs.
+
+use std::io::{IsTerminal, Write};
+use std::pin::pin;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{ArgMatches, Args};
+use parking_lot::Mutex;
+use perennial_runtime::drain::{self, Drain, Phase};
+use perennial_runtime::health::Health;
+use perennial_runtime::metrics::Metrics;
+use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::tasks::Tasks;
+use perennial_runtime::telemetry::Telemetry;
+use perennial_server::http::Server;
+use perennial_server::net::Sockets;
+use tokio::runtime::{Builder, Runtime};
+use tokio::task::{JoinHandle, JoinSet};
+use tracing::{error, info, warn};
+
+use super::report;
+use crate::admin::{Admin, Booted};
+use crate::boot::{self, App, Plan};
+use crate::command::{Beside, Context, load, read};
+use crate::config::{self, Config};
+use crate::module::{Blueprint, Configured};
+use crate::settings::{Reader, Settings, Sources};
+use crate::stop::{Reason, stop};
+use crate::succession::{self, Inheritance};
+use crate::supervisor;
+
+/// How long the threads of the serving runtime may take to end after everything on them has.
+const THREADS: Duration = Duration::from_secs(1);
+
+#[derive(Args, Debug, Default)]
+pub(super) struct Serve {
+    /// Run no jobs and no schedules, and so send nothing, until `perennial resume`
+    #[arg(long)]
+    paused: bool,
+}
+
+impl Serve {
+    /// Serves; `matches` are those of the whole command line.
+    pub(super) fn run(&self, matches: &ArgMatches, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
+        let control = match Builder::new_current_thread().enable_all().build() {
+            Ok(control) => control,
+            Err(error) => return report(&error.into()),
+        };
+        let served = control.block_on(async {
+            // Until the handlers are there, SIGTERM is sudden death.
+            let signals = Signals::install().context("the signal handlers cannot be installed")?;
+            match self.open_companion(matches, sources, modules).await? {
+                Some((sources, beside)) => self.serve_beside(&sources, modules, beside, signals).await,
+                None => Ok(prepare(self, sources, modules)?.run(signals).await),
+            }
+        });
+        match served {
+            Ok((code, serving)) => {
+                if let Some(serving) = serving {
+                    serving.shutdown_timeout(THREADS);
+                }
+                code
+            }
+            Err(error) => report(&error),
+        }
+    }
+
+    /// Opens what a flag wants beside the server, and returns the sources with the settings that the server needs for it.
+    async fn open_companion(
+        &self,
+        matches: &ArgMatches,
+        sources: &Sources,
+        modules: &[Blueprint],
+    ) -> anyhow::Result<Option<(Sources, Beside)>> {
+        let Some(("serve", matches)) = matches.subcommand() else { return Ok(None) };
+        for companion in modules.iter().filter_map(|module| (module.commands)().companion()) {
+            let context = Context::read(false, sources, modules)?;
+            if let Some(opening) = (companion.open)(matches, &context)? {
+                let beside = opening.await?;
+                let needed = Some((companion.flag, beside.settings.clone()));
+                return Ok(Some((Sources { companion: needed, ..sources.clone() }, beside)));
+            }
+        }
+        Ok(None)
+    }
+
+    /// Serves with a companion, which ends after the server.
+    async fn serve_beside(
+        &self,
+        sources: &Sources,
+        modules: &[Blueprint],
+        beside: Beside,
+        signals: Signals,
+    ) -> anyhow::Result<Served> {
+        let prepared = prepare(self, sources, modules)?;
+        (beside.announce)();
+        let (trigger, drain) = drain::channel();
+        let mut companion = JoinSet::new();
+        companion.spawn((beside.run)(drain));
+        let served = prepared.run(signals).await;
+        trigger.advance(Phase::Hard);
+        companion.shutdown().await;
+        Ok(served)
+    }
+}
+
+/// How it went, and the runtime that served: it must not be dropped on another one.
+type Served = (ExitCode, Option<Runtime>);
+
+/// Everything that must be right before anything is touched.
+struct Prepared {
+    sources: Sources,
+    modules: Vec<Blueprint>,
+    settings: Settings,
+    config: Config,
+    configured: Vec<Configured>,
+    telemetry: Arc<Telemetry>,
+    metrics: Metrics,
+    serving: Runtime,
+}
+
+fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Prepared> {
+    let settings = load(sources, modules);
+    let (mut config, configured) = read(&settings, modules)?;
+    let telemetry = Arc::new(Telemetry::install(&config.telemetry)?);
+    config.server.access_log = telemetry.json_lines();
+    config.paused = command.paused;
+    let metrics = Metrics::install()?;
+    perennial_server::metrics::describe();
+    perennial_store::metrics::describe();
+    perennial_workers::metrics::describe();
+    raise_file_limit();
+    for note in &config.notes {
+        warn!(note, "a setting needs attention");
+    }
+    let serving = Builder::new_multi_thread()
+        .worker_threads(config.threads)
+        .thread_name("serving")
+        .enable_all()
+        .build()
+        .context("the threads cannot be started")?;
+    let (sources, modules) = (sources.clone(), modules.to_vec());
+    Ok(Prepared { sources, modules, settings, config, configured, telemetry, metrics, serving })
+}
+
+impl Prepared {
+    /// Serves until somebody says stop.
+    async fn run(self, mut signals: Signals) -> Served {
+        let Self { sources, modules, settings, config, configured, telemetry, metrics, serving } = self;
+        let health = Health::new(config.health);
+        let running = Arc::new(Mutex::new(settings));
+        // What must go on while everything else stops.
+        let (last, at_last) = drain::channel();
+        let control = Control {
+            background: Tasks::new(at_last.clone()),
+            drain: at_last,
+            health: health.clone(),
+            metrics,
+            telemetry: Arc::clone(&telemetry),
+            running: Arc::clone(&running),
+        };
+        let opened = async {
+            let inheritance = Inheritance::take()?;
+            let admin = control.open_admin(&config, &inheritance, &serving).await?;
+            anyhow::Ok((inheritance, admin))
+        };
+        let (inheritance, admin) = match opened.await {
+            Ok(opened) => opened,
+            Err(error) => return (failed(&error), Some(serving)),
+        };
+        let phases = config.phases;
+        let plan = Plan {
+            config,
+            tables: boot::open::tables(modules.iter().map(|module| module.tables)),
+            files: modules.iter().flat_map(|module| (module.files)(&running.lock())).collect(),
+            inheritance,
+            admin_addresses: admin.addresses,
+        };
+        let (trigger, drain) = drain::channel();
+        let booting = serving.spawn(boot::boot(plan, configured, health.clone(), drain));
+        let code = match booted(booting, &mut signals).await {
+            Err(code) => code,
+            Ok((app, booted)) => {
+                admin.known.booted(booted);
+                health.started();
+                supervisor::ready(&app.addresses.join(", "));
+                greet(&app);
+                let reload = || {
+                    supervisor::reloading();
+                    app.sockets.renew_certificate();
+                    reload(&sources, &modules, &running, &telemetry);
+                    supervisor::reloaded();
+                };
+                let sockets = [app.sockets.clone(), admin.sockets];
+                let reason = serve_until(&app, &control.background, &sockets, &mut signals, reload).await;
+                if reason == Reason::Succession {
+                    sockets.iter().for_each(Sockets::handed_over);
+                }
+                stop(app, phases, &health, &trigger, &mut signals, reason).await
+            }
+        };
+        last.advance(Phase::Hard);
+        if tokio::time::timeout(THREADS, control.background.ended()).await.is_err() {
+            warn!(tasks = ?control.background.abort(), "left behind");
+        }
+        (code, Some(serving))
+    }
+}
+
+/// What runs on the control runtime, from before boot until after the stop.
+struct Control {
+    background: Tasks,
+    /// Hard when everything else has ended.
+    drain: Drain,
+    health: Health,
+    metrics: Metrics,
+    telemetry: Arc<Telemetry>,
+    /// The settings in force.
+    running: Arc<Mutex<Settings>>,
+}
+
+/// The admin listener, which is open.
+struct OpenAdmin {
+    known: Admin,
+    sockets: Sockets,
+    addresses: Vec<String>,
+}
+
+impl Control {
+    /// Opens the admin listener, and starts what looks after the process.
+    async fn open_admin(
+        &self,
+        config: &Config,
+        inheritance: &Inheritance,
+        serving: &Runtime,
+    ) -> anyhow::Result<OpenAdmin> {
+        let Self { background, drain, health, metrics, telemetry, running } = self;
+        let admin = Server::bind(config.admin.clone(), &inheritance.sockets).await.map_err(|error| {
+            inheritance.warn_of_the_rest();
+            boot::not_opened(error, "admin.listen")
+        })?;
+        let known = Admin::new(
+            health.clone(),
+            metrics.clone(),
+            Arc::clone(telemetry),
+            Arc::clone(running),
+            &config.admin.net.listen,
+            admin.connections(),
+        );
+        let open = OpenAdmin { known: known.clone(), sockets: admin.sockets(), addresses: admin.addresses() };
+        background.critical("admin", admin.run(known.router(), None, drain.clone()));
+        background.contained("metrics upkeep", {
+            let (metrics, drain) = (metrics.clone(), drain.clone());
+            move || metrics.clone().upkeep(drain.clone())
+        });
+        {
+            let _on_serving = serving.enter();
+            let (health, drain) = (health.clone(), drain.clone());
+            background.contained("heartbeat", move || health.clone().heartbeat(drain.clone()));
+        }
+        background.critical("watchdog", supervisor::watchdog(health.clone(), drain.clone()));
+        Ok(open)
+    }
+}
+
+/// Waits until boot has ended. A signal before that, or an error, ends the process with this exit code.
+async fn booted(
+    mut booting: JoinHandle<anyhow::Result<(App, Booted)>>,
+    signals: &mut Signals,
+) -> Result<(App, Booted), ExitCode> {
+    let booted = tokio::select! {
+        booted = &mut booting => booted,
+        signal = first_stop(signals) => {
+            info!(?signal, "stopped while booting");
+            booting.abort();
+            return Err(ExitCode::SUCCESS);
+        }
+    };
+    match booted {
+        Err(panic) => Err(failed(&panic.into())),
+        Ok(booted) => booted.map_err(|error| failed(&error)),
+    }
+}
+
+/// Boot could not be finished. A filter that lets no errors through must not hide that.
+fn failed(error: &anyhow::Error) -> ExitCode {
+    if !tracing::enabled!(tracing::Level::ERROR) {
+        eprintln!("perennial: boot failed: {error:#}");
+    }
+    error!(error = format!("{error:#}"), "boot failed");
+    ExitCode::FAILURE
+}
+
+/// Waits for a reason to leave.
+async fn serve_until(
+    app: &App,
+    background: &Tasks,
+    sockets: &[Sockets],
+    signals: &mut Signals,
+    reload: impl Fn(),
+) -> Reason {
+    let terminal = Terminal::now();
+    let mut reached = pin!(app.limits.reached(&app.workers));
+    loop {
+        tokio::select! {
+            death = app.tasks.died() => return Reason::Death(death),
+            death = background.died() => return Reason::Death(death),
+            reached = &mut reached => return Reason::Limit(reached),
+            signal = signals.next() => match signal {
+                // The terminal that it was started on has been closed.
+                Signal::Reload if terminal.has_gone() => return Reason::Signal(Signal::Interrupt),
+                Signal::Reload => reload(),
+                Signal::Succeed => {
+                    // Whoever wants it to stop does not wait for a successor, which then ends, too.
+                    let begun = tokio::select! {
+                        begun = succession::begin(sockets) => begun,
+                        signal = first_stop(signals) => return Reason::Signal(signal),
+                        death = app.tasks.died() => return Reason::Death(death),
+                        death = background.died() => return Reason::Death(death),
+                    };
+                    match begun {
+                        Ok(()) => return Reason::Succession,
+                        Err(error) => error!(error = format!("{error:#}"), "no successor; going on"),
+                    }
+                }
+                signal => return Reason::Signal(signal),
+            },
+        }
+    }
+}
+
+/// Whether there is a person at standard error.
+#[derive(Clone, Copy, Debug)]
+struct Terminal(bool);
+
+impl Terminal {
+    fn now() -> Self {
+        Self(std::io::stderr().is_terminal())
+    }
+
+    /// Whether there was one and is none any more: a terminal that is closed sends SIGHUP, too.
+    fn has_gone(self) -> bool {
+        self.0 && !std::io::stderr().is_terminal()
+    }
+}
+
+async fn first_stop(signals: &mut Signals) -> Signal {
+    loop {
+        match signals.next().await {
+            Signal::Reload | Signal::Succeed => info!("nothing can be reloaded or handed over now"),
+            signal => return signal,
+        }
+    }
+}
+
+/// SIGHUP: reads the settings again, applies what can be applied, and says what could not.
+fn reload(sources: &Sources, modules: &[Blueprint], running: &Mutex<Settings>, telemetry: &Telemetry) {
+    let settings = load(sources, modules);
+    let mut reader = Reader::new(&settings);
+    let config = config::telemetry(&mut reader);
+    if let Err(problems) = reader.finish() {
+        if !tracing::enabled!(tracing::Level::ERROR) {
+            eprintln!("perennial: nothing was reloaded: {problems}");
+        }
+        return error!(%problems, "nothing was reloaded");
+    }
+    telemetry.set_filter(&config.filter);
+    let mut running = running.lock();
+    running.take_over("telemetry.log", &settings);
+    info!(needs_a_restart = ?settings.changed_from(&running), "reloaded telemetry.log");
+}
+
+/// Tells a person at a terminal where to go. Whatever is said here is not in any log.
+fn greet(app: &App) {
+    let mut out = std::io::stdout();
+    if out.is_terminal() {
+        for line in &app.announcements {
+            let _ = writeln!(out, "{line}");
+        }
+    }
+}
+
+/// Every connection is an open file, and the usual limit of 1024 is for programs that are not servers.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit }) {
+        warn!(%error, "the limit of open files stays as it is");
+    }
+}

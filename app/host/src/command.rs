@@ -1,0 +1,350 @@
+//! Commands: what the host's own are made of, and what those of a module are made of.
+//!
+//! A command is asked while a server runs on the data directory, or while none does. [`Context::with_backend`] finds out which,
+//! and asks the same routes either way.
+
+pub mod arguments;
+mod backend;
+mod client;
+pub mod moment;
+pub mod output;
+
+use std::future::Future;
+use std::io::Write;
+use std::path::Path;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{ArgMatches, Args};
+use perennial_runtime::drain::Drain;
+use perennial_store::pool::sql;
+
+pub use backend::{AdminBackend, Offline};
+pub use client::{Answer, Client, Refused};
+
+use crate::addresses::{Addresses, url};
+use crate::boot;
+use crate::config::{Config, Store};
+use crate::data_dir::{self, API_KEY, DataDir};
+use crate::module::{Blueprint, Configured};
+use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
+
+/// A command of a module: its arguments, whose docstring is its description.
+pub trait Command: Args + 'static {
+    /// The word for it on the command line.
+    const NAME: &'static str;
+
+    /// Does it. What goes wrong ends the program with exit code 1, what is wrong with settings or arguments
+    /// (a [`clap::Error`]) with 2.
+    ///
+    /// # Errors
+    /// What the person at the terminal is told.
+    fn run(self, context: &Context) -> anyhow::Result<()>;
+}
+
+/// Something that runs beside the server when a flag of `serve` says so, such as a peer to try things with.
+pub trait Companion: Args + Send + 'static {
+    /// The flag, as the source of settings that come from it.
+    const FLAG: &'static str;
+
+    /// Whether the command line asks for it.
+    fn is_wanted(&self) -> bool;
+
+    /// Opens what it needs, before the settings of the server are read for good.
+    ///
+    /// # Errors
+    /// Why the server is not started.
+    fn open(self, context: &Context) -> impl Future<Output = anyhow::Result<Beside>> + Send;
+}
+
+/// A companion that is open.
+pub struct Beside {
+    /// Settings that the server needs for it: a list is added to what is there, anything else takes its place.
+    pub settings: Vec<(String, toml::Value)>,
+    /// Says on the terminal what this is. It is called once the settings are known to be good.
+    pub announce: Box<dyn FnOnce() + Send>,
+    /// Runs until the drain is hard, which comes after the server has ended.
+    pub run: RunBeside,
+}
+
+/// See [`Beside::run`].
+pub type RunBeside = Box<dyn FnOnce(Drain) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+type Define = fn(clap::Command) -> clap::Command;
+type Run = fn(&ArgMatches, &Context) -> anyhow::Result<()>;
+type Opening<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Beside>> + Send + 'a>>;
+
+/// One command with its type taken off.
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    /// The command that it is a part of, such as `keys`.
+    group: Option<&'static str>,
+    name: &'static str,
+    define: Define,
+    run: Run,
+}
+
+/// A companion with its type taken off.
+#[derive(Clone, Copy)]
+pub(crate) struct CompanionEntry {
+    pub(crate) flag: &'static str,
+    define: Define,
+    /// Opens it if the command line asks for it.
+    pub(crate) open: for<'a> fn(&ArgMatches, &'a Context) -> Result<Option<Opening<'a>>, clap::Error>,
+}
+
+impl std::fmt::Debug for CompanionEntry {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.flag)
+    }
+}
+
+/// The commands that a module brings.
+#[derive(Clone, Debug, Default)]
+pub struct Commands {
+    entries: Vec<Entry>,
+    companion: Option<CompanionEntry>,
+}
+
+impl Commands {
+    /// Adds `perennial NAME`.
+    #[must_use]
+    pub fn with<C: Command>(self) -> Self {
+        self.add::<C>(None)
+    }
+
+    /// Adds `perennial GROUP NAME`; `group` is a command of the host that has others, such as `keys`.
+    #[must_use]
+    pub fn with_in<C: Command>(self, group: &'static str) -> Self {
+        self.add::<C>(Some(group))
+    }
+
+    fn add<C: Command>(mut self, group: Option<&'static str>) -> Self {
+        self.entries.push(Entry {
+            group,
+            name: C::NAME,
+            define: C::augment_args,
+            run: |matches, context| C::from_arg_matches(matches)?.run(context),
+        });
+        self
+    }
+
+    /// Adds the flags of a companion to `perennial serve`.
+    #[must_use]
+    pub fn with_companion<C: Companion>(mut self) -> Self {
+        self.companion = Some(CompanionEntry {
+            flag: C::FLAG,
+            define: C::augment_args,
+            open: |matches, context| {
+                let companion = C::from_arg_matches(matches)?;
+                Ok(if companion.is_wanted() { Some(Box::pin(companion.open(context))) } else { None })
+            },
+        });
+        self
+    }
+
+    /// The companion, if there is one.
+    pub(crate) fn companion(&self) -> Option<CompanionEntry> {
+        self.companion
+    }
+
+    /// Adds the definitions to those of the host.
+    pub(crate) fn define(&self, mut host: clap::Command) -> clap::Command {
+        for Entry { group, name, define, .. } in &self.entries {
+            let command = define(clap::Command::new(*name));
+            host = match group {
+                Some(group) => host.mut_subcommand(group, |group| group.subcommand(command)),
+                None => host.subcommand(command),
+            };
+        }
+        match self.companion {
+            Some(companion) => host.mut_subcommand("serve", companion.define),
+            None => host,
+        }
+    }
+
+    /// What the command line asks for, if that is one of these.
+    pub(crate) fn asked<'a>(&self, matches: &'a ArgMatches) -> Option<(Run, &'a ArgMatches)> {
+        let (first, within) = matches.subcommand()?;
+        let second = within.subcommand();
+        self.entries.iter().find_map(|entry| match (entry.group, second) {
+            (None, _) if entry.name == first => Some((entry.run, within)),
+            (Some(group), Some((name, matches))) if (group, entry.name) == (first, name) => {
+                Some((entry.run, matches))
+            }
+            _ => None,
+        })
+    }
+}
+
+/// What a command has: the settings, the store while no server runs, and the running server.
+#[derive(Clone, Debug)]
+pub struct Context {
+    /// Whether programs read the answer: it is JSON then.
+    pub json: bool,
+    settings: Settings,
+    pub(crate) config: Arc<Config>,
+    pub(crate) modules: Vec<Blueprint>,
+}
+
+impl Context {
+    /// Reads all settings.
+    pub(crate) fn read(json: bool, sources: &Sources, modules: &[Blueprint]) -> Result<Self, Problems> {
+        let settings = load(sources, modules);
+        let (config, _) = read(&settings, modules)?;
+        Ok(Self { json, settings, config: config.into(), modules: modules.to_vec() })
+    }
+
+    /// Asks the server that runs, or the store while none does: `routes` makes what is asked then.
+    ///
+    /// # Errors
+    /// When neither can be asked, and those of `ask`.
+    pub async fn with_backend<T>(
+        &self,
+        routes: impl AsyncFnOnce(Offline) -> anyhow::Result<axum::Router>,
+        ask: impl AsyncFnOnce(&AdminBackend) -> anyhow::Result<T>,
+    ) -> anyhow::Result<T> {
+        let backend = AdminBackend::open(self, routes).await?;
+        let asked = ask(&backend).await;
+        backend.close().await;
+        asked
+    }
+
+    /// Opens the store while no server runs, also before the first start.
+    ///
+    /// # Errors
+    /// When a server runs, or the store cannot be opened.
+    pub async fn offline(&self) -> anyhow::Result<Offline> {
+        Offline::open(self).await
+    }
+
+    /// Whether a server runs on the data directory.
+    pub fn is_running(&self) -> bool {
+        data_dir::is_locked(&self.config.data_dir)
+    }
+
+    /// The settings in effect.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// The directory of keys and other files, which need not be there yet.
+    pub fn data_dir(&self) -> &Path {
+        &self.config.data_dir
+    }
+
+    /// A listener that other machines can reach, if there is one.
+    pub fn reachable(&self) -> Option<String> {
+        let everywhere = [&self.config.server.net.listen, &self.config.admin.net.listen];
+        let reachable = everywhere.into_iter().flatten().find(|listen| !listen.is_loopback());
+        reachable.map(ToString::to_string)
+    }
+
+    /// A client of the public interface: of the server at `url`, or else of the one that runs on the data directory; with the
+    /// API key in `key_file`, or else the first one.
+    ///
+    /// # Errors
+    /// When no server runs, or the key cannot be read.
+    pub fn client(
+        &self,
+        url: Option<&str>,
+        key_file: Option<&Path>,
+        timeout: Duration,
+    ) -> anyhow::Result<Client> {
+        let key_file = key_file.map_or_else(|| self.config.data_dir.join(API_KEY), Path::to_owned);
+        let key = std::fs::read_to_string(&key_file)
+            .with_context(|| format!("the API key in {} cannot be read", key_file.display()))?;
+        let base = match url {
+            Some(url) => url.to_owned(),
+            None => self.running()?.context("the server has only a Unix socket; give --url")?,
+        };
+        Client::new(&base, Some(key.trim().to_owned()), timeout)
+    }
+
+    /// The URL of the server that runs on the data directory, unless it listens on Unix sockets alone.
+    ///
+    /// # Errors
+    /// When none runs.
+    pub fn running(&self) -> anyhow::Result<Option<String>> {
+        Ok(url(&Addresses::of_running(&self.config.data_dir)?.server))
+    }
+
+    /// Makes the data directory if it is missing: a command may come before the first start.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make_data_dir(&self) -> anyhow::Result<()> {
+        Ok(DataDir::make(&self.config.data_dir)?)
+    }
+
+    /// The store, for a command that runs while no server does.
+    pub(crate) async fn open_alone(&self) -> anyhow::Result<(DataDir, sql::Store)> {
+        data_dir::check_access(&self.config.data_dir)?;
+        let data_dir = DataDir::lock(&self.config.data_dir)?;
+        let store = self.open_store(&data_dir, &self.config.store).await?;
+        Ok((data_dir, store))
+    }
+
+    /// A store in a directory that is locked, its tables up to date.
+    pub(crate) async fn open_store(&self, data_dir: &DataDir, store: &Store) -> anyhow::Result<sql::Store> {
+        let store = boot::open::store(data_dir, store).await?;
+        store.migrate(&boot::open::tables(self.modules.iter().map(|module| module.tables))).await?;
+        Ok(store)
+    }
+
+    /// The secret files of all modules.
+    pub(crate) fn files(&self) -> Vec<crate::module::SecretFile> {
+        self.modules.iter().flat_map(|module| (module.files)(&self.settings)).collect()
+    }
+}
+
+/// Merges the sources over the defaults of the host and of every module. What is wrong with them is for [`read`] to say.
+pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
+    let defaults: Vec<&str> =
+        [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
+    Settings::merge(&defaults, sources)
+}
+
+/// Reads all settings, those of the modules too.
+pub(crate) fn read(
+    settings: &Settings,
+    modules: &[Blueprint],
+) -> Result<(Config, Vec<Configured>), Problems> {
+    let mut reader = Reader::new(settings);
+    let mut config = Config::read(&mut reader, modules);
+    let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
+    config.notes = reader.take_notes();
+    reader.finish()?;
+    Ok((config, configured))
+}
+
+/// Prints text to standard output, for as long as it is read: a pipe that is closed is no error.
+///
+/// # Errors
+/// When it cannot be written for another reason.
+pub fn print(text: &str) -> anyhow::Result<()> {
+    match std::io::stdout().lock().write_all(text.as_bytes()) {
+        Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
+        written => Ok(written?),
+    }
+}
+
+/// Runs a future on a runtime of its own, for a command that talks to a server.
+///
+/// # Errors
+/// When the runtime cannot be made.
+pub fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
+    Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future))
+}
+
+/// The admin listener of the server that runs on a data directory, with the admin token if that can be read.
+///
+/// # Errors
+/// When none runs.
+pub fn admin_client(data_dir: &Path, timeout: Duration) -> anyhow::Result<Client> {
+    let base = Addresses::of_running(data_dir)?.admin_url()?;
+    let token = std::fs::read_to_string(data_dir.join(data_dir::ADMIN_TOKEN)).ok();
+    Client::new(&base, token.map(|token| token.trim().to_owned()), timeout)
+}

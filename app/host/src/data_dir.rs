@@ -1,0 +1,230 @@
+//! The directory that the process owns: the embedded store, the keys, the lock.
+
+use std::fs::{self, DirBuilder, File, OpenOptions, TryLockError};
+use std::io::{self, Read, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::path::{Path, PathBuf};
+
+use parking_lot::Mutex;
+use tracing::warn;
+
+/// The first API key.
+pub const API_KEY: &str = "api.key";
+/// The token of the admin listener.
+pub const ADMIN_TOKEN: &str = "admin.token";
+/// The addresses that the running server listens on.
+pub const ADDRESSES: &str = "addresses.json";
+const LOCK: &str = "perennial.lock";
+
+/// Why the directory cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Another process has it.
+    #[error("{} is in use by another process{}; stop it, or set data_dir to another directory", .path.display(), holder(.pid))]
+    InUse {
+        /// The directory.
+        path: PathBuf,
+        /// The process, if it left its number.
+        pid: String,
+    },
+    /// Another process has the store, which need not be in the directory.
+    #[error("the store {} is in use by another process{}; stop it, or set store.url to another file", .path.display(), holder(.pid))]
+    StoreInUse {
+        /// The file.
+        path: PathBuf,
+        /// The process, if it left its number.
+        pid: String,
+    },
+    /// A secret that is nobody's.
+    #[error("{} is empty; remove it to have a new one made", .0.display())]
+    Empty(PathBuf),
+    /// A file in it cannot be read or written.
+    #[error("cannot use {}", .path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What the operating system said.
+        source: io::Error,
+    },
+}
+
+fn holder(pid: &str) -> String {
+    if pid.is_empty() { String::new() } else { format!(" (process {pid})") }
+}
+
+/// The directory, locked: no other process uses it while this value lives.
+#[derive(Debug)]
+pub struct DataDir {
+    path: PathBuf,
+    /// The locks on stores. They go first: whoever waits for the directory finds them free.
+    stores: Mutex<Vec<(PathBuf, File)>>,
+    _lock: File,
+}
+
+impl DataDir {
+    /// Makes the directory if it is missing, readable for its owner only, and locks it.
+    ///
+    /// # Errors
+    /// When another process has it, or it cannot be made.
+    pub fn lock(path: &Path) -> Result<Self, Error> {
+        Self::make(path)?;
+        let in_use = |pid| Error::InUse { path: path.to_owned(), pid };
+        let lock = take(&path.join(LOCK), in_use)?;
+        let data_dir = Self { path: path.to_owned(), stores: Mutex::default(), _lock: lock };
+        // Left behind by a process that was killed.
+        data_dir.remove(ADDRESSES);
+        Ok(data_dir)
+    }
+
+    /// Makes the directory if it is missing, readable for its owner only.
+    ///
+    /// # Errors
+    /// When it cannot be made.
+    pub fn make(path: &Path) -> Result<(), Error> {
+        DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))
+    }
+
+    /// Locks the file of a store for as long as this value lives, wherever it is: two directories may name the same one. The
+    /// lock is a file beside it, since closing the store's own anywhere in the process would end SQLite's locks on it.
+    ///
+    /// # Errors
+    /// When another process has it, or the lock cannot be made.
+    pub fn lock_store(&self, file: &Path) -> Result<(), Error> {
+        // Whatever links lead to it. One that is not there yet has its directory at most.
+        let file = fs::canonicalize(file).unwrap_or_else(|_| {
+            let directory = file.parent().and_then(|parent| fs::canonicalize(parent).ok());
+            match (directory, file.file_name()) {
+                (Some(directory), Some(name)) => directory.join(name),
+                _ => file.to_owned(),
+            }
+        });
+        let mut stores = self.stores.lock();
+        if stores.iter().any(|(locked, _)| *locked == file) {
+            return Ok(());
+        }
+        let mut name = file.clone().into_os_string();
+        name.push(".lock");
+        let lock = take(Path::new(&name), |pid| Error::StoreInUse { path: file.clone(), pid })?;
+        stores.push((file, lock));
+        Ok(())
+    }
+
+    /// The path of a file in it.
+    pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
+        self.path.join(name)
+    }
+
+    /// The text of a secret file; it is made from `make` when it is missing. True when it was.
+    ///
+    /// # Errors
+    /// When it can be neither read nor written.
+    pub fn secret(&self, name: &str, make: impl FnOnce() -> String) -> Result<(String, bool), Error> {
+        let path = self.join(name);
+        match fs::read_to_string(&path) {
+            Ok(text) if text.trim().is_empty() => Err(Error::Empty(path)),
+            Ok(text) => {
+                warn_if_others_can_read(&path);
+                Ok((text.trim_end().to_owned(), false))
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let text = make();
+                self.write(name, &format!("{}\n", text.trim_end()))?;
+                Ok((text.trim_end().to_owned(), true))
+            }
+            Err(source) => Err(at(&path)(source)),
+        }
+    }
+
+    /// The text of a file, if it is there and can be read.
+    pub fn read(&self, name: &str) -> Option<String> {
+        Some(fs::read_to_string(self.join(name)).ok()?.trim_end().to_owned())
+    }
+
+    /// Writes a file, readable for its owner only, so that it is there whole or not at all.
+    ///
+    /// # Errors
+    /// When it cannot be written.
+    pub fn write(&self, name: &str, text: &str) -> Result<(), Error> {
+        let path = self.join(name);
+        let draft = self.join(format!("{name}.new"));
+        let write = || {
+            let mut file =
+                OpenOptions::new().create(true).truncate(true).write(true).mode(0o600).open(&draft)?;
+            file.write_all(text.as_bytes())?;
+            file.sync_all()?;
+            fs::rename(&draft, &path)?;
+            // The name is as much worth as the content.
+            File::open(&self.path)?.sync_all()
+        };
+        write().map_err(|error| {
+            // It is a secret, and nobody's.
+            let _ = fs::remove_file(&draft);
+            at(&path)(error)
+        })
+    }
+
+    /// Removes a file if it is there.
+    pub fn remove(&self, name: &str) {
+        let _ = fs::remove_file(self.join(name));
+    }
+}
+
+/// Takes a lock, and leaves our number in it: only for the message, since the lock itself is the kernel's and ends with the
+/// process.
+fn take(path: &Path, in_use: impl FnOnce(String) -> Error) -> Result<File, Error> {
+    let mut options = OpenOptions::new();
+    options.create(true).truncate(false).read(true).write(true).mode(0o600);
+    let mut lock = options.open(path).map_err(at(path))?;
+    match lock.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut pid = String::new();
+            let _ = lock.read_to_string(&mut pid);
+            return Err(in_use(pid.trim().to_owned()));
+        }
+        Err(TryLockError::Error(source)) => return Err(at(path)(source)),
+    }
+    let number = format!("{}\n", std::process::id());
+    lock.set_len(0).and_then(|()| lock.write_all(number.as_bytes())).map_err(at(path))?;
+    Ok(lock)
+}
+
+/// Whether a process holds the lock on a data directory.
+pub fn is_locked(path: &Path) -> bool {
+    let lock = File::open(path.join(LOCK));
+    lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
+}
+
+fn warn_if_others_can_read(path: &Path) {
+    if let Some(mode) = exposed(path) {
+        warn!(file = %path.display(), mode = format!("{mode:o}"), "others can read this secret");
+    }
+}
+
+/// The mode of a file or a directory that others can read; none when they cannot, or when it is not there.
+pub(crate) fn exposed(path: &Path) -> Option<u32> {
+    let file = fs::metadata(path).ok()?;
+    let mode = file.permissions().mode() & 0o777;
+    // A Secret of Kubernetes belongs to root, and its group is the pod's.
+    let is_ours = file.uid() == rustix::process::geteuid().as_raw();
+    let others = if is_ours { 0o077 } else { 0o007 };
+    (mode & others != 0).then_some(mode)
+}
+
+/// Whether this user may look into the directory, if there is one.
+///
+/// # Errors
+/// When it belongs to another user: everything that is asked about it would say something else.
+pub(crate) fn check_access(path: &Path) -> anyhow::Result<()> {
+    match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {
+            anyhow::bail!("{} belongs to another user: run this as that user, or as root", path.display())
+        }
+        _ => Ok(()),
+    }
+}
+
+fn at(path: &Path) -> impl FnOnce(io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::File { path, source }
+}

@@ -1,0 +1,105 @@
+//! What the host does for itself by the clock, as jobs and schedules that anybody can see and change.
+
+use std::time::Duration;
+
+use perennial_runtime::backoff::Backoff;
+use perennial_store::pool::sql;
+use perennial_store::pool::sqlite::Sqlite;
+use perennial_workers::cron::Overlap;
+use perennial_workers::state::Budget;
+use perennial_workers::{Context, Fate, Job, Jobs, Ledger, Options, Schedule};
+use serde::{Deserialize, Serialize};
+use tracing::info;
+
+use crate::module::Host;
+
+/// Where such jobs wait: never behind an application's.
+const QUEUE: &str = "maintenance";
+/// How many at once.
+const SLOTS: usize = 2;
+
+/// How jobs of this kind are queued. One that fails is tried again for a while; then the next time comes.
+pub fn options() -> Options {
+    Options {
+        queue: QUEUE,
+        timeout: Duration::from_secs(3600),
+        budget: Budget {
+            failures: 5,
+            backoff: Backoff::new(Duration::from_secs(5), Duration::from_secs(300)),
+            ..Options::default().budget
+        },
+        ..Options::default()
+    }
+}
+
+/// Forgets some at a time until there are none left, and returns how many there were.
+pub async fn until_none<F>(context: &Context, mut some: impl FnMut() -> F) -> anyhow::Result<u64>
+where
+    F: Future<Output = anyhow::Result<u64>>,
+{
+    let mut all = 0;
+    loop {
+        context.check()?;
+        match some().await? {
+            0 => return Ok(all),
+            forgotten => all += forgotten,
+        }
+    }
+}
+
+/// Hands in the jobs and schedules of the host. Jobs that have ended are kept for `retention`.
+pub(crate) fn mount(host: &mut Host, retention: Duration) -> anyhow::Result<()> {
+    host.serve_queue(QUEUE, SLOTS);
+    host.job::<ForgetJobs>((host.jobs.clone(), retention));
+    host.schedule(Schedule::new("jobs.retention", "*/10 * * * *", &ForgetJobs {})?.overlap(Overlap::Skip));
+    // Postgres does this by itself.
+    if let sql::Store::Sqlite(sqlite) = &host.store {
+        let sqlite = sqlite.clone();
+        host.job::<Optimize>(sqlite);
+        host.schedule(Schedule::new("store.optimize", "30 3 * * *", &Optimize {})?.overlap(Overlap::Skip));
+    }
+    Ok(())
+}
+
+/// Deletes jobs that ended long ago.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForgetJobs {}
+
+impl Job for ForgetJobs {
+    const KIND: &'static str = "jobs.retention";
+    type Tools = (Jobs, Duration);
+
+    fn options() -> Options {
+        options()
+    }
+
+    async fn run(&self, context: Context, (jobs, retention): Self::Tools) -> anyhow::Result<Fate> {
+        let forget = || async { Ok(jobs.store().prune(retention).await? as u64) };
+        let forgotten = until_none(&context, forget).await?;
+        if forgotten > 0 {
+            info!(jobs = forgotten, "deleted jobs that ended long ago");
+        }
+        Ok(Fate::Done)
+    }
+}
+
+/// Brings up to date what SQLite's planner believes about the tables.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Optimize {}
+
+impl Job for Optimize {
+    const KIND: &'static str = "store.optimize";
+    type Tools = Sqlite;
+
+    fn options() -> Options {
+        options()
+    }
+
+    async fn run(&self, _context: Context, sqlite: Sqlite) -> anyhow::Result<Fate> {
+        // As SQLite's manual advises: it looks only at tables that have changed, and at so many rows of each index.
+        sqlite.write(|tx| tx.execute_batch("PRAGMA analysis_limit = 400; PRAGMA optimize;")).await?;
+        Ok(Fate::Done)
+    }
+}

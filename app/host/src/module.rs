@@ -1,0 +1,280 @@
+//! What an application is to the host: one type with three parts. Web push, which is hosted by default,
+//! comes in through the same door.
+//!
+//! ```
+//! use perennial_host::module::{Host, Module};
+//! use perennial_host::settings::Reader;
+//!
+//! struct Hello {
+//!     greeting: String,
+//! }
+//!
+//! impl Module for Hello {
+//!     const NAME: &'static str = "hello";
+//!     const DEFAULTS: &'static str = "[hello]\n# How visitors are greeted.\ngreeting = \"Hello\"";
+//!
+//!     fn configure(settings: &mut Reader<'_>) -> Self {
+//!         Self { greeting: settings.get("hello.greeting") }
+//!     }
+//!
+//!     async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+//!         let greet = move || std::future::ready(self.greeting.clone());
+//!         host.routes(axum::Router::new().route("/hello", axum::routing::get(greet)));
+//!         Ok(())
+//!     }
+//! }
+//!
+//! // fn main() -> std::process::ExitCode {
+//! //     perennial_host::Perennial::new().host::<Hello>().main()
+//! // }
+//! # let _ = perennial_host::Perennial::new().host::<Hello>();
+//! ```
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::{Condition, Health};
+use perennial_runtime::tasks::Tasks;
+use perennial_store::cache::Caches;
+use perennial_store::pool::sql::{Store, Tables};
+use perennial_workers::{Job, Jobs, Registry, Schedule};
+use serde_json::Value;
+use utoipa_axum::router::OpenApiRouter;
+
+use crate::access::{Access, Scope};
+use crate::command::Commands;
+use crate::data_dir::DataDir;
+use crate::settings::{Reader, Settings};
+use crate::sites::Sites;
+
+/// An application that Perennial hosts.
+pub trait Module: Sized + Send + 'static {
+    /// Its name, in the store and in logs.
+    const NAME: &'static str;
+
+    /// Its settings with their defaults, as commented TOML: they become part of the schema.
+    const DEFAULTS: &'static str = "";
+
+    /// Its tables: SQL, the oldest step first. A step that was ever released is never changed.
+    const MIGRATIONS: &'static [&'static str] = &[];
+
+    /// The same for Postgres. Without them, the module cannot be hosted on it.
+    const POSTGRES_MIGRATIONS: &'static [&'static str] = &[];
+
+    /// What API keys may be used for in its routes.
+    const SCOPES: &'static [Scope] = &[];
+
+    /// Its commands on the command line.
+    fn commands() -> Commands {
+        Commands::default()
+    }
+
+    /// Its files without which its rows in the store are worth nothing: they are shown by `perennial keys show`, and taken
+    /// along by `perennial backup` and `perennial adopt`.
+    fn files(_settings: &Settings) -> Vec<SecretFile> {
+        Vec::new()
+    }
+
+    /// Makes the keys that it needs and that are missing: before the first start, or when one was lost. What
+    /// it returns is shown: each a label and something that is no secret.
+    fn keys(
+        _settings: &Settings,
+        _sites: &Sites,
+        _data_dir: &DataDir,
+        _store: &Store,
+    ) -> impl Future<Output = anyhow::Result<Vec<(String, String)>>> + Send {
+        async { Ok(Vec::new()) }
+    }
+
+    /// Reads its settings. Nothing is touched yet; what does not fit is noted in `settings`.
+    fn configure(settings: &mut Reader<'_>) -> Self;
+
+    /// Joins the host: hands in its routes, its jobs and its tasks, and warms up. The public listener opens
+    /// after every module has been mounted.
+    fn mount(self, host: &mut Host) -> impl Future<Output = anyhow::Result<()>> + Send;
+}
+
+/// A file of a module without which its rows in the store are worth nothing.
+#[derive(Clone, Debug)]
+pub struct SecretFile {
+    /// What people call it.
+    pub label: String,
+    /// Where it is: a relative path is inside the data directory.
+    pub file: String,
+    /// What it is called in a copy, and in a store that replicas share.
+    pub name: String,
+    /// The part of its text that everybody may see, such as a public key.
+    pub public: fn(&str) -> Option<String>,
+    /// What an operator should know about its loss, in a sentence.
+    pub loss: &'static str,
+}
+
+/// What a module reports about itself, computed when somebody looks.
+pub type StatusFn = Arc<dyn Fn() -> Value + Send + Sync>;
+
+/// The host as a module sees it while it is mounted: what it may use, and where it hands in its parts.
+pub struct Host {
+    /// The store.
+    pub store: Store,
+    /// The jobs.
+    pub jobs: Jobs,
+    /// Who may call.
+    pub access: Access,
+    /// The sites that are served.
+    pub sites: Sites,
+    /// Caches, which all replicas forget together.
+    pub caches: Caches,
+    /// The directory of keys and other files, locked by this process.
+    pub data_dir: Arc<DataDir>,
+    /// The stop signal.
+    pub drain: Drain,
+    pub(crate) health: Health,
+    pub(crate) tasks: Tasks,
+    pub(crate) routes: OpenApiRouter,
+    pub(crate) registry: Registry,
+    pub(crate) schedules: Vec<Schedule>,
+    pub(crate) status: Vec<(&'static str, StatusFn)>,
+    pub(crate) announcements: Vec<Announcement>,
+    pub(crate) closers: Vec<Closer>,
+    pub(crate) admin_read: axum::Router,
+    pub(crate) admin_write: axum::Router,
+}
+
+pub(crate) type Announcement = Box<dyn Fn(&str) -> String + Send>;
+pub(crate) type Closer = Box<dyn FnOnce() -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
+
+impl fmt::Debug for Host {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Host").field("registry", &self.registry).finish_non_exhaustive()
+    }
+}
+
+impl Host {
+    /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter` whose handlers then
+    /// stand in `/openapi.json`.
+    pub fn routes(&mut self, routes: impl Into<OpenApiRouter>) {
+        self.routes = std::mem::take(&mut self.routes).merge(routes.into());
+    }
+
+    /// Runs jobs of this kind.
+    pub fn job<J: Job>(&mut self, tools: J::Tools) {
+        self.registry.register::<J>(tools);
+    }
+
+    /// Enqueues a job by the clock. Settings may change everything about it but its name (`cron.schedules`).
+    ///
+    /// # Panics
+    /// When there is one of this name already: that is a mistake in the program.
+    pub fn schedule(&mut self, schedule: Schedule) {
+        let twice = self.schedules.iter().any(|other| other.name == schedule.name);
+        assert!(!twice, "the schedule {} is defined twice", schedule.name);
+        self.schedules.push(schedule);
+    }
+
+    /// Runs up to `slots` jobs of a queue at once.
+    pub fn serve_queue(&mut self, queue: &'static str, slots: usize) {
+        self.registry.serve(queue, slots);
+    }
+
+    /// A condition without which the process is not ready, unmet until it is said to be met.
+    pub fn readiness(&self, name: &'static str, reason: &str) -> Condition {
+        self.health.condition(name, reason)
+    }
+
+    /// Something to be shown to whoever looks at the running process.
+    pub fn status(&mut self, name: &'static str, status: impl Fn() -> Value + Send + Sync + 'static) {
+        self.status.push((name, Arc::new(status)));
+    }
+
+    /// Adds routes to the admin listener that show something: to anybody while it listens on loopback, else with the admin
+    /// token.
+    pub fn admin_read(&mut self, routes: axum::Router) {
+        self.admin_read = std::mem::take(&mut self.admin_read).merge(routes);
+    }
+
+    /// Adds routes to the admin listener that change something: they take the admin token, and no page elsewhere may
+    /// use them.
+    pub fn admin_write(&mut self, routes: axum::Router) {
+        self.admin_write = std::mem::take(&mut self.admin_write).merge(routes);
+    }
+
+    /// A line for whoever starts the program on a terminal, made from the address of the public listener.
+    pub fn announce(&mut self, line: impl Fn(&str) -> String + Send + 'static) {
+        self.announcements.push(Box::new(line));
+    }
+
+    /// Runs a task beside requests and jobs; it is started again when it fails, and must end when the drain
+    /// says so.
+    pub fn task<M, F>(&self, name: &'static str, make: M)
+    where
+        M: FnMut() -> F + Send + 'static,
+        F: Future<Output = anyhow::Result<()>> + Send,
+    {
+        self.tasks.contained(name, make);
+    }
+
+    /// Runs at the very end, when nothing uses the module any more.
+    pub fn at_close<F>(&mut self, close: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.closers.push(Box::new(move || Box::pin(close)));
+    }
+}
+
+type Mount = Box<
+    dyn for<'a> FnOnce(&'a mut Host) -> Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send + 'a>> + Send,
+>;
+
+/// A module with its type taken off: before its settings are read.
+#[derive(Clone, Copy)]
+pub(crate) struct Blueprint {
+    pub(crate) name: &'static str,
+    pub(crate) defaults: &'static str,
+    pub(crate) tables: Tables,
+    pub(crate) scopes: &'static [Scope],
+    pub(crate) commands: fn() -> Commands,
+    pub(crate) files: fn(&Settings) -> Vec<SecretFile>,
+    pub(crate) keys: for<'a> fn(&'a Settings, &'a Sites, &'a DataDir, &'a Store) -> MadeKeys<'a>,
+    configure: fn(&mut Reader<'_>) -> Mount,
+}
+
+pub(crate) type MadeKeys<'a> =
+    Pin<Box<dyn Future<Output = anyhow::Result<Vec<(String, String)>>> + Send + 'a>>;
+
+impl fmt::Debug for Blueprint {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name)
+    }
+}
+
+impl Blueprint {
+    pub(crate) fn of<M: Module>() -> Self {
+        Self {
+            name: M::NAME,
+            defaults: M::DEFAULTS,
+            tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
+            scopes: M::SCOPES,
+            commands: M::commands,
+            files: M::files,
+            keys: |settings, sites, data_dir, store| Box::pin(M::keys(settings, sites, data_dir, store)),
+            configure: |settings| {
+                let module = M::configure(settings);
+                Box::new(move |host| Box::pin(module.mount(host)))
+            },
+        }
+    }
+
+    pub(crate) fn configure(&self, settings: &mut Reader<'_>) -> Configured {
+        Configured { name: self.name, mount: (self.configure)(settings) }
+    }
+}
+
+/// A module whose settings have been read.
+pub(crate) struct Configured {
+    pub(crate) name: &'static str,
+    pub(crate) mount: Mount,
+}

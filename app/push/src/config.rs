@@ -1,0 +1,244 @@
+//! The settings of web push, from `config/push.toml` to types.
+
+use std::time::{Duration, SystemTime};
+
+use perennial_webpush::{Contact, ContactError, HostPattern, Pin, Policy, Proxy, SenderKey};
+use secrecy::ExposeSecret;
+
+use super::guests;
+use perennial_host::capacity::{outgoing_connections, processors};
+use perennial_host::settings::{Network, Reader, Size};
+
+const SECOND: Duration = Duration::from_secs(1);
+const MILLISECOND: Duration = Duration::from_millis(1);
+const HOUR: Duration = Duration::from_secs(3600);
+/// The longest time to live that every push service grants: 28 days.
+pub(super) const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
+
+/// What the routes and jobs need to know.
+#[derive(Debug)]
+pub(super) struct Config {
+    pub(super) page: bool,
+    pub(super) ttl: Duration,
+    pub(super) attempts: u32,
+    pub(super) batch: usize,
+    pub(super) window: usize,
+    pub(super) batches: usize,
+    pub(super) small_batches: usize,
+    pub(super) small_audience: u64,
+    pub(super) retry_batches: usize,
+    pub(super) paced_batches: usize,
+    /// Messages per second to one push service.
+    pub(super) origin_rate: Option<f64>,
+    pub(super) threads: usize,
+    /// How long one send may take, and as long again its wait for a turn.
+    pub(super) send_timeout: Duration,
+    /// For how long notifications that have ended are kept.
+    pub(super) retention: Duration,
+    /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
+    pub(super) last_sends: Duration,
+    pub(super) checkpoint_every: Duration,
+    pub(super) checkpoint_sends: usize,
+    /// How many requests of one API key may follow notifications at once.
+    pub(super) followers_per_key: usize,
+    /// How many subscriptions pages may store of one user.
+    pub(super) subscriptions_per_user: usize,
+    /// Until when user tokens without site and expiry are taken.
+    pub(super) old_user_tokens_until: Option<SystemTime>,
+}
+
+impl Config {
+    /// Whether so many are few enough to go before bigger audiences.
+    pub(super) fn is_small(&self, audience: u64) -> bool {
+        audience <= self.small_audience
+    }
+}
+
+/// What the routes and jobs need to know.
+pub(super) fn config(settings: &mut Reader<'_>) -> Config {
+    Config {
+        page: settings.get("push.page"),
+        ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
+        attempts: settings.number("push.attempts", 1..=100),
+        batch: settings.number("push.batch", 1..=100_000),
+        window: settings.number("push.window", 1..=10_000),
+        batches: settings.number("push.batches", 1..=1000),
+        small_batches: settings.number("push.small_batches", 1..=1000),
+        small_audience: settings.number("push.small_audience", 0..=10_000),
+        retry_batches: settings.number("push.retry_batches", 1..=1000),
+        paced_batches: settings.number("push.paced_batches", 1..=1000),
+        origin_rate: origin_rate(settings),
+        threads: threads(settings),
+        send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
+        // Idempotency keys are good for a day.
+        retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
+        // The rest of that phase is for writing down what they were.
+        last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
+        checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
+        checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
+        followers_per_key: settings.number("push.followers_per_key", 1..=1_000_000),
+        subscriptions_per_user: settings.number("push.subscriptions_per_user", 1..=1_000_000),
+        old_user_tokens_until: settings.read_with(
+            "push.old_user_tokens_until",
+            "a date such as 2027-06-01, or nothing",
+            date,
+        ),
+    }
+}
+
+/// The beginning of a day in UTC; none when there is no date.
+fn date(value: &toml::Value) -> Option<Option<SystemTime>> {
+    let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+    if text.is_empty() {
+        return Some(None);
+    }
+    let date: jiff::civil::Date = text.parse().ok()?;
+    Some(Some(date.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().into()))
+}
+
+/// How many subscriptions of strangers are kept.
+pub(super) fn guests(settings: &mut Reader<'_>) -> guests::Config {
+    let per_site: u64 = settings.number("push.guests_per_site", 0..=1_000_000_000);
+    let per_address: usize = settings.number("push.guests_per_address", 0..=1_000_000_000);
+    guests::Config {
+        per_site: (per_site > 0).then_some(per_site),
+        per_address: (per_address > 0).then_some(per_address),
+    }
+}
+
+/// The threads that send: one for each processor, unless the settings say.
+fn threads(settings: &mut Reader<'_>) -> usize {
+    match settings.number("push.threads", 0..=1024) {
+        0 => processors(settings).get(),
+        threads => threads,
+    }
+}
+
+/// A rate for each push service; none when it is 0.
+fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
+    let rate: f64 =
+        settings.read_with("push.origin_rate", "messages per second, or 0 for no limit", |value| {
+            #[expect(clippy::cast_precision_loss, reason = "a rate")]
+            let rate = value.as_float().or_else(|| value.as_integer().map(|rate| rate as f64))?;
+            (rate == 0.0 || (0.001..=1e6).contains(&rate)).then_some(rate)
+        });
+    (rate > 0.0).then_some(rate)
+}
+
+/// The proxy that connections to push services go out through.
+fn proxy(settings: &mut Reader<'_>) -> Option<Proxy> {
+    let resolves: bool = settings.get("push.proxy_resolves");
+    let credentials = settings.secret_file("push.proxy_credentials_file");
+    let proxy: Option<Proxy> = settings.read_with(
+        "push.proxy",
+        "a proxy such as http://proxy.example.net:3128",
+        |value| match value.as_str()? {
+            "" => Some(None),
+            text => text.parse().ok().map(Some),
+        },
+    );
+    let proxy = proxy?.resolving(resolves);
+    Some(match credentials {
+        Some(credentials) => proxy.with_credentials(credentials.expose_secret()),
+        None => proxy,
+    })
+}
+
+/// How sender keys are made.
+fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
+    let life = settings.duration("push.sender_key_life", SECOND..=HOUR * 24 * 30);
+    let Size(cache) = settings.get("push.sender_key_cache");
+    let rotates =
+        settings.read_with("push.sender_key", "fresh or rotating", |value| match value.as_str()? {
+            "fresh" => Some(false),
+            "rotating" => Some(true),
+            _ => None,
+        });
+    if rotates { SenderKey::Rotating { life, cache: cache as u64 } } else { SenderKey::Fresh }
+}
+
+/// How to send.
+pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
+    let wanted = settings.number("push.max_connections", 2..=100_000);
+    let max_connections = outgoing_connections(settings, "push.max_connections", wanted);
+    perennial_webpush::Config {
+        policy: Policy {
+            hosts: settings.parse_list::<HostPattern>("push.allow_hosts", "host names, *.suffix or *"),
+            networks: settings
+                .parse_list::<Network>("push.allow_networks", "networks such as 10.1.0.0/16")
+                .into_iter()
+                .map(|Network(network)| network)
+                .collect(),
+            ports: settings.read_with("push.allow_ports", "a list of ports such as [443, 8443]", ports),
+            insecure: settings.get("push.allow_insecure"),
+        },
+        http: settings
+            .read_with("push.http", "auto, 1 or 2", |value| value.to_string().trim_matches('"').parse().ok()),
+        extra_ca_file: settings.file("push.extra_ca_file"),
+        resolve: settings.read_with(
+            "push.resolve",
+            "a list of { host = \"name\", addresses = [\"192.0.2.7\"] }",
+            pins,
+        ),
+        proxy: proxy(settings),
+        sender_key: sender_key(settings),
+        connections: settings.number("push.connections", 1..=1000),
+        streams: settings.number("push.streams", 1..=10_000),
+        http1_connections: settings.number("push.http1_connections", 1..=10_000),
+        max_connections,
+        connect_every: settings.duration("push.connect_every", Duration::ZERO..=HOUR),
+        connect_timeout: settings.duration("push.connect_timeout", MILLISECOND..=HOUR),
+        timeout: settings.duration("push.timeout", SECOND..=HOUR),
+    }
+}
+
+/// Whom push services may ask, or why Apple would refuse to deliver.
+pub(super) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
+    let text: String = settings.get("push.contact");
+    if text.is_empty() {
+        if settings.get("push.contact_required") {
+            settings.refuse::<()>("push.contact", &ContactError::Form.to_string());
+        }
+        return Err("push.contact is not set".to_owned());
+    }
+    text.parse().map_err(|error: ContactError| {
+        settings.refuse::<()>("push.contact", &error.to_string());
+        error.to_string()
+    })
+}
+
+/// A list of ports, as numbers or, from the environment, as texts.
+fn ports(value: &toml::Value) -> Option<Vec<u16>> {
+    let port = |port: &toml::Value| {
+        let number = port.as_integer().or_else(|| port.as_str()?.parse().ok())?;
+        u16::try_from(number).ok().filter(|port| *port > 0)
+    };
+    match value.as_array() {
+        Some(list) => list.iter().map(port).collect(),
+        None => Some(vec![port(value)?]),
+    }
+}
+
+fn pins(value: &toml::Value) -> Option<Vec<Pin>> {
+    let pin = |pin: &toml::Value| {
+        let host = pin.get("host")?.as_str()?.to_owned();
+        let addresses = pin.get("addresses")?.as_array()?;
+        let addresses =
+            addresses.iter().map(|address| address.as_str()?.parse().ok()).collect::<Option<Vec<_>>>()?;
+        (!addresses.is_empty()).then_some(Pin { host, addresses })
+    };
+    value.as_array()?.iter().map(pin).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Push;
+    use perennial_host::module::Module;
+
+    #[test]
+    fn the_hosts_in_the_settings_are_those_of_the_library() {
+        let defaults: toml::Table = Push::DEFAULTS.parse().unwrap();
+        let listed = defaults["push"]["allow_hosts"].as_array().unwrap();
+        assert!(listed.iter().filter_map(|host| host.as_str()).eq(perennial_webpush::DEFAULT_HOSTS));
+    }
+}

@@ -1,0 +1,64 @@
+//! What commands do with the store of web push while no server runs.
+
+use std::sync::Arc;
+
+use anyhow::anyhow;
+use perennial_host::command::Offline;
+use perennial_host::module::SecretFile;
+use perennial_host::settings::{Reader, Settings};
+use perennial_host::sites::Sites;
+use perennial_webpush::{Sender, VapidKey};
+
+use crate::config;
+use crate::import::Transfer;
+use crate::profile::{self, VAPID_KEY};
+use crate::store::Store;
+use crate::vapid::{self, VapidKeys};
+
+/// Imports and exports.
+pub(crate) async fn transfer(settings: &Settings, offline: &Offline) -> anyhow::Result<Transfer> {
+    let (vapid, sites) = vapid_keys(settings, offline).await?;
+    let sender = Sender::new(config::sender(&mut Reader::new(settings)))?;
+    Ok(Transfer::new(store(offline), sender, Arc::new(vapid), sites))
+}
+
+/// The VAPID keys of all sites.
+pub(crate) async fn vapid_keys(settings: &Settings, offline: &Offline) -> anyhow::Result<(VapidKeys, Sites)> {
+    let sites = offline.sites().await?;
+    let reader = &mut Reader::new(settings);
+    let contact = config::contact(reader).ok();
+    let profiles = Arc::new(profile::by_site(profile::read_with(reader, contact.as_ref()), &sites));
+    let (sql, caches) = (&offline.store, offline.caches());
+    let keys = VapidKeys::open(&offline.data_dir, sql, &store(offline), &profiles, &caches).await?;
+    Ok((keys, sites))
+}
+
+/// Makes a key of elsewhere the one that pages of a site subscribe with.
+pub(crate) async fn import_key(
+    settings: &Settings,
+    site: &str,
+    offline: &Offline,
+    key: &VapidKey,
+) -> anyhow::Result<()> {
+    let profiles = profile::read(&mut Reader::new(settings));
+    let profile = profiles.into_iter().find(|profile| profile.name == site);
+    let profile = profile.ok_or_else(|| anyhow!("--site: wanted the name of a site in the settings"))?;
+    vapid::import(&offline.data_dir, &offline.store, &profile.vapid, key).await
+}
+
+/// The files of the VAPID keys of all sites.
+pub(crate) fn files(settings: &Settings) -> Vec<SecretFile> {
+    let profiles = profile::read(&mut Reader::new(settings));
+    let file = |profile::Place { file, shared: name }| SecretFile {
+        label: if name == VAPID_KEY { "VAPID key pair".to_owned() } else { name.clone() },
+        file,
+        name,
+        public: |pem| Some(VapidKey::from_pem(pem).ok()?.public_key()),
+        loss: "Keep a copy of the VAPID keys: every subscription is bound to one, and losing it loses them all.",
+    };
+    profiles.into_iter().map(|profile| file(profile.vapid)).collect()
+}
+
+fn store(offline: &Offline) -> Store {
+    Store::new(offline.store.clone(), offline.jobs.clone())
+}

@@ -1,0 +1,376 @@
+//! The keys that identify us to push services: for each site the one that its pages subscribe with, and those they
+//! subscribed with before.
+//!
+//! A file `vapid.pem` may hold several: the first is in use, the others go on signing for the subscriptions that were
+//! made with them. What a process knows of them is a cache: a key that is made while it runs is in use soon.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, anyhow, bail};
+use aws_lc_rs::{digest, hmac};
+use axum::Router;
+use axum::extract::State;
+use axum::routing::post;
+use http::StatusCode;
+use parking_lot::Mutex;
+use perennial_server::http::problem::{FieldError, Problem};
+use perennial_store::cache::{self, Cache, Caches, Kept};
+use perennial_store::pool::sql::{self, Dialect};
+use perennial_webpush::{VapidKey, decode_base64};
+use secrecy::ExposeSecret;
+use serde::Deserialize;
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use super::profile::{Place, Profile};
+use super::store::{self, Store};
+use perennial_host::access::secrets;
+use perennial_host::api::{Json, Result, store_failed};
+use perennial_host::data_dir::DataDir;
+use perennial_host::sites::SiteId;
+
+/// What is known of the keys in files and in the store.
+pub(super) const CACHE: cache::Config = cache::Config {
+    name: "vapid_keys",
+    bytes: 1 << 20,
+    ttl: Duration::from_secs(60),
+    negative_ttl: Duration::from_secs(5),
+    stale: Duration::from_secs(24 * 3600),
+};
+
+/// How often the store is asked for a key that is not known.
+const LOOK_AGAIN: Duration = Duration::from_secs(2);
+
+/// The keys of all sites.
+#[derive(Debug)]
+pub(super) struct VapidKeys {
+    data_dir: Arc<DataDir>,
+    sql: sql::Store,
+    store: Store,
+    profiles: Arc<HashMap<SiteId, Profile>>,
+    caches: Caches,
+    cache: Cache<Arc<SiteKeys>>,
+    /// When the store was last asked for a key that is not known.
+    looked: Mutex<Option<Instant>>,
+}
+
+/// The keys of one site.
+#[derive(Debug)]
+pub(super) struct SiteKeys {
+    /// The one in use, and the id of its row.
+    pub(super) current: VapidKey,
+    pub(super) current_id: i64,
+    all: HashMap<i64, VapidKey>,
+    /// What addresses of strangers are hashed with.
+    pub(super) guests: hmac::Key,
+}
+
+impl Kept for SiteKeys {
+    fn bytes(&self) -> usize {
+        // What the library holds of a key pair, about.
+        self.all.len() * 1024
+    }
+}
+
+impl SiteKeys {
+    /// The key that a subscription was made with; one that came with a notification takes the one in use.
+    pub(super) fn of(&self, id: Option<i64>) -> Option<&VapidKey> {
+        id.map_or(Some(&self.current), |id| self.all.get(&id))
+    }
+
+    /// The id of the key with this public half, base64url.
+    pub(super) fn id_of(&self, public_key: &str) -> Option<i64> {
+        let wanted = decode_base64(public_key)?;
+        self.all.iter().find(|(_, key)| key.public_bytes()[..] == wanted).map(|(id, _)| *id)
+    }
+}
+
+impl VapidKeys {
+    /// The keys of these sites: read once, so that those that are missing are made or missed now.
+    pub(super) async fn open(
+        data_dir: &Arc<DataDir>,
+        sql: &sql::Store,
+        store: &Store,
+        profiles: &Arc<HashMap<SiteId, Profile>>,
+        caches: &Caches,
+    ) -> anyhow::Result<Self> {
+        let keys = Self {
+            data_dir: Arc::clone(data_dir),
+            sql: sql.clone(),
+            store: store.clone(),
+            profiles: Arc::clone(profiles),
+            caches: caches.clone(),
+            cache: caches.make(CACHE),
+            looked: Mutex::default(),
+        };
+        for (site, profile) in profiles.iter() {
+            let found = keys.of(*site).await?;
+            let known: Vec<i64> = found.all.keys().copied().collect();
+            let orphans = store.made_with_other_keys(site.0, &known).await?;
+            if orphans > 0 {
+                warn!(
+                    site = profile.name,
+                    subscriptions = orphans,
+                    "made with VAPID keys that are not there: push services will refuse ours for them"
+                );
+            }
+        }
+        Ok(keys)
+    }
+
+    /// Those of one site.
+    pub(super) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
+        let keys = self.look_up(site).await.map_err(|error| anyhow!("{error:#}"))?;
+        keys.context("there is no VAPID key")
+    }
+
+    /// Tags that pages of a site may set.
+    pub(super) fn public_tags(&self, site: SiteId) -> Arc<[String]> {
+        self.profiles.get(&site).map_or_else(|| Arc::from([]), |profile| Arc::clone(&profile.public_tags))
+    }
+
+    /// Those of one site, for a request.
+    ///
+    /// # Errors
+    /// 503 while the store cannot be asked for keys that nobody knows.
+    pub(super) async fn for_request(&self, site: SiteId) -> Result<Arc<SiteKeys>> {
+        match self.look_up(site).await {
+            Ok(keys) => Ok(keys.context("there is no VAPID key")?),
+            Err(error) => Err(match error.downcast_ref::<sql::Error>() {
+                Some(away) => store_failed(away, away.is_passing()).into(),
+                None => anyhow!("{error:#}").into(),
+            }),
+        }
+    }
+
+    /// Those of one site, one of which is to be `public_key`: it may have been made a moment ago, by another process.
+    pub(super) async fn with(&self, site: SiteId, public_key: &str) -> Result<Arc<SiteKeys>> {
+        let keys = self.for_request(site).await?;
+        let may_look = {
+            let mut looked = self.looked.lock();
+            let is_due = looked.is_none_or(|at| at.elapsed() >= LOOK_AGAIN);
+            let may_look = is_due && keys.id_of(public_key).is_none();
+            if may_look {
+                *looked = Some(Instant::now());
+            }
+            may_look
+        };
+        if !may_look {
+            return Ok(keys);
+        }
+        self.cache.forget(Some(&site.0.to_string())).await;
+        self.for_request(site).await
+    }
+
+    /// What is known without asking anybody, by the name of the site.
+    pub(super) fn known(&self) -> Vec<(String, Arc<SiteKeys>)> {
+        let named = |(site, keys): (String, _)| {
+            let site = SiteId(site.parse().ok()?);
+            Some((self.profiles.get(&site)?.name.clone(), keys))
+        };
+        self.cache.known().into_iter().filter_map(named).collect()
+    }
+
+    fn named(&self, name: &str) -> std::result::Result<(SiteId, &Profile), FieldError> {
+        let found = self.profiles.iter().find(|(_, profile)| profile.name == name);
+        let (site, profile) =
+            found.ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
+        Ok((*site, profile))
+    }
+
+    /// Makes a new key for the pages of a site to subscribe with. Every process has it soon.
+    pub(super) async fn rotate(&self, site: SiteId) -> anyhow::Result<VapidKey> {
+        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        let key = rotate(&self.data_dir, &self.sql, &profile.vapid).await?;
+        self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
+        Ok(key)
+    }
+
+    /// Makes a key of elsewhere the one that pages of a site subscribe with. Those there are go on signing for their
+    /// subscriptions.
+    async fn import(&self, site: SiteId, key: &VapidKey) -> anyhow::Result<()> {
+        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        import(&self.data_dir, &self.sql, &profile.vapid, key).await?;
+        self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
+        Ok(())
+    }
+
+    async fn look_up(&self, site: SiteId) -> std::result::Result<Option<Arc<SiteKeys>>, Arc<anyhow::Error>> {
+        let load = async { self.load(site).await.map(Some) };
+        self.cache.get(&site.0.to_string(), load).await
+    }
+
+    async fn load(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
+        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        let mut all = HashMap::new();
+        let mut current = None;
+        for key in read(&self.data_dir, &self.sql, site, &profile.vapid).await? {
+            let id = self.store.vapid_key(site.0, *key.public_bytes()).await?;
+            let key = match &profile.contact {
+                Some(contact) => key.with_contact(contact.clone()),
+                None => key,
+            };
+            current.get_or_insert_with(|| (id, key.clone()));
+            all.insert(id, key);
+        }
+        let (current_id, current) = current.context("there is no VAPID key")?;
+        // A secret that all replicas have, and that nobody has to keep.
+        let secret = digest::digest(&digest::SHA256, current.to_pem()?.as_bytes());
+        let guests = hmac::Key::new(hmac::HMAC_SHA256, secret.as_ref());
+        Ok(Arc::new(SiteKeys { current, current_id, all, guests }))
+    }
+}
+
+/// What operators may do: `POST /vapid/rotate {"site"}`, `POST /vapid/import {"site", "pem"}`.
+pub(super) fn admin_write(keys: Arc<VapidKeys>) -> Router {
+    Router::new()
+        .route("/vapid/rotate", post(make_new))
+        .route("/vapid/import", post(take_over))
+        .with_state(keys)
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Imported {
+    site: String,
+    /// The key pair, as a PEM file.
+    pem: String,
+}
+
+async fn take_over(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Imported>) -> Result<Json<Value>> {
+    let (site, profile) = keys.named(&request.site)?;
+    let key = VapidKey::from_pem(&request.pem).map_err(|error| FieldError::new("pem", error.to_string()))?;
+    let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
+    keys.import(site, &key).await.map_err(refused)?;
+    info!(site = profile.name, key = key.public_key(), "an operator imported a VAPID key");
+    Ok(Json(json!({ "key": key.public_key() })))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Rotate {
+    site: String,
+}
+
+async fn make_new(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Rotate>) -> Result<Json<Value>> {
+    let (site, profile) = keys.named(&request.site)?;
+    let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
+    let key = keys.rotate(site).await.map_err(refused)?;
+    info!(site = profile.name, key = key.public_key(), "an operator made a new VAPID key");
+    Ok(Json(json!({ "key": key.public_key() })))
+}
+
+/// Makes the key pair of a site if there is none, and returns the one in use.
+pub(super) async fn make(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    site: SiteId,
+    place: &Place,
+) -> anyhow::Result<VapidKey> {
+    let keys = match sql.dialect() {
+        Dialect::Sqlite => read(data_dir, sql, site, place).await?,
+        // All replicas share it: the file's if there is one, or the one that is stored, or a new one.
+        Dialect::Postgres => {
+            let pem = match data_dir.read(&place.file) {
+                Some(pem) => pem,
+                None => VapidKey::generate()?.to_pem()?,
+            };
+            let pem = secrets::share(sql, &place.shared, &pem).await?;
+            VapidKey::all_from_pem(pem.expose_secret())?
+        }
+    };
+    keys.into_iter().next().context("there is no VAPID key")
+}
+
+/// Makes a new key for pages to subscribe with, and keeps those there are for the subscriptions made with them.
+pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
+    let new = VapidKey::generate()?;
+    let before = before(data_dir, sql, place).await?.context("there is no VAPID key")?;
+    put_first(data_dir, sql, place, &new, Some(before)).await?;
+    Ok(new)
+}
+
+/// Makes a key of elsewhere the one that pages subscribe with. A store that has none yet has its first by that.
+pub(super) async fn import(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    place: &Place,
+    key: &VapidKey,
+) -> anyhow::Result<()> {
+    let before = before(data_dir, sql, place).await?;
+    put_first(data_dir, sql, place, key, before).await
+}
+
+/// The keys that there are, as a PEM file.
+async fn before(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<Option<String>> {
+    let is_file = data_dir.join(&place.file).exists();
+    match sql.dialect() {
+        Dialect::Postgres if is_file => {
+            // Other processes have files of their own.
+            let file = data_dir.join(&place.file);
+            bail!("the keys are in {}: put a new one first in it, wherever it comes from", file.display());
+        }
+        Dialect::Postgres => {
+            Ok(secrets::shared(sql, &place.shared).await?.map(|pem| pem.expose_secret().to_owned()))
+        }
+        Dialect::Sqlite => Ok(data_dir.read(&place.file)),
+    }
+}
+
+/// Writes a key in front of those there are, among which it may be already.
+async fn put_first(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    place: &Place,
+    key: &VapidKey,
+    before: Option<String>,
+) -> anyhow::Result<()> {
+    let mut pem = key.to_pem()?;
+    for other in before.as_deref().map(VapidKey::all_from_pem).transpose()?.into_iter().flatten() {
+        if other != *key {
+            pem.push_str(&other.to_pem()?);
+        }
+    }
+    match (sql.dialect(), before) {
+        (Dialect::Sqlite, _) => data_dir
+            .write(&place.file, &pem)
+            .context("the file of the keys cannot be changed: put a new one first in it")?,
+        (Dialect::Postgres, Some(before)) => secrets::replace(sql, &place.shared, &before, &pem).await?,
+        (Dialect::Postgres, None) => _ = secrets::share(sql, &place.shared, &pem).await?,
+    }
+    Ok(())
+}
+
+/// The keys in a file, or in a shared store. A first one is made, but never a second: whoever lost the first has lost
+/// its subscribers, and should hear of it.
+async fn read(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    site: SiteId,
+    place: &Place,
+) -> anyhow::Result<Vec<VapidKey>> {
+    let file = data_dir.join(&place.file);
+    if sql.dialect() == Dialect::Postgres && !file.exists() {
+        let shared = secrets::shared(sql, &place.shared).await?;
+        let shared = shared.with_context(|| {
+            format!("there is no {} in the store: make it once, with `perennial keys generate`", place.shared)
+        })?;
+        return VapidKey::all_from_pem(shared.expose_secret())
+            .with_context(|| format!("{} in the store cannot be used", place.shared));
+    }
+    if !file.exists() && store::has_subscriptions(sql, site.0).await? {
+        anyhow::bail!(
+            "{} is missing, and the stored subscriptions were made with it: restore the file, \
+             or delete the subscriptions with the store",
+            file.display()
+        );
+    }
+    let new = VapidKey::generate()?.to_pem()?;
+    let (pem, made) = data_dir.secret(&place.file, || new)?;
+    if made {
+        info!(file = %file.display(), "made the VAPID key pair; losing it loses every subscriber");
+    }
+    VapidKey::all_from_pem(&pem).with_context(|| format!("{} cannot be used", file.display()))
+}
