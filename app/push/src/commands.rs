@@ -1,5 +1,6 @@
 //! What web push brings to the command line.
 
+mod dumps;
 mod keys;
 mod notify;
 mod sink;

@@ -5,7 +5,7 @@ use std::time::{Duration, SystemTime};
 use perennial_webpush::{Contact, ContactError, HostPattern, Pin, Policy, Proxy, SenderKey};
 use secrecy::ExposeSecret;
 
-use super::guests;
+use crate::api::guests;
 use perennial_host::capacity::{outgoing_connections, processors};
 use perennial_host::settings::{Network, Reader, Size};
 
@@ -13,49 +13,49 @@ const SECOND: Duration = Duration::from_secs(1);
 const MILLISECOND: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_secs(3600);
 /// The longest time to live that every push service grants: 28 days.
-pub(super) const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
+pub(crate) const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
 
 /// What the routes and jobs need to know.
 #[derive(Debug)]
-pub(super) struct Config {
-    pub(super) page: bool,
-    pub(super) ttl: Duration,
-    pub(super) attempts: u32,
-    pub(super) batch: usize,
-    pub(super) window: usize,
-    pub(super) batches: usize,
-    pub(super) small_batches: usize,
-    pub(super) small_audience: u64,
-    pub(super) retry_batches: usize,
-    pub(super) paced_batches: usize,
+pub(crate) struct Config {
+    pub(crate) page: bool,
+    pub(crate) ttl: Duration,
+    pub(crate) attempts: u32,
+    pub(crate) batch: usize,
+    pub(crate) window: usize,
+    pub(crate) batches: usize,
+    pub(crate) small_batches: usize,
+    pub(crate) small_audience: u64,
+    pub(crate) retry_batches: usize,
+    pub(crate) paced_batches: usize,
     /// Messages per second to one push service.
-    pub(super) origin_rate: Option<f64>,
-    pub(super) threads: usize,
+    pub(crate) origin_rate: Option<f64>,
+    pub(crate) threads: usize,
     /// How long one send may take, and as long again its wait for a turn.
-    pub(super) send_timeout: Duration,
+    pub(crate) send_timeout: Duration,
     /// For how long notifications that have ended are kept.
-    pub(super) retention: Duration,
+    pub(crate) retention: Duration,
     /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
-    pub(super) last_sends: Duration,
-    pub(super) checkpoint_every: Duration,
-    pub(super) checkpoint_sends: usize,
+    pub(crate) last_sends: Duration,
+    pub(crate) checkpoint_every: Duration,
+    pub(crate) checkpoint_sends: usize,
     /// How many requests of one API key may follow notifications at once.
-    pub(super) followers_per_key: usize,
+    pub(crate) followers_per_key: usize,
     /// How many subscriptions pages may store of one user.
-    pub(super) subscriptions_per_user: usize,
+    pub(crate) subscriptions_per_user: usize,
     /// Until when user tokens without site and expiry are taken.
-    pub(super) old_user_tokens_until: Option<SystemTime>,
+    pub(crate) old_user_tokens_until: Option<SystemTime>,
 }
 
 impl Config {
     /// Whether so many are few enough to go before bigger audiences.
-    pub(super) fn is_small(&self, audience: u64) -> bool {
+    pub(crate) fn is_small(&self, audience: u64) -> bool {
         audience <= self.small_audience
     }
 }
 
 /// What the routes and jobs need to know.
-pub(super) fn config(settings: &mut Reader<'_>) -> Config {
+pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
     Config {
         page: settings.get("push.page"),
         ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
@@ -97,7 +97,7 @@ fn date(value: &toml::Value) -> Option<Option<SystemTime>> {
 }
 
 /// How many subscriptions of strangers are kept.
-pub(super) fn guests(settings: &mut Reader<'_>) -> guests::Config {
+pub(crate) fn guests(settings: &mut Reader<'_>) -> guests::Config {
     let per_site: u64 = settings.number("push.guests_per_site", 0..=1_000_000_000);
     let per_address: usize = settings.number("push.guests_per_address", 0..=1_000_000_000);
     guests::Config {
@@ -158,7 +158,7 @@ fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
 }
 
 /// How to send.
-pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
+pub(crate) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
     let wanted = settings.number("push.max_connections", 2..=100_000);
     let max_connections = outgoing_connections(settings, "push.max_connections", wanted);
     perennial_webpush::Config {
@@ -193,7 +193,7 @@ pub(super) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
 }
 
 /// Whom push services may ask, or why Apple would refuse to deliver.
-pub(super) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
+pub(crate) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
     let text: String = settings.get("push.contact");
     if text.is_empty() {
         if settings.get("push.contact_required") {

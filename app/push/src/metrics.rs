@@ -8,8 +8,8 @@ use metrics::{
 };
 use perennial_webpush::Verdict;
 
-use super::limits;
-use super::outcome::Outcome;
+use crate::api::limits;
+use crate::model::outcome::Outcome;
 
 /// Counter by `verdict`: attempts to send.
 pub(crate) const SENDS: &str = "perennial_push_sends_total";

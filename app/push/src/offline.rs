@@ -9,9 +9,9 @@ use perennial_host::settings::{Reader, Settings};
 use perennial_host::sites::Sites;
 use perennial_webpush::{Sender, VapidKey};
 
+use crate::api::import::Transfer;
 use crate::config;
-use crate::import::Transfer;
-use crate::profile::{self, VAPID_KEY};
+use crate::model::profile::{self, Profiles, VAPID_KEY};
 use crate::store::Store;
 use crate::vapid::{self, VapidKeys};
 
@@ -27,7 +27,7 @@ pub(crate) async fn vapid_keys(settings: &Settings, offline: &Offline) -> anyhow
     let sites = offline.sites().await?;
     let reader = &mut Reader::new(settings);
     let contact = config::contact(reader).ok();
-    let profiles = Arc::new(profile::by_site(profile::read_with(reader, contact.as_ref()), &sites));
+    let profiles = Profiles::of(profile::read_with(reader, contact.as_ref()), &sites);
     let (sql, caches) = (&offline.store, offline.caches());
     let keys = VapidKeys::open(&offline.data_dir, sql, &store(offline), &profiles, &caches).await?;
     Ok((keys, sites))

@@ -1,19 +1,20 @@
 //! What is forgotten by the clock.
 
+use std::time::Duration;
+
 use perennial_workers::cron::Overlap;
 use perennial_workers::{Context, Fate, Job, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use super::Tools;
-use super::store::now_ms;
+use crate::store::{Store, now_ms};
 use perennial_host::maintenance::{self, until_none};
 use perennial_host::module::Host;
 
 /// Hands in the jobs, and when they run.
-pub(super) fn mount(host: &mut Host, tools: &Tools) -> anyhow::Result<()> {
-    host.job::<ForgetNotifications>(tools.clone());
-    host.job::<ForgetExpired>(tools.clone());
+pub(crate) fn mount(host: &mut Host, store: &Store, retention: Duration) -> anyhow::Result<()> {
+    host.job::<ForgetNotifications>((store.clone(), retention));
+    host.job::<ForgetExpired>(store.clone());
     let notifications = Schedule::new("push.retention", "*/10 * * * *", &ForgetNotifications {})?;
     host.schedule(notifications.overlap(Overlap::Skip));
     let expired = Schedule::new("push.expired", "25 * * * *", &ForgetExpired {})?;
@@ -28,22 +29,21 @@ struct ForgetNotifications {}
 
 impl Job for ForgetNotifications {
     const KIND: &'static str = "push.retention";
-    type Tools = Tools;
+    type Tools = (Store, Duration);
 
     fn options() -> Options {
         maintenance::options()
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
-        let retention = i64::try_from(tools.config.retention.as_millis()).unwrap_or(i64::MAX);
+    async fn run(&self, context: Context, (store, retention): Self::Tools) -> anyhow::Result<Fate> {
+        let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
         let before = now_ms().saturating_sub(retention);
-        let rows =
-            until_none(&context, || async { Ok(tools.store.forget_notifications(before).await?) }).await?;
+        let rows = until_none(&context, || async { Ok(store.forget_notifications(before).await?) }).await?;
         if rows > 0 {
             info!(rows, "deleted notifications that ended long ago");
         }
-        tools.store.forget_services().await?;
-        tools.store.forget_acceptances().await?;
+        store.forget_services().await?;
+        store.forget_acceptances().await?;
         Ok(Fate::Done)
     }
 }
@@ -55,16 +55,15 @@ struct ForgetExpired {}
 
 impl Job for ForgetExpired {
     const KIND: &'static str = "push.expired";
-    type Tools = Tools;
+    type Tools = Store;
 
     fn options() -> Options {
         maintenance::options()
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, store: Store) -> anyhow::Result<Fate> {
         let now = now_ms();
-        let subscriptions =
-            until_none(&context, || async { Ok(tools.store.forget_expired(now).await?) }).await?;
+        let subscriptions = until_none(&context, || async { Ok(store.forget_expired(now).await?) }).await?;
         if subscriptions > 0 {
             info!(subscriptions, "deleted subscriptions that had expired");
         }

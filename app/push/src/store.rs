@@ -31,9 +31,9 @@ pub(crate) use batches::{
     Added, Batch, Checkpoint, Deferred, Delivery, Member, Members, Part, Recorded, Rest, Waiting,
 };
 pub(crate) use notifications::{
-    Accepted, Change, DeliveryView, Idempotency, NewNotification, Notification, Plan, Recipient,
+    Accepted, Change, DeliveryView, Idempotency, NewNotification, Plan, Recipient,
 };
-pub(crate) use pacing::{Reserved, Stage, Standing};
+pub(crate) use pacing::Reserved;
 pub(crate) use services::Held;
 pub(crate) use subscriptions::{Exported, Guest, NewSubscription, Proof, Replaced, Subscription, Upserted};
 pub(crate) use tables::{POSTGRES, SQLITE};

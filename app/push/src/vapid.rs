@@ -10,29 +10,23 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, anyhow, bail};
 use aws_lc_rs::{digest, hmac};
-use axum::Router;
-use axum::extract::State;
-use axum::routing::post;
-use http::StatusCode;
 use parking_lot::Mutex;
-use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::problem::FieldError;
 use perennial_store::cache::{self, Cache, Caches, Kept};
 use perennial_store::pool::sql::{self, Dialect};
 use perennial_webpush::{VapidKey, decode_base64};
 use secrecy::ExposeSecret;
-use serde::Deserialize;
-use serde_json::{Value, json};
 use tracing::{info, warn};
 
-use super::profile::{Place, Profile};
-use super::store::{self, Store};
+use crate::model::profile::{Place, Profile, Profiles};
+use crate::store::{self, Store};
 use perennial_host::access::secrets;
-use perennial_host::api::{Json, Result, store_failed};
+use perennial_host::api::{Result, store_failed};
 use perennial_host::data_dir::DataDir;
 use perennial_host::sites::SiteId;
 
 /// What is known of the keys in files and in the store.
-pub(super) const CACHE: cache::Config = cache::Config {
+pub(crate) const CACHE: cache::Config = cache::Config {
     name: "vapid_keys",
     bytes: 1 << 20,
     ttl: Duration::from_secs(60),
@@ -45,11 +39,11 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// The keys of all sites.
 #[derive(Debug)]
-pub(super) struct VapidKeys {
+pub(crate) struct VapidKeys {
     data_dir: Arc<DataDir>,
     sql: sql::Store,
     store: Store,
-    profiles: Arc<HashMap<SiteId, Profile>>,
+    profiles: Profiles,
     caches: Caches,
     cache: Cache<Arc<SiteKeys>>,
     /// When the store was last asked for a key that is not known.
@@ -58,13 +52,13 @@ pub(super) struct VapidKeys {
 
 /// The keys of one site.
 #[derive(Debug)]
-pub(super) struct SiteKeys {
+pub(crate) struct SiteKeys {
     /// The one in use, and the id of its row.
-    pub(super) current: VapidKey,
-    pub(super) current_id: i64,
+    pub(crate) current: VapidKey,
+    pub(crate) current_id: i64,
     all: HashMap<i64, VapidKey>,
     /// What addresses of strangers are hashed with.
-    pub(super) guests: hmac::Key,
+    pub(crate) guests: hmac::Key,
 }
 
 impl Kept for SiteKeys {
@@ -76,12 +70,12 @@ impl Kept for SiteKeys {
 
 impl SiteKeys {
     /// The key that a subscription was made with; one that came with a notification takes the one in use.
-    pub(super) fn of(&self, id: Option<i64>) -> Option<&VapidKey> {
+    pub(crate) fn of(&self, id: Option<i64>) -> Option<&VapidKey> {
         id.map_or(Some(&self.current), |id| self.all.get(&id))
     }
 
     /// The id of the key with this public half, base64url.
-    pub(super) fn id_of(&self, public_key: &str) -> Option<i64> {
+    pub(crate) fn id_of(&self, public_key: &str) -> Option<i64> {
         let wanted = decode_base64(public_key)?;
         self.all.iter().find(|(_, key)| key.public_bytes()[..] == wanted).map(|(id, _)| *id)
     }
@@ -89,18 +83,18 @@ impl SiteKeys {
 
 impl VapidKeys {
     /// The keys of these sites: read once, so that those that are missing are made or missed now.
-    pub(super) async fn open(
+    pub(crate) async fn open(
         data_dir: &Arc<DataDir>,
         sql: &sql::Store,
         store: &Store,
-        profiles: &Arc<HashMap<SiteId, Profile>>,
+        profiles: &Profiles,
         caches: &Caches,
     ) -> anyhow::Result<Self> {
         let keys = Self {
             data_dir: Arc::clone(data_dir),
             sql: sql.clone(),
             store: store.clone(),
-            profiles: Arc::clone(profiles),
+            profiles: profiles.clone(),
             caches: caches.clone(),
             cache: caches.make(CACHE),
             looked: Mutex::default(),
@@ -121,21 +115,21 @@ impl VapidKeys {
     }
 
     /// Those of one site.
-    pub(super) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
+    pub(crate) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
         let keys = self.look_up(site).await.map_err(|error| anyhow!("{error:#}"))?;
         keys.context("there is no VAPID key")
     }
 
     /// Tags that pages of a site may set.
-    pub(super) fn public_tags(&self, site: SiteId) -> Arc<[String]> {
-        self.profiles.get(&site).map_or_else(|| Arc::from([]), |profile| Arc::clone(&profile.public_tags))
+    pub(crate) fn public_tags(&self, site: SiteId) -> Arc<[String]> {
+        self.profiles.find(site).map_or_else(|| Arc::from([]), |profile| Arc::clone(&profile.public_tags))
     }
 
     /// Those of one site, for a request.
     ///
     /// # Errors
     /// 503 while the store cannot be asked for keys that nobody knows.
-    pub(super) async fn for_request(&self, site: SiteId) -> Result<Arc<SiteKeys>> {
+    pub(crate) async fn for_request(&self, site: SiteId) -> Result<Arc<SiteKeys>> {
         match self.look_up(site).await {
             Ok(keys) => Ok(keys.context("there is no VAPID key")?),
             Err(error) => Err(match error.downcast_ref::<sql::Error>() {
@@ -146,7 +140,7 @@ impl VapidKeys {
     }
 
     /// Those of one site, one of which is to be `public_key`: it may have been made a moment ago, by another process.
-    pub(super) async fn with(&self, site: SiteId, public_key: &str) -> Result<Arc<SiteKeys>> {
+    pub(crate) async fn with(&self, site: SiteId, public_key: &str) -> Result<Arc<SiteKeys>> {
         let keys = self.for_request(site).await?;
         let may_look = {
             let mut looked = self.looked.lock();
@@ -165,15 +159,16 @@ impl VapidKeys {
     }
 
     /// What is known without asking anybody, by the name of the site.
-    pub(super) fn known(&self) -> Vec<(String, Arc<SiteKeys>)> {
+    pub(crate) fn known(&self) -> Vec<(String, Arc<SiteKeys>)> {
         let named = |(site, keys): (String, _)| {
             let site = SiteId(site.parse().ok()?);
-            Some((self.profiles.get(&site)?.name.clone(), keys))
+            Some((self.profiles.find(site)?.name.clone(), keys))
         };
         self.cache.known().into_iter().filter_map(named).collect()
     }
 
-    fn named(&self, name: &str) -> std::result::Result<(SiteId, &Profile), FieldError> {
+    /// The site of this name, for an operator.
+    pub(crate) fn named(&self, name: &str) -> std::result::Result<(SiteId, &Profile), FieldError> {
         let found = self.profiles.iter().find(|(_, profile)| profile.name == name);
         let (site, profile) =
             found.ok_or_else(|| FieldError::new("site", "the name of a site in the settings"))?;
@@ -181,8 +176,8 @@ impl VapidKeys {
     }
 
     /// Makes a new key for the pages of a site to subscribe with. Every process has it soon.
-    pub(super) async fn rotate(&self, site: SiteId) -> anyhow::Result<VapidKey> {
-        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+    pub(crate) async fn rotate(&self, site: SiteId) -> anyhow::Result<VapidKey> {
+        let profile = self.profiles.find(site).context("this site is not in the settings")?;
         let key = rotate(&self.data_dir, &self.sql, &profile.vapid).await?;
         self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
         Ok(key)
@@ -190,8 +185,8 @@ impl VapidKeys {
 
     /// Makes a key of elsewhere the one that pages of a site subscribe with. Those there are go on signing for their
     /// subscriptions.
-    async fn import(&self, site: SiteId, key: &VapidKey) -> anyhow::Result<()> {
-        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+    pub(crate) async fn import(&self, site: SiteId, key: &VapidKey) -> anyhow::Result<()> {
+        let profile = self.profiles.find(site).context("this site is not in the settings")?;
         import(&self.data_dir, &self.sql, &profile.vapid, key).await?;
         self.caches.forget(CACHE.name, Some(&site.0.to_string())).await;
         Ok(())
@@ -203,7 +198,7 @@ impl VapidKeys {
     }
 
     async fn load(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
-        let profile = self.profiles.get(&site).context("this site is not in the settings")?;
+        let profile = self.profiles.find(site).context("this site is not in the settings")?;
         let mut all = HashMap::new();
         let mut current = None;
         for key in read(&self.data_dir, &self.sql, site, &profile.vapid).await? {
@@ -223,47 +218,8 @@ impl VapidKeys {
     }
 }
 
-/// What operators may do: `POST /vapid/rotate {"site"}`, `POST /vapid/import {"site", "pem"}`.
-pub(super) fn admin_write(keys: Arc<VapidKeys>) -> Router {
-    Router::new()
-        .route("/vapid/rotate", post(make_new))
-        .route("/vapid/import", post(take_over))
-        .with_state(keys)
-}
-
-#[derive(Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Imported {
-    site: String,
-    /// The key pair, as a PEM file.
-    pem: String,
-}
-
-async fn take_over(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Imported>) -> Result<Json<Value>> {
-    let (site, profile) = keys.named(&request.site)?;
-    let key = VapidKey::from_pem(&request.pem).map_err(|error| FieldError::new("pem", error.to_string()))?;
-    let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
-    keys.import(site, &key).await.map_err(refused)?;
-    info!(site = profile.name, key = key.public_key(), "an operator imported a VAPID key");
-    Ok(Json(json!({ "key": key.public_key() })))
-}
-
-#[derive(Debug, Deserialize)]
-#[serde(deny_unknown_fields)]
-struct Rotate {
-    site: String,
-}
-
-async fn make_new(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Rotate>) -> Result<Json<Value>> {
-    let (site, profile) = keys.named(&request.site)?;
-    let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
-    let key = keys.rotate(site).await.map_err(refused)?;
-    info!(site = profile.name, key = key.public_key(), "an operator made a new VAPID key");
-    Ok(Json(json!({ "key": key.public_key() })))
-}
-
 /// Makes the key pair of a site if there is none, and returns the one in use.
-pub(super) async fn make(
+pub(crate) async fn make(
     data_dir: &DataDir,
     sql: &sql::Store,
     site: SiteId,
@@ -285,7 +241,7 @@ pub(super) async fn make(
 }
 
 /// Makes a new key for pages to subscribe with, and keeps those there are for the subscriptions made with them.
-pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
+pub(crate) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
     let new = VapidKey::generate()?;
     let before = before(data_dir, sql, place).await?.context("there is no VAPID key")?;
     put_first(data_dir, sql, place, &new, Some(before)).await?;
@@ -293,7 +249,7 @@ pub(super) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) 
 }
 
 /// Makes a key of elsewhere the one that pages subscribe with. A store that has none yet has its first by that.
-pub(super) async fn import(
+pub(crate) async fn import(
     data_dir: &DataDir,
     sql: &sql::Store,
     place: &Place,

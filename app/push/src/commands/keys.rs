@@ -10,8 +10,8 @@ use http::Method;
 use perennial_webpush::VapidKey;
 use serde_json::json;
 
+use crate::api::vapid;
 use crate::offline::{import_key, vapid_keys};
-use crate::vapid;
 use perennial_host::command::output::done;
 use perennial_host::command::{self, AdminBackend, Context, Offline, block_on};
 use perennial_host::sites;

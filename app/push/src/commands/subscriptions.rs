@@ -14,8 +14,8 @@ use http::Method;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
-use crate::dumps::{self, Format, Row, Unusable};
-use crate::import;
+use crate::api::import;
+use crate::commands::dumps::{self, Format, Row, Unusable};
 use crate::offline::transfer;
 use perennial_host::command::output::say;
 use perennial_host::command::{self, AdminBackend, Context, Offline, block_on};

@@ -3,6 +3,7 @@
 //! Every change of a batch carries the epoch of the job's claim: one that comes from an earlier claim changes
 //! nothing, and so an outcome is counted once, however often the message was sent.
 
+use crate::model::notification::NotificationStatus;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -12,14 +13,13 @@ use perennial_store::{transact, values};
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
-use super::pacing::Standing;
 use super::subscriptions::endpoint_hash;
 use super::{Store, add_outcome, job, now_ms};
-use crate::audience::{Audience, Selection};
-use crate::outcome::Outcome;
-use crate::refusals::{self, Evidence, Record, Refusal};
-use crate::send::origin;
-use crate::webhook::{Event, Pruned, Webhook};
+use crate::model::audience::{Audience, Selection};
+use crate::model::endpoint::origin;
+use crate::model::jobs::{Event, Pruned, Webhook};
+use crate::model::outcome::Outcome;
+use crate::model::refusals::{self, Evidence, Record, Refusal};
 
 /// A part of an audience, in the hands of a job.
 #[derive(Clone, Debug)]
@@ -30,7 +30,7 @@ pub(crate) struct Batch {
     pub(crate) attempt: u32,
     /// When the notification was accepted, or due, in milliseconds since 1970.
     pub(crate) since: i64,
-    pub(crate) standing: Standing,
+    pub(crate) standing: NotificationStatus,
     /// How many the notification is for, as far as was known when it was accepted.
     pub(crate) estimate: u64,
     /// The outcomes of members up to it are recorded,
@@ -195,7 +195,7 @@ pub(crate) struct FanOut {
     pub(crate) audience: Audience,
     pub(crate) watermark: i64,
     pub(crate) fanned_to: i64,
-    pub(crate) standing: Standing,
+    pub(crate) standing: NotificationStatus,
     /// How many of its batches are not finished, besides those that are to be tried again.
     pub(crate) ahead: usize,
 }
@@ -403,7 +403,7 @@ async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<O
         audience: audience(&row)?,
         watermark: row.get("watermark")?,
         fanned_to: row.get("fanned_to")?,
-        standing: Standing::read(&row)?,
+        standing: NotificationStatus::read(&row)?,
         ahead: row.get("ahead")?,
     }))
 }
@@ -490,7 +490,7 @@ fn read(row: &Row) -> Result<Batch> {
         part,
         attempt: row.get("attempt")?,
         since: row.get("since")?,
-        standing: Standing::read(row)?,
+        standing: NotificationStatus::read(row)?,
         estimate: row.get("estimate")?,
         low_id: row.get("low_id")?,
         above: serde_json::from_str(&above).map_err(unreadable("above"))?,

@@ -1,6 +1,8 @@
 //! What was accepted by `POST /notify`, and how it went.
 
-use std::collections::BTreeMap;
+use crate::model::notification::Notification;
+use crate::model::notification::NotificationStatus;
+use crate::model::notification::Stage;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -12,11 +14,10 @@ use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
-use super::pacing::{Stage, Standing};
 use super::{Page, Pager, Store, job, now_ms, timestamp};
-use crate::FAN_OUT_QUEUE;
-use crate::audience::{Audience, Selection};
-use crate::close::Close;
+use crate::model::audience::{Audience, Selection};
+use crate::model::jobs::Close;
+use crate::model::queues::FAN_OUT_QUEUE;
 
 /// How long counting an audience may take: the request waits for it, and the connection is everybody's.
 const COUNTING: Duration = Duration::from_secs(2);
@@ -100,25 +101,6 @@ pub(crate) enum Accepted {
     Before(Uuid, u64, Stage),
     /// Another one was accepted with this idempotency key.
     Conflict,
-}
-
-/// A stored notification.
-#[derive(Clone, Debug)]
-pub(crate) struct Notification {
-    pub(crate) id: Uuid,
-    pub(crate) site: i64,
-    pub(crate) state: String,
-    pub(crate) estimate: u64,
-    pub(crate) outcomes: BTreeMap<String, u64>,
-    /// How many wait to be tried again.
-    pub(crate) again: u64,
-    pub(crate) error: Option<String>,
-    pub(crate) rate_milli: Option<i64>,
-    pub(crate) due_at: Option<Timestamp>,
-    pub(crate) expires_at: Option<Timestamp>,
-    pub(crate) created_at: Timestamp,
-    pub(crate) started_at: Option<Timestamp>,
-    pub(crate) ended_at: Option<Timestamp>,
 }
 
 impl Store {
@@ -210,7 +192,12 @@ impl Store {
 
     /// Changes how a notification stands, and returns how it stands now. None when there is none, and as it was when it
     /// has ended.
-    pub(crate) async fn change(&self, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
+    pub(crate) async fn change(
+        &self,
+        site: i64,
+        id: Uuid,
+        change: Change,
+    ) -> Result<Option<NotificationStatus>> {
         let jobs = self.jobs.clone();
         let changed = transact!(&self.sql, tx => apply(tx, &jobs, site, id, change))?;
         if change == Change::Cancel {
@@ -335,7 +322,13 @@ async fn accept<T: Tx>(tx: &T, jobs: &Jobs, new: &NewNotification) -> Result<Acc
     Ok(Accepted::Now)
 }
 
-async fn apply<T: Tx>(tx: &T, jobs: &Jobs, site: i64, id: Uuid, change: Change) -> Result<Option<Standing>> {
+async fn apply<T: Tx>(
+    tx: &T,
+    jobs: &Jobs,
+    site: i64,
+    id: Uuid,
+    change: Change,
+) -> Result<Option<NotificationStatus>> {
     // A pause, or another rate, begins the schedule anew.
     let (set, from): (&str, &str) = match change {
         Change::Pause => ("state = 'paused'", "'scheduled', 'queued', 'sending'"),
@@ -361,8 +354,8 @@ async fn apply<T: Tx>(tx: &T, jobs: &Jobs, site: i64, id: Uuid, change: Change) 
     if changed == 1 && change == Change::Cancel {
         jobs.insert(tx, &[job(&Close { notification: id, since: now })?]).await?;
     }
-    let sql = format!("SELECT {} FROM notifications WHERE site = ? AND id = ?", Standing::COLUMNS);
-    sql::first(tx, &sql, &values![site, id]).await?.as_ref().map(Standing::read).transpose()
+    let sql = format!("SELECT {} FROM notifications WHERE site = ? AND id = ?", NotificationStatus::COLUMNS);
+    sql::first(tx, &sql, &values![site, id]).await?.as_ref().map(NotificationStatus::read).transpose()
 }
 
 /// How it went for one subscription.

@@ -7,9 +7,9 @@ use perennial_store::pool::sql::{self, Result, Row, Tx};
 use perennial_store::{transact, values};
 use uuid::Uuid;
 
-use super::{Store, now_ms};
-use crate::pace::{CATCH_UP, SLICE};
-use crate::schedule::Schedule;
+use super::Store;
+use crate::model::notification::NotificationStatus;
+use crate::model::schedule::{CATCH_UP, SLICE, Schedule};
 
 /// How far ahead slices are reserved, in microseconds: two of them.
 const AHEAD_US: i64 = 500_000;
@@ -17,91 +17,6 @@ const AHEAD_US: i64 = 500_000;
 const LEAD_US: i64 = 20_000;
 const CATCH_UP_US: i64 = 250_000;
 const _: () = assert!(CATCH_UP.as_micros() == 250_000);
-
-/// The states of a notification.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Stage {
-    Scheduled,
-    Queued,
-    Sending,
-    Paused,
-    Done,
-    Cancelled,
-    Expired,
-}
-
-impl Stage {
-    const ALL: [Self; 7] = [
-        Self::Scheduled,
-        Self::Queued,
-        Self::Sending,
-        Self::Paused,
-        Self::Done,
-        Self::Cancelled,
-        Self::Expired,
-    ];
-
-    /// How a notification begins that is due then.
-    pub(crate) fn first(due_at: Option<i64>) -> Self {
-        if due_at.is_some() { Self::Scheduled } else { Self::Queued }
-    }
-
-    /// The word for it, in the store and in answers.
-    pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Scheduled => "scheduled",
-            Self::Queued => "queued",
-            Self::Sending => "sending",
-            Self::Paused => "paused",
-            Self::Done => "done",
-            Self::Cancelled => "cancelled",
-            Self::Expired => "expired",
-        }
-    }
-
-    pub(crate) fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.as_str() == word)
-    }
-}
-
-/// How a notification stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Standing {
-    pub(crate) state: Stage,
-    /// Sends per 1000 seconds, and in how many milliseconds it is reached.
-    pub(crate) rate: Option<(i64, i64)>,
-    /// In milliseconds since 1970.
-    pub(crate) expires_at: Option<i64>,
-}
-
-impl Standing {
-    /// One that is not there any more.
-    pub(crate) const GONE: Self = Self { state: Stage::Cancelled, rate: None, expires_at: None };
-
-    /// How long it may still be sent; none when that is for ever.
-    pub(crate) fn time_left(&self) -> Option<Duration> {
-        let left = self.expires_at? - now_ms();
-        Some(Duration::from_millis(u64::try_from(left).unwrap_or_default()))
-    }
-
-    /// Whether its time is over.
-    pub(crate) fn has_expired(&self) -> bool {
-        self.time_left().is_some_and(|left| left.is_zero())
-    }
-
-    pub(super) const COLUMNS: &'static str = "state, rate_milli, ramp_ms, expires_at";
-
-    pub(super) fn read(row: &Row) -> Result<Self> {
-        let state: String = row.get("state")?;
-        let rate: Option<i64> = row.get("rate_milli")?;
-        let ramp: i64 = row.get("ramp_ms")?;
-        Ok(Self {
-            state: Stage::parse(&state).unwrap_or(Stage::Cancelled),
-            rate: rate.map(|rate| (rate, ramp)),
-            expires_at: row.get("expires_at")?,
-        })
-    }
-}
 
 /// What came of asking for a slice.
 #[derive(Clone, Copy, Debug)]
@@ -112,7 +27,7 @@ pub(crate) enum Reserved {
         /// The store's clock, and when the schedule began, in microseconds since 1970.
         now: i64,
         began: i64,
-        /// See [`crate::pace::Slice`].
+        /// See [`crate::pacing::pace::Slice`].
         next: f64,
         end: f64,
     },
@@ -124,14 +39,14 @@ pub(crate) enum Reserved {
 
 impl Store {
     /// How notifications stand; none of one that cannot be read.
-    pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Option<Standing>)>> {
+    pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Option<NotificationStatus>)>> {
         let hex: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
         let among = self.sql.dialect().is_among("id", "?");
-        let sql = format!("SELECT id, {} FROM notifications WHERE {among}", Standing::COLUMNS);
+        let sql = format!("SELECT id, {} FROM notifications WHERE {among}", NotificationStatus::COLUMNS);
         let list = serde_json::to_string(&hex).unwrap_or_default();
         let rows = self.sql.query(sql, values![list]).await?;
         let read = |row: &Row| {
-            let standing = Standing::read(row);
+            let standing = NotificationStatus::read(row);
             let standing =
                 standing.inspect_err(|error| set_apart("notifications", &row.name("id"), error)).ok();
             Ok((row.get("id")?, standing))

@@ -12,7 +12,7 @@ use serde_json::value::RawValue;
 
 use super::notifications::DeliveryView;
 use super::{Page, Pager, Store, now_ms, timestamp};
-use crate::audience::{Audience, Selection};
+use crate::model::audience::{Audience, Selection};
 
 /// How many subscriptions of a user are deleted at once.
 const DELETED: usize = 500;

@@ -1,0 +1,164 @@
+//! The routes of web push: for pages, for backends, for operators.
+
+mod audiences;
+mod followers;
+pub(crate) mod guests;
+pub(crate) mod import;
+mod lifecycle;
+pub(crate) mod limits;
+mod notifications;
+mod notify;
+mod page;
+mod services;
+mod subscriptions;
+mod user_token;
+mod users;
+pub(crate) mod vapid;
+
+use std::ops::Deref;
+use std::sync::Arc;
+
+use axum::extract::FromRef;
+use perennial_host::access::Access;
+use perennial_host::module::Host;
+use perennial_runtime::drain::Drain;
+use perennial_server::http::detach::Detach;
+use utoipa_axum::router::OpenApiRouter;
+use utoipa_axum::routes;
+
+use crate::config::Config;
+use crate::delivery::DeliveryContext;
+use crate::delivery::progress::Progress;
+use crate::delivery::senders::Senders;
+use crate::delivery::services::Services;
+use crate::delivery::webhook::Webhooks;
+use crate::model::profile::Profiles;
+use crate::pacing::active::Flows;
+use crate::store::Store;
+use crate::vapid::VapidKeys;
+use audiences::Audiences;
+use followers::Followers;
+use guests::Guests;
+use limits::Limits;
+
+/// What routes may touch. A cheap handle.
+#[derive(Clone, Debug)]
+pub(crate) struct ApiState(Arc<Parts>);
+
+/// See [`ApiState`].
+#[derive(Debug)]
+pub(crate) struct Parts {
+    config: Arc<Config>,
+    store: Store,
+    access: Access,
+    profiles: Profiles,
+    vapid: Arc<VapidKeys>,
+    senders: Senders,
+    flows: Flows,
+    services: Arc<Services>,
+    webhooks: Webhooks,
+    progress: Progress,
+    audiences: Audiences,
+    limits: Limits,
+    guests: Guests,
+    followers: Followers,
+    in_flight: notify::InFlight,
+}
+
+impl Deref for ApiState {
+    type Target = Parts;
+
+    fn deref(&self) -> &Parts {
+        &self.0
+    }
+}
+
+impl FromRef<ApiState> for Access {
+    fn from_ref(api: &ApiState) -> Self {
+        api.access.clone()
+    }
+}
+
+impl ApiState {
+    /// What routes may touch, of what deliveries may, and what they need for themselves.
+    pub(crate) fn new(
+        host: &Host,
+        delivery: &DeliveryContext,
+        limits: limits::Config,
+        guests: guests::Config,
+    ) -> Self {
+        let (config, store) = (Arc::clone(&delivery.config), delivery.store.clone());
+        Self(Arc::new(Parts {
+            access: host.access.clone(),
+            profiles: delivery.profiles.clone(),
+            vapid: Arc::clone(&delivery.vapid),
+            senders: delivery.senders.clone(),
+            flows: delivery.flows.clone(),
+            services: Arc::clone(&delivery.services),
+            webhooks: delivery.webhooks.clone(),
+            progress: delivery.progress.clone(),
+            audiences: Audiences::new(&host.caches, store.clone(), config.small_audience),
+            limits: Limits::new(limits),
+            guests: Guests::new(guests),
+            followers: Followers::new(config.followers_per_key),
+            in_flight: notify::InFlight::default(),
+            config,
+            store,
+        }))
+    }
+
+    /// How many addresses without a key are limited now, and how many requests follow notifications.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        (self.limits.len(), self.followers.len())
+    }
+
+    /// Forgets the addresses that have kept within their limits, until nothing new is taken.
+    async fn forget_limits(self, drain: Drain) -> anyhow::Result<()> {
+        loop {
+            tokio::select! {
+                () = tokio::time::sleep(limits::FORGET_EVERY) => self.limits.forget(),
+                () = drain.soft() => return Ok(()),
+            }
+        }
+    }
+}
+
+/// Hands in the routes and the tasks.
+pub(crate) fn mount(host: &mut Host, api: &ApiState) {
+    host.routes(routes(api));
+    host.admin_read(services::admin_read(api.clone()));
+    host.admin_write(services::admin_write(api.clone()));
+    host.admin_write(vapid::admin_write(Arc::clone(&api.vapid)));
+    host.task("push limits", {
+        let (api, drain) = (api.clone(), host.drain.clone());
+        move || api.clone().forget_limits(drain.clone())
+    });
+    host.task("push followers", {
+        let (api, drain) = (api.clone(), host.drain.clone());
+        move || api.followers.clone().run(api.clone(), drain.clone())
+    });
+}
+
+fn routes(api: &ApiState) -> OpenApiRouter {
+    let from_pages = OpenApiRouter::new()
+        .routes(routes!(subscriptions::key))
+        .routes(routes!(subscriptions::subscribe, subscriptions::unsubscribe, subscriptions::list))
+        .layer(subscriptions::cors(api.access.sites()));
+    let mut routes = OpenApiRouter::new()
+        .merge(from_pages)
+        .routes(routes!(subscriptions::one, subscriptions::delete))
+        // A client that leaves early has sent all the same, and may ask again with the same Idempotency-Key.
+        .merge(OpenApiRouter::new().routes(routes!(notify::notify)).layer(Detach))
+        .routes(routes!(notifications::list))
+        .routes(routes!(notifications::one, lifecycle::set_rate))
+        .routes(routes!(lifecycle::pause))
+        .routes(routes!(lifecycle::resume))
+        .routes(routes!(lifecycle::cancel))
+        .routes(routes!(lifecycle::events))
+        .routes(routes!(lifecycle::deliveries))
+        .routes(routes!(users::one, users::delete));
+    if api.config.page {
+        routes = routes.merge(page::routes().into());
+    }
+    routes.with_state(api.clone())
+}

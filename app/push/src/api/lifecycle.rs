@@ -1,0 +1,199 @@
+//! What becomes of a notification after it was accepted: pausing it and going on, another rate, following it, and how it
+//! went for each subscription.
+
+use axum::body::Body;
+use axum::extract::State;
+use axum::response::sse::{KeepAlive, Sse};
+use axum::response::{IntoResponse, Response};
+use bytes::Bytes;
+use futures_util::stream;
+use http::header;
+use perennial_server::http::problem::FieldError;
+use perennial_server::http::scope::Scope;
+use serde::{Deserialize, Serialize};
+use tracing::info;
+use utoipa::{IntoParams, ToSchema};
+use uuid::Uuid;
+
+use super::ApiState;
+use crate::api::notify::{RATE_WANTED, rate_milli};
+use crate::model::notification::NotificationView;
+use crate::model::outcome::Outcome;
+use crate::scopes::Notify;
+use crate::store::Change;
+use perennial_host::access::{Authorized, Read};
+use perennial_host::api::{Json, Path, Query, Result, not_found};
+
+/// How many deliveries are read at once.
+const PAGE: usize = 200;
+
+/// Pauses a notification
+///
+/// Nothing more is begun from now on, in any replica within a second. Needs a key with the scope `notify`, as resuming,
+/// cancelling and changing the rate do.
+#[utoipa::path(post, path = "/notifications/{id}/pause", operation_id = "pauseNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+pub(crate) async fn pause(
+    caller: Authorized<Notify>,
+    State(api): State<ApiState>,
+    Path(id): Path<String>,
+) -> Result<Json<NotificationView>> {
+    change(&caller, &api, &id, Change::Pause).await
+}
+
+/// Goes on with a paused notification
+#[utoipa::path(post, path = "/notifications/{id}/resume", operation_id = "resumeNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+pub(crate) async fn resume(
+    caller: Authorized<Notify>,
+    State(api): State<ApiState>,
+    Path(id): Path<String>,
+) -> Result<Json<NotificationView>> {
+    change(&caller, &api, &id, Change::Resume).await
+}
+
+/// Cancels a notification
+///
+/// Who has not been sent to yet is counted as `cancelled`.
+#[utoipa::path(post, path = "/notifications/{id}/cancel", operation_id = "cancelNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
+pub(crate) async fn cancel(
+    caller: Authorized<Notify>,
+    State(api): State<ApiState>,
+    Path(id): Path<String>,
+) -> Result<Json<NotificationView>> {
+    change(&caller, &api, &id, Change::Cancel).await
+}
+
+/// Another rate.
+#[derive(Debug, Deserialize, ToSchema)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct RateRequest {
+    /// Sends per second; null for as fast as push services take them
+    #[serde(default, deserialize_with = "perennial_host::api::given")]
+    #[schema(value_type = Option<f64>, exclusive_minimum = 0.0, maximum = 1_000_000.0)]
+    rate: Option<Option<f64>>,
+}
+
+/// Changes the rate of a notification
+///
+/// It holds within a second, also while it is being sent.
+#[utoipa::path(
+    patch, path = "/notifications/{id}", operation_id = "changeNotification", params(("id" = Uuid, Path)), request_body = RateRequest,
+    responses((status = OK, body = NotificationView))
+)]
+pub(crate) async fn set_rate(
+    caller: Authorized<Notify>,
+    State(api): State<ApiState>,
+    Path(id): Path<String>,
+    Json(request): Json<RateRequest>,
+) -> Result<Json<NotificationView>> {
+    let wanted = || FieldError::new("rate", format!("{RATE_WANTED}; or null"));
+    let rate = match request.rate.ok_or_else(wanted)? {
+        Some(rate) => Some(rate_milli(rate).ok_or_else(wanted)?),
+        None => None,
+    };
+    change(&caller, &api, &id, Change::Rate(rate)).await
+}
+
+async fn change(
+    Authorized { caller, .. }: &Authorized<Notify>,
+    api: &ApiState,
+    id: &str,
+    change: Change,
+) -> Result<Json<NotificationView>> {
+    let (id, site) = (parse(id)?, caller.site.0);
+    let standing = api.store.change(site, id, change).await?.ok_or_else(|| not_found("notification"))?;
+    api.flows.changed(id, standing);
+    info!(notification = %id, ?change, state = standing.state.as_str(), "changed");
+    view(api, site, id).await
+}
+
+fn parse(id: &str) -> Result<Uuid> {
+    Ok(Uuid::parse_str(id).map_err(|_| not_found("notification"))?)
+}
+
+async fn view(api: &ApiState, site: i64, id: Uuid) -> Result<Json<NotificationView>> {
+    let found = api.store.notification(site, id).await?.ok_or_else(|| not_found("notification"))?;
+    Ok(Json(api.progress.view(found)))
+}
+
+/// Follows a notification
+///
+/// Server-sent events: `progress` whenever something has changed, and `end` with the last. Needs a key with the scope
+/// `read`, which may have `push.followers_per_key` such requests at once.
+#[utoipa::path(
+    get, path = "/notifications/{id}/events", operation_id = "followNotification", params(("id" = Uuid, Path)),
+    responses((status = OK, content_type = "text/event-stream", body = ProgressEvent, description = "One event after the other, until the notification has ended"))
+)]
+pub(crate) async fn events(
+    Authorized { caller, .. }: Authorized<Read>,
+    scope: Scope,
+    State(api): State<ApiState>,
+    Path(id): Path<String>,
+) -> Result<Response> {
+    let id = parse(&id)?;
+    let Json(view) = view(&api, caller.site.0, id).await?;
+    scope.is_a_stream();
+    let follower = api.followers.follow(&caller.key, id, &view)?;
+    let events = follower.events(scope.drain().clone());
+    Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())
+}
+
+/// A server-sent event
+#[derive(Debug, Serialize, ToSchema)]
+pub(crate) struct ProgressEvent {
+    /// `progress`, or `end` for the last one
+    event: String,
+    /// What `GET /notifications/{id}` answers, as JSON
+    data: String,
+}
+
+/// Which deliveries.
+#[derive(Debug, Deserialize, IntoParams)]
+#[into_params(parameter_in = Query)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Which {
+    /// Only those with this outcome
+    #[param(
+        pattern = "^(delivered|gone|unauthorized|too_large|rejected|expired|unreachable|failed|cancelled|incomplete|forbidden)$"
+    )]
+    outcome: Option<String>,
+}
+
+/// How a notification went for each subscription
+///
+/// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids, those that
+/// came with the notification under -1, -2 and so on. Failures, or with `"log": "all"` everybody who was sent to. Needs a key with the scope `read`.
+#[utoipa::path(
+    get, path = "/notifications/{id}/deliveries", operation_id = "listDeliveries", params(("id" = Uuid, Path), Which),
+    responses((status = OK, content_type = "application/x-ndjson"))
+)]
+pub(crate) async fn deliveries(
+    Authorized { caller, .. }: Authorized<Read>,
+    State(api): State<ApiState>,
+    Path(id): Path<String>,
+    Query(which): Query<Which>,
+) -> Result<Response> {
+    let id = parse(&id)?;
+    if which.outcome.as_ref().is_some_and(|word| Outcome::parse(word).is_none()) {
+        return Err(FieldError::new("outcome", "a word of the outcomes of a notification").into());
+    }
+    view(&api, caller.site.0, id).await?;
+    let pages = stream::try_unfold(Some(i64::MIN), move |cursor| {
+        let (api, outcome) = (api.clone(), which.outcome.clone());
+        async move {
+            let Some(cursor) = cursor else { return Ok(None) };
+            let (page, next) = api.store.deliveries(id, outcome, cursor, PAGE).await?;
+            Ok::<_, perennial_store::pool::sql::Error>(Some((lines(&page), next)))
+        }
+    });
+    Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(pages)).into_response())
+}
+
+/// One JSON value a line.
+pub(crate) fn lines<T: serde::Serialize>(values: &[T]) -> Bytes {
+    let mut text = String::new();
+    for value in values {
+        text.push_str(&serde_json::to_string(value).unwrap_or_default());
+        text.push('\n');
+    }
+    Bytes::from(text)
+}

@@ -1,0 +1,44 @@
+//! `GET /`: the page to subscribe this browser and to send it a notification. Plain files, part of the binary.
+
+use axum::Router;
+use axum::response::{IntoResponse, Response};
+use axum::routing::get;
+use http::header::{
+    CACHE_CONTROL, CONTENT_SECURITY_POLICY, CONTENT_TYPE, REFERRER_POLICY, X_CONTENT_TYPE_OPTIONS,
+};
+
+use super::ApiState;
+
+/// A file of the page: its path, its type, its content.
+struct File(&'static str, &'static str, &'static str);
+
+const FILES: [File; 7] = [
+    File("/", "text/html; charset=utf-8", include_str!("../../page/index.html")),
+    File("/page.css", "text/css; charset=utf-8", include_str!("../../page/page.css")),
+    File("/page.js", "text/javascript; charset=utf-8", include_str!("../../page/page.js")),
+    File("/push.js", "text/javascript; charset=utf-8", include_str!("../../page/push.js")),
+    File("/sw.js", "text/javascript; charset=utf-8", include_str!("../../page/sw.js")),
+    File("/icon.svg", "image/svg+xml", include_str!("../../page/icon.svg")),
+    File("/page.webmanifest", "application/manifest+json", include_str!("../../page/page.webmanifest")),
+];
+
+/// Nothing from elsewhere, nothing inline, in no frame: the page holds a key.
+const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+
+pub(crate) fn routes() -> Router<ApiState> {
+    FILES
+        .iter()
+        .fold(Router::new(), |router, file| router.route(file.0, get(|| std::future::ready(serve(file)))))
+}
+
+fn serve(File(_, media_type, content): &'static File) -> Response {
+    let headers = [
+        (CONTENT_TYPE, *media_type),
+        (CONTENT_SECURITY_POLICY, POLICY),
+        (X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (REFERRER_POLICY, "no-referrer"),
+        // A new binary has a new page.
+        (CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, *content).into_response()
+}

@@ -1,0 +1,137 @@
+//! Push services, as operators see them.
+//!
+//! | route of the admin listener | what |
+//! |---|---|
+//! | `GET /origins` | each push service, and whether it is held |
+//! | `POST /origins/resume` | `{"origin"}`: sends to it again |
+//! | `GET /notifications` | the newest ones of a site |
+
+use axum::extract::State;
+use axum::routing::{get, post};
+use axum::{Json as Answer, Router};
+use perennial_server::http::problem::FieldError;
+use perennial_webpush::ServiceStatus;
+use perennial_workers::queue::Due;
+use serde::{Deserialize, Serialize};
+use std::sync::atomic::Ordering;
+use tracing::info;
+use uuid::Uuid;
+
+use super::ApiState;
+use crate::delivery::services::EXCHANGE;
+use crate::model::jobs::Deliver;
+use crate::model::notification::NotificationView;
+use crate::store::Waiting;
+use perennial_host::api::{Json, Query, Result, not_found};
+use perennial_host::sites::SiteId;
+
+/// How many notifications operators are shown.
+const NOTIFICATIONS: usize = 100;
+
+/// A push service, as operators see it.
+#[derive(Debug, Serialize)]
+struct OriginView {
+    origin: String,
+    /// throttled, unreachable or unauthorized, while nothing is sent to it
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held: Option<&'static str>,
+    /// Whether that is so for all, or for subscriptions that nothing was delivered to yet (unproven)
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_for: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    held_seconds: Option<f64>,
+    connections: usize,
+    /// How many requests at once it bears, as far as is known
+    window: usize,
+    in_flight: usize,
+    clock_ahead_seconds: i64,
+    /// How many subscriptions it refuses that may be given up for that; looked up once a minute, and counted to 10,000
+    at_risk: u64,
+    addresses: Vec<AddressView>,
+}
+
+#[derive(Debug, Serialize)]
+struct AddressView {
+    address: String,
+    connections: usize,
+    aside: bool,
+}
+
+/// What operators may look at.
+pub(crate) fn admin_read(api: ApiState) -> Router {
+    Router::new().route("/origins", get(origins)).route("/notifications", get(notifications)).with_state(api)
+}
+
+/// What operators may change.
+pub(crate) fn admin_write(api: ApiState) -> Router {
+    Router::new().route("/origins/resume", post(resume)).with_state(api)
+}
+
+async fn origins(State(api): State<ApiState>) -> Answer<Vec<OriginView>> {
+    let lanes: Vec<_> = api.senders.all().flat_map(perennial_webpush::Sender::lanes).collect();
+    let view = |service: ServiceStatus| {
+        let of = || lanes.iter().filter(|lane| lane.origin == service.origin);
+        let addresses = service.addresses.iter().map(|address| AddressView {
+            address: address.address.to_string(),
+            connections: address.connections,
+            aside: address.aside,
+        });
+        OriginView {
+            held: service.held.map(|(_, cause, _)| cause.as_str()),
+            held_for: service.held.map(|(_, _, whom)| whom.as_str()),
+            held_seconds: service.held.map(|(wait, ..)| wait.as_secs_f64()),
+            connections: of().map(|lane| lane.connections).sum(),
+            window: of().map(|lane| lane.window).sum(),
+            in_flight: of().map(|lane| lane.in_flight).sum(),
+            clock_ahead_seconds: service.clock_ahead_seconds,
+            at_risk: api.services.at_risk.of(&service.origin),
+            addresses: addresses.collect(),
+            origin: service.origin.clone(),
+        }
+    };
+    Answer(api.senders.any().services().into_iter().map(view).collect())
+}
+
+/// Of which site; the default one without a name.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Of {
+    site: Option<String>,
+}
+
+/// The newest notifications, as `GET /notifications` shows them.
+async fn notifications(
+    State(api): State<ApiState>,
+    Query(of): Query<Of>,
+) -> Result<Json<Vec<NotificationView>>> {
+    let site = match &of.site {
+        None => SiteId::DEFAULT,
+        Some(name) => api.access.sites().named(name).ok_or_else(|| not_found("site"))?.id,
+    };
+    let found = api.store.notifications(site.0, Uuid::max(), NOTIFICATIONS).await?;
+    Ok(Json(found.into_iter().map(|found| api.progress.view(found)).collect()))
+}
+
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Resume {
+    origin: String,
+}
+
+async fn resume(State(api): State<ApiState>, Json(request): Json<Resume>) -> Result<http::StatusCode> {
+    let known = api.senders.any().resume(&request.origin);
+    if !known {
+        return Err(FieldError::new("origin", "an origin of GET /origins").into());
+    }
+    api.store.resume_service(&request.origin).await?;
+    api.services.is_told.store(true, Ordering::Relaxed);
+    // Where others work on the same store, not before they have heard of it.
+    let due = match api.store.is_shared() {
+        true => Due::In(2 * EXCHANGE),
+        false => Due::Now,
+    };
+    let new_job = |waiting: &Waiting| Ok(Deliver::woken(&api.config, waiting)?.due(due));
+    let woken = api.store.wake_batches(&request.origin, new_job).await?;
+    info!(woken, origin = request.origin, "an operator lets a push service be sent to again");
+    Ok(http::StatusCode::NO_CONTENT)
+}

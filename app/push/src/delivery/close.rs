@@ -1,0 +1,105 @@
+//! The job that ends what is still waiting of a notification that was cancelled, or whose time is over: a batch that is to
+//! be tried again in an hour, or one that was not to begin before next month.
+
+use crate::model::jobs::Close;
+use crate::model::jobs::Deliver;
+use crate::model::notification::Stage;
+use std::sync::Arc;
+use std::time::Duration;
+
+use jiff::Timestamp;
+use perennial_workers::{Context, Fate, Job, Options};
+use uuid::Uuid;
+
+use super::DeliveryContext;
+use super::deliver;
+use super::fanout::BUDGET;
+use crate::model::outcome::Outcome;
+use crate::model::queues::BULK_QUEUE;
+use crate::store::{Checkpoint, Recorded, Rest};
+
+/// The claim of this job on a batch: later than any that a worker may have.
+const LAST_EPOCH: i64 = i64::MAX / 2;
+/// What a batch may take to stop, besides its sends in flight.
+const STOP: Duration = Duration::from_secs(5);
+
+impl Job for Close {
+    const KIND: &'static str = "push.close";
+    type Tools = Arc<DeliveryContext>;
+
+    fn options() -> Options {
+        Options {
+            queue: crate::model::queues::FAN_OUT_QUEUE,
+            timeout: Duration::from_secs(300),
+            budget: BUDGET,
+            ..Options::default()
+        }
+    }
+
+    fn subject(&self) -> Option<String> {
+        Some(format!("notification {}", self.notification))
+    }
+
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+        let (store, id) = (&delivery.store, self.notification);
+        let Some(found) = store.any_notification(id).await?.filter(|found| found.ended_at.is_none()) else {
+            return Ok(Fate::Done);
+        };
+        let now = Timestamp::now().as_millisecond();
+        let outcome = match found.expires_at {
+            _ if found.state == Stage::Cancelled.as_str() => Outcome::Cancelled,
+            Some(at) if at.as_millisecond() <= now => Outcome::Expired,
+            _ => return Ok(Fate::Done),
+        };
+        // Those that run stop by themselves, and know what became of their last sends.
+        let patience = delivery.config.send_timeout + STOP;
+        let waited = Duration::from_millis(u64::try_from(now - self.since).unwrap_or_default());
+        if found.started_at.is_some() && waited < patience {
+            return Ok(Fate::Snooze(patience.checked_sub(waited).unwrap_or_default()));
+        }
+        let mut last = store.give_up_fan_out(id, LAST_EPOCH, outcome, None).await?;
+        loop {
+            let batches = store.batches_of(id).await?;
+            if batches.is_empty() {
+                break;
+            }
+            for batch in batches {
+                context.check()?;
+                last |= self.end(&context, &delivery, batch, outcome).await?;
+            }
+        }
+        if last {
+            delivery.ended(id, found.site).await;
+        }
+        Ok(Fate::Done)
+    }
+}
+
+impl Close {
+    /// Ends a batch. True when it was the last.
+    async fn end(
+        &self,
+        context: &Context,
+        delivery: &DeliveryContext,
+        id: Uuid,
+        outcome: Outcome,
+    ) -> anyhow::Result<bool> {
+        let Some(batch) = deliver::open(delivery, id, LAST_EPOCH).await? else { return Ok(false) };
+        let (left, rest_after) = delivery.store.left(&batch, delivery.config.batch).await?;
+        let mut checkpoint = Checkpoint {
+            low_id: batch.low_id,
+            above: batch.above.clone(),
+            finished: true,
+            ..Checkpoint::default()
+        };
+        if !left.is_empty() {
+            checkpoint.outcomes = vec![(outcome, left.len())];
+        }
+        if let Some(after) = rest_after {
+            let job = Deliver::follow_up(context, self.notification, BULK_QUEUE, 0)?;
+            checkpoint.rest = Some(Rest { after, job });
+        }
+        delivery.meters.decided(&checkpoint.outcomes);
+        Ok(delivery.store.checkpoint(&batch, LAST_EPOCH, checkpoint).await? == Recorded::Last)
+    }
+}

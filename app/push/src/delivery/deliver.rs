@@ -1,0 +1,157 @@
+//! The job that sends to one batch. What it does is in `round.rs`; here is how it is queued, and what becomes of its
+//! members when it is given up.
+
+use crate::config::Config;
+use crate::model::jobs::Deliver;
+use std::sync::Arc;
+use std::time::Duration;
+
+use perennial_store::pool::{set_apart, sql};
+use perennial_webpush::Urgency;
+use perennial_workers::queue;
+use perennial_workers::{Context, Fate, Job, NewJob, Options};
+use tracing::warn;
+use uuid::Uuid;
+
+use super::DeliveryContext;
+use super::fanout::BUDGET;
+use crate::delivery::batch_run::{CAREFUL, Round, is_paused, pause, save};
+use crate::model::outcome::Outcome;
+use crate::store::{Batch, Checkpoint, Deferred, Rest, Waiting, job};
+use perennial_host::sites::SiteId;
+
+impl Deliver {
+    pub(crate) fn job(notification: Uuid, queue: &'static str, priority: i16) -> queue::Result<NewJob> {
+        Ok(NewJob::new(&Self { notification })?.queue(queue).priority(priority))
+    }
+
+    /// One that follows from the job of `context`, and carries its trace.
+    pub(crate) fn follow_up(
+        context: &Context,
+        notification: Uuid,
+        queue: &'static str,
+        priority: i16,
+    ) -> queue::Result<NewJob> {
+        Ok(context.follow_up(&Self { notification })?.queue(queue).priority(priority))
+    }
+
+    /// One for a batch that waits for a push service which is sent to again.
+    pub(crate) fn woken(config: &Config, waiting: &Waiting) -> sql::Result<NewJob> {
+        let queue = match config.is_small(waiting.estimate) {
+            _ if waiting.is_paced => crate::model::queues::PACED_QUEUE,
+            true => crate::model::queues::SMALL_QUEUE,
+            false => crate::model::queues::RETRY_QUEUE,
+        };
+        // As it was written down: it is one of four words.
+        let urgency = waiting.urgency.parse().unwrap_or_default();
+        let job = job(&Self { notification: waiting.notification })?.queue(queue);
+        Ok(job.priority(Self::priority(urgency)))
+    }
+
+    /// Lower goes first.
+    pub(crate) fn priority(urgency: Urgency) -> i16 {
+        match urgency {
+            Urgency::High => 0,
+            Urgency::Normal => 10,
+            Urgency::Low => 20,
+            Urgency::VeryLow => 30,
+        }
+    }
+}
+
+impl Job for Deliver {
+    const KIND: &'static str = "push.deliver";
+    type Tools = Arc<DeliveryContext>;
+
+    fn options() -> Options {
+        // To a service that answers nobody, a batch takes batch / window times twice push.timeout: ten minutes.
+        Options {
+            queue: crate::model::queues::BULK_QUEUE,
+            timeout: Duration::from_secs(1800),
+            budget: BUDGET,
+            ..Options::default()
+        }
+    }
+
+    fn subject(&self) -> Option<String> {
+        Some(format!("notification {}", self.notification))
+    }
+
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+        let Some(batch) = open(&delivery, context.id, context.epoch).await? else { return Ok(Fate::Done) };
+        if is_paused(&batch) {
+            return Ok(Fate::Snooze(pause(&batch)));
+        }
+        let members = delivery.store.members(&batch, delivery.config.batch).await?;
+        if delivery.profiles.find(SiteId(batch.site)).is_none() {
+            return Ok(Fate::Snooze(super::NOT_SERVED));
+        }
+        let keys = delivery.vapid.of(SiteId(batch.site)).await?;
+        let flow = delivery.flows.flow(batch.notification, batch.standing);
+        let senders = delivery.senders.clone();
+        senders
+            .run(move |sender| async move {
+                let round = Round::new(&delivery, &context, &sender, &flow, batch, members, keys)?;
+                round.run().await
+            })
+            .await
+    }
+
+    async fn give_up(
+        &self,
+        context: Context,
+        delivery: Arc<DeliveryContext>,
+        _reason: String,
+    ) -> anyhow::Result<()> {
+        let Some(batch) = open(&delivery, context.id, context.epoch).await? else { return Ok(()) };
+        let (mut left, rest_after) = delivery.store.left(&batch, delivery.config.batch).await?;
+        let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
+        let priority = Self::priority(batch.urgency.parse()?);
+        if let Some(after) = rest_after {
+            let job =
+                Self::follow_up(&context, self.notification, crate::model::queues::BULK_QUEUE, priority)?;
+            checkpoint.rest = Some(Rest { after, job });
+        }
+        // It was sent to alone, and the process crashed: the others are none the worse for it.
+        let suspect = batch.trying.filter(|id| left.contains(id));
+        let attempt = batch.attempt + u32::from(suspect.is_none());
+        let by_crashes = context.spent.recoveries >= BUDGET.recoveries && attempt < delivery.config.attempts;
+        let failed = if by_crashes {
+            if let Some(suspect) = suspect {
+                warn!(subscription = suspect, "sending to this member crashes the process; it is left out");
+                left.retain(|id| *id != suspect);
+            }
+            if !left.is_empty() {
+                let job = Self::follow_up(
+                    &context,
+                    self.notification,
+                    crate::model::queues::RETRY_QUEUE,
+                    priority,
+                )?;
+                let job = NewJob { recoveries: CAREFUL, ..job };
+                checkpoint.deferred = vec![Deferred { ids: left, job, attempt, waits_for: None }];
+            }
+            usize::from(suspect.is_some())
+        } else {
+            left.len()
+        };
+        if failed > 0 {
+            checkpoint.outcomes = vec![(Outcome::Failed, failed)];
+        }
+        save(&delivery, &context, Arc::new(batch), checkpoint, 0).await?;
+        Ok(())
+    }
+}
+
+/// A batch, if there is anything left to do. One that cannot be read, and never will be, is given up: its
+/// notification would have no end otherwise.
+pub(crate) async fn open(delivery: &DeliveryContext, id: Uuid, epoch: i64) -> anyhow::Result<Option<Batch>> {
+    match delivery.store.open_batch(id, epoch).await {
+        Err(error @ sql::Error::Unreadable { .. }) => {
+            set_apart("batches", &id.to_string(), &error);
+            delivery.store.abandon_batch(id, epoch, error.to_string()).await?;
+            Ok(None)
+        }
+        opened => Ok(opened?),
+    }
+}

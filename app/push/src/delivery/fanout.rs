@@ -1,0 +1,146 @@
+//! The job that cuts a big audience into batches: ranges of ids, not lists, so that the audience may be of
+//! any size. It stays a few batches ahead of those that send, and no further: another notification's batches
+//! get their turn in between.
+
+use crate::model::jobs::FanOut;
+use crate::model::notification::NotificationStatus;
+use crate::model::notification::Stage;
+use std::sync::Arc;
+use std::time::Duration;
+
+use perennial_runtime::backoff::Backoff;
+use perennial_workers::state::Budget;
+use perennial_workers::{Context, Fate, Job, Options};
+
+use super::DeliveryContext;
+use crate::config::Config;
+use crate::model::jobs::Deliver;
+use crate::model::outcome::Outcome;
+use crate::store::Added;
+
+/// How many batches of one notification may wait or run, for each that can run at once.
+const AHEAD: usize = 4;
+/// How many are added by one transaction.
+const AT_ONCE: usize = 16;
+/// How soon to look again when that many do.
+const PAUSE: Duration = Duration::from_millis(100);
+/// The same at most.
+const LONGEST_PAUSE: Duration = Duration::from_secs(10);
+/// How soon to look again at a notification that is paused.
+const PAUSED: Duration = Duration::from_secs(1);
+/// A batch of a paced notification is what is due in this many seconds,
+const PACED_SECONDS: i64 = 2;
+/// and no smaller than this;
+const PACED_SIZE: usize = 10;
+/// so many of them may wait or run.
+const PACED_AHEAD: usize = 4;
+
+/// How soon to look again: a paced one when a quarter of what is ahead may have been sent.
+fn pause(standing: NotificationStatus, ahead: usize) -> Duration {
+    let Some((rate_milli, _)) = standing.rate else { return PAUSE };
+    let ahead_ms = i64::try_from(ahead).unwrap_or(i64::MAX).saturating_mul(1_000_000) / rate_milli.max(1);
+    Duration::from_millis(u64::try_from(ahead_ms / 4).unwrap_or_default()).clamp(PAUSE, LONGEST_PAUSE)
+}
+
+/// How far the cutting stays ahead of the sending.
+struct Ahead {
+    batches: usize,
+    size: usize,
+}
+
+impl Ahead {
+    fn of(standing: NotificationStatus, config: &Config) -> Self {
+        let most = AHEAD * config.batches;
+        let Some((rate_milli, _)) = standing.rate else { return Self { batches: most, size: config.batch } };
+        let wanted = usize::try_from(rate_milli * PACED_SECONDS / 1000).unwrap_or(usize::MAX);
+        let size = wanted.clamp(PACED_SIZE.min(config.batch), config.batch);
+        Self { batches: (wanted / size).clamp(PACED_AHEAD, most.max(PACED_AHEAD)), size }
+    }
+}
+
+impl Job for FanOut {
+    const KIND: &'static str = "push.fan_out";
+    type Tools = Arc<DeliveryContext>;
+
+    fn options() -> Options {
+        Options {
+            queue: crate::model::queues::FAN_OUT_QUEUE,
+            timeout: Duration::from_secs(60),
+            budget: BUDGET,
+            ..Options::default()
+        }
+    }
+
+    fn subject(&self) -> Option<String> {
+        Some(format!("notification {}", self.notification))
+    }
+
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+        let (store, id) = (&delivery.store, self.notification);
+        let Some(mut fan_out) = store.open_fan_out(id, context.epoch).await? else {
+            return Ok(Fate::Done);
+        };
+        let standing = fan_out.standing;
+        let over = match standing.state {
+            Stage::Cancelled => Some(Outcome::Cancelled),
+            _ if standing.has_expired() => Some(Outcome::Expired),
+            Stage::Paused => return Ok(Fate::Snooze(PAUSED)),
+            _ => None,
+        };
+        if let Some(outcome) = over {
+            if store.give_up_fan_out(id, context.epoch, outcome, None).await? {
+                delivery.ended(id, fan_out.site).await;
+            }
+            return Ok(Fate::Done);
+        }
+        let Ahead { batches: most, size } = Ahead::of(standing, &delivery.config);
+        let queue = if standing.rate.is_some() {
+            crate::model::queues::PACED_QUEUE
+        } else {
+            crate::model::queues::BULK_QUEUE
+        };
+        while fan_out.ahead < most {
+            context.check()?;
+            let from = fan_out.fanned_to;
+            let (mut batches, mut last) = (Vec::new(), false);
+            while fan_out.ahead < most && batches.len() < AT_ONCE {
+                let Some(upto) = store.next_page(&fan_out, size).await? else {
+                    last = true;
+                    break;
+                };
+                batches.push((upto, Deliver::follow_up(&context, id, queue, self.priority)?));
+                fan_out.fanned_to = upto;
+                fan_out.ahead += 1;
+            }
+            match store.add_batches(id, context.epoch, from, batches, last).await? {
+                Added::Some => {}
+                Added::NoMore => return Ok(Fate::Done),
+                Added::Last => {
+                    delivery.ended(id, fan_out.site).await;
+                    return Ok(Fate::Done);
+                }
+            }
+        }
+        context.advanced();
+        Ok(Fate::Snooze(pause(standing, fan_out.ahead * size)))
+    }
+
+    async fn give_up(
+        &self,
+        context: Context,
+        delivery: Arc<DeliveryContext>,
+        reason: String,
+    ) -> anyhow::Result<()> {
+        let failed = Outcome::Failed;
+        delivery.store.give_up_fan_out(self.notification, context.epoch, failed, Some(reason)).await?;
+        Ok(())
+    }
+}
+
+/// What goes wrong here is the store, and that comes back.
+pub(crate) const BUDGET: Budget = Budget {
+    failures: 50,
+    recoveries: 4,
+    window: Duration::from_secs(72 * 3600),
+    backoff: Backoff::new(Duration::from_millis(500), Duration::from_secs(60)),
+};

@@ -1,0 +1,190 @@
+//! Telling the backend: a signed request when a notification has ended, and for subscriptions that are deleted.
+//!
+//! Signed as Standard Webhooks (1.0) says: `webhook-id`, `webhook-timestamp` and `webhook-signature`, which is `v1,` and
+//! the base64 of HMAC-SHA256 over `id.timestamp.body`. The id is the same for every attempt.
+
+use crate::model::jobs::Event;
+use crate::model::jobs::Webhook;
+use crate::model::profile::Registered;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use aws_lc_rs::hmac;
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+use bytes::Bytes;
+use http::{Method, Request, StatusCode, header};
+use http_body_util::Full;
+use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+use jiff::Timestamp;
+use perennial_runtime::backoff::Backoff;
+use perennial_workers::state::Budget;
+use perennial_workers::{Context, Fate, Job, Options};
+use secrecy::{ExposeSecret, SecretString};
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use super::DeliveryContext;
+use perennial_host::sites::SiteId;
+
+/// How long the backend has to answer.
+const TIMEOUT: Duration = Duration::from_secs(15);
+/// Between two attempts, at least and at most.
+const FIRST: Duration = Duration::from_secs(2);
+const LAST: Duration = Duration::from_secs(3600);
+/// For how long an idle connection to it is kept.
+const IDLE: Duration = Duration::from_secs(30);
+
+/// All of them, by site and name.
+#[derive(Clone, Debug)]
+pub(crate) struct Webhooks {
+    registered: Arc<HashMap<SiteId, BTreeMap<String, Registered>>>,
+    /// None where nobody wants to be told.
+    http: Option<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
+}
+
+impl Webhooks {
+    pub(crate) fn new(registered: HashMap<SiteId, BTreeMap<String, Registered>>) -> anyhow::Result<Self> {
+        if registered.values().all(BTreeMap::is_empty) {
+            return Ok(Self { registered: Arc::default(), http: None });
+        }
+        let provider = rustls::crypto::aws_lc_rs::default_provider();
+        let tls = HttpsConnectorBuilder::new().with_provider_and_native_roots(provider)?;
+        let connector = tls.https_or_http().enable_http1().build();
+        let http = Client::builder(TokioExecutor::new())
+            .pool_idle_timeout(IDLE)
+            .pool_timer(TokioTimer::new())
+            .build(connector);
+        Ok(Self { registered: Arc::new(registered), http: Some(http) })
+    }
+
+    /// The names of a site's, for whoever asks for another one.
+    pub(crate) fn names(&self, site: SiteId) -> Vec<&str> {
+        self.registered.get(&site).into_iter().flatten().map(|(name, _)| name.as_str()).collect()
+    }
+
+    /// The one of this name that a site has.
+    pub(crate) fn get(&self, site: SiteId, name: &str) -> Option<&Registered> {
+        self.registered.get(&site)?.get(name)
+    }
+
+    /// Whether it wants to know which subscriptions are deleted.
+    pub(crate) fn wants_pruned(&self, site: SiteId, name: &str) -> bool {
+        self.get(site, name).is_some_and(|webhook| webhook.pruned)
+    }
+
+    async fn post(
+        &self,
+        webhook: &Registered,
+        id: Uuid,
+        body: String,
+    ) -> anyhow::Result<(StatusCode, Option<Duration>)> {
+        let http = self.http.as_ref().context("there are no webhooks")?;
+        let timestamp = Timestamp::now().as_second();
+        let request = Request::builder()
+            .method(Method::POST)
+            .uri(webhook.url.clone())
+            .header(header::CONTENT_TYPE, "application/json")
+            .header(header::USER_AGENT, concat!("perennial/", env!("CARGO_PKG_VERSION")))
+            .header("webhook-id", id.to_string())
+            .header("webhook-timestamp", timestamp)
+            .header("webhook-signature", sign(&webhook.secret, id, timestamp, &body))
+            .body(Full::new(Bytes::from(body)))?;
+        let response = tokio::time::timeout(TIMEOUT, http.request(request)).await??;
+        let after = response.headers().get(header::RETRY_AFTER);
+        let after = after.and_then(|after| after.to_str().ok()?.parse().ok()).map(Duration::from_secs);
+        Ok((response.status(), after))
+    }
+}
+
+fn sign(secret: &SecretString, id: Uuid, timestamp: i64, body: &str) -> String {
+    // Secrets of Standard Webhooks are often given as base64 behind this prefix.
+    let text = secret.expose_secret();
+    let decoded = text.strip_prefix("whsec_").and_then(|encoded| STANDARD.decode(encoded).ok());
+    let key = hmac::Key::new(hmac::HMAC_SHA256, decoded.as_deref().unwrap_or(text.as_bytes()));
+    let signature = hmac::sign(&key, format!("{id}.{timestamp}.{body}").as_bytes());
+    format!("v1,{}", STANDARD.encode(signature))
+}
+
+impl Event {
+    async fn told(&self, delivery: &DeliveryContext) -> anyhow::Result<Option<Value>> {
+        Ok(match self {
+            Self::Ended { notification } => {
+                let found = delivery.store.any_notification(*notification).await?;
+                found.map(
+                    |found| json!({ "type": "notification.ended", "data": delivery.progress.view(found) }),
+                )
+            }
+            Self::Pruned { notification, subscriptions } => Some(json!({
+                "type": "subscriptions.pruned",
+                "data": { "notification": notification, "subscriptions": subscriptions },
+            })),
+        })
+    }
+}
+
+impl Job for Webhook {
+    const KIND: &'static str = "push.webhook";
+    type Tools = Arc<DeliveryContext>;
+
+    fn options() -> Options {
+        Options {
+            queue: crate::model::queues::WEBHOOK_QUEUE,
+            timeout: TIMEOUT * 2,
+            budget: Budget {
+                failures: 20,
+                recoveries: 10,
+                window: Duration::from_secs(72 * 3600),
+                backoff: Backoff::new(FIRST, LAST),
+            },
+            ..Options::default()
+        }
+    }
+
+    fn subject(&self) -> Option<String> {
+        Some(format!("webhook {}", self.webhook))
+    }
+
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+        if delivery.profiles.find(SiteId(self.site)).is_none() {
+            return Ok(Fate::Snooze(super::NOT_SERVED));
+        }
+        let Some(webhook) = delivery.webhooks.get(SiteId(self.site), &self.webhook) else {
+            return Ok(Fate::Dead(format!("there is no webhook {} in the settings", self.webhook)));
+        };
+        let Some(mut told) = self.event.told(&delivery).await? else {
+            return Ok(Fate::Skipped("the notification is not there any more".to_owned()));
+        };
+        told["timestamp"] = Timestamp::now().to_string().into();
+        let (status, after) = delivery.webhooks.post(webhook, context.id, told.to_string()).await?;
+        if status.is_success() {
+            return Ok(Fate::Done);
+        }
+        let reason = format!("the webhook {} answered {status}", self.webhook);
+        Ok(match (status, after) {
+            (StatusCode::GONE, _) => Fate::Dead(reason),
+            (_, Some(after)) => Fate::Retry { after: after.clamp(FIRST, LAST), reason },
+            _ => anyhow::bail!(reason),
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_signature_is_that_of_standard_webhooks() {
+        // Made with openssl dgst -sha256 -hmac over the text; the second is the specification's form of a secret.
+        let id = Uuid::nil();
+        let plain = sign(&"secret".to_owned().into(), id, 1_700_000_000, "{}");
+        let encoded = sign(&format!("whsec_{}", STANDARD.encode("secret")).into(), id, 1_700_000_000, "{}");
+        assert_eq!(plain, encoded);
+        assert!(plain.starts_with("v1,") && plain.len() == 3 + 44);
+    }
+}

@@ -1,0 +1,81 @@
+//! What finally becomes of a notification for one subscription.
+
+use perennial_webpush::Verdict;
+
+/// The words by which deliveries are counted. Over all subscriptions of the audience they add up to it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub(crate) enum Outcome {
+    /// The push service took it.
+    Delivered,
+    /// The subscription had ended (404, 410), and was deleted.
+    Gone,
+    /// The push service refused this message (400 and the like).
+    Rejected,
+    /// The push service refused our key for this subscription (401, 403).
+    Unauthorized,
+    /// The message was too long for this push service (413).
+    TooLarge,
+    /// The endpoint, or an address behind it, must not be sent to.
+    Forbidden,
+    /// The push service was out of order, asked to wait or had no address, for as often as we try.
+    Unreachable,
+    /// The time to live ended before it could be tried again.
+    Expired,
+    /// A value that the text needs is missing in the subscription's metadata.
+    Incomplete,
+    /// The notification was cancelled before it was tried.
+    Cancelled,
+    /// Our own failure: the job that should have sent it was given up.
+    Failed,
+}
+
+impl Outcome {
+    /// The word for it, in the store and in answers.
+    pub(crate) fn as_str(self) -> &'static str {
+        match self {
+            Self::Delivered => "delivered",
+            Self::Gone => "gone",
+            Self::Rejected => "rejected",
+            Self::Unauthorized => "unauthorized",
+            Self::TooLarge => "too_large",
+            Self::Forbidden => "forbidden",
+            Self::Unreachable => "unreachable",
+            Self::Expired => "expired",
+            Self::Incomplete => "incomplete",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed",
+        }
+    }
+
+    pub(crate) const ALL: [Self; 11] = [
+        Self::Delivered,
+        Self::Gone,
+        Self::Rejected,
+        Self::Unauthorized,
+        Self::TooLarge,
+        Self::Forbidden,
+        Self::Unreachable,
+        Self::Expired,
+        Self::Incomplete,
+        Self::Cancelled,
+        Self::Failed,
+    ];
+
+    /// The outcome that a word stands for.
+    pub(crate) fn parse(word: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|outcome| outcome.as_str() == word)
+    }
+
+    /// The outcome of a verdict that decides something; none when it is to be tried again.
+    pub(crate) fn of(verdict: Verdict) -> Option<Self> {
+        match verdict {
+            Verdict::Delivered => Some(Self::Delivered),
+            Verdict::Gone => Some(Self::Gone),
+            Verdict::Rejected => Some(Self::Rejected),
+            Verdict::Unauthorized => Some(Self::Unauthorized),
+            Verdict::TooLarge => Some(Self::TooLarge),
+            Verdict::Forbidden => Some(Self::Forbidden),
+            Verdict::Unresolvable | Verdict::Retry { .. } | Verdict::Held(_) => None,
+        }
+    }
+}
