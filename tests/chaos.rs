@@ -9,11 +9,11 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use perennial_workers::ledger::Filter;
+use perennial_workers::ledger::JobFilter;
 use perennial_workers::queue::NewJob;
 use perennial_workers::state::State;
 use perennial_workers::store::Store;
-use perennial_workers::{Ledger, Queue};
+use perennial_workers::{JobAdmin, Queue};
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
 use tokio::process::{Child, Command};
@@ -119,7 +119,7 @@ impl Chaos {
             assert!(began.elapsed() < Duration::from_secs(180), "{what}: jobs are left over");
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
-        let dead = Filter { state: Some(State::Dead), ..Filter::default() };
+        let dead = JobFilter { state: Some(State::Dead), ..JobFilter::default() };
         let dead = self.queue.list(dead, None, 10).await.unwrap().len();
         let runs = runs(&self.log());
         let lost = (0..self.enqueued).filter(|number| !runs.contains_key(number)).count();

@@ -13,12 +13,14 @@ use perennial_runtime::drain::{self, Phase, Trigger};
 use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
 use perennial_workers::job::{Rate, Stopped, Unique, UniqueUntil};
-use perennial_workers::ledger::{Cancelled, Filter, JobView};
+use perennial_workers::ledger::{Cancelled, JobFilter, JobView};
 use perennial_workers::queue::{Claim, Claimed, Due, Error, Held, Renewal, Renewed, Settlement};
-use perennial_workers::state::{Budget, Spent, State, Transition};
+use perennial_workers::state::{Attempts, Budget, State, Transition};
 use perennial_workers::store::Store;
 use perennial_workers::worker::{Config, LeaseTooShort, Status};
-use perennial_workers::{Context, Fate, Job, Jobs, Ledger, NewJob, Options, Queue, Registry, Worker, upkeep};
+use perennial_workers::{
+    Context, Fate, Job, JobAdmin, Jobs, NewJob, Options, Queue, Registry, Worker, upkeep,
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc};
 use uuid::Uuid;
@@ -364,7 +366,7 @@ impl Engine {
     }
 
     async fn jobs(&self, state: State) -> Vec<JobView> {
-        let filter = Filter { state: Some(state), ..Filter::default() };
+        let filter = JobFilter { state: Some(state), ..JobFilter::default() };
         self.queue.list(filter, None, 1000).await.unwrap()
     }
 
@@ -419,11 +421,11 @@ fn job(name: &str, act: Act) -> NewJob {
 }
 
 fn dead(reason: &str) -> Transition {
-    Transition::Ended { state: State::Dead, reason: reason.to_owned(), spent: Spent::default() }
+    Transition::Ended { state: State::Dead, reason: reason.to_owned(), spent: Attempts::default() }
 }
 
-fn filter() -> Filter {
-    Filter::default()
+fn filter() -> JobFilter {
+    JobFilter::default()
 }
 
 async fn a_job_runs_and_is_gone(kind: Kind) {
@@ -433,7 +435,7 @@ async fn a_job_runs_and_is_gone(kind: Kind) {
     engine.queue.enqueue(vec![new]).await.unwrap();
     let (name, context) = engine.next_run().await;
     assert_eq!((name.as_str(), context.id, context.attempt()), ("one", id, 1));
-    assert!(context.epoch > 0 && context.spent == Spent::default());
+    assert!(context.epoch > 0 && context.spent == Attempts::default());
     assert!(context.trace.unwrap().contains("4bf92f3577b34da6a3ce929d0e0e4736"));
     engine.is_empty().await;
 }
@@ -493,7 +495,7 @@ async fn snoozing_costs_nothing(kind: Kind) {
     engine.enqueue("later", Act::Snooze).await;
     let (_, first) = engine.next_run().await;
     let (_, second) = engine.next_run().await;
-    assert!(second.epoch > first.epoch && second.spent == Spent::default());
+    assert!(second.epoch > first.epoch && second.spent == Attempts::default());
 }
 
 async fn an_open_breaker_snoozes(kind: Kind) {
@@ -585,7 +587,7 @@ async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {
     let claimed = engine.claim(9, LEASE).await;
     let claimed = claimed.iter().find(|job| job.id == first).unwrap();
     assert_eq!(enqueue(only("ended", 1)).await, first, "while it runs");
-    let again = Transition::Again { wait: Duration::ZERO, spent: Spent::default() };
+    let again = Transition::Again { wait: Duration::ZERO, spent: Attempts::default() };
     assert!(engine.settle(claimed, again).await);
     assert_eq!(enqueue(only("ended", 1)).await, first, "while it waits to run again");
     let claimed = engine.claim(9, LEASE).await.remove(0);
@@ -640,7 +642,7 @@ async fn a_stale_claim_changes_nothing(kind: Kind) {
 
     let renewed = engine.renew(&[first.held(), second.held()]).await;
     assert_eq!(renewed, [Renewed { held: second.held(), cancelled: None }]);
-    let again = Transition::Again { wait: Duration::ZERO, spent: Spent::default() };
+    let again = Transition::Again { wait: Duration::ZERO, spent: Attempts::default() };
     for stale in [Transition::Finished, dead(""), again] {
         assert!(!engine.settle(&first, stale).await);
     }
@@ -881,11 +883,11 @@ async fn dead_letters_are_kept_shown_retried_and_discarded(kind: Kind) {
     let ids: Vec<Uuid> = all.iter().map(|job| job.id).collect();
     assert!(ids.is_sorted() && ids.len() == 3);
     assert!(all[0].payload.is_none() && all[0].ended_at.is_some() && all[0].trace.as_deref() == Some("a"));
-    let list = async |filter: Filter, cursor| engine.queue.list(filter, cursor, 2).await.unwrap();
+    let list = async |filter: JobFilter, cursor| engine.queue.list(filter, cursor, 2).await.unwrap();
     assert_eq!(list(filter(), Some(ids[0])).await.len(), 2);
-    let timeouts = Filter { reason: Some("timeout".to_owned()), ..filter() };
+    let timeouts = JobFilter { reason: Some("timeout".to_owned()), ..filter() };
     assert_eq!(list(timeouts.clone(), None).await.len(), 2);
-    let others = Filter { kind: Some("other".to_owned()), ..filter() };
+    let others = JobFilter { kind: Some("other".to_owned()), ..filter() };
     assert_eq!(list(others.clone(), None).await.len(), 0);
     assert_eq!(engine.queue.ended().await.unwrap(), [("tests".to_owned(), 3)]);
     let shown = engine.queue.show(ids[0]).await.unwrap().unwrap();
@@ -893,7 +895,7 @@ async fn dead_letters_are_kept_shown_retried_and_discarded(kind: Kind) {
 
     assert_eq!(engine.queue.retry(others).await.unwrap(), 0);
     assert_eq!(engine.queue.retry(timeouts).await.unwrap(), 2);
-    let one = Filter { id: Some(ids[1]), ..filter() };
+    let one = JobFilter { id: Some(ids[1]), ..filter() };
     assert_eq!(engine.queue.discard(one).await.unwrap(), 1);
     assert!(engine.queue.show(ids[1]).await.unwrap().is_none());
     assert_eq!(engine.count(State::Dead).await, 0);
@@ -902,7 +904,7 @@ async fn dead_letters_are_kept_shown_retried_and_discarded(kind: Kind) {
         let (name, context) = engine.next_run().await;
         let epoch = all.iter().find(|job| job.id == context.id).unwrap().epoch;
         assert!(context.epoch > epoch, "{name}: epochs rise on");
-        assert_eq!(context.spent, Spent::default());
+        assert_eq!(context.spent, Attempts::default());
     }
     engine.is_empty().await;
 }

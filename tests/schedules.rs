@@ -11,9 +11,11 @@ use jiff::{SignedDuration, Timestamp};
 use perennial_runtime::drain::{self, Phase, Trigger};
 use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
-use perennial_workers::cron::crontab::{Asked, RunView, ScheduleState};
+use perennial_workers::cron::crontab::{Asked, RunView, ScheduleActivity};
 use perennial_workers::cron::timer::Timer;
-use perennial_workers::cron::{Claim, Expression, Misfire, Occurrence, Overlap, Standing, TakeOver, tick};
+use perennial_workers::cron::{
+    CronExpression, Misfire, Occurrence, Overlap, ScheduleClaim, ScheduleState, TakeOver, tick,
+};
 use perennial_workers::store::Store;
 use perennial_workers::worker::Config;
 use perennial_workers::{
@@ -171,7 +173,7 @@ impl Replica {
         tokio::time::timeout(Duration::from_millis(400), self.ran.recv()).await.is_err()
     }
 
-    async fn standing(&self) -> Standing {
+    async fn standing(&self) -> ScheduleState {
         self.queue.due().await.unwrap().all.remove(0)
     }
 
@@ -236,7 +238,7 @@ async fn a_claim_is_for_one_and_comes_with_its_job(kind: Kind, _ticks: bool) {
     let (replica, _) = Replica::idle(&backend, vec![hourly(Act::End)]).await;
     replica.stop().await;
     let standing = replica.standing().await;
-    let claim = |number: i64| Claim {
+    let claim = |number: i64| ScheduleClaim {
         schedule: "test".to_owned(),
         version: standing.version,
         last_fire: standing.last_fire + SignedDuration::from_secs(number),
@@ -445,8 +447,10 @@ async fn a_definition_stands_until_nobody_upholds_it(kind: Kind, ticks: bool) {
 
 async fn the_history_says_how_each_run_ended(kind: Kind, ticks: bool) {
     let backend = Backend::new(kind).await;
-    let zone =
-        |act| Schedule { expression: Expression::parse("@hourly", "Asia/Kathmandu").unwrap(), ..hourly(act) };
+    let zone = |act| Schedule {
+        expression: CronExpression::parse("@hourly", "Asia/Kathmandu").unwrap(),
+        ..hourly(act)
+    };
     let mut replica = Replica::start(&backend, vec![zone(Act::Die)], ticks).await;
     assert!(matches!(replica.crontab.run("nothing").await.unwrap(), Asked::Unknown));
     let Asked::Enqueued(job) = replica.crontab.run("test").await.unwrap() else { panic!("it was not run") };
@@ -470,7 +474,7 @@ async fn the_history_says_how_each_run_ended(kind: Kind, ticks: bool) {
     let next = listed.next.unwrap();
     assert!(next.utc > Timestamp::now() && next.local.contains(":00:00 +05:45"), "{next:?}");
     assert!(next.utc.duration_since(Timestamp::now()) <= SignedDuration::from_hours(1));
-    assert_eq!(listed.state, ScheduleState::Active);
+    assert_eq!(listed.state, ScheduleActivity::Active);
     // It is bounded; and what has not ended stays, since overlaps are found by it.
     replica.crontab.run("test").await.unwrap();
     replica.outcomes(&["running"]).await;
@@ -481,11 +485,11 @@ async fn the_history_says_how_each_run_ended(kind: Kind, ticks: bool) {
         run.has_job = false;
         run.claimed_at = Timestamp::now();
         run.ending = Some(perennial_workers::cron::Ending {
-            outcome: perennial_workers::cron::Outcome::Overlapped,
+            outcome: perennial_workers::cron::RunOutcome::Overlapped,
             reason: None,
             at: run.claimed_at,
         });
-        let claim = Claim {
+        let claim = ScheduleClaim {
             schedule: "test".to_owned(),
             version: standing.version,
             last_fire: standing.last_fire,

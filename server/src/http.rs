@@ -69,7 +69,7 @@ pub struct Config {
     /// How long a handler may keep its thread without a word about it.
     pub slow_poll: Duration,
     /// What one HTTP/2 connection may take.
-    pub http2: Http2,
+    pub http2: Http2Config,
 }
 
 impl Config {
@@ -89,7 +89,7 @@ impl Config {
             trust_request_id: false,
             slow_after: seconds(1),
             slow_poll: Duration::from_millis(100),
-            http2: Http2 {
+            http2: Http2Config {
                 streams: 100,
                 header_list: 16 << 10,
                 send_buffer: 64 << 10,
@@ -102,7 +102,7 @@ impl Config {
 
 /// What one HTTP/2 connection may take.
 #[derive(Clone, Copy, Debug)]
-pub struct Http2 {
+pub struct Http2Config {
     /// How many streams at once.
     pub streams: u32,
     /// How much of request headers, in bytes.
@@ -119,7 +119,7 @@ pub struct Http2 {
 pub struct Server {
     bound: net::Bound,
     config: Config,
-    readers: Option<Readers>,
+    readers: Option<ErrorReaders>,
 }
 
 impl fmt::Debug for Server {
@@ -129,7 +129,7 @@ impl fmt::Debug for Server {
 }
 
 /// Says whether pages of an origin may read errors.
-pub type Readers = Arc<dyn Fn(&http::HeaderValue) -> bool + Send + Sync>;
+pub type ErrorReaders = Arc<dyn Fn(&http::HeaderValue) -> bool + Send + Sync>;
 
 impl Server {
     /// Opens the sockets, or takes those of `inherited` that have the same addresses, and reads the certificate.
@@ -143,7 +143,7 @@ impl Server {
     /// Lets pages of these origins read errors, whoever answers them: a router's own policy never sees what is refused before
     /// it, as a body that is too long, and a page could only tell that something went wrong.
     #[must_use]
-    pub fn errors_readable_by(self, readers: Readers) -> Self {
+    pub fn errors_readable_by(self, readers: ErrorReaders) -> Self {
         Self { readers: Some(readers), ..self }
     }
 

@@ -12,7 +12,7 @@ use metrics::{
 use parking_lot::RwLock;
 use perennial_runtime::metrics::Counted;
 
-use crate::net::Refusal;
+use crate::net::refusal::ConnectionRefusal;
 
 /// Counter by `listener`, `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
 pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
@@ -33,7 +33,7 @@ pub const HTTP_SLOW_POLLS: &str = "perennial_http_slow_polls_total";
 /// Counter: handlers that panicked.
 pub const HTTP_PANICS: &str = "perennial_http_panics_total";
 /// Counter by `listener`, `reason`: connections whose first bytes, or requests whose head could not be served, by
-/// [`Refusal`].
+/// [`ConnectionRefusal`].
 pub const HTTP_REFUSED: &str = "perennial_http_refused_total";
 
 /// Why the host ends connections.
@@ -99,7 +99,7 @@ impl Requests {
     pub(crate) fn new(listener: &'static str) -> Self {
         let in_flight = gauge!(HTTP_IN_FLIGHT, "listener" => listener);
         counter!(HTTP_SHED, "listener" => listener).increment(0);
-        for refusal in Refusal::ALL {
+        for refusal in ConnectionRefusal::ALL {
             counter!(HTTP_REFUSED, "listener" => listener, "reason" => refusal.as_str()).increment(0);
         }
         Self { listener, in_flight, routes: RwLock::default() }
@@ -143,7 +143,7 @@ impl Requests {
 }
 
 /// One connection, or one request head, that could not be served.
-pub(crate) fn refused(listener: &'static str, refusal: Refusal) {
+pub(crate) fn refused(listener: &'static str, refusal: ConnectionRefusal) {
     counter!(HTTP_REFUSED, "listener" => listener, "reason" => refusal.as_str()).increment(1);
 }
 

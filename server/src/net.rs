@@ -19,6 +19,7 @@ mod bind;
 pub(crate) mod connection;
 mod listen;
 pub(crate) mod proxy;
+pub(crate) mod refusal;
 pub(crate) mod refusals;
 pub(crate) mod socket;
 pub mod tls;
@@ -34,14 +35,14 @@ use tracing::{info, warn};
 use perennial_runtime::cgroup::Pressure;
 use perennial_runtime::drain::Drain;
 
+use accept::AcceptHost;
 pub use accept::AtLimit;
-use accept::Host;
 pub use bind::{BindError, Inherited, InheritedError, Sockets};
 pub(crate) use bind::{Bound, bind};
 pub use connection::{Connection, Peer};
 pub use listen::Listen;
 pub use proxy::ForwardedHeader;
-pub use refusals::Refusal;
+pub use refusal::ConnectionRefusal;
 use socket::{Peek, Socket};
 pub use watch::{ConnectionView, Connections, network};
 
@@ -155,7 +156,7 @@ pub(crate) async fn serve<P: Protocol>(bound: Bound, protocol: P, drain: &Drain)
     let config = Arc::new(bound.config);
     let pressure = config.pressure.clone();
     let loops = bound.listeners.into_iter().map(|listener| {
-        let host = Host {
+        let host = AcceptHost {
             config: Arc::clone(&config),
             connections: connections.clone(),
             drain: drain.clone(),

@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::server::TlsStream;
 use tracing::debug;
 
-use crate::net::connection::{Phase, Spoken};
+use crate::net::connection::{ConnectionPhase, Spoken};
 use crate::net::socket::{Peek, Socket};
 use crate::net::{self, BindError, Connection, Connections, Inherited, Protocol, Sockets};
 use perennial_runtime::drain::Drain;
@@ -135,7 +135,7 @@ impl<H> Clone for Tcp<H> {
 impl<H: TcpHandler> Tcp<H> {
     async fn serve(&self, bytes: impl Bytes + 'static, connection: Arc<Connection>) {
         connection.speak(Spoken::Tcp);
-        connection.enter(Phase::Upgraded);
+        connection.enter(ConnectionPhase::Upgraded);
         let stream = Stream { bytes: Box::new(bytes), connection: Arc::clone(&connection) };
         let served = self.handler.serve(stream, self.drain.clone());
         if let Some(Err(error)) = connection.unless_cut(served).await {

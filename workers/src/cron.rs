@@ -35,7 +35,7 @@ use uuid::Uuid;
 use crate::job::Job;
 use crate::queue::{self, Due, NewJob};
 pub use crontab::Crontab;
-pub use expression::{Expression, Unreadable};
+pub use expression::{CronExpression, Unreadable};
 
 /// The longest name of a schedule, in bytes.
 pub const MAX_NAME: usize = 100;
@@ -55,9 +55,9 @@ pub struct Schedule {
     pub name: String,
     /// When it is due.
     #[serde(flatten)]
-    pub expression: Expression,
+    pub expression: CronExpression,
     /// What is enqueued.
-    pub job: Template,
+    pub job: JobTemplate,
     /// What becomes of times at which nobody could enqueue it.
     pub misfire: Misfire,
     /// What becomes of a time at which the job of an earlier one has not ended.
@@ -75,7 +75,7 @@ pub struct Schedule {
 /// The job that a schedule enqueues. A unique key that its kind may have is not asked for: what may run at once is for
 /// the schedule's policy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Template {
+pub struct JobTemplate {
     /// Its kind.
     pub kind: String,
     /// The queue that it waits in.
@@ -97,7 +97,7 @@ fn read_payload<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D:
     Ok(serde_json::Value::deserialize(deserializer)?.to_string())
 }
 
-impl From<NewJob> for Template {
+impl From<NewJob> for JobTemplate {
     fn from(job: NewJob) -> Self {
         let NewJob { kind, queue, priority, payload, .. } = job;
         Self { kind: kind.into_owned(), queue: queue.into_owned(), priority, payload }
@@ -171,7 +171,7 @@ impl Schedule {
     ///
     /// # Errors
     /// When the name is not usable.
-    pub fn of(name: &str, expression: Expression, job: Template) -> Result<Self, BadName> {
+    pub fn of(name: &str, expression: CronExpression, job: JobTemplate) -> Result<Self, BadName> {
         check_name(name)?;
         Ok(Self {
             name: name.to_owned(),
@@ -191,7 +191,7 @@ impl Schedule {
     /// # Errors
     /// When there is no such zone.
     pub fn zone(self, zone: &str) -> Result<Self, Unreadable> {
-        let expression = Expression::parse(self.expression.as_str(), zone)?;
+        let expression = CronExpression::parse(self.expression.as_str(), zone)?;
         Ok(Self { expression, ..self })
     }
 
@@ -237,7 +237,7 @@ impl Schedule {
 
     /// The job for an occurrence, which may be one that somebody asked for.
     fn job(&self, occurrence: Timestamp, is_manual: bool) -> NewJob {
-        let Template { kind, queue, priority, payload } = self.job.clone();
+        let JobTemplate { kind, queue, priority, payload } = self.job.clone();
         let of = Occurrence { schedule: self.name.clone(), time: occurrence };
         // What was missed keeps its order.
         let due = if is_manual { Due::Now } else { Due::At(occurrence + self.delay(occurrence)) };
@@ -307,12 +307,12 @@ impl fmt::Display for Occurrence {
 
 /// Where a schedule stands in a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Standing {
+pub struct ScheduleState {
     /// Its name.
     pub name: String,
     /// The schedule in JSON, as it was defined last.
     pub definition: String,
-    /// The expression and the zone that [`Standing::last_fire`] is about.
+    /// The expression and the zone that [`ScheduleState::last_fire`] is about.
     pub timing: String,
     /// The last time that was claimed, or when it was known first.
     pub last_fire: Timestamp,
@@ -339,7 +339,7 @@ pub enum TakeOver {
     Always,
 }
 
-impl Standing {
+impl ScheduleState {
     /// Whether nothing is claimed.
     pub fn is_paused(&self) -> bool {
         self.held.unwrap_or(self.paused)
@@ -359,18 +359,18 @@ impl Standing {
 
 /// Where schedules stand, and what time it is.
 #[derive(Clone, Debug)]
-pub struct Standings {
+pub struct ScheduleStates {
     /// By the store's clock.
     pub now: Timestamp,
     /// All that were ever defined,
-    pub all: Vec<Standing>,
+    pub all: Vec<ScheduleState>,
     /// but for those that cannot be read, since another program wrote them: their names.
     pub unreadable: Vec<String>,
 }
 
 /// How a schedule goes on from where it stood, all or nothing.
 #[derive(Clone, Debug)]
-pub struct Claim {
+pub struct ScheduleClaim {
     /// The schedule.
     pub schedule: String,
     /// Where it stood: somebody who has changed it meanwhile was faster.
@@ -388,7 +388,7 @@ pub struct Claim {
 /// Why there was a run, or was none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Cause {
+pub enum RunCause {
     /// It was due.
     Due,
     /// It had waited for another.
@@ -409,7 +409,7 @@ pub struct Run {
     /// When it was claimed, by the store's clock.
     pub claimed_at: Timestamp,
     /// Why.
-    pub cause: Cause,
+    pub cause: RunCause,
     /// How many times before it, since the last one, have no run of their own: counted up to a thousand.
     pub passed: u32,
     /// How it ended, if it has.
@@ -420,7 +420,7 @@ pub struct Run {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
     /// How.
-    pub outcome: Outcome,
+    pub outcome: RunOutcome,
     /// Why, if there is something to say.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
@@ -431,7 +431,7 @@ pub struct Ending {
 /// How a run can end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub enum Outcome {
+pub enum RunOutcome {
     /// Its job did what it had to.
     Done,
     /// Its job was given up.

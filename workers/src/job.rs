@@ -17,7 +17,7 @@ use uuid::Uuid;
 use crate::cron::Occurrence;
 use crate::lease::Lease;
 use crate::queue::{self, Held, NewJob, Progress};
-use crate::state::{Budget, Spent};
+use crate::state::{Attempts, Budget};
 
 /// Work that can be written down, and done later, by whoever has it in hand.
 ///
@@ -174,7 +174,7 @@ pub struct Context {
     /// up late can change nothing.
     pub epoch: i64,
     /// What has gone wrong in earlier runs.
-    pub spent: Spent,
+    pub spent: Attempts,
     /// When this run counts as failed.
     pub deadline: Instant,
     /// Cancelled when the run should stop soon and hand back, when somebody cancelled the job, or when it has

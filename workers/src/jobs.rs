@@ -4,7 +4,7 @@ use perennial_store::pool::sql::{self, Tx};
 use uuid::Uuid;
 
 use crate::admission::Admission;
-use crate::ledger::{Cancelled, Filter, Ledger, STEP};
+use crate::ledger::{Cancelled, JobAdmin, JobFilter, STEP};
 use crate::outbox;
 use crate::queue::{NewJob, Queue, Result};
 use crate::store::{Store, postgres, sqlite};
@@ -84,7 +84,7 @@ impl Jobs {
     ///
     /// # Errors
     /// When the store fails: some may have been revived.
-    pub async fn retry(&self, filter: &Filter) -> Result<usize> {
+    pub async fn retry(&self, filter: &JobFilter) -> Result<usize> {
         let mut all = 0;
         loop {
             let some = self.store.retry(filter.clone()).await?;
@@ -99,7 +99,7 @@ impl Jobs {
     ///
     /// # Errors
     /// When the store fails: some may have been deleted.
-    pub async fn discard(&self, filter: &Filter) -> Result<usize> {
+    pub async fn discard(&self, filter: &JobFilter) -> Result<usize> {
         let mut all = 0;
         loop {
             let some = self.store.discard(filter.clone()).await?;

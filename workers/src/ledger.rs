@@ -11,13 +11,13 @@ use uuid::Uuid;
 use crate::queue::{Failure, Progress, Result};
 use crate::state::State;
 
-/// How many jobs one step of [`Ledger::retry`], [`Ledger::discard`] and [`Ledger::prune`] takes.
+/// How many jobs one step of [`JobAdmin::retry`], [`JobAdmin::discard`] and [`JobAdmin::prune`] takes.
 pub const STEP: usize = 500;
 
 /// Which jobs. What is not named is not asked for; nothing at all means every job.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct Filter {
+pub struct JobFilter {
     /// This one.
     pub id: Option<Uuid>,
     /// Of this kind.
@@ -89,11 +89,11 @@ pub enum Cancelled {
 }
 
 /// The books of a store of jobs. A cheap handle.
-pub trait Ledger: Clone + Send + Sync + 'static {
+pub trait JobAdmin: Clone + Send + Sync + 'static {
     /// Jobs in the order of their ids, after `cursor`. Without payloads.
     fn list(
         &self,
-        filter: Filter,
+        filter: JobFilter,
         cursor: Option<Uuid>,
         limit: usize,
     ) -> impl Future<Output = Result<Vec<JobView>>> + Send;
@@ -103,10 +103,10 @@ pub trait Ledger: Clone + Send + Sync + 'static {
 
     /// Gives jobs that have ended another life, as if they were new, and returns how many: at most [`STEP`];
     /// ask again until there are none. Their epochs rise on.
-    fn retry(&self, filter: Filter) -> impl Future<Output = Result<usize>> + Send;
+    fn retry(&self, filter: JobFilter) -> impl Future<Output = Result<usize>> + Send;
 
     /// Deletes jobs that have ended, and returns how many: at most [`STEP`].
-    fn discard(&self, filter: Filter) -> impl Future<Output = Result<usize>> + Send;
+    fn discard(&self, filter: JobFilter) -> impl Future<Output = Result<usize>> + Send;
 
     /// Ends a job that has not ended.
     fn cancel(&self, id: Uuid, reason: String) -> impl Future<Output = Result<Cancelled>> + Send;

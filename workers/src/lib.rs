@@ -44,7 +44,7 @@ pub mod worker;
 pub use cron::{Crontab, Schedule};
 pub use job::{Context, Fate, Job, Options};
 pub use jobs::Jobs;
-pub use ledger::Ledger;
+pub use ledger::JobAdmin;
 pub use queue::{NewJob, Queue};
 pub use registry::Registry;
 pub use schedules::Schedules;

@@ -8,7 +8,7 @@ use metrics::{
 
 use crate::queue::Depth;
 
-/// Counter by `kind`, `outcome`: runs of jobs that ended, by [`Outcome`].
+/// Counter by `kind`, `outcome`: runs of jobs that ended, by [`OutcomeLabel`].
 pub const JOBS: &str = "perennial_jobs_total";
 /// Histogram by `kind`, seconds: how long a run took.
 pub const JOB_DURATION: &str = "perennial_job_duration_seconds";
@@ -41,7 +41,7 @@ pub const CRON_OVERDUE: &str = "perennial_cron_overdue_seconds";
 
 /// How a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Outcome {
+pub enum OutcomeLabel {
     /// It did what it had to.
     Done,
     /// There was nothing to do.
@@ -62,7 +62,7 @@ pub enum Outcome {
     Cancelled,
 }
 
-impl Outcome {
+impl OutcomeLabel {
     const ALL: [Self; 9] = [
         Self::Done,
         Self::Skipped,
@@ -121,7 +121,7 @@ pub fn describe() {
 
 /// A kind of job, none of which has run yet.
 pub(crate) fn may_run(kind: &'static str) {
-    for outcome in Outcome::ALL {
+    for outcome in OutcomeLabel::ALL {
         counter!(JOBS, "kind" => kind, "outcome" => outcome.as_str()).increment(0);
     }
     counter!(JOBS_STALE, "kind" => kind).increment(0);
@@ -139,7 +139,7 @@ pub(crate) fn running() -> Gauge {
     gauge!(JOBS_RUNNING)
 }
 
-pub(crate) fn ended(kind: &'static str, outcome: Outcome, took: Duration) {
+pub(crate) fn ended(kind: &'static str, outcome: OutcomeLabel, took: Duration) {
     counter!(JOBS, "kind" => kind, "outcome" => outcome.as_str()).increment(1);
     histogram!(JOB_DURATION, "kind" => kind).record(took);
 }

@@ -29,7 +29,7 @@ use uuid::Uuid;
 use crate::job::{Unique, UniqueUntil};
 use crate::metrics;
 use crate::queue::{Due, NewJob, Queue, Result};
-use crate::store::redis::{Found, RedisQueue};
+use crate::store::redis::{FoundJob, RedisQueue};
 use crate::store::{json, millis, now_ms};
 
 /// The table.
@@ -215,9 +215,9 @@ impl Outbox {
             for some in ids.chunks(BATCH) {
                 for (id, found) in some.iter().zip(queue.find(&name, some).await?) {
                     match found {
-                        Found::Nowhere => missing.push(*id),
-                        Found::Ended => ended.push(*id),
-                        Found::Waiting => {}
+                        FoundJob::Nowhere => missing.push(*id),
+                        FoundJob::Ended => ended.push(*id),
+                        FoundJob::Waiting => {}
                     }
                 }
             }

@@ -13,7 +13,7 @@ use tracing::warn;
 use uuid::Uuid;
 
 use crate::job::{Job, Unique};
-use crate::state::{Spent, Transition};
+use crate::state::{Attempts, Transition};
 use crate::wake::Wake;
 
 /// The largest payload of a job, in bytes. Jobs name rows; they do not carry them.
@@ -227,7 +227,7 @@ pub struct Claimed {
     /// Whether it was never claimed before.
     pub first: bool,
     /// What has gone wrong so far.
-    pub spent: Spent,
+    pub spent: Attempts,
     /// The last errors, the newest last.
     pub errors: Vec<Failure>,
     /// What an earlier run wrote down.

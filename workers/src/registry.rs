@@ -40,7 +40,7 @@ impl<J: Job> Runnable for WithTools<J> {
 }
 
 /// One kind of job, with its type taken off.
-pub struct Kind {
+pub struct JobKind {
     /// Its name in the store.
     pub name: &'static str,
     /// How it is queued.
@@ -52,7 +52,7 @@ pub struct Kind {
 type Reader = dyn Fn(&str) -> Result<Arc<dyn Runnable>, serde_json::Error> + Send + Sync;
 type Writer = dyn Fn(&str) -> queue::Result<NewJob> + Send + Sync;
 
-impl Kind {
+impl JobKind {
     fn of<J: Job>(tools: J::Tools) -> Self {
         let read = move |payload: &str| {
             let job: J = serde_json::from_str(payload)?;
@@ -85,7 +85,7 @@ impl Kind {
     }
 }
 
-impl fmt::Debug for Kind {
+impl fmt::Debug for JobKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Kind").field("name", &self.name).finish_non_exhaustive()
     }
@@ -103,7 +103,7 @@ pub struct Unserved {
 
 /// A queue, or the lane of a kind with limits of its own.
 #[derive(Clone, Debug)]
-pub struct Lane {
+pub struct QueueSlots {
     /// Its name in the store.
     pub name: Arc<str>,
     /// How many of its jobs run at once.
@@ -115,8 +115,8 @@ pub struct Lane {
 /// The kinds of jobs that this process can run, and how many of each queue at once.
 #[derive(Default)]
 pub struct Registry {
-    kinds: HashMap<&'static str, Arc<Kind>>,
-    queues: Vec<Lane>,
+    kinds: HashMap<&'static str, Arc<JobKind>>,
+    queues: Vec<QueueSlots>,
 }
 
 impl Registry {
@@ -130,7 +130,7 @@ impl Registry {
     /// # Panics
     /// When the kind is there already: that is a mistake in the program.
     pub fn register<J: Job>(&mut self, tools: J::Tools) {
-        let twice = self.kinds.insert(J::KIND, Arc::new(Kind::of::<J>(tools))).is_some();
+        let twice = self.kinds.insert(J::KIND, Arc::new(JobKind::of::<J>(tools))).is_some();
         assert!(!twice, "the job kind {} is registered twice", J::KIND);
     }
 
@@ -141,7 +141,7 @@ impl Registry {
     pub fn serve(&mut self, queue: &str, slots: usize) {
         let twice = self.queues.iter().any(|lane| *lane.name == *queue);
         assert!(!twice, "the queue {queue} is served twice");
-        self.queues.push(Lane { name: queue.into(), slots, rate: None });
+        self.queues.push(QueueSlots { name: queue.into(), slots, rate: None });
     }
 
     /// Whether the queue of every kind is served.
@@ -160,7 +160,7 @@ impl Registry {
     }
 
     /// A kind by its name.
-    pub fn kind(&self, name: &str) -> Option<Arc<Kind>> {
+    pub fn kind(&self, name: &str) -> Option<Arc<JobKind>> {
         self.kinds.get(name).cloned()
     }
 
@@ -172,11 +172,11 @@ impl Registry {
     }
 
     /// The queues, and the lanes of kinds with limits of their own.
-    pub fn lanes(&self) -> Vec<Lane> {
+    pub fn lanes(&self) -> Vec<QueueSlots> {
         let limited = self.kinds.values().filter_map(|kind| {
             let name = kind.options.lane(kind.name);
             let queue = self.queues.iter().find(|lane| *lane.name == *kind.options.queue)?;
-            (*name != *queue.name).then(|| Lane {
+            (*name != *queue.name).then(|| QueueSlots {
                 name: Arc::from(&*name),
                 slots: kind.options.concurrency.unwrap_or(queue.slots),
                 rate: kind.options.rate,

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use uuid::Uuid;
 
-use crate::cron::{Claim, Ending, Run, Schedule, Standings, TakeOver};
+use crate::cron::{Ending, Run, Schedule, ScheduleClaim, ScheduleStates, TakeOver};
 use crate::queue::Result;
 
 /// How many runs are kept of each schedule once they have ended,
@@ -29,11 +29,11 @@ pub trait Schedules: Clone + Send + Sync + 'static {
     ) -> impl Future<Output = Result<()>> + Send;
 
     /// Where all stand.
-    fn due(&self) -> impl Future<Output = Result<Standings>> + Send;
+    fn due(&self) -> impl Future<Output = Result<ScheduleStates>> + Send;
 
     /// Writes down how a schedule goes on, and enqueues its jobs, in one transaction. False when somebody else has
     /// changed it since it was read: nothing has happened then.
-    fn fire(&self, claim: Claim) -> impl Future<Output = Result<bool>> + Send;
+    fn fire(&self, claim: ScheduleClaim) -> impl Future<Output = Result<bool>> + Send;
 
     /// Pauses a schedule, or lets it go on from now. False when there is none.
     fn set(&self, schedule: String, paused: bool) -> impl Future<Output = Result<bool>> + Send;

@@ -87,7 +87,7 @@ pub struct Budget {
 
 /// What has gone wrong so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Spent {
+pub struct Attempts {
     /// Runs that failed.
     pub failures: u32,
     /// Workers that crashed.
@@ -151,7 +151,7 @@ pub enum Transition {
         /// Not before this long. Without a wait it keeps its place in the queue, before those that came later.
         wait: Duration,
         /// What has gone wrong so far.
-        spent: Spent,
+        spent: Attempts,
     },
     /// It is over, and kept for those who look.
     Ended {
@@ -160,23 +160,24 @@ pub enum Transition {
         /// Why.
         reason: String,
         /// What has gone wrong so far.
-        spent: Spent,
+        spent: Attempts,
     },
 }
 
 /// What becomes of a running job by `event` at `now`, by the store's clock. `random` in `0.0..1.0` is for the
 /// jitter.
-pub fn next(budget: &Budget, spent: Spent, event: Event, now: Timestamp, random: f64) -> Transition {
+pub fn next(budget: &Budget, spent: Attempts, event: Event, now: Timestamp, random: f64) -> Transition {
     match event {
         Event::Done => Transition::Finished,
         Event::Snoozed(wait) => Transition::Again { wait, spent },
-        Event::HandedBack => {
-            Transition::Again { wait: Duration::ZERO, spent: Spent { recoveries: 0, since: None, ..spent } }
-        }
+        Event::HandedBack => Transition::Again {
+            wait: Duration::ZERO,
+            spent: Attempts { recoveries: 0, since: None, ..spent },
+        },
         Event::Hopeless(reason) => Transition::Ended { state: State::Dead, reason, spent },
         Event::Cancelled(reason) => Transition::Ended { state: State::Cancelled, reason, spent },
         Event::Failed { error, after } => {
-            let spent = Spent { failures: spent.failures + 1, ..spent };
+            let spent = Attempts { failures: spent.failures + 1, ..spent };
             if spent.failures >= budget.failures {
                 return Transition::Ended { state: State::Dead, reason: error, spent };
             }
@@ -196,16 +197,16 @@ pub fn next(budget: &Budget, spent: Spent, event: Event, now: Timestamp, random:
     }
 }
 
-fn crashed_again(budget: &Budget, spent: Spent, now: Timestamp) -> Spent {
+fn crashed_again(budget: &Budget, spent: Attempts, now: Timestamp) -> Attempts {
     let since = spent.since.unwrap_or(now);
     if now.duration_since(since).unsigned_abs() > budget.window {
-        return Spent { recoveries: 1, since: Some(now), ..spent };
+        return Attempts { recoveries: 1, since: Some(now), ..spent };
     }
-    Spent { recoveries: spent.recoveries + 1, since: Some(since), ..spent }
+    Attempts { recoveries: spent.recoveries + 1, since: Some(since), ..spent }
 }
 
 /// Why a job must be given up instead of run, if its workers have crashed too often.
-pub fn spent_by_crashes(budget: &Budget, spent: Spent) -> Option<String> {
+pub fn spent_by_crashes(budget: &Budget, spent: Attempts) -> Option<String> {
     (spent.recoveries >= budget.recoveries).then(|| format!("its worker crashed {} times", spent.recoveries))
 }
 
@@ -220,7 +221,7 @@ mod tests {
         backoff: Backoff::new(Duration::from_secs(10), Duration::from_secs(60)),
     };
 
-    fn step(spent: Spent, event: Event) -> Transition {
+    fn step(spent: Attempts, event: Event) -> Transition {
         next(&BUDGET, spent, event, at(0), 1.0)
     }
 
@@ -228,7 +229,7 @@ mod tests {
         Timestamp::from_second(seconds).unwrap()
     }
 
-    fn dead(reason: &str, spent: Spent) -> Transition {
+    fn dead(reason: &str, spent: Attempts) -> Transition {
         Transition::Ended { state: State::Dead, reason: reason.to_owned(), spent }
     }
 
@@ -258,7 +259,7 @@ mod tests {
     #[test]
     fn failures_wait_longer_each_time_and_then_end() {
         let error = |after| Event::Failed { error: "no".to_owned(), after };
-        let spent = |failures| Spent { failures, recoveries: 1, since: Some(at(0)) };
+        let spent = |failures| Attempts { failures, recoveries: 1, since: Some(at(0)) };
         let again = |seconds, failures| Transition::Again {
             wait: Duration::from_secs(seconds),
             spent: spent(failures),
@@ -271,9 +272,9 @@ mod tests {
 
     #[test]
     fn crashes_have_a_budget_of_their_own_and_then_it_is_given_up() {
-        let spent = |recoveries| Spent { failures: 2, recoveries, since: Some(at(0)) };
+        let spent = |recoveries| Attempts { failures: 2, recoveries, since: Some(at(0)) };
         let again = |recoveries| Transition::Again { wait: Duration::ZERO, spent: spent(recoveries) };
-        assert_eq!(step(Spent { failures: 2, ..Spent::default() }, Event::Lapsed), again(1));
+        assert_eq!(step(Attempts { failures: 2, ..Attempts::default() }, Event::Lapsed), again(1));
         assert_eq!(spent_by_crashes(&BUDGET, spent(1)), None);
         assert_eq!(step(spent(1), Event::Lapsed), again(2), "to be given up");
         assert_eq!(spent_by_crashes(&BUDGET, spent(2)).unwrap(), "its worker crashed 2 times");
@@ -284,11 +285,11 @@ mod tests {
 
     #[test]
     fn crashes_that_are_far_apart_are_counted_anew() {
-        let spent = Spent { failures: 0, recoveries: 1, since: Some(at(0)) };
+        let spent = Attempts { failures: 0, recoveries: 1, since: Some(at(0)) };
         let lapsed = |now| next(&BUDGET, spent, Event::Lapsed, at(now), 0.0);
         let again = |recoveries, since| Transition::Again {
             wait: Duration::ZERO,
-            spent: Spent { failures: 0, recoveries, since: Some(at(since)) },
+            spent: Attempts { failures: 0, recoveries, since: Some(at(since)) },
         };
         assert_eq!(lapsed(3600), again(2, 0));
         assert_eq!(lapsed(3601), again(1, 3601));
@@ -296,16 +297,16 @@ mod tests {
 
     #[test]
     fn handing_back_and_snoozing_cost_nothing() {
-        let spent = Spent { failures: 2, recoveries: 1, since: Some(at(0)) };
+        let spent = Attempts { failures: 2, recoveries: 1, since: Some(at(0)) };
         let again = |wait, spent| Transition::Again { wait, spent };
-        let calm = Spent { failures: 2, ..Spent::default() };
+        let calm = Attempts { failures: 2, ..Attempts::default() };
         assert_eq!(step(spent, Event::HandedBack), again(Duration::ZERO, calm));
         assert_eq!(step(spent, Event::Snoozed(Duration::MAX)), again(Duration::MAX, spent));
     }
 
     #[test]
     fn done_is_gone_and_the_hopeless_and_cancelled_are_kept() {
-        let spent = Spent::default();
+        let spent = Attempts::default();
         assert_eq!(step(spent, Event::Done), Transition::Finished);
         assert_eq!(step(spent, Event::Hopeless("bad payload".into())), dead("bad payload", spent));
         let cancelled = Transition::Ended { state: State::Cancelled, reason: "by ops".into(), spent };

@@ -18,8 +18,8 @@ use serde_json::value::RawValue;
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::cron::{Claim as ScheduleClaim, Ending, Occurrence, Outcome, Run, Schedule, Standings, TakeOver};
-use crate::ledger::{Cancelled, Filter, JobView, Ledger};
+use crate::cron::{Ending, Occurrence, Run, RunOutcome, Schedule, ScheduleClaim, ScheduleStates, TakeOver};
+use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView};
 use crate::queue::{
     Claim, Claims, Depth, Held, Lapsed, NewJob, Probed, Queue, Renewal, Renewed, Result, Settlement,
 };
@@ -118,8 +118,8 @@ impl Queue for Store {
     }
 }
 
-impl Ledger for Store {
-    async fn list(&self, filter: Filter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
+impl JobAdmin for Store {
+    async fn list(&self, filter: JobFilter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
         either!(self, store => store.list(filter, cursor, limit).await)
     }
 
@@ -127,11 +127,11 @@ impl Ledger for Store {
         either!(self, store => store.show(id).await)
     }
 
-    async fn retry(&self, filter: Filter) -> Result<usize> {
+    async fn retry(&self, filter: JobFilter) -> Result<usize> {
         either!(self, store => store.retry(filter).await)
     }
 
-    async fn discard(&self, filter: Filter) -> Result<usize> {
+    async fn discard(&self, filter: JobFilter) -> Result<usize> {
         either!(self, store => store.discard(filter).await)
     }
 
@@ -142,7 +142,8 @@ impl Ledger for Store {
             && let Some(occurrence) = job.trace.as_deref().and_then(Occurrence::of_trace)
             && occurrence.has_job(id)
         {
-            let ending = Ending { outcome: Outcome::Cancelled, reason: Some(reason), at: Timestamp::now() };
+            let ending =
+                Ending { outcome: RunOutcome::Cancelled, reason: Some(reason), at: Timestamp::now() };
             self.note(vec![(occurrence.schedule, id, ending)]).await;
         }
         Ok(cancelled)
@@ -187,7 +188,7 @@ impl Schedules for Store {
         schedules!(self, store => store.sync(schedules, take_over).await)
     }
 
-    async fn due(&self) -> Result<Standings> {
+    async fn due(&self) -> Result<ScheduleStates> {
         if let Self::Sqlite(queue) = self {
             return queue.standings(SqlSchedules::new(self, queue.store()).due()).await;
         }
@@ -231,11 +232,11 @@ impl Store {
 fn ending(settlement: &Settlement) -> Option<(String, Uuid, Ending)> {
     let (outcome, reason) = match &settlement.transition {
         Transition::Again { .. } => return None,
-        Transition::Finished => (Outcome::Done, None),
+        Transition::Finished => (RunOutcome::Done, None),
         Transition::Ended { state: State::Cancelled, reason, .. } => {
-            (Outcome::Cancelled, Some(reason.clone()))
+            (RunOutcome::Cancelled, Some(reason.clone()))
         }
-        Transition::Ended { reason, .. } => (Outcome::Dead, Some(reason.clone())),
+        Transition::Ended { reason, .. } => (RunOutcome::Dead, Some(reason.clone())),
     };
     let id = settlement.job.id;
     let occurrence = Occurrence::of_trace(settlement.job.trace.as_deref()?)?;

@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::admission::Admission;
-use crate::ledger::Ledger;
+use crate::ledger::JobAdmin;
 use crate::metrics;
 use crate::queue::{Queue, Result, Settlement};
 use crate::registry::Registry;
@@ -37,7 +37,7 @@ pub struct Config {
 ///
 /// # Errors
 /// Never: the type is that of a task. A store that fails is asked again.
-pub async fn run<Q: Queue + Ledger>(
+pub async fn run<Q: Queue + JobAdmin>(
     queue: Q,
     registry: Arc<Registry>,
     admission: Admission,
@@ -107,7 +107,7 @@ pub async fn rescue<Q: Queue>(queue: &Q, registry: &Registry, lease: Duration) -
     Ok(rescued)
 }
 
-async fn count<Q: Queue + Ledger>(queue: &Q, registry: &Registry, admission: &Admission) -> Result<()> {
+async fn count<Q: Queue + JobAdmin>(queue: &Q, registry: &Registry, admission: &Admission) -> Result<()> {
     let queues: Vec<Arc<str>> = registry.lanes().into_iter().map(|lane| lane.name).collect();
     let added: HashMap<Arc<str>, _> =
         queues.iter().map(|queue| (Arc::clone(queue), admission.added(queue))).collect();

@@ -10,10 +10,10 @@ use tokio::sync::Notify;
 ///
 /// It may be wrong either way: workers also poll.
 #[derive(Clone, Debug, Default)]
-pub struct Wake(Arc<Shared>);
+pub struct Wake(Arc<WakeTable>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct WakeTable {
     queues: Mutex<BTreeSet<Arc<str>>>,
     notify: Notify,
 }

@@ -69,8 +69,8 @@ pub struct Worker<Q> {
 }
 
 /// One queue, as the loop sees it.
-struct Lane {
-    lane: registry::Lane,
+struct QueueWorker {
+    lane: registry::QueueSlots,
     pace: Option<Pace>,
     /// How long its jobs waited.
     waits: Histogram,
@@ -82,8 +82,8 @@ struct Lane {
     is_promising: bool,
 }
 
-impl Lane {
-    fn new(lane: registry::Lane) -> Self {
+impl QueueWorker {
+    fn new(lane: registry::QueueSlots) -> Self {
         let pace = lane.rate.map(Pace::new);
         let waits = metrics::waits(&lane.name);
         Self { lane, pace, waits, look_at: Instant::now(), is_backed_up: false, is_promising: false }
@@ -121,7 +121,7 @@ impl<Q: Queue> Worker<Q> {
         attendants.spawn(renew::run(self.queue.clone(), self.slots.clone(), self.config.clone()));
         let (settler, settling) = settle::channel(self.queue.clone());
         attendants.spawn(settling);
-        let mut lanes: Vec<Lane> = self.registry.lanes().into_iter().map(Lane::new).collect();
+        let mut lanes: Vec<QueueWorker> = self.registry.lanes().into_iter().map(QueueWorker::new).collect();
         while drain.phase() == Phase::Running {
             self.probe(&mut lanes).await;
             for lane in &mut lanes {
@@ -152,7 +152,7 @@ impl<Q: Queue> Worker<Q> {
 
     /// A queue in which more waited is looked at again as soon as a good part of its slots is free: not for
     /// each of them, since a claim costs the same for one job and for a hundred.
-    fn refill(&self, lanes: &mut [Lane]) {
+    fn refill(&self, lanes: &mut [QueueWorker]) {
         for lane in lanes.iter_mut().filter(|lane| lane.is_backed_up) {
             if self.free(lane) * 4 >= lane.lane.slots {
                 lane.look_at = Instant::now();
@@ -162,14 +162,14 @@ impl<Q: Queue> Worker<Q> {
 
     /// Asks with one question about all queues that are looked at only since it is time. Those that have nothing are looked at
     /// again together: so that a process that has nothing to do hardly wakes up.
-    async fn probe(&self, lanes: &mut [Lane]) {
+    async fn probe(&self, lanes: &mut [QueueWorker]) {
         let now = Instant::now();
-        let is_quiet = |lane: &Lane| !lane.is_promising && !lane.is_backed_up && lane.pace.is_none();
+        let is_quiet = |lane: &QueueWorker| !lane.is_promising && !lane.is_backed_up && lane.pace.is_none();
         if !lanes.iter().any(|lane| is_quiet(lane) && lane.look_at <= now) {
             return;
         }
         let soon = now + self.config.poll / 2;
-        let mut quiet: Vec<&mut Lane> =
+        let mut quiet: Vec<&mut QueueWorker> =
             lanes.iter_mut().filter(|lane| is_quiet(lane) && lane.look_at <= soon).collect();
         let names = quiet.iter().map(|lane| Arc::clone(&lane.lane.name)).collect();
         // The claims that follow find out the same.
@@ -189,7 +189,7 @@ impl<Q: Queue> Worker<Q> {
     }
 
     /// Claims what there is room for, if it is time to look.
-    async fn look(&self, lane: &mut Lane, settler: &Settler, jobs: &mut JoinSet<()>) {
+    async fn look(&self, lane: &mut QueueWorker, settler: &Settler, jobs: &mut JoinSet<()>) {
         let now = Instant::now();
         if lane.look_at > now {
             return;
@@ -245,7 +245,7 @@ impl<Q: Queue> Worker<Q> {
     }
 
     /// How many more jobs of a queue may be in hand.
-    fn free(&self, lane: &Lane) -> usize {
+    fn free(&self, lane: &QueueWorker) -> usize {
         lane.lane.slots.saturating_sub(self.slots.of_queue(&lane.lane.name))
     }
 
@@ -263,7 +263,7 @@ impl<Q: Queue> Worker<Q> {
     }
 }
 
-fn hasten(lanes: &mut [Lane], woken: &BTreeSet<Arc<str>>) {
+fn hasten(lanes: &mut [QueueWorker], woken: &BTreeSet<Arc<str>>) {
     for lane in lanes.iter_mut().filter(|lane| woken.contains(&lane.lane.name)) {
         lane.look_at = Instant::now();
         lane.is_promising = true;

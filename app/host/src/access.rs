@@ -34,9 +34,9 @@ use secrecy::{ExposeSecret, SecretString};
 use crate::api::store_failed;
 use crate::sites::{SiteId, Sites};
 pub(crate) use files::Config as KeyFile;
-use files::Files;
+use files::KeyFiles;
 use keys::{Grant, Hash, Hashes, hash};
-use limits::Limits;
+use limits::KeyLimits;
 
 /// What is known of keys in the store, the unknown ones too.
 pub(crate) const CACHE: cache::Config = cache::Config {
@@ -157,22 +157,22 @@ impl Kept for Caller {
 
 /// The keys of this process. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Access(Arc<Known>);
+pub struct Access(Arc<AccessInner>);
 
 #[derive(Debug)]
-struct Known {
+struct AccessInner {
     store: Store,
     sites: Sites,
     stored: Cache<Caller>,
     listed: Cache<Arc<Hashes>>,
-    files: Files,
-    tokens: Mutex<HashMap<Hash, Token>>,
-    limits: Limits,
+    files: KeyFiles,
+    tokens: Mutex<HashMap<Hash, IssuedToken>>,
+    limits: KeyLimits,
     admin: SecretString,
 }
 
 #[derive(Debug)]
-struct Token {
+struct IssuedToken {
     caller: Caller,
     ends: Instant,
 }
@@ -188,10 +188,10 @@ impl Access {
         redis: Option<(Redis, String)>,
         admin: SecretString,
     ) -> Self {
-        let files = Files::open(files, &sites);
-        let (stored, tokens, limits) = (caches.make(CACHE), Mutex::default(), Limits::new(redis));
+        let files = KeyFiles::open(files, &sites);
+        let (stored, tokens, limits) = (caches.make(CACHE), Mutex::default(), KeyLimits::new(redis));
         let listed = caches.make(LISTED);
-        Self(Arc::new(Known { store, sites, stored, listed, files, tokens, limits, admin }))
+        Self(Arc::new(AccessInner { store, sites, stored, listed, files, tokens, limits, admin }))
     }
 
     /// Follows what changes in files, until nothing new is taken.
@@ -222,7 +222,7 @@ impl Access {
             ends_at: None,
         };
         let mut tokens = self.0.tokens.lock();
-        tokens.insert(hash(token.expose_secret()), Token { caller, ends: Instant::now() + life });
+        tokens.insert(hash(token.expose_secret()), IssuedToken { caller, ends: Instant::now() + life });
         token
     }
 
@@ -341,17 +341,17 @@ pub trait Required: Send + Sync + 'static {
 
 /// See [`Scope::READ`].
 #[derive(Clone, Copy, Debug)]
-pub struct Read;
+pub struct ReadScope;
 
-impl Required for Read {
+impl Required for ReadScope {
     const SCOPE: Scope = Scope::READ;
 }
 
 /// See [`Scope::JOBS`].
 #[derive(Clone, Copy, Debug)]
-pub struct Jobs;
+pub struct JobsScope;
 
-impl Required for Jobs {
+impl Required for JobsScope {
     const SCOPE: Scope = Scope::JOBS;
 }
 

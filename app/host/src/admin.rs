@@ -52,24 +52,27 @@ use perennial_runtime::telemetry::Telemetry;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::{RequestView, Scope};
 use perennial_server::net::{ConnectionView, Connections, Listen, Peer};
+use perennial_store::pool;
 use perennial_workers::worker;
 use serde_json::{Map, Value, json};
 use tower::ServiceExt;
 
 use crate::access::{Access, bearer};
-use crate::boot::PoolFn;
 use crate::built::{self, BuildView};
 use crate::module::StatusFn;
 use crate::settings::Settings;
-use jobs::Books;
+use jobs::JobAdminState;
 use keys::Keyring;
 use process::ProcessView;
 
+/// The state of a pool, read when an operator asks.
+pub(crate) type PoolFn = Arc<dyn Fn() -> (&'static str, pool::PoolStatus) + Send + Sync>;
+
 /// What the admin listener knows. A cheap handle.
 #[derive(Clone)]
-pub(crate) struct Admin(Arc<Known>);
+pub(crate) struct Admin(Arc<AdminInner>);
 
-struct Known {
+struct AdminInner {
     health: Health,
     metrics: Metrics,
     telemetry: Arc<Telemetry>,
@@ -81,7 +84,7 @@ struct Known {
     booted: OnceLock<Booted>,
 }
 
-impl Known {
+impl AdminInner {
     /// The connections of both listeners, the public one first.
     fn listeners(&self) -> impl Iterator<Item = &Connections> {
         self.booted.get().map(|booted| &booted.connections).into_iter().chain([&self.connections])
@@ -95,7 +98,7 @@ pub(crate) struct Booted {
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) pools: Vec<PoolFn>,
     pub(crate) connections: Connections,
-    pub(crate) books: Books,
+    pub(crate) books: JobAdminState,
     pub(crate) keyring: Keyring,
     /// Routes of modules that show something,
     pub(crate) admin_read: Router,
@@ -116,7 +119,16 @@ impl Admin {
         let booted = OnceLock::new();
         let began = Instant::now();
         metrics.built(built::VERSION, built::COMMIT);
-        Self(Arc::new(Known { health, metrics, telemetry, settings, loopback, connections, began, booted }))
+        Self(Arc::new(AdminInner {
+            health,
+            metrics,
+            telemetry,
+            settings,
+            loopback,
+            connections,
+            began,
+            booted,
+        }))
     }
 
     /// Boot has ended.
@@ -272,7 +284,7 @@ async fn of_modules(State(Admin(known)): State<Admin>, scope: Scope, request: Re
 }
 
 /// Whether somebody may see what there is to see.
-fn may_look(known: &Known, scope: &Scope, request: &Request) -> Result<(), Problem> {
+fn may_look(known: &AdminInner, scope: &Scope, request: &Request) -> Result<(), Problem> {
     if !is_own_name(request.headers(), request.uri(), scope.connection().socket_peer) {
         let detail = "wanted a Host header that names this machine: an address, or localhost";
         return Err(Problem::new(StatusCode::MISDIRECTED_REQUEST, detail));
@@ -281,7 +293,7 @@ fn may_look(known: &Known, scope: &Scope, request: &Request) -> Result<(), Probl
 }
 
 /// Whether somebody may change something: with the token, and not from pages of other origins.
-fn may_change(known: &Known, scope: &Scope, request: &Request) -> Result<(), Problem> {
+fn may_change(known: &AdminInner, scope: &Scope, request: &Request) -> Result<(), Problem> {
     let own = is_own_name(request.headers(), request.uri(), scope.connection().socket_peer);
     if !own || !is_own_origin(request.headers()) {
         let detail = "wanted a Host header that names this machine, and no Origin but this one";
@@ -310,7 +322,7 @@ fn is_own_origin(headers: &HeaderMap) -> bool {
     origin.is_some() && origin == headers.get(header::HOST).and_then(|host| host.to_str().ok())
 }
 
-fn has_token(known: &Known, request: &Request) -> Result<(), Problem> {
+fn has_token(known: &AdminInner, request: &Request) -> Result<(), Problem> {
     let Some(booted) = known.booted.get() else {
         return Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting"));
     };

@@ -60,9 +60,9 @@ pub(crate) struct Paused {
 }
 
 /// An embedded store that nobody writes to.
-pub(crate) struct Source(Connection);
+pub(crate) struct AdoptSource(Connection);
 
-impl Source {
+impl AdoptSource {
     /// Opens its file.
     pub(crate) fn open(file: &Path) -> anyhow::Result<Self> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;

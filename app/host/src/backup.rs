@@ -19,13 +19,12 @@ use tracing::info;
 use uuid::Uuid;
 
 use crate::api::{Json, Result};
-use crate::config::Store;
-use crate::data_dir::{ADMIN_TOKEN, API_KEY};
-use crate::module::SecretFile;
+use crate::config::StoreConfig;
+use crate::data_dir::{ADMIN_TOKEN, API_KEY, SecretFile};
 
 /// What is to be copied.
 #[derive(Clone, Debug)]
-pub(crate) struct Source {
+pub(crate) struct BackupSource {
     data_dir: PathBuf,
     /// The file of the store.
     file: PathBuf,
@@ -42,17 +41,17 @@ pub(crate) struct Copied {
     pub(crate) bytes: u64,
 }
 
-impl Source {
+impl BackupSource {
     /// What a data directory with this store has.
     ///
     /// # Errors
     /// When the store is a server: it has a tool of its own for that.
-    pub(crate) fn of(data_dir: &Path, store: &Store, secrets: Vec<SecretFile>) -> anyhow::Result<Self> {
+    pub(crate) fn of(data_dir: &Path, store: &StoreConfig, secrets: Vec<SecretFile>) -> anyhow::Result<Self> {
         match store {
-            Store::Sqlite { file, .. } => {
+            StoreConfig::Sqlite { file, .. } => {
                 Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file), secrets })
             }
-            Store::Postgres(_) => {
+            StoreConfig::Postgres(_) => {
                 bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it")
             }
         }
@@ -117,7 +116,7 @@ impl Drop for Draft {
 }
 
 /// What operators may do, if there is something to copy.
-pub(crate) fn admin_write(source: Option<Source>) -> Router {
+pub(crate) fn admin_write(source: Option<BackupSource>) -> Router {
     Router::new().route("/backup", post(backup)).layer(Extension(source))
 }
 
@@ -128,7 +127,7 @@ struct Wanted {
 }
 
 async fn backup(
-    Extension(source): Extension<Option<Source>>,
+    Extension(source): Extension<Option<BackupSource>>,
     Json(Wanted { directory }): Json<Wanted>,
 ) -> Result<Json<Copied>> {
     let refuse = |wanted: String| FieldError::new("directory", wanted);

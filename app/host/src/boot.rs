@@ -1,7 +1,7 @@
 //! Boot, from top to bottom: everything that serves is made here, by hand, in stages.
 //!
 //! ```text
-//! Plan      what was read: settings, modules, what a predecessor has left
+//! Plan      plan.rs    what was read: settings, modules, what a predecessor has left
 //! Base      base.rs    the data directory, the store, the keys
 //! Mounted   mount.rs   the modules have joined
 //! Engine    engine.rs  the worker and the schedules
@@ -12,9 +12,9 @@ mod base;
 mod engine;
 mod mount;
 pub(crate) mod open;
+mod plan;
 mod start;
 
-use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -24,44 +24,25 @@ use perennial_runtime::cpu::Cpu;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Health;
 use perennial_runtime::tasks::Tasks;
-use perennial_server::http::Server;
-use perennial_server::net::{BindError, Sockets};
-use perennial_store::pool;
-use perennial_store::pool::sql::{self, Tables};
+use perennial_server::net::Sockets;
+use perennial_store::pool::sql;
 use perennial_workers::limits::Limits;
 use perennial_workers::worker;
 use tracing::info;
 
 use crate::addresses::{Addresses, url};
 use crate::admin::Booted;
-use crate::config::Config;
 use crate::data_dir::{self, DataDir};
-use crate::module::{Closer, Configured, SecretFile};
+use crate::module::{Closer, Configured};
 use crate::openapi;
 use crate::sites::Sites;
-use crate::succession::Inheritance;
 use base::Base;
 use engine::Engine;
 use mount::Mounted;
+pub(crate) use plan::{BootPlan, not_opened};
 
 /// How long closing one thing may take at the very end.
 const CLOSE: Duration = Duration::from_secs(5);
-/// How long a predecessor may take, besides its drain, until it has closed everything.
-const CLOSING: Duration = Duration::from_secs(30);
-
-/// The state of a pool, read when an operator asks.
-pub(crate) type PoolFn = Arc<dyn Fn() -> (&'static str, pool::Status) + Send + Sync>;
-
-/// What boot works from: everything that was read, and nothing that was touched.
-pub(crate) struct Plan {
-    pub(crate) config: Config,
-    pub(crate) tables: Vec<Tables>,
-    /// The secret files of the modules.
-    pub(crate) files: Vec<SecretFile>,
-    pub(crate) inheritance: Inheritance,
-    /// Where the admin listener is.
-    pub(crate) admin_addresses: Vec<String>,
-}
 
 /// What serves, and what is needed to stop it.
 pub(crate) struct App {
@@ -80,7 +61,7 @@ pub(crate) struct App {
 
 /// Makes everything and opens the public listener. Runs on the runtime that serves.
 pub(crate) async fn boot(
-    mut plan: Plan,
+    mut plan: BootPlan,
     modules: Vec<Configured>,
     health: Health,
     drain: Drain,
@@ -107,7 +88,7 @@ pub(crate) async fn boot(
     let routes = openapi::with_description(std::mem::take(&mut mounted.routes));
     let (connections, sockets) = (server.connections(), server.sockets());
     let parts =
-        start::Parts { config: &plan.config, base: &base, tasks: &tasks, health: &health, drain: &drain };
+        start::TaskParts { config: &plan.config, base: &base, tasks: &tasks, health: &health, drain: &drain };
     let pools = parts.start(engine, &mounted);
     let server = server.errors_readable_by(readers(&base.sites));
     tasks.critical("http", server.run(routes, Some(cpu), drain));
@@ -142,36 +123,12 @@ pub(crate) async fn boot(
     Ok((app, booted))
 }
 
-impl Plan {
-    /// Opens the public listener.
-    async fn listen(&self) -> anyhow::Result<Server> {
-        Server::bind(self.config.server.clone(), &self.inheritance.sockets).await.map_err(|error| {
-            // One that is not taken over may be why.
-            self.inheritance.warn_of_the_rest();
-            not_opened(error, "server.listen")
-        })
-    }
-}
-
 /// Pages of these origins may read why a request was refused before it was routed.
 fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
     let sites = sites.clone();
     Arc::new(move |origin: &HeaderValue| {
         origin.to_str().is_ok_and(|origin| sites.of_origin(origin).is_some())
     })
-}
-
-/// Why a listener could not be opened, with the setting that says where it is to be.
-pub(crate) fn not_opened(error: BindError, setting: &'static str) -> anyhow::Error {
-    let is_taken =
-        matches!(&error, BindError::Address { source, .. } if source.kind() == io::ErrorKind::AddrInUse);
-    let remedy = match is_taken {
-        true => format!(
-            "{setting}: another program listens there (or a socket that was inherited for another address, which a warning names); stop it, or choose another address (--set {setting}=127.0.0.1:PORT)"
-        ),
-        false => format!("{setting}: the listener cannot be opened"),
-    };
-    anyhow::Error::from(error).context(remedy)
 }
 
 impl App {

@@ -18,12 +18,12 @@ use std::process::ExitCode;
 use axum::{Extension, Router};
 use clap::{Args, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::access::Scopes;
-use crate::admin::jobs::Books;
+use crate::admin::jobs::JobAdminState;
 use crate::admin::{self, schedules};
+use crate::boot::open;
 use crate::command::output::done;
-use crate::command::{Context, Offline, block_on};
-use crate::module::Blueprint;
+use crate::command::{CommandContext, Offline, block_on};
+use crate::module::{self, Blueprint};
 use crate::settings::{Problems, Sources, masked_words};
 
 /// A long-lived application server: requests, jobs and web push in one process.
@@ -42,7 +42,7 @@ struct Cli {
     #[command(flatten)]
     settings: SettingsArgs,
     #[command(subcommand)]
-    command: Option<Command>,
+    command: Option<HostCommand>,
 }
 
 /// Where settings come from, for every command.
@@ -60,28 +60,28 @@ struct SettingsArgs {
 }
 
 #[derive(Debug, Subcommand)]
-enum Command {
+enum HostCommand {
     /// Serve until SIGTERM or Ctrl-C (what happens without a command)
     Serve(serve::Serve),
     /// Check the settings and print those in effect, and where each came from
     Check(check::Check),
     /// The keys: VAPID and API
     #[command(subcommand)]
-    Keys(keys::Keys),
+    Keys(keys::KeysCommand),
     /// Bring the tables of the store up to date, and do nothing else
     #[command(after_help = "Example:\n  perennial migrate --config /etc/perennial.toml")]
     Migrate,
     /// Move everything from an embedded store to the Postgres server that the settings name
     Adopt(adopt::Adopt),
     /// Let jobs and schedules run that rest: in a server that was started with --paused, or on a store that is a copy
-    Resume(resume::Resume),
+    Resume(resume::ResumeArgs),
     /// Copy the embedded store and the keys, also while a server runs
     Backup(backup::Backup),
     /// Ask the running server whether it is ready; the exit code says it
-    Health(health::Health),
+    Health(health::HealthArgs),
     /// Jobs: look at them, and act on those that have ended
     #[command(subcommand)]
-    Jobs(jobs::Jobs),
+    Jobs(jobs::JobsCommand),
     /// Schedules: look at them, run one now, pause and resume them
     #[command(subcommand)]
     Cron(cron::Cron),
@@ -95,8 +95,7 @@ enum Command {
 
 /// The command line: the host's commands, and those of the modules.
 fn definition(modules: &[Blueprint]) -> clap::Command {
-    let scopes = Scopes::new(modules.iter().flat_map(|module| module.scopes.iter().cloned()));
-    let scopes = format!("What for: {}; all of them without this", scopes.words());
+    let scopes = format!("What for: {}; all of them without this", module::scopes(modules).words());
     let host = Cli::command().mut_subcommand("keys", |keys| {
         keys.mut_subcommand("add", |add| add.mut_arg("scopes", |argument| argument.help(scopes)))
     });
@@ -118,19 +117,19 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     let sources = Sources { file: settings.config, set: settings.set, ..Sources::from_environment() };
     let of_module = modules.iter().find_map(|module| (module.commands)().asked(&matches));
     let result = match of_module {
-        Some((run, matches)) => Context::read(json, &sources, modules)
-            .map_err(Into::into)
-            .and_then(|context| run(matches, &context)),
+        Some((run, matches)) => {
+            context(json, &sources, modules).map_err(Into::into).and_then(|context| run(matches, &context))
+        }
         None => {
             let cli = Cli::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
-            match cli.command.unwrap_or(Command::Serve(serve::Serve::default())) {
-                Command::Serve(serve) => return serve.run(&matches, &sources, modules),
-                Command::Check(check) => return check.run(json, &sources, modules),
-                Command::Completions(completions) => completions.run(definition(modules)),
-                Command::Man(man) => man.run(definition(modules)),
-                command => Context::read(json, &sources, modules)
+            match cli.command.unwrap_or(HostCommand::Serve(serve::Serve::default())) {
+                HostCommand::Serve(serve) => return serve.run(&matches, &sources, modules),
+                HostCommand::Check(check) => return check.run(json, &sources, modules),
+                HostCommand::Completions(completions) => completions.run(definition(modules)),
+                HostCommand::Man(man) => man.run(definition(modules)),
+                command => context(json, &sources, modules)
                     .map_err(Into::into)
-                    .and_then(|context| command.run(&context)),
+                    .and_then(|context| command.run(&context, modules)),
             }
         }
     };
@@ -142,6 +141,15 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
         }
         Err(error) => report(&error),
     }
+}
+
+/// Reads all settings for a command.
+fn context(json: bool, sources: &Sources, modules: &[Blueprint]) -> Result<CommandContext, Problems> {
+    let settings = module::load(sources, modules);
+    let (config, _) = module::read(&settings, modules)?;
+    let files = modules.iter().flat_map(|module| (module.files)(&settings)).collect();
+    let tables = open::tables(modules.iter().map(|module| module.tables));
+    Ok(CommandContext { json, settings, config: config.into(), tables, files })
 }
 
 /// Prints an error for a person.
@@ -158,10 +166,10 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     if error.is::<Problems>() { ExitCode::from(2) } else { ExitCode::FAILURE }
 }
 
-impl Command {
-    fn run(self, context: &Context) -> anyhow::Result<()> {
+impl HostCommand {
+    fn run(self, context: &CommandContext, modules: &[Blueprint]) -> anyhow::Result<()> {
         match self {
-            Self::Keys(keys) => keys.run(context),
+            Self::Keys(keys) => keys.run(context, modules),
             Self::Migrate => migrate(context),
             Self::Adopt(adopt) => adopt.run(context),
             Self::Resume(resume) => resume.run(context),
@@ -179,11 +187,11 @@ impl Command {
 async fn books(offline: Offline) -> anyhow::Result<Router> {
     let routes = admin::jobs::admin_read().merge(admin::jobs::admin_write());
     let routes = routes.merge(schedules::admin_read()).merge(schedules::admin_write());
-    Ok(routes.layer(Extension(Books::alone(offline.jobs))))
+    Ok(routes.layer(Extension(JobAdminState::alone(offline.jobs))))
 }
 
 /// Does what a boot does first, so that the boots of many replicas find it done.
-fn migrate(context: &Context) -> anyhow::Result<()> {
+fn migrate(context: &CommandContext) -> anyhow::Result<()> {
     block_on(async {
         let (_data_dir, store) = context.open_alone().await?;
         store.close().await;

@@ -1,6 +1,6 @@
 //! Commands: what the host's own are made of, and what those of a module are made of.
 //!
-//! A command is asked while a server runs on the data directory, or while none does. [`Context::with_backend`] finds out which,
+//! A command is asked while a server runs on the data directory, or while none does. [`CommandContext::with_backend`] finds out which,
 //! and asks the same routes either way.
 
 pub mod arguments;
@@ -19,17 +19,16 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{ArgMatches, Args};
 use perennial_runtime::drain::Drain;
-use perennial_store::pool::sql;
+use perennial_store::pool::sql::{self, Tables};
 
 pub use backend::{AdminBackend, Offline};
-pub use client::{Answer, Client, Refused};
+pub use client::{Client, Refused, ServerAnswer};
 
 use crate::addresses::{Addresses, url};
-use crate::boot;
-use crate::config::{Config, Store};
-use crate::data_dir::{self, API_KEY, DataDir};
-use crate::module::{Blueprint, Configured};
-use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
+use crate::boot::open;
+use crate::config::{Config, StoreConfig};
+use crate::data_dir::{self, API_KEY, DataDir, SecretFile};
+use crate::settings::Settings;
 
 /// A command of a module: its arguments, whose docstring is its description.
 pub trait Command: Args + 'static {
@@ -41,7 +40,7 @@ pub trait Command: Args + 'static {
     ///
     /// # Errors
     /// What the person at the terminal is told.
-    fn run(self, context: &Context) -> anyhow::Result<()>;
+    fn run(self, context: &CommandContext) -> anyhow::Result<()>;
 }
 
 /// Something that runs beside the server when a flag of `serve` says so, such as a peer to try things with.
@@ -56,7 +55,7 @@ pub trait Companion: Args + Send + 'static {
     ///
     /// # Errors
     /// Why the server is not started.
-    fn open(self, context: &Context) -> impl Future<Output = anyhow::Result<Beside>> + Send;
+    fn open(self, context: &CommandContext) -> impl Future<Output = anyhow::Result<Beside>> + Send;
 }
 
 /// A companion that is open.
@@ -73,17 +72,17 @@ pub struct Beside {
 pub type RunBeside = Box<dyn FnOnce(Drain) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
 type Define = fn(clap::Command) -> clap::Command;
-type Run = fn(&ArgMatches, &Context) -> anyhow::Result<()>;
+type RunCommand = fn(&ArgMatches, &CommandContext) -> anyhow::Result<()>;
 type Opening<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Beside>> + Send + 'a>>;
 
 /// One command with its type taken off.
 #[derive(Clone, Copy, Debug)]
-struct Entry {
+struct CommandEntry {
     /// The command that it is a part of, such as `keys`.
     group: Option<&'static str>,
     name: &'static str,
     define: Define,
-    run: Run,
+    run: RunCommand,
 }
 
 /// A companion with its type taken off.
@@ -92,7 +91,7 @@ pub(crate) struct CompanionEntry {
     pub(crate) flag: &'static str,
     define: Define,
     /// Opens it if the command line asks for it.
-    pub(crate) open: for<'a> fn(&ArgMatches, &'a Context) -> Result<Option<Opening<'a>>, clap::Error>,
+    pub(crate) open: for<'a> fn(&ArgMatches, &'a CommandContext) -> Result<Option<Opening<'a>>, clap::Error>,
 }
 
 impl std::fmt::Debug for CompanionEntry {
@@ -104,7 +103,7 @@ impl std::fmt::Debug for CompanionEntry {
 /// The commands that a module brings.
 #[derive(Clone, Debug, Default)]
 pub struct Commands {
-    entries: Vec<Entry>,
+    entries: Vec<CommandEntry>,
     companion: Option<CompanionEntry>,
 }
 
@@ -122,7 +121,7 @@ impl Commands {
     }
 
     fn add<C: Command>(mut self, group: Option<&'static str>) -> Self {
-        self.entries.push(Entry {
+        self.entries.push(CommandEntry {
             group,
             name: C::NAME,
             define: C::augment_args,
@@ -152,7 +151,7 @@ impl Commands {
 
     /// Adds the definitions to those of the host.
     pub(crate) fn define(&self, mut host: clap::Command) -> clap::Command {
-        for Entry { group, name, define, .. } in &self.entries {
+        for CommandEntry { group, name, define, .. } in &self.entries {
             let command = define(clap::Command::new(*name));
             host = match group {
                 Some(group) => host.mut_subcommand(group, |group| group.subcommand(command)),
@@ -166,7 +165,7 @@ impl Commands {
     }
 
     /// What the command line asks for, if that is one of these.
-    pub(crate) fn asked<'a>(&self, matches: &'a ArgMatches) -> Option<(Run, &'a ArgMatches)> {
+    pub(crate) fn asked<'a>(&self, matches: &'a ArgMatches) -> Option<(RunCommand, &'a ArgMatches)> {
         let (first, within) = matches.subcommand()?;
         let second = within.subcommand();
         self.entries.iter().find_map(|entry| match (entry.group, second) {
@@ -181,22 +180,18 @@ impl Commands {
 
 /// What a command has: the settings, the store while no server runs, and the running server.
 #[derive(Clone, Debug)]
-pub struct Context {
+pub struct CommandContext {
     /// Whether programs read the answer: it is JSON then.
     pub json: bool,
-    settings: Settings,
+    pub(crate) settings: Settings,
     pub(crate) config: Arc<Config>,
-    pub(crate) modules: Vec<Blueprint>,
+    /// The tables of everything.
+    pub(crate) tables: Vec<Tables>,
+    /// The secret files of all modules.
+    pub(crate) files: Vec<SecretFile>,
 }
 
-impl Context {
-    /// Reads all settings.
-    pub(crate) fn read(json: bool, sources: &Sources, modules: &[Blueprint]) -> Result<Self, Problems> {
-        let settings = load(sources, modules);
-        let (config, _) = read(&settings, modules)?;
-        Ok(Self { json, settings, config: config.into(), modules: modules.to_vec() })
-    }
-
+impl CommandContext {
     /// Asks the server that runs, or the store while none does: `routes` makes what is asked then.
     ///
     /// # Errors
@@ -288,36 +283,15 @@ impl Context {
     }
 
     /// A store in a directory that is locked, its tables up to date.
-    pub(crate) async fn open_store(&self, data_dir: &DataDir, store: &Store) -> anyhow::Result<sql::Store> {
-        let store = boot::open::store(data_dir, store).await?;
-        store.migrate(&boot::open::tables(self.modules.iter().map(|module| module.tables))).await?;
+    pub(crate) async fn open_store(
+        &self,
+        data_dir: &DataDir,
+        store: &StoreConfig,
+    ) -> anyhow::Result<sql::Store> {
+        let store = open::store(data_dir, store).await?;
+        store.migrate(&self.tables).await?;
         Ok(store)
     }
-
-    /// The secret files of all modules.
-    pub(crate) fn files(&self) -> Vec<crate::module::SecretFile> {
-        self.modules.iter().flat_map(|module| (module.files)(&self.settings)).collect()
-    }
-}
-
-/// Merges the sources over the defaults of the host and of every module. What is wrong with them is for [`read`] to say.
-pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
-    let defaults: Vec<&str> =
-        [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
-    Settings::merge(&defaults, sources)
-}
-
-/// Reads all settings, those of the modules too.
-pub(crate) fn read(
-    settings: &Settings,
-    modules: &[Blueprint],
-) -> Result<(Config, Vec<Configured>), Problems> {
-    let mut reader = Reader::new(settings);
-    let mut config = Config::read(&mut reader, modules);
-    let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
-    config.notes = reader.take_notes();
-    reader.finish()?;
-    Ok((config, configured))
 }
 
 /// Prints text to standard output, for as long as it is read: a pipe that is closed is no error.

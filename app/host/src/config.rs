@@ -23,10 +23,8 @@ use crate::access::{KeyFile, Scopes};
 use crate::capacity::{cgroup_of, fit, means, processors};
 use crate::cron;
 use crate::data_dir;
-use crate::module::Blueprint;
 use crate::settings::{Network, Reader, Size};
 use crate::sites;
-use crate::stop::Phases;
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -51,8 +49,8 @@ pub(crate) struct Config {
     pub(crate) key_files: Vec<KeyFile>,
     pub(crate) scopes: Scopes,
     pub(crate) health: health::Config,
-    pub(crate) store: Store,
-    pub(crate) queue: Option<RedisQueue>,
+    pub(crate) store: StoreConfig,
+    pub(crate) queue: Option<RedisQueueConfig>,
     /// What it means for readiness that one of them is away.
     pub(crate) store_policy: Policy,
     pub(crate) queue_policy: Policy,
@@ -76,7 +74,7 @@ pub(crate) struct Config {
 
 /// Where everything is kept.
 #[derive(Clone, Debug)]
-pub(crate) enum Store {
+pub(crate) enum StoreConfig {
     /// A file of our own.
     Sqlite {
         /// A relative path is inside the data directory.
@@ -91,17 +89,31 @@ pub(crate) enum Store {
 
 /// Where jobs are kept, if that is not the store.
 #[derive(Clone, Debug)]
-pub(crate) struct RedisQueue {
+pub(crate) struct RedisQueueConfig {
     pub(crate) redis: redis::Config,
     /// What its keys begin with.
     pub(crate) prefix: String,
 }
 
+/// How long each phase of the stop may take.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Phases {
+    /// Requests are served as before, while load balancers learn that this process leaves.
+    pub(crate) notice: Duration,
+    /// What runs may finish.
+    pub(crate) soft: Duration,
+    /// The same while a successor waits.
+    pub(crate) succession: Duration,
+    /// What was cancelled may hand back its work.
+    pub(crate) hard: Duration,
+    /// How long a connection is idle, in the notice or after it, before it is closed.
+    pub(crate) idle: Duration,
+}
+
 impl Config {
-    pub(crate) fn read(settings: &mut Reader<'_>, modules: &[Blueprint]) -> Self {
+    pub(crate) fn read(settings: &mut Reader<'_>, scopes: Scopes) -> Self {
         let server = server(settings);
         let pressure = server.net.pressure.clone();
-        let scopes = Scopes::new(modules.iter().flat_map(|module| module.scopes.iter().cloned()));
         let data_dir: PathBuf = settings.get("data_dir");
         let store = store(settings);
         note_exposed(settings, &data_dir, &store);
@@ -160,14 +172,14 @@ pub(crate) fn telemetry(settings: &mut Reader<'_>) -> telemetry::Config {
 }
 
 /// Says when others can read what is kept: keys are secrets, and so are endpoints.
-fn note_exposed(settings: &mut Reader<'_>, data_dir: &Path, store: &Store) {
+fn note_exposed(settings: &mut Reader<'_>, data_dir: &Path, store: &StoreConfig) {
     if let Some(mode) = data_dir::exposed(data_dir) {
         settings.note(format!(
             "data_dir: others can read {} (its mode is {mode:o}): chmod 700",
             data_dir.display()
         ));
     }
-    if let Store::Sqlite { file, .. } = store {
+    if let StoreConfig::Sqlite { file, .. } = store {
         let file = data_dir.join(file);
         if let Some(mode) = data_dir::exposed(&file).filter(|_| file.parent() != Some(data_dir)) {
             settings.note(format!(
@@ -251,7 +263,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
         trust_request_id: settings.get("server.trust_request_id"),
         slow_after: timeout(settings, "server.slow_after"),
         slow_poll: timeout(settings, "server.slow_poll"),
-        http2: http::Http2 {
+        http2: http::Http2Config {
             streams: settings.number("server.http2.streams", 1..=10_000),
             header_list: u32::try_from(settings.get::<Size>("server.http2.header_list").0)
                 .unwrap_or(u32::MAX),
@@ -378,7 +390,7 @@ fn listen(settings: &mut Reader<'_>, key: &str) -> Vec<Listen> {
     listen
 }
 
-fn store(settings: &mut Reader<'_>) -> Store {
+fn store(settings: &mut Reader<'_>) -> StoreConfig {
     let url = url(
         settings,
         "store.url",
@@ -404,9 +416,9 @@ fn store(settings: &mut Reader<'_>) -> Store {
     match url.expose_secret().strip_prefix("sqlite:") {
         Some(file) => {
             let statement_timeout = postgres.statement_timeout;
-            Store::Sqlite { file: file.into(), readers, wait, statement_timeout }
+            StoreConfig::Sqlite { file: file.into(), readers, wait, statement_timeout }
         }
-        None => Store::Postgres(postgres),
+        None => StoreConfig::Postgres(postgres),
     }
 }
 
@@ -418,7 +430,7 @@ fn connections(settings: &mut Reader<'_>, key: &str) -> usize {
     }
 }
 
-fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
+fn queue(settings: &mut Reader<'_>) -> Option<RedisQueueConfig> {
     let url = url(
         settings,
         "queue.url",
@@ -435,7 +447,7 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueue> {
         max_age: settings.duration("queue.max_age", SECOND..=30 * DAY),
     };
     let prefix = settings.get("queue.prefix");
-    (url.expose_secret() != "store").then_some(RedisQueue { redis, prefix })
+    (url.expose_secret() != "store").then_some(RedisQueueConfig { redis, prefix })
 }
 
 /// A URL, from a file where there is one, since it may hold a password.

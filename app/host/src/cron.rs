@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_workers::cron::{
-    Expression, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule, Template, Unreadable, check_name,
+    CronExpression, JobTemplate, MAX_CATCH_UP, MAX_JITTER, Misfire, Overlap, Schedule, Unreadable, check_name,
 };
 use perennial_workers::{Registry, queue};
 use serde::{Deserialize, Deserializer, de};
@@ -21,7 +21,7 @@ const CATCH_UP: (u32, Duration) = (10, Duration::from_secs(3600));
 /// What the settings say about schedules.
 #[derive(Debug)]
 pub(crate) struct Config {
-    entries: Vec<(String, Entry)>,
+    entries: Vec<(String, ScheduleEntry)>,
     /// How often to look for what is due.
     pub(crate) poll: Duration,
     /// Whether a beat wakes up whoever looks.
@@ -31,7 +31,7 @@ pub(crate) struct Config {
 /// A schedule of the settings, or what they change about one that the program has.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
-struct Entry {
+struct ScheduleEntry {
     name: String,
     expression: Option<String>,
     zone: Option<String>,
@@ -80,9 +80,9 @@ fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>,
 /// Reads the settings, noting every field that does not fit.
 pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
     let values: Vec<Value> = settings.read_with(KEY, "a list of tables", |value| value.as_array().cloned());
-    let mut entries = Vec::<(String, Entry)>::new();
+    let mut entries = Vec::<(String, ScheduleEntry)>::new();
     for (index, value) in values.into_iter().enumerate() {
-        let entry: Entry = match serde_path_to_error::deserialize(value.clone()) {
+        let entry: ScheduleEntry = match serde_path_to_error::deserialize(value.clone()) {
             Ok(entry) => entry,
             Err(error) => {
                 let path = Some(error.path().to_string()).filter(|path| path != ".");
@@ -142,11 +142,11 @@ impl Config {
     }
 }
 
-impl Entry {
+impl ScheduleEntry {
     /// Returns true when the entry has an expression that is due at no time from now on, within its bounds.
     fn is_never_due(&self, now: Timestamp) -> bool {
         let zone = self.zone.as_deref().unwrap_or("UTC");
-        let Some(Ok(expression)) = self.expression.as_deref().map(|text| Expression::parse(text, zone))
+        let Some(Ok(expression)) = self.expression.as_deref().map(|text| CronExpression::parse(text, zone))
         else {
             return self.until.is_some_and(|until| until < now);
         };
@@ -177,7 +177,7 @@ impl Entry {
             wrong.push(("name", format!("one that can be used; {error}")));
         }
         let expression = self.expression.as_deref().unwrap_or("@daily");
-        if let Err(error) = Expression::parse(expression, self.zone.as_deref().unwrap_or("UTC")) {
+        if let Err(error) = CronExpression::parse(expression, self.zone.as_deref().unwrap_or("UTC")) {
             wrong.push(unreadable(&error));
         }
         wrong
@@ -192,7 +192,7 @@ impl Entry {
             ));
         };
         let zone = self.zone.as_deref().unwrap_or("UTC");
-        let expression = Expression::parse(expression, zone).map_err(|error| unreadable(&error))?;
+        let expression = CronExpression::parse(expression, zone).map_err(|error| unreadable(&error))?;
         let template = job(registry, kind, self.payload.as_ref())?;
         let schedule = Schedule::of(&self.name, expression, template);
         self.change(schedule.map_err(|error| ("name", format!("one that can be used; {error}")))?, registry)
@@ -204,7 +204,8 @@ impl Entry {
         if self.expression.is_some() || self.zone.is_some() {
             let expression = self.expression.as_deref().unwrap_or(changed.expression.as_str());
             let zone = self.zone.as_deref().unwrap_or(changed.expression.zone_name());
-            changed.expression = Expression::parse(expression, zone).map_err(|error| unreadable(&error))?;
+            changed.expression =
+                CronExpression::parse(expression, zone).map_err(|error| unreadable(&error))?;
         }
         match (&self.job, &self.payload) {
             (Some(kind), payload) => changed.job = job(registry, kind, payload.as_ref())?,
@@ -264,7 +265,7 @@ fn unreadable(error: &Unreadable) -> Wrong {
     (field, format!("one that can be read; {error}"))
 }
 
-fn job(registry: &Registry, kind: &str, payload: Option<&Value>) -> Result<Template, Wrong> {
+fn job(registry: &Registry, kind: &str, payload: Option<&Value>) -> Result<JobTemplate, Wrong> {
     let Some(kind) = registry.kind(kind) else {
         let known = registry.kinds().collect::<Vec<_>>().join(", ");
         return Err(("job", format!("one of {known}; there is no {kind}")));

@@ -16,6 +16,21 @@ pub const ADMIN_TOKEN: &str = "admin.token";
 pub const ADDRESSES: &str = "addresses.json";
 const LOCK: &str = "perennial.lock";
 
+/// A file of a module without which its rows in the store are worth nothing.
+#[derive(Clone, Debug)]
+pub struct SecretFile {
+    /// What people call it.
+    pub label: String,
+    /// Where it is: a relative path is inside the data directory.
+    pub file: String,
+    /// What it is called in a copy, and in a store that replicas share.
+    pub name: String,
+    /// The part of its text that everybody may see, such as a public key.
+    pub public: fn(&str) -> Option<String>,
+    /// What an operator should know about its loss, in a sentence.
+    pub loss: &'static str,
+}
+
 /// Why the directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {

@@ -10,7 +10,7 @@ use perennial_server::http::problem::FieldError;
 use perennial_server::http::scope::Scope;
 use perennial_workers::job::{Unique, UniqueUntil};
 use perennial_workers::queue::Due;
-use perennial_workers::registry::Kind;
+use perennial_workers::registry::JobKind;
 use perennial_workers::{Jobs, NewJob, Registry};
 use serde::{Deserialize, Serialize};
 use serde_json::value::RawValue;
@@ -29,15 +29,15 @@ const MAX_UNIQUE: usize = 255;
 
 /// What the routes need to know.
 #[derive(Clone, Debug)]
-struct Known {
+struct JobRoutes {
     jobs: Jobs,
     access: Access,
     /// Made after every module has been mounted, which is after the routes have.
     registry: Arc<OnceLock<Arc<Registry>>>,
 }
 
-impl FromRef<Known> for Access {
-    fn from_ref(known: &Known) -> Self {
+impl FromRef<JobRoutes> for Access {
+    fn from_ref(known: &JobRoutes) -> Self {
         known.access.clone()
     }
 }
@@ -66,7 +66,7 @@ pub(crate) struct Enqueued {
 
 impl JobRequest {
     /// The job that is asked for. `owner` keeps unique keys of one caller apart from another's.
-    pub(crate) fn job(self, kind: &Kind, owner: &str) -> Result<NewJob> {
+    pub(crate) fn job(self, kind: &JobKind, owner: &str) -> Result<NewJob> {
         let mut job = kind.job(self.payload.get())?;
         if let Some(delay) = self.delay {
             job.due = Due::In(read_delay(&delay).ok_or_else(|| FieldError::new("delay", Duration::WANTED))?);
@@ -88,7 +88,7 @@ fn read_delay(text: &str) -> Option<Duration> {
 
 /// The routes; the kinds are known when `registry` is set.
 pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Registry>>>) -> OpenApiRouter {
-    OpenApiRouter::new().routes(routes!(enqueue)).with_state(Known { jobs, access, registry })
+    OpenApiRouter::new().routes(routes!(enqueue)).with_state(JobRoutes { jobs, access, registry })
 }
 
 /// Enqueues a job
@@ -100,9 +100,9 @@ pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Regi
     responses((status = ACCEPTED, body = Enqueued))
 )]
 async fn enqueue(
-    Authorized { caller, .. }: Authorized<access::Jobs>,
+    Authorized { caller, .. }: Authorized<access::JobsScope>,
     scope: Scope,
-    State(known): State<Known>,
+    State(known): State<JobRoutes>,
     Path(kind): Path<String>,
     Json(request): Json<JobRequest>,
 ) -> Result<Response> {

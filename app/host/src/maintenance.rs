@@ -7,7 +7,7 @@ use perennial_store::pool::sql;
 use perennial_store::pool::sqlite::Sqlite;
 use perennial_workers::cron::Overlap;
 use perennial_workers::state::Budget;
-use perennial_workers::{Context, Fate, Job, Jobs, Ledger, Options, Schedule};
+use perennial_workers::{Context, Fate, Job, JobAdmin, Jobs, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 

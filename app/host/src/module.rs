@@ -44,10 +44,12 @@ use perennial_workers::{Job, Jobs, Registry, Schedule};
 use serde_json::Value;
 use utoipa_axum::router::OpenApiRouter;
 
-use crate::access::{Access, Scope};
+use crate::access::{Access, Scope, Scopes};
 use crate::command::Commands;
+use crate::config::Config;
 use crate::data_dir::DataDir;
-use crate::settings::{Reader, Settings};
+pub use crate::data_dir::SecretFile;
+use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
 use crate::sites::Sites;
 
 /// An application that Perennial hosts.
@@ -95,21 +97,6 @@ pub trait Module: Sized + Send + 'static {
     /// Joins the host: hands in its routes, its jobs and its tasks, and warms up. The public listener opens
     /// after every module has been mounted.
     fn mount(self, host: &mut Host) -> impl Future<Output = anyhow::Result<()>> + Send;
-}
-
-/// A file of a module without which its rows in the store are worth nothing.
-#[derive(Clone, Debug)]
-pub struct SecretFile {
-    /// What people call it.
-    pub label: String,
-    /// Where it is: a relative path is inside the data directory.
-    pub file: String,
-    /// What it is called in a copy, and in a store that replicas share.
-    pub name: String,
-    /// The part of its text that everybody may see, such as a public key.
-    pub public: fn(&str) -> Option<String>,
-    /// What an operator should know about its loss, in a sentence.
-    pub loss: &'static str,
 }
 
 /// What a module reports about itself, computed when somebody looks.
@@ -277,4 +264,29 @@ impl Blueprint {
 pub(crate) struct Configured {
     pub(crate) name: &'static str,
     pub(crate) mount: Mount,
+}
+
+/// Merges the sources over the defaults of the host and of every module. What is wrong with them is for [`read`] to say.
+pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
+    let defaults: Vec<&str> =
+        [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
+    Settings::merge(&defaults, sources)
+}
+
+/// Reads all settings, those of the modules too.
+pub(crate) fn read(
+    settings: &Settings,
+    modules: &[Blueprint],
+) -> Result<(Config, Vec<Configured>), Problems> {
+    let mut reader = Reader::new(settings);
+    let mut config = Config::read(&mut reader, scopes(modules));
+    let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
+    config.notes = reader.take_notes();
+    reader.finish()?;
+    Ok((config, configured))
+}
+
+/// What API keys may be used for in this program.
+pub(crate) fn scopes(modules: &[Blueprint]) -> Scopes {
+    Scopes::new(modules.iter().flat_map(|module| module.scopes.iter().cloned()))
 }

@@ -64,7 +64,7 @@ impl Pause {
 
 /// What lets them go on.
 #[derive(Clone)]
-struct Resume {
+struct ResumeAnswer {
     pause: Pause,
     store: sql::Store,
 }
@@ -77,10 +77,10 @@ struct Resumed {
 
 /// What operators may do about it.
 pub(crate) fn admin_write(pause: Pause, store: sql::Store) -> Router {
-    Router::new().route("/resume", post(resume)).layer(Extension(Resume { pause, store }))
+    Router::new().route("/resume", post(resume)).layer(Extension(ResumeAnswer { pause, store }))
 }
 
-async fn resume(Extension(resume): Extension<Resume>) -> Result<Json<Resumed>> {
+async fn resume(Extension(resume): Extension<ResumeAnswer>) -> Result<Json<Resumed>> {
     // First in the store: what goes on now must not rest again at the next boot.
     let was_copy = resume.store.end_copy().await?;
     let rested = resume.pause.end();

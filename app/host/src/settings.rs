@@ -23,9 +23,11 @@ pub const DEFAULTS: &str = include_str!("../../../config/default.toml");
 
 /// Sections with a part for each of something that the operator names: `[sites.shop]` has the keys and the defaults of
 /// `[sites.default]`.
-const OPEN: [&str; 1] = [crate::sites::SECTION];
+const OPEN: [&str; 1] = [SITES];
+/// The section with a part for each site.
+pub(crate) const SITES: &str = "sites";
 /// The part that is there without being named.
-const FIRST: &str = crate::sites::DEFAULT;
+pub(crate) const FIRST: &str = "default";
 
 /// What the environment's variables begin with.
 const PREFIX: &str = "PERENNIAL_";
@@ -83,7 +85,7 @@ impl fmt::Display for Source {
 
 /// One thing that is wrong with the settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problem {
+pub struct SettingProblem {
     /// The key, or what was given for one.
     pub key: String,
     /// The value as it was written, if it may be shown.
@@ -94,7 +96,7 @@ pub struct Problem {
     pub wanted: String,
 }
 
-impl fmt::Display for Problem {
+impl fmt::Display for SettingProblem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.value {
             Some(value) => write!(f, "{} = {value} (from {}): wanted {}", self.key, self.source, self.wanted),
@@ -105,7 +107,7 @@ impl fmt::Display for Problem {
 
 /// Everything that is wrong with the settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Problems(pub Vec<Problem>);
+pub struct Problems(pub Vec<SettingProblem>);
 
 impl std::error::Error for Problems {}
 
@@ -118,7 +120,7 @@ impl fmt::Display for Problems {
 
 /// One setting in effect.
 #[derive(Clone, Debug)]
-struct Entry {
+struct SettingEntry {
     value: Value,
     source: Source,
     default: Value,
@@ -127,9 +129,9 @@ struct Entry {
 /// The settings in effect, by their dotted keys.
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
-    entries: BTreeMap<String, Entry>,
+    entries: BTreeMap<String, SettingEntry>,
     /// What is wrong with the layers: [`Reader::finish`] reports it together with the values that do not fit.
-    problems: Vec<Problem>,
+    problems: Vec<SettingProblem>,
     /// What an operator should know of the layers.
     notes: BTreeSet<String>,
 }
@@ -183,7 +185,7 @@ impl Settings {
     }
 
     /// A setting that something beside the server needs, besides what operators want.
-    fn add_needed(&mut self, key: &str, value: &Value, source: Source, problems: &mut Vec<Problem>) {
+    fn add_needed(&mut self, key: &str, value: &Value, source: Source, problems: &mut Vec<SettingProblem>) {
         let before = self.entries.get(key).map(|entry| entry.value.clone());
         let value = match (value, before) {
             (Value::Array(more), Some(Value::Array(list))) => Value::Array([list, more.clone()].concat()),
@@ -194,15 +196,20 @@ impl Settings {
     }
 
     /// Those of a module are as good as its author.
-    fn add_defaults(&mut self, text: &str, problems: &mut Vec<Problem>) {
-        let wrong =
-            |key: &str, wanted| Problem { key: key.to_owned(), value: None, source: Source::Default, wanted };
+    fn add_defaults(&mut self, text: &str, problems: &mut Vec<SettingProblem>) {
+        let wrong = |key: &str, wanted| SettingProblem {
+            key: key.to_owned(),
+            value: None,
+            source: Source::Default,
+            wanted,
+        };
         let table: Table = match text.parse() {
             Ok(table) => table,
             Err(error) => return problems.push(wrong("defaults", format!("they are no TOML: {error}"))),
         };
         flatten(&table, "", &mut |key, value| {
-            let entry = Entry { value: value.clone(), source: Source::Default, default: value.clone() };
+            let entry =
+                SettingEntry { value: value.clone(), source: Source::Default, default: value.clone() };
             if self.entries.insert(key.clone(), entry).is_some() {
                 problems
                     .push(wrong(&key, "it has a default already: a module's keys are its own".to_owned()));
@@ -210,10 +217,14 @@ impl Settings {
         });
     }
 
-    fn add_file(&mut self, file: &Path, problems: &mut Vec<Problem>) {
+    fn add_file(&mut self, file: &Path, problems: &mut Vec<SettingProblem>) {
         let source = Source::File(file.to_owned());
-        let unreadable =
-            |wanted| Problem { key: "--config".to_owned(), value: None, source: source.clone(), wanted };
+        let unreadable = |wanted| SettingProblem {
+            key: "--config".to_owned(),
+            value: None,
+            source: source.clone(),
+            wanted,
+        };
         let text = match std::fs::read_to_string(file) {
             Ok(text) => text,
             Err(error) => return problems.push(unreadable(format!("the file cannot be read: {error}"))),
@@ -228,7 +239,7 @@ impl Settings {
         flatten(&table, "", &mut |key, value| self.put(key, value.clone(), source.clone(), problems));
     }
 
-    fn add_variable(&mut self, name: &str, value: &str, problems: &mut Vec<Problem>) {
+    fn add_variable(&mut self, name: &str, value: &str, problems: &mut Vec<SettingProblem>) {
         let Some(key) = name.strip_prefix(PREFIX) else { return };
         let key = key.to_lowercase().replace("__", ".");
         // Kubernetes describes a service named "perennial" by PERENNIAL_SERVICE_HOST, PERENNIAL_PORT and so
@@ -245,10 +256,10 @@ impl Settings {
         self.put_text(key, value, Source::Environment(name.to_owned()), problems);
     }
 
-    fn add_flag(&mut self, flag: &str, problems: &mut Vec<Problem>) {
+    fn add_flag(&mut self, flag: &str, problems: &mut Vec<SettingProblem>) {
         match flag.split_once('=') {
             Some((key, value)) => self.put_text(key.trim().to_owned(), value, Source::Flag, problems),
-            None => problems.push(Problem {
+            None => problems.push(SettingProblem {
                 key: mask::key(flag.to_owned()),
                 value: None,
                 source: Source::Flag,
@@ -258,7 +269,7 @@ impl Settings {
     }
 
     /// A value that is given as text has the type of its default.
-    fn put_text(&mut self, key: String, text: &str, source: Source, problems: &mut Vec<Problem>) {
+    fn put_text(&mut self, key: String, text: &str, source: Source, problems: &mut Vec<SettingProblem>) {
         self.open_part(&key);
         let trimmed = text.trim();
         let value = match self.entries.get(&key).map(|entry| &entry.default) {
@@ -271,7 +282,7 @@ impl Settings {
         self.put(key, value.unwrap_or_else(|| Value::String(text.to_owned())), source, problems);
     }
 
-    fn put(&mut self, key: String, value: Value, source: Source, problems: &mut Vec<Problem>) {
+    fn put(&mut self, key: String, value: Value, source: Source, problems: &mut Vec<SettingProblem>) {
         let is_part = self.open_part(&key);
         if is_part && value.as_table().is_some_and(Table::is_empty) {
             return;
@@ -287,7 +298,7 @@ impl Settings {
             Some((_, known)) => format!("there is no such setting; did you mean {known}?"),
             None => "there is no such setting".to_owned(),
         };
-        problems.push(Problem { key: mask::key(key), value: None, source, wanted });
+        problems.push(SettingProblem { key: mask::key(key), value: None, source, wanted });
     }
 
     /// Makes the part of an open section that a key is in, with all its defaults, unless it is there. Whether it is in one.
@@ -300,7 +311,7 @@ impl Settings {
         let defaults = self.entries.iter().filter_map(|(key, entry)| {
             let key = format!("{section}.{name}.{}", key.strip_prefix(&first)?);
             let (value, source) = (entry.default.clone(), Source::Default);
-            Some((key, Entry { value, source, default: entry.default.clone() }))
+            Some((key, SettingEntry { value, source, default: entry.default.clone() }))
         });
         if is_name(name) && !self.entries.keys().any(|key| key.starts_with(&format!("{section}.{name}."))) {
             self.entries.extend(defaults.collect::<Vec<_>>());
@@ -343,8 +354,9 @@ impl Settings {
 
     /// The keys whose values differ from those of `other`.
     pub fn changed_from(&self, other: &Self) -> Vec<&str> {
-        let differs =
-            |key: &String, entry: &Entry| other.entries.get(key).is_none_or(|old| old.value != entry.value);
+        let differs = |key: &String, entry: &SettingEntry| {
+            other.entries.get(key).is_none_or(|old| old.value != entry.value)
+        };
         self.entries.iter().filter(|(key, entry)| differs(key, entry)).map(|(key, _)| key.as_str()).collect()
     }
 }

@@ -16,13 +16,13 @@ use perennial_store::pool::sql::{self, Store};
 use perennial_store::values;
 use tracing::warn;
 
-use crate::settings::{Reader, Setting};
+use crate::settings::{self, Reader, Setting};
 use origins::Pattern;
 
 /// The section of the settings with a part for each.
-pub const SECTION: &str = "sites";
+pub const SECTION: &str = settings::SITES;
 /// The name of the site that needs no settings.
-pub const DEFAULT: &str = "default";
+pub const DEFAULT: &str = settings::FIRST;
 
 /// A site in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,10 +53,10 @@ pub struct Site {
 
 /// All of them. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Sites(Arc<Known>);
+pub struct Sites(Arc<SiteTable>);
 
 #[derive(Debug)]
-struct Known {
+struct SiteTable {
     all: Vec<Site>,
     by_id: HashMap<SiteId, usize>,
     /// The most exact first.
@@ -143,7 +143,7 @@ impl Config {
             by_host.extend(site.hosts.iter().map(|host| (host.clone(), index)));
         }
         by_origin.sort_by_key(|(origin, _): &(Pattern, usize)| std::cmp::Reverse(origin.rank()));
-        Ok(Sites(Arc::new(Known { all, by_id, by_origin, by_host })))
+        Ok(Sites(Arc::new(SiteTable { all, by_id, by_origin, by_host })))
     }
 }
 

@@ -12,27 +12,13 @@ use perennial_workers::limits::Reached;
 use tracing::{error, info, warn};
 
 use crate::boot::App;
+use crate::config::Phases;
 use crate::supervisor;
 
 /// How often to say what is waited for.
 const TELL: Duration = Duration::from_secs(3);
 /// How soon after the first a second signal is the same one, sent twice.
 const ECHO: Duration = Duration::from_millis(300);
-
-/// How long each phase of the stop may take.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Phases {
-    /// Requests are served as before, while load balancers learn that this process leaves.
-    pub(crate) notice: Duration,
-    /// What runs may finish.
-    pub(crate) soft: Duration,
-    /// The same while a successor waits.
-    pub(crate) succession: Duration,
-    /// What was cancelled may hand back its work.
-    pub(crate) hard: Duration,
-    /// How long a connection is idle, in the notice or after it, before it is closed.
-    pub(crate) idle: Duration,
-}
 
 /// Why the process leaves.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -28,9 +28,9 @@ use utoipa_axum::routes;
 
 use crate::config::Config;
 use crate::delivery::DeliveryContext;
-use crate::delivery::progress::Progress;
+use crate::delivery::progress::ProgressRates;
 use crate::delivery::senders::Senders;
-use crate::delivery::services::Services;
+use crate::delivery::services::HeldServices;
 use crate::delivery::webhook::Webhooks;
 use crate::model::profile::Profiles;
 use crate::pacing::active::Flows;
@@ -39,15 +39,15 @@ use crate::vapid::VapidKeys;
 use audiences::Audiences;
 use followers::Followers;
 use guests::Guests;
-use limits::Limits;
+use limits::AddressLimits;
 
 /// What routes may touch. A cheap handle.
 #[derive(Clone, Debug)]
-pub(crate) struct ApiState(Arc<Parts>);
+pub(crate) struct ApiState(Arc<ApiParts>);
 
 /// See [`ApiState`].
 #[derive(Debug)]
-pub(crate) struct Parts {
+pub(crate) struct ApiParts {
     config: Arc<Config>,
     store: Store,
     access: Access,
@@ -55,20 +55,20 @@ pub(crate) struct Parts {
     vapid: Arc<VapidKeys>,
     senders: Senders,
     flows: Flows,
-    services: Arc<Services>,
+    services: Arc<HeldServices>,
     webhooks: Webhooks,
-    progress: Progress,
+    progress: ProgressRates,
     audiences: Audiences,
-    limits: Limits,
+    limits: AddressLimits,
     guests: Guests,
     followers: Followers,
-    in_flight: notify::InFlight,
+    in_flight: notify::AcceptingKeys,
 }
 
 impl Deref for ApiState {
-    type Target = Parts;
+    type Target = ApiParts;
 
-    fn deref(&self) -> &Parts {
+    fn deref(&self) -> &ApiParts {
         &self.0
     }
 }
@@ -88,7 +88,7 @@ impl ApiState {
         guests: guests::Config,
     ) -> Self {
         let (config, store) = (Arc::clone(&delivery.config), delivery.store.clone());
-        Self(Arc::new(Parts {
+        Self(Arc::new(ApiParts {
             access: host.access.clone(),
             profiles: delivery.profiles.clone(),
             vapid: Arc::clone(&delivery.vapid),
@@ -98,10 +98,10 @@ impl ApiState {
             webhooks: delivery.webhooks.clone(),
             progress: delivery.progress.clone(),
             audiences: Audiences::new(&host.caches, store.clone(), config.small_audience),
-            limits: Limits::new(limits),
+            limits: AddressLimits::new(limits),
             guests: Guests::new(guests),
             followers: Followers::new(config.followers_per_key),
-            in_flight: notify::InFlight::default(),
+            in_flight: notify::AcceptingKeys::default(),
             config,
             store,
         }))

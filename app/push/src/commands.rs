@@ -12,10 +12,10 @@ use perennial_host::command::Commands;
 /// All of it.
 pub(super) fn all() -> Commands {
     Commands::default()
-        .with::<notify::Notify>()
-        .with::<subscriptions::Subscriptions>()
-        .with::<sink::Sink>()
-        .with_in::<keys::Import>("keys")
-        .with_in::<keys::Rotate>("keys")
+        .with::<notify::NotifyArgs>()
+        .with::<subscriptions::SubscriptionsArgs>()
+        .with::<sink::SinkArgs>()
+        .with_in::<keys::ImportKeyArgs>("keys")
+        .with_in::<keys::RotateArgs>("keys")
         .with_companion::<trial::Dev>()
 }

@@ -35,9 +35,9 @@ use crate::model::queues;
 use crate::pacing::active::Flows;
 use crate::store::Store;
 use crate::vapid::VapidKeys;
-use progress::Progress;
+use progress::ProgressRates;
 use senders::Senders;
-use services::Services;
+use services::HeldServices;
 use webhook::Webhooks;
 
 /// How many requests to the backend at once.
@@ -57,9 +57,9 @@ pub(crate) struct DeliveryContext {
     pub(crate) vapid: Arc<VapidKeys>,
     pub(crate) senders: Senders,
     pub(crate) flows: Flows,
-    pub(crate) services: Arc<Services>,
+    pub(crate) services: Arc<HeldServices>,
     pub(crate) webhooks: Webhooks,
-    pub(crate) progress: Progress,
+    pub(crate) progress: ProgressRates,
     pub(crate) meters: Meters,
 }
 

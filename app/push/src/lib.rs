@@ -45,7 +45,7 @@ use api::{ApiState, guests, import, limits};
 use config::Config;
 use delivery::DeliveryContext;
 use delivery::senders::Senders;
-use delivery::services::Services;
+use delivery::services::HeldServices;
 use delivery::webhook::Webhooks;
 use model::profile::{self, Profile, Profiles};
 use pacing::active::Flows;
@@ -163,9 +163,9 @@ impl Push {
             vapid: Arc::new(vapid),
             senders,
             flows,
-            services: Arc::new(Services::default()),
+            services: Arc::new(HeldServices::default()),
             webhooks: Webhooks::new(webhooks)?,
-            progress: delivery::progress::Progress::default(),
+            progress: delivery::progress::ProgressRates::default(),
             meters: metrics::Meters::new(),
         })
     }

@@ -8,7 +8,6 @@ use metrics::{
 };
 use perennial_webpush::Verdict;
 
-use crate::api::limits;
 use crate::model::outcome::Outcome;
 
 /// Counter by `verdict`: attempts to send.
@@ -21,6 +20,9 @@ pub(crate) const SEND_DURATION: &str = "perennial_push_send_duration_seconds";
 pub(crate) const NOTIFICATIONS: &str = "perennial_push_notifications_total";
 /// Counter by `what`: requests without a key that were over a limit.
 pub(crate) const LIMITED: &str = "perennial_push_limited_total";
+
+/// What a limit is about, as the label `what`.
+const LIMITS: [&str; 2] = ["address", "site"];
 
 /// Gauge by `site`: subscriptions that are stored, counted once a minute.
 pub(crate) const SUBSCRIPTIONS: &str = "perennial_push_subscriptions";
@@ -52,7 +54,7 @@ pub(crate) fn describe() {
     for outcome in Outcome::ALL {
         counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(0);
     }
-    for what in limits::WORDS {
+    for what in LIMITS {
         counter!(LIMITED, "what" => what).increment(0);
     }
     for what in ["batches", "deliveries", "notifications", "push_services", "subscriptions"] {

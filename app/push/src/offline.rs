@@ -49,7 +49,7 @@ pub(crate) async fn import_key(
 /// The files of the VAPID keys of all sites.
 pub(crate) fn files(settings: &Settings) -> Vec<SecretFile> {
     let profiles = profile::read(&mut Reader::new(settings));
-    let file = |profile::Place { file, shared: name }| SecretFile {
+    let file = |profile::KeyPlace { file, shared: name }| SecretFile {
         label: if name == VAPID_KEY { "VAPID key pair".to_owned() } else { name.clone() },
         file,
         name,

@@ -9,16 +9,16 @@ pub(crate) const NOTIFY: Scope = Scope::new("notify");
 
 /// See [`SUBSCRIBE`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Subscribe;
+pub(crate) struct SubscribeScope;
 
-impl Required for Subscribe {
+impl Required for SubscribeScope {
     const SCOPE: Scope = SUBSCRIBE;
 }
 
 /// See [`NOTIFY`].
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Notify;
+pub(crate) struct NotifyScope;
 
-impl Required for Notify {
+impl Required for NotifyScope {
     const SCOPE: Scope = NOTIFY;
 }

@@ -121,9 +121,9 @@ pub struct Config {
 
 /// The service. A cheap handle.
 #[derive(Clone)]
-pub struct Sink(Arc<Shared>);
+pub struct Sink(Arc<SinkState>);
 
-struct Shared {
+struct SinkState {
     /// `https://127.0.0.1:8443`, without a slash.
     origin: String,
     behaviour: Arc<dyn Behaviour>,
@@ -185,8 +185,12 @@ pub async fn bind(config: Config, behaviour: Arc<dyn Behaviour>) -> anyhow::Resu
     let addresses = server.addresses();
     let (origin, browsers) = addresses.split_first().context("two addresses were asked for")?;
     let browsers = format!("ws://{}/", browsers.first().context("two addresses were asked for")?);
-    let shared =
-        Shared { origin: origin.clone(), behaviour, mailboxes: Mutex::default(), disconnect: Notify::new() };
+    let shared = SinkState {
+        origin: origin.clone(),
+        behaviour,
+        mailboxes: Mutex::default(),
+        disconnect: Notify::new(),
+    };
     Ok(Bound { sink: Sink(Arc::new(shared)), browsers, server })
 }
 

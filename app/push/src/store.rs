@@ -12,6 +12,7 @@
 //! | `idempotency_keys` | a promise to answer the same again |
 
 mod batches;
+mod deliveries;
 mod notifications;
 mod pacing;
 mod services;
@@ -28,13 +29,13 @@ use uuid::Uuid;
 use shares::Shares;
 
 pub(crate) use batches::{
-    Added, Batch, Checkpoint, Deferred, Delivery, Member, Members, Part, Recorded, Rest, Waiting,
+    AddedBatches, Batch, BatchPart, Checkpoint, Deferred, Delivery, Member, Members, Recorded, RestOfBatch,
+    WaitingBatch,
 };
-pub(crate) use notifications::{
-    Accepted, Change, DeliveryView, Idempotency, NewNotification, Plan, Recipient,
-};
+pub(crate) use deliveries::DeliveryView;
+pub(crate) use notifications::{Accepted, Change, Idempotency, NewNotification, Recipient, SendPlan};
 pub(crate) use pacing::Reserved;
-pub(crate) use services::Held;
+pub(crate) use services::HeldService;
 pub(crate) use subscriptions::{Exported, Guest, NewSubscription, Proof, Replaced, Subscription, Upserted};
 pub(crate) use tables::{POSTGRES, SQLITE};
 

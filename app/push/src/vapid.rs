@@ -18,7 +18,7 @@ use perennial_webpush::{VapidKey, decode_base64};
 use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
-use crate::model::profile::{Place, Profile, Profiles};
+use crate::model::profile::{KeyPlace, Profile, Profiles};
 use crate::store::{self, Store};
 use perennial_host::access::secrets;
 use perennial_host::api::{Result, store_failed};
@@ -223,7 +223,7 @@ pub(crate) async fn make(
     data_dir: &DataDir,
     sql: &sql::Store,
     site: SiteId,
-    place: &Place,
+    place: &KeyPlace,
 ) -> anyhow::Result<VapidKey> {
     let keys = match sql.dialect() {
         Dialect::Sqlite => read(data_dir, sql, site, place).await?,
@@ -241,7 +241,11 @@ pub(crate) async fn make(
 }
 
 /// Makes a new key for pages to subscribe with, and keeps those there are for the subscriptions made with them.
-pub(crate) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<VapidKey> {
+pub(crate) async fn rotate(
+    data_dir: &DataDir,
+    sql: &sql::Store,
+    place: &KeyPlace,
+) -> anyhow::Result<VapidKey> {
     let new = VapidKey::generate()?;
     let before = before(data_dir, sql, place).await?.context("there is no VAPID key")?;
     put_first(data_dir, sql, place, &new, Some(before)).await?;
@@ -252,7 +256,7 @@ pub(crate) async fn rotate(data_dir: &DataDir, sql: &sql::Store, place: &Place) 
 pub(crate) async fn import(
     data_dir: &DataDir,
     sql: &sql::Store,
-    place: &Place,
+    place: &KeyPlace,
     key: &VapidKey,
 ) -> anyhow::Result<()> {
     let before = before(data_dir, sql, place).await?;
@@ -260,7 +264,7 @@ pub(crate) async fn import(
 }
 
 /// The keys that there are, as a PEM file.
-async fn before(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::Result<Option<String>> {
+async fn before(data_dir: &DataDir, sql: &sql::Store, place: &KeyPlace) -> anyhow::Result<Option<String>> {
     let is_file = data_dir.join(&place.file).exists();
     match sql.dialect() {
         Dialect::Postgres if is_file => {
@@ -279,7 +283,7 @@ async fn before(data_dir: &DataDir, sql: &sql::Store, place: &Place) -> anyhow::
 async fn put_first(
     data_dir: &DataDir,
     sql: &sql::Store,
-    place: &Place,
+    place: &KeyPlace,
     key: &VapidKey,
     before: Option<String>,
 ) -> anyhow::Result<()> {
@@ -305,7 +309,7 @@ async fn read(
     data_dir: &DataDir,
     sql: &sql::Store,
     site: SiteId,
-    place: &Place,
+    place: &KeyPlace,
 ) -> anyhow::Result<Vec<VapidKey>> {
     let file = data_dir.join(&place.file);
     if sql.dialect() == Dialect::Postgres && !file.exists() {

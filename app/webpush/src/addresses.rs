@@ -14,17 +14,17 @@ const MAX_ADDRESSES: usize = 256;
 
 /// What is known about the addresses of one origin. A cheap handle.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Addresses(Arc<Mutex<Known>>);
+pub(crate) struct ServiceAddresses(Arc<Mutex<KnownAddress>>);
 
 #[derive(Debug, Default)]
-struct Known {
-    health: HashMap<IpAddr, Health>,
+struct KnownAddress {
+    health: HashMap<IpAddr, AddressHealth>,
     /// Counts choices: of two addresses that are as good, the one that was chosen longer ago is next.
     choices: u64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
-struct Health {
+struct AddressHealth {
     open: usize,
     chosen: u64,
     failures: u32,
@@ -42,7 +42,7 @@ pub struct AddressStatus {
     pub aside: bool,
 }
 
-impl Addresses {
+impl ServiceAddresses {
     /// `resolved` in the order in which to try them: first those that are well, the least used of them first.
     pub(crate) fn in_turn(&self, mut resolved: Vec<IpAddr>, now: Instant) -> Vec<IpAddr> {
         let mut known = self.0.lock();
@@ -58,20 +58,20 @@ impl Addresses {
     }
 
     /// Counts a connection that is being opened to `address`.
-    pub(crate) fn choose(&self, address: IpAddr) -> Chosen {
+    pub(crate) fn choose(&self, address: IpAddr) -> ChosenAddress {
         let mut known = self.0.lock();
         known.choices += 1;
         let chosen = known.choices;
         let health = known.health.entry(address).or_default();
         health.open += 1;
         health.chosen = chosen;
-        Chosen { addresses: self.clone(), address }
+        ChosenAddress { addresses: self.clone(), address }
     }
 
     /// How they are.
     pub(crate) fn status(&self, now: Instant) -> Vec<AddressStatus> {
         let known = self.0.lock();
-        let status = |(address, health): (&IpAddr, &Health)| AddressStatus {
+        let status = |(address, health): (&IpAddr, &AddressHealth)| AddressStatus {
             address: *address,
             connections: health.open,
             aside: health.aside_until.is_some_and(|until| until > now),
@@ -84,12 +84,12 @@ impl Addresses {
 
 /// A connection to an address, counted while it lasts.
 #[derive(Debug)]
-pub(crate) struct Chosen {
-    addresses: Addresses,
+pub(crate) struct ChosenAddress {
+    addresses: ServiceAddresses,
     pub(crate) address: IpAddr,
 }
 
-impl Chosen {
+impl ChosenAddress {
     /// It works.
     pub(crate) fn works(&self) {
         if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
@@ -109,7 +109,7 @@ impl Chosen {
     }
 }
 
-impl Drop for Chosen {
+impl Drop for ChosenAddress {
     fn drop(&mut self) {
         if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
             health.open -= 1;
@@ -127,8 +127,8 @@ mod tests {
 
     #[test]
     fn all_are_used_in_turn_and_evenly() {
-        let addresses = Addresses::default();
-        let mut open: Vec<Chosen> = Vec::new();
+        let addresses = ServiceAddresses::default();
+        let mut open: Vec<ChosenAddress> = Vec::new();
         for _ in 0..40 {
             open.push(addresses.choose(addresses.in_turn(four(), Instant::now())[0]));
         }
@@ -139,7 +139,7 @@ mod tests {
 
     #[test]
     fn connections_one_after_the_other_take_turns() {
-        let addresses = Addresses::default();
+        let addresses = ServiceAddresses::default();
         let used: Vec<_> =
             (0..8).map(|_| addresses.choose(addresses.in_turn(four(), Instant::now())[0]).address).collect();
         assert_eq!(used, [four(), four()].concat());
@@ -147,7 +147,7 @@ mod tests {
 
     #[test]
     fn one_that_fails_is_set_aside_for_longer_each_time_and_tried_again() {
-        let addresses = Addresses::default();
+        let addresses = ServiceAddresses::default();
         let mut now = Instant::now();
         for aside in [1, 2, 4, 8, 16, 32, 60, 60] {
             let bad = addresses.choose(four()[0]);

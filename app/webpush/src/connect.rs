@@ -17,14 +17,12 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
 use tokio_util::either::Either;
 
-use crate::addresses::{Addresses, Chosen};
+use crate::addresses::{ChosenAddress, ServiceAddresses};
 use crate::proxy::{Proxied, Proxy};
 use crate::resolve::{ResolveError, Resolver};
+use crate::silence::notice_silence;
 use crate::target::{Origin, Policy, TargetError};
 
-/// After this long without an acknowledgement a connection is dead, in milliseconds.
-#[cfg(target_os = "linux")]
-const SILENCE_MS: u32 = 20_000;
 /// How much is gathered before it is written: as many small frames as fit become one TLS record and one call
 /// of the system.
 const GATHER: usize = 32 * 1024;
@@ -93,10 +91,10 @@ pub(crate) enum ConnectError {
 /// An open connection and what was agreed on it.
 #[derive(Debug)]
 pub(crate) struct Connected {
-    pub(crate) stream: Stream,
+    pub(crate) stream: PushStream,
     pub(crate) http2: bool,
     /// The address it leads to; none when a proxy has chosen it.
-    pub(crate) chosen: Option<Chosen>,
+    pub(crate) chosen: Option<ChosenAddress>,
 }
 
 #[derive(Debug)]
@@ -160,7 +158,7 @@ impl Connector {
     pub(crate) async fn connect(
         &self,
         origin: &Origin,
-        addresses: &Addresses,
+        addresses: &ServiceAddresses,
         http: HttpVersion,
     ) -> Result<Connected, ConnectError> {
         let dialed = timeout(self.timeout, self.dial_any(origin, addresses, http)).await;
@@ -170,7 +168,7 @@ impl Connector {
     async fn dial_any(
         &self,
         origin: &Origin,
-        known: &Addresses,
+        known: &ServiceAddresses,
         http: HttpVersion,
     ) -> Result<Connected, ConnectError> {
         let Some(addresses) = self.addresses(&origin.host).await? else {
@@ -207,7 +205,7 @@ impl Connector {
         origin: &Origin,
         address: Option<IpAddr>,
         http: HttpVersion,
-    ) -> Result<(Stream, bool), ConnectError> {
+    ) -> Result<(PushStream, bool), ConnectError> {
         let shown = SocketAddr::new(address.unwrap_or(IpAddr::from([0, 0, 0, 0])), origin.port);
         let failed = |error| ConnectError::Dial(shown, error);
         let tcp = match (&self.proxy, address) {
@@ -224,7 +222,7 @@ impl Connector {
             (None, None) => return Err(failed(io::ErrorKind::AddrNotAvailable.into())),
         };
         if !origin.tls {
-            return Ok((Stream::over(Either::Left(tcp)), http == HttpVersion::Two));
+            return Ok((PushStream::over(Either::Left(tcp)), http == HttpVersion::Two));
         }
         let name = ServerName::try_from(origin.host.clone())
             .map_err(|_| failed(io::Error::new(io::ErrorKind::InvalidInput, "not a name for TLS")))?;
@@ -234,35 +232,24 @@ impl Connector {
         if http == HttpVersion::Two && !http2 {
             return Err(ConnectError::Protocol(origin.to_string()));
         }
-        Ok((Stream::over(Either::Right(Box::new(tls))), http2))
+        Ok((PushStream::over(Either::Right(Box::new(tls))), http2))
     }
 }
 
-/// Has the kernel end a connection whose peer has not acknowledged anything for a while, instead of sending
-/// again for a quarter of an hour.
-#[cfg(target_os = "linux")]
-pub(crate) fn notice_silence(tcp: &TcpStream) {
-    // Without it the service is still asked, by pings and timeouts.
-    let _ = rustix::net::sockopt::set_tcp_user_timeout(tcp, SILENCE_MS);
-}
-
-#[cfg(not(target_os = "linux"))]
-pub(crate) fn notice_silence(_tcp: &TcpStream) {}
-
-type Tcp = Either<TcpStream, Proxied>;
+type TcpOrProxied = Either<TcpStream, Proxied>;
 
 /// A connection with or without TLS, directly or through a proxy, which gathers what is written until it is
 /// flushed.
 #[derive(Debug)]
-pub(crate) struct Stream(BufWriter<Either<Tcp, Box<TlsStream<Tcp>>>>);
+pub(crate) struct PushStream(BufWriter<Either<TcpOrProxied, Box<TlsStream<TcpOrProxied>>>>);
 
-impl Stream {
-    fn over(inner: Either<Tcp, Box<TlsStream<Tcp>>>) -> Self {
+impl PushStream {
+    fn over(inner: Either<TcpOrProxied, Box<TlsStream<TcpOrProxied>>>) -> Self {
         Self(BufWriter::with_capacity(GATHER, inner))
     }
 }
 
-impl AsyncRead for Stream {
+impl AsyncRead for PushStream {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -273,7 +260,7 @@ impl AsyncRead for Stream {
 }
 
 /// Without vectored writes, for which h2 would make one call for each frame.
-impl AsyncWrite for Stream {
+impl AsyncWrite for PushStream {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().0).poll_write(context, bytes)
     }

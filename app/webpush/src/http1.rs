@@ -12,16 +12,15 @@ use hyper_util::rt::TokioIo;
 use tokio::time::timeout;
 use tracing::debug;
 
-use crate::addresses::Chosen;
-use crate::client::{Answer, BODY, Drivers, MAX_ANSWER, SendError};
+use crate::addresses::ChosenAddress;
 use crate::connect::Connected;
-use crate::lane::{IDLE, Room};
+use crate::wire::{BODY, Drivers, IDLE, MAX_ANSWER, PushResponse, Room, SendError};
 
 /// A connection between two requests.
 #[derive(Debug)]
 pub(crate) struct Http1 {
     sender: SendRequest<Full<Bytes>>,
-    chosen: Option<Chosen>,
+    chosen: Option<ChosenAddress>,
     _room: Room,
     /// Whether it has carried a request.
     pub(crate) used: bool,
@@ -29,8 +28,8 @@ pub(crate) struct Http1 {
 }
 
 /// What became of a request, and the connection if it can carry another one.
-pub(crate) struct Sent {
-    pub(crate) answer: Result<Answer, SendError>,
+pub(crate) struct Http1Sent {
+    pub(crate) answer: Result<PushResponse, SendError>,
     pub(crate) connection: Option<Http1>,
     /// Whether the service closed it without a word: it may have closed others.
     pub(crate) closed: bool,
@@ -58,8 +57,8 @@ impl Http1 {
     }
 
     /// Sends one request, and reads the answer.
-    pub(crate) async fn send(mut self, request: Request<()>, body: Bytes) -> Sent {
-        let lost = |answer, closed| Sent { answer, connection: None, closed };
+    pub(crate) async fn send(mut self, request: Request<()>, body: Bytes) -> Http1Sent {
+        let lost = |answer, closed| Http1Sent { answer, connection: None, closed };
         // A new connection is ready once its task has run; one that was closed meanwhile never is.
         if self.sender.ready().await.is_err() {
             return lost(Err(SendError::NotLookedAt), false);
@@ -84,7 +83,11 @@ impl Http1 {
         if closing || !is_whole || self.sender.ready().await.is_err() {
             return lost(answer, false);
         }
-        Sent { answer, connection: Some(Self { used: true, since: Instant::now(), ..self }), closed: false }
+        Http1Sent {
+            answer,
+            connection: Some(Self { used: true, since: Instant::now(), ..self }),
+            closed: false,
+        }
     }
 }
 
@@ -99,12 +102,12 @@ fn is_closing(headers: &HeaderMap) -> bool {
 
 /// Reads an answer, and as much of its body as comes at once. True when that was all of it: the connection is of no use
 /// otherwise.
-async fn read(response: Response<Incoming>) -> (Answer, bool) {
+async fn read(response: Response<Incoming>) -> (PushResponse, bool) {
     let (parts, body) = response.into_parts();
     // The status decides; a body that breaks off or never ends takes nothing away from it, nor from its beginning.
     let mut beginning = BytesMut::new();
     let is_whole = timeout(BODY, read_body(body, &mut beginning)).await.unwrap_or(false);
-    (Answer { status: parts.status, headers: parts.headers, body: beginning.freeze() }, is_whole)
+    (PushResponse { status: parts.status, headers: parts.headers, body: beginning.freeze() }, is_whole)
 }
 
 async fn read_body(mut body: Incoming, read: &mut BytesMut) -> bool {

@@ -15,10 +15,9 @@ use parking_lot::Mutex;
 use tokio::time::{sleep, timeout};
 use tracing::debug;
 
-use crate::addresses::Chosen;
-use crate::client::{Answer, BODY, Drivers, MAX_ANSWER, SendError};
+use crate::addresses::ChosenAddress;
 use crate::connect::Connected;
-use crate::lane::{IDLE, Room};
+use crate::wire::{BODY, Drivers, IDLE, MAX_ANSWER, PushResponse, Room, SendError};
 
 /// A connection that carries requests and is silent for this long is asked whether it lives, and has as long
 /// to answer. Pings on idle connections are answered with GOAWAY `ENHANCE_YOUR_CALM`.
@@ -32,7 +31,7 @@ const STREAMS_AT_FIRST: usize = 100;
 #[derive(Debug)]
 pub(crate) struct Http2 {
     sender: Mutex<SendRequest<Bytes>>,
-    chosen: Option<Chosen>,
+    chosen: Option<ChosenAddress>,
     _room: Room,
     in_flight: AtomicUsize,
     answers: AtomicU64,
@@ -130,8 +129,8 @@ impl Http2 {
         self: Arc<Self>,
         request: Request<()>,
         body: Bytes,
-    ) -> Result<Answer, SendError> {
-        let mut in_flight = InFlight::on(&self);
+    ) -> Result<PushResponse, SendError> {
+        let mut in_flight = OpenStream::on(&self);
         let mut sender = self.sender.lock().clone();
         let sent = async {
             let over = |_| {
@@ -172,21 +171,21 @@ enum End {
 use End::{Ended, Silent};
 
 /// A request under way.
-struct InFlight<'a> {
+struct OpenStream<'a> {
     connection: &'a Http2,
     answered: bool,
     /// How many answers there were when it began.
     before: u64,
 }
 
-impl<'a> InFlight<'a> {
+impl<'a> OpenStream<'a> {
     fn on(connection: &'a Http2) -> Self {
         connection.in_flight.fetch_add(1, Ordering::Relaxed);
         Self { connection, answered: false, before: connection.answers.load(Ordering::Relaxed) }
     }
 }
 
-impl Drop for InFlight<'_> {
+impl Drop for OpenStream<'_> {
     fn drop(&mut self) {
         let connection = self.connection;
         if !self.answered && connection.answers.load(Ordering::Relaxed) == self.before {
@@ -218,16 +217,16 @@ async fn watch(pings: Option<PingPong>, connection: Weak<Http2>) {
 }
 
 /// Reads an answer, and as much of its body as comes at once.
-async fn read(response: Response<RecvStream>) -> Answer {
+async fn read(response: Response<RecvStream>) -> PushResponse {
     let (parts, body) = response.into_parts();
     let (status, headers) = (parts.status, parts.headers);
     if body.is_end_stream() {
-        return Answer { status, headers, body: Bytes::new() };
+        return PushResponse { status, headers, body: Bytes::new() };
     }
     // The status decides; a body that breaks off or never ends takes nothing away from it.
     let mut beginning = BytesMut::new();
     let _ = timeout(BODY, read_body(body, &mut beginning)).await;
-    Answer { status, headers, body: beginning.freeze() }
+    PushResponse { status, headers, body: beginning.freeze() }
 }
 
 async fn read_body(mut body: RecvStream, read: &mut BytesMut) {

@@ -1,37 +1,39 @@
 #![doc = include_str!("../README.md")]
 
 mod addresses;
+mod aimd_limit;
+mod circuit_breaker;
 mod client;
+mod concurrency_limit;
 mod connect;
+mod connection_pool;
 mod encrypt;
-mod gate;
 mod http1;
 mod http2;
-mod keying;
-mod lane;
 mod message;
 mod proxy;
 mod reputation;
 mod resolve;
 mod sender;
+mod sender_keys;
 mod service;
+mod silence;
 mod subscription;
 mod target;
-mod turns;
 mod vapid;
 mod verdict;
-mod window;
+mod wire;
 
 pub use addresses::AddressStatus;
+pub use circuit_breaker::Cause;
 pub use connect::{HttpVersion, HttpVersionError};
 pub use encrypt::{CryptoError, DecryptError, ReceiverKeys, encrypt};
-pub use gate::Cause;
-pub use keying::SenderKey;
 pub use message::{MAX_PAYLOAD, Message, MessageError, Payload, Topic, Urgency};
 pub use proxy::{Proxy, ProxyError};
 pub use reputation::{HeldFor, Reputation};
 pub use resolve::{Pin, ResolveError};
-pub use sender::{Config, ConfigError, LaneStatus, Report, Sender};
+pub use sender::{Config, ConfigError, Report, Sender, ServicePoolStatus};
+pub use sender_keys::SenderKey;
 pub use service::{Acceptance, ServiceStatus};
 pub use subscription::{Keys, KeysError, decode as decode_base64};
 pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError, not_public};

@@ -16,7 +16,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use url::Url;
 
-use crate::connect::notice_silence;
+use crate::silence::notice_silence;
 
 /// A connection through a proxy.
 pub(crate) type Proxied = TokioIo<Upgraded>;

@@ -13,7 +13,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::gate::{Admission, Cause, Gate, News};
+use crate::circuit_breaker::{Cause, CircuitBreaker, Passage, Signal};
 
 /// What is known of a subscription before a message is sent to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,9 +47,9 @@ const LATELY: Duration = Duration::from_secs(3600);
 #[derive(Debug)]
 pub(crate) struct Gates {
     /// By the word of proven subscriptions: it is everybody's.
-    all: Gate,
+    all: CircuitBreaker,
     /// By the word of the others: it is theirs alone.
-    unproven: Gate,
+    unproven: CircuitBreaker,
     doubt: Option<Doubt>,
     delivered: Option<Instant>,
     insisted: Option<Instant>,
@@ -98,7 +98,7 @@ impl HeldFor {
 
 impl Default for Gates {
     fn default() -> Self {
-        let (all, unproven) = (Gate::default(), Gate::of_unproven());
+        let (all, unproven) = (CircuitBreaker::default(), CircuitBreaker::of_unproven());
         Self { all, unproven, doubt: None, delivered: None, insisted: None }
     }
 }
@@ -114,11 +114,11 @@ impl Gates {
         if let Some(wait) = self.waits_for_a_proven_one(who, now) {
             return Err(wait);
         }
-        if !self.all.is_open() {
+        if !self.all.is_closed() {
             match self.all.admit(now) {
-                Admission::Open => {}
-                Admission::Probe => return Ok(Ticket::ProbeForAll),
-                Admission::Held(wait, cause) => return Err((wait, cause)),
+                Passage::Free => {}
+                Passage::Probe => return Ok(Ticket::ProbeForAll),
+                Passage::Held(wait, cause) => return Err((wait, cause)),
             }
         }
         if who == Reputation::Proven {
@@ -134,19 +134,19 @@ impl Gates {
             return Ok(Ticket::Doubted);
         }
         match self.unproven.admit(now) {
-            Admission::Open => Ok(Ticket::Open),
-            Admission::Probe => Ok(Ticket::Probe),
-            Admission::Held(_, cause) if urgent && self.may_insist(cause, now) => {
+            Passage::Free => Ok(Ticket::Open),
+            Passage::Probe => Ok(Ticket::Probe),
+            Passage::Held(_, cause) if urgent && self.may_insist(cause, now) => {
                 self.insisted = Some(now);
                 Ok(Ticket::Open)
             }
-            Admission::Held(wait, cause) => Err((wait, cause)),
+            Passage::Held(wait, cause) => Err((wait, cause)),
         }
     }
 
     /// For how long such a message would have to wait, and why, without asking for it.
     pub(crate) fn held(&self, who: Reputation, urgent: bool, now: Instant) -> Option<(Duration, Cause)> {
-        if self.all.is_open() && (who == Reputation::Proven || self.unproven.is_open()) {
+        if self.all.is_closed() && (who == Reputation::Proven || self.unproven.is_closed()) {
             return None;
         }
         if let Some(wait) = self.waits_for_a_proven_one(who, now) {
@@ -162,28 +162,28 @@ impl Gates {
     /// What came of a message to the subscription `id`. True when nothing is sent to anybody from now on.
     pub(crate) fn note(
         &mut self,
-        news: News,
+        signal: Signal,
         ticket: Ticket,
         who: Reputation,
         id: u64,
         now: Instant,
     ) -> bool {
         self.release(ticket);
-        if news == News::Well {
+        if signal == Signal::Success {
             self.well(ticket, now);
             return false;
         }
         // That there is no connection is nothing that a single subscription can bring about.
-        if ticket == Ticket::ProbeForAll || who == Reputation::Proven || news == News::Away {
+        if ticket == Ticket::ProbeForAll || who == Reputation::Proven || signal == Signal::Unreachable {
             self.unproven.lose_probe(ticket == Ticket::Probe);
-            return self.all.note(news, ticket == Ticket::ProbeForAll, id, now);
+            return self.all.record(signal, ticket == Ticket::ProbeForAll, id, now);
         }
-        if news == News::Answers {
+        if signal == Signal::Answered {
             self.all.is_there();
         }
-        match cause_of(news) {
-            Some(cause) if ticket != Ticket::Probe => self.doubt_or_hold(cause, news, id, now),
-            _ => _ = self.unproven.note(news, ticket == Ticket::Probe, id, now),
+        match signal.cause() {
+            Some(cause) if ticket != Ticket::Probe => self.doubt_or_hold(cause, signal, id, now),
+            _ => _ = self.unproven.record(signal, ticket == Ticket::Probe, id, now),
         }
         false
     }
@@ -192,13 +192,13 @@ impl Gates {
     pub(crate) fn well(&mut self, ticket: Ticket, now: Instant) {
         self.delivered = Some(now);
         self.doubt = None;
-        self.unproven.open();
-        if ticket == Ticket::ProbeForAll { self.all.open() } else { self.all.well() }
+        self.unproven.reset();
+        if ticket == Ticket::ProbeForAll { self.all.reset() } else { self.all.succeeded() }
     }
 
     /// Whether nothing speaks against any message, and what is delivered changes nothing.
     pub(crate) fn is_open(&self) -> bool {
-        self.all.is_open() && self.unproven.is_open() && self.doubt.is_none()
+        self.all.is_closed() && self.unproven.is_closed() && self.doubt.is_none()
     }
 
     /// Whether nothing is remembered that a delivery would have to clear.
@@ -216,8 +216,8 @@ impl Gates {
 
     /// Forgets everything that speaks against it.
     pub(crate) fn open(&mut self) {
-        self.all.open();
-        self.unproven.open();
+        self.all.reset();
+        self.unproven.reset();
         self.doubt = None;
     }
 
@@ -230,7 +230,7 @@ impl Gates {
 
     /// For how long nothing is sent, why, and to whom: of two holds the one that is for all.
     pub(crate) fn status(&self, now: Instant) -> Option<(Duration, Cause, HeldFor)> {
-        let of = |gate: &Gate, whom| gate.held(now).map(|(wait, cause)| (wait, cause, whom));
+        let of = |breaker: &CircuitBreaker, whom| breaker.held(now).map(|(wait, cause)| (wait, cause, whom));
         of(&self.all, HeldFor::All).or_else(|| of(&self.unproven, HeldFor::Unproven))
     }
 
@@ -244,7 +244,7 @@ impl Gates {
         self.delivered
     }
 
-    fn doubt_or_hold(&mut self, cause: Cause, news: News, id: u64, now: Instant) {
+    fn doubt_or_hold(&mut self, cause: Cause, signal: Signal, id: u64, now: Instant) {
         let has_delivered = self.delivered.is_some_and(|at| now.duration_since(at) < RECENTLY);
         // What it takes from others with this key, it does not refuse for the key.
         if has_delivered && cause == Cause::Unauthorized {
@@ -259,9 +259,9 @@ impl Gates {
             };
             if doubt.failed >= most {
                 self.doubt = None;
-                self.unproven.close(news, now);
+                self.unproven.trip(signal, now);
             }
-        } else if self.unproven.is_open() && self.unproven.is_reached(news, id) {
+        } else if self.unproven.is_closed() && self.unproven.is_reached(signal, id) {
             self.doubt = Some(Doubt { cause, under_way: 0, failed: 0 });
         }
     }
@@ -286,33 +286,24 @@ impl Gates {
     }
 }
 
-fn cause_of(news: News) -> Option<Cause> {
-    match news {
-        News::Asks(_) => Some(Cause::Throttled),
-        News::Refuses => Some(Cause::Unauthorized),
-        News::Away | News::Silent => Some(Cause::Unreachable),
-        News::Well | News::Answers | News::Nothing => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    use News::{Refuses, Silent, Well};
     use Reputation::{Proven, Unproven};
+    use Signal::{Silent, Success, Unauthorized};
 
     const SECOND: Duration = Duration::from_secs(1);
 
-    fn asks() -> News {
-        News::Asks(Some(3600 * SECOND))
+    fn asks() -> Signal {
+        Signal::Throttled(Some(3600 * SECOND))
     }
 
     /// Unproven subscriptions fail, as many as are let through, up to `most`.
-    fn attack(gates: &mut Gates, news: News, most: u64, now: Instant) -> u64 {
+    fn attack(gates: &mut Gates, signal: Signal, most: u64, now: Instant) -> u64 {
         for id in 0..most {
             let Ok(ticket) = gates.admit(Unproven, false, now) else { return id };
-            gates.note(news, ticket, Unproven, id, now);
+            gates.note(signal, ticket, Unproven, id, now);
         }
         most
     }
@@ -320,11 +311,11 @@ mod tests {
     #[test]
     fn unproven_ones_hold_nobody_who_was_delivered_to_before() {
         let now = Instant::now();
-        for news in [Refuses, asks(), Silent] {
+        for signal in [Unauthorized, asks(), Silent] {
             let mut gates = Gates::default();
-            let asked = attack(&mut gates, news, 10_000, now);
+            let asked = attack(&mut gates, signal, 10_000, now);
             assert!(asked < 60, "{asked} of them are asked before they are held");
-            assert_eq!(gates.admit(Proven, false, now), Ok(Ticket::Open), "{news:?}");
+            assert_eq!(gates.admit(Proven, false, now), Ok(Ticket::Open), "{signal:?}");
             assert!(gates.admit(Unproven, false, now).is_err());
             assert!(matches!(gates.status(now), Some((_, _, HeldFor::Unproven))));
         }
@@ -333,10 +324,10 @@ mod tests {
     #[test]
     fn one_delivery_ends_the_doubt_and_the_hold() {
         let now = Instant::now();
-        for (most, news) in [(25, Refuses), (10_000, Refuses), (25, asks()), (10_000, asks())] {
+        for (most, signal) in [(25, Unauthorized), (10_000, Unauthorized), (25, asks()), (10_000, asks())] {
             let mut gates = Gates::default();
-            attack(&mut gates, news, most, now);
-            gates.note(Well, Ticket::Open, Proven, 77, now);
+            attack(&mut gates, signal, most, now);
+            gates.note(Success, Ticket::Open, Proven, 77, now);
             assert!(gates.is_open(), "after {most}");
             assert_eq!(gates.admit(Unproven, false, now), Ok(Ticket::Open));
         }
@@ -346,7 +337,7 @@ mod tests {
     fn an_urgent_message_to_a_new_subscriber_goes_past_a_hold_that_strangers_caused() {
         let now = Instant::now();
         let mut gates = Gates::default();
-        gates.note(Well, Ticket::Open, Proven, 77, now);
+        gates.note(Success, Ticket::Open, Proven, 77, now);
         let asked = attack(&mut gates, asks(), 10_000, now);
         assert!(asked < 5000, "{asked} are asked where others are delivered to");
         assert!(gates.admit(Unproven, false, now).is_err());
@@ -359,17 +350,17 @@ mod tests {
     fn a_key_that_others_were_delivered_with_is_not_refused() {
         let now = Instant::now();
         let mut gates = Gates::default();
-        gates.note(Well, Ticket::Open, Unproven, 77, now);
-        assert_eq!(attack(&mut gates, Refuses, 10_000, now), 10_000, "each for itself");
+        gates.note(Success, Ticket::Open, Unproven, 77, now);
+        assert_eq!(attack(&mut gates, Unauthorized, 10_000, now), 10_000, "each for itself");
         assert!(gates.is_open());
-        assert!(attack(&mut gates, Refuses, 10_000, now + RECENTLY) < 60, "that was long ago");
+        assert!(attack(&mut gates, Unauthorized, 10_000, now + RECENTLY) < 60, "that was long ago");
     }
 
     #[test]
     fn a_service_that_has_never_delivered_and_asks_to_wait_is_waited_for() {
         let now = Instant::now();
         let mut gates = Gates::default();
-        attack(&mut gates, News::Asks(Some(4 * SECOND)), 10_000, now);
+        attack(&mut gates, Signal::Throttled(Some(4 * SECOND)), 10_000, now);
         assert_eq!(gates.admit(Unproven, true, now), Err((4 * SECOND, Cause::Throttled)));
         assert_eq!(gates.held(Unproven, true, now), Some((4 * SECOND, Cause::Throttled)));
     }
@@ -378,13 +369,13 @@ mod tests {
     fn proven_ones_hold_everybody_and_the_probe_is_one_of_them() {
         let now = Instant::now();
         let mut gates = Gates::default();
-        let closed = (0..20).map(|id| gates.note(Refuses, Ticket::Open, Proven, id, now));
+        let closed = (0..20).map(|id| gates.note(Unauthorized, Ticket::Open, Proven, id, now));
         assert_eq!(closed.filter(|closed| *closed).count(), 1);
         assert!(gates.admit(Proven, true, now).is_err() && gates.admit(Unproven, true, now).is_err());
         let later = now + 31 * SECOND;
         assert!(gates.admit(Unproven, false, later).is_err(), "a stranger's word would decide for all");
         assert_eq!(gates.admit(Proven, false, later), Ok(Ticket::ProbeForAll));
-        gates.note(Well, Ticket::ProbeForAll, Proven, 5, later);
+        gates.note(Success, Ticket::ProbeForAll, Proven, 5, later);
         assert!(gates.is_open());
     }
 
@@ -392,7 +383,7 @@ mod tests {
     fn a_probe_that_no_proven_one_comes_for_is_an_unproven_one() {
         let now = Instant::now();
         let mut gates = Gates::default();
-        (0..20).for_each(|id| _ = gates.note(Refuses, Ticket::Open, Proven, id, now));
+        (0..20).for_each(|id| _ = gates.note(Unauthorized, Ticket::Open, Proven, id, now));
         let later = now + 30 * SECOND + FOR_A_PROVEN_ONE;
         assert_eq!(gates.admit(Unproven, false, later), Ok(Ticket::ProbeForAll));
     }
@@ -401,7 +392,7 @@ mod tests {
     fn messages_that_end_without_a_word_make_room_for_others() {
         let now = Instant::now();
         let mut gates = Gates::default();
-        attack(&mut gates, Refuses, 20, now);
+        attack(&mut gates, Unauthorized, 20, now);
         let tickets: Vec<_> = (0..PROBES).map(|_| gates.admit(Unproven, false, now)).collect();
         assert!(tickets.iter().all(|ticket| *ticket == Ok(Ticket::Doubted)));
         assert_eq!(gates.admit(Unproven, false, now), Err((PAUSE.0, Cause::Unauthorized)));

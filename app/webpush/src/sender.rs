@@ -11,21 +11,22 @@ use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use crate::client::{Answer, Client, ClientError, Limits, Rooms};
+use crate::circuit_breaker::{Cause, Signal};
+use crate::client::PushClient;
+use crate::concurrency_limit::ConcurrencyPermit;
 use crate::connect::{ConnectError, Connector, HttpVersion};
-use crate::gate::{Cause, News};
-use crate::keying::{Keying, SenderKey};
-use crate::lane::Lane;
+use crate::connection_pool::ConnectionPool;
 use crate::message::Message;
 use crate::proxy::Proxy;
 use crate::reputation::{HeldFor, Reputation};
 use crate::resolve::{Pin, ResolveError, Resolver};
-use crate::service::{Acceptance, Asking, Errand, ServiceStatus, Services};
+use crate::sender_keys::{Keying, SenderKey};
+use crate::service::{Acceptance, Asking, Permit, ServiceStatus, Services};
 use crate::subscription::Keys;
 use crate::target::{Endpoint, Policy, TargetError};
-use crate::turns::Turn;
 use crate::vapid::VapidKey;
 use crate::verdict::{Verdict, is_windows, verdict};
+use crate::wire::{ClientError, PoolLimits, PushResponse, Rooms};
 
 const TTL: HeaderName = HeaderName::from_static("ttl");
 const URGENCY: HeaderName = HeaderName::from_static("urgency");
@@ -132,12 +133,12 @@ pub struct Sender(Arc<Inner>);
 
 #[derive(Debug)]
 struct Inner {
-    client: Client,
-    shared: Arc<Shared>,
+    client: PushClient,
+    shared: Arc<SenderCore>,
 }
 
 #[derive(Debug)]
-struct Shared {
+struct SenderCore {
     connector: Arc<Connector>,
     services: Services,
     keying: Keying,
@@ -162,13 +163,13 @@ impl Sender {
         let resolver = Resolver::new(config.resolve);
         let Config { policy, proxy, http, connect_timeout, .. } = config;
         let connector = Connector::new(policy, resolver, proxy, roots, http, connect_timeout)?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(SenderCore {
             connector: Arc::new(connector),
             services: Services::default(),
             keying: Keying::new(config.sender_key),
         });
         let count = count.max(1);
-        let limits = Limits {
+        let limits = PoolLimits {
             connections: config.connections.div_ceil(count),
             streams: config.streams,
             http1_connections: config.http1_connections.div_ceil(count),
@@ -177,7 +178,7 @@ impl Sender {
         };
         let rooms = Rooms::new(config.max_connections);
         let make = |_| {
-            let client = Client::new(Arc::clone(&shared.connector), limits, rooms.clone());
+            let client = PushClient::new(Arc::clone(&shared.connector), limits, rooms.clone());
             Self(Arc::new(Inner { client, shared: Arc::clone(&shared) }))
         };
         Ok((0..count).map(make).collect())
@@ -238,47 +239,51 @@ impl Sender {
     ) -> Option<Report> {
         let shared = &self.0.shared;
         let origin = &endpoint.origin;
-        let lane = self.0.client.lane(&origin.name, message.http, || shared.services.of(origin));
-        let Some(lane) = lane else {
+        let pool = self.0.client.pool(&origin.name, message.http, || shared.services.of(origin));
+        let Some(pool) = pool else {
             return Some(Report::failed(RETRY, &"too many different push services at once"));
         };
         let asking = Asking { key, who, urgent: !message.bulk };
-        let admitted = match admit_at_once(&lane, asking) {
+        let admitted = match admit_at_once(&pool, asking) {
             Some(admitted) => Ok(admitted),
             None => tokio::select! {
                 biased;
                 () = given_up => return None,
-                admitted = self.admit(&lane, asking) => admitted,
+                admitted = self.admit(&pool, asking) => admitted,
             },
         };
-        let (turn, errand) = match admitted {
+        let (turn, permit) = match admitted {
             Ok(admitted) => admitted,
             Err(report) => return Some(report),
         };
-        let (mut report, news) = self.send_on(&lane, turn, endpoint, keys, message, asking).await;
-        if errand.end(news, endpoint) {
-            lane.turns.restart();
+        let (mut report, signal) = self.send_on(&pool, turn, endpoint, keys, message, asking).await;
+        if permit.end(signal, endpoint) {
+            pool.turns.restart();
         }
         if report.verdict == Verdict::Unauthorized {
-            report.counts = !lane.service.refuses(key.signer());
+            report.counts = !pool.service.refuses(key.signer());
         }
         Some(report)
     }
 
     /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
     /// asked again in a moment is waited for.
-    async fn admit<'a>(&self, lane: &'a Lane, asking: Asking<'_>) -> Result<(Turn<'a>, Errand<'a>), Report> {
+    async fn admit<'a>(
+        &self,
+        pool: &'a ConnectionPool,
+        asking: Asking<'_>,
+    ) -> Result<(ConcurrencyPermit<'a>, Permit<'a>), Report> {
         let asked = Instant::now();
         let held = |(wait, cause): (Duration, Cause)| Report::failed(Verdict::Held(wait), &cause.as_str());
         loop {
-            if let Some(closed) = lane.service.is_held(asking, PATIENCE) {
+            if let Some(closed) = pool.service.is_held(asking, PATIENCE) {
                 return Err(held(closed));
             }
-            let Some(turn) = self.0.client.turn(lane, !asking.urgent).await else {
+            let Some(turn) = self.0.client.turn(pool, !asking.urgent).await else {
                 return Err(Report::failed(Verdict::Held(PATIENCE), &"it bears no more at once"));
             };
-            let (wait, cause) = match lane.service.admit(asking) {
-                Ok(errand) => return Ok((turn, errand)),
+            let (wait, cause) = match pool.service.admit(asking) {
+                Ok(permit) => return Ok((turn, permit)),
                 Err(held) => held,
             };
             drop(turn);
@@ -292,18 +297,18 @@ impl Sender {
 
     async fn send_on(
         &self,
-        lane: &Arc<Lane>,
-        turn: Turn<'_>,
+        pool: &Arc<ConnectionPool>,
+        turn: ConcurrencyPermit<'_>,
         endpoint: &Endpoint,
         keys: &Keys,
         message: &Message,
         asking: Asking<'_>,
-    ) -> (Report, News) {
+    ) -> (Report, Signal) {
         let shared = &self.0.shared;
-        let claim = lane.service.claimed.header(asking.key, &endpoint.origin.name, SystemTime::now());
+        let claim = pool.service.claimed.header(asking.key, &endpoint.origin.name, SystemTime::now());
         let claim = match claim {
             Ok(claim) => claim,
-            Err(error) => return (Report::failed(RETRY, &error), News::Nothing),
+            Err(error) => return (Report::failed(RETRY, &error), Signal::Nothing),
         };
         let body = if message.payload.as_bytes().is_empty() {
             Bytes::new()
@@ -313,14 +318,14 @@ impl Sender {
                 // Keys from a store were not looked at before.
                 Err(error) => {
                     let verdict = if keys.are_valid() { RETRY } else { Verdict::Forbidden };
-                    return (Report::failed(verdict, &error), News::Nothing);
+                    return (Report::failed(verdict, &error), Signal::Nothing);
                 }
             }
         };
         let make = |version| request(version, endpoint, message, claim.clone(), body.len());
-        match self.0.client.send(lane, turn, make, body.clone(), asking.who).await {
+        match self.0.client.send(pool, turn, make, body.clone(), asking.who).await {
             Ok(answer) => {
-                lane.service.compare_clocks(&answer.headers);
+                pool.service.compare_clocks(&answer.headers);
                 let verdict =
                     verdict(endpoint.host(), answer.status, &answer.headers, &answer.body, SystemTime::now());
                 let detail = match verdict {
@@ -328,27 +333,27 @@ impl Sender {
                     _ => excerpt(reason(endpoint.host(), &answer)),
                 };
                 let status = Some(answer.status.as_u16());
-                (Report { verdict, status, detail, counts: true }, news(verdict))
+                (Report { verdict, status, detail, counts: true }, signal(verdict))
             }
             Err(ClientError::Connect(error)) => {
-                let (verdict, news) = match &*error {
-                    ConnectError::Forbidden(_) => (Verdict::Forbidden, News::Nothing),
+                let (verdict, signal) = match &*error {
+                    ConnectError::Forbidden(_) => (Verdict::Forbidden, Signal::Nothing),
                     ConnectError::Resolve(ResolveError::NotFound(_)) => {
-                        (Verdict::Unresolvable, News::Nothing)
+                        (Verdict::Unresolvable, Signal::Nothing)
                     }
                     // Somebody's name server may never answer.
-                    ConnectError::Resolve(ResolveError::Failed(..)) if lane.service.is_lost() => {
-                        (Verdict::Unresolvable, News::Away)
+                    ConnectError::Resolve(ResolveError::Failed(..)) if pool.service.is_lost() => {
+                        (Verdict::Unresolvable, Signal::Unreachable)
                     }
                     // That is our own doing.
-                    ConnectError::TooMany => (RETRY, News::Nothing),
-                    _ => (RETRY, News::Away),
+                    ConnectError::TooMany => (RETRY, Signal::Nothing),
+                    _ => (RETRY, Signal::Unreachable),
                 };
-                (Report::failed(verdict, &error), news)
+                (Report::failed(verdict, &error), signal)
             }
-            Err(error @ ClientError::Timeout(_)) => (Report::failed(RETRY, &error), News::Silent),
+            Err(error @ ClientError::Timeout(_)) => (Report::failed(RETRY, &error), Signal::Silent),
             // A connection that breaks takes much along, and says nothing about the next one.
-            Err(error) => (Report::failed(RETRY, &error), News::Nothing),
+            Err(error) => (Report::failed(RETRY, &error), Signal::Nothing),
         }
     }
 
@@ -357,18 +362,18 @@ impl Sender {
         self.0.shared.services.status()
     }
 
-    /// This sender's lanes.
-    pub fn lanes(&self) -> Vec<LaneStatus> {
-        let status = |lane: &Arc<Lane>| {
-            let (window, in_flight) = lane.turns.status();
-            LaneStatus {
-                origin: lane.service.origin.name.clone(),
-                connections: lane.connections(),
+    /// This sender's pools.
+    pub fn pools(&self) -> Vec<ServicePoolStatus> {
+        let status = |pool: &Arc<ConnectionPool>| {
+            let (window, in_flight) = pool.turns.status();
+            ServicePoolStatus {
+                origin: pool.service.origin.name.clone(),
+                connections: pool.connections(),
                 window,
                 in_flight,
             }
         };
-        self.0.client.lanes().iter().map(status).collect()
+        self.0.client.pools().iter().map(status).collect()
     }
 
     /// Sends nothing to an origin for at least this long, to anybody or to unproven subscriptions: somebody else was told so,
@@ -395,7 +400,7 @@ impl Sender {
 
 /// One sender's connections to one push service.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LaneStatus {
+pub struct ServicePoolStatus {
     /// The service's origin.
     pub origin: String,
     /// How many are open.
@@ -407,21 +412,24 @@ pub struct LaneStatus {
 }
 
 /// A turn, where nobody has to wait for one.
-fn admit_at_once<'a>(lane: &'a Lane, asking: Asking<'_>) -> Option<(Turn<'a>, Errand<'a>)> {
-    let turn = lane.turns.take_at_once(!asking.urgent)?;
-    Some((turn, lane.service.admit(asking).ok()?))
+fn admit_at_once<'a>(
+    pool: &'a ConnectionPool,
+    asking: Asking<'_>,
+) -> Option<(ConcurrencyPermit<'a>, Permit<'a>)> {
+    let turn = pool.turns.take_at_once(!asking.urgent)?;
+    Some((turn, pool.service.admit(asking).ok()?))
 }
 
 const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };
 
 /// What an answer says about the push service.
-fn news(verdict: Verdict) -> News {
+fn signal(verdict: Verdict) -> Signal {
     match verdict {
-        Verdict::Delivered | Verdict::Gone => News::Well,
-        Verdict::Unauthorized => News::Refuses,
-        Verdict::Retry { after, throttled } if throttled || after.is_some() => News::Asks(after),
-        Verdict::TooLarge | Verdict::Rejected | Verdict::Retry { .. } => News::Answers,
-        Verdict::Forbidden | Verdict::Unresolvable | Verdict::Held(_) => News::Nothing,
+        Verdict::Delivered | Verdict::Gone => Signal::Success,
+        Verdict::Unauthorized => Signal::Unauthorized,
+        Verdict::Retry { after, throttled } if throttled || after.is_some() => Signal::Throttled(after),
+        Verdict::TooLarge | Verdict::Rejected | Verdict::Retry { .. } => Signal::Answered,
+        Verdict::Forbidden | Verdict::Unresolvable | Verdict::Held(_) => Signal::Nothing,
     }
 }
 
@@ -472,7 +480,7 @@ fn as_http1(request: &mut Request<()>) {
 }
 
 /// Why a service refuses: the body says it, or where that is empty a header of Windows.
-fn reason<'a>(host: &str, answer: &'a Answer) -> &'a [u8] {
+fn reason<'a>(host: &str, answer: &'a PushResponse) -> &'a [u8] {
     if answer.body.is_empty() && is_windows(host) {
         return answer.headers.get(WNS_ERROR).map_or(b"", HeaderValue::as_bytes);
     }

@@ -11,8 +11,8 @@ use http::{HeaderMap, header};
 use parking_lot::Mutex;
 use tracing::warn;
 
-use crate::addresses::{AddressStatus, Addresses};
-use crate::gate::{Cause, News};
+use crate::addresses::{AddressStatus, ServiceAddresses};
+use crate::circuit_breaker::{Cause, Signal};
 use crate::reputation::{Gates, HeldFor, Reputation, Ticket};
 use crate::target::{Endpoint, HostPattern, Origin, Policy, TargetError, origin_of};
 use crate::vapid::{Claimed, Signer, VapidKey};
@@ -38,9 +38,9 @@ const LOST: (u32, Duration) = (3, Duration::from_secs(600));
 pub(crate) struct Service {
     pub(crate) origin: Arc<Origin>,
     pub(crate) claimed: Claimed,
-    pub(crate) addresses: Addresses,
-    known: Mutex<Known>,
-    clock: Mutex<Clock>,
+    pub(crate) addresses: ServiceAddresses,
+    known: Mutex<KnownKey>,
+    clock: Mutex<ServiceClock>,
     answers: AtomicU64,
     /// When the last connection was opened, or will be: whoever sends, they are opened one after the other.
     dialed: Mutex<Option<Instant>>,
@@ -50,7 +50,7 @@ pub(crate) struct Service {
 
 /// What its answers say.
 #[derive(Debug)]
-struct Known {
+struct KnownKey {
     gates: Gates,
     /// What it says to each key, with gates of its own: what is wrong with one of them is nothing to the others.
     keys: Vec<KeyKnown>,
@@ -71,7 +71,7 @@ struct KeyKnown {
 
 /// How far a service's clock is from ours.
 #[derive(Debug, Default)]
-struct Clock {
+struct ServiceClock {
     looked: Option<Instant>,
     ahead_seconds: i64,
 }
@@ -110,7 +110,7 @@ pub(crate) struct Asking<'a> {
     pub(crate) urgent: bool,
 }
 
-impl Known {
+impl KnownKey {
     fn key(&mut self, signer: Signer) -> Option<&mut KeyKnown> {
         self.keys.iter_mut().find(|known| known.signer == signer)
     }
@@ -133,11 +133,11 @@ impl Known {
     }
 
     /// What came of a message, as far as it is about its key. True when this closed a gate of that key.
-    fn note_key(&mut self, signer: Signer, news: News, ticket: Ticket, who: Reputation, id: u64) -> bool {
+    fn note_key(&mut self, signer: Signer, signal: Signal, ticket: Ticket, who: Reputation, id: u64) -> bool {
         let now = Instant::now();
         let known = self.key_or_new(signer);
-        match news {
-            News::Well => {
+        match signal {
+            Signal::Success => {
                 known.accepted = Some(SystemTime::now());
                 known.delivered = Some(now);
                 if let Some(gates) = &mut known.gates {
@@ -148,13 +148,15 @@ impl Known {
                 }
                 false
             }
-            News::Refuses => {
+            Signal::Unauthorized => {
                 let gates = known.gates.get_or_insert_default();
                 gates.was_delivered(known.delivered);
-                gates.note(news, ticket, who, id, now)
+                gates.note(signal, ticket, who, id, now)
             }
-            News::Answers => known.gates.as_mut().is_some_and(|gates| gates.note(news, ticket, who, id, now)),
-            News::Asks(_) | News::Away | News::Silent | News::Nothing => {
+            Signal::Answered => {
+                known.gates.as_mut().is_some_and(|gates| gates.note(signal, ticket, who, id, now))
+            }
+            Signal::Throttled(_) | Signal::Unreachable | Signal::Silent | Signal::Nothing => {
                 if let Some(gates) = &mut known.gates {
                     gates.lose(ticket);
                 }
@@ -175,8 +177,8 @@ impl Service {
         Self {
             origin,
             claimed: Claimed::default(),
-            addresses: Addresses::default(),
-            known: Mutex::new(Known { gates: Gates::default(), keys: Vec::new(), used: Instant::now() }),
+            addresses: ServiceAddresses::default(),
+            known: Mutex::new(KnownKey { gates: Gates::default(), keys: Vec::new(), used: Instant::now() }),
             clock: Mutex::default(),
             answers: AtomicU64::new(0),
             dialed: Mutex::default(),
@@ -185,21 +187,21 @@ impl Service {
     }
 
     /// Asks whether a message may go, and notes what comes of it.
-    pub(crate) fn admit(&self, asking: Asking<'_>) -> Result<Errand<'_>, (Duration, Cause)> {
+    pub(crate) fn admit(&self, asking: Asking<'_>) -> Result<Permit<'_>, (Duration, Cause)> {
         let Asking { key, who, urgent } = asking;
         let now = Instant::now();
         let mut known = self.known.lock();
         known.used = now;
-        let mut errand =
-            Errand { service: self, signer: key.signer(), who, of_key: Ticket::Open, of_all: Ticket::Open };
-        if let Some(gates) = known.gates_of(errand.signer) {
-            errand.of_key = gates.admit(who, urgent, now)?;
+        let mut permit =
+            Permit { service: self, signer: key.signer(), who, of_key: Ticket::Open, of_all: Ticket::Open };
+        if let Some(gates) = known.gates_of(permit.signer) {
+            permit.of_key = gates.admit(who, urgent, now)?;
         }
         match known.gates.admit(who, urgent, now) {
-            Ok(ticket) => errand.of_all = ticket,
+            Ok(ticket) => permit.of_all = ticket,
             Err(wait) => {
-                if let Some(gates) = known.gates_of(errand.signer) {
-                    gates.lose(std::mem::take(&mut errand.of_key));
+                if let Some(gates) = known.gates_of(permit.signer) {
+                    gates.lose(std::mem::take(&mut permit.of_key));
                 }
                 // Its drop takes the lock.
                 drop(known);
@@ -207,7 +209,7 @@ impl Service {
             }
         }
         drop(known);
-        Ok(errand)
+        Ok(permit)
     }
 
     /// Whether it makes no sense to wait for a turn: for how long nothing is sent, and why.
@@ -304,7 +306,7 @@ impl Service {
 
 /// One message on its way: what comes of it is noted, and a probe that comes to nothing is not the last.
 #[derive(Debug)]
-pub(crate) struct Errand<'a> {
+pub(crate) struct Permit<'a> {
     service: &'a Service,
     signer: Signer,
     who: Reputation,
@@ -313,15 +315,15 @@ pub(crate) struct Errand<'a> {
     of_all: Ticket,
 }
 
-impl Errand<'_> {
+impl Permit<'_> {
     /// Notes what came of it, for the subscription with this endpoint. True when the service is not sent to
     /// from now on.
-    pub(crate) fn end(mut self, news: News, endpoint: &Endpoint) -> bool {
+    pub(crate) fn end(mut self, signal: Signal, endpoint: &Endpoint) -> bool {
         let of_key = std::mem::take(&mut self.of_key);
         let of_all = std::mem::take(&mut self.of_all);
         // Without what follows a question mark, which anybody can make up; except where the token stands there.
         let mut id = DefaultHasher::new();
-        if news != News::Well {
+        if signal != Signal::Success {
             if is_windows(endpoint.host()) {
                 endpoint.uri.path_and_query().hash(&mut id);
             } else {
@@ -330,14 +332,14 @@ impl Errand<'_> {
         }
         let (id, now) = (id.finish(), Instant::now());
         let mut known = self.service.known.lock();
-        let closed = known.note_key(self.signer, news, of_key, self.who, id);
+        let closed = known.note_key(self.signer, signal, of_key, self.who, id);
         // Who refuses a key is there, and does not choke.
-        let news = if news == News::Refuses { News::Answers } else { news };
-        known.gates.note(news, of_all, self.who, id, now) || closed
+        let signal = if signal == Signal::Unauthorized { Signal::Answered } else { signal };
+        known.gates.note(signal, of_all, self.who, id, now) || closed
     }
 }
 
-impl Drop for Errand<'_> {
+impl Drop for Permit<'_> {
     fn drop(&mut self) {
         if self.of_all == Ticket::Open && self.of_key == Ticket::Open {
             return;

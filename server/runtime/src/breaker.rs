@@ -63,7 +63,7 @@ pub enum CallError<E> {
 
 /// Where a breaker stands, for those who look.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
-pub struct Status {
+pub struct BreakerStatus {
     /// Which dependency.
     pub dependency: &'static str,
     /// closed, open or probing.
@@ -76,16 +76,16 @@ pub struct Status {
 
 /// The breaker of one dependency. A cheap handle.
 #[derive(Clone)]
-pub struct Breaker(Arc<Shared>);
+pub struct Breaker(Arc<BreakerCell>);
 
-struct Shared {
+struct BreakerCell {
     dependency: &'static str,
     config: Config,
-    state: Mutex<State>,
+    state: Mutex<CircuitState>,
 }
 
 #[derive(Clone, Copy, Debug)]
-enum State {
+enum CircuitState {
     Closed { failures: u32 },
     Open { until: Instant, opened: u32 },
     Probing { opened: u32 },
@@ -100,7 +100,11 @@ impl fmt::Debug for Breaker {
 impl Breaker {
     /// A closed one.
     pub fn new(dependency: &'static str, config: Config) -> Self {
-        Self(Arc::new(Shared { dependency, config, state: Mutex::new(State::Closed { failures: 0 }) }))
+        Self(Arc::new(BreakerCell {
+            dependency,
+            config,
+            state: Mutex::new(CircuitState::Closed { failures: 0 }),
+        }))
     }
 
     /// Makes a call, unless the breaker is open; every error counts as a failure of the dependency.
@@ -119,65 +123,67 @@ impl Breaker {
     ///
     /// # Errors
     /// [`Open`] when it should not be asked.
-    pub fn permit(&self) -> Result<Permit, Open> {
+    pub fn permit(&self) -> Result<BreakerPermit, Open> {
         let mut state = self.lock();
         let now = Instant::now();
         let refuse = |retry_after| Err(Open { dependency: self.0.dependency, retry_after });
         match *state {
-            State::Closed { .. } => Ok(Permit { breaker: self.clone(), probing: None }),
-            State::Open { until, .. } if now < until => refuse(until - now),
-            State::Open { opened, .. } => {
-                *state = State::Probing { opened };
-                Ok(Permit { breaker: self.clone(), probing: Some(opened) })
+            CircuitState::Closed { .. } => Ok(BreakerPermit { breaker: self.clone(), probing: None }),
+            CircuitState::Open { until, .. } if now < until => refuse(until - now),
+            CircuitState::Open { opened, .. } => {
+                *state = CircuitState::Probing { opened };
+                Ok(BreakerPermit { breaker: self.clone(), probing: Some(opened) })
             }
             // Somebody asks just now.
-            State::Probing { .. } => refuse(self.0.config.pause.base),
+            CircuitState::Probing { .. } => refuse(self.0.config.pause.base),
         }
     }
 
     /// Where it stands.
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> BreakerStatus {
         let state = *self.lock();
         let (word, failures, open_for) = match state {
-            State::Closed { failures } => ("closed", failures, Duration::ZERO),
-            State::Open { until, opened } => {
+            CircuitState::Closed { failures } => ("closed", failures, Duration::ZERO),
+            CircuitState::Open { until, opened } => {
                 ("open", self.0.config.failures + opened - 1, until.saturating_duration_since(Instant::now()))
             }
-            State::Probing { opened } => ("probing", self.0.config.failures + opened - 1, Duration::ZERO),
+            CircuitState::Probing { opened } => {
+                ("probing", self.0.config.failures + opened - 1, Duration::ZERO)
+            }
         };
         let open_for_ms = u64::try_from(open_for.as_millis()).unwrap_or(u64::MAX);
-        Status { dependency: self.0.dependency, state: word, failures, open_for_ms }
+        BreakerStatus { dependency: self.0.dependency, state: word, failures, open_for_ms }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, CircuitState> {
         self.0.state.lock()
     }
 
     fn succeeded(&self) {
         let mut state = self.lock();
-        if matches!(*state, State::Probing { .. }) {
+        if matches!(*state, CircuitState::Probing { .. }) {
             info!(dependency = self.0.dependency, "the breaker is closed: it answers again");
             metrics::breaker_open(self.0.dependency, false);
         }
-        if !matches!(*state, State::Open { .. }) {
-            *state = State::Closed { failures: 0 };
+        if !matches!(*state, CircuitState::Open { .. }) {
+            *state = CircuitState::Closed { failures: 0 };
         }
     }
 
     fn failed(&self) {
         let mut state = self.lock();
         let opened = match *state {
-            State::Closed { failures } if failures + 1 < self.0.config.failures => {
-                *state = State::Closed { failures: failures + 1 };
+            CircuitState::Closed { failures } if failures + 1 < self.0.config.failures => {
+                *state = CircuitState::Closed { failures: failures + 1 };
                 return;
             }
-            State::Closed { .. } => 1,
-            State::Probing { opened } => opened + 1,
+            CircuitState::Closed { .. } => 1,
+            CircuitState::Probing { opened } => opened + 1,
             // A call from before it was opened.
-            State::Open { .. } => return,
+            CircuitState::Open { .. } => return,
         };
         let pause = self.0.config.pause.jittered(opened);
-        *state = State::Open { until: Instant::now() + pause, opened };
+        *state = CircuitState::Open { until: Instant::now() + pause, opened };
         warn!(dependency = self.0.dependency, ?pause, "the breaker is open: it has failed too often");
         metrics::breaker_open(self.0.dependency, true);
     }
@@ -186,13 +192,13 @@ impl Breaker {
 /// Leave to ask a dependency once.
 #[derive(Debug)]
 #[must_use = "say how it went"]
-pub struct Permit {
+pub struct BreakerPermit {
     breaker: Breaker,
     /// How often the breaker was opened, when this is the call that asks whether the dependency is back.
     probing: Option<u32>,
 }
 
-impl Permit {
+impl BreakerPermit {
     /// How it went.
     pub fn judge(mut self, succeeded: bool) {
         self.probing = None;
@@ -200,11 +206,11 @@ impl Permit {
     }
 }
 
-impl Drop for Permit {
+impl Drop for BreakerPermit {
     fn drop(&mut self) {
         // Nobody knows: the next one asks.
         if let Some(opened) = self.probing {
-            *self.breaker.lock() = State::Open { until: Instant::now(), opened };
+            *self.breaker.lock() = CircuitState::Open { until: Instant::now(), opened };
         }
     }
 }

@@ -98,10 +98,10 @@ pub fn processors(cgroup: &Cgroup) -> NonZeroUsize {
 
 /// Whether memory is nearly used up. A cheap handle.
 #[derive(Clone, Debug, Default)]
-pub struct Pressure(Arc<State>);
+pub struct Pressure(Arc<PressureState>);
 
 #[derive(Debug, Default)]
-struct State {
+struct PressureState {
     is_high: AtomicBool,
     /// When a request was last begun all the same.
     trickled: Mutex<Option<Instant>>,

@@ -35,10 +35,10 @@ pub struct Config {
 
 /// The state behind the probes. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Health(Arc<State>);
+pub struct Health(Arc<HealthState>);
 
 #[derive(Debug)]
-struct State {
+struct HealthState {
     config: Config,
     born: Instant,
     last_beat_ms: AtomicU64,
@@ -83,7 +83,7 @@ impl FromStr for Policy {
 impl Health {
     /// Nothing started, no conditions.
     pub fn new(config: Config) -> Self {
-        Self(Arc::new(State {
+        Self(Arc::new(HealthState {
             config,
             born: Instant::now(),
             last_beat_ms: AtomicU64::new(0),

@@ -21,6 +21,7 @@ pub mod cpu;
 pub mod drain;
 pub mod health;
 pub mod metrics;
+pub mod panics;
 pub mod pulse;
 pub mod signal;
 pub mod tasks;

@@ -7,7 +7,6 @@
 //!
 //! Short-lived work (a connection, a job) lives in a `JoinSet` of the component that started it.
 
-use std::any::Any;
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::future::Future;
@@ -25,6 +24,7 @@ use tracing::{Instrument, error, error_span};
 use crate::backoff::Backoff;
 use crate::drain::{Drain, Phase};
 use crate::metrics;
+use crate::panics::panic_message;
 use crate::telemetry::Seldom;
 
 /// Between two starts of a contained task.
@@ -41,10 +41,10 @@ pub struct Death {
 
 /// All long-lived tasks of a process. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Tasks(Arc<Shared>);
+pub struct Tasks(Arc<TaskTable>);
 
 #[derive(Debug)]
-struct Shared {
+struct TaskTable {
     tracker: TaskTracker,
     live: Mutex<BTreeMap<u64, Live>>,
     death: watch::Sender<Option<Death>>,
@@ -60,7 +60,7 @@ struct Live {
 impl Tasks {
     /// No tasks yet. `drain` tells an expected end from a death.
     pub fn new(drain: Drain) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(TaskTable {
             tracker: TaskTracker::new(),
             live: Mutex::default(),
             death: watch::Sender::new(None),
@@ -130,7 +130,7 @@ impl Tasks {
         let (named, is_named) = tokio::sync::oneshot::channel::<u64>();
         let task = self.0.tracker.spawn(
             async move {
-                let _listed = is_named.await.ok().map(|key| Listed { shared: Arc::clone(&shared), key });
+                let _listed = is_named.await.ok().map(|key| ListedTask { shared: Arc::clone(&shared), key });
                 future.await;
             }
             .instrument(error_span!("task", task = name)),
@@ -180,24 +180,15 @@ impl Tasks {
 }
 
 /// The entry of a running task; gone when it drops.
-struct Listed {
-    shared: Arc<Shared>,
+struct ListedTask {
+    shared: Arc<TaskTable>,
     key: u64,
 }
 
-impl Drop for Listed {
+impl Drop for ListedTask {
     fn drop(&mut self) {
         self.shared.live.lock().remove(&self.key);
     }
-}
-
-/// The text of a panic, as far as it has one.
-pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
-    panic
-        .downcast_ref::<&'static str>()
-        .copied()
-        .or_else(|| panic.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("(a panic without a message)")
 }
 
 #[cfg(test)]

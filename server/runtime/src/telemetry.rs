@@ -188,7 +188,7 @@ pub fn has_colours() -> bool {
 fn log_panic(info: &std::panic::PanicHookInfo<'_>) {
     let place = info.location().map(ToString::to_string).unwrap_or_default();
     let backtrace = std::backtrace::Backtrace::capture();
-    let message = crate::tasks::panic_message(info.payload());
+    let message = crate::panics::panic_message(info.payload());
     if backtrace.status() == std::backtrace::BacktraceStatus::Captured {
         error!(message, place, %backtrace, "panic");
     } else {

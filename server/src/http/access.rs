@@ -14,7 +14,7 @@ use perennial_runtime::telemetry::JsonLines;
 
 /// One request that has ended.
 #[derive(Debug, Serialize)]
-pub(super) struct Access<'a> {
+pub(super) struct AccessLog<'a> {
     pub(super) request_id: &'a str,
     pub(super) trace_id: &'a str,
     pub(super) method: &'static str,
@@ -34,13 +34,13 @@ pub(super) struct Access<'a> {
 
 /// What stands around it in every line.
 #[derive(Serialize)]
-struct Line<'a> {
+struct AccessLine<'a> {
     #[serde(serialize_with = "to_the_microsecond")]
     timestamp: Timestamp,
     level: &'static str,
     message: &'static str,
     #[serde(flatten)]
-    access: &'a Access<'a>,
+    access: &'a AccessLog<'a>,
     target: &'static str,
 }
 
@@ -57,7 +57,7 @@ fn to_the_microsecond<S: Serializer>(time: &Timestamp, serializer: S) -> Result<
 }
 
 /// Writes the line of one request.
-pub(super) fn write(log: &JsonLines, access: &Access<'_>) {
+pub(super) fn write(log: &JsonLines, access: &AccessLog<'_>) {
     let timestamp = Timestamp::now();
-    log.write(&Line { timestamp, level: "INFO", message: "request", access, target: "access" });
+    log.write(&AccessLine { timestamp, level: "INFO", message: "request", access, target: "access" });
 }

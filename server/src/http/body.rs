@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Sleep;
 
-use super::scope::{Scope, Stage};
+use super::scope::{RequestStage, Scope};
 use crate::net::connection::OpenBody;
 
 /// For how long, and how much of, a body is dropped that nobody reads.
@@ -31,10 +31,10 @@ const LINGER_BYTES: usize = 16 << 20;
 
 /// What is left of the body of a connection's current request. A cheap handle.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Leftover(Arc<Shared>);
+pub(super) struct Leftover(Arc<BodyProgress>);
 
 #[derive(Debug, Default)]
-struct Shared {
+struct BodyProgress {
     body: Mutex<Option<(Incoming, OpenBody)>>,
     came: Notify,
     any: AtomicBool,
@@ -148,7 +148,7 @@ impl RequestBody {
         if wait.since.is_none() {
             wait.since = Some(now);
             wait.limit.as_mut().reset((now + pace.idle).min(wait.first + pace.total).into());
-            self.scope.set_stage(Stage::Body);
+            self.scope.set_stage(RequestStage::Body);
         }
         wait.limit.as_mut().poll(context)
     }
@@ -158,7 +158,7 @@ impl RequestBody {
         self.scope.connection().useful();
         if let Some(since) = self.wait.as_mut().and_then(|wait| wait.since.take()) {
             self.scope.spent().body += since.elapsed();
-            self.scope.set_stage(Stage::Handler);
+            self.scope.set_stage(RequestStage::Handler);
         }
     }
 

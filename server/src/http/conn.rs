@@ -24,10 +24,11 @@ use super::body::Leftover;
 use super::exchange::FollowedBody;
 use super::explained::Explained;
 use super::stack::Stack;
-use crate::net::connection::{Connection, Phase, Spoken, Told};
+use crate::net::Protocol;
+use crate::net::connection::{Connection, ConnectionPhase, ShutdownMode, Spoken};
+use crate::net::refusal::ConnectionRefusal;
 use crate::net::refusals::refused;
-use crate::net::socket::{Peek, Rest, Socket};
-use crate::net::{Protocol, Refusal};
+use crate::net::socket::{ParkedBytes, Peek, Socket};
 
 /// What an HTTP/2 client sends first (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
@@ -56,10 +57,10 @@ impl Protocol for Http {
             Some(Ok(First::Http2)) => Box::pin(self.http2(socket, &connection)).await,
             Some(Ok(First::Tls)) => {
                 let detail = "the client began a TLS handshake";
-                refused(self.listener, Refusal::TlsOnPlainPort, connection.peer(), &detail);
+                refused(self.listener, ConnectionRefusal::TlsOnPlainPort, connection.peer(), &detail);
                 close(socket, &connection).await;
             }
-            Some(Ok(First::Http1)) => Box::pin(self.http1(socket, &connection, Phase::Head)).await,
+            Some(Ok(First::Http1)) => Box::pin(self.http1(socket, &connection, ConnectionPhase::Head)).await,
             Some(Err(error)) => {
                 debug!(peer = %connection.peer(), %error, "no request came on this connection");
             }
@@ -75,7 +76,7 @@ impl Protocol for Http {
         if tls.alpn_protocol() == Some(b"h2") {
             Box::pin(self.http2(stream, &connection)).await;
         } else {
-            Box::pin(self.http1(stream, &connection, Phase::Idle)).await;
+            Box::pin(self.http1(stream, &connection, ConnectionPhase::Idle)).await;
         }
     }
 
@@ -129,7 +130,7 @@ async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<First> {
 }
 
 impl Http {
-    async fn http1<I: Rest>(&self, mut io: I, connection: &Arc<Connection>, phase: Phase) {
+    async fn http1<I: ParkedBytes>(&self, mut io: I, connection: &Arc<Connection>, phase: ConnectionPhase) {
         connection.speak(Spoken::Http1);
         connection.enter(phase);
         loop {
@@ -146,7 +147,7 @@ impl Http {
     }
 
     /// Serves requests until the connection ends, or rests.
-    async fn requests<I: Rest>(&self, io: I, connection: &Arc<Connection>) -> Http1End<I> {
+    async fn requests<I: ParkedBytes>(&self, io: I, connection: &Arc<Connection>) -> Http1End<I> {
         let leftover = Leftover::default();
         let service = service_fn(|request| {
             let (stack, connection) = (Arc::clone(&self.stack), Arc::clone(connection));
@@ -161,9 +162,11 @@ impl Http {
         let mut served = Box::new(served);
         let may_rest = || match connection.told() {
             // To be closed, or to serve what the kernel has.
-            Told::Leave => connection.is_between_requests(),
-            Told::Stay | Told::Last => I::CAN && connection.is_resting() && !leftover.had_any(),
-            Told::Cut => false,
+            ShutdownMode::Leave => connection.is_between_requests(),
+            ShutdownMode::Stay | ShutdownMode::Last => {
+                I::CAN && connection.is_resting() && !leftover.had_any()
+            }
+            ShutdownMode::Cut => false,
         };
         let driven = tokio::select! {
             driven = drive(self.listener, Pin::new(&mut *served), connection, may_rest) => driven,
@@ -180,8 +183,8 @@ impl Http {
             }
         }
         // Its bytes belong to somebody else now.
-        if !matches!(connection.phase(), Phase::Closing | Phase::Closed) {
-            connection.enter(Phase::Upgraded);
+        if !matches!(connection.phase(), ConnectionPhase::Closing | ConnectionPhase::Closed) {
+            connection.enter(ConnectionPhase::Upgraded);
         }
         Http1End::Closed
     }
@@ -228,17 +231,17 @@ enum Driven {
 
 /// Waits for the next request of a connection that rests. False if there will be none: its client has closed it, or it was told
 /// to leave and nothing has arrived. What the kernel has is served, also when the reactor has not told of it yet.
-async fn has_come<I: Rest>(io: &mut I, connection: &Connection) -> bool {
+async fn has_come<I: ParkedBytes>(io: &mut I, connection: &Connection) -> bool {
     let leaving = poll_fn(|context| match connection.poll_told(context) {
-        Told::Leave | Told::Cut => Poll::Ready(()),
-        Told::Stay | Told::Last => Poll::Pending,
+        ShutdownMode::Leave | ShutdownMode::Cut => Poll::Ready(()),
+        ShutdownMode::Stay | ShutdownMode::Last => Poll::Pending,
     });
     let has_come = tokio::select! {
         biased;
         arrived = io.arrival(), if I::CAN => arrived,
         () = leaving => false,
     };
-    if has_come || connection.told() == Told::Cut || !io.unread() {
+    if has_come || connection.told() == ShutdownMode::Cut || !io.unread() {
         return has_come;
     }
     // Without this the next poll finds nothing, and the one after it comes here again.
@@ -247,12 +250,12 @@ async fn has_come<I: Rest>(io: &mut I, connection: &Connection) -> bool {
 }
 
 /// Says that nothing more will come, and waits for the client to know it.
-async fn close<I: Rest>(mut io: I, connection: &Connection) {
+async fn close<I: ParkedBytes>(mut io: I, connection: &Connection) {
     let _ = connection.unless_cut(io.shutdown()).await;
 }
 
 /// Runs a connection until it ends by itself, until it is told to, or until it may rest.
-async fn drive<C: Served>(
+async fn drive<C: ServedRequest>(
     listener: &'static str,
     mut served: Pin<&mut C>,
     connection: &Connection,
@@ -261,13 +264,13 @@ async fn drive<C: Served>(
     let mut leaving = false;
     let end = poll_fn(|context| {
         let told = connection.poll_told(context);
-        if told == Told::Leave && !leaving {
+        if told == ShutdownMode::Leave && !leaving {
             leaving = true;
             served.as_mut().tell();
         }
         // What has been answered already is on its way before a cut.
         match served.as_mut().poll(context) {
-            Poll::Pending if told == Told::Cut => Poll::Ready(Ok(Driven::Ended)),
+            Poll::Pending if told == ShutdownMode::Cut => Poll::Ready(Ok(Driven::Ended)),
             Poll::Pending if may_rest() => Poll::Ready(Ok(Driven::Resting)),
             polled => polled.map_ok(|()| Driven::Ended),
         }
@@ -282,12 +285,12 @@ async fn drive<C: Served>(
 }
 
 /// What of an error of hyper's is a request head that could not be read. hyper has answered it.
-fn refusal(error: &hyper::Error) -> Option<Refusal> {
+fn refusal(error: &hyper::Error) -> Option<ConnectionRefusal> {
     let is_target = || error.to_string().contains("URI");
     match () {
-        () if error.is_parse_too_large() && is_target() => Some(Refusal::LongTarget),
-        () if error.is_parse_too_large() => Some(Refusal::LongHead),
-        () if error.is_parse() => Some(Refusal::BadHead),
+        () if error.is_parse_too_large() && is_target() => Some(ConnectionRefusal::LongTarget),
+        () if error.is_parse_too_large() => Some(ConnectionRefusal::LongHead),
+        () if error.is_parse() => Some(ConnectionRefusal::BadHead),
         () => None,
     }
 }
@@ -317,12 +320,12 @@ impl Streams {
 }
 
 /// A connection of either version.
-trait Served: Future<Output = hyper::Result<()>> {
+trait ServedRequest: Future<Output = hyper::Result<()>> {
     /// Says to the peer that there will be no further answers: `Connection: close`, or GOAWAY.
     fn tell(self: Pin<&mut Self>);
 }
 
-impl<I, S> Served for http1::UpgradeableConnection<I, S>
+impl<I, S> ServedRequest for http1::UpgradeableConnection<I, S>
 where
     I: Read + Write + Send + Unpin + 'static,
     S: HttpService<Incoming, ResBody = FollowedBody>,
@@ -333,7 +336,7 @@ where
     fn tell(self: Pin<&mut Self>) {}
 }
 
-impl<I, S> Served for http2::Connection<I, S, Streams>
+impl<I, S> ServedRequest for http2::Connection<I, S, Streams>
 where
     I: Read + Write + Unpin,
     S: HttpService<Incoming, ResBody = FollowedBody>,

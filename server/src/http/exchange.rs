@@ -2,6 +2,7 @@
 
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
@@ -12,11 +13,10 @@ use http_body::{Body as HttpBody, Frame, SizeHint};
 use pin_project_lite::pin_project;
 use tracing::{Level, debug, enabled, info, warn};
 
-use super::access::{self, Access};
-use super::scope::{Scope, Stage, milliseconds};
-use super::stack::InFlight;
+use super::access::{self, AccessLog};
+use super::scope::{RequestStage, Scope, milliseconds};
 use crate::metrics::Requests;
-use crate::net::connection::Running;
+use crate::net::connection::RunningRequest;
 use perennial_runtime::metrics::Counted;
 use perennial_runtime::telemetry::JsonLines;
 
@@ -32,7 +32,7 @@ const PIECE: usize = 64 << 10;
 
 /// How the exchanges of a server are counted and logged.
 #[derive(Debug)]
-pub(super) struct Ledger {
+pub(super) struct RequestLog {
     pub(super) requests: Requests,
     /// Whether the access log is only for debugging.
     pub(super) quiet: bool,
@@ -41,24 +41,39 @@ pub(super) struct Ledger {
     pub(super) slow_after: Duration,
 }
 
+/// One request among those that run, counted while it lasts.
+#[derive(Debug)]
+pub(super) struct InFlight(pub(super) Arc<AtomicUsize>);
+
+impl Drop for InFlight {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
 /// The guard of one exchange: whatever way it ends, dropping it writes the access log line and the metrics.
 #[derive(Debug)]
 pub(super) struct Exchange {
-    ledger: Arc<Ledger>,
+    ledger: Arc<RequestLog>,
     scope: Scope,
     version: Version,
     status: Option<StatusCode>,
     bytes: u64,
     complete: bool,
-    running: Running,
+    running: RunningRequest,
     _in_flight: InFlight,
     _counted: Counted,
 }
 
 impl Exchange {
-    pub(super) fn begin(ledger: Arc<Ledger>, scope: Scope, version: Version, in_flight: InFlight) -> Self {
+    pub(super) fn begin(
+        ledger: Arc<RequestLog>,
+        scope: Scope,
+        version: Version,
+        in_flight: InFlight,
+    ) -> Self {
         Self {
-            running: Running::on(scope.connection(), &scope),
+            running: RunningRequest::on(scope.connection(), &scope),
             _counted: ledger.requests.count(),
             _in_flight: in_flight,
             ledger,
@@ -74,7 +89,7 @@ impl Exchange {
     pub(super) fn respond(mut self, response: http::Response<Body>) -> http::Response<FollowedBody> {
         self.status = Some(response.status());
         self.running.answered();
-        self.scope.set_stage(Stage::Response);
+        self.scope.set_stage(RequestStage::Response);
         self.scope.spent().response = self.scope.began().elapsed();
         response.map(|body| {
             self.complete = body.is_end_stream();
@@ -135,7 +150,7 @@ impl Drop for Exchange {
             None => line!(info),
             Some(log) if enabled!(target: "access", Level::INFO) => access::write(
                 log,
-                &Access {
+                &AccessLog {
                     request_id: self.scope.id().as_str(),
                     trace_id: self.scope.trace().id(),
                     method: self.scope.method(),

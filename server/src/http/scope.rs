@@ -46,7 +46,7 @@ struct State {
     no_body: OnceLock<&'static str>,
     /// Since when a part of the response waits for the client, by the connection's clock; 0 if none does.
     stalled: AtomicU64,
-    spent: Mutex<Spent>,
+    spent: Mutex<TimeSpent>,
 }
 
 /// What all requests of a server share.
@@ -61,7 +61,7 @@ pub(super) struct Services {
 
 /// Where the time of a request went.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Spent {
+pub(super) struct TimeSpent {
     /// Waiting for parts of the body.
     pub(super) body: Duration,
     /// Waiting for the client to take parts of the response.
@@ -77,7 +77,7 @@ pub(super) struct Spent {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
-pub enum Stage {
+pub enum RequestStage {
     /// Its handler runs, or waits.
     Handler,
     /// Its handler waits for a part of the body.
@@ -106,7 +106,7 @@ impl Scope {
             begun,
             route: OnceLock::new(),
             headers: OnceLock::new(),
-            stage: AtomicU8::new(Stage::Handler as u8),
+            stage: AtomicU8::new(RequestStage::Handler as u8),
             is_identified: AtomicBool::new(false),
             is_stream: AtomicBool::new(false),
             no_body: OnceLock::new(),
@@ -178,9 +178,9 @@ impl Scope {
     }
 
     /// Says what the handler waits for, until the guard drops: for `/requests` and for the log of slow requests.
-    pub fn waiting(&self, what: &'static str) -> Waiting {
+    pub fn waiting(&self, what: &'static str) -> WaitingFor {
         self.spent().waiting.push((what, Instant::now()));
-        Waiting { scope: self.clone(), what }
+        WaitingFor { scope: self.clone(), what }
     }
 
     /// Does work for the processor on threads that serve no requests, until the request's deadline.
@@ -279,18 +279,18 @@ impl Scope {
 
     /// Whether it waits for the body of somebody who has not shown who they are.
     pub(crate) fn is_unknown(&self) -> bool {
-        self.stage() == Stage::Body && !self.0.is_identified.load(Ordering::Relaxed)
+        self.stage() == RequestStage::Body && !self.0.is_identified.load(Ordering::Relaxed)
     }
 
-    pub(super) fn set_stage(&self, stage: Stage) {
+    pub(super) fn set_stage(&self, stage: RequestStage) {
         self.0.stage.store(stage as u8, Ordering::Relaxed);
     }
 
-    fn stage(&self) -> Stage {
+    fn stage(&self) -> RequestStage {
         match self.0.stage.load(Ordering::Relaxed) {
-            1 => Stage::Body,
-            2 => Stage::Response,
-            _ => Stage::Handler,
+            1 => RequestStage::Body,
+            2 => RequestStage::Response,
+            _ => RequestStage::Handler,
         }
     }
 
@@ -306,7 +306,7 @@ impl Scope {
         self.0.begun.began
     }
 
-    pub(super) fn spent(&self) -> MutexGuard<'_, Spent> {
+    pub(super) fn spent(&self) -> MutexGuard<'_, TimeSpent> {
         self.0.spent.lock()
     }
 }
@@ -318,12 +318,12 @@ pub(super) fn milliseconds(duration: Duration) -> f64 {
 
 /// What a handler waits for, until this drops.
 #[derive(Debug)]
-pub struct Waiting {
+pub struct WaitingFor {
     scope: Scope,
     what: &'static str,
 }
 
-impl Drop for Waiting {
+impl Drop for WaitingFor {
     fn drop(&mut self) {
         let mut spent = self.scope.spent();
         let Some(index) = spent.waiting.iter().rposition(|(what, _)| *what == self.what) else { return };
@@ -357,7 +357,7 @@ pub struct RequestView {
     /// How long ago its head came, in milliseconds.
     pub age_ms: f64,
     /// What it does.
-    pub stage: Stage,
+    pub stage: RequestStage,
     /// What its handler says that it waits for.
     pub waiting: Option<&'static str>,
     /// For how long, in milliseconds.

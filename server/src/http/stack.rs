@@ -24,16 +24,16 @@ use tower::{Layer, Service};
 use tracing::{Instrument, info_span};
 
 use super::body::{Leftover, Pace, RequestBody};
-use super::exchange::{Exchange, FollowedBody, Ledger, logged, method_label};
+use super::exchange::{Exchange, FollowedBody, InFlight, RequestLog, logged, method_label};
 use super::problem::Problem;
 use super::scope::{Begun, REQUEST_ID, RequestId, Scope, Services};
 use super::target::{self, Target};
 use super::timed::Timed;
 use super::trace::{TRACERESPONSE, Trace};
-use super::{Config, Readers};
+use super::{Config, ErrorReaders};
 use crate::metrics::{self, Requests};
 use crate::net::Connection;
-use crate::net::connection::{OpenBody, Spoken, Told};
+use crate::net::connection::{OpenBody, ShutdownMode, Spoken};
 use crate::net::proxy::{ForwardedHeader, forwarded_for, is_trusted};
 use perennial_runtime::cgroup::Pressure;
 use perennial_runtime::drain::Phase;
@@ -50,8 +50,8 @@ pub(super) struct Stack {
     max_requests: usize,
     pressure: Pressure,
     in_flight: Arc<AtomicUsize>,
-    ledger: Arc<Ledger>,
-    readers: Option<Readers>,
+    ledger: Arc<RequestLog>,
+    readers: Option<ErrorReaders>,
     services: Arc<Services>,
 }
 
@@ -61,21 +61,11 @@ impl fmt::Debug for Stack {
     }
 }
 
-/// One request among those that run, counted while it lasts.
-#[derive(Debug)]
-pub(super) struct InFlight(Arc<AtomicUsize>);
-
-impl Drop for InFlight {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
 impl Stack {
     pub(super) fn new(
         router: Router,
         config: &Config,
-        readers: Option<Readers>,
+        readers: Option<ErrorReaders>,
         services: Arc<Services>,
     ) -> Self {
         Self {
@@ -90,7 +80,7 @@ impl Stack {
             max_requests: config.max_requests,
             pressure: config.net.pressure.clone(),
             in_flight: Arc::default(),
-            ledger: Arc::new(Ledger {
+            ledger: Arc::new(RequestLog {
                 requests: Requests::new(config.net.name),
                 quiet: config.quiet,
                 access_log: config.access_log.clone(),
@@ -140,7 +130,7 @@ impl Stack {
             Target::Server => ([(header::ALLOW, target::METHODS)], StatusCode::NO_CONTENT).into_response(),
             Target::Refused(problem) => {
                 // Whoever writes such requests may mean something else by the next bytes.
-                connection.tell(Told::Last);
+                connection.tell(ShutdownMode::Last);
                 problem.into_response()
             }
         };
@@ -171,7 +161,7 @@ impl Stack {
     }
 
     fn say_if_last<B>(&self, connection: &Connection, version: Version, response: &mut http::Response<B>) {
-        let ending = connection.told() >= Told::Last || self.services.drain.phase() >= Phase::Soft;
+        let ending = connection.told() >= ShutdownMode::Last || self.services.drain.phase() >= Phase::Soft;
         // An upgrade has another word in its place.
         let upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if version < Version::HTTP_2 && ending && !upgrade {

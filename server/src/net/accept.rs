@@ -11,9 +11,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tracing::{debug, warn};
 
-use super::bind::{Accepted, Listener};
+use super::bind::{AcceptedStream, Listener};
 use super::proxy::{self, is_trusted};
-use super::refusals::{Refusal, refused};
+use super::refusal::ConnectionRefusal;
+use super::refusals::refused;
 use super::socket::Peek;
 use super::{Config, Connections, Peer, Protocol, Socket, Sockets, tls};
 use crate::metrics;
@@ -63,7 +64,7 @@ impl FromStr for AtLimit {
 
 /// What all listeners of a server share.
 #[derive(Clone, Debug)]
-pub(crate) struct Host<P> {
+pub(crate) struct AcceptHost<P> {
     pub(crate) config: Arc<Config>,
     pub(crate) connections: Connections,
     pub(crate) drain: Drain,
@@ -72,7 +73,7 @@ pub(crate) struct Host<P> {
 }
 
 /// Accepts until the drain says stop, then waits for every connection to end.
-pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
+pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
     let mut running = JoinSet::new();
     let refusals = Arc::new(Semaphore::new(REFUSALS));
     let mut limit = Limit::new(host.config.name);
@@ -87,8 +88,12 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: Host<P>) {
             Ok(accepted) => {
                 failures = 0;
                 match slot(&host, &mut limit).await {
-                    Slot::Taken(slot) => host.begin(&mut running, accepted, listener.tls(), slot, &refusals),
-                    Slot::None => host.refuse(&mut running, accepted, listener.tls(), &refusals, "limit"),
+                    AcceptSlot::Taken(slot) => {
+                        host.begin(&mut running, accepted, listener.tls(), slot, &refusals)
+                    }
+                    AcceptSlot::None => {
+                        host.refuse(&mut running, accepted, listener.tls(), &refusals, "limit")
+                    }
                 }
             }
             Err(error) => {
@@ -167,18 +172,18 @@ impl Limit {
     }
 }
 
-enum Slot {
+enum AcceptSlot {
     Taken(Option<OwnedSemaphorePermit>),
     None,
 }
 
 /// The right to one more connection. Where there are as many as may be, one that is idle makes room: a client that holds them
 /// all keeps nobody out.
-async fn slot<P>(host: &Host<P>, limit: &mut Limit) -> Slot {
+async fn slot<P>(host: &AcceptHost<P>, limit: &mut Limit) -> AcceptSlot {
     let slots = Arc::clone(host.connections.slots());
     if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
         limit.is(false);
-        return Slot::Taken(Some(slot));
+        return AcceptSlot::Taken(Some(slot));
     }
     limit.is(true);
     let has_room = host.connections.make_room();
@@ -192,39 +197,39 @@ async fn slot<P>(host: &Host<P>, limit: &mut Limit) -> Slot {
         }
     };
     tokio::select! {
-        slot = freed => Slot::Taken(slot),
-        () = tokio::time::sleep(ROOM), if host.config.at_limit == AtLimit::Reject && !has_room => Slot::None,
+        slot = freed => AcceptSlot::Taken(slot),
+        () = tokio::time::sleep(ROOM), if host.config.at_limit == AtLimit::Reject && !has_room => AcceptSlot::None,
         // This one waits here, and the ones behind it in the kernel's queue.
-        () = host.drain.soft() => Slot::Taken(None),
+        () = host.drain.soft() => AcceptSlot::Taken(None),
     }
 }
 
-impl<P: Protocol> Host<P> {
+impl<P: Protocol> AcceptHost<P> {
     fn begin(
         &self,
         running: &mut JoinSet<()>,
-        accepted: Accepted,
+        accepted: AcceptedStream,
         tls: Option<&tls::Identity>,
         slot: Option<OwnedSemaphorePermit>,
         refusals: &Arc<Semaphore>,
     ) {
         let peer = match &accepted {
-            Accepted::Tcp(_, peer) => Peer::Tcp(*peer),
-            Accepted::Unix(_) => Peer::Unix,
+            AcceptedStream::Tcp(_, peer) => Peer::Tcp(*peer),
+            AcceptedStream::Unix(_) => Peer::Unix,
         };
         let limited = !is_trusted(&self.config.trusted_proxies, peer);
         let Ok(seat) = self.connections.seat(peer, tls.is_some(), limited, slot) else {
             return self.refuse(running, accepted, tls, refusals, "address limit");
         };
         match accepted {
-            Accepted::Tcp(stream, _) => {
+            AcceptedStream::Tcp(stream, _) => {
                 // Answers are written whole; waiting for more to send would only delay them.
                 let _ = stream.set_nodelay(true);
                 // What a peer that has vanished leaves behind, when nothing of ours is on its way to it.
                 let _ = rustix::net::sockopt::set_socket_keepalive(&stream, true);
                 running.spawn(self.clone().serve(Socket::new(stream, seat), tls.cloned()));
             }
-            Accepted::Unix(stream) => {
+            AcceptedStream::Unix(stream) => {
                 running.spawn(self.clone().serve(Socket::new(stream, seat), None));
             }
         }
@@ -234,7 +239,7 @@ impl<P: Protocol> Host<P> {
     fn refuse(
         &self,
         running: &mut JoinSet<()>,
-        accepted: Accepted,
+        accepted: AcceptedStream,
         tls: Option<&tls::Identity>,
         refusals: &Arc<Semaphore>,
         reason: &'static str,
@@ -242,7 +247,7 @@ impl<P: Protocol> Host<P> {
         metrics::connection_cut(reason);
         // Over TLS nothing can be said without a handshake.
         let words = if tls.is_none() { self.protocol.refusal() } else { b"" };
-        if let Accepted::Tcp(stream, _) = accepted
+        if let AcceptedStream::Tcp(stream, _) = accepted
             && let Ok(turn) = Arc::clone(refusals).try_acquire_owned()
         {
             running.spawn(async move {
@@ -262,7 +267,7 @@ impl<P: Protocol> Host<P> {
                 if let Err(error) = &header
                     && error.kind() == io::ErrorKind::InvalidData
                 {
-                    refused(self.config.name, Refusal::ProxyHeader, connection.socket_peer, error);
+                    refused(self.config.name, ConnectionRefusal::ProxyHeader, connection.socket_peer, error);
                 }
                 let client = header?;
                 if let Some(client) = client
@@ -273,44 +278,44 @@ impl<P: Protocol> Host<P> {
                 }
             }
             match tls {
-                None => Ok(Opened::Plain(socket)),
+                None => Ok(OpenedStream::Plain(socket)),
                 Some(identity) => {
                     let mut first = [0];
                     let length = socket.peek(&mut first).await?;
                     if self.protocol.is_plain(&first[..length]) {
-                        return Ok(Opened::WantsTls(socket));
+                        return Ok(OpenedStream::WantsTls(socket));
                     }
                     let accepted = identity.acceptor().accept(socket).await;
                     if let Err(error) = &accepted
                         && error.kind() == io::ErrorKind::InvalidData
                     {
-                        refused(self.config.name, Refusal::Handshake, connection.peer(), error);
+                        refused(self.config.name, ConnectionRefusal::Handshake, connection.peer(), error);
                     }
-                    Ok(Opened::Secure(Box::new(accepted?)))
+                    Ok(OpenedStream::Secure(Box::new(accepted?)))
                 }
             }
         };
         // Boxed, since a future is as large as the largest that it may be, for as long as the connection lasts.
-        let opened: Option<io::Result<Opened<S>>> = Box::pin(connection.unless_cut(opened)).await;
+        let opened: Option<io::Result<OpenedStream<S>>> = Box::pin(connection.unless_cut(opened)).await;
         match opened {
-            Some(Ok(Opened::Plain(socket))) => self.protocol.plain(socket).await,
-            Some(Ok(Opened::WantsTls(mut socket))) => {
+            Some(Ok(OpenedStream::Plain(socket))) => self.protocol.plain(socket).await,
+            Some(Ok(OpenedStream::WantsTls(mut socket))) => {
                 let detail = "the client speaks without TLS";
-                refused(self.config.name, Refusal::PlainOnTlsPort, connection.peer(), &detail);
+                refused(self.config.name, ConnectionRefusal::PlainOnTlsPort, connection.peer(), &detail);
                 let say = async {
                     socket.write_all(self.protocol.wants_tls()).await?;
                     socket.shutdown().await
                 };
                 let _ = connection.unless_cut(say).await;
             }
-            Some(Ok(Opened::Secure(stream))) => Box::pin(self.protocol.secure(stream)).await,
+            Some(Ok(OpenedStream::Secure(stream))) => Box::pin(self.protocol.secure(stream)).await,
             Some(Err(error)) => debug!(peer = %connection.peer(), %error, "nothing came on this connection"),
             None => {}
         }
     }
 }
 
-enum Opened<S> {
+enum OpenedStream<S> {
     Plain(Socket<S>),
     Secure(Box<tokio_rustls::server::TlsStream<Socket<S>>>),
     /// A client that speaks the protocol without TLS where there is TLS.

@@ -42,13 +42,13 @@ pub enum BindError {
 /// An open socket.
 #[derive(Debug)]
 pub(super) enum Listener {
-    Tcp { socket: TcpListener, address: SocketAddr, tls: Option<tls::Identity>, origin: Opened },
-    Unix { socket: UnixListener, address: String, origin: Opened },
+    Tcp { socket: TcpListener, address: SocketAddr, tls: Option<tls::Identity>, origin: OpenedSockets },
+    Unix { socket: UnixListener, address: String, origin: OpenedSockets },
 }
 
 /// By whom a socket was opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Opened {
+pub(super) enum OpenedSockets {
     /// By this process: when it closes it, nobody has it.
     Here,
     /// By a predecessor or a supervisor, which may go on using it.
@@ -56,7 +56,7 @@ pub(super) enum Opened {
 }
 
 /// A connection that nothing has been read from yet.
-pub(super) enum Accepted {
+pub(super) enum AcceptedStream {
     Tcp(TcpStream, SocketAddr),
     Unix(UnixStream),
 }
@@ -76,10 +76,10 @@ pub struct InheritedError {
 /// An address in the settings that one of them has is not bound anew. A port 0 in the settings is that of a
 /// socket that has the name of the listener in `LISTEN_FDNAMES`.
 #[derive(Clone, Debug, Default)]
-pub struct Inherited(Arc<Mutex<VecDeque<(String, Socket)>>>);
+pub struct Inherited(Arc<Mutex<VecDeque<(String, BoundSocket)>>>);
 
 #[derive(Debug)]
-enum Socket {
+enum BoundSocket {
     Tcp(std::net::TcpListener),
     Unix(std::os::unix::net::UnixListener),
 }
@@ -106,9 +106,9 @@ impl Inherited {
                 Ok(Some(tcp)) if !SockRef::from(&tcp).is_listener().unwrap_or(true) => {
                     return Err(failed(io::Error::other("it is bound, but does not listen")));
                 }
-                Ok(tcp) => tcp.map(Socket::Tcp),
+                Ok(tcp) => tcp.map(BoundSocket::Tcp),
                 // Not TCP.
-                Err(_) => descriptors.take_unix_listener(index).map_err(failed)?.map(Socket::Unix),
+                Err(_) => descriptors.take_unix_listener(index).map_err(failed)?.map(BoundSocket::Unix),
             };
             sockets.extend(tcp.map(|socket| (name, socket)));
         }
@@ -121,18 +121,18 @@ impl Inherited {
         sockets
             .iter()
             .map(|(name, socket)| match socket {
-                Socket::Tcp(socket) => {
+                BoundSocket::Tcp(socket) => {
                     format!(
                         "{name} {}",
                         socket.local_addr().map_or_else(|error| error.to_string(), |at| at.to_string())
                     )
                 }
-                Socket::Unix(socket) => format!("{name} {}", name_of(socket)),
+                BoundSocket::Unix(socket) => format!("{name} {}", name_of(socket)),
             })
             .collect()
     }
 
-    fn take(&self, fits: impl Fn(&str, &Socket) -> bool) -> Option<Socket> {
+    fn take(&self, fits: impl Fn(&str, &BoundSocket) -> bool) -> Option<BoundSocket> {
         let mut sockets = self.0.lock();
         let index = sockets.iter().position(|(name, socket)| fits(name, socket))?;
         sockets.remove(index).map(|(_, socket)| socket)
@@ -145,14 +145,14 @@ impl Inherited {
 
     fn tcp(&self, listener: &str, address: SocketAddr) -> Option<std::net::TcpListener> {
         let socket = self.take(|name, socket| match socket {
-            Socket::Tcp(socket) => socket.local_addr().is_ok_and(|at| {
+            BoundSocket::Tcp(socket) => socket.local_addr().is_ok_and(|at| {
                 is_same_place(at, address)
                     || (address.port() == 0 && at.ip() == address.ip() && name == listener)
             }),
-            Socket::Unix(_) => false,
+            BoundSocket::Unix(_) => false,
         });
         match socket {
-            Some(Socket::Tcp(socket)) => Some(socket),
+            Some(BoundSocket::Tcp(socket)) => Some(socket),
             _ => None,
         }
     }
@@ -161,10 +161,11 @@ impl Inherited {
         &self,
         fits: impl Fn(&str, &std::os::unix::net::UnixListener) -> bool,
     ) -> Option<std::os::unix::net::UnixListener> {
-        let taken = self.take(|name, socket| matches!(socket, Socket::Unix(socket) if fits(name, socket)));
+        let taken =
+            self.take(|name, socket| matches!(socket, BoundSocket::Unix(socket) if fits(name, socket)));
         match taken? {
-            Socket::Unix(socket) => Some(socket),
-            Socket::Tcp(_) => None,
+            BoundSocket::Unix(socket) => Some(socket),
+            BoundSocket::Tcp(_) => None,
         }
     }
 }
@@ -209,10 +210,10 @@ impl Bound {
 
 /// What a successor needs of a server's sockets, and its certificate. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Sockets(Arc<Shared>);
+pub struct Sockets(Arc<SharedSockets>);
 
 #[derive(Debug)]
-struct Shared {
+struct SharedSockets {
     name: &'static str,
     descriptors: Mutex<Vec<OwnedFd>>,
     handed_over: AtomicBool,
@@ -257,7 +258,8 @@ pub(crate) async fn bind(config: Config, inherited: &Inherited) -> Result<Bound,
         listener.share().map_err(|source| BindError::Address { address, source })
     };
     let descriptors = Mutex::new(listeners.iter().map(share).collect::<Result<_, _>>()?);
-    let shared = Shared { name: config.name, descriptors, handed_over: AtomicBool::new(false), identity };
+    let shared =
+        SharedSockets { name: config.name, descriptors, handed_over: AtomicBool::new(false), identity };
     let connections = Connections::new(&config);
     Ok(Bound { listeners, config, connections, sockets: Sockets(Arc::new(shared)) })
 }
@@ -310,9 +312,9 @@ async fn tcp(
             let (socket, origin) = match inherited.tcp(config.name, address) {
                 Some(socket) => {
                     socket.set_nonblocking(true)?;
-                    (TcpListener::from_std(socket)?, Opened::Elsewhere)
+                    (TcpListener::from_std(socket)?, OpenedSockets::Elsewhere)
                 }
-                None => (open(address, config.reuse_port)?, Opened::Here),
+                None => (open(address, config.reuse_port)?, OpenedSockets::Here),
             };
             Ok(Listener::Tcp { address: socket.local_addr()?, socket, tls: tls.clone(), origin })
         })
@@ -340,7 +342,7 @@ fn unix(config: &Config, inherited: &Inherited, path: &Path) -> io::Result<Liste
         return Ok(Listener::Unix {
             socket: UnixListener::from_std(socket)?,
             address,
-            origin: Opened::Elsewhere,
+            origin: OpenedSockets::Elsewhere,
         });
     }
     // The file of a process that was killed is in the way; that of one that listens is its own.
@@ -356,7 +358,7 @@ fn unix(config: &Config, inherited: &Inherited, path: &Path) -> io::Result<Liste
     if let Some(mode) = mode {
         std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode))?;
     }
-    Ok(Listener::Unix { socket, address, origin: Opened::Here })
+    Ok(Listener::Unix { socket, address, origin: OpenedSockets::Here })
 }
 
 impl Listener {
@@ -369,12 +371,14 @@ impl Listener {
         }
     }
 
-    pub(super) async fn accept(&self) -> io::Result<Accepted> {
+    pub(super) async fn accept(&self) -> io::Result<AcceptedStream> {
         match self {
             Self::Tcp { socket, .. } => {
-                socket.accept().await.map(|(stream, peer)| Accepted::Tcp(stream, peer))
+                socket.accept().await.map(|(stream, peer)| AcceptedStream::Tcp(stream, peer))
             }
-            Self::Unix { socket, .. } => socket.accept().await.map(|(stream, _)| Accepted::Unix(stream)),
+            Self::Unix { socket, .. } => {
+                socket.accept().await.map(|(stream, _)| AcceptedStream::Unix(stream))
+            }
         }
     }
 
@@ -400,8 +404,8 @@ impl Listener {
     /// it the request behind it.
     pub(super) fn refuse_new(&self) -> bool {
         match self {
-            Self::Tcp { socket, origin: Opened::Here, .. } => drop_first_packets(socket),
-            Self::Unix { address, origin: Opened::Here, .. } => {
+            Self::Tcp { socket, origin: OpenedSockets::Here, .. } => drop_first_packets(socket),
+            Self::Unix { address, origin: OpenedSockets::Here, .. } => {
                 std::fs::remove_file(address.trim_start_matches("unix:")).is_ok()
             }
             Self::Tcp { .. } | Self::Unix { .. } => false,
@@ -410,7 +414,7 @@ impl Listener {
 
     /// Closes the socket after taking what the kernel has already accepted for us: closing it first would
     /// reset those connections. If a successor has it, they are the successor's.
-    pub(super) fn close(self, handed_over: bool) -> io::Result<Vec<Accepted>> {
+    pub(super) fn close(self, handed_over: bool) -> io::Result<Vec<AcceptedStream>> {
         let mut backlog = Vec::new();
         if handed_over {
             return Ok(backlog);
@@ -421,7 +425,7 @@ impl Listener {
                 sweep(|| {
                     let (stream, peer) = socket.accept()?;
                     stream.set_nonblocking(true)?;
-                    backlog.push(Accepted::Tcp(TcpStream::from_std(stream)?, peer));
+                    backlog.push(AcceptedStream::Tcp(TcpStream::from_std(stream)?, peer));
                     Ok(())
                 });
             }
@@ -430,7 +434,7 @@ impl Listener {
                 sweep(|| {
                     let (stream, _) = socket.accept()?;
                     stream.set_nonblocking(true)?;
-                    backlog.push(Accepted::Unix(UnixStream::from_std(stream)?));
+                    backlog.push(AcceptedStream::Unix(UnixStream::from_std(stream)?));
                     Ok(())
                 });
             }
@@ -490,7 +494,7 @@ mod tests {
     async fn what_has_connected_is_taken_and_what_comes_later_is_not_reset() {
         let socket = open("127.0.0.1:0".parse().unwrap(), false).unwrap();
         let address = socket.local_addr().unwrap();
-        let listener = Listener::Tcp { socket, address, tls: None, origin: Opened::Here };
+        let listener = Listener::Tcp { socket, address, tls: None, origin: OpenedSockets::Here };
         let mut first = std::net::TcpStream::connect(address).unwrap();
         assert!(listener.refuse_new());
         let late = std::net::TcpStream::connect_timeout(&address, Duration::from_millis(300));

@@ -18,7 +18,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::watch::Clock;
+use super::watch::ConnectionClock;
 use crate::http::scope::Scope;
 
 /// The bytes of an HTTP/2 preface and the empty SETTINGS behind it (RFC 9113, section 3.4).
@@ -80,7 +80,7 @@ impl Spoken {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
-pub enum Phase {
+pub enum ConnectionPhase {
     /// Before the first request could have come.
     Opening,
     /// Between two requests.
@@ -97,7 +97,7 @@ pub enum Phase {
     Closed,
 }
 
-impl Phase {
+impl ConnectionPhase {
     fn of(word: u8) -> Self {
         [Self::Opening, Self::Idle, Self::Head, Self::Busy, Self::Upgraded, Self::Closing, Self::Closed]
             [usize::from(word)]
@@ -107,7 +107,7 @@ impl Phase {
 /// What a connection was told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
-pub(crate) enum Told {
+pub(crate) enum ShutdownMode {
     /// Nothing.
     Stay,
     /// To end with the next answer.
@@ -118,7 +118,7 @@ pub(crate) enum Told {
     Cut,
 }
 
-impl Told {
+impl ShutdownMode {
     fn of(word: u8) -> Self {
         [Self::Stay, Self::Last, Self::Leave, Self::Cut][usize::from(word)]
     }
@@ -138,7 +138,7 @@ pub struct Connection {
     /// Whether it is encrypted.
     pub tls: bool,
     proxied: OnceLock<Peer>,
-    clock: Arc<Clock>,
+    clock: Arc<ConnectionClock>,
     spoken: AtomicU8,
     phase: AtomicU8,
     /// When the phase began, by the clock.
@@ -172,7 +172,7 @@ impl Connection {
         listener: &'static str,
         socket_peer: Peer,
         tls: bool,
-        clock: Arc<Clock>,
+        clock: Arc<ConnectionClock>,
     ) -> Self {
         Self {
             id,
@@ -182,11 +182,11 @@ impl Connection {
             tls,
             proxied: OnceLock::new(),
             spoken: AtomicU8::new(Spoken::Unknown as u8),
-            phase: AtomicU8::new(Phase::Opening as u8),
+            phase: AtomicU8::new(ConnectionPhase::Opening as u8),
             since: AtomicU64::new(clock.now()),
             blocked: AtomicU64::new(0),
             useless: AtomicU64::new(0),
-            told: AtomicU8::new(Told::Stay as u8),
+            told: AtomicU8::new(ShutdownMode::Stay as u8),
             resting: AtomicBool::new(false),
             reason: OnceLock::new(),
             driver: AtomicWaker::new(),
@@ -213,24 +213,24 @@ impl Connection {
 
     /// Ends the connection once its running requests are answered: `Connection: close`, or GOAWAY.
     pub fn close(&self) {
-        self.tell(Told::Leave);
+        self.tell(ShutdownMode::Leave);
     }
 
     /// Ends the connection now, with no answer to anything.
     pub fn abort(&self) {
-        self.tell(Told::Cut);
+        self.tell(ShutdownMode::Cut);
     }
 
     /// Ends it now, for a reason that is counted.
     pub(crate) fn cut(&self, reason: &'static str) {
         self.count_end(reason);
-        self.tell(Told::Cut);
+        self.tell(ShutdownMode::Cut);
     }
 
     /// Ends it in order, for a reason that is counted.
     pub(super) fn end(&self, reason: &'static str) {
         self.count_end(reason);
-        self.tell(Told::Leave);
+        self.tell(ShutdownMode::Leave);
     }
 
     fn count_end(&self, reason: &'static str) {
@@ -246,11 +246,11 @@ impl Connection {
 
     /// Its client was told that nothing more will come: another one may have its place.
     pub(crate) fn close_begins(&self) {
-        self.enter(Phase::Closing);
+        self.enter(ConnectionPhase::Closing);
         self.hold_slot(None);
     }
 
-    pub(crate) fn tell(&self, told: Told) {
+    pub(crate) fn tell(&self, told: ShutdownMode) {
         if self.told.fetch_max(told as u8, Ordering::AcqRel) < told as u8 {
             self.driver.wake();
             self.reader.wake();
@@ -258,12 +258,12 @@ impl Connection {
         }
     }
 
-    pub(crate) fn told(&self) -> Told {
-        Told::of(self.told.load(Ordering::Acquire))
+    pub(crate) fn told(&self) -> ShutdownMode {
+        ShutdownMode::of(self.told.load(Ordering::Acquire))
     }
 
     /// What it was told; the task in `context` is woken when that changes.
-    pub(crate) fn poll_told(&self, context: &Context<'_>) -> Told {
+    pub(crate) fn poll_told(&self, context: &Context<'_>) -> ShutdownMode {
         self.driver.register(context.waker());
         self.told()
     }
@@ -271,7 +271,7 @@ impl Connection {
     /// The value of `future`, unless the connection is cut before.
     pub(crate) async fn unless_cut<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let cut = poll_fn(|context| match self.poll_told(context) {
-            Told::Cut => Poll::Ready(()),
+            ShutdownMode::Cut => Poll::Ready(()),
             _ => Poll::Pending,
         });
         tokio::select! {
@@ -290,14 +290,14 @@ impl Connection {
         self.spoken.store(spoken as u8, Ordering::Relaxed);
     }
 
-    pub(crate) fn enter(&self, phase: Phase) {
+    pub(crate) fn enter(&self, phase: ConnectionPhase) {
         self.since.store(self.clock.now(), Ordering::Relaxed);
         self.phase.store(phase as u8, Ordering::Release);
     }
 
     /// What it does.
-    pub fn phase(&self) -> Phase {
-        Phase::of(self.phase.load(Ordering::Acquire))
+    pub fn phase(&self) -> ConnectionPhase {
+        ConnectionPhase::of(self.phase.load(Ordering::Acquire))
     }
 
     /// For how long it has done so, in milliseconds.
@@ -319,9 +319,12 @@ impl Connection {
     /// no key.
     pub(super) fn is_unknown(&self) -> bool {
         match self.phase() {
-            Phase::Opening | Phase::Head => true,
-            Phase::Busy => self.requests().iter().all(Scope::is_unknown),
-            Phase::Idle | Phase::Upgraded | Phase::Closing | Phase::Closed => false,
+            ConnectionPhase::Opening | ConnectionPhase::Head => true,
+            ConnectionPhase::Busy => self.requests().iter().all(Scope::is_unknown),
+            ConnectionPhase::Idle
+            | ConnectionPhase::Upgraded
+            | ConnectionPhase::Closing
+            | ConnectionPhase::Closed => false,
         }
     }
 
@@ -367,7 +370,7 @@ impl Connection {
 
     /// Whether nothing happens on it, and everything that was answered is on its way.
     pub(crate) fn is_between_requests(&self) -> bool {
-        self.phase() == Phase::Idle
+        self.phase() == ConnectionPhase::Idle
             && self.bodies.load(Ordering::Acquire) == 0
             && self.blocked.load(Ordering::Relaxed) == 0
     }
@@ -377,7 +380,7 @@ impl Connection {
         let requests = self.requests();
         self.useful();
         if requests.is_empty() {
-            self.enter(Phase::Idle);
+            self.enter(ConnectionPhase::Idle);
         }
     }
 
@@ -386,29 +389,35 @@ impl Connection {
         self.requests.lock()
     }
 
-    pub(crate) fn clock(&self) -> &Clock {
+    pub(crate) fn clock(&self) -> &ConnectionClock {
         &self.clock
     }
 
     pub(super) fn has_read(&self, bytes: usize) {
         let useless = self.useless.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
         match self.spoken() {
-            Spoken::Http2 if useless >= PREFACE && self.phase() == Phase::Opening => self.enter(Phase::Idle),
+            Spoken::Http2 if useless >= PREFACE && self.phase() == ConnectionPhase::Opening => {
+                self.enter(ConnectionPhase::Idle)
+            }
             // What comes while a body is open is of the body.
-            Spoken::Http1 if self.phase() == Phase::Idle && self.bodies.load(Ordering::Relaxed) == 0 => {
-                self.enter(Phase::Head);
+            Spoken::Http1
+                if self.phase() == ConnectionPhase::Idle && self.bodies.load(Ordering::Relaxed) == 0 =>
+            {
+                self.enter(ConnectionPhase::Head);
             }
             Spoken::Tcp => self.since.store(self.clock.now(), Ordering::Relaxed),
-            _ if self.phase() == Phase::Closing => self.since.store(self.clock.now(), Ordering::Relaxed),
+            _ if self.phase() == ConnectionPhase::Closing => {
+                self.since.store(self.clock.now(), Ordering::Relaxed)
+            }
             _ => {}
         }
     }
 
     /// An error for somebody else who reads from a connection that was cut.
     pub(super) fn unless_cut_for_its_owner(&self, context: &Context<'_>) -> io::Result<()> {
-        if self.phase() == Phase::Upgraded {
+        if self.phase() == ConnectionPhase::Upgraded {
             self.reader.register(context.waker());
-            if self.told() == Told::Cut {
+            if self.told() == ShutdownMode::Cut {
                 return Err(was_cut());
             }
         }
@@ -427,7 +436,7 @@ impl Connection {
         });
         if written.is_pending() {
             self.writer.register(context.waker());
-            if self.told() == Told::Cut {
+            if self.told() == ShutdownMode::Cut {
                 return Poll::Ready(Err(was_cut()));
             }
         }
@@ -437,7 +446,7 @@ impl Connection {
     fn has_written(&self, written: Poll<usize>) {
         if let Poll::Ready(bytes) = written {
             // What the library writes by itself, as pings and acknowledgements, is nothing that the client has asked for.
-            if bytes > OWN_FRAMES || self.phase() != Phase::Idle {
+            if bytes > OWN_FRAMES || self.phase() != ConnectionPhase::Idle {
                 self.wrote.store(self.clock.now(), Ordering::Relaxed);
             }
             if self.spoken() == Spoken::Tcp {
@@ -475,18 +484,18 @@ impl Drop for OpenBody {
 
 /// One request on a connection, listed while it lasts.
 #[derive(Debug)]
-pub(crate) struct Running {
+pub(crate) struct RunningRequest {
     scope: Scope,
     answered: bool,
 }
 
-impl Running {
+impl RunningRequest {
     pub(crate) fn on(connection: &Connection, scope: &Scope) -> Self {
         let mut requests = connection.requests();
         requests.push(scope.clone());
         connection.useful();
         connection.resting.store(false, Ordering::Relaxed);
-        connection.enter(Phase::Busy);
+        connection.enter(ConnectionPhase::Busy);
         Self { scope: scope.clone(), answered: false }
     }
 
@@ -495,7 +504,7 @@ impl Running {
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningRequest {
     fn drop(&mut self) {
         let connection = self.scope.connection();
         let mut requests = connection.requests();
@@ -505,8 +514,8 @@ impl Drop for Running {
         } else {
             connection.left.fetch_add(1, Ordering::Relaxed);
         }
-        if requests.is_empty() && connection.phase() == Phase::Busy {
-            connection.enter(Phase::Idle);
+        if requests.is_empty() && connection.phase() == ConnectionPhase::Busy {
+            connection.enter(ConnectionPhase::Idle);
         }
     }
 }

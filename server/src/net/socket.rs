@@ -11,8 +11,8 @@ use tokio::io::{AsyncRead, AsyncWrite, Interest, ReadBuf};
 use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
-use super::connection::{Connection, Peer, Phase};
-use super::watch::{Seat, TooMany};
+use super::connection::{Connection, ConnectionPhase, Peer};
+use super::watch::{ConnectionPermit, TooMany};
 
 /// How many bytes a client may have sent before it could know that nothing more is read: what the kernels of both sides hold.
 const ON_ITS_WAY: usize = 4 << 20;
@@ -37,7 +37,7 @@ impl Peek for UnixStream {
 }
 
 /// Bytes that may be waited for without a buffer.
-pub(crate) trait Rest: AsyncRead + AsyncWrite + Send + Unpin + 'static {
+pub(crate) trait ParkedBytes: AsyncRead + AsyncWrite + Send + Unpin + 'static {
     /// Whether they may.
     const CAN: bool;
 
@@ -51,7 +51,7 @@ pub(crate) trait Rest: AsyncRead + AsyncWrite + Send + Unpin + 'static {
     fn unread(&self) -> bool;
 }
 
-impl<S: Peek> Rest for Socket<S> {
+impl<S: Peek> ParkedBytes for Socket<S> {
     const CAN: bool = true;
 
     async fn arrival(&mut self) -> bool {
@@ -68,7 +68,7 @@ impl<S: Peek> Rest for Socket<S> {
 }
 
 /// A TLS stream cannot be peeked, and its buffers outweigh what parking would save.
-impl<S: Peek> Rest for Box<TlsStream<Socket<S>>> {
+impl<S: Peek> ParkedBytes for Box<TlsStream<Socket<S>>> {
     const CAN: bool = false;
 
     async fn arrival(&mut self) -> bool {
@@ -91,11 +91,11 @@ pub(crate) struct Socket<S> {
     taken: Vec<u8>,
     /// How many bytes were dropped since the client was told that nothing more will come.
     dropped: usize,
-    seat: Seat,
+    seat: ConnectionPermit,
 }
 
 impl<S> Socket<S> {
-    pub(super) fn new(io: S, seat: Seat) -> Self {
+    pub(super) fn new(io: S, seat: ConnectionPermit) -> Self {
         Self { io, taken: Vec::new(), dropped: 0, seat }
     }
 
@@ -182,11 +182,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<S> {
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let connection = this.seat.connection();
-        if connection.phase() == Phase::Upgraded {
+        if connection.phase() == ConnectionPhase::Upgraded {
             // Its owner may close one side and go on reading.
             return Pin::new(&mut this.io).poll_shutdown(context);
         }
-        if connection.phase() != Phase::Closing {
+        if connection.phase() != ConnectionPhase::Closing {
             ready!(Pin::new(&mut this.io).poll_shutdown(context))?;
             connection.close_begins();
         }

@@ -40,9 +40,9 @@ pub enum Error {
 
 /// A server's identity, as of the last time that its files were read. A cheap handle.
 #[derive(Clone)]
-pub(crate) struct Identity(Arc<Files>);
+pub(crate) struct Identity(Arc<KeyFiles>);
 
-struct Files {
+struct KeyFiles {
     config: Config,
     current: RwLock<(Stamp, TlsAcceptor)>,
 }
@@ -60,7 +60,7 @@ impl Identity {
     /// Reads the files.
     pub(crate) fn read(config: Config) -> Result<Self, Error> {
         let current = (stamp(&config), acceptor(&config)?);
-        Ok(Self(Arc::new(Files { config, current: RwLock::new(current) })))
+        Ok(Self(Arc::new(KeyFiles { config, current: RwLock::new(current) })))
     }
 
     /// What new connections are accepted with.
@@ -73,7 +73,7 @@ impl Identity {
     /// # Errors
     /// When the new files cannot be used.
     pub(crate) fn refresh(&self) -> Result<bool, Error> {
-        let Files { config, current } = &*self.0;
+        let KeyFiles { config, current } = &*self.0;
         let stamp = stamp(config);
         if stamp == current.read().0 {
             return Ok(false);

@@ -13,7 +13,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
-use super::connection::{Connection, Peer, Phase, Spoken, Told};
+use super::connection::{Connection, ConnectionPhase, Peer, ShutdownMode, Spoken};
 use super::{Config, Timeouts};
 use crate::http::scope::{RequestView, Scope};
 use crate::metrics;
@@ -53,12 +53,12 @@ const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_mi
 
 /// Milliseconds, as of the last look: reading it costs nothing.
 #[derive(Debug)]
-pub(crate) struct Clock {
+pub(crate) struct ConnectionClock {
     began: Instant,
     now: AtomicU64,
 }
 
-impl Clock {
+impl ConnectionClock {
     fn new() -> Self {
         // Zero means never.
         Self { began: Instant::now(), now: AtomicU64::new(1) }
@@ -89,7 +89,7 @@ struct Table {
     slots: Arc<Semaphore>,
     max_per_address: usize,
     timeouts: Timeouts,
-    clock: Arc<Clock>,
+    clock: Arc<ConnectionClock>,
     next: AtomicU64,
     shards: [Mutex<HashMap<u64, Arc<Connection>>>; SHARDS],
     addresses: Mutex<HashMap<IpAddr, usize>>,
@@ -103,14 +103,14 @@ struct Table {
 
 /// A connection's place in the table, and what is counted for it.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct ConnectionPermit {
     connection: Arc<Connection>,
     table: Arc<Table>,
     address: Option<IpAddr>,
     _counted: Counted,
 }
 
-impl Seat {
+impl ConnectionPermit {
     pub(crate) fn connection(&self) -> &Arc<Connection> {
         &self.connection
     }
@@ -126,9 +126,9 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for ConnectionPermit {
     fn drop(&mut self) {
-        self.connection.enter(Phase::Closed);
+        self.connection.enter(ConnectionPhase::Closed);
         self.table.shard(self.connection.id).remove(&self.connection.id);
         if let Some(address) = self.address {
             self.table.leave(address);
@@ -196,7 +196,7 @@ impl Connections {
             slots: Arc::new(Semaphore::new(config.max_connections)),
             max_per_address: config.max_per_address,
             timeouts: config.timeouts,
-            clock: Arc::new(Clock::new()),
+            clock: Arc::new(ConnectionClock::new()),
             next: AtomicU64::new(1),
             shards: std::array::from_fn(|_| Mutex::default()),
             addresses: Mutex::default(),
@@ -218,7 +218,7 @@ impl Connections {
         tls: bool,
         limited: bool,
         slot: Option<OwnedSemaphorePermit>,
-    ) -> Result<Seat, TooMany> {
+    ) -> Result<ConnectionPermit, TooMany> {
         let table = &self.0;
         let address = if limited { table.enter(peer)? } else { None };
         let id = table.next.fetch_add(1, Ordering::Relaxed);
@@ -230,7 +230,7 @@ impl Connections {
         let connection = Arc::new(Connection::new(id, table.name, peer, tls, Arc::clone(&table.clock)));
         connection.hold_slot(slot);
         table.shard(id).insert(id, Arc::clone(&connection));
-        Ok(Seat {
+        Ok(ConnectionPermit {
             connection,
             table: Arc::clone(table),
             address,
@@ -243,8 +243,13 @@ impl Connections {
         let now = self.0.clock.tick();
         let mut victims = self.0.victims.lock();
         let is_idle = |connection: &Connection| {
-            let is_between = matches!(connection.phase(), Phase::Opening | Phase::Idle | Phase::Head);
-            is_between && connection.told() < Told::Cut && connection.phase_lasts(now) >= milliseconds(IDLE)
+            let is_between = matches!(
+                connection.phase(),
+                ConnectionPhase::Opening | ConnectionPhase::Idle | ConnectionPhase::Head
+            );
+            is_between
+                && connection.told() < ShutdownMode::Cut
+                && connection.phase_lasts(now) >= milliseconds(IDLE)
         };
         for again in [true, false] {
             while let Some(victim) = victims.pop() {
@@ -262,7 +267,7 @@ impl Connections {
 
     /// How many there are whose clients were not told yet that nothing more will come.
     pub fn count(&self) -> usize {
-        self.all().iter().filter(|connection| connection.phase() != Phase::Closing).count()
+        self.all().iter().filter(|connection| connection.phase() != ConnectionPhase::Closing).count()
     }
 
     fn is_empty(&self) -> bool {
@@ -451,7 +456,7 @@ fn look_at(
     let http2 = connection.spoken() == Spoken::Http2;
     let linger = milliseconds(LINGER);
     let told = connection.told();
-    if told == Told::Cut || phase == Phase::Closed {
+    if told == ShutdownMode::Cut || phase == ConnectionPhase::Closed {
         return;
     }
     if over(connection.blocked_for(now), timeouts.write) {
@@ -461,29 +466,33 @@ fn look_at(
         return connection.cut("memory");
     }
     match phase {
-        Phase::Closing => {
+        ConnectionPhase::Closing => {
             if over(lasts, CLOSING.0) || over(now.saturating_sub(connection.wrote()), CLOSING.1) {
-                connection.tell(Told::Cut);
+                connection.tell(ShutdownMode::Cut);
             }
             return;
         }
-        Phase::Opening if over(lasts, timeouts.handshake) => return connection.cut("handshake timeout"),
-        Phase::Head if over(lasts, timeouts.head) => return connection.cut("head timeout"),
-        // GOAWAY first: a request that is on its way is told to go elsewhere, and not lost.
-        Phase::Idle if blocked => {}
-        Phase::Idle if http2 && told < Told::Leave && over(quiet, timeouts.idle) => {
-            connection.tell(Told::Leave);
+        ConnectionPhase::Opening if over(lasts, timeouts.handshake) => {
+            return connection.cut("handshake timeout");
         }
-        Phase::Idle if !http2 && told < Told::Leave && over(quiet, timeouts.idle) => {
+        ConnectionPhase::Head if over(lasts, timeouts.head) => return connection.cut("head timeout"),
+        // GOAWAY first: a request that is on its way is told to go elsewhere, and not lost.
+        ConnectionPhase::Idle if blocked => {}
+        ConnectionPhase::Idle if http2 && told < ShutdownMode::Leave && over(quiet, timeouts.idle) => {
+            connection.tell(ShutdownMode::Leave);
+        }
+        ConnectionPhase::Idle if !http2 && told < ShutdownMode::Leave && over(quiet, timeouts.idle) => {
             return connection.end("idle timeout");
         }
-        Phase::Idle if over(quiet, timeouts.idle + LINGER) => return connection.cut("idle timeout"),
-        // Somebody else's bytes are silent for too long only where somebody said what that is.
-        Phase::Upgraded if connection.spoken() == Spoken::Tcp && over(lasts, timeouts.idle) => {
+        ConnectionPhase::Idle if over(quiet, timeouts.idle + LINGER) => {
             return connection.cut("idle timeout");
         }
-        Phase::Idle if lasts > milliseconds(REST_AFTER) => connection.rest(),
-        Phase::Busy => {
+        // Somebody else's bytes are silent for too long only where somebody said what that is.
+        ConnectionPhase::Upgraded if connection.spoken() == Spoken::Tcp && over(lasts, timeouts.idle) => {
+            return connection.cut("idle timeout");
+        }
+        ConnectionPhase::Idle if lasts > milliseconds(REST_AFTER) => connection.rest(),
+        ConnectionPhase::Busy => {
             let stalled =
                 connection.requests().iter().any(|scope| over(scope.stalled_for(now), timeouts.write));
             if stalled {
@@ -503,7 +512,7 @@ fn look_at(
     }
     if !timeouts.age.is_zero() && connection.opened.elapsed() > aged(timeouts.age, connection.id) {
         // HTTP/1.1 ends with its next answer; an idle one has the idle timeout.
-        connection.tell(if http2 { Told::Leave } else { Told::Last });
+        connection.tell(if http2 { ShutdownMode::Leave } else { ShutdownMode::Last });
     }
     let Some(Drained { since, linger: patience, hard }) = drained else { return };
     if hard {
@@ -511,17 +520,23 @@ fn look_at(
     }
     match phase {
         // A request may have been sent that has not arrived.
-        Phase::Opening if lasts > patience && since > linger => connection.end("drain"),
-        Phase::Upgraded if connection.spoken() == Spoken::Tcp && lasts > linger && since > linger => {
+        ConnectionPhase::Opening if lasts > patience && since > linger => connection.end("drain"),
+        ConnectionPhase::Upgraded
+            if connection.spoken() == Spoken::Tcp && lasts > linger && since > linger =>
+        {
             connection.cut("drain");
         }
-        Phase::Opening | Phase::Upgraded | Phase::Closing | Phase::Closed => {}
-        _ if http2 => connection.tell(Told::Leave),
-        Phase::Idle if quiet > patience && since > linger => connection.tell(Told::Leave),
-        _ => connection.tell(Told::Last),
+        ConnectionPhase::Opening
+        | ConnectionPhase::Upgraded
+        | ConnectionPhase::Closing
+        | ConnectionPhase::Closed => {}
+        _ if http2 => connection.tell(ShutdownMode::Leave),
+        ConnectionPhase::Idle if quiet > patience && since > linger => connection.tell(ShutdownMode::Leave),
+        _ => connection.tell(ShutdownMode::Last),
     }
     // Half a request head is not a request: hyper would wait for the other half.
-    let resting = matches!(phase, Phase::Opening | Phase::Idle | Phase::Head) && !blocked;
+    let resting =
+        matches!(phase, ConnectionPhase::Opening | ConnectionPhase::Idle | ConnectionPhase::Head) && !blocked;
     if resting && quiet > patience + linger && since > 2 * linger {
         connection.cut("drain");
     }
@@ -548,7 +563,7 @@ pub struct ConnectionView {
     /// Whether it is encrypted.
     pub tls: bool,
     /// What it does.
-    pub phase: Phase,
+    pub phase: ConnectionPhase,
     /// For how long, in milliseconds.
     pub phase_ms: u64,
     /// How long ago it was accepted, in milliseconds.

@@ -14,6 +14,7 @@
 //! Redis: so a process that has just begun to listen loads everything anew, and `ttl` bounds what is left.
 
 mod bus;
+pub(crate) mod status;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -26,7 +27,6 @@ use futures_util::future::{BoxFuture, FutureExt, join_all};
 use moka::Expiry;
 use moka::notification::RemovalCause;
 use parking_lot::RwLock;
-use serde::Serialize;
 use tracing::warn;
 
 pub use bus::Bus;
@@ -34,6 +34,7 @@ pub use bus::Bus;
 use crate::metrics;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::pulse::pulse;
+pub use status::CacheStatus;
 
 /// How often entries that have ended are removed, and sizes are counted. Nobody else does while nobody asks.
 const TIDY: Duration = Duration::from_secs(1);
@@ -78,33 +79,8 @@ impl<T: Kept> Kept for Arc<T> {
     }
 }
 
-/// How a cache stands, and what it has done since the start.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
-pub struct Status {
-    /// How many entries there are,
-    pub entries: u64,
-    /// and how many bytes they take, of how many.
-    pub bytes: u64,
-    /// The most bytes.
-    pub max_bytes: u64,
-    /// How often what was asked for was there, or about to be.
-    pub hits: u64,
-    /// How often it was not.
-    pub misses: u64,
-    /// How many of these loads failed,
-    pub failed: u64,
-    /// and how often what was there before was given instead.
-    pub stale: u64,
-    /// How many entries were removed for want of room,
-    pub evicted: u64,
-    /// since their time was over,
-    pub expired: u64,
-    /// and because somebody said that they had changed.
-    pub forgotten: u64,
-}
-
 /// A cache of `V`s by text. A cheap handle.
-pub struct Cache<V>(Arc<Shared<V>>);
+pub struct Cache<V>(Arc<CacheInner<V>>);
 
 impl<V> Clone for Cache<V> {
     fn clone(&self) -> Self {
@@ -112,7 +88,7 @@ impl<V> Clone for Cache<V> {
     }
 }
 
-struct Shared<V> {
+struct CacheInner<V> {
     config: Config,
     entries: moka::future::Cache<String, Option<V>>,
     /// What was there, for when a load fails.
@@ -181,7 +157,7 @@ impl<V: Kept + Clone> Cache<V> {
             .weigher(|key: &String, value: &V| weight(key, Some(value)))
             .time_to_live(config.ttl + config.stale)
             .build();
-        Self(Arc::new(Shared { config, entries, older, forgotten: AtomicU64::new(0), counts }))
+        Self(Arc::new(CacheInner { config, entries, older, forgotten: AtomicU64::new(0), counts }))
     }
 
     /// What is kept for `key`, or what `load` brings: nothing is an answer, too. However many ask at once, one of
@@ -197,7 +173,7 @@ impl<V: Kept + Clone> Cache<V> {
     where
         E: Send + Sync + 'static,
     {
-        let Shared { config, entries, older, forgotten, counts } = &*self.0;
+        let CacheInner { config, entries, older, forgotten, counts } = &*self.0;
         // What is there costs no more than a look: the library's load is a future of many kilobytes.
         if let Some(value) = entries.get(key).await {
             counts.hits.fetch_add(1, Ordering::Relaxed);
@@ -275,10 +251,10 @@ impl<V: Kept + Clone> Cache<V> {
         }
     }
 
-    fn status(&self) -> Status {
-        let Shared { config, entries, counts, .. } = &*self.0;
+    fn status(&self) -> CacheStatus {
+        let CacheInner { config, entries, counts, .. } = &*self.0;
         let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        Status {
+        CacheStatus {
             entries: entries.entry_count(),
             bytes: entries.weighted_size(),
             max_bytes: config.bytes,
@@ -296,7 +272,7 @@ impl<V: Kept + Clone> Cache<V> {
 /// A cache with its type taken off.
 trait AnyCache: Send + Sync {
     fn name(&self) -> &'static str;
-    fn status(&self) -> Status;
+    fn status(&self) -> CacheStatus;
     fn renew(&self);
     fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()>;
     fn tidy(&self) -> BoxFuture<'_, ()>;
@@ -307,7 +283,7 @@ impl<V: Kept + Clone> AnyCache for Cache<V> {
         self.0.config.name
     }
 
-    fn status(&self) -> Status {
+    fn status(&self) -> CacheStatus {
         self.status()
     }
 
@@ -364,7 +340,7 @@ impl Caches {
     }
 
     /// How each stands.
-    pub fn status(&self) -> Vec<(&'static str, Status)> {
+    pub fn status(&self) -> Vec<(&'static str, CacheStatus)> {
         self.all().iter().map(|cache| (cache.name(), cache.status())).collect()
     }
 

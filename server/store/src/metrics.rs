@@ -6,8 +6,8 @@ use metrics::{
     Histogram, Unit, counter, describe_counter, describe_gauge, describe_histogram, gauge, histogram,
 };
 
-use crate::cache;
-use crate::pool::Status;
+use crate::cache::status::CacheStatus;
+use crate::pool::status::PoolStatus;
 
 /// Counter: transactions that the SQLite writer committed.
 pub const SQLITE_COMMITS: &str = "perennial_sqlite_commits_total";
@@ -92,7 +92,7 @@ pub(crate) fn pool_waits(pool: &'static str) -> Histogram {
 }
 
 /// How a pool stands.
-pub(crate) fn pool(pool: &'static str, status: Status) {
+pub(crate) fn pool(pool: &'static str, status: PoolStatus) {
     let used = status.size.saturating_sub(status.available);
     for (state, count) in [("used", used), ("available", status.available), ("waiting", status.waiting)] {
         let count = u32::try_from(count).unwrap_or(u32::MAX);
@@ -107,7 +107,7 @@ pub(crate) fn pool_nested(pool: &'static str) {
 
 /// How a cache stands.
 #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
-pub(crate) fn cache(cache: &'static str, status: cache::Status) {
+pub(crate) fn cache(cache: &'static str, status: CacheStatus) {
     counter!(CACHE_REQUESTS, "cache" => cache, "result" => "hit").absolute(status.hits);
     counter!(CACHE_REQUESTS, "cache" => cache, "result" => "miss").absolute(status.misses);
     counter!(CACHE_FAILURES, "cache" => cache).absolute(status.failed);

@@ -1,131 +1,20 @@
 //! Stores behind bounded waits.
 
 mod bounded;
+mod causes;
 mod holders;
+mod migrations;
 pub mod postgres;
 pub mod redis;
 pub mod sql;
 pub mod sqlite;
+pub(crate) mod status;
 mod tls;
 mod unreadable;
 mod url;
 
-use std::error::Error;
-
-pub use bounded::Status;
+pub use causes::with_causes;
+pub use migrations::{Migrations, Newer};
+pub use status::PoolStatus;
 pub use unreadable::set_apart;
 pub use url::Url;
-
-/// A write that changes nothing, and needs room all the same.
-const WRITE_PROBE: &str = "UPDATE migrations_served SET oldest = oldest";
-
-/// The tables of one part of the program, in the steps in which they came to be.
-#[derive(Clone, Copy, Debug)]
-pub struct Migrations {
-    /// Whose tables these are.
-    pub module: &'static str,
-    /// SQL, the oldest first. A step that was ever released is never changed.
-    ///
-    /// While a new version is rolled out, and after it was rolled back, programs that know fewer steps work on the same
-    /// tables: so a step only adds what they can do without. A later one may take away what no program uses any more; it
-    /// begins with a line `-- serves 3`, which says how many steps a program must know from then on.
-    pub steps: &'static [&'static str],
-}
-
-/// The store does not serve programs as old as this one any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error(
-    "the store is too new for this program: {module} is at version {found} and serves programs that know {serves}; \
-     this one knows {known}"
-)]
-pub struct Newer {
-    /// Whose migrations.
-    pub module: &'static str,
-    /// The version in the store.
-    pub found: usize,
-    /// The oldest version that it serves.
-    pub serves: usize,
-    /// The newest version that this program knows.
-    pub known: usize,
-}
-
-/// Where the tables of a module stand, as a store has written it down.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Standing {
-    /// How many steps were done.
-    version: usize,
-    /// How many of them a program must know. Stores from before this was written down serve none that is older.
-    serves: Option<usize>,
-}
-
-impl Migrations {
-    /// The steps that a store has not seen, each with the version that it makes; and how many of them a program must know
-    /// when they are done.
-    fn missing(
-        self,
-        standing: Standing,
-    ) -> Result<(impl Iterator<Item = (i64, &'static str)>, usize), Newer> {
-        let Self { module, steps } = self;
-        let Standing { version: found, serves } = standing;
-        let serves = serves.unwrap_or(found);
-        if serves > steps.len() {
-            return Err(Newer { module, found, serves, known: steps.len() });
-        }
-        let missing = (1..).zip(steps.iter().copied()).skip(found);
-        // The first step is what there is nothing older than.
-        let serves =
-            missing.clone().filter_map(|(_, step)| serves_from(step)).fold(serves.max(1), usize::max);
-        Ok((missing, serves))
-    }
-}
-
-/// What a step says of programs that are older.
-fn serves_from(step: &str) -> Option<usize> {
-    step.trim_start().lines().next()?.strip_prefix("-- serves ")?.trim().parse().ok()
-}
-
-/// An error with its causes, in one line.
-pub fn with_causes(error: &dyn Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        // Many say what their cause says.
-        let next = error.to_string();
-        if !text.ends_with(&next) {
-            text = format!("{text}: {next}");
-        }
-        cause = error.source();
-    }
-    text
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn missing(
-        steps: &'static [&'static str],
-        version: usize,
-        serves: Option<usize>,
-    ) -> Result<(usize, usize), Newer> {
-        let migrations = Migrations { module: "zoo", steps };
-        migrations.missing(Standing { version, serves }).map(|(steps, serves)| (steps.count(), serves))
-    }
-
-    #[test]
-    fn older_programs_are_served_until_a_step_takes_something_away() {
-        assert_eq!(missing(&["CREATE", "ADD"], 0, None), Ok((2, 1)));
-        assert_eq!(
-            missing(&["CREATE"], 2, Some(1)),
-            Ok((0, 1)),
-            "an older program on a store that only grew"
-        );
-        assert_eq!(missing(&["CREATE", "ADD", "-- serves 2\nDROP"], 2, Some(1)), Ok((1, 2)));
-        let newer = Newer { module: "zoo", found: 3, serves: 2, known: 1 };
-        assert_eq!(missing(&["CREATE"], 3, Some(2)), Err(newer));
-        assert_eq!(missing(&["CREATE", "ADD"], 3, Some(2)), Ok((0, 2)));
-        // Nobody has said what a store from before serves.
-        assert!(missing(&["CREATE"], 2, None).is_err());
-        assert_eq!(missing(&["CREATE", "ADD", "MORE"], 2, None), Ok((1, 2)));
-    }
-}

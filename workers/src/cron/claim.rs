@@ -5,7 +5,9 @@ use std::time::Duration;
 use jiff::{SignedDuration, Timestamp};
 use uuid::Uuid;
 
-use super::{Cause, Claim, Ending, MAX_CATCH_UP, Misfire, Outcome, Overlap, Run, Schedule, Standing};
+use super::{
+    Ending, MAX_CATCH_UP, Misfire, Overlap, Run, RunCause, RunOutcome, Schedule, ScheduleClaim, ScheduleState,
+};
 
 /// How far a clock may be set back without times being claimed a second time. Vixie's cron has the same bound.
 pub const WAIT_OUT: Duration = Duration::from_secs(3 * 3600);
@@ -16,7 +18,7 @@ const COUNTED: usize = 1000;
 #[derive(Clone, Debug, Default)]
 pub struct Decision {
     /// How the schedule goes on; none if it stands where it should.
-    pub claim: Option<Claim>,
+    pub claim: Option<ScheduleClaim>,
     /// Jobs that must not go on.
     pub cancel: Vec<Uuid>,
     /// By how much the clock was set back, if the schedule begins anew for that.
@@ -24,10 +26,10 @@ pub struct Decision {
 }
 
 /// When something is to be done about a schedule that stands so: at `now` if that is already; none if never. `next` is
-/// the next time after [`Standing::last_fire`].
+/// the next time after [`ScheduleState::last_fire`].
 pub fn due_at(
     schedule: &Schedule,
-    standing: &Standing,
+    standing: &ScheduleState,
     next: Option<Timestamp>,
     now: Timestamp,
 ) -> Option<Timestamp> {
@@ -40,12 +42,17 @@ pub fn due_at(
 
 /// What is to be done about `schedule`, which stands so, at `now` by the store's clock, while the jobs `unfinished` of
 /// it have not ended.
-pub fn decide(schedule: &Schedule, standing: &Standing, unfinished: &[Uuid], now: Timestamp) -> Decision {
+pub fn decide(
+    schedule: &Schedule,
+    standing: &ScheduleState,
+    unfinished: &[Uuid],
+    now: Timestamp,
+) -> Decision {
     if !may_claim(schedule, standing) {
         return Decision::default();
     }
     if let Some(by) = set_back(schedule, standing, now) {
-        let claim = Claim { last_fire: now, ..stays(standing) };
+        let claim = ScheduleClaim { last_fire: now, ..stays(standing) };
         return Decision { claim: Some(claim), cancel: Vec::new(), set_back: Some(by) };
     }
     let mut firing = Firing::new(schedule, standing, unfinished, now);
@@ -53,7 +60,7 @@ pub fn decide(schedule: &Schedule, standing: &Standing, unfinished: &[Uuid], now
         && firing.is_free
     {
         firing.claim.queued = None;
-        firing.run(queued, Cause::Queued, 0);
+        firing.run(queued, RunCause::Queued, 0);
     }
     let Missed { newest, due, passed } = missed(schedule, standing.last_fire, now);
     if let Some(newest) = newest {
@@ -63,7 +70,7 @@ pub fn decide(schedule: &Schedule, standing: &Standing, unfinished: &[Uuid], now
                 firing.meet(*first, passed);
                 rest.iter().for_each(|occurrence| firing.meet(*occurrence, 0));
             }
-            None => firing.note(newest, passed.saturating_sub(1), Outcome::Missed),
+            None => firing.note(newest, passed.saturating_sub(1), RunOutcome::Missed),
         }
     }
     firing.finish(standing)
@@ -72,33 +79,33 @@ pub fn decide(schedule: &Schedule, standing: &Standing, unfinished: &[Uuid], now
 /// A run that somebody asks for at `now`, and its job; none if the policy for overlaps refuses it.
 pub fn by_hand(
     schedule: &Schedule,
-    standing: &Standing,
+    standing: &ScheduleState,
     unfinished: &[Uuid],
     now: Timestamp,
-) -> Option<(Uuid, Claim)> {
+) -> Option<(Uuid, ScheduleClaim)> {
     if schedule.overlap != Overlap::Allow && !unfinished.is_empty() {
         return None;
     }
     let mut firing = Firing::new(schedule, standing, unfinished, now);
-    firing.run(now, Cause::Manual, 0);
+    firing.run(now, RunCause::Manual, 0);
     Some((firing.claim.jobs.first()?.id, firing.claim))
 }
 
 /// Whether it is not paused, and defined as this process has it: another version may have it differently.
-fn may_claim(schedule: &Schedule, standing: &Standing) -> bool {
+fn may_claim(schedule: &Schedule, standing: &ScheduleState) -> bool {
     !standing.is_paused() && standing.definition == schedule.definition()
 }
 
 /// By how much the clock was set back, if that is too much to wait until it is where it was.
-fn set_back(schedule: &Schedule, standing: &Standing, now: Timestamp) -> Option<Duration> {
+fn set_back(schedule: &Schedule, standing: &ScheduleState, now: Timestamp) -> Option<Duration> {
     let back = Duration::try_from(standing.last_fire.duration_since(now)).ok()?;
     // What is about time that has passed has nothing to wait for.
     let waited_out = if schedule.expression.is_elapsed() { Duration::ZERO } else { WAIT_OUT };
     (back > waited_out).then_some(back)
 }
 
-fn stays(standing: &Standing) -> Claim {
-    Claim {
+fn stays(standing: &ScheduleState) -> ScheduleClaim {
+    ScheduleClaim {
         schedule: standing.name.clone(),
         version: standing.version,
         last_fire: standing.last_fire,
@@ -147,11 +154,11 @@ struct Firing<'a> {
     now: Timestamp,
     /// Whether nothing of the schedule is under way.
     is_free: bool,
-    claim: Claim,
+    claim: ScheduleClaim,
 }
 
 impl<'a> Firing<'a> {
-    fn new(schedule: &'a Schedule, standing: &Standing, unfinished: &'a [Uuid], now: Timestamp) -> Self {
+    fn new(schedule: &'a Schedule, standing: &ScheduleState, unfinished: &'a [Uuid], now: Timestamp) -> Self {
         let is_free = unfinished.is_empty();
         let claim = stays(standing);
         Self { schedule, unfinished, now, is_free, claim }
@@ -160,21 +167,21 @@ impl<'a> Firing<'a> {
     /// An occurrence that is due, and the policy for overlaps.
     fn meet(&mut self, occurrence: Timestamp, passed: usize) {
         match self.schedule.overlap {
-            Overlap::Allow => self.run(occurrence, Cause::Due, passed),
-            _ if self.is_free && self.claim.queued.is_none() => self.run(occurrence, Cause::Due, passed),
+            Overlap::Allow => self.run(occurrence, RunCause::Due, passed),
+            _ if self.is_free && self.claim.queued.is_none() => self.run(occurrence, RunCause::Due, passed),
             Overlap::QueueOne if self.claim.queued.is_none() => self.claim.queued = Some(occurrence),
             Overlap::CancelOther => {
                 if let Some(replaced) = self.claim.queued.replace(occurrence) {
-                    self.note(replaced, 0, Outcome::Overlapped);
+                    self.note(replaced, 0, RunOutcome::Overlapped);
                 }
             }
-            Overlap::Skip | Overlap::QueueOne => self.note(occurrence, passed, Outcome::Overlapped),
+            Overlap::Skip | Overlap::QueueOne => self.note(occurrence, passed, RunOutcome::Overlapped),
         }
     }
 
     /// Has it run.
-    fn run(&mut self, occurrence: Timestamp, cause: Cause, passed: usize) {
-        let job = self.schedule.job(occurrence, cause == Cause::Manual);
+    fn run(&mut self, occurrence: Timestamp, cause: RunCause, passed: usize) {
+        let job = self.schedule.job(occurrence, cause == RunCause::Manual);
         self.is_free = false;
         let passed = u32::try_from(passed).unwrap_or(u32::MAX);
         let (id, claimed_at) = (job.id, self.now);
@@ -183,19 +190,19 @@ impl<'a> Firing<'a> {
     }
 
     /// Writes down why it does not run.
-    fn note(&mut self, occurrence: Timestamp, passed: usize, outcome: Outcome) {
+    fn note(&mut self, occurrence: Timestamp, passed: usize, outcome: RunOutcome) {
         self.claim.runs.push(Run {
             id: Uuid::now_v7(),
             has_job: false,
             occurrence,
             claimed_at: self.now,
-            cause: Cause::Due,
+            cause: RunCause::Due,
             passed: u32::try_from(passed).unwrap_or(u32::MAX),
             ending: Some(Ending { outcome, reason: None, at: self.now }),
         });
     }
 
-    fn finish(self, standing: &Standing) -> Decision {
+    fn finish(self, standing: &ScheduleState) -> Decision {
         let Self { schedule, unfinished, claim, .. } = self;
         let gives_way = schedule.overlap == Overlap::CancelOther && claim.queued.is_some();
         let cancel = if gives_way { unfinished.to_vec() } else { Vec::new() };
@@ -207,14 +214,14 @@ impl<'a> Firing<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cron::{Occurrence, Template};
+    use crate::cron::{JobTemplate, Occurrence};
 
     fn at(text: &str) -> Timestamp {
         format!("2026-11-21T{text}Z").parse().unwrap()
     }
 
     fn schedule(expression: &str) -> Schedule {
-        let job = Template {
+        let job = JobTemplate {
             kind: "test".to_owned(),
             queue: "tests".to_owned(),
             priority: 0,
@@ -223,8 +230,8 @@ mod tests {
         Schedule::of("test", expression.parse().unwrap(), job).unwrap()
     }
 
-    fn standing(schedule: &Schedule, last_fire: &str) -> Standing {
-        Standing {
+    fn standing(schedule: &Schedule, last_fire: &str) -> ScheduleState {
+        ScheduleState {
             name: schedule.name.clone(),
             definition: schedule.definition(),
             timing: schedule.expression.to_string(),
@@ -238,7 +245,7 @@ mod tests {
     }
 
     /// What runs and what is written down, of a schedule that was last due at `last`, at `now`.
-    fn runs(schedule: &Schedule, last: &str, now: &str) -> Vec<(Timestamp, u32, Option<Outcome>)> {
+    fn runs(schedule: &Schedule, last: &str, now: &str) -> Vec<(Timestamp, u32, Option<RunOutcome>)> {
         let decision = decide(schedule, &standing(schedule, last), &[], at(now));
         let runs = decision.claim.map(|claim| claim.runs).unwrap_or_default();
         runs.iter()
@@ -263,7 +270,7 @@ mod tests {
         let coalesce = schedule("* * * * *");
         assert_eq!(runs(&coalesce, last, now), [(at("10:05:00"), 4, None)]);
         let skip = schedule("* * * * *").misfire(Misfire::Skip { grace_ms: 29_000 });
-        assert_eq!(runs(&skip, last, now), [(at("10:05:00"), 4, Some(Outcome::Missed))]);
+        assert_eq!(runs(&skip, last, now), [(at("10:05:00"), 4, Some(RunOutcome::Missed))]);
         let grace = schedule("* * * * *").misfire(Misfire::SKIP);
         assert_eq!(runs(&grace, last, now), [(at("10:05:00"), 4, None)]);
         let catch_up =
@@ -275,11 +282,11 @@ mod tests {
             runs(&catch_up(9, 100_000), last, now),
             [(at("10:04:00"), 3, None), (at("10:05:00"), 0, None)]
         );
-        assert_eq!(runs(&catch_up(9, 1000), last, now), [(at("10:05:00"), 4, Some(Outcome::Missed))]);
+        assert_eq!(runs(&catch_up(9, 1000), last, now), [(at("10:05:00"), 4, Some(RunOutcome::Missed))]);
         // For years of every second nobody counts further than this.
         let years = "2020-01-01T00:00:00Z".parse().unwrap();
         let seconds = schedule("* * * * * *");
-        let standing = Standing { last_fire: years, ..standing(&seconds, last) };
+        let standing = ScheduleState { last_fire: years, ..standing(&seconds, last) };
         let claim = decide(&seconds, &standing, &[], at(now)).claim.unwrap();
         assert_eq!(claim.runs[0].passed as usize, COUNTED);
     }
@@ -289,7 +296,7 @@ mod tests {
         let other = [Uuid::from_u128(1)];
         let decide = |overlap, queued: Option<&str>, unfinished: &[Uuid]| {
             let schedule = schedule("* * * * *").overlap(overlap);
-            let standing = Standing { queued: queued.map(at), ..standing(&schedule, "10:00:00") };
+            let standing = ScheduleState { queued: queued.map(at), ..standing(&schedule, "10:00:00") };
             let Decision { claim, cancel, .. } = decide(&schedule, &standing, unfinished, at("10:01:00"));
             let claim = claim.unwrap();
             let overlapped = claim.runs.iter().filter(|run| !run.has_job).count();
@@ -333,13 +340,13 @@ mod tests {
         let minutes = schedule("* * * * *");
         let due = standing(&minutes, "10:00:00");
         let is_claimed =
-            |standing: &Standing| decide(&minutes, standing, &[], at("10:05:00")).claim.is_some();
+            |standing: &ScheduleState| decide(&minutes, standing, &[], at("10:05:00")).claim.is_some();
         assert!(is_claimed(&due));
-        assert!(!is_claimed(&Standing { paused: true, ..due.clone() }));
-        assert!(is_claimed(&Standing { paused: true, held: Some(false), ..due.clone() }));
-        assert!(!is_claimed(&Standing { held: Some(true), ..due.clone() }));
+        assert!(!is_claimed(&ScheduleState { paused: true, ..due.clone() }));
+        assert!(is_claimed(&ScheduleState { paused: true, held: Some(false), ..due.clone() }));
+        assert!(!is_claimed(&ScheduleState { held: Some(true), ..due.clone() }));
         let other = schedule("* * * * *").overlap(Overlap::Skip).definition();
-        assert!(!is_claimed(&Standing { definition: other, ..due }));
+        assert!(!is_claimed(&ScheduleState { definition: other, ..due }));
     }
 
     #[test]
@@ -391,11 +398,11 @@ mod tests {
     #[test]
     fn a_run_by_hand_keeps_to_the_policy_for_overlaps_and_moves_nothing() {
         let schedule = schedule("@daily").overlap(Overlap::Skip);
-        let standing = Standing { held: Some(true), ..standing(&schedule, "10:00:00") };
+        let standing = ScheduleState { held: Some(true), ..standing(&schedule, "10:00:00") };
         let (job, claim) = by_hand(&schedule, &standing, &[], at("11:11:11")).unwrap();
         assert_eq!(claim.jobs[0].id, job);
         assert_eq!((claim.last_fire, claim.jobs.len()), (standing.last_fire, 1));
-        assert_eq!(claim.runs[0].cause, Cause::Manual);
+        assert_eq!(claim.runs[0].cause, RunCause::Manual);
         assert!(by_hand(&schedule, &standing, &[Uuid::nil()], at("11:11:11")).is_none());
     }
 }

@@ -9,9 +9,9 @@ use tracing::warn;
 use uuid::Uuid;
 
 use super::claim::by_hand;
-use super::{Cause, Ending, Outcome, Overlap, Run, Schedule, Standing, Standings, TakeOver};
+use super::{Ending, Overlap, Run, RunCause, RunOutcome, Schedule, ScheduleState, ScheduleStates, TakeOver};
 use crate::admission::Admission;
-use crate::ledger::Ledger;
+use crate::ledger::JobAdmin;
 use crate::metrics;
 use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};
@@ -38,7 +38,7 @@ pub struct ScheduleView {
     #[serde(flatten)]
     pub schedule: Schedule,
     /// Whether anything may come of it.
-    pub state: ScheduleState,
+    pub state: ScheduleActivity,
     /// When it is due next.
     pub next: Option<Moment>,
     /// For how long a time has been due that nobody could claim, in milliseconds.
@@ -52,7 +52,7 @@ pub struct ScheduleView {
 /// Whether anything may come of a schedule.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum ScheduleState {
+pub enum ScheduleActivity {
     /// It is fired when it is due.
     Active,
     /// It is fired when it is resumed.
@@ -78,7 +78,7 @@ pub struct RunView {
     /// When it was due.
     pub occurrence: Moment,
     /// Why it ran.
-    pub cause: Cause,
+    pub cause: RunCause,
     /// How much later than due it was claimed, in milliseconds.
     pub lag_ms: i128,
     /// How many times before it have no run of their own.
@@ -184,15 +184,15 @@ impl Crontab {
             let next = if due.is_some_and(|due| due > now) { due } else { schedule.next_after(now) };
             let state = match next {
                 _ if now.duration_since(standing.seen_at).unsigned_abs() > ABANDONED => {
-                    ScheduleState::Undefined
+                    ScheduleActivity::Undefined
                 }
-                _ if paused => ScheduleState::Paused,
-                None => ScheduleState::Never,
-                Some(_) => ScheduleState::Active,
+                _ if paused => ScheduleActivity::Paused,
+                None => ScheduleActivity::Never,
+                Some(_) => ScheduleActivity::Active,
             };
             views.push(ScheduleView {
                 state,
-                next: next.filter(|_| state == ScheduleState::Active).map(moment),
+                next: next.filter(|_| state == ScheduleActivity::Active).map(moment),
                 overdue_ms: overdue,
                 queued: standing.queued.map(moment),
                 last,
@@ -248,8 +248,8 @@ impl Crontab {
     }
 
     /// A schedule, where it stands, and what time it is.
-    async fn find(&self, name: &str) -> Result<Option<(Timestamp, Standing, Schedule)>> {
-        let Standings { now, all, .. } = self.store.due().await?;
+    async fn find(&self, name: &str) -> Result<Option<(Timestamp, ScheduleState, Schedule)>> {
+        let ScheduleStates { now, all, .. } = self.store.due().await?;
         let found = all.into_iter().find(|standing| standing.name == name);
         found.map(|standing| standing.schedule().map(|schedule| (now, standing, schedule))).transpose()
     }
@@ -257,7 +257,7 @@ impl Crontab {
     async fn view(&self, schedule: &Schedule, run: Run) -> Result<RunView> {
         let job = match &run.ending {
             // One that was given up may have been given another life.
-            None | Some(Ending { outcome: Outcome::Dead | Outcome::Cancelled, .. }) => {
+            None | Some(Ending { outcome: RunOutcome::Dead | RunOutcome::Cancelled, .. }) => {
                 self.store.show(run.id).await?
             }
             Some(_) => None,
@@ -289,7 +289,7 @@ impl Moment {
     }
 }
 
-impl Outcome {
+impl RunOutcome {
     /// The word for it; for the ends of jobs, that of [`State`].
     pub fn as_str(self) -> &'static str {
         match self {

@@ -41,7 +41,7 @@ const FIELDS: [&str; 6] = ["second", "minute", "hour", "day of month", "month", 
 /// An expression and its time zone.
 #[derive(Clone, Serialize, Deserialize)]
 #[serde(try_from = "Written", into = "Written")]
-pub struct Expression {
+pub struct CronExpression {
     written: Written,
     zone: TimeZone,
     form: Form,
@@ -72,7 +72,7 @@ pub enum Unreadable {
     Zone(String),
 }
 
-impl Expression {
+impl CronExpression {
     /// Reads an expression of 5 or 6 fields, `@hourly` and the like, or `@every 30s`, for the wall clock of `zone`, an
     /// IANA name.
     ///
@@ -174,27 +174,27 @@ impl Expression {
     }
 }
 
-impl PartialEq for Expression {
+impl PartialEq for CronExpression {
     fn eq(&self, other: &Self) -> bool {
         self.written == other.written
     }
 }
 
-impl fmt::Debug for Expression {
+impl fmt::Debug for CronExpression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_tuple("Expression").field(&self.as_str()).field(&self.zone_name()).finish()
     }
 }
 
 /// With its zone.
-impl fmt::Display for Expression {
+impl fmt::Display for CronExpression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.written.expression, self.written.zone)
     }
 }
 
 /// In UTC.
-impl FromStr for Expression {
+impl FromStr for CronExpression {
     type Err = Unreadable;
 
     fn from_str(expression: &str) -> Result<Self, Unreadable> {
@@ -202,7 +202,7 @@ impl FromStr for Expression {
     }
 }
 
-impl TryFrom<Written> for Expression {
+impl TryFrom<Written> for CronExpression {
     type Error = Unreadable;
 
     fn try_from(Written { expression, zone }: Written) -> Result<Self, Unreadable> {
@@ -210,8 +210,8 @@ impl TryFrom<Written> for Expression {
     }
 }
 
-impl From<Expression> for Written {
-    fn from(expression: Expression) -> Self {
+impl From<CronExpression> for Written {
+    fn from(expression: CronExpression) -> Self {
         expression.written
     }
 }

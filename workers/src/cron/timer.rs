@@ -12,8 +12,8 @@ use tokio::time::Instant;
 use tracing::{debug, info, warn};
 
 use super::claim::{Decision, decide, due_at};
-use super::{Claim, Crontab, Overlap, Run, Schedule, Standing, Standings, TakeOver};
-use crate::ledger::Ledger;
+use super::{Crontab, Overlap, Run, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
+use crate::ledger::JobAdmin;
 use crate::metrics;
 use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};
@@ -46,7 +46,7 @@ pub struct Timer {
 }
 
 /// What came of claiming.
-enum Claimed {
+enum ClaimedSchedule {
     Won,
     /// Somebody else was faster.
     Lost,
@@ -123,7 +123,7 @@ impl Timer {
         if schedules.is_empty() {
             return Ok(None);
         }
-        let Standings { now, all, .. } = self.standings().await?;
+        let ScheduleStates { now, all, .. } = self.standings().await?;
         let mut soonest: Option<Duration> = None;
         for schedule in schedules {
             let Some(standing) = all.iter().find(|one| one.name == schedule.name) else { continue };
@@ -139,7 +139,7 @@ impl Timer {
                 }
             }
             let next = self.next_after(schedule, last_fire);
-            let due = due_at(schedule, &Standing { last_fire, ..standing.clone() }, next, now);
+            let due = due_at(schedule, &ScheduleState { last_fire, ..standing.clone() }, next, now);
             let overdue = next.filter(|_| due == Some(now)).map(|next| now.duration_since(next));
             metrics::overdue(&schedule.name, overdue.and_then(|by| by.try_into().ok()).unwrap_or_default());
             let wait = due.and_then(|due| Duration::try_from(due.duration_since(now)).ok());
@@ -151,7 +151,7 @@ impl Timer {
     }
 
     /// Where schedules stand. From time to time, and when a store has lost some, it is told which there are.
-    async fn standings(&mut self) -> Result<Standings> {
+    async fn standings(&mut self) -> Result<ScheduleStates> {
         let (store, schedules) = (self.crontab.store().clone(), self.crontab.schedules());
         let mut standings = store.due().await?;
         let is_known = |schedule: &Arc<Schedule>| {
@@ -172,7 +172,12 @@ impl Timer {
     }
 
     /// Does what is to be done about one schedule, and returns its last time as it is then.
-    async fn fire(&mut self, schedule: &Schedule, standing: &Standing, now: Timestamp) -> Result<Timestamp> {
+    async fn fire(
+        &mut self,
+        schedule: &Schedule,
+        standing: &ScheduleState,
+        now: Timestamp,
+    ) -> Result<Timestamp> {
         let store = self.crontab.store().clone();
         let unfinished = match schedule.overlap {
             Overlap::Allow => Vec::new(),
@@ -183,10 +188,10 @@ impl Timer {
         if let Some(claim) = claim {
             let (claimed, runs) = (claim.last_fire, claim.runs.clone());
             match self.claim(claim).await? {
-                Claimed::Won => tell(schedule, &runs, now, set_back),
+                ClaimedSchedule::Won => tell(schedule, &runs, now, set_back),
                 // Somebody else has done the same, or something that the next look will show.
-                Claimed::Lost => return Ok(claimed),
-                Claimed::HeldUp => return Ok(last_fire),
+                ClaimedSchedule::Lost => return Ok(claimed),
+                ClaimedSchedule::HeldUp => return Ok(last_fire),
             }
             last_fire = claimed;
         } else if !cancel.is_empty() {
@@ -204,22 +209,22 @@ impl Timer {
     }
 
     /// Writes down a claim, if there is room for its jobs, nobody was faster, and the drain has not begun.
-    async fn claim(&mut self, claim: Claim) -> Result<Claimed> {
+    async fn claim(&mut self, claim: ScheduleClaim) -> Result<ClaimedSchedule> {
         let schedule = claim.schedule.clone();
         if let Err(error) = self.crontab.admission().admit(&claim.jobs) {
             // It is due until there is room; then what was missed is for its policy.
             if self.held_up.insert(schedule.clone()) {
                 warn!(schedule, error = error.in_one_line(), "the schedule waits for room");
             }
-            return Ok(Claimed::HeldUp);
+            return Ok(ClaimedSchedule::HeldUp);
         }
         if self.held_up.remove(&schedule) {
             info!(schedule, "there is room for the schedule again");
         }
         if self.drain.phase() > Phase::Running {
-            return Ok(Claimed::HeldUp);
+            return Ok(ClaimedSchedule::HeldUp);
         }
-        Ok(if self.crontab.store().fire(claim).await? { Claimed::Won } else { Claimed::Lost })
+        Ok(if self.crontab.store().fire(claim).await? { ClaimedSchedule::Won } else { ClaimedSchedule::Lost })
     }
 
     fn next_after(&mut self, schedule: &Schedule, last: Timestamp) -> Option<Timestamp> {

@@ -36,7 +36,7 @@ use crate::job::UniqueUntil;
 use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement,
 };
-use crate::state::{Spent, Transition};
+use crate::state::{Attempts, Transition};
 use crate::wake::Wake;
 use claim::Cursors;
 
@@ -421,7 +421,7 @@ async fn run_again(session: &impl Session, settlements: &[&Settlement]) -> Resul
         Transition::Again { wait, spent } => (seconds(*wait), *spent),
         _ => (0.0, settlement.job.spent),
     });
-    let (waits, spent): (Vec<f64>, Vec<Spent>) = again.unzip();
+    let (waits, spent): (Vec<f64>, Vec<Attempts>) = again.unzip();
     let failures: Vec<i32> = spent.iter().map(|spent| count(spent.failures)).collect();
     let recoveries: Vec<i32> = spent.iter().map(|spent| count(spent.recoveries)).collect();
     let since: Vec<Option<Timestamp>> = spent.iter().map(|spent| spent.since).collect();
@@ -582,7 +582,7 @@ fn claimed(row: &Row, queue: Option<&Arc<str>>) -> Claimed {
         payload: row.get("payload"),
         epoch,
         first: epoch == 1,
-        spent: Spent {
+        spent: Attempts {
             failures: unsigned("failures"),
             recoveries: unsigned("recoveries"),
             since: row.get("recovered_at"),

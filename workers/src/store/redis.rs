@@ -43,7 +43,7 @@ use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Error, Failure, Held, Lapsed, NewJob, Queue, Renewal, Renewed,
     Result, Settlement,
 };
-use crate::state::{Spent, State, Transition};
+use crate::state::{Attempts, State, Transition};
 use crate::wake::Wake;
 
 /// How many jobs a script takes at most.
@@ -127,10 +127,10 @@ impl Scripts {
 
 /// The queues in a Redis server. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct RedisQueue(Arc<Shared>);
+pub struct RedisQueue(Arc<RedisQueueInner>);
 
 #[derive(Debug)]
-struct Shared {
+struct RedisQueueInner {
     redis: Redis,
     prefix: String,
     scripts: Scripts,
@@ -143,7 +143,7 @@ struct Shared {
 
 /// What has become of a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Found {
+pub(crate) enum FoundJob {
     /// It is not here, or has settled.
     Nowhere,
     /// It waits or runs.
@@ -164,13 +164,13 @@ struct Header {
 }
 
 /// A job as it is kept: its priority, the header, and the payload on a line of its own.
-struct Record {
+struct JobRecord {
     priority: i16,
     header: Header,
     payload: String,
 }
 
-impl Record {
+impl JobRecord {
     fn write(&self) -> String {
         format!("{} {}\n{}", self.priority, json(&self.header), self.payload)
     }
@@ -188,9 +188,9 @@ impl Record {
 }
 
 /// A job as the script that enqueues wants it.
-struct Entry {
+struct JobEntry {
     id: Uuid,
-    record: Record,
+    record: JobRecord,
     due: Due,
     /// What [`write_state`] wrote; nothing for a job that has gone through nothing yet.
     state: String,
@@ -199,7 +199,7 @@ struct Entry {
     last_epoch: Option<i64>,
 }
 
-impl Entry {
+impl JobEntry {
     fn push(&self, script: &mut ScriptInvocation<'_>) {
         let (wait, milliseconds) = match self.due {
             Due::Now => ("now", 0),
@@ -227,17 +227,17 @@ impl Entry {
 }
 
 /// What has gone wrong with a job: failures, recoveries, since when, and the errors.
-fn write_state(spent: Spent, errors: &[Failure]) -> String {
+fn write_state(spent: Attempts, errors: &[Failure]) -> String {
     let since = spent.since.map_or(0, Timestamp::as_millisecond);
     let errors = if errors.is_empty() { String::new() } else { json(&errors) };
     format!("{} {} {since} {errors}", spent.failures, spent.recoveries)
 }
 
-fn read_state(text: &str) -> (Spent, Vec<Failure>) {
+fn read_state(text: &str) -> (Attempts, Vec<Failure>) {
     let mut parts = text.splitn(4, ' ');
     let mut number = || parts.next().and_then(|part| part.parse::<i64>().ok()).unwrap_or_default();
     let (failures, recoveries, since) = (number(), number(), number());
-    let spent = Spent {
+    let spent = Attempts {
         failures: u32::try_from(failures).unwrap_or_default(),
         recoveries: u32::try_from(recoveries).unwrap_or_default(),
         since: (since > 0).then(|| timestamp(since)),
@@ -257,7 +257,7 @@ impl RedisQueue {
     }
 
     fn with(redis: Redis, prefix: &str, outbox: Option<Outbox>) -> Self {
-        Self(Arc::new(Shared {
+        Self(Arc::new(RedisQueueInner {
             redis,
             prefix: prefix.to_owned(),
             scripts: Scripts::new(),
@@ -283,11 +283,11 @@ impl RedisQueue {
     ///
     /// # Errors
     /// When Redis cannot be asked.
-    pub(crate) async fn find(&self, queue: &str, ids: &[Uuid]) -> Result<Vec<Found>> {
+    pub(crate) async fn find(&self, queue: &str, ids: &[Uuid]) -> Result<Vec<FoundJob>> {
         if ids.is_empty() {
             return Ok(Vec::new());
         }
-        let mut places = vec![Found::Nowhere; ids.len()];
+        let mut places = vec![FoundJob::Nowhere; ids.len()];
         // In the order in which a job goes through them: none is missed on its way.
         for (command, part) in
             [("ZMSCORE", "scheduled"), ("ZMSCORE", "ready"), ("HMGET", "epochs"), ("ZMSCORE", "ended_at")]
@@ -298,9 +298,9 @@ impl RedisQueue {
                 ask.arg(id.to_string());
             }
             let found: Vec<Option<String>> = self.0.redis.query(&ask).await?;
-            let place = if part == "ended_at" { Found::Ended } else { Found::Waiting };
+            let place = if part == "ended_at" { FoundJob::Ended } else { FoundJob::Waiting };
             for (known, found) in places.iter_mut().zip(found) {
-                if found.is_some() && *known == Found::Nowhere {
+                if found.is_some() && *known == FoundJob::Nowhere {
                     *known = place;
                 }
             }
@@ -397,7 +397,7 @@ impl RedisQueue {
                 Err(error) => error.in_one_line(),
             };
             set_apart("jobs", &String::from_utf8_lossy(&id), &error);
-            let kept = Kept {
+            let kept = KeptJob {
                 state: State::Dead,
                 kind: String::new(),
                 priority: 0,
@@ -443,10 +443,10 @@ fn push_new(script: &mut ScriptInvocation<'_>, jobs: &[&NewJob]) {
             trace: job.trace.clone(),
             unique: job.unique_key(),
         };
-        let spent = Spent { recoveries: job.recoveries, since: Some(now), ..Spent::default() };
-        let entry = Entry {
+        let spent = Attempts { recoveries: job.recoveries, since: Some(now), ..Attempts::default() };
+        let entry = JobEntry {
             id: job.id,
-            record: Record { priority: job.priority, header, payload: job.payload.clone() },
+            record: JobRecord { priority: job.priority, header, payload: job.payload.clone() },
             due: job.due,
             state: if job.recoveries > 0 { write_state(spent, &[]) } else { String::new() },
             until: job.unique.as_ref().map_or(UniqueUntil::Ended, |unique| unique.until),
@@ -473,7 +473,7 @@ fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
     let text = |bytes: Vec<u8>| {
         String::from_utf8(bytes).map_err(|_| Error::Unreadable("its bytes are no text".to_owned()))
     };
-    let Record { priority, header, payload } = Record::read(&text(record)?)?;
+    let JobRecord { priority, header, payload } = JobRecord::read(&text(record)?)?;
     let (spent, errors) = read_state(&text(state)?);
     let checkpoint = checkpoint.map(text).transpose()?;
     let due = due_of(&score, priority).unwrap_or(header.created_at);
@@ -682,7 +682,7 @@ fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
         Transition::Finished => ("f", 0, String::new()),
         Transition::Again { wait, spent } => ("a", millis(*wait), write_state(*spent, &settlement.errors)),
         Transition::Ended { state, reason, spent } => {
-            let kept = Kept {
+            let kept = KeptJob {
                 state: *state,
                 kind: job.kind.clone(),
                 priority: job.priority,
@@ -712,7 +712,7 @@ fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
 
 /// A job that has ended.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-struct Kept {
+struct KeptJob {
     state: State,
     kind: String,
     priority: i16,

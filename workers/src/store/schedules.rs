@@ -9,7 +9,7 @@ use perennial_store::{transact, values};
 use uuid::Uuid;
 
 use super::{Store, json, postgres, read_json, sqlite, stands_for, timestamp};
-use crate::cron::{Cause, Claim, Ending, Run, Schedule, Standing, Standings, TakeOver};
+use crate::cron::{Ending, Run, RunCause, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
 use crate::queue::Result;
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED};
 use crate::store::millis;
@@ -46,21 +46,21 @@ impl<'a> SqlSchedules<'a> {
         Ok(transact!(&self.sql, tx => define(tx, &definitions, take_over))?)
     }
 
-    pub(super) async fn due(&self) -> Result<Standings> {
+    pub(super) async fn due(&self) -> Result<ScheduleStates> {
         let now = now_ms(self.sql.dialect());
         let sql = format!("SELECT schedules.*, {now} AS now_ms FROM schedules ORDER BY name");
         let rows = self.sql.query(sql, values![]).await?;
         let now = rows.first().map(|row| row.get("now_ms")).transpose()?;
-        let all: Vec<Standing> = sql::each(&rows, "schedules", "name", standing);
+        let all: Vec<ScheduleState> = sql::each(&rows, "schedules", "name", standing);
         let mut unreadable = Vec::new();
         if all.len() < rows.len() {
             unreadable = rows.iter().map(|row| row.name("name")).collect();
             unreadable.retain(|name| !all.iter().any(|standing| standing.name == *name));
         }
-        Ok(Standings { now: now.map_or_else(Timestamp::now, timestamp), all, unreadable })
+        Ok(ScheduleStates { now: now.map_or_else(Timestamp::now, timestamp), all, unreadable })
     }
 
-    pub(super) async fn fire(&self, claim: Claim) -> Result<bool> {
+    pub(super) async fn fire(&self, claim: ScheduleClaim) -> Result<bool> {
         let queues: BTreeSet<String> = claim.jobs.iter().map(|job| job.queue.to_string()).collect();
         let fired = transact!(&self.sql, tx => fire(tx, &claim))?;
         if fired && !queues.is_empty() {
@@ -136,7 +136,7 @@ async fn define<T: Tx>(tx: &T, definitions: &[Definition], take_over: TakeOver) 
     Ok(())
 }
 
-async fn fire<T: Tx>(tx: &T, claim: &Claim) -> sql::Result<bool> {
+async fn fire<T: Tx>(tx: &T, claim: &ScheduleClaim) -> sql::Result<bool> {
     let sql = "UPDATE schedules SET last_fire = ?, queued = ?, version = version + 1 WHERE name = ? AND version = ?";
     let queued = claim.queued.map(Timestamp::as_millisecond);
     let last_fire = claim.last_fire.as_millisecond();
@@ -196,8 +196,8 @@ fn now_ms(dialect: Dialect) -> String {
     format!("{} / 1000", dialect.now_us())
 }
 
-fn standing(row: &Row) -> sql::Result<Standing> {
-    Ok(Standing {
+fn standing(row: &Row) -> sql::Result<ScheduleState> {
+    Ok(ScheduleState {
         name: row.get("name")?,
         definition: row.get("definition")?,
         timing: row.get("timing")?,
@@ -211,13 +211,13 @@ fn standing(row: &Row) -> sql::Result<Standing> {
 }
 
 fn run(row: &Row) -> sql::Result<Run> {
-    let cause: Option<Cause> = read_json(row.get("cause")?);
+    let cause: Option<RunCause> = read_json(row.get("cause")?);
     Ok(Run {
         id: row.get("id")?,
         has_job: row.get("has_job")?,
         occurrence: timestamp(row.get("occurrence")?),
         claimed_at: timestamp(row.get("claimed_at")?),
-        cause: cause.unwrap_or(Cause::Due),
+        cause: cause.unwrap_or(RunCause::Due),
         passed: row.get("passed")?,
         ending: read_json(row.get("ending")?),
     })

@@ -28,16 +28,16 @@ use perennial_store::pool::{Migrations, set_apart, sql};
 use rusqlite::{Connection, OptionalExtension, Row, ToSql, named_params};
 use uuid::Uuid;
 
-use self::kept::Kept;
+use self::kept::KeptStatement;
 use super::{json, later, now_ms, read_json, timestamp};
-use crate::cron::Standings;
+use crate::cron::ScheduleStates;
 use crate::job::UniqueUntil;
 use crate::lease::BootTime;
 use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Probed, Queue, Renewal, Renewed, Result,
     Settlement,
 };
-use crate::state::{Spent, State, Transition};
+use crate::state::{Attempts, State, Transition};
 use crate::wake::Wake;
 
 /// The tables of the engine.
@@ -179,13 +179,13 @@ pub struct SqliteQueue {
     store: Sqlite,
     wake: Wake,
     /// When each queue has a job to claim,
-    next: Arc<Kept<BTreeMap<Arc<str>, Option<i64>>>>,
+    next: Arc<KeptStatement<BTreeMap<Arc<str>, Option<i64>>>>,
     /// how many jobs there are in each,
-    depths: Arc<Kept<BTreeMap<Arc<str>, Depth>>>,
+    depths: Arc<KeptStatement<BTreeMap<Arc<str>, Depth>>>,
     /// how many have ended and are kept,
-    ended: Arc<Kept<Vec<(String, u64)>>>,
+    ended: Arc<KeptStatement<Vec<(String, u64)>>>,
     /// and how schedules stand.
-    standings: Arc<Kept<Standings>>,
+    standings: Arc<KeptStatement<ScheduleStates>>,
 }
 
 impl SqliteQueue {
@@ -202,10 +202,13 @@ impl SqliteQueue {
     }
 
     /// How schedules stand, as `read` says if it has to be asked.
-    pub(super) async fn standings(&self, read: impl Future<Output = Result<Standings>>) -> Result<Standings> {
+    pub(super) async fn standings(
+        &self,
+        read: impl Future<Output = Result<ScheduleStates>>,
+    ) -> Result<ScheduleStates> {
         let stamp = self.store.stamp();
         match self.standings.get(stamp) {
-            Some(standings) => Ok(Standings { now: timestamp(now_ms()), ..standings }),
+            Some(standings) => Ok(ScheduleStates { now: timestamp(now_ms()), ..standings }),
             None => Ok(self.standings.set(stamp, read.await?)),
         }
     }
@@ -583,7 +586,7 @@ fn claimed(row: &Row<'_>, now: i64) -> rusqlite::Result<Claimed> {
         payload: row.get("payload")?,
         epoch,
         first: epoch == 1,
-        spent: Spent {
+        spent: Attempts {
             failures: row.get("failures")?,
             recoveries: row.get("recoveries")?,
             since: recovered_at.map(timestamp),

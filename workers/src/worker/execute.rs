@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt;
 use jiff::Timestamp;
 use perennial_runtime::breaker;
-use perennial_runtime::tasks::panic_message;
+use perennial_runtime::panics::panic_message;
 use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 use tracing::{Instrument, debug, error, info, info_span, warn};
@@ -18,10 +18,10 @@ use super::settle::{Settled, Settler};
 use super::slots::InHand;
 use crate::job::{Advance, Context, Fate, Recorder, Recording, Stopped};
 use crate::lease::Lease;
-use crate::metrics::{self, Outcome};
+use crate::metrics::{self, OutcomeLabel};
 use crate::queue::{Claimed, Failure, Held, KEPT_ERRORS, MAX_PAYLOAD, Queue, Settlement};
-use crate::registry::{Kind, Runnable};
-use crate::state::{Event, Spent, State, Transition, next, spent_by_crashes};
+use crate::registry::{JobKind, Runnable};
+use crate::state::{Attempts, Event, State, Transition, next, spent_by_crashes};
 
 /// A job of a kind that this process does not know belongs to another version of it: left alone for so long.
 const UNKNOWN_KIND: Duration = Duration::from_secs(60);
@@ -85,7 +85,7 @@ pub(super) fn start<Q: Queue>(
         subject
     );
     let in_hand = worker.slots.take(&claimed, kind.name, subject, &context);
-    let run = Run { settler, kind, claimed: Arc::new(claimed), job, context, in_hand };
+    let run = RunningJob { settler, kind, claimed: Arc::new(claimed), job, context, in_hand };
     jobs.spawn(run.execute().instrument(span));
 }
 
@@ -101,27 +101,28 @@ fn request_id(trace_id: &str) -> Option<String> {
     (id.get_version_num() == 7).then(|| id.hyphenated().to_string())
 }
 
-struct Run {
+struct RunningJob {
     settler: Settler,
-    kind: Arc<Kind>,
+    kind: Arc<JobKind>,
     claimed: Arc<Claimed>,
     job: Readable,
     context: Context,
     in_hand: InHand,
 }
 
-impl Run {
+impl RunningJob {
     /// Runs the job and settles it.
     async fn execute(self) {
         let began = Instant::now();
-        let Spent { failures, recoveries, .. } = self.claimed.spent;
+        let Attempts { failures, recoveries, .. } = self.claimed.spent;
         // A run after a snooze is the same piece of work going on.
         if self.claimed.first || failures > 0 || recoveries > 0 {
             info!(attempt = self.context.attempt(), failures, recoveries, "job started");
         }
         let (event, outcome) = self.attempt().await;
         let event = event.in_short();
-        let spent = if self.context.advance.has_advanced() { Spent::default() } else { self.claimed.spent };
+        let spent =
+            if self.context.advance.has_advanced() { Attempts::default() } else { self.claimed.spent };
         let (failure, detail) = match &event {
             Event::Failed { error, .. } => (Some(error.clone()), Some(error.clone())),
             Event::Hopeless(reason) | Event::Cancelled(reason) => (None, Some(reason.clone())),
@@ -132,12 +133,12 @@ impl Run {
         if let Transition::Ended { state: State::Dead, reason, spent } = &transition
             && !self.gave_up(reason).await
         {
-            let spent = Spent { failures: spent.failures.saturating_sub(1), ..*spent };
+            let spent = Attempts { failures: spent.failures.saturating_sub(1), ..*spent };
             transition = Transition::Again { wait: budget.backoff.cap, spent };
         }
         let outcome = match &transition {
-            Transition::Ended { state: State::Dead, .. } => Outcome::Dead,
-            Transition::Ended { .. } => Outcome::Cancelled,
+            Transition::Ended { state: State::Dead, .. } => OutcomeLabel::Dead,
+            Transition::Ended { .. } => OutcomeLabel::Cancelled,
             _ => outcome,
         };
         let settlement = Settlement { job: self.claimed.clone(), errors: self.errors(failure), transition };
@@ -152,23 +153,23 @@ impl Run {
     }
 
     /// Runs the job: how it ended, and the word for it.
-    async fn attempt(&self) -> (Event, Outcome) {
+    async fn attempt(&self) -> (Event, OutcomeLabel) {
         if let Some(reason) = &self.claimed.cancelled {
-            return (Event::Cancelled(reason.clone()), Outcome::Cancelled);
+            return (Event::Cancelled(reason.clone()), OutcomeLabel::Cancelled);
         }
         if let Some(reason) = spent_by_crashes(&self.kind.options.budget, self.claimed.spent) {
-            return (Event::Hopeless(reason), Outcome::Dead);
+            return (Event::Hopeless(reason), OutcomeLabel::Dead);
         }
         // Other programs enqueue what ours would not.
         let length = self.claimed.payload.len();
         if length > MAX_PAYLOAD {
             let reason = format!("its payload has {length} bytes, at most {MAX_PAYLOAD} are possible");
-            return (Event::Hopeless(reason), Outcome::Dead);
+            return (Event::Hopeless(reason), OutcomeLabel::Dead);
         }
         let job = match &self.job {
             Ok(job) => Arc::clone(job),
             Err(error) => {
-                return (Event::Hopeless(format!("its payload cannot be read: {error}")), Outcome::Dead);
+                return (Event::Hopeless(format!("its payload cannot be read: {error}")), OutcomeLabel::Dead);
             }
         };
         let running = AssertUnwindSafe(job.run(self.context.clone())).catch_unwind();
@@ -177,48 +178,48 @@ impl Run {
         match ended {
             Ok(Ok(Ok(fate))) => self.fated(fate),
             Ok(Ok(Err(error))) => self.erred(&error),
-            Ok(Err(panic)) => failed(format!("panic: {}", panic_message(&*panic)), Outcome::Panicked),
+            Ok(Err(panic)) => failed(format!("panic: {}", panic_message(&*panic)), OutcomeLabel::Panicked),
             Err(_elapsed) => {
-                failed(format!("not done within {:?}", self.kind.options.timeout), Outcome::TimedOut)
+                failed(format!("not done within {:?}", self.kind.options.timeout), OutcomeLabel::TimedOut)
             }
         }
     }
 
-    fn fated(&self, fate: Fate) -> (Event, Outcome) {
+    fn fated(&self, fate: Fate) -> (Event, OutcomeLabel) {
         match fate {
-            Fate::Done => (Event::Done, Outcome::Done),
+            Fate::Done => (Event::Done, OutcomeLabel::Done),
             Fate::Skipped(reason) => {
                 debug!(reason, "skipped");
-                (Event::Done, Outcome::Skipped)
+                (Event::Done, OutcomeLabel::Skipped)
             }
-            Fate::Snooze(wait) => self.unless_cancelled(Event::Snoozed(wait), Outcome::Snoozed),
+            Fate::Snooze(wait) => self.unless_cancelled(Event::Snoozed(wait), OutcomeLabel::Snoozed),
             Fate::Retry { after, reason } => {
-                (Event::Failed { error: reason, after: Some(after) }, Outcome::Failed)
+                (Event::Failed { error: reason, after: Some(after) }, OutcomeLabel::Failed)
             }
-            Fate::Cancel(reason) => (Event::Cancelled(reason), Outcome::Cancelled),
-            Fate::Dead(reason) => (Event::Hopeless(reason), Outcome::Dead),
-            Fate::HandBack => self.unless_cancelled(Event::HandedBack, Outcome::HandedBack),
+            Fate::Cancel(reason) => (Event::Cancelled(reason), OutcomeLabel::Cancelled),
+            Fate::Dead(reason) => (Event::Hopeless(reason), OutcomeLabel::Dead),
+            Fate::HandBack => self.unless_cancelled(Event::HandedBack, OutcomeLabel::HandedBack),
         }
     }
 
-    fn erred(&self, error: &anyhow::Error) -> (Event, Outcome) {
+    fn erred(&self, error: &anyhow::Error) -> (Event, OutcomeLabel) {
         // Asked to stop, and it stopped: no failure of the job.
         if error.downcast_ref() == Some(&Stopped::Cancelled) {
-            return self.unless_cancelled(Event::HandedBack, Outcome::HandedBack);
+            return self.unless_cancelled(Event::HandedBack, OutcomeLabel::HandedBack);
         }
         // What it depends on is away: it waits for that, and has not failed.
         if let Some(open) = error.chain().find_map(|cause| cause.downcast_ref::<breaker::Open>()) {
             debug!(dependency = open.dependency, "the breaker is open");
-            return self.unless_cancelled(Event::Snoozed(open.retry_after), Outcome::Snoozed);
+            return self.unless_cancelled(Event::Snoozed(open.retry_after), OutcomeLabel::Snoozed);
         }
         let error = format!("{error:#}");
-        self.unless_cancelled(Event::Failed { error, after: None }, Outcome::Failed)
+        self.unless_cancelled(Event::Failed { error, after: None }, OutcomeLabel::Failed)
     }
 
     /// What would run again does not when somebody has cancelled it meanwhile.
-    fn unless_cancelled(&self, event: Event, outcome: Outcome) -> (Event, Outcome) {
+    fn unless_cancelled(&self, event: Event, outcome: OutcomeLabel) -> (Event, OutcomeLabel) {
         match self.in_hand.cancelled() {
-            Some(reason) => (Event::Cancelled(reason), Outcome::Cancelled),
+            Some(reason) => (Event::Cancelled(reason), OutcomeLabel::Cancelled),
             None => (event, outcome),
         }
     }
@@ -247,13 +248,13 @@ impl Run {
     }
 }
 
-fn log_end(outcome: Outcome, detail: Option<&str>, settled: Settled, took: Duration) {
+fn log_end(outcome: OutcomeLabel, detail: Option<&str>, settled: Settled, took: Duration) {
     let took_ms = u64::try_from(took.as_millis()).unwrap_or(u64::MAX);
     let (outcome, settled, word) = (outcome.as_str(), settled == Settled::Kept, outcome);
     match word {
-        Outcome::Snoozed => debug!(outcome, settled, took_ms, "job ended"),
-        Outcome::Dead => error!(outcome, detail, settled, took_ms, "job ended"),
-        Outcome::Failed | Outcome::TimedOut | Outcome::Panicked => {
+        OutcomeLabel::Snoozed => debug!(outcome, settled, took_ms, "job ended"),
+        OutcomeLabel::Dead => error!(outcome, detail, settled, took_ms, "job ended"),
+        OutcomeLabel::Failed | OutcomeLabel::TimedOut | OutcomeLabel::Panicked => {
             warn!(outcome, detail, settled, took_ms, "job ended");
         }
         _ => info!(outcome, detail, settled, took_ms, "job ended"),

@@ -28,10 +28,10 @@ pub(super) enum Settled {
 
 /// Takes settlements. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Settler(mpsc::Sender<Waiting>);
+pub(super) struct Settler(mpsc::Sender<PendingSettlement>);
 
 #[derive(Debug)]
-struct Waiting {
+struct PendingSettlement {
     settlement: Settlement,
     lease: Lease,
     answer: oneshot::Sender<Settled>,
@@ -41,7 +41,7 @@ impl Settler {
     /// Returns when it is written down, or cannot be any more.
     pub(super) async fn settle(&self, settlement: Settlement, lease: Lease) -> Settled {
         let (answer, settled) = oneshot::channel();
-        if self.0.send(Waiting { settlement, lease, answer }).await.is_err() {
+        if self.0.send(PendingSettlement { settlement, lease, answer }).await.is_err() {
             return Settled::Lost;
         }
         settled.await.unwrap_or(Settled::Lost)
@@ -54,7 +54,7 @@ pub(super) fn channel<Q: Queue>(queue: Q) -> (Settler, impl Future<Output = ()> 
     (Settler(sender), run(queue, receiver))
 }
 
-async fn run<Q: Queue>(queue: Q, mut waiting: mpsc::Receiver<Waiting>) {
+async fn run<Q: Queue>(queue: Q, mut waiting: mpsc::Receiver<PendingSettlement>) {
     let mut batch = Vec::new();
     while waiting.recv_many(&mut batch, BATCH).await > 0 {
         settle(&queue, std::mem::take(&mut batch)).await;
@@ -62,7 +62,7 @@ async fn run<Q: Queue>(queue: Q, mut waiting: mpsc::Receiver<Waiting>) {
 }
 
 /// Settles a batch: again and again while the store is away, and those whose leases are held.
-async fn settle<Q: Queue>(queue: &Q, mut batch: Vec<Waiting>) {
+async fn settle<Q: Queue>(queue: &Q, mut batch: Vec<PendingSettlement>) {
     for failures in 1.. {
         let settlements = batch.iter().map(|waiting| waiting.settlement.clone()).collect();
         let error = match queue.settle(settlements).await {

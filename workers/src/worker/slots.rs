@@ -15,16 +15,16 @@ use crate::job::{Advance, Context};
 use crate::lease::Lease;
 use crate::metrics;
 use crate::queue::{Claimed, Held, Progress};
-use crate::registry::Lane;
+use crate::registry::QueueSlots;
 
 /// The jobs in hand. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Slots(Arc<Shared>);
+pub(super) struct Slots(Arc<SlotTable>);
 
 #[derive(Debug)]
-struct Shared {
+struct SlotTable {
     jobs: Mutex<InHandOfAll>,
-    lanes: Vec<Lane>,
+    lanes: Vec<QueueSlots>,
     ended: AtomicU64,
 }
 
@@ -150,8 +150,8 @@ impl Status {
 }
 
 impl Slots {
-    pub(super) fn new(lanes: &[Lane]) -> Self {
-        Self(Arc::new(Shared { jobs: Mutex::default(), lanes: lanes.to_vec(), ended: AtomicU64::new(0) }))
+    pub(super) fn new(lanes: &[QueueSlots]) -> Self {
+        Self(Arc::new(SlotTable { jobs: Mutex::default(), lanes: lanes.to_vec(), ended: AtomicU64::new(0) }))
     }
 
     fn lock(&self) -> MutexGuard<'_, InHandOfAll> {

@@ -133,16 +133,16 @@ fn read(file: &Path) -> Result<Vec<Hash>, String> {
 
 /// The keys in files as of the last look. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Files(Arc<Known>);
+pub(super) struct KeyFiles(Arc<WatchedFiles>);
 
 #[derive(Debug)]
-struct Known {
+struct WatchedFiles {
     /// Each file, who shows its keys, and the keys that it had when it could last be read.
     files: Mutex<Vec<(Config, Caller, Vec<Hash>)>>,
     keys: RwLock<HashMap<Hash, Caller>>,
 }
 
-impl Files {
+impl KeyFiles {
     /// Reads them for the first time. The settings have said that they can be read.
     pub(super) fn open(configs: Vec<Config>, sites: &Sites) -> Self {
         let caller = |config: Config| {
@@ -157,7 +157,7 @@ impl Files {
             Some((config, Caller::new(key, grant), Vec::new()))
         };
         let files = configs.into_iter().filter_map(caller).collect();
-        let files = Self(Arc::new(Known { files: Mutex::new(files), keys: RwLock::default() }));
+        let files = Self(Arc::new(WatchedFiles { files: Mutex::new(files), keys: RwLock::default() }));
         files.look();
         files
     }

@@ -84,7 +84,7 @@ pub struct Grant {
 
 /// A key as it may be shown.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
-pub struct KeyView {
+pub struct ApiKeyView {
     /// Its number. A key that was replaced and the one in its place have the same name.
     pub id: i64,
     /// The name of its site.
@@ -283,7 +283,7 @@ pub(super) async fn hashes(store: &Store) -> sql::Result<Option<Hashes>> {
 ///
 /// # Errors
 /// When the store cannot be read.
-pub async fn list(store: &Store) -> sql::Result<Vec<KeyView>> {
+pub async fn list(store: &Store) -> sql::Result<Vec<ApiKeyView>> {
     let sql =
         "SELECT api_keys.id, site, api_keys.name, scopes, per_minute, ends_at, sites.name AS site_name
                FROM api_keys JOIN sites ON sites.id = api_keys.site ORDER BY site_name, api_keys.name, api_keys.id";
@@ -291,7 +291,7 @@ pub async fn list(store: &Store) -> sql::Result<Vec<KeyView>> {
     let view = |row: &Row| {
         let grant = read(row)?;
         let ends_at = grant.ends_at.and_then(|at| Timestamp::from_millisecond(at).ok());
-        Ok(KeyView {
+        Ok(ApiKeyView {
             id: row.get("id")?,
             site: row.get("site_name")?,
             name: grant.name,

@@ -58,12 +58,12 @@ const SCRIPT: &str = "
 type Local = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
 
 /// What was called lately.
-pub(super) struct Limits {
-    shared: Option<Shared>,
+pub(super) struct KeyLimits {
+    shared: Option<SharedLimits>,
     /// By key: as many as there are keys with a limit.
     local: Mutex<HashMap<String, (u32, Arc<Local>)>>,
     /// By key: where those stand that are used up, and since when. Nobody need be asked about them.
-    used_up: Mutex<HashMap<String, (Instant, Standing)>>,
+    used_up: Mutex<HashMap<String, (Instant, RateLimitState)>>,
     wrong: DefaultKeyedRateLimiter<IpAddr>,
     wrong_in_all: DefaultDirectRateLimiter,
     lookups: DefaultDirectRateLimiter,
@@ -72,14 +72,14 @@ pub(super) struct Limits {
     clock: DefaultClock,
 }
 
-struct Shared {
+struct SharedLimits {
     redis: Redis,
     prefix: String,
     script: client::Script,
     breaker: Breaker,
 }
 
-impl std::fmt::Debug for Limits {
+impl std::fmt::Debug for KeyLimits {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Limits")
     }
@@ -87,7 +87,7 @@ impl std::fmt::Debug for Limits {
 
 /// Where a key stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Standing {
+pub(super) struct RateLimitState {
     per_minute: u32,
     remaining: u32,
     /// How long until it is allowed again, if it is not now.
@@ -96,7 +96,7 @@ pub(super) struct Standing {
     full_in: Duration,
 }
 
-impl Standing {
+impl RateLimitState {
     /// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
     pub(super) fn headers(self) -> HeaderMap {
         let Self { per_minute, remaining, full_in, .. } = self;
@@ -117,13 +117,13 @@ impl Standing {
     }
 }
 
-impl Limits {
+impl KeyLimits {
     /// Nothing was called yet. What `redis` has begins with a prefix.
     pub(super) fn new(redis: Option<(Redis, String)>) -> Self {
         let shared = redis.map(|(redis, prefix)| {
             let pause = Backoff::new(Duration::from_secs(1), Duration::from_secs(10));
             let breaker = Breaker::new("rate limits", breaker::Config { failures: 3, pause });
-            Shared { redis, prefix, script: client::Script::new(SCRIPT), breaker }
+            SharedLimits { redis, prefix, script: client::Script::new(SCRIPT), breaker }
         });
         Self {
             shared,
@@ -138,7 +138,7 @@ impl Limits {
     }
 
     /// Counts one call; where the key stands then, if it has a limit.
-    pub(super) async fn count(&self, caller: &Caller) -> Option<Standing> {
+    pub(super) async fn count(&self, caller: &Caller) -> Option<RateLimitState> {
         let per_minute = NonZeroU32::new(caller.per_minute?.min(MAX_PER_MINUTE))?;
         if let Some(standing) = self.still_used_up(&caller.key, per_minute) {
             return Some(standing);
@@ -155,7 +155,7 @@ impl Limits {
         Some(standing)
     }
 
-    fn still_used_up(&self, key: &str, per_minute: NonZeroU32) -> Option<Standing> {
+    fn still_used_up(&self, key: &str, per_minute: NonZeroU32) -> Option<RateLimitState> {
         let mut used_up = self.used_up.lock();
         let (since, standing) = *used_up.get(key)?;
         let ago = since.elapsed();
@@ -163,14 +163,14 @@ impl Limits {
             used_up.remove(key);
             return None;
         }
-        Some(Standing {
+        Some(RateLimitState {
             wait: standing.wait - ago,
             full_in: standing.full_in.saturating_sub(ago),
             ..standing
         })
     }
 
-    fn count_here(&self, key: &str, per_minute: NonZeroU32) -> Standing {
+    fn count_here(&self, key: &str, per_minute: NonZeroU32) -> RateLimitState {
         let limiter = {
             let mut local = self.local.lock();
             let known = local.entry(key.to_owned()).or_insert_with(|| (0, limiter(per_minute)));
@@ -185,7 +185,7 @@ impl Limits {
             Err(until) => (0, until.wait_time_from(self.clock.now())),
         };
         let full_in = interval * (per_minute.get() - remaining);
-        Standing { per_minute: per_minute.get(), remaining, wait, full_in }
+        RateLimitState { per_minute: per_minute.get(), remaining, wait, full_in }
     }
 
     /// What a wrong key is answered that comes from this address, if too many have come from there, or in all.
@@ -232,9 +232,9 @@ fn limiter(per_minute: NonZeroU32) -> Arc<Local> {
     Arc::new(RateLimiter::direct(Quota::per_minute(per_minute)).with_middleware())
 }
 
-impl Shared {
+impl SharedLimits {
     /// None when Redis does not answer.
-    async fn count(&self, key: &str, per_minute: NonZeroU32) -> Option<Standing> {
+    async fn count(&self, key: &str, per_minute: NonZeroU32) -> Option<RateLimitState> {
         let interval = WINDOW * 1_000_000 / per_minute;
         let mut script = self.script.key(format!("{}:limit:{key}", self.prefix));
         script.arg(interval).arg(per_minute.get());
@@ -246,7 +246,7 @@ impl Shared {
         };
         let (remaining, wait, full_in) = self.breaker.call(asked).await.ok()?;
         let (wait, full_in) = (Duration::from_micros(wait), Duration::from_micros(full_in));
-        Some(Standing { per_minute: per_minute.get(), remaining, wait, full_in })
+        Some(RateLimitState { per_minute: per_minute.get(), remaining, wait, full_in })
     }
 }
 
@@ -256,7 +256,7 @@ mod tests {
 
     #[test]
     fn a_key_has_as_many_as_it_may_and_is_told_how_many_are_left() {
-        let limits = Limits::new(None);
+        let limits = KeyLimits::new(None);
         let three = NonZeroU32::new(3).unwrap();
         let standings = [(); 4].map(|()| limits.count_here("a", three));
         assert_eq!(standings.map(|standing| standing.remaining), [2, 1, 0, 0]);

@@ -15,10 +15,10 @@ use std::sync::Arc;
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use perennial_server::http::problem::FieldError;
-use perennial_workers::ledger::{Filter, JobView};
+use perennial_workers::ledger::{JobFilter, JobView};
 use perennial_workers::queue::Depth;
 use perennial_workers::worker::Status;
-use perennial_workers::{Crontab, Jobs, Ledger, Queue, Registry};
+use perennial_workers::{Crontab, JobAdmin, Jobs, Queue, Registry};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -33,7 +33,7 @@ const OWNER: &str = "admin";
 
 /// What the routes need to know, as an extension of each request. A cheap handle.
 #[derive(Clone, Debug)]
-pub(crate) struct Books {
+pub(crate) struct JobAdminState {
     pub(crate) jobs: Jobs,
     /// The kinds and queues of this process, if it has any.
     pub(crate) registry: Arc<Registry>,
@@ -42,7 +42,7 @@ pub(crate) struct Books {
     pub(crate) crontab: Crontab,
 }
 
-impl Books {
+impl JobAdminState {
     /// Those of a store that no server runs on: without kinds, a worker, or schedules of its own.
     pub(crate) fn alone(jobs: Jobs) -> Self {
         let crontab = Crontab::new(jobs.store().clone(), jobs.admission().clone(), Vec::new());
@@ -79,7 +79,7 @@ struct QueueView {
 }
 
 /// The queues that this process serves, and those that the store has something of.
-async fn names(books: &Books) -> Result<Vec<String>> {
+async fn names(books: &JobAdminState) -> Result<Vec<String>> {
     let store = books.jobs.store();
     let mut names: Vec<String> = books.registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
     names.extend(store.paused().await?);
@@ -89,7 +89,7 @@ async fn names(books: &Books) -> Result<Vec<String>> {
     Ok(names)
 }
 
-async fn queues(Extension(books): Extension<Books>) -> Result<Json<Vec<QueueView>>> {
+async fn queues(Extension(books): Extension<JobAdminState>) -> Result<Json<Vec<QueueView>>> {
     let store = books.jobs.store();
     let (paused, ended) = (store.paused().await?, store.ended().await?);
     let serving = books.worker.as_ref().map(Status::serving).unwrap_or_default();
@@ -116,7 +116,7 @@ struct QueueName {
 }
 
 async fn pause(
-    Extension(books): Extension<Books>,
+    Extension(books): Extension<JobAdminState>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
     check_queue(&books, &queue).await?;
@@ -125,7 +125,7 @@ async fn pause(
 }
 
 /// Pausing or resuming what does not exist would look as if it had worked. The names are known while a server runs.
-async fn check_queue(books: &Books, queue: &String) -> Result<()> {
+async fn check_queue(books: &JobAdminState, queue: &String) -> Result<()> {
     let known = names(books).await?;
     let is_served = !books.registry.lanes().is_empty();
     if is_served && !known.contains(queue) {
@@ -135,7 +135,7 @@ async fn check_queue(books: &Books, queue: &String) -> Result<()> {
 }
 
 async fn resume(
-    Extension(books): Extension<Books>,
+    Extension(books): Extension<JobAdminState>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
     check_queue(&books, &queue).await?;
@@ -143,10 +143,10 @@ async fn resume(
     Ok(Json(json!({})))
 }
 
-/// Which jobs, and which page of them. Flattening a [`Filter`] would let unknown fields through.
+/// Which jobs, and which page of them. Flattening a [`JobFilter`] would let unknown fields through.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Page {
+struct JobPage {
     kind: Option<String>,
     queue: Option<String>,
     state: Option<String>,
@@ -156,25 +156,28 @@ struct Page {
 }
 
 #[derive(Debug, Serialize)]
-struct Listed {
+struct JobList {
     jobs: Vec<JobView>,
     /// The `cursor` of the next page, if there may be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<Uuid>,
 }
 
-async fn list(Extension(books): Extension<Books>, Query(page): Query<Page>) -> Result<Json<Listed>> {
+async fn list(
+    Extension(books): Extension<JobAdminState>,
+    Query(page): Query<JobPage>,
+) -> Result<Json<JobList>> {
     let limit = within_page(page.limit, 100, PAGE)?;
     let state = page.state.as_deref().map(str::parse).transpose();
     let state = state
         .map_err(|error: perennial_workers::state::NoState| FieldError::new("state", error.to_string()))?;
-    let filter = Filter { id: None, kind: page.kind, queue: page.queue, state, reason: page.reason };
+    let filter = JobFilter { id: None, kind: page.kind, queue: page.queue, state, reason: page.reason };
     let jobs = books.jobs.store().list(filter, page.cursor, limit).await?;
     let next = if jobs.len() == limit { jobs.last().map(|last| last.id) } else { None };
-    Ok(Json(Listed { jobs, next }))
+    Ok(Json(JobList { jobs, next }))
 }
 
-async fn show(Extension(books): Extension<Books>, Path(id): Path<String>) -> Result<Json<JobView>> {
+async fn show(Extension(books): Extension<JobAdminState>, Path(id): Path<String>) -> Result<Json<JobView>> {
     let found = match id.parse() {
         Ok(id) => books.jobs.store().show(id).await?,
         Err(_) => None,
@@ -189,7 +192,10 @@ struct AnyJob {
     job: JobRequest,
 }
 
-async fn enqueue(Extension(books): Extension<Books>, Json(asked): Json<AnyJob>) -> Result<Json<Enqueued>> {
+async fn enqueue(
+    Extension(books): Extension<JobAdminState>,
+    Json(asked): Json<AnyJob>,
+) -> Result<Json<Enqueued>> {
     let AnyJob { kind, job: request } = asked;
     let known = books.registry.kind(&kind);
     let kind = known.ok_or_else(|| FieldError::new("kind", "a kind of job that this server knows"))?;
@@ -197,11 +203,17 @@ async fn enqueue(Extension(books): Extension<Books>, Json(asked): Json<AnyJob>) 
     Ok(Json(Enqueued { id: books.jobs.enqueue(job).await? }))
 }
 
-async fn retry(Extension(books): Extension<Books>, Json(filter): Json<Filter>) -> Result<Json<Value>> {
+async fn retry(
+    Extension(books): Extension<JobAdminState>,
+    Json(filter): Json<JobFilter>,
+) -> Result<Json<Value>> {
     Ok(Json(json!({ "retried": books.jobs.retry(&filter).await? })))
 }
 
-async fn discard(Extension(books): Extension<Books>, Json(filter): Json<Filter>) -> Result<Json<Value>> {
+async fn discard(
+    Extension(books): Extension<JobAdminState>,
+    Json(filter): Json<JobFilter>,
+) -> Result<Json<Value>> {
     Ok(Json(json!({ "discarded": books.jobs.discard(&filter).await? })))
 }
 
@@ -212,7 +224,7 @@ struct Cancel {
 }
 
 async fn cancel(
-    Extension(books): Extension<Books>,
+    Extension(books): Extension<JobAdminState>,
     Json(Cancel { id }): Json<Cancel>,
 ) -> Result<Json<Value>> {
     const REASON: &str = "cancelled by an operator";

@@ -22,7 +22,7 @@ use secrecy::{ExposeSecret, SecretString};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use crate::access::keys::{self, Ends, Grant, Hash, KeyView, MAX_PER_MINUTE};
+use crate::access::keys::{self, ApiKeyView, Ends, Grant, Hash, MAX_PER_MINUTE};
 use crate::access::{self, Scopes};
 use crate::api::{Json, Path, Result, not_found};
 use crate::settings::{Setting, parse_duration};
@@ -81,7 +81,7 @@ pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
         .route("/keys/{name}/revoke", post(revoke))
 }
 
-async fn list(Extension(keyring): Extension<Keyring>) -> Result<Json<Vec<KeyView>>> {
+async fn list(Extension(keyring): Extension<Keyring>) -> Result<Json<Vec<ApiKeyView>>> {
     Ok(Json(keys::list(&keyring.store).await?))
 }
 
@@ -137,7 +137,7 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Replace {
+struct ReplaceRequest {
     site: Option<String>,
     /// How long the old one is good: a duration, 24h without it
     overlap: Option<String>,
@@ -148,7 +148,7 @@ struct Replace {
 async fn replace(
     Extension(keyring): Extension<Keyring>,
     Path(name): Path<String>,
-    Json(request): Json<Replace>,
+    Json(request): Json<ReplaceRequest>,
 ) -> Result<Json<Made>> {
     let mut errors = Errors::default();
     let overlap = duration("overlap", request.overlap.as_deref(), &mut errors).unwrap_or(OVERLAP);

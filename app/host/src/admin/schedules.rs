@@ -17,7 +17,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 use tracing::info;
 
-use super::jobs::Books;
+use super::jobs::JobAdminState;
 use crate::api::{Json, Path, Query, Result, not_found, within_page};
 use crate::jobs::Enqueued;
 
@@ -34,26 +34,26 @@ pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
         .route("/schedules/{name}/resume", post(resume))
 }
 
-async fn list(Extension(books): Extension<Books>) -> Result<Json<Vec<ScheduleView>>> {
+async fn list(Extension(books): Extension<JobAdminState>) -> Result<Json<Vec<ScheduleView>>> {
     Ok(Json(books.crontab.list().await?))
 }
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Page {
+struct RunPage {
     limit: Option<usize>,
 }
 
 async fn runs(
-    Extension(books): Extension<Books>,
+    Extension(books): Extension<JobAdminState>,
     Path(name): Path<String>,
-    Query(page): Query<Page>,
+    Query(page): Query<RunPage>,
 ) -> Result<Json<Vec<RunView>>> {
     let limit = within_page(page.limit, 20, KEPT_RUNS)?;
     books.crontab.runs(&name, limit).await?.map(Json).ok_or_else(|| not_found("schedule").into())
 }
 
-async fn run(Extension(books): Extension<Books>, Path(name): Path<String>) -> Result<Json<Enqueued>> {
+async fn run(Extension(books): Extension<JobAdminState>, Path(name): Path<String>) -> Result<Json<Enqueued>> {
     match books.crontab.run(&name).await? {
         Asked::Enqueued(id) => {
             info!(schedule = name, job = %id, "run by an operator");
@@ -72,15 +72,15 @@ async fn run(Extension(books): Extension<Books>, Path(name): Path<String>) -> Re
     }
 }
 
-async fn pause(Extension(books): Extension<Books>, Path(name): Path<String>) -> Result<Json<Value>> {
+async fn pause(Extension(books): Extension<JobAdminState>, Path(name): Path<String>) -> Result<Json<Value>> {
     set(&books, &name, true).await
 }
 
-async fn resume(Extension(books): Extension<Books>, Path(name): Path<String>) -> Result<Json<Value>> {
+async fn resume(Extension(books): Extension<JobAdminState>, Path(name): Path<String>) -> Result<Json<Value>> {
     set(&books, &name, false).await
 }
 
-async fn set(books: &Books, name: &str, paused: bool) -> Result<Json<Value>> {
+async fn set(books: &JobAdminState, name: &str, paused: bool) -> Result<Json<Value>> {
     if !books.crontab.pause(name, paused).await? {
         return Err(not_found("schedule").into());
     }

@@ -1,6 +1,7 @@
 //! The first stage: the data directory, the store, and what hangs on them.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use perennial_store::cache::Caches;
@@ -10,11 +11,15 @@ use perennial_workers::outbox::Outbox;
 use perennial_workers::{Jobs, store};
 use tracing::warn;
 
-use super::{CLOSING, Plan, open};
+use super::open;
+use super::plan::BootPlan;
 use crate::access::{Access, first};
 use crate::admin::keys::Keyring;
 use crate::data_dir::{API_KEY, DataDir};
 use crate::sites::Sites;
+
+/// How long a predecessor may take, besides its drain, until it has closed everything.
+const CLOSING: Duration = Duration::from_secs(30);
 
 /// What everything else is made from.
 pub(super) struct Base {
@@ -31,7 +36,7 @@ pub(super) struct Base {
 
 impl Base {
     /// Takes the data directory over from a predecessor, if there is one, and brings the store up to date.
-    pub(super) async fn open(plan: &Plan) -> anyhow::Result<Self> {
+    pub(super) async fn open(plan: &BootPlan) -> anyhow::Result<Self> {
         let config = &plan.config;
         let patience = config.phases.succession + config.phases.hard + CLOSING;
         let data_dir = Arc::new(plan.inheritance.lock(&config.data_dir, patience).await?);
@@ -68,7 +73,7 @@ impl Base {
     }
 
     /// What operators change API keys with.
-    pub(super) fn keyring(&self, plan: &Plan) -> Keyring {
+    pub(super) fn keyring(&self, plan: &BootPlan) -> Keyring {
         Keyring {
             store: self.store.clone(),
             sites: self.sites.clone(),

@@ -1,16 +1,17 @@
 //! The third stage: what runs jobs and schedules, not started yet.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use perennial_workers::cron::Crontab;
-use perennial_workers::store;
 use perennial_workers::worker::Worker;
+use perennial_workers::{Registry, store, upkeep};
+use tracing::info;
 
 use super::base::Base;
 use super::mount::Mounted;
-use super::start;
-use crate::admin::jobs::Books;
+use crate::admin::jobs::JobAdminState;
 use crate::config::Config;
 
 /// What runs jobs and schedules.
@@ -18,7 +19,7 @@ pub(super) struct Engine {
     pub(super) worker: Worker<store::Store>,
     pub(super) crontab: Crontab,
     /// What operators are shown of it.
-    pub(super) books: Books,
+    pub(super) books: JobAdminState,
 }
 
 impl Engine {
@@ -26,7 +27,7 @@ impl Engine {
     pub(super) async fn prepare(config: &Config, base: &Base, mounted: &mut Mounted) -> anyhow::Result<Self> {
         let registry = &mounted.registry;
         if mounted.pause.why().is_none() {
-            start::take_over(&base.queue, registry, config.worker.lease)
+            take_over(&base.queue, registry, config.worker.lease)
                 .await
                 .context("the jobs of the last process cannot be taken over")?;
         }
@@ -34,7 +35,7 @@ impl Engine {
         let schedules = config.cron.schedules(std::mem::take(&mut mounted.schedules), registry)?;
         let crontab = Crontab::new(base.queue.clone(), base.admission.clone(), schedules);
         crontab.define().await.context("the schedules cannot be written down")?;
-        let books = Books {
+        let books = JobAdminState {
             jobs: base.jobs.clone(),
             registry: Arc::clone(registry),
             worker: Some(worker.status()),
@@ -42,4 +43,19 @@ impl Engine {
         };
         Ok(Self { worker, crontab, books })
     }
+}
+
+/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
+/// that died.
+pub(super) async fn take_over(
+    queue: &store::Store,
+    registry: &Registry,
+    lease: Duration,
+) -> anyhow::Result<()> {
+    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
+    if sqlite.end_leases().await? > 0 {
+        info!("the last process did not stop in order: taking over its jobs");
+        upkeep::rescue(queue, registry, lease).await?;
+    }
+    Ok(())
 }

@@ -12,8 +12,8 @@ use perennial_workers::{Registry, Schedule};
 use tracing::info;
 use utoipa_axum::router::OpenApiRouter;
 
-use super::Plan;
 use super::base::Base;
+use super::plan::BootPlan;
 use crate::module::{Announcement, Closer, Configured, Host, StatusFn};
 use crate::pause::{self, Pause, Why};
 use crate::{backup, jobs, maintenance};
@@ -37,7 +37,7 @@ impl Mounted {
     pub(super) async fn mount(
         mut host: Host,
         modules: Vec<Configured>,
-        plan: &mut Plan,
+        plan: &mut BootPlan,
         base: &Base,
     ) -> anyhow::Result<Self> {
         maintenance::mount(&mut host, plan.config.retention)?;
@@ -49,7 +49,7 @@ impl Mounted {
             info!(module = name, "mounted");
         }
         let files = std::mem::take(&mut plan.files);
-        let source = backup::Source::of(&plan.config.data_dir, &plan.config.store, files).ok();
+        let source = backup::BackupSource::of(&plan.config.data_dir, &plan.config.store, files).ok();
         host.admin_write(backup::admin_write(source));
         let pause = pause(plan, base, &mut host).await?;
         host.registry.check()?;
@@ -72,7 +72,7 @@ impl Mounted {
 }
 
 /// The host as modules see it, with nothing handed in yet.
-pub(super) fn host(plan: &Plan, base: &Base, tasks: &Tasks, health: &Health, drain: &Drain) -> Host {
+pub(super) fn host(plan: &BootPlan, base: &Base, tasks: &Tasks, health: &Health, drain: &Drain) -> Host {
     let mut registry = Registry::new();
     registry.serve(DEFAULT_QUEUE, plan.config.slots);
     Host {
@@ -97,7 +97,7 @@ pub(super) fn host(plan: &Plan, base: &Base, tasks: &Tasks, health: &Health, dra
 }
 
 /// Whether jobs and schedules rest, and the route that ends it.
-async fn pause(plan: &Plan, base: &Base, host: &mut Host) -> anyhow::Result<Pause> {
+async fn pause(plan: &BootPlan, base: &Base, host: &mut Host) -> anyhow::Result<Pause> {
     let why =
         if plan.config.paused { Some(Why::Asked) } else { base.store.is_copy().await?.then_some(Why::Copy) };
     let pause = Pause::new(why);

@@ -29,9 +29,9 @@ pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
 }
 
 /// Opens the store.
-pub(crate) async fn store(data_dir: &DataDir, store: &config::Store) -> anyhow::Result<sql::Store> {
+pub(crate) async fn store(data_dir: &DataDir, store: &config::StoreConfig) -> anyhow::Result<sql::Store> {
     let opened = match store {
-        config::Store::Sqlite { file, readers, wait, statement_timeout } => {
+        config::StoreConfig::Sqlite { file, readers, wait, statement_timeout } => {
             let path = data_dir.join(file);
             data_dir.lock_store(&path)?;
             let config = sqlite::Config {
@@ -45,7 +45,7 @@ pub(crate) async fn store(data_dir: &DataDir, store: &config::Store) -> anyhow::
                 Sqlite::open(config).await.map(|store| store.with_statement_timeout(*statement_timeout));
             opened.map(sql::Store::Sqlite).map_err(sql::Error::from)
         }
-        config::Store::Postgres(config) => {
+        config::StoreConfig::Postgres(config) => {
             let opened = Postgres::open(config.clone()).await.map(sql::Store::Postgres);
             return opened.map_err(|error| not_usable("store.url: Postgres", &config.url, &error));
         }
@@ -63,7 +63,7 @@ pub(crate) async fn queue(
     config: &Config,
     store: &sql::Store,
 ) -> anyhow::Result<(workers::Store, Option<Outbox>)> {
-    if let Some(config::RedisQueue { redis, prefix }) = &config.queue {
+    if let Some(config::RedisQueueConfig { redis, prefix }) = &config.queue {
         let opened = Redis::open(redis.clone()).await;
         let redis = opened.map_err(|error| not_usable("queue.url: Redis", &redis.url, &error))?;
         let outbox = Outbox::new(store.clone());

@@ -13,17 +13,17 @@ use perennial_workers::cron::{Crontab, tick, timer::Timer};
 use perennial_workers::outbox::Outbox;
 use perennial_workers::worker::Worker;
 use perennial_workers::{Queue as _, Registry, store, upkeep};
-use tracing::{info, warn};
+use tracing::warn;
 
-use super::PoolFn;
 use super::base::Base;
-use super::engine::Engine;
+use super::engine::{Engine, take_over};
 use super::mount::Mounted;
+use crate::admin::PoolFn;
 use crate::config::Config;
 use crate::pause::Pause;
 
 /// What they work with.
-pub(super) struct Parts<'a> {
+pub(super) struct TaskParts<'a> {
     pub(super) config: &'a Config,
     pub(super) base: &'a Base,
     pub(super) tasks: &'a Tasks,
@@ -31,7 +31,7 @@ pub(super) struct Parts<'a> {
     pub(super) drain: &'a Drain,
 }
 
-impl Parts<'_> {
+impl TaskParts<'_> {
     /// Starts all of them, and returns the pools for operators.
     pub(super) fn start(&self, engine: Engine, mounted: &Mounted) -> Vec<PoolFn> {
         let pools = self.start_pools();
@@ -53,10 +53,10 @@ impl Parts<'_> {
     }
 
     /// What runs jobs and schedules, for a task of its own.
-    fn work(&self, engine: Engine, registry: &Arc<Registry>) -> Work {
+    fn work(&self, engine: Engine, registry: &Arc<Registry>) -> JobTasks {
         let Engine { worker, crontab, .. } = engine;
         let Self { config, base, tasks, drain, .. } = *self;
-        Work {
+        JobTasks {
             lease: config.worker.lease,
             upkeep: config.upkeep,
             timer: Timer::new(crontab.clone(), config.cron.poll, worker.status(), drain.clone()),
@@ -116,7 +116,7 @@ impl Parts<'_> {
 }
 
 /// What runs jobs and schedules, and by that sends.
-struct Work {
+struct JobTasks {
     lease: Duration,
     upkeep: upkeep::Config,
     timer: Timer,
@@ -131,7 +131,7 @@ struct Work {
     worker: Worker<store::Store>,
 }
 
-impl Work {
+impl JobTasks {
     /// Starts all of it when the pause has ended.
     async fn start_after(self, pause: Pause, condition: Condition) -> anyhow::Result<()> {
         let drain = self.drain.clone();
@@ -169,19 +169,4 @@ impl Work {
         }
         tasks.critical("cron", timer.run());
     }
-}
-
-/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
-/// that died.
-pub(super) async fn take_over(
-    queue: &store::Store,
-    registry: &Registry,
-    lease: Duration,
-) -> anyhow::Result<()> {
-    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
-    if sqlite.end_leases().await? > 0 {
-        info!("the last process did not stop in order: taking over its jobs");
-        upkeep::rescue(queue, registry, lease).await?;
-    }
-    Ok(())
 }

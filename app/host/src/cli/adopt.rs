@@ -13,12 +13,11 @@ use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
 use serde_json::json;
 
-use crate::adopt::Source;
-use crate::boot;
-use crate::command::{Context, block_on, print};
-use crate::config::Store;
-use crate::data_dir::DataDir;
-use crate::module::SecretFile;
+use crate::adopt::AdoptSource;
+use crate::boot::open;
+use crate::command::{CommandContext, block_on, print};
+use crate::config::StoreConfig;
+use crate::data_dir::{DataDir, SecretFile};
 
 /// How long the embedded store may take for a step of its tables.
 const PATIENCE: Duration = Duration::from_secs(600);
@@ -30,13 +29,13 @@ pub(super) struct Adopt {
 }
 
 impl Adopt {
-    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+    pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         block_on(self.adopt(context))?
     }
 
-    async fn adopt(&self, context: &Context) -> anyhow::Result<()> {
+    async fn adopt(&self, context: &CommandContext) -> anyhow::Result<()> {
         let config = &context.config;
-        if !matches!(config.store, Store::Postgres(_)) {
+        if !matches!(config.store, StoreConfig::Postgres(_)) {
             bail!(
                 "the settings name an embedded store: wanted store.url = postgres://.., where everything is to go"
             );
@@ -62,26 +61,26 @@ impl Adopt {
 }
 
 /// Has the embedded store have the tables that this program knows.
-async fn bring_up_to_date(context: &Context, data_dir: &DataDir, file: &Path) -> anyhow::Result<()> {
+async fn bring_up_to_date(context: &CommandContext, data_dir: &DataDir, file: &Path) -> anyhow::Result<()> {
     let file = file.canonicalize().with_context(|| format!("{} is not there", file.display()))?;
-    let embedded = Store::Sqlite { file, readers: 1, wait: PATIENCE, statement_timeout: PATIENCE };
+    let embedded = StoreConfig::Sqlite { file, readers: 1, wait: PATIENCE, statement_timeout: PATIENCE };
     context.open_store(data_dir, &embedded).await?.close().await;
     Ok(())
 }
 
 async fn move_all(
-    context: &Context,
+    context: &CommandContext,
     directory: &Path,
     file: &Path,
     store: &sql::Store,
 ) -> anyhow::Result<()> {
     let sql::Store::Postgres(postgres) = store else { bail!("wanted a Postgres server") };
-    let (queue, _) = boot::open::queue(&context.config, store).await?;
+    let (queue, _) = open::queue(&context.config, store).await?;
     let jobs = Jobs::new(queue, Admission::new(context.config.bounds));
-    let source = Source::open(file)?;
+    let source = AdoptSource::open(file)?;
     let bar = ProgressBar::new(source.rows()?);
     bar.set_style(ProgressStyle::with_template("{bar:40} {pos}/{len} rows  {msg}")?);
-    let keys = keys(&context.files(), directory)?;
+    let keys = keys(&context.files, directory)?;
     let moved = source.move_to(postgres, &jobs, &keys, |table, rows| {
         bar.set_message(table.to_owned());
         bar.inc(rows as u64);

@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::Args;
 use serde_json::json;
 
-use crate::backup::Source;
-use crate::command::Context;
+use crate::backup::BackupSource;
+use crate::command::CommandContext;
 use crate::command::output::done;
 use crate::data_dir;
 
@@ -19,12 +19,12 @@ pub(super) struct Backup {
 
 impl Backup {
     /// Reads the store itself, also while a server runs: a long copy keeps nobody waiting.
-    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+    pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         data_dir::check_access(context.data_dir())?;
-        let files = context.files();
+        let files = context.files.clone();
         let originals: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
         let copied =
-            Source::of(context.data_dir(), &context.config.store, files)?.copy_to(&self.directory)?;
+            BackupSource::of(context.data_dir(), &context.config.store, files)?.copy_to(&self.directory)?;
         let remark = match originals.as_slice() {
             [] => String::new(),
             names => format!("; there is no other copy of {}", names.join(", ")),

@@ -7,8 +7,8 @@ use clap::Args;
 use serde_json::json;
 
 use super::report;
-use crate::command::{self, load, read};
-use crate::module::Blueprint;
+use crate::command;
+use crate::module::{Blueprint, load, read};
 use crate::settings::{Problems, Shown, Sources};
 
 #[derive(Args, Debug)]

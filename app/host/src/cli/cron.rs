@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::command::arguments::whole;
 use crate::command::output::{self, NONE, json_lines, table, text};
-use crate::command::{AdminBackend, Context, block_on, print};
+use crate::command::{AdminBackend, CommandContext, block_on, print};
 
 /// What is due for less than this, in milliseconds, is just being claimed.
 const OVERDUE_MS: i64 = 3000;
@@ -46,7 +46,7 @@ pub(super) enum Cron {
 }
 
 impl Cron {
-    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+    pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         let answer = block_on(context.with_backend(super::books, async |backend| self.ask(backend).await))??;
         self.print(context.json, &answer)
     }

@@ -7,20 +7,20 @@ use clap::Args;
 use http::Method;
 
 use crate::addresses::Addresses;
-use crate::command::{Client, Context, block_on, print};
+use crate::command::{Client, CommandContext, block_on, print};
 
 /// Probes are answered at once, or the process is in trouble.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Args, Debug)]
-pub(super) struct Health {
+pub(super) struct HealthArgs {
     /// Ask whether it is alive, instead of ready
     #[arg(long)]
     live: bool,
 }
 
-impl Health {
-    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+impl HealthArgs {
+    pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         let base = Addresses::of_running(context.data_dir())?.admin_url()?;
         let client = Client::new(&base, None, TIMEOUT)?;
         let path = if self.live { "/livez" } else { "/readyz" };

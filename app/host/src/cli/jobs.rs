@@ -10,7 +10,7 @@ use uuid::Uuid;
 use super::Cli;
 use crate::command::arguments::{job_id, whole};
 use crate::command::output::{self, NONE, clipped, json_lines, table, text, utc};
-use crate::command::{AdminBackend, Context, block_on, print};
+use crate::command::{AdminBackend, CommandContext, block_on, print};
 
 #[derive(Debug, Subcommand)]
 #[command(after_help = "Examples:
@@ -18,14 +18,14 @@ use crate::command::{AdminBackend, Context, block_on, print};
   perennial jobs list --state dead --kind mail.send
   perennial jobs retry --all
   perennial jobs pause push")]
-pub(super) enum Jobs {
+pub(super) enum JobsCommand {
     /// List jobs, in the order in which they were made
     #[command(
         after_help = "Examples:\n  perennial jobs list --state dead --kind mail.send\n  perennial jobs list --reason timeout --limit 10"
     )]
     List {
         #[command(flatten)]
-        which: Which,
+        which: WhichJobs,
         /// After the one with this id
         #[arg(long, value_parser = job_id)]
         cursor: Option<Uuid>,
@@ -44,10 +44,10 @@ pub(super) enum Jobs {
     #[command(
         after_help = "Examples:\n  perennial jobs retry --kind mail.send --reason timeout\n  perennial jobs retry --all"
     )]
-    Retry(Chosen),
+    Retry(ChosenJobs),
     /// Delete jobs that have ended
     #[command(after_help = "Example:\n  perennial jobs discard --state cancelled")]
-    Discard(Chosen),
+    Discard(ChosenJobs),
     /// End a job that has not ended
     Cancel {
         /// Its id
@@ -90,7 +90,7 @@ pub(super) enum Jobs {
 
 /// Which jobs. What is not given is not asked for.
 #[derive(Args, Debug)]
-pub(super) struct Which {
+pub(super) struct WhichJobs {
     /// Of this kind
     #[arg(long)]
     kind: Option<String>,
@@ -107,7 +107,7 @@ pub(super) struct Which {
 
 /// Which jobs that have ended.
 #[derive(Args, Debug)]
-pub(super) struct Chosen {
+pub(super) struct ChosenJobs {
     /// These
     #[arg(value_parser = job_id)]
     ids: Vec<Uuid>,
@@ -115,10 +115,10 @@ pub(super) struct Chosen {
     #[arg(long)]
     all: bool,
     #[command(flatten)]
-    which: Which,
+    which: WhichJobs,
 }
 
-impl Which {
+impl WhichJobs {
     fn fields(&self) -> Map<String, Value> {
         let given =
             [("kind", &self.kind), ("queue", &self.queue), ("state", &self.state), ("reason", &self.reason)];
@@ -135,7 +135,7 @@ impl Which {
     }
 }
 
-impl Chosen {
+impl ChosenJobs {
     /// Nothing is chosen by saying nothing.
     fn check(&self, command: &str) -> Result<(), clap::Error> {
         if self.ids.is_empty() && !self.all && self.which.fields().is_empty() {
@@ -152,8 +152,8 @@ impl Chosen {
     }
 }
 
-impl Jobs {
-    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+impl JobsCommand {
+    pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         match self {
             Self::Retry(some) => some.check("retry")?,
             Self::Discard(some) => some.check("discard")?,
@@ -216,7 +216,7 @@ impl Jobs {
 }
 
 /// Asks once for each id, or once for all that fit, and adds up the answers.
-async fn each(some: &Chosen, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) -> anyhow::Result<Value> {
+async fn each(some: &ChosenJobs, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) -> anyhow::Result<Value> {
     let fields = some.which.fields();
     if some.ids.is_empty() {
         return ask(Value::Object(fields)).await;

@@ -14,9 +14,10 @@ use crate::access::{self, first};
 use crate::admin::keys::{self, Keyring};
 use crate::command::arguments::whole;
 use crate::command::output::{done, json_lines, leads_nowhere, say, table, utc};
-use crate::command::{AdminBackend, Context, Offline, block_on, print};
-use crate::config::Store;
+use crate::command::{AdminBackend, CommandContext, Offline, block_on, print};
+use crate::config::StoreConfig;
 use crate::data_dir::{self, ADMIN_TOKEN, API_KEY};
+use crate::module::Blueprint;
 use crate::sites;
 
 #[derive(Debug, Subcommand)]
@@ -24,7 +25,7 @@ use crate::sites;
   perennial keys show
   perennial keys add backend --scopes notify,read --per-minute 600
   perennial keys list")]
-pub(super) enum Keys {
+pub(super) enum KeysCommand {
     /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
     Generate,
     /// Say where the keys are, and show the public halves of those that have one
@@ -39,7 +40,7 @@ pub(super) enum Keys {
     Add(Add),
     /// Make another API key in the place of one, and print it; the old one goes on being good for a while
     #[command(after_help = "Example:\n  perennial keys replace backend --overlap 1h")]
-    Replace(Replace),
+    Replace(ReplaceArgs),
     /// End an API key now
     #[command(after_help = "Example:\n  perennial keys revoke backend")]
     Revoke(Named),
@@ -70,7 +71,7 @@ pub(super) struct Add {
 }
 
 #[derive(Debug, clap::Args)]
-pub(super) struct Replace {
+pub(super) struct ReplaceArgs {
     #[command(flatten)]
     named: Named,
     /// How long the old one is good
@@ -81,8 +82,8 @@ pub(super) struct Replace {
     expires_in: Option<String>,
 }
 
-impl Keys {
-    pub(super) fn run(self, context: &Context) -> anyhow::Result<()> {
+impl KeysCommand {
+    pub(super) fn run(self, context: &CommandContext, modules: &[Blueprint]) -> anyhow::Result<()> {
         data_dir::check_access(context.data_dir())?;
         if matches!(self, Self::Add(_) | Self::Replace(_)) && leads_nowhere() {
             bail!("standard output leads nowhere: the key, which is shown once, would be lost");
@@ -96,7 +97,7 @@ impl Keys {
                 }
                 Ok(())
             }
-            Self::Generate => block_on(generate(context))?,
+            Self::Generate => block_on(generate(context, modules))?,
             asked => block_on(
                 context.with_backend(keyring, async |backend| asked.answer(context.json, backend).await),
             )?,
@@ -105,7 +106,7 @@ impl Keys {
 
     async fn answer(self, json: bool, backend: &AdminBackend) -> anyhow::Result<()> {
         let named = match &self {
-            Self::Add(Add { named, .. }) | Self::Replace(Replace { named, .. }) | Self::Revoke(named) => {
+            Self::Add(Add { named, .. }) | Self::Replace(ReplaceArgs { named, .. }) | Self::Revoke(named) => {
                 Some(named)
             }
             _ => None,
@@ -129,7 +130,7 @@ impl Keys {
                 backend.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
                 Err(error.context("the key could not be printed, and was withdrawn"))
             }
-            Self::Replace(Replace { named: Named { name, site }, overlap, expires_in }) => {
+            Self::Replace(ReplaceArgs { named: Named { name, site }, overlap, expires_in }) => {
                 let mut body = json!({ "site": site, "overlap": &overlap });
                 if let Some(life) = expires_in {
                     body["expires_in"] = life.into();
@@ -195,7 +196,7 @@ async fn keyring(offline: Offline) -> anyhow::Result<Router> {
     Ok(keys::admin_read().merge(keys::admin_write()).layer(Extension(keyring)))
 }
 
-async fn generate(context: &Context) -> anyhow::Result<()> {
+async fn generate(context: &CommandContext, modules: &[Blueprint]) -> anyhow::Result<()> {
     let config = &context.config;
     let (data_dir, store) = context.open_alone().await?;
     // Who has keys in files needs none in the store.
@@ -206,7 +207,7 @@ async fn generate(context: &Context) -> anyhow::Result<()> {
     first::make(&data_dir, &store, &config.scopes, true).await?;
     let sites = config.sites.clone().open(&store).await?;
     let mut shown = Vec::new();
-    for module in &context.modules {
+    for module in modules {
         shown.extend((module.keys)(context.settings(), &sites, &data_dir, &store).await?);
     }
     store.close().await;
@@ -260,9 +261,9 @@ impl KeyFile {
 }
 
 /// The files of the modules, and those of the host.
-fn key_files(context: &Context) -> Vec<KeyFile> {
-    let is_in_store = matches!(context.config.store, Store::Postgres(_));
-    let of_modules = context.files().into_iter().map(|file| KeyFile {
+fn key_files(context: &CommandContext) -> Vec<KeyFile> {
+    let is_in_store = matches!(context.config.store, StoreConfig::Postgres(_));
+    let of_modules = context.files.iter().cloned().map(|file| KeyFile {
         label: file.label,
         path: context.data_dir().join(file.file),
         public: file.public,
@@ -279,7 +280,7 @@ fn key_files(context: &Context) -> Vec<KeyFile> {
     of_modules.chain(own).collect()
 }
 
-fn show(context: &Context) -> anyhow::Result<()> {
+fn show(context: &CommandContext) -> anyhow::Result<()> {
     let files = key_files(context);
     if context.json {
         return print(&json_lines(&files.iter().map(KeyFile::json).collect::<Vec<_>>()));

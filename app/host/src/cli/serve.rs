@@ -27,10 +27,10 @@ use tracing::{error, info, warn};
 
 use super::report;
 use crate::admin::{Admin, Booted};
-use crate::boot::{self, App, Plan};
-use crate::command::{Beside, Context, load, read};
+use crate::boot::{self, App, BootPlan};
+use crate::command::Beside;
 use crate::config::{self, Config};
-use crate::module::{Blueprint, Configured};
+use crate::module::{Blueprint, Configured, load, read};
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
 use crate::succession::{self, Inheritance};
@@ -81,7 +81,7 @@ impl Serve {
     ) -> anyhow::Result<Option<(Sources, Beside)>> {
         let Some(("serve", matches)) = matches.subcommand() else { return Ok(None) };
         for companion in modules.iter().filter_map(|module| (module.commands)().companion()) {
-            let context = Context::read(false, sources, modules)?;
+            let context = super::context(false, sources, modules)?;
             if let Some(opening) = (companion.open)(matches, &context)? {
                 let beside = opening.await?;
                 let needed = Some((companion.flag, beside.settings.clone()));
@@ -98,7 +98,7 @@ impl Serve {
         modules: &[Blueprint],
         beside: Beside,
         signals: Signals,
-    ) -> anyhow::Result<Served> {
+    ) -> anyhow::Result<ServeResult> {
         let prepared = prepare(self, sources, modules)?;
         (beside.announce)();
         let (trigger, drain) = drain::channel();
@@ -112,7 +112,7 @@ impl Serve {
 }
 
 /// How it went, and the runtime that served: it must not be dropped on another one.
-type Served = (ExitCode, Option<Runtime>);
+type ServeResult = (ExitCode, Option<Runtime>);
 
 /// Everything that must be right before anything is touched.
 struct Prepared {
@@ -152,7 +152,7 @@ fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow:
 
 impl Prepared {
     /// Serves until somebody says stop.
-    async fn run(self, mut signals: Signals) -> Served {
+    async fn run(self, mut signals: Signals) -> ServeResult {
         let Self { sources, modules, settings, config, configured, telemetry, metrics, serving } = self;
         let health = Health::new(config.health);
         let running = Arc::new(Mutex::new(settings));
@@ -176,7 +176,7 @@ impl Prepared {
             Err(error) => return (failed(&error), Some(serving)),
         };
         let phases = config.phases;
-        let plan = Plan {
+        let plan = BootPlan {
             config,
             tables: boot::open::tables(modules.iter().map(|module| module.tables)),
             files: modules.iter().flat_map(|module| (module.files)(&running.lock())).collect(),

@@ -11,8 +11,8 @@ use http::Method;
 use serde_json::{Map, Value};
 
 use crate::command::output::clipped;
-use crate::command::{Client, Context, admin_client, block_on, print};
-use terminal::Keys;
+use crate::command::{Client, CommandContext, admin_client, block_on, print};
+use terminal::KeyPresses;
 
 /// How long one look may take.
 const TIMEOUT: Duration = Duration::from_secs(3);
@@ -49,7 +49,7 @@ pub(super) struct Top {
 }
 
 impl Top {
-    pub(super) fn run(&self, context: &Context) -> anyhow::Result<()> {
+    pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         let client = admin_client(context.data_dir(), TIMEOUT)?;
         block_on(async {
             let first = Look::take(&client).await?;
@@ -65,7 +65,7 @@ impl Top {
 
     /// Shows one frame after the other, until somebody presses q.
     async fn follow(&self, client: &Client, first: Look) -> anyhow::Result<()> {
-        let mut keys = Keys::listen();
+        let mut keys = KeyPresses::listen();
         let mut before: Option<Look> = None;
         let mut now = first;
         loop {

@@ -16,12 +16,12 @@ use perennial_workers::admission::Admission;
 use serde_json::Value;
 use tower::ServiceExt;
 
-use super::Context;
-use super::client::{Answer, Client};
+use super::CommandContext;
+use super::client::{Client, ServerAnswer};
 use crate::access::Scopes;
 use crate::addresses::Addresses;
-use crate::boot;
-use crate::config::{Config, Store};
+use crate::boot::open;
+use crate::config::{Config, StoreConfig};
 use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
 use crate::sites::Sites;
 
@@ -51,10 +51,10 @@ pub struct Offline {
 }
 
 impl Offline {
-    pub(super) async fn open(context: &Context) -> anyhow::Result<Self> {
+    pub(super) async fn open(context: &CommandContext) -> anyhow::Result<Self> {
         let config = &context.config;
         let (data_dir, store) = context.open_alone().await?;
-        let (queue, _) = boot::open::queue(config, &store).await?;
+        let (queue, _) = open::queue(config, &store).await?;
         let jobs = Jobs::new(queue, Admission::new(config.bounds));
         Ok(Self { data_dir: Arc::new(data_dir), store, jobs, config: Arc::clone(config) })
     }
@@ -74,7 +74,7 @@ impl Offline {
 
     /// Caches, which running replicas forget together with this process.
     pub fn caches(&self) -> Caches {
-        boot::open::caches(self.jobs.store(), &self.config)
+        open::caches(self.jobs.store(), &self.config)
     }
 
     /// What a key may be used for.
@@ -94,7 +94,7 @@ pub struct Own {
 impl AdminBackend {
     /// Finds the server, or opens the store; `routes` makes what is asked then.
     pub(super) async fn open(
-        context: &Context,
+        context: &CommandContext,
         routes: impl AsyncFnOnce(Offline) -> anyhow::Result<Router>,
     ) -> anyhow::Result<Self> {
         let config = &context.config;
@@ -106,7 +106,7 @@ impl AdminBackend {
                 .with_context(|| format!("the admin token in {} cannot be read", file.display()))?;
             return Ok(Self::Server(Client::new(&base, Some(token.trim().to_owned()), TIMEOUT)?));
         }
-        if matches!(config.store, Store::Sqlite { .. }) && !config.data_dir.exists() {
+        if matches!(config.store, StoreConfig::Sqlite { .. }) && !config.data_dir.exists() {
             bail!("there is no store in {} yet", config.data_dir.display());
         }
         let offline = Offline::open(context).await?;
@@ -154,6 +154,6 @@ impl Own {
         let response = self.router.clone().oneshot(request).await?;
         let status = response.status();
         let bytes = response.into_body().collect().await?.to_bytes();
-        Answer { status, body: serde_json::from_slice(&bytes).unwrap_or_default() }.success()
+        ServerAnswer { status, body: serde_json::from_slice(&bytes).unwrap_or_default() }.success()
     }
 }

@@ -32,7 +32,7 @@ pub struct Refused(String);
 
 /// An answer, whatever its status.
 #[derive(Debug)]
-pub struct Answer {
+pub struct ServerAnswer {
     /// The status.
     pub status: StatusCode,
     /// The body, or null where it is no JSON.
@@ -56,7 +56,7 @@ impl Client {
         path: &str,
         body: Option<&Value>,
         extra: Option<(&str, &str)>,
-    ) -> anyhow::Result<Answer> {
+    ) -> anyhow::Result<ServerAnswer> {
         let mut request = self.request(method, path)?;
         if body.is_some() {
             request = request.header(header::CONTENT_TYPE, "application/json");
@@ -68,7 +68,7 @@ impl Client {
     }
 
     /// Posts lines of JSON, and takes any answer.
-    pub async fn post_lines(&self, path: &str, lines: Bytes) -> anyhow::Result<Answer> {
+    pub async fn post_lines(&self, path: &str, lines: Bytes) -> anyhow::Result<ServerAnswer> {
         let request = self.request(Method::POST, path)?;
         self.send(request.header(header::CONTENT_TYPE, "application/x-ndjson"), lines).await
     }
@@ -83,19 +83,19 @@ impl Client {
         })
     }
 
-    async fn send(&self, request: Builder, body: Bytes) -> anyhow::Result<Answer> {
+    async fn send(&self, request: Builder, body: Bytes) -> anyhow::Result<ServerAnswer> {
         tokio::time::timeout(self.timeout, self.answer(request.body(Full::new(body))?))
             .await
             .with_context(|| format!("{} does not answer", self.base))?
     }
 
-    async fn answer(&self, request: Request<Full<Bytes>>) -> anyhow::Result<Answer> {
+    async fn answer(&self, request: Request<Full<Bytes>>) -> anyhow::Result<ServerAnswer> {
         let response =
             self.http.request(request).await.with_context(|| format!("cannot reach {}", self.base))?;
         let status = response.status();
         let body = Limited::new(response.into_body(), MAX_ANSWER).collect().await;
         let body = body.map_err(|error| anyhow::anyhow!(error)).context("the answer broke off")?.to_bytes();
-        Ok(Answer { status, body: serde_json::from_slice(&body).unwrap_or_default() })
+        Ok(ServerAnswer { status, body: serde_json::from_slice(&body).unwrap_or_default() })
     }
 
     /// Asks, and takes nothing but success.
@@ -115,7 +115,7 @@ impl Client {
     }
 }
 
-impl Answer {
+impl ServerAnswer {
     /// What was answered, if it was success.
     pub fn success(self) -> anyhow::Result<Value> {
         let Self { status, body } = self;

@@ -13,14 +13,14 @@ use jiff::SignedDuration;
 use secrecy::SecretString;
 use toml::Value;
 
-use super::{Entry, Problem, Problems, Settings};
+use super::{Problems, SettingEntry, SettingProblem, Settings};
 
 /// Reads settings. A value that does not fit is noted, and its default stands in for it until
 /// [`Reader::finish`] refuses them all together.
 #[derive(Debug)]
 pub struct Reader<'a> {
     settings: &'a Settings,
-    problems: Vec<Problem>,
+    problems: Vec<SettingProblem>,
     notes: BTreeSet<String>,
 }
 
@@ -110,14 +110,15 @@ impl<'a> Reader<'a> {
     pub fn refuse<T>(&mut self, key: &str, wanted: &str) -> Option<T> {
         let entry = self.entry(key);
         let (value, source) = (super::mask::value(key, &entry.value).to_string(), entry.source.clone());
-        let problem = Problem { key: key.to_owned(), value: Some(value), source, wanted: wanted.to_owned() };
+        let problem =
+            SettingProblem { key: key.to_owned(), value: Some(value), source, wanted: wanted.to_owned() };
         self.problems.push(problem);
         None
     }
 
     /// Notes the same of a part of the value: `part` is where in it, such as `[0].name`.
     pub fn refuse_part(&mut self, key: &str, part: &str, value: Option<&Value>, wanted: &str) {
-        let problem = Problem {
+        let problem = SettingProblem {
             key: format!("{key}{part}"),
             value: value.map(|value| super::mask::part(key, part, value).to_string()),
             source: self.entry(key).source.clone(),
@@ -144,7 +145,7 @@ impl<'a> Reader<'a> {
         if self.problems.is_empty() { Ok(()) } else { Err(Problems(self.problems)) }
     }
 
-    fn entry(&self, key: &str) -> &'a Entry {
+    fn entry(&self, key: &str) -> &'a SettingEntry {
         #[expect(clippy::panic, reason = "a mistake in the program, which any start of it shows")]
         self.settings
             .entries

@@ -29,13 +29,13 @@ const LATER: Duration = Duration::from_secs(10);
 
 /// A notification as it stood at the last look.
 #[derive(Clone, Debug, PartialEq, Eq)]
-struct Told {
+struct FollowerEvent {
     text: Arc<str>,
     /// Nothing will change any more.
     is_over: bool,
 }
 
-impl Told {
+impl FollowerEvent {
     fn new(view: &NotificationView) -> Self {
         Self { text: serde_json::to_string(view).unwrap_or_default().into(), is_over: view.is_over() }
     }
@@ -47,31 +47,31 @@ impl Told {
 
 /// All of them. A cheap handle.
 #[derive(Clone, Debug)]
-pub(crate) struct Followers(Arc<Shared>);
+pub(crate) struct Followers(Arc<FollowerTable>);
 
 #[derive(Debug)]
-struct Shared {
+struct FollowerTable {
     /// How many one API key may have.
     per_key: usize,
-    known: Mutex<Known>,
+    known: Mutex<Followed>,
     /// The first has come.
     came: Notify,
 }
 
 #[derive(Debug, Default)]
-struct Known {
+struct Followed {
     /// What is told of each notification that somebody follows; the last who leaves takes it along.
-    notifications: HashMap<Uuid, watch::Sender<Told>>,
+    notifications: HashMap<Uuid, watch::Sender<FollowerEvent>>,
     by_key: HashMap<String, usize>,
 }
 
 impl Followers {
     /// Nobody, and so many may follow with one API key.
     pub(crate) fn new(per_key: usize) -> Self {
-        Self(Arc::new(Shared { per_key, known: Mutex::default(), came: Notify::new() }))
+        Self(Arc::new(FollowerTable { per_key, known: Mutex::default(), came: Notify::new() }))
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, Followed> {
         self.0.known.lock()
     }
 
@@ -85,10 +85,10 @@ impl Followers {
     /// # Errors
     /// 429 when as many as may follow with this key.
     pub(crate) fn follow(&self, key: &str, id: Uuid, view: &NotificationView) -> Result<Follower, Problem> {
-        self.join(key, id, Told::new(view))
+        self.join(key, id, FollowerEvent::new(view))
     }
 
-    fn join(&self, key: &str, id: Uuid, told: Told) -> Result<Follower, Problem> {
+    fn join(&self, key: &str, id: Uuid, told: FollowerEvent) -> Result<Follower, Problem> {
         let mut known = self.known();
         let of_key = known.by_key.entry(key.to_owned()).or_default();
         if *of_key >= self.0.per_key {
@@ -105,7 +105,7 @@ impl Followers {
         news.mark_changed();
         drop(known);
         self.0.came.notify_one();
-        let seat = Seat { followers: self.clone(), key: key.to_owned(), id };
+        let seat = FollowerSeat { followers: self.clone(), key: key.to_owned(), id };
         Ok(Follower { news: Some(news), first: Some(told), last: None, _seat: seat })
     }
 
@@ -136,8 +136,10 @@ impl Followers {
 
     async fn look(&self, api: &ApiState, ids: &[Uuid]) -> perennial_store::pool::sql::Result<()> {
         let found = api.store.notifications_of(ids).await?;
-        let mut found: HashMap<Uuid, Told> =
-            found.into_iter().map(|found| (found.id, Told::new(&api.progress.view(found)))).collect();
+        let mut found: HashMap<Uuid, FollowerEvent> = found
+            .into_iter()
+            .map(|found| (found.id, FollowerEvent::new(&api.progress.view(found))))
+            .collect();
         let mut known = self.known();
         for id in ids {
             let Some(told) = found.remove(id) else {
@@ -159,13 +161,13 @@ impl Followers {
 
 /// The right to follow. It is given back when this drops.
 #[derive(Debug)]
-struct Seat {
+struct FollowerSeat {
     followers: Followers,
     key: String,
     id: Uuid,
 }
 
-impl Drop for Seat {
+impl Drop for FollowerSeat {
     fn drop(&mut self) {
         let mut known = self.followers.known();
         if let Some(of_key) = known.by_key.get_mut(&self.key) {
@@ -184,11 +186,11 @@ impl Drop for Seat {
 #[derive(Debug)]
 pub(crate) struct Follower {
     /// None when nothing more will be told. It goes before the seat, which looks whether others are left.
-    news: Option<watch::Receiver<Told>>,
+    news: Option<watch::Receiver<FollowerEvent>>,
     /// What is told at once.
-    first: Option<Told>,
-    last: Option<Told>,
-    _seat: Seat,
+    first: Option<FollowerEvent>,
+    last: Option<FollowerEvent>,
+    _seat: FollowerSeat,
 }
 
 impl Follower {
@@ -207,7 +209,7 @@ impl Follower {
         })
     }
 
-    async fn next(&mut self) -> Option<Told> {
+    async fn next(&mut self) -> Option<FollowerEvent> {
         let told = loop {
             let told = match self.first.take() {
                 Some(first) => first,
@@ -236,7 +238,7 @@ mod tests {
     #[tokio::test]
     async fn a_key_has_so_many_followers_and_one_who_leaves_makes_room() {
         let (followers, id) = (Followers::new(2), Uuid::now_v7());
-        let follow = |key| followers.join(key, id, Told { text: "{}".into(), is_over: false });
+        let follow = |key| followers.join(key, id, FollowerEvent { text: "{}".into(), is_over: false });
         let one = follow("mine").unwrap();
         let two = follow("mine").unwrap();
         assert_eq!(follow("mine").unwrap_err().status(), StatusCode::TOO_MANY_REQUESTS);

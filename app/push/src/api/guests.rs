@@ -38,11 +38,11 @@ pub(crate) struct Config {
 #[derive(Debug)]
 pub(crate) struct Guests {
     config: Config,
-    sites: Mutex<HashMap<SiteId, Counted>>,
+    sites: Mutex<HashMap<SiteId, CountedGuests>>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Counted {
+struct CountedGuests {
     guests: u64,
     at: Instant,
     warned: Option<Instant>,
@@ -94,7 +94,7 @@ impl Guests {
         let known = self.sites.lock().get(&site).copied();
         let mut counted = match known.filter(|counted| counted.at.elapsed() < COUNTED) {
             Some(counted) => counted,
-            None => Counted {
+            None => CountedGuests {
                 guests: store.guests(site.0).await?,
                 at: Instant::now(),
                 warned: known.and_then(|known| known.warned),

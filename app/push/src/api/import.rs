@@ -43,7 +43,7 @@ const PAGE: usize = 1000;
 /// One line.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Line {
+struct ImportLine {
     subscription: PushSubscription,
     /// The applicationServerKey that it was made with, if it is not the one in use
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -191,7 +191,7 @@ impl Transfer {
         keys_of_site: &SiteKeys,
         line: &[u8],
     ) -> std::result::Result<(Endpoint, NewSubscription, bool), String> {
-        let line: Line = perennial_host::api::parse_line(line)?;
+        let line: ImportLine = perennial_host::api::parse_line(line)?;
         let expires_at = line
             .subscription
             .expires_at()
@@ -238,7 +238,7 @@ impl Transfer {
     }
 
     /// The next subscriptions after `cursor`, as lines, and the cursor of the next page if there may be one.
-    async fn page(&self, site: SiteId, cursor: i64) -> anyhow::Result<Page> {
+    async fn page(&self, site: SiteId, cursor: i64) -> anyhow::Result<ExportPage> {
         let (page, next) = self.store.export(site.0, cursor, PAGE).await?;
         let line = |exported: Exported| {
             let keys = json!({ "p256dh": base64(&exported.p256dh), "auth": base64(&exported.auth) });
@@ -255,7 +255,7 @@ impl Transfer {
                 "metadata": exported.metadata,
             }))
         };
-        Ok(Page { subscriptions: page.into_iter().map(line).collect(), next })
+        Ok(ExportPage { subscriptions: page.into_iter().map(line).collect(), next })
     }
 
     /// Looks up each host once.
@@ -304,7 +304,7 @@ pub(crate) fn admin_write(transfer: Arc<Transfer>) -> Router {
 /// Of which site.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Of {
+struct ImportQuery {
     /// Its name; the default one without
     site: Option<String>,
 }
@@ -350,7 +350,7 @@ struct ExportRequest {
 
 /// Subscriptions as lines of an import.
 #[derive(Debug, Serialize)]
-struct Page {
+struct ExportPage {
     subscriptions: Vec<Value>,
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<i64>,
@@ -358,9 +358,9 @@ struct Page {
 
 async fn export(
     State(transfer): State<Arc<Transfer>>,
-    Query(of): Query<Of>,
+    Query(of): Query<ImportQuery>,
     Json(request): Json<ExportRequest>,
-) -> Result<Json<Page>> {
+) -> Result<Json<ExportPage>> {
     let site = transfer.sites.wanted(of.site.as_deref())?.id;
     Ok(Json(transfer.page(site, request.cursor).await?))
 }

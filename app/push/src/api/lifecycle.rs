@@ -19,9 +19,9 @@ use super::ApiState;
 use crate::api::notify::{RATE_WANTED, rate_milli};
 use crate::model::notification::NotificationView;
 use crate::model::outcome::Outcome;
-use crate::scopes::Notify;
+use crate::scopes::NotifyScope;
 use crate::store::Change;
-use perennial_host::access::{Authorized, Read};
+use perennial_host::access::{Authorized, ReadScope};
 use perennial_host::api::{Json, Path, Query, Result, not_found};
 
 /// How many deliveries are read at once.
@@ -33,7 +33,7 @@ const PAGE: usize = 200;
 /// cancelling and changing the rate do.
 #[utoipa::path(post, path = "/notifications/{id}/pause", operation_id = "pauseNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn pause(
-    caller: Authorized<Notify>,
+    caller: Authorized<NotifyScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Json<NotificationView>> {
@@ -43,7 +43,7 @@ pub(crate) async fn pause(
 /// Goes on with a paused notification
 #[utoipa::path(post, path = "/notifications/{id}/resume", operation_id = "resumeNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn resume(
-    caller: Authorized<Notify>,
+    caller: Authorized<NotifyScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Json<NotificationView>> {
@@ -55,7 +55,7 @@ pub(crate) async fn resume(
 /// Who has not been sent to yet is counted as `cancelled`.
 #[utoipa::path(post, path = "/notifications/{id}/cancel", operation_id = "cancelNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn cancel(
-    caller: Authorized<Notify>,
+    caller: Authorized<NotifyScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Json<NotificationView>> {
@@ -80,7 +80,7 @@ pub(crate) struct RateRequest {
     responses((status = OK, body = NotificationView))
 )]
 pub(crate) async fn set_rate(
-    caller: Authorized<Notify>,
+    caller: Authorized<NotifyScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
     Json(request): Json<RateRequest>,
@@ -94,7 +94,7 @@ pub(crate) async fn set_rate(
 }
 
 async fn change(
-    Authorized { caller, .. }: &Authorized<Notify>,
+    Authorized { caller, .. }: &Authorized<NotifyScope>,
     api: &ApiState,
     id: &str,
     change: Change,
@@ -124,7 +124,7 @@ async fn view(api: &ApiState, site: i64, id: Uuid) -> Result<Json<NotificationVi
     responses((status = OK, content_type = "text/event-stream", body = ProgressEvent, description = "One event after the other, until the notification has ended"))
 )]
 pub(crate) async fn events(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     scope: Scope,
     State(api): State<ApiState>,
     Path(id): Path<String>,
@@ -150,7 +150,7 @@ pub(crate) struct ProgressEvent {
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Which {
+pub(crate) struct DeliveriesQuery {
     /// Only those with this outcome
     #[param(
         pattern = "^(delivered|gone|unauthorized|too_large|rejected|expired|unreachable|failed|cancelled|incomplete|forbidden)$"
@@ -163,14 +163,14 @@ pub(crate) struct Which {
 /// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids, those that
 /// came with the notification under -1, -2 and so on. Failures, or with `"log": "all"` everybody who was sent to. Needs a key with the scope `read`.
 #[utoipa::path(
-    get, path = "/notifications/{id}/deliveries", operation_id = "listDeliveries", params(("id" = Uuid, Path), Which),
+    get, path = "/notifications/{id}/deliveries", operation_id = "listDeliveries", params(("id" = Uuid, Path), DeliveriesQuery),
     responses((status = OK, content_type = "application/x-ndjson"))
 )]
 pub(crate) async fn deliveries(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
-    Query(which): Query<Which>,
+    Query(which): Query<DeliveriesQuery>,
 ) -> Result<Response> {
     let id = parse(&id)?;
     if which.outcome.as_ref().is_some_and(|word| Outcome::parse(word).is_none()) {

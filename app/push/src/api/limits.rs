@@ -28,23 +28,20 @@ pub(crate) struct Config {
     pub(crate) site_per_minute: u32,
 }
 
-/// What a limit is about, in metrics.
-pub(crate) const WORDS: [&str; 2] = ["address", "site"];
-
 /// What was called lately.
-pub(crate) struct Limits {
+pub(crate) struct AddressLimits {
     addresses: DefaultKeyedRateLimiter<(SiteId, IpAddr)>,
     sites: DefaultKeyedRateLimiter<SiteId>,
     clock: DefaultClock,
 }
 
-impl std::fmt::Debug for Limits {
+impl std::fmt::Debug for AddressLimits {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Limits")
     }
 }
 
-impl Limits {
+impl AddressLimits {
     pub(crate) fn new(config: Config) -> Self {
         let quota = |per_minute, burst| {
             let at_least_one = |number| NonZeroU32::new(number).unwrap_or(NonZeroU32::MIN);
@@ -97,11 +94,16 @@ impl Limits {
 mod tests {
     use super::*;
 
-    fn limits() -> Limits {
-        Limits::new(Config { address_burst: 2, address_per_minute: 1, site_burst: 5, site_per_minute: 1 })
+    fn limits() -> AddressLimits {
+        AddressLimits::new(Config {
+            address_burst: 2,
+            address_per_minute: 1,
+            site_burst: 5,
+            site_per_minute: 1,
+        })
     }
 
-    fn call(limits: &Limits, address: &str) -> bool {
+    fn call(limits: &AddressLimits, address: &str) -> bool {
         limits.check(SiteId::DEFAULT, Some(address.parse().unwrap())).is_ok()
     }
 

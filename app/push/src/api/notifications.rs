@@ -7,7 +7,7 @@ use uuid::Uuid;
 
 use super::ApiState;
 use crate::model::notification::NotificationView;
-use perennial_host::access::{Authorized, Read};
+use perennial_host::access::{Authorized, ReadScope};
 use perennial_host::api::{Json, Path, Query, Result, not_found, within_page};
 
 /// The most notifications in one answer.
@@ -39,7 +39,7 @@ pub(crate) struct Notifications {
 /// Needs a key with the scope `read`.
 #[utoipa::path(get, path = "/notifications/{id}", operation_id = "getNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn one(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Json<NotificationView>> {
@@ -54,7 +54,7 @@ pub(crate) async fn one(
 /// Needs a key with the scope `read`.
 #[utoipa::path(get, path = "/notifications", operation_id = "listNotifications", params(Page), responses((status = OK, body = Notifications)))]
 pub(crate) async fn list(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     State(api): State<ApiState>,
     Query(page): Query<Page>,
 ) -> Result<Json<Notifications>> {

@@ -35,10 +35,10 @@ use crate::model::jobs::FanOut;
 use crate::model::queues::BULK_QUEUE;
 use crate::model::queues::PACED_QUEUE;
 use crate::model::queues::SMALL_QUEUE;
-use crate::model::tags::Expression;
+use crate::model::tags::TagExpression;
 use crate::model::template::{Parsed, Template};
-use crate::scopes::Notify;
-use crate::store::{Accepted, Idempotency, NewNotification, Plan, Recipient};
+use crate::scopes::NotifyScope;
+use crate::store::{Accepted, Idempotency, NewNotification, Recipient, SendPlan};
 use perennial_host::access::Authorized;
 use perennial_host::api::{Json, Result, trace};
 use perennial_host::settings::parse_duration;
@@ -212,7 +212,7 @@ pub(crate) struct DryRun {
     responses((status = ACCEPTED, body = Notified), (status = OK, body = DryRun, description = "A dry run"))
 )]
 pub(crate) async fn notify(
-    Authorized { caller, .. }: Authorized<Notify>,
+    Authorized { caller, .. }: Authorized<NotifyScope>,
     scope: Scope,
     State(api): State<ApiState>,
     headers: HeaderMap,
@@ -324,15 +324,15 @@ fn accepted(id: Uuid, audience: u64, state: Stage, warnings: Vec<String>) -> Res
 
 /// Idempotency keys of requests that are being accepted now.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct InFlight(Arc<Mutex<HashSet<(String, String)>>>);
+pub(crate) struct AcceptingKeys(Arc<Mutex<HashSet<(String, String)>>>);
 
 /// One of them; gone when it drops.
 struct Entered {
-    in_flight: InFlight,
+    in_flight: AcceptingKeys,
     key: (String, String),
 }
 
-impl InFlight {
+impl AcceptingKeys {
     fn enter(&self, api_key: &str, key: &str) -> std::result::Result<Entered, Problem> {
         let key = (api_key.to_owned(), key.to_owned());
         if self.0.lock().insert(key.clone()) {
@@ -374,7 +374,7 @@ struct Checked {
     ttl: Duration,
     urgency: Urgency,
     topic: Option<String>,
-    plan: Plan,
+    plan: SendPlan,
     is_template: bool,
     /// The names of values without which a subscription gets nothing.
     needed: Vec<String>,
@@ -466,8 +466,8 @@ fn warnings(payload: &[u8], needed: &[String]) -> Vec<String> {
 }
 
 /// How and when to send, and whom to tell.
-fn plan(api: &ApiState, site: SiteId, request: &NotifyRequest, errors: &mut Errors) -> Plan {
-    let mut plan = Plan::default();
+fn plan(api: &ApiState, site: SiteId, request: &NotifyRequest, errors: &mut Errors) -> SendPlan {
+    let mut plan = SendPlan::default();
     let mut wanted = |field: &str, wanted: &str| errors.push(FieldError::new(field, wanted));
     if let Some(rate) = request.rate {
         plan.rate_milli = rate_milli(rate);
@@ -557,7 +557,7 @@ async fn audience(api: &ApiState, to: To, errors: &mut Errors) -> (Audience, Vec
             Audience::Users(users)
         }
         To::Tags(text) => {
-            if let Err(error) = Expression::parse(&text) {
+            if let Err(error) = TagExpression::parse(&text) {
                 errors.push(FieldError::new("to.tags", error.wanted).at(error.position));
             }
             Audience::Tags(text)

@@ -21,7 +21,7 @@ use super::ApiState;
 use crate::delivery::services::EXCHANGE;
 use crate::model::jobs::Deliver;
 use crate::model::notification::NotificationView;
-use crate::store::Waiting;
+use crate::store::WaitingBatch;
 use perennial_host::api::{Json, Query, Result, not_found};
 use perennial_host::sites::SiteId;
 
@@ -68,9 +68,9 @@ pub(crate) fn admin_write(api: ApiState) -> Router {
 }
 
 async fn origins(State(api): State<ApiState>) -> Answer<Vec<OriginView>> {
-    let lanes: Vec<_> = api.senders.all().flat_map(perennial_webpush::Sender::lanes).collect();
+    let pools: Vec<_> = api.senders.all().flat_map(perennial_webpush::Sender::pools).collect();
     let view = |service: ServiceStatus| {
-        let of = || lanes.iter().filter(|lane| lane.origin == service.origin);
+        let of = || pools.iter().filter(|pool| pool.origin == service.origin);
         let addresses = service.addresses.iter().map(|address| AddressView {
             address: address.address.to_string(),
             connections: address.connections,
@@ -80,9 +80,9 @@ async fn origins(State(api): State<ApiState>) -> Answer<Vec<OriginView>> {
             held: service.held.map(|(_, cause, _)| cause.as_str()),
             held_for: service.held.map(|(_, _, whom)| whom.as_str()),
             held_seconds: service.held.map(|(wait, ..)| wait.as_secs_f64()),
-            connections: of().map(|lane| lane.connections).sum(),
-            window: of().map(|lane| lane.window).sum(),
-            in_flight: of().map(|lane| lane.in_flight).sum(),
+            connections: of().map(|pool| pool.connections).sum(),
+            window: of().map(|pool| pool.window).sum(),
+            in_flight: of().map(|pool| pool.in_flight).sum(),
             clock_ahead_seconds: service.clock_ahead_seconds,
             at_risk: api.services.at_risk.of(&service.origin),
             addresses: addresses.collect(),
@@ -95,14 +95,14 @@ async fn origins(State(api): State<ApiState>) -> Answer<Vec<OriginView>> {
 /// Of which site; the default one without a name.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Of {
+struct SiteQuery {
     site: Option<String>,
 }
 
 /// The newest notifications, as `GET /notifications` shows them.
 async fn notifications(
     State(api): State<ApiState>,
-    Query(of): Query<Of>,
+    Query(of): Query<SiteQuery>,
 ) -> Result<Json<Vec<NotificationView>>> {
     let site = match &of.site {
         None => SiteId::DEFAULT,
@@ -114,11 +114,11 @@ async fn notifications(
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Resume {
+struct ResumeRequest {
     origin: String,
 }
 
-async fn resume(State(api): State<ApiState>, Json(request): Json<Resume>) -> Result<http::StatusCode> {
+async fn resume(State(api): State<ApiState>, Json(request): Json<ResumeRequest>) -> Result<http::StatusCode> {
     let known = api.senders.any().resume(&request.origin);
     if !known {
         return Err(FieldError::new("origin", "an origin of GET /origins").into());
@@ -130,7 +130,7 @@ async fn resume(State(api): State<ApiState>, Json(request): Json<Resume>) -> Res
         true => Due::In(2 * EXCHANGE),
         false => Due::Now,
     };
-    let new_job = |waiting: &Waiting| Ok(Deliver::woken(&api.config, waiting)?.due(due));
+    let new_job = |waiting: &WaitingBatch| Ok(Deliver::woken(&api.config, waiting)?.due(due));
     let woken = api.store.wake_batches(&request.origin, new_job).await?;
     info!(woken, origin = request.origin, "an operator lets a push service be sent to again");
     Ok(http::StatusCode::NO_CONTENT)

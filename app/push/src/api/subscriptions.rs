@@ -24,10 +24,10 @@ use super::ApiState;
 use crate::api::user_token;
 use crate::model::profile::Profile;
 use crate::model::tags::{TAG_WANTED, is_tag};
-use crate::scopes::{SUBSCRIBE, Subscribe};
+use crate::scopes::{SUBSCRIBE, SubscribeScope};
 use crate::store::{NewSubscription, Proof, Replaced, Subscription, Upserted, now_ms};
 use crate::vapid::SiteKeys;
-use perennial_host::access::{Authorized, Caller, Read, Scope};
+use perennial_host::access::{Authorized, Caller, ReadScope, Scope};
 use perennial_host::api::{Json, Path, Query, Result, not_found, within_page};
 use perennial_host::sites::{SiteId, Sites};
 
@@ -280,7 +280,7 @@ impl From<Subscription> for SubscriptionView {
 /// Needs a key with the scope `read`.
 #[utoipa::path(get, path = "/subscriptions/{id}", operation_id = "getSubscription", params(("id" = i64, Path)), responses((status = OK, body = SubscriptionView)))]
 pub(crate) async fn one(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Json<SubscriptionView>> {
@@ -296,7 +296,7 @@ pub(crate) async fn one(
 /// Needs a key with the scope `subscribe`.
 #[utoipa::path(delete, path = "/subscriptions/{id}", operation_id = "deleteSubscription", params(("id" = i64, Path)), responses((status = NO_CONTENT), (status = NOT_FOUND)))]
 pub(crate) async fn delete(
-    Authorized { caller, .. }: Authorized<Subscribe>,
+    Authorized { caller, .. }: Authorized<SubscribeScope>,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<StatusCode> {
@@ -311,7 +311,7 @@ pub(crate) async fn delete(
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
-pub(crate) struct Filter {
+pub(crate) struct SubscriptionFilter {
     /// Of this user
     #[param(min_length = 1, max_length = 256)]
     user: Option<String>,
@@ -339,11 +339,11 @@ pub(crate) struct Subscriptions {
 /// Subscriptions of a user, with a tag, or all
 ///
 /// Needs a key with the scope `read`.
-#[utoipa::path(get, path = "/subscriptions", operation_id = "listSubscriptions", params(Filter), responses((status = OK, body = Subscriptions)))]
+#[utoipa::path(get, path = "/subscriptions", operation_id = "listSubscriptions", params(SubscriptionFilter), responses((status = OK, body = Subscriptions)))]
 pub(crate) async fn list(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     State(api): State<ApiState>,
-    Query(filter): Query<Filter>,
+    Query(filter): Query<SubscriptionFilter>,
 ) -> Result<Json<Subscriptions>> {
     if filter.user.as_ref().is_some_and(|user| !is_user(user)) {
         return Err(FieldError::new("user", USER_WANTED).into());

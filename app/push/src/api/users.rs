@@ -15,9 +15,9 @@ use utoipa::ToSchema;
 
 use super::ApiState;
 use crate::api::subscriptions::{SubscriptionView, USER_WANTED, is_user};
-use crate::scopes::Subscribe;
+use crate::scopes::SubscribeScope;
 use crate::store::DeliveryView;
-use perennial_host::access::{Authorized, Read};
+use perennial_host::access::{Authorized, ReadScope};
 use perennial_host::api::{Json, Path, Result};
 
 /// How many rows one part of an answer has.
@@ -46,7 +46,7 @@ pub(crate) struct Deleted {
 /// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `read`.
 #[utoipa::path(get, path = "/users/{user}", operation_id = "getUser", params(("user" = String, Path)), responses((status = OK, body = UserView)))]
 pub(crate) async fn one(
-    Authorized { caller, .. }: Authorized<Read>,
+    Authorized { caller, .. }: Authorized<ReadScope>,
     State(api): State<ApiState>,
     Path(user): Path<String>,
 ) -> Result<Response> {
@@ -55,7 +55,7 @@ pub(crate) async fn one(
     let begin = format!(r#"{{"user":{},"subscriptions":["#, serde_json::Value::from(user.as_str()));
     // In parts, however much there is: first all subscriptions, then the deliveries of each.
     let first =
-        Part { api, site, user, ids: Vec::new().into_iter(), at: At::Subscriptions(0), is_first: true };
+        ExportPart { api, site, user, ids: Vec::new().into_iter(), at: At::Subscriptions(0), is_first: true };
     let parts = stream::try_unfold(Some(first), |part| async move {
         let Some(mut part) = part else { return Ok::<_, sql::Error>(None) };
         let (text, is_last) = part.next().await?;
@@ -66,7 +66,7 @@ pub(crate) async fn one(
 }
 
 /// How far an answer has come.
-struct Part {
+struct ExportPart {
     api: ApiState,
     site: i64,
     user: String,
@@ -84,7 +84,7 @@ enum At {
     Deliveries(Option<(i64, Vec<u8>)>),
 }
 
-impl Part {
+impl ExportPart {
     /// The next piece of JSON, and whether it is the last.
     async fn next(&mut self) -> std::result::Result<(String, bool), sql::Error> {
         match std::mem::replace(&mut self.at, At::Deliveries(None)) {
@@ -132,7 +132,7 @@ impl Part {
 /// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `subscribe`.
 #[utoipa::path(delete, path = "/users/{user}", operation_id = "deleteUser", params(("user" = String, Path)), responses((status = OK, body = Deleted)))]
 pub(crate) async fn delete(
-    Authorized { caller, .. }: Authorized<Subscribe>,
+    Authorized { caller, .. }: Authorized<SubscribeScope>,
     State(api): State<ApiState>,
     Path(user): Path<String>,
 ) -> Result<Json<Deleted>> {

@@ -25,13 +25,16 @@ pub(crate) fn admin_write(keys: Arc<VapidKeys>) -> Router {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Imported {
+struct ImportedKey {
     site: String,
     /// The key pair, as a PEM file.
     pem: String,
 }
 
-async fn take_over(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Imported>) -> Result<Json<Value>> {
+async fn take_over(
+    State(keys): State<Arc<VapidKeys>>,
+    Json(request): Json<ImportedKey>,
+) -> Result<Json<Value>> {
     let (site, profile) = keys.named(&request.site)?;
     let key = VapidKey::from_pem(&request.pem).map_err(|error| FieldError::new("pem", error.to_string()))?;
     let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
@@ -42,11 +45,14 @@ async fn take_over(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Impor
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Rotate {
+struct RotateRequest {
     site: String,
 }
 
-async fn make_new(State(keys): State<Arc<VapidKeys>>, Json(request): Json<Rotate>) -> Result<Json<Value>> {
+async fn make_new(
+    State(keys): State<Arc<VapidKeys>>,
+    Json(request): Json<RotateRequest>,
+) -> Result<Json<Value>> {
     let (site, profile) = keys.named(&request.site)?;
     let refused = |error: anyhow::Error| Problem::new(StatusCode::CONFLICT, format!("{error:#}"));
     let key = keys.rotate(site).await.map_err(refused)?;

@@ -21,7 +21,7 @@ use crate::model::tags::is_tag;
 
 /// Who wrote a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub(crate) enum Format {
+pub(crate) enum DumpFormat {
     /// web-push-libs/web-push-php: what its users keep, JSON in an array or one a line
     WebPushPhp,
     /// laravel-notification-channels/webpush: the table push_subscriptions, as CSV, TSV or JSON
@@ -38,7 +38,7 @@ pub(crate) enum Format {
 
 /// One row of a dump.
 #[derive(Clone, Debug, PartialEq)]
-pub(crate) struct Row {
+pub(crate) struct DumpRow {
     /// The line in the file; of a JSON document the place in its list, from 1.
     pub(crate) number: u64,
     /// A line of an import, or why there is none.
@@ -54,13 +54,13 @@ pub(crate) enum Unusable {
     Bad(String),
 }
 
-type Rows<'a> = Box<dyn Iterator<Item = Row> + 'a>;
+type Rows<'a> = Box<dyn Iterator<Item = DumpRow> + 'a>;
 
 /// Reads a dump.
 ///
 /// # Errors
 /// When the file as a whole is nothing that can be read.
-pub(crate) fn read<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
+pub(crate) fn read<'a>(format: DumpFormat, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
     skip_byte_order_mark(&mut input)?;
     let beginning = input.fill_buf().context("the file cannot be read")?;
     refuse_foreign(beginning)?;
@@ -69,10 +69,12 @@ pub(crate) fn read<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::
         Shape::Lines => lines(input),
         Shape::Document => document(input)?,
     };
-    if format == Format::Django {
+    if format == DumpFormat::Django {
         return Ok(Box::new(join(values.collect()).into_iter()));
     }
-    Ok(Box::new(values.map(move |row| Row { read: row.read.and_then(|value| line(format, &value)), ..row })))
+    Ok(Box::new(
+        values.map(move |row| DumpRow { read: row.read.and_then(|value| line(format, &value)), ..row }),
+    ))
 }
 
 /// Some editors put one in front of UTF-8.
@@ -147,10 +149,10 @@ fn lines<'a>(input: impl BufRead + 'a) -> Rows<'a> {
         let line = match line {
             Ok(line) if line.trim_ascii().is_empty() => return None,
             Ok(line) => line,
-            Err(error) => return Some(Row { number, read: Err(Unusable::Bad(error.to_string())) }),
+            Err(error) => return Some(DumpRow { number, read: Err(Unusable::Bad(error.to_string())) }),
         };
         let read = serde_json::from_slice(&line);
-        Some(Row { number, read: read.map_err(|error| Unusable::Bad(format!("it is no JSON: {error}"))) })
+        Some(DumpRow { number, read: read.map_err(|error| Unusable::Bad(format!("it is no JSON: {error}"))) })
     });
     Box::new(rows)
 }
@@ -172,11 +174,11 @@ fn document<'a>(input: impl BufRead) -> anyhow::Result<Rows<'a>> {
             None => vec![one],
         },
     };
-    Ok(Box::new((1..).zip(rows).map(|(number, value)| Row { number, read: Ok(value) })))
+    Ok(Box::new((1..).zip(rows).map(|(number, value)| DumpRow { number, read: Ok(value) })))
 }
 
 /// Values that are separated by commas or tabs, with a row of names in front or without.
-fn separated<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
+fn separated<'a>(format: DumpFormat, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
     let beginning = input.fill_buf()?;
     let first = beginning.split(|byte| *byte == b'\n').next().unwrap_or_default();
     let count = |separator| first.iter().filter(|byte| **byte == separator).count();
@@ -192,7 +194,7 @@ fn separated<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result
     let Some(first) = records.next() else { return Ok(Box::new(std::iter::empty())) };
     let names: Vec<String> = first.cells.iter().map(|cell| cell.trim().to_ascii_lowercase()).collect();
     let is_header = names.iter().any(|name| ENDPOINT.contains(&name.as_str()));
-    if is_header && format == Format::Onesignal && !names.iter().any(|name| name == "web_p256") {
+    if is_header && format == DumpFormat::Onesignal && !names.iter().any(|name| name == "web_p256") {
         bail!(
             "the export has no columns web_auth and web_p256, without which nothing can be encrypted: ask for them with extra_fields (docs/moving-in.md says how)"
         );
@@ -204,25 +206,25 @@ fn separated<'a>(format: Format, mut input: impl BufRead + 'a) -> anyhow::Result
             Some(names) => named(&names, record.cells),
             None => unnamed(format, &record.cells),
         };
-        Row { number: record.line, read: line(format, &Value::Object(fields)) }
+        DumpRow { number: record.line, read: line(format, &Value::Object(fields)) }
     })))
 }
 
 /// One record of separated values.
-struct Record {
+struct DumpRecord {
     line: u64,
     cells: Vec<String>,
 }
 
 /// Reads records whatever bytes are in them.
 trait Lossy<'a> {
-    fn into_byte_records_lossy(self) -> Box<dyn Iterator<Item = Record> + 'a>;
+    fn into_byte_records_lossy(self) -> Box<dyn Iterator<Item = DumpRecord> + 'a>;
 }
 
 impl<'a, R: BufRead + 'a> Lossy<'a> for csv::Reader<R> {
-    fn into_byte_records_lossy(self) -> Box<dyn Iterator<Item = Record> + 'a> {
+    fn into_byte_records_lossy(self) -> Box<dyn Iterator<Item = DumpRecord> + 'a> {
         let text = |cell: &[u8]| String::from_utf8_lossy(cell).into_owned();
-        Box::new(self.into_byte_records().map_while(Result::ok).map(move |record| Record {
+        Box::new(self.into_byte_records().map_while(Result::ok).map(move |record| DumpRecord {
             line: record.position().map_or(0, csv::Position::line),
             cells: record.iter().map(text).collect(),
         }))
@@ -240,7 +242,7 @@ fn named(names: &[String], cells: Vec<String>) -> Map<String, Value> {
 }
 
 /// Without names the values say what they are: there is one URL, one key of 65 bytes, and one secret of 16.
-fn unnamed(format: Format, cells: &[String]) -> Map<String, Value> {
+fn unnamed(format: DumpFormat, cells: &[String]) -> Map<String, Value> {
     let mut fields = Map::new();
     let length = |cell: &String| decode_base64(cell).map_or(0, |bytes| bytes.len());
     let find = |fits: &dyn Fn(&String) -> bool| cells.iter().find(|cell| fits(cell)).cloned();
@@ -249,7 +251,7 @@ fn unnamed(format: Format, cells: &[String]) -> Map<String, Value> {
         ("p256dh", find(&|cell| length(cell) == 65)),
         ("auth", find(&|cell| length(cell) == 16)),
         // id, subscribable_type, subscribable_id
-        ("user", cells.get(2).filter(|cell| format == Format::Laravel && !is_null(cell)).cloned()),
+        ("user", cells.get(2).filter(|cell| format == DumpFormat::Laravel && !is_null(cell)).cloned()),
     ];
     fields.extend(found.into_iter().filter_map(|(name, cell)| Some((name.to_owned(), cell?.into()))));
     fields
@@ -262,7 +264,7 @@ const USER: [&str; 5] = ["user", "user_id", "userId", "subscribable_id", "extern
 const WRAPPERS: [&str; 3] = ["subscription", "subscription_info", "push_subscription"];
 
 /// Makes a line of an import of one row.
-fn line(format: Format, row: &Value) -> Result<Value, Unusable> {
+fn line(format: DumpFormat, row: &Value) -> Result<Value, Unusable> {
     let bad = |why: &str| Unusable::Bad(why.to_owned());
     let Value::Object(outer) = row else { return Err(bad("it is no object")) };
     let is = |name: &str, words: &[&str]| match &outer.get(name) {
@@ -315,7 +317,7 @@ fn line(format: Format, row: &Value) -> Result<Value, Unusable> {
     if let Some(key) = text(outer, &["key"]) {
         line["key"] = key.into();
     }
-    if format != Format::Onesignal
+    if format != DumpFormat::Onesignal
         && outer.get("metadata").is_some_and(|metadata| !metadata.is_object() && !metadata.is_null())
     {
         return Err(bad("metadata: wanted an object"));
@@ -348,17 +350,17 @@ fn tags(row: &Map<String, Value>) -> Vec<String> {
 }
 
 /// OneSignal's tags are names with values: what places in texts are filled with here.
-fn metadata(format: Format, row: &Map<String, Value>) -> Option<Value> {
+fn metadata(format: DumpFormat, row: &Map<String, Value>) -> Option<Value> {
     let found = match row.get("metadata") {
         Some(metadata) => metadata.clone(),
-        None if format == Format::Onesignal => serde_json::from_str(row.get("tags")?.as_str()?).ok()?,
+        None if format == DumpFormat::Onesignal => serde_json::from_str(row.get("tags")?.as_str()?).ok()?,
         None => return None,
     };
     found.as_object().is_some_and(|fields| !fields.is_empty()).then_some(found)
 }
 
 /// Joins what Django keeps apart: subscriptions, and whose they are.
-fn join(rows: Vec<Row>) -> Vec<Row> {
+fn join(rows: Vec<DumpRow>) -> Vec<DumpRow> {
     let mut groups = BTreeMap::new();
     let mut owners = BTreeMap::<String, Vec<Value>>::new();
     let mut subscriptions = Vec::new();
@@ -366,7 +368,7 @@ fn join(rows: Vec<Row>) -> Vec<Row> {
         let value = match row.read {
             Ok(value) => value,
             Err(why) => {
-                subscriptions.push(Row { number: row.number, read: Err(why) });
+                subscriptions.push(DumpRow { number: row.number, read: Err(why) });
                 continue;
             }
         };
@@ -379,7 +381,7 @@ fn join(rows: Vec<Row>) -> Vec<Row> {
                 owners.entry(fields["subscription"].to_string()).or_default().push(fields);
             }
             Some("webpush.subscriptioninfo" | "push_notifications.webpushdevice") | None => {
-                subscriptions.push(Row { number: row.number, read: Ok(value) });
+                subscriptions.push(DumpRow { number: row.number, read: Ok(value) });
             }
             // Of another application.
             Some(_) => {}
@@ -397,7 +399,7 @@ fn join(rows: Vec<Row>) -> Vec<Row> {
                 fields["user"] = user.into();
             }
         }
-        row.read = line(Format::Django, &fields);
+        row.read = line(DumpFormat::Django, &fields);
     }
     subscriptions
 }
@@ -409,15 +411,15 @@ mod tests {
 
     use super::*;
 
-    fn rows(format: Format, name: &str) -> anyhow::Result<Vec<Row>> {
+    fn rows(format: DumpFormat, name: &str) -> anyhow::Result<Vec<DumpRow>> {
         let file = format!("{}/../../tests/fixtures/dumps/{name}", env!("CARGO_MANIFEST_DIR"));
         let file = File::open(&file).unwrap_or_else(|error| panic!("{file}: {error}"));
         Ok(read(format, BufReader::new(file))?.collect())
     }
 
     /// Whether each row has an endpoint and keys that can be sent to.
-    fn usable(rows: &[Row]) -> Vec<bool> {
-        let is_usable = |row: &Row| {
+    fn usable(rows: &[DumpRow]) -> Vec<bool> {
+        let is_usable = |row: &DumpRow| {
             row.read.as_ref().is_ok_and(|line| {
                 let keys = &line["subscription"]["keys"];
                 let (p256dh, auth) = (keys["p256dh"].as_str().unwrap(), keys["auth"].as_str().unwrap());
@@ -427,7 +429,7 @@ mod tests {
         rows.iter().map(is_usable).collect()
     }
 
-    fn users(rows: &[Row]) -> Vec<Option<&str>> {
+    fn users(rows: &[DumpRow]) -> Vec<Option<&str>> {
         rows.iter().filter_map(|row| row.read.as_ref().ok()).map(|line| line["user"].as_str()).collect()
     }
 
@@ -445,18 +447,18 @@ mod tests {
             "laravel.tinker.json",
             "laravel.fputcsv.csv",
         ] {
-            let rows = rows(Format::Laravel, name).unwrap();
+            let rows = rows(DumpFormat::Laravel, name).unwrap();
             assert_eq!(usable(&rows), [true, true, true, false, false], "{name}: {rows:#?}");
             assert_eq!(users(&rows)[..3], [Some("17"), Some("17"), Some("342")], "{name}");
         }
-        let error = rows(Format::Laravel, "laravel.mysqldump.sql").unwrap_err().to_string();
+        let error = rows(DumpFormat::Laravel, "laravel.mysqldump.sql").unwrap_err().to_string();
         assert!(error.contains("a dump of SQL"), "{error}");
     }
 
     #[test]
     fn both_shapes_of_web_push_php_are_read() {
         for name in ["web-push-php.json", "web-push-php.jsonl"] {
-            let rows = rows(Format::WebPushPhp, name).unwrap();
+            let rows = rows(DumpFormat::WebPushPhp, name).unwrap();
             // The encoding of the fifth is none; it is not what we send with.
             assert_eq!(usable(&rows), [true, true, true, false, true], "{name}: {rows:#?}");
         }
@@ -469,37 +471,37 @@ mod tests {
             "django-webpush.dumpdata-oneline.json",
             "django-webpush.dumpdata.jsonl",
         ] {
-            let rows = rows(Format::Django, name).unwrap();
+            let rows = rows(DumpFormat::Django, name).unwrap();
             assert_eq!(usable(&rows), [true, true, true, false, false], "{name}: {rows:#?}");
             assert_eq!(users(&rows)[..3], [Some("1"), Some("2"), None], "{name}");
             assert_eq!(rows[2].read.as_ref().unwrap()["tags"], json!(["news"]), "{name}");
         }
-        let joined = rows(Format::Django, "django-webpush.joined.csv").unwrap();
+        let joined = rows(DumpFormat::Django, "django-webpush.joined.csv").unwrap();
         assert_eq!(usable(&joined), [true, true, true, true, false, false], "{joined:#?}");
         assert_eq!(joined[1].read.as_ref().unwrap()["tags"], json!(["news"]));
         assert_eq!(users(&joined)[..2], [Some("1"), Some("2")]);
-        let table = rows(Format::Django, "django-webpush.subscriptioninfo.csv").unwrap();
+        let table = rows(DumpFormat::Django, "django-webpush.subscriptioninfo.csv").unwrap();
         assert_eq!(usable(&table), [true, true, true, false, false], "{table:#?}");
     }
 
     #[test]
     fn devices_of_django_push_notifications_that_are_not_active_are_left_out() {
         for name in ["django-push-notifications.dumpdata.json", "django-push-notifications.csv"] {
-            let rows = rows(Format::Django, name).unwrap();
+            let rows = rows(DumpFormat::Django, name).unwrap();
             assert_eq!(usable(&rows), [true, true, true, false, false], "{name}: {rows:#?}");
             assert_eq!(rows[3].read, Err(Unusable::Inactive), "{name}");
             assert!(matches!(&rows[4].read, Err(Unusable::Bad(why)) if why.contains("no URL")), "{name}");
             assert_eq!(users(&rows), [Some("1"), Some("2"), None], "{name}");
         }
         // Without names nothing says that one is not active.
-        let rows = rows(Format::Django, "django-push-notifications.copy.tsv").unwrap();
+        let rows = rows(DumpFormat::Django, "django-push-notifications.copy.tsv").unwrap();
         assert_eq!(usable(&rows), [true, true, true, true, false], "{rows:#?}");
     }
 
     #[test]
     fn objects_of_browsers_are_read_bare_and_wrapped() {
         for name in ["pywebpush.json", "pywebpush.jsonl"] {
-            let rows = rows(Format::Pywebpush, name).unwrap();
+            let rows = rows(DumpFormat::Pywebpush, name).unwrap();
             assert_eq!(usable(&rows), [true, true, true, false, false], "{name}: {rows:#?}");
             let windows = &rows[2].read.as_ref().unwrap()["subscription"];
             assert!(windows["endpoint"].as_str().unwrap().contains("%2b"), "byte for byte: {windows}");
@@ -507,24 +509,24 @@ mod tests {
             assert_eq!(rows[4].number, 5);
         }
         assert_eq!(
-            usable(&rows(Format::Pywebpush, "pywebpush.single-subscription-info.json").unwrap()),
+            usable(&rows(DumpFormat::Pywebpush, "pywebpush.single-subscription-info.json").unwrap()),
             [true]
         );
-        let wrapped = rows(Format::Json, "pywebpush.wrapped.jsonl").unwrap();
+        let wrapped = rows(DumpFormat::Json, "pywebpush.wrapped.jsonl").unwrap();
         assert_eq!(usable(&wrapped), [true, true, true], "{wrapped:#?}");
         assert_eq!(users(&wrapped), [Some("17"), Some("18"), Some("19")]);
     }
 
     #[test]
     fn onesignal_needs_the_columns_of_keys() {
-        let rows_of = rows(Format::Onesignal, "onesignal.csv").unwrap();
+        let rows_of = rows(DumpFormat::Onesignal, "onesignal.csv").unwrap();
         assert_eq!(usable(&rows_of), [true, true, true, false, false, false], "{rows_of:#?}");
         assert_eq!(rows_of[3].read, Err(Unusable::Inactive));
         let first = rows_of[0].read.as_ref().unwrap();
         assert_eq!((&first["user"], &first["metadata"]["plan"]), (&json!("user_17"), &json!("pro")));
-        let error = rows(Format::Onesignal, "onesignal-default-columns.csv").unwrap_err().to_string();
+        let error = rows(DumpFormat::Onesignal, "onesignal-default-columns.csv").unwrap_err().to_string();
         assert!(error.contains("web_p256"), "{error}");
-        let error = rows(Format::Onesignal, "onesignal.csv.gz").unwrap_err().to_string();
+        let error = rows(DumpFormat::Onesignal, "onesignal.csv.gz").unwrap_err().to_string();
         assert!(error.contains("gunzip"), "{error}");
     }
 
@@ -542,15 +544,15 @@ mod tests {
             (&long, 2),
             (&"junk ".repeat(20_000), 2),
         ] {
-            for format in [Format::Pywebpush, Format::Json] {
+            for format in [DumpFormat::Pywebpush, DumpFormat::Json] {
                 let text = format!("{first}\n{good}\n{good}\n");
                 let input = BufReader::with_capacity(1 << 20, text.as_bytes());
-                let rows: Vec<Row> = read(format, input).unwrap().collect();
+                let rows: Vec<DumpRow> = read(format, input).unwrap().collect();
                 let found = rows.iter().filter(|row| row.read.is_ok()).count();
                 assert_eq!(found, usable, "{}: {rows:?}", &first[..first.len().min(40)]);
             }
         }
-        let utf16 = read(Format::Json, &[0xff, 0xfe, b'[', 0][..]).map(drop).unwrap_err();
+        let utf16 = read(DumpFormat::Json, &[0xff, 0xfe, b'[', 0][..]).map(drop).unwrap_err();
         assert!(utf16.to_string().contains("UTF-16"), "{utf16}");
     }
 
@@ -564,15 +566,15 @@ mod tests {
             let text = format!(
                 r#"[{{"endpoint":"https://fcm.googleapis.com/x","keys":{{"p256dh":"BA","auth":"AA"}},{field}}}]"#
             );
-            let rows: Vec<Row> = read(Format::Json, text.as_bytes()).unwrap().collect();
+            let rows: Vec<DumpRow> = read(DumpFormat::Json, text.as_bytes()).unwrap().collect();
             assert!(matches!(&rows[0].read, Err(Unusable::Bad(why)) if why.starts_with(wanted)), "{rows:?}");
         }
     }
 
     #[test]
     fn nothing_is_nothing() {
-        assert!(read(Format::Json, &b""[..]).unwrap().next().is_none());
-        assert!(read(Format::Json, &b"[]"[..]).unwrap().next().is_none());
-        assert!(read(Format::Json, &b"[1"[..]).is_err());
+        assert!(read(DumpFormat::Json, &b""[..]).unwrap().next().is_none());
+        assert!(read(DumpFormat::Json, &b"[]"[..]).unwrap().next().is_none());
+        assert!(read(DumpFormat::Json, &b"[1"[..]).is_err());
     }
 }

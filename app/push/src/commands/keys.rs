@@ -13,7 +13,7 @@ use serde_json::json;
 use crate::api::vapid;
 use crate::offline::{import_key, vapid_keys};
 use perennial_host::command::output::done;
-use perennial_host::command::{self, AdminBackend, Context, Offline, block_on};
+use perennial_host::command::{self, AdminBackend, CommandContext, Offline, block_on};
 use perennial_host::sites;
 
 /// The longest file of keys that is read, in bytes.
@@ -27,7 +27,7 @@ const MAX_KEY_FILE: u64 = 64 << 10;
   npx web-push generate-vapid-keys --json | perennial keys import -
   grep VAPID_ .env | perennial keys import --site shop -
 It reads PEM (PKCS#8, SEC1), DER, JWK, JSON, and base64 of the private key, alone or beside the public one.")]
-pub(super) struct Import {
+pub(super) struct ImportKeyArgs {
     /// A file with the private key; - is standard input
     file: PathBuf,
     /// Of which site
@@ -35,10 +35,10 @@ pub(super) struct Import {
     site: String,
 }
 
-impl command::Command for Import {
+impl command::Command for ImportKeyArgs {
     const NAME: &'static str = "import";
 
-    fn run(self, context: &Context) -> anyhow::Result<()> {
+    fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         let Self { file, site } = &self;
         let mut bytes = Vec::new();
         let mut input: Box<dyn Read> = match file.as_os_str() == "-" {
@@ -60,7 +60,7 @@ impl command::Command for Import {
 }
 
 /// Takes over a key pair: through the server that runs, or in the store while none does, also before the first start.
-async fn import(context: &Context, site: &str, key: &VapidKey) -> anyhow::Result<()> {
+async fn import(context: &CommandContext, site: &str, key: &VapidKey) -> anyhow::Result<()> {
     if !context.is_running() {
         let offline = context.offline().await?;
         let imported = import_key(context.settings(), site, &offline, key).await;
@@ -75,16 +75,16 @@ async fn import(context: &Context, site: &str, key: &VapidKey) -> anyhow::Result
 /// Make a new VAPID key for browsers to subscribe with; those before it go on signing for their subscriptions
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  perennial keys rotate --site shop")]
-pub(super) struct Rotate {
+pub(super) struct RotateArgs {
     /// Of which site
     #[arg(long, default_value = sites::DEFAULT)]
     site: String,
 }
 
-impl command::Command for Rotate {
+impl command::Command for RotateArgs {
     const NAME: &'static str = "rotate";
 
-    fn run(self, context: &Context) -> anyhow::Result<()> {
+    fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         let body = json!({ "site": self.site });
         let routes = async |offline: Offline| {
             let (keys, _) = vapid_keys(context.settings(), &offline).await?;

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use perennial_host::command::arguments::{number, seconds};
 use perennial_host::command::output::{say, utc};
-use perennial_host::command::{self, Client, Context, Refused, block_on, moment};
+use perennial_host::command::{self, Client, CommandContext, Refused, block_on, moment};
 
 /// How long one answer may take.
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -30,9 +30,9 @@ const AWAY: Duration = Duration::from_secs(60);
   perennial notify --tags 'news and not muted' --title News --rate 500
   perennial notify --user 42 --title 'Your order' --at 'tomorrow 9:00'
   perennial notify --all --title Hello --dry-run")]
-pub(super) struct Notify {
+pub(super) struct NotifyArgs {
     #[command(flatten)]
-    to: To,
+    to: ToArgs,
     /// The title of the notification
     #[arg(long, required_unless_present_any = ["payload", "watch"])]
     title: Option<String>,
@@ -98,7 +98,7 @@ pub(super) struct Notify {
 /// Whom it is for.
 #[derive(Args, Debug)]
 #[group(multiple = false)]
-struct To {
+struct ToArgs {
     /// Every subscription
     #[arg(long, required_unless_present_any = ["user", "tags", "subscriptions", "watch"])]
     all: bool,
@@ -118,16 +118,16 @@ fn subscription_id(text: &str) -> Result<i64, String> {
     text.parse().map_err(|_| "wanted the id of a subscription, a number".to_owned())
 }
 
-impl command::Command for Notify {
+impl command::Command for NotifyArgs {
     const NAME: &'static str = "notify";
 
-    fn run(self, context: &Context) -> anyhow::Result<()> {
+    fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         let client = context.client(self.url.as_deref(), self.key_file.as_deref(), TIMEOUT)?;
         block_on(self.send(context.json, &client))?
     }
 }
 
-impl Notify {
+impl NotifyArgs {
     async fn send(&self, json: bool, client: &Client) -> anyhow::Result<()> {
         if let Some(id) = &self.watch {
             return told(json, id, &follow(client, id).await?);
@@ -166,9 +166,9 @@ impl Notify {
         };
         let (at, expires) = (time("at", &self.at)?, time("expires", &self.expires)?);
         let to = match &self.to {
-            To { user: Some(user), .. } => json!({ "user": user }),
-            To { tags: Some(tags), .. } => json!({ "tags": tags }),
-            To { subscriptions: Some(ids), .. } => json!({ "subscriptions": ids }),
+            ToArgs { user: Some(user), .. } => json!({ "user": user }),
+            ToArgs { tags: Some(tags), .. } => json!({ "tags": tags }),
+            ToArgs { subscriptions: Some(ids), .. } => json!({ "subscriptions": ids }),
             _ => json!({ "all": true }),
         };
         let mut request = json!({ "to": to });

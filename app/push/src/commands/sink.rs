@@ -10,14 +10,14 @@ use perennial_runtime::signal::{Signal, Signals};
 use super::trial::Trial;
 use perennial_host::command::arguments::{address, whole};
 use perennial_host::command::output::say;
-use perennial_host::command::{self, Context, block_on};
+use perennial_host::command::{self, CommandContext, block_on};
 
 /// A local push service: gives out subscriptions, and prints what it decrypts
 #[derive(Args, Debug)]
 #[command(after_help = "For everything in one process, see perennial serve --dev. Examples:
   perennial sink
   perennial sink --subscribers 3")]
-pub(super) struct Sink {
+pub(super) struct SinkArgs {
     /// Where messages are sent to, with TLS
     #[arg(long, default_value = "127.0.0.1:8443", value_name = "ADDRESS", value_parser = address)]
     listen: SocketAddr,
@@ -32,10 +32,10 @@ pub(super) struct Sink {
     subscribers: usize,
 }
 
-impl command::Command for Sink {
+impl command::Command for SinkArgs {
     const NAME: &'static str = "sink";
 
-    fn run(self, context: &Context) -> anyhow::Result<()> {
+    fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         block_on(async {
             let mut signals = Signals::install()?;
             let (trial, bound) = Trial::bind(self.listen, self.browsers, &self.directory).await?;

@@ -15,10 +15,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::{Value, json};
 
 use crate::api::import;
-use crate::commands::dumps::{self, Format, Row, Unusable};
+use crate::commands::dumps::{self, DumpFormat, DumpRow, Unusable};
 use crate::offline::transfer;
 use perennial_host::command::output::say;
-use perennial_host::command::{self, AdminBackend, Context, Offline, block_on};
+use perennial_host::command::{self, AdminBackend, CommandContext, Offline, block_on};
 use perennial_host::sites;
 
 /// How much is sent at once, in bytes: less than the admin listener takes in one body.
@@ -28,7 +28,7 @@ const SHOWN: (usize, usize) = (20, 10_000);
 
 /// Subscriptions, in and out by the million
 #[derive(Args, Debug)]
-pub(super) struct Subscriptions {
+pub(super) struct SubscriptionsArgs {
     #[command(subcommand)]
     what: What,
 }
@@ -41,7 +41,7 @@ enum What {
   perennial subscriptions import subscriptions.jsonl
   perennial subscriptions import --from laravel --dry-run push_subscriptions.csv
   perennial subscriptions import --from pywebpush --ids - < subscriptions.json")]
-    Import(Import),
+    Import(ImportArgs),
     /// Write all subscriptions, one JSON object a line
     Export {
         /// A file; - is standard output
@@ -54,7 +54,7 @@ enum What {
 }
 
 #[derive(Args, Debug)]
-struct Import {
+struct ImportArgs {
     /// A file; - is standard input
     file: PathBuf,
     /// Into which site
@@ -62,7 +62,7 @@ struct Import {
     site: String,
     /// Whose dump it is; without this, lines as `export` writes them
     #[arg(long, value_name = "SENDER")]
-    from: Option<Format>,
+    from: Option<DumpFormat>,
     /// Store nothing, and say how many there are of each push service
     #[arg(long)]
     dry_run: bool,
@@ -71,10 +71,10 @@ struct Import {
     ids: bool,
 }
 
-impl command::Command for Subscriptions {
+impl command::Command for SubscriptionsArgs {
     const NAME: &'static str = "subscriptions";
 
-    fn run(self, context: &Context) -> anyhow::Result<()> {
+    fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         if matches!(self.what, What::Import(_)) {
             // It may come before the first start.
             context.make_data_dir()?;
@@ -90,7 +90,7 @@ impl command::Command for Subscriptions {
     }
 }
 
-impl Import {
+impl ImportArgs {
     async fn run(&self, backend: &AdminBackend) -> anyhow::Result<()> {
         let (input, length): (Box<dyn Read>, u64) = if self.file.as_os_str() == "-" {
             (Box::new(std::io::stdin()), 0)
@@ -103,14 +103,14 @@ impl Import {
         let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
         // The bar goes by what was read, whatever it became.
         let mut input = BufReader::with_capacity(1 << 20, bar.wrap_read(input));
-        let mut lines: Box<dyn Iterator<Item = anyhow::Result<Line>>> = match self.from {
+        let mut lines: Box<dyn Iterator<Item = anyhow::Result<InputLine>>> = match self.from {
             None => {
                 dumps::skip_byte_order_mark(&mut input)?;
                 Box::new(own_lines(input))
             }
-            Some(format) => Box::new(dumps::read(format, input)?.map(|row| Ok(Line::from(row)))),
+            Some(format) => Box::new(dumps::read(format, input)?.map(|row| Ok(InputLine::from(row)))),
         };
-        let mut told = Told { bar, shown: 0, is_key_told: false };
+        let mut told = ImportReport { bar, shown: 0, is_key_told: false };
         let mut sums = Sums::default();
         loop {
             let chunk = Chunk::next(&mut lines)?;
@@ -145,7 +145,7 @@ impl Import {
         backend: &AdminBackend,
         chunk: Chunk,
         sums: &mut Sums,
-        told: &mut Told,
+        told: &mut ImportReport,
     ) -> anyhow::Result<()> {
         if chunk.numbers.is_empty() {
             return Ok(());
@@ -173,23 +173,23 @@ impl Import {
 }
 
 /// A line of an import, and where it came from; or why it is left out.
-struct Line {
+struct InputLine {
     number: u64,
     text: Result<Vec<u8>, Unusable>,
 }
 
-impl From<Row> for Line {
-    fn from(row: Row) -> Self {
+impl From<DumpRow> for InputLine {
+    fn from(row: DumpRow) -> Self {
         Self { number: row.number, text: row.read.map(|line| line.to_string().into_bytes()) }
     }
 }
 
 /// Lines as `export` writes them: what is wrong with one is said by the server.
-fn own_lines(input: impl BufRead) -> impl Iterator<Item = anyhow::Result<Line>> {
+fn own_lines(input: impl BufRead) -> impl Iterator<Item = anyhow::Result<InputLine>> {
     let lines = (1..).zip(input.split(b'\n'));
     lines
         .filter(|(_, line)| line.as_ref().map_or(true, |line| !line.trim_ascii().is_empty()))
-        .map(|(number, line)| Ok(Line { number, text: Ok(line.context("the file cannot be read")?) }))
+        .map(|(number, line)| Ok(InputLine { number, text: Ok(line.context("the file cannot be read")?) }))
 }
 
 /// Lines that are sent together.
@@ -204,11 +204,11 @@ struct Chunk {
 
 impl Chunk {
     /// About [`CHUNK`] bytes of lines; empty at the end.
-    fn next(lines: &mut impl Iterator<Item = anyhow::Result<Line>>) -> anyhow::Result<Self> {
+    fn next(lines: &mut impl Iterator<Item = anyhow::Result<InputLine>>) -> anyhow::Result<Self> {
         let mut chunk = Self::default();
         while chunk.text.len() < CHUNK {
             let Some(line) = lines.next() else { break };
-            let Line { number, text } = line?;
+            let InputLine { number, text } = line?;
             match text {
                 Ok(text) => {
                     chunk.text.extend_from_slice(&text);
@@ -228,13 +228,13 @@ impl Chunk {
 }
 
 /// What a person at the terminal has been told.
-struct Told {
+struct ImportReport {
     bar: ProgressBar,
     shown: usize,
     is_key_told: bool,
 }
 
-impl Told {
+impl ImportReport {
     fn refused(&mut self, number: u64, why: &str) {
         let most = if std::io::stderr().is_terminal() { SHOWN.0 } else { SHOWN.1 };
         if self.shown < most {

@@ -20,7 +20,7 @@ use tracing::error;
 
 use crate::sink::{self, Behaviour, Push, Refusal};
 use perennial_host::command::output::say;
-use perennial_host::command::{Beside, Client, Companion, Context, admin_client};
+use perennial_host::command::{Beside, Client, CommandContext, Companion, admin_client};
 
 /// How long to wait for the server that imaginary browsers are to be subscribed at.
 const WAIT: Duration = Duration::from_secs(120);
@@ -105,7 +105,7 @@ impl Trial {
     ///
     /// # Errors
     /// When there is none, or one that could not send here: with the settings that it lacks.
-    pub(super) async fn subscribe(&self, context: &Context, count: usize) -> anyhow::Result<()> {
+    pub(super) async fn subscribe(&self, context: &CommandContext, count: usize) -> anyhow::Result<()> {
         wait_for_server(context).await?;
         self.check(context).await?;
         let client = context.client(None, None, TIMEOUT)?;
@@ -130,7 +130,7 @@ impl Trial {
     }
 
     /// Asks a running server for its settings, since what it lacks cannot be seen from what it refuses.
-    async fn check(&self, context: &Context) -> anyhow::Result<()> {
+    async fn check(&self, context: &CommandContext) -> anyhow::Result<()> {
         let Ok(client) = admin_client(context.data_dir(), TIMEOUT) else { return Ok(()) };
         let settings = client.call(Method::GET, "/settings", None).await?;
         let lacking = self.lacking(&settings);
@@ -199,7 +199,7 @@ async fn forget_earlier(client: &Client, list: &Path) -> anyhow::Result<()> {
 }
 
 /// The server needs this service's certificate before it starts, and so it often comes second.
-async fn wait_for_server(context: &Context) -> anyhow::Result<()> {
+async fn wait_for_server(context: &CommandContext) -> anyhow::Result<()> {
     let began = Instant::now();
     loop {
         match context.running() {
@@ -236,7 +236,7 @@ impl Companion for Dev {
         self.dev
     }
 
-    async fn open(self, context: &Context) -> anyhow::Result<Beside> {
+    async fn open(self, context: &CommandContext) -> anyhow::Result<Beside> {
         if let Some(listen) = context.reachable() {
             bail!("--dev is for this machine alone: {listen} can be reached from others");
         }
@@ -266,7 +266,7 @@ impl Companion for Dev {
 }
 
 /// Runs the service, and subscribes imaginary browsers once the server is there.
-async fn run(trial: Trial, bound: sink::Bound, context: Context, count: usize, drain: Drain) {
+async fn run(trial: Trial, bound: sink::Bound, context: CommandContext, count: usize, drain: Drain) {
     let subscribe = async {
         if count > 0
             && let Err(error) = trial.subscribe(&context, count).await

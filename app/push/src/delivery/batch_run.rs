@@ -38,9 +38,11 @@ use crate::delivery::send::{Outgoing, Sent};
 use crate::model::audience::Audience;
 use crate::model::jobs::Deliver;
 use crate::model::outcome::Outcome;
-use crate::pacing::active::{Flow, Place};
+use crate::pacing::active::{Flow, PlaceInLine};
 use crate::pacing::pace::Take;
-use crate::store::{Batch, Checkpoint, Deferred, Delivery, Member, Members, Part, Recorded, Rest};
+use crate::store::{
+    Batch, BatchPart, Checkpoint, Deferred, Delivery, Member, Members, Recorded, RestOfBatch,
+};
 use crate::vapid::SiteKeys;
 use perennial_host::sites::SiteId;
 
@@ -76,7 +78,7 @@ pub(crate) struct Round<'a> {
     sender: &'a Sender,
     flow: &'a Flow,
     /// Until its last member is begun.
-    place: Option<Place>,
+    place: Option<PlaceInLine>,
     batch: Arc<Batch>,
     outgoing: Arc<Outgoing>,
     waiting: std::vec::IntoIter<Member>,
@@ -95,11 +97,11 @@ pub(crate) struct Round<'a> {
     /// How many are to be tried again.
     again: usize,
     /// The last send that was not delivered, although its subscription has not ended.
-    failure: Option<Failure>,
+    failure: Option<SendFailure>,
 }
 
 /// Why a message was not delivered.
-struct Failure {
+struct SendFailure {
     host: String,
     status: Option<u16>,
     detail: String,
@@ -167,7 +169,7 @@ impl<'a> Round<'a> {
 
     /// Members that were tried before and have been deleted since had ended, as it turns out.
     fn note_deleted(&mut self, members: &[Member], unreadable: &[(i64, String)]) {
-        let Part::Ids(ids) = &self.batch.part else { return };
+        let BatchPart::Ids(ids) = &self.batch.part else { return };
         let found = members.iter().map(|member| member.id).chain(unreadable.iter().map(|(id, _)| *id));
         let found: BTreeSet<i64> = found.collect();
         for id in ids.iter().filter(|id| !self.batch.is_recorded(**id) && !found.contains(id)) {
@@ -227,7 +229,7 @@ impl<'a> Round<'a> {
                 due = Instant::now() + every;
             }
             let timed = saving.is_none() && !self.ended.is_empty();
-            let rank = pause.and(self.place.as_ref()).map_or(0, Place::rank);
+            let rank = pause.and(self.place.as_ref()).map_or(0, PlaceInLine::rank);
             let saved = async {
                 match saving.as_mut() {
                     Some(saving) => saving.await,
@@ -325,7 +327,7 @@ impl<'a> Round<'a> {
         if !matches!(sent.report.verdict, Verdict::Delivered | Verdict::Gone) {
             let host = sent.host().to_owned();
             let (status, detail) = (sent.report.status, sent.report.detail.clone());
-            self.failure = Some(Failure { host, status, detail });
+            self.failure = Some(SendFailure { host, status, detail });
         }
         self.in_flight.remove(&sent.id);
         self.above.insert(sent.id);
@@ -475,7 +477,7 @@ impl<'a> Round<'a> {
         let finished = self.waiting.len() == 0 && self.in_flight.is_empty();
         checkpoint.finished = finished;
         checkpoint.rest = match self.rest_after.filter(|_| finished) {
-            Some(after) => Some(Rest { after, job: self.job(crate::model::queues::BULK_QUEUE)? }),
+            Some(after) => Some(RestOfBatch { after, job: self.job(crate::model::queues::BULK_QUEUE)? }),
             None => None,
         };
         save(self.delivery, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
@@ -495,7 +497,7 @@ impl<'a> Round<'a> {
         let (notification, again) = (self.batch.notification, self.again);
         match &self.failure {
             None => info!(%notification, outcomes, again, finished, "batch sent"),
-            Some(Failure { host, status, detail }) => {
+            Some(SendFailure { host, status, detail }) => {
                 warn!(%notification, outcomes, again, finished, host, status, detail, "batch sent, with failures");
             }
         }

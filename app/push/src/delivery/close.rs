@@ -16,7 +16,7 @@ use super::deliver;
 use super::fanout::BUDGET;
 use crate::model::outcome::Outcome;
 use crate::model::queues::BULK_QUEUE;
-use crate::store::{Checkpoint, Recorded, Rest};
+use crate::store::{Checkpoint, Recorded, RestOfBatch};
 
 /// The claim of this job on a batch: later than any that a worker may have.
 const LAST_EPOCH: i64 = i64::MAX / 2;
@@ -97,7 +97,7 @@ impl Close {
         }
         if let Some(after) = rest_after {
             let job = Deliver::follow_up(context, self.notification, BULK_QUEUE, 0)?;
-            checkpoint.rest = Some(Rest { after, job });
+            checkpoint.rest = Some(RestOfBatch { after, job });
         }
         delivery.meters.decided(&checkpoint.outcomes);
         Ok(delivery.store.checkpoint(&batch, LAST_EPOCH, checkpoint).await? == Recorded::Last)

@@ -17,7 +17,7 @@ use super::DeliveryContext;
 use super::fanout::BUDGET;
 use crate::delivery::batch_run::{CAREFUL, Round, is_paused, pause, save};
 use crate::model::outcome::Outcome;
-use crate::store::{Batch, Checkpoint, Deferred, Rest, Waiting, job};
+use crate::store::{Batch, Checkpoint, Deferred, RestOfBatch, WaitingBatch, job};
 use perennial_host::sites::SiteId;
 
 impl Deliver {
@@ -36,7 +36,7 @@ impl Deliver {
     }
 
     /// One for a batch that waits for a push service which is sent to again.
-    pub(crate) fn woken(config: &Config, waiting: &Waiting) -> sql::Result<NewJob> {
+    pub(crate) fn woken(config: &Config, waiting: &WaitingBatch) -> sql::Result<NewJob> {
         let queue = match config.is_small(waiting.estimate) {
             _ if waiting.is_paced => crate::model::queues::PACED_QUEUE,
             true => crate::model::queues::SMALL_QUEUE,
@@ -110,7 +110,7 @@ impl Job for Deliver {
         if let Some(after) = rest_after {
             let job =
                 Self::follow_up(&context, self.notification, crate::model::queues::BULK_QUEUE, priority)?;
-            checkpoint.rest = Some(Rest { after, job });
+            checkpoint.rest = Some(RestOfBatch { after, job });
         }
         // It was sent to alone, and the process crashed: the others are none the worse for it.
         let suspect = batch.trying.filter(|id| left.contains(id));

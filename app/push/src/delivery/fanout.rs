@@ -16,7 +16,7 @@ use super::DeliveryContext;
 use crate::config::Config;
 use crate::model::jobs::Deliver;
 use crate::model::outcome::Outcome;
-use crate::store::Added;
+use crate::store::AddedBatches;
 
 /// How many batches of one notification may wait or run, for each that can run at once.
 const AHEAD: usize = 4;
@@ -113,9 +113,9 @@ impl Job for FanOut {
                 fan_out.ahead += 1;
             }
             match store.add_batches(id, context.epoch, from, batches, last).await? {
-                Added::Some => {}
-                Added::NoMore => return Ok(Fate::Done),
-                Added::Last => {
+                AddedBatches::Some => {}
+                AddedBatches::NoMore => return Ok(Fate::Done),
+                AddedBatches::Last => {
                     delivery.ended(id, fan_out.site).await;
                     return Ok(Fate::Done);
                 }

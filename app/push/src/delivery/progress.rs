@@ -18,7 +18,7 @@ const BETWEEN: Duration = Duration::from_millis(200);
 
 /// How fast outcomes are decided. A cheap handle.
 #[derive(Clone, Debug, Default)]
-pub(crate) struct Progress(Arc<Mutex<HashMap<Uuid, Recent>>>);
+pub(crate) struct ProgressRates(Arc<Mutex<HashMap<Uuid, Recent>>>);
 
 /// Within [`WINDOW`]:
 #[derive(Debug, Default)]
@@ -52,7 +52,7 @@ impl Recent {
     }
 }
 
-impl Progress {
+impl ProgressRates {
     pub(crate) fn record(&self, notification: Uuid, count: usize) {
         let now = Instant::now();
         let mut all = self.0.lock();

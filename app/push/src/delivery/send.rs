@@ -12,7 +12,7 @@ use tracing::debug;
 
 use super::DeliveryContext;
 use crate::model::outcome::Outcome;
-use crate::model::refusals::{Kind, Refusal};
+use crate::model::refusals::{RefusalKind, SubscriptionRefusal};
 use crate::model::template::Template;
 use crate::store::{Batch, Member};
 use crate::vapid::SiteKeys;
@@ -86,9 +86,9 @@ impl Sent {
     }
 
     /// What is to be held against the subscription, if anything is.
-    pub(crate) fn refusal(&self) -> Option<Refusal> {
-        let (kind, Signer(signer)) = Kind::of(&self.report, self.host()).zip(self.signer)?;
-        Some(Refusal { kind, signer, counts: self.report.counts })
+    pub(crate) fn refusal(&self) -> Option<SubscriptionRefusal> {
+        let (kind, Signer(signer)) = RefusalKind::of(&self.report, self.host()).zip(self.signer)?;
+        Some(SubscriptionRefusal { kind, signer, counts: self.report.counts })
     }
 }
 

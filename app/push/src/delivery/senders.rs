@@ -20,10 +20,10 @@ const END: Duration = Duration::from_secs(1);
 
 /// The threads. A cheap handle.
 #[derive(Clone, Debug)]
-pub(crate) struct Senders(Arc<Vec<Lane>>);
+pub(crate) struct Senders(Arc<Vec<SenderThread>>);
 
 #[derive(Debug)]
-struct Lane {
+struct SenderThread {
     sender: Sender,
     runtime: Handle,
     /// Tasks that run on it.
@@ -37,8 +37,9 @@ impl Senders {
     pub(crate) fn start(config: Config, count: usize) -> anyhow::Result<Self> {
         let senders =
             Sender::split(config, count).context("the sender cannot be made (push.extra_ca_file)")?;
-        let lanes = senders.into_iter().enumerate().map(|(number, sender)| Lane::start(number, sender));
-        Ok(Self(Arc::new(lanes.collect::<anyhow::Result<_>>()?)))
+        let threads =
+            senders.into_iter().enumerate().map(|(number, sender)| SenderThread::start(number, sender));
+        Ok(Self(Arc::new(threads.collect::<anyhow::Result<_>>()?)))
     }
 
     /// One of the senders: for what concerns all of them.
@@ -58,7 +59,7 @@ impl Senders {
     {
         let least = self.0.iter().min_by_key(|lane| lane.busy.load(Ordering::Relaxed));
         let lane = least.unwrap_or(&self.0[0]);
-        let _busy = Busy::on(&lane.busy);
+        let _busy = BusyCount::on(&lane.busy);
         let task = task(lane.sender.clone()).instrument(Span::current());
         match AbortOnDropHandle::new(lane.runtime.spawn(task)).await {
             Ok(output) => output,
@@ -77,15 +78,15 @@ impl Senders {
             let _ = lane.runtime.spawn(async move { sender.close().await }).await;
             lane.stop.cancel();
         }
-        let lanes = Arc::clone(&self.0);
-        let ended = tokio::task::spawn_blocking(move || lanes.iter().for_each(Lane::join));
+        let threads = Arc::clone(&self.0);
+        let ended = tokio::task::spawn_blocking(move || threads.iter().for_each(SenderThread::join));
         if tokio::time::timeout(END, ended).await.is_err() {
             warn!("a sending thread has not ended");
         }
     }
 }
 
-impl Lane {
+impl SenderThread {
     fn start(number: usize, sender: Sender) -> anyhow::Result<Self> {
         let runtime = Builder::new_current_thread()
             .enable_all()
@@ -109,23 +110,23 @@ impl Lane {
     }
 }
 
-impl Drop for Lane {
+impl Drop for SenderThread {
     fn drop(&mut self) {
         self.stop.cancel();
     }
 }
 
 /// A task on a thread, counted while it lasts.
-struct Busy<'a>(&'a AtomicUsize);
+struct BusyCount<'a>(&'a AtomicUsize);
 
-impl<'a> Busy<'a> {
+impl<'a> BusyCount<'a> {
     fn on(count: &'a AtomicUsize) -> Self {
         count.fetch_add(1, Ordering::Relaxed);
         Self(count)
     }
 }
 
-impl Drop for Busy<'_> {
+impl Drop for BusyCount<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
     }

@@ -15,7 +15,7 @@ use tracing::{error, info, warn};
 
 use super::DeliveryContext;
 use crate::model::endpoint::origin;
-use crate::store::Held;
+use crate::store::HeldService;
 
 /// How often what is known is exchanged.
 pub(crate) const EXCHANGE: Duration = Duration::from_secs(1);
@@ -36,7 +36,7 @@ const MOST_AT_RISK: usize = 10_000;
 
 /// What was exchanged so far.
 #[derive(Debug, Default)]
-struct Exchange {
+struct ServiceExchange {
     /// Until when which service is held, as the store knows it,
     known: HashMap<(String, HeldFor), Instant>,
     /// and until when one refuses a key, which was told here.
@@ -57,7 +57,7 @@ static NOT_EXCHANGED: Seldom = Seldom::each_minute();
 
 /// Exchanges, until nothing is sent any more.
 pub(crate) async fn run(delivery: Arc<DeliveryContext>, drain: Drain) -> anyhow::Result<()> {
-    let mut exchange = Exchange::default();
+    let mut exchange = ServiceExchange::default();
     loop {
         tokio::select! {
             () = pulse(EXCHANGE) => {}
@@ -75,7 +75,7 @@ pub(crate) async fn run(delivery: Arc<DeliveryContext>, drain: Drain) -> anyhow:
     }
 }
 
-impl Exchange {
+impl ServiceExchange {
     async fn once(&mut self, delivery: &DeliveryContext) -> anyhow::Result<()> {
         let sender = delivery.senders.any();
         delivery.store.note_accepted(sender.take_accepted()).await?;
@@ -178,7 +178,7 @@ impl Exchange {
     }
 
     /// Another replica has told something, or an operator.
-    fn hear(&mut self, sender: &Sender, held: &Held) {
+    fn hear(&mut self, sender: &Sender, held: &HeldService) {
         let of = |whom| (held.origin.clone(), whom);
         match (held.wait, parse_word(&held.cause)) {
             // Earlier versions wrote down refused keys too, as if they were all.
@@ -232,7 +232,7 @@ fn parse_word(word: &str) -> Option<(Cause, HeldFor)> {
 
 /// What this process knows of push services besides what its senders do.
 #[derive(Debug, Default)]
-pub(crate) struct Services {
+pub(crate) struct HeldServices {
     pub(crate) at_risk: AtRisk,
     /// Whether an operator has said something about one here.
     pub(crate) is_told: AtomicBool,

@@ -3,8 +3,8 @@
 //! Signed as Standard Webhooks (1.0) says: `webhook-id`, `webhook-timestamp` and `webhook-signature`, which is `v1,` and
 //! the base64 of HMAC-SHA256 over `id.timestamp.body`. The id is the same for every attempt.
 
-use crate::model::jobs::Event;
 use crate::model::jobs::Webhook;
+use crate::model::jobs::WebhookEvent;
 use crate::model::profile::Registered;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -111,7 +111,7 @@ fn sign(secret: &SecretString, id: Uuid, timestamp: i64, body: &str) -> String {
     format!("v1,{}", STANDARD.encode(signature))
 }
 
-impl Event {
+impl WebhookEvent {
     async fn told(&self, delivery: &DeliveryContext) -> anyhow::Result<Option<Value>> {
         Ok(match self {
             Self::Ended { notification } => {

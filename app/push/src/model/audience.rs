@@ -3,7 +3,7 @@
 use perennial_store::pool::sql::{Dialect, Value};
 use serde::{Deserialize, Serialize};
 
-use crate::model::tags::Expression;
+use crate::model::tags::TagExpression;
 
 /// The audience of a notification, as it is stored.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -37,7 +37,7 @@ impl Audience {
     /// Those of one site with `after < id <= upto`.
     pub(crate) fn select(&self, dialect: Dialect, site: i64, after: i64, upto: i64) -> Selection {
         if let Self::Tags(text) = self
-            && let Ok(expression) = Expression::parse(text)
+            && let Ok(expression) = TagExpression::parse(text)
             && let Some(tag) = expression.needed()
         {
             // Only those with this tag are looked at, however many others there are.
@@ -50,7 +50,7 @@ impl Audience {
                 condition.push_str(" AND subscriptions.id > ? AND subscriptions.id <= ?");
                 parameters.extend([after.into(), upto.into()]);
             }
-            if !matches!(expression, Expression::Tag(_)) {
+            if !matches!(expression, TagExpression::Tag(_)) {
                 condition.push_str(" AND ");
                 condition.push_str(&expression.to_sql(&mut parameters));
             }
@@ -86,7 +86,7 @@ impl Audience {
                 format!(r#"id IN (SELECT id FROM subscriptions WHERE site = ? AND "user" IN ({users}))"#)
             }
             // It was read when the notification was accepted.
-            Self::Tags(text) => Expression::parse(text)
+            Self::Tags(text) => TagExpression::parse(text)
                 .map_or_else(|_| "FALSE".to_owned(), |expression| expression.to_sql(parameters)),
             Self::Subscriptions(ids) => {
                 parameters.push(json(ids));

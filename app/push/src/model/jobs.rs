@@ -33,13 +33,13 @@ pub(crate) struct Webhook {
     #[serde(default = "SiteId::default_number")]
     pub(crate) site: i64,
     pub(crate) webhook: String,
-    pub(crate) event: Event,
+    pub(crate) event: WebhookEvent,
 }
 
 /// What has happened.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
-pub(crate) enum Event {
+pub(crate) enum WebhookEvent {
     /// A notification has ended: what is told is how it went.
     Ended { notification: Uuid },
     /// Subscriptions had ended, and were deleted.

@@ -49,12 +49,12 @@ pub(crate) struct Profile {
     /// Whom push services may ask about its messages.
     pub(crate) contact: Option<Contact>,
     /// Where its VAPID keys are.
-    pub(crate) vapid: Place,
+    pub(crate) vapid: KeyPlace,
 }
 
 /// Where the VAPID keys of a site are.
 #[derive(Clone, Debug)]
-pub(crate) struct Place {
+pub(crate) struct KeyPlace {
     /// A file that the settings name, or one inside the data directory.
     pub(crate) file: String,
     /// What they are called in a store that replicas share.
@@ -132,14 +132,14 @@ fn contact(settings: &mut Reader<'_>, key: &str) -> Option<Contact> {
     }
 }
 
-fn place(settings: &mut Reader<'_>, key: &str, site: &str) -> Place {
+fn place(settings: &mut Reader<'_>, key: &str, site: &str) -> KeyPlace {
     let own = if site == sites::DEFAULT { VAPID_KEY.to_owned() } else { format!("vapid.{site}.pem") };
     let file = settings.file(key);
     if file.as_ref().is_some_and(|file| !file.is_absolute()) {
         settings.refuse::<()>(key, "an absolute path");
     }
     let file = file.map(|file| file.to_string_lossy().into_owned());
-    Place { file: file.unwrap_or_else(|| own.clone()), shared: own }
+    KeyPlace { file: file.unwrap_or_else(|| own.clone()), shared: own }
 }
 
 /// Whom notifications may name to be told.

@@ -17,7 +17,7 @@ const DAY_MS: i64 = 24 * 3600 * 1000;
 
 /// What speaks against a subscription, as it is stored. Times are in milliseconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Record {
+pub(crate) struct RefusalRecord {
     /// How many refusals counted, in a row,
     pub(crate) strikes: i64,
     /// and when the last of them came.
@@ -30,7 +30,7 @@ pub(crate) struct Record {
 
 /// What a refusal is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Kind {
+pub(crate) enum RefusalKind {
     /// The key, or the contact that it is signed with.
     Key,
     /// The endpoint: its host never existed, and never will (RFC 2606, section 2),
@@ -41,7 +41,7 @@ pub(crate) enum Kind {
     Place,
 }
 
-impl Kind {
+impl RefusalKind {
     /// What an answer, or the want of one, says against the subscription; none if it is about the message or about nothing.
     pub(crate) fn of(report: &Report, host: &str) -> Option<Self> {
         match (report.verdict, report.status) {
@@ -57,8 +57,8 @@ impl Kind {
 
 /// A refusal.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Refusal {
-    pub(crate) kind: Kind,
+pub(crate) struct SubscriptionRefusal {
+    pub(crate) kind: RefusalKind,
     /// What the message was signed with.
     pub(crate) signer: i64,
     /// Whether it may count: not while the key is refused for many.
@@ -67,7 +67,7 @@ pub(crate) struct Refusal {
 
 /// When messages were last accepted, in milliseconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Evidence {
+pub(crate) struct RefusalEvidence {
     /// By the same service, signed with the same key and contact,
     pub(crate) same: Option<i64>,
     /// by the same service, whatever they were signed with,
@@ -77,21 +77,30 @@ pub(crate) struct Evidence {
 }
 
 /// What speaks against a subscription after one more refusal at `now`; and whether it is given up.
-pub(crate) fn refuse(before: Record, refusal: &Refusal, evidence: Evidence, now: i64) -> (Record, bool) {
+pub(crate) fn refuse(
+    before: RefusalRecord,
+    refusal: &SubscriptionRefusal,
+    evidence: RefusalEvidence,
+    now: i64,
+) -> (RefusalRecord, bool) {
     // Another key or contact is another story.
     let mut record = match before.refused_with {
         Some(signer) if signer == refusal.signer && before.refused_since.is_some() => before,
-        _ => Record { refused_since: Some(now), refused_with: Some(refusal.signer), ..Record::default() },
+        _ => RefusalRecord {
+            refused_since: Some(now),
+            refused_with: Some(refusal.signer),
+            ..RefusalRecord::default()
+        },
     };
     let since = record.refused_since.unwrap_or(now);
     let later = |accepted: Option<i64>| accepted.is_some_and(|at| at > since);
     let long = match refusal.kind {
         // Browsers give out such endpoints after unsubscribing: nothing of ours can be at fault.
-        Kind::Nowhere => 0,
-        Kind::Key if later(evidence.same) => LONG_MS,
-        Kind::Host if later(evidence.any) => LONG_MS,
-        Kind::Place if later(evidence.service) => LONG_MS,
-        Kind::Place if later(evidence.any) => LONGER_MS,
+        RefusalKind::Nowhere => 0,
+        RefusalKind::Key if later(evidence.same) => LONG_MS,
+        RefusalKind::Host if later(evidence.any) => LONG_MS,
+        RefusalKind::Place if later(evidence.service) => LONG_MS,
+        RefusalKind::Place if later(evidence.any) => LONGER_MS,
         _ => return (record, false),
     };
     let is_soon = record.struck_at.is_some_and(|struck| now < struck + STRIKE_MS);
@@ -109,18 +118,18 @@ mod tests {
 
     const HOUR: i64 = 3600 * 1000;
 
-    fn refusal(kind: Kind) -> Refusal {
-        Refusal { kind, signer: 7, counts: true }
+    fn refusal(kind: RefusalKind) -> SubscriptionRefusal {
+        SubscriptionRefusal { kind, signer: 7, counts: true }
     }
 
     /// Refusals every `every` hours for `hours`, of which another message shows the same each hour.
     fn given_up_after(
-        refusal: &Refusal,
+        refusal: &SubscriptionRefusal,
         every: i64,
         hours: i64,
-        accepted: fn(i64) -> Evidence,
+        accepted: fn(i64) -> RefusalEvidence,
     ) -> Option<i64> {
-        let mut record = Record::default();
+        let mut record = RefusalRecord::default();
         (0..=hours).step_by(usize::try_from(every).unwrap()).find(|hour| {
             let (after, is_over) = refuse(record, refusal, accepted(hour * HOUR), hour * HOUR);
             record = after;
@@ -128,19 +137,19 @@ mod tests {
         })
     }
 
-    fn all(now: i64) -> Evidence {
-        Evidence { same: Some(now), service: Some(now), any: Some(now) }
+    fn all(now: i64) -> RefusalEvidence {
+        RefusalEvidence { same: Some(now), service: Some(now), any: Some(now) }
     }
 
     #[test]
     fn a_refused_key_is_the_subscriptions_fault_only_where_others_are_accepted_with_it() {
-        let key = refusal(Kind::Key);
+        let key = refusal(RefusalKind::Key);
         assert_eq!(given_up_after(&key, 12, 24 * 60, all), Some(7 * 24));
         for nothing in [
-            (|_| Evidence::default()) as fn(i64) -> Evidence,
+            (|_| RefusalEvidence::default()) as fn(i64) -> RefusalEvidence,
             // Before the first refusal, or not with this key.
-            |_| Evidence { same: Some(0), service: Some(0), any: Some(0) },
-            |now| Evidence { same: None, service: Some(now), any: Some(now) },
+            |_| RefusalEvidence { same: Some(0), service: Some(0), any: Some(0) },
+            |now| RefusalEvidence { same: None, service: Some(now), any: Some(now) },
         ] {
             assert_eq!(given_up_after(&key, 12, 24 * 365, nothing), None);
         }
@@ -148,24 +157,24 @@ mod tests {
 
     #[test]
     fn what_is_refused_while_the_key_is_refused_for_many_does_not_count() {
-        let held = Refusal { counts: false, ..refusal(Kind::Key) };
+        let held = SubscriptionRefusal { counts: false, ..refusal(RefusalKind::Key) };
         assert_eq!(given_up_after(&held, 12, 24 * 365, all), None);
     }
 
     #[test]
     fn a_day_or_two_of_refusals_and_many_at_once_are_not_the_end() {
-        let key = refusal(Kind::Key);
+        let key = refusal(RefusalKind::Key);
         assert_eq!(given_up_after(&key, 1, 24 * 7 - 1, all), None);
         assert_eq!(given_up_after(&key, 24 * 7, 24 * 60, all), Some(24 * 7 * 3), "three have to count");
     }
 
     #[test]
     fn another_contact_begins_anew() {
-        let mut record = Record::default();
+        let mut record = RefusalRecord::default();
         for day in 0..10 {
-            record = refuse(record, &refusal(Kind::Key), Evidence::default(), day * DAY_MS).0;
+            record = refuse(record, &refusal(RefusalKind::Key), RefusalEvidence::default(), day * DAY_MS).0;
         }
-        let with_contact = Refusal { signer: 8, ..refusal(Kind::Key) };
+        let with_contact = SubscriptionRefusal { signer: 8, ..refusal(RefusalKind::Key) };
         let (after, is_over) = refuse(record, &with_contact, all(11 * DAY_MS), 11 * DAY_MS);
         assert!(!is_over);
         assert_eq!((after.strikes, after.refused_since), (0, Some(11 * DAY_MS)));
@@ -173,15 +182,22 @@ mod tests {
 
     #[test]
     fn a_host_that_never_was_needs_no_evidence() {
-        assert_eq!(given_up_after(&refusal(Kind::Nowhere), 12, 48, |_| Evidence::default()), Some(24));
+        assert_eq!(
+            given_up_after(&refusal(RefusalKind::Nowhere), 12, 48, |_| RefusalEvidence::default()),
+            Some(24)
+        );
     }
 
     #[test]
     fn a_place_that_takes_no_messages_ends_sooner_where_its_service_takes_others() {
-        let elsewhere: fn(i64) -> Evidence = |now| Evidence { same: None, service: None, any: Some(now) };
-        assert_eq!(given_up_after(&refusal(Kind::Place), 12, 24 * 60, all), Some(24 * 7));
-        assert_eq!(given_up_after(&refusal(Kind::Place), 12, 24 * 60, elsewhere), Some(24 * 30));
-        assert_eq!(given_up_after(&refusal(Kind::Host), 12, 24 * 60, elsewhere), Some(24 * 7));
-        assert_eq!(given_up_after(&refusal(Kind::Host), 12, 24 * 365, |_| Evidence::default()), None);
+        let elsewhere: fn(i64) -> RefusalEvidence =
+            |now| RefusalEvidence { same: None, service: None, any: Some(now) };
+        assert_eq!(given_up_after(&refusal(RefusalKind::Place), 12, 24 * 60, all), Some(24 * 7));
+        assert_eq!(given_up_after(&refusal(RefusalKind::Place), 12, 24 * 60, elsewhere), Some(24 * 30));
+        assert_eq!(given_up_after(&refusal(RefusalKind::Host), 12, 24 * 60, elsewhere), Some(24 * 7));
+        assert_eq!(
+            given_up_after(&refusal(RefusalKind::Host), 12, 24 * 365, |_| RefusalEvidence::default()),
+            None
+        );
     }
 }

@@ -10,14 +10,14 @@ pub(crate) const SLICE: Duration = Duration::from_millis(250);
 ///
 /// After t seconds of a ramp of R seconds to r a second, r·t²/2R sends are due; afterwards, r a second.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(crate) struct Schedule {
+pub(crate) struct RateSchedule {
     /// Sends per second, more than 0.
     pub(crate) rate: f64,
     /// How long it takes to reach it, in seconds.
     pub(crate) ramp: f64,
 }
 
-impl Schedule {
+impl RateSchedule {
     /// How many sends are due by `time`.
     pub(crate) fn due(&self, time: f64) -> f64 {
         let time = time.max(0.0);
@@ -55,17 +55,17 @@ mod tests {
 
     #[test]
     fn a_rate_is_even_and_may_be_less_than_one() {
-        let slow = Schedule { rate: 0.5, ramp: 0.0 };
+        let slow = RateSchedule { rate: 0.5, ramp: 0.0 };
         assert_eq!([0.0, 1.0, 2.0].map(|count| slow.at(count)), [0.0, 2.0, 4.0]);
         assert!(close(slow.slice(2.0, 0.25), 1.0), "one every two seconds");
-        let fast = Schedule { rate: 5000.0, ramp: 0.0 };
+        let fast = RateSchedule { rate: 5000.0, ramp: 0.0 };
         assert!(close(fast.slice(7.0, 0.25), 1250.0));
         assert!(close(fast.at(5000.0), 1.0));
     }
 
     #[test]
     fn a_ramp_rises_in_a_straight_line_from_nothing() {
-        let ramped = Schedule { rate: 100.0, ramp: 10.0 };
+        let ramped = RateSchedule { rate: 100.0, ramp: 10.0 };
         for second in 0..10 {
             let sent = ramped.due(f64::from(second) + 1.0) - ramped.due(f64::from(second));
             assert!(close(sent, 10.0 * f64::from(second) + 5.0), "{second}: {sent}");
@@ -76,14 +76,14 @@ mod tests {
     proptest::proptest! {
         #[test]
         fn counts_and_times_are_the_same_thing(rate in 0.01..100_000.0, ramp in 0.0..3600.0, count in 0.0..1e7) {
-            let schedule = Schedule { rate, ramp };
+            let schedule = RateSchedule { rate, ramp };
             proptest::prop_assert!(close(schedule.due(schedule.at(count)), count));
             proptest::prop_assert!(schedule.at(count + 1.0) > schedule.at(count));
         }
 
         #[test]
         fn slices_one_after_the_other_lose_nothing(rate in 0.01..20_000.0, ramp in 0.0..60.0) {
-            let schedule = Schedule { rate, ramp };
+            let schedule = RateSchedule { rate, ramp };
             let (mut next, mut reserved) = (0.0, 0.0);
             for _ in 0..200 {
                 let count = schedule.slice(next, 0.25);

@@ -32,7 +32,7 @@ pub(crate) fn is_tag(text: &str) -> bool {
 
 /// Which subscriptions are meant.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Expression {
+pub(crate) enum TagExpression {
     Tag(String),
     Not(Box<Self>),
     And(Box<Self>, Box<Self>),
@@ -48,7 +48,7 @@ pub(crate) struct SyntaxError {
     pub(crate) wanted: String,
 }
 
-impl Expression {
+impl TagExpression {
     /// Reads an expression.
     pub(crate) fn parse(text: &str) -> Result<Self, SyntaxError> {
         let length = text.chars().count();
@@ -93,12 +93,12 @@ impl Expression {
 
 /// A word or a parenthesis, and where it stands.
 #[derive(Debug)]
-struct Token<'a> {
+struct TagToken<'a> {
     text: &'a str,
     position: usize,
 }
 
-fn tokens(text: &str) -> Vec<Token<'_>> {
+fn tokens(text: &str) -> Vec<TagToken<'_>> {
     let mut tokens = Vec::new();
     let mut rest = text.char_indices().enumerate().peekable();
     while let Some((position, (start, c))) = rest.next() {
@@ -113,13 +113,13 @@ fn tokens(text: &str) -> Vec<Token<'_>> {
                 end = at + c.len_utf8();
             }
         }
-        tokens.push(Token { text: &text[start..end], position });
+        tokens.push(TagToken { text: &text[start..end], position });
     }
     tokens
 }
 
 struct Parser<'a> {
-    tokens: Vec<Token<'a>>,
+    tokens: Vec<TagToken<'a>>,
     next: usize,
     terms: usize,
     end: usize,
@@ -141,28 +141,28 @@ impl<'a> Parser<'a> {
         SyntaxError { position, wanted: wanted.to_owned() }
     }
 
-    fn expression(&mut self, depth: usize) -> Result<Expression, SyntaxError> {
+    fn expression(&mut self, depth: usize) -> Result<TagExpression, SyntaxError> {
         let mut left = self.and(depth)?;
         while self.take("or") {
-            left = Expression::Or(Box::new(left), Box::new(self.and(depth)?));
+            left = TagExpression::Or(Box::new(left), Box::new(self.and(depth)?));
         }
         Ok(left)
     }
 
-    fn and(&mut self, depth: usize) -> Result<Expression, SyntaxError> {
+    fn and(&mut self, depth: usize) -> Result<TagExpression, SyntaxError> {
         let mut left = self.not(depth)?;
         while self.take("and") {
-            left = Expression::And(Box::new(left), Box::new(self.not(depth)?));
+            left = TagExpression::And(Box::new(left), Box::new(self.not(depth)?));
         }
         Ok(left)
     }
 
-    fn not(&mut self, depth: usize) -> Result<Expression, SyntaxError> {
+    fn not(&mut self, depth: usize) -> Result<TagExpression, SyntaxError> {
         if depth > MAX_DEPTH {
             return Err(self.wanted("less nesting"));
         }
         if self.take("not") {
-            return Ok(Expression::Not(Box::new(self.not(depth + 1)?)));
+            return Ok(TagExpression::Not(Box::new(self.not(depth + 1)?)));
         }
         if self.take("(") {
             let inner = self.expression(depth + 1)?;
@@ -174,7 +174,7 @@ impl<'a> Parser<'a> {
             return Err(self.wanted(&format!("at most {MAX_TERMS} tags")));
         }
         self.next += 1;
-        Ok(Expression::Tag(tag.to_owned()))
+        Ok(TagExpression::Tag(tag.to_owned()))
     }
 }
 
@@ -183,15 +183,15 @@ mod tests {
     use super::*;
 
     fn shape(text: &str) -> String {
-        fn shape(expression: &Expression) -> String {
+        fn shape(expression: &TagExpression) -> String {
             match expression {
-                Expression::Tag(tag) => tag.clone(),
-                Expression::Not(inner) => format!("!{}", shape(inner)),
-                Expression::And(left, right) => format!("({}&{})", shape(left), shape(right)),
-                Expression::Or(left, right) => format!("({}|{})", shape(left), shape(right)),
+                TagExpression::Tag(tag) => tag.clone(),
+                TagExpression::Not(inner) => format!("!{}", shape(inner)),
+                TagExpression::And(left, right) => format!("({}&{})", shape(left), shape(right)),
+                TagExpression::Or(left, right) => format!("({}|{})", shape(left), shape(right)),
             }
         }
-        shape(&Expression::parse(text).unwrap())
+        shape(&TagExpression::parse(text).unwrap())
     }
 
     #[test]
@@ -205,7 +205,7 @@ mod tests {
 
     #[test]
     fn what_everybody_has_is_found() {
-        let needed = |text: &str| Expression::parse(text).unwrap().needed().map(str::to_owned);
+        let needed = |text: &str| TagExpression::parse(text).unwrap().needed().map(str::to_owned);
         assert_eq!(needed("not a and (b or c) and d").as_deref(), Some("d"));
         assert_eq!(needed("news").as_deref(), Some("news"));
         assert_eq!(needed("a or b"), None);
@@ -232,16 +232,16 @@ mod tests {
             (&many, 160, "at most 32 tags"),
         ] {
             if text.starts_with('é') {
-                assert_eq!(Expression::parse(text).unwrap_err().position, 0, "é is no tag");
+                assert_eq!(TagExpression::parse(text).unwrap_err().position, 0, "é is no tag");
                 continue;
             }
-            let error = Expression::parse(text).unwrap_err();
+            let error = TagExpression::parse(text).unwrap_err();
             assert_eq!((error.position, error.wanted.as_str()), (position, wanted), "{text:?}");
         }
     }
 
     #[test]
     fn positions_count_characters_not_bytes() {
-        assert_eq!(Expression::parse("news\u{a0}and ü").unwrap_err().position, 9);
+        assert_eq!(TagExpression::parse("news\u{a0}and ü").unwrap_err().position, 9);
     }
 }

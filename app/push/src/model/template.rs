@@ -9,13 +9,13 @@ use serde_json::Value;
 /// A payload, cut at its places.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Template {
-    parts: Vec<Part>,
+    parts: Vec<TemplatePart>,
     /// Whether values are written as in a JSON string.
     is_json: bool,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Part {
+enum TemplatePart {
     Text(String),
     Place { name: String, default: Option<String> },
 }
@@ -61,7 +61,7 @@ impl Template {
             plain.push_str(before);
             match place(opened, is_json) {
                 Some((part, length)) => {
-                    parts.push(Part::Text(std::mem::take(&mut plain)));
+                    parts.push(TemplatePart::Text(std::mem::take(&mut plain)));
                     parts.push(part);
                     rest = &opened[length..];
                 }
@@ -75,15 +75,15 @@ impl Template {
         if parts.is_empty() {
             return Parsed::Plain(plain.into_bytes());
         }
-        parts.push(Part::Text(plain));
+        parts.push(TemplatePart::Text(plain));
         Parsed::Template(Self { parts, is_json })
     }
 
     /// The names of the values that have no default: a subscription without one of them gets nothing.
     pub(crate) fn needed(&self) -> BTreeSet<&str> {
         let needed = self.parts.iter().filter_map(|part| match part {
-            Part::Place { name, default: None } => Some(name.as_str()),
-            Part::Place { default: Some(_), .. } | Part::Text(_) => None,
+            TemplatePart::Place { name, default: None } => Some(name.as_str()),
+            TemplatePart::Place { default: Some(_), .. } | TemplatePart::Text(_) => None,
         });
         needed.collect()
     }
@@ -97,8 +97,8 @@ impl Template {
         let mut text = String::new();
         for part in &self.parts {
             match part {
-                Part::Text(plain) => text.push_str(plain),
-                Part::Place { name, default } => {
+                TemplatePart::Text(plain) => text.push_str(plain),
+                TemplatePart::Place { name, default } => {
                     let value = match (&metadata[name.as_str()], default) {
                         (Value::Null, Some(default)) => default.clone(),
                         (Value::Null, None) => return Err(name.clone()),
@@ -123,7 +123,7 @@ impl Template {
 }
 
 /// A place at the beginning of `text`, and its length. Anything else between braces is left as it is.
-fn place(text: &str, is_json: bool) -> Option<(Part, usize)> {
+fn place(text: &str, is_json: bool) -> Option<(TemplatePart, usize)> {
     let end = text.find("}}")?;
     let (name, default) = match text[2..end].split_once('|') {
         Some((name, default)) if is_json => {
@@ -135,7 +135,7 @@ fn place(text: &str, is_json: bool) -> Option<(Part, usize)> {
     let name = name.trim();
     let known = |c: char| c.is_ascii_alphanumeric() || "_-.".contains(c);
     let is_name = !name.is_empty() && name.chars().all(known);
-    is_name.then(|| (Part::Place { name: name.to_owned(), default }, end + 2))
+    is_name.then(|| (TemplatePart::Place { name: name.to_owned(), default }, end + 2))
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::warn;
 use uuid::Uuid;
 
-use crate::model::schedule::Schedule;
+use crate::model::schedule::RateSchedule;
 use crate::pacing::pace::{Pace, Slice};
 use crate::store::{Reserved, Store};
 
@@ -47,9 +47,9 @@ impl Flow {
     }
 
     /// Puts a batch into the line of those that send.
-    pub(crate) fn stand_in_line(self: &Arc<Self>, batch: Uuid) -> Place {
+    pub(crate) fn stand_in_line(self: &Arc<Self>, batch: Uuid) -> PlaceInLine {
         self.line.lock().insert(batch);
-        Place { flow: Arc::clone(self), batch }
+        PlaceInLine { flow: Arc::clone(self), batch }
     }
 
     /// The pace that it keeps, if it has one.
@@ -75,19 +75,19 @@ impl Flow {
 /// A batch's place in the line of its notification. Whoever is first takes what is due, and the others what it leaves: so
 /// that batches end one after the other, and not all at once before there are new ones.
 #[derive(Debug)]
-pub(crate) struct Place {
+pub(crate) struct PlaceInLine {
     flow: Arc<Flow>,
     batch: Uuid,
 }
 
-impl Place {
+impl PlaceInLine {
     /// How many are before it.
     pub(crate) fn rank(&self) -> u32 {
         u32::try_from(self.flow.line.lock().range(..self.batch).count()).unwrap_or(u32::MAX)
     }
 }
 
-impl Drop for Place {
+impl Drop for PlaceInLine {
     fn drop(&mut self) {
         self.flow.line.lock().remove(&self.batch);
     }
@@ -228,7 +228,7 @@ impl Flows {
         let reserved = match &wanting {
             Wanting::Flow(flow) => self.store.reserve(flow.id).await,
             Wanting::Origin(origin, _) => {
-                let schedule = Schedule { rate: self.origin_rate.unwrap_or(f64::MAX), ramp: 0.0 };
+                let schedule = RateSchedule { rate: self.origin_rate.unwrap_or(f64::MAX), ramp: 0.0 };
                 self.store.reserve_origin(origin, schedule).await
             }
         };

@@ -14,7 +14,7 @@ use parking_lot::{Mutex, MutexGuard};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use crate::model::schedule::{CATCH_UP, SLICE, Schedule};
+use crate::model::schedule::{CATCH_UP, RateSchedule, SLICE};
 
 /// The next slice is reserved when so much is left of those there are.
 const LOW: Duration = Duration::from_millis(200);
@@ -22,7 +22,7 @@ const LOW: Duration = Duration::from_millis(200);
 /// A part of a schedule that this process may send in.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slice {
-    pub(crate) schedule: Schedule,
+    pub(crate) schedule: RateSchedule,
     /// When the schedule began.
     pub(crate) began: Instant,
     /// How many sends of the schedule were due before the next one of this slice,
@@ -167,7 +167,7 @@ mod tests {
     }
 
     fn slice(began: Instant, rate: f64, next: f64, end: f64) -> Slice {
-        Slice { schedule: Schedule { rate, ramp: 0.0 }, began, next, end }
+        Slice { schedule: RateSchedule { rate, ramp: 0.0 }, began, next, end }
     }
 
     #[tokio::test(start_paused = true)]

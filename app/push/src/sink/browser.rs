@@ -45,10 +45,10 @@ pub(super) async fn connect(State(sink): State<Sink>, upgrade: WebSocketUpgrade)
     upgrade
         .protocols(["push-notification"])
         .max_message_size(MAX_MESSAGE)
-        .on_upgrade(move |socket| Connection::new(sink).serve(socket))
+        .on_upgrade(move |socket| BrowserConnection::new(sink).serve(socket))
 }
 
-struct Connection {
+struct BrowserConnection {
     sink: Sink,
     to: mpsc::Sender<Notice>,
     notices: mpsc::Receiver<Notice>,
@@ -56,7 +56,7 @@ struct Connection {
     channels: Vec<(String, String)>,
 }
 
-impl Connection {
+impl BrowserConnection {
     fn new(sink: Sink) -> Self {
         let (to, notices) = mpsc::channel(QUEUE);
         Self { sink, to, notices, channels: Vec::new() }

@@ -13,20 +13,19 @@ use perennial_store::{transact, values};
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
-use super::subscriptions::endpoint_hash;
 use super::{Store, add_outcome, job, now_ms};
 use crate::model::audience::{Audience, Selection};
-use crate::model::endpoint::origin;
-use crate::model::jobs::{Event, Pruned, Webhook};
+use crate::model::endpoint::{endpoint_hash, origin};
+use crate::model::jobs::{Pruned, Webhook, WebhookEvent};
 use crate::model::outcome::Outcome;
-use crate::model::refusals::{self, Evidence, Record, Refusal};
+use crate::model::refusals::{self, RefusalEvidence, RefusalRecord, SubscriptionRefusal};
 
 /// A part of an audience, in the hands of a job.
 #[derive(Clone, Debug)]
 pub(crate) struct Batch {
     pub(crate) id: Uuid,
     pub(crate) notification: Uuid,
-    pub(crate) part: Part,
+    pub(crate) part: BatchPart,
     pub(crate) attempt: u32,
     /// When the notification was accepted, or due, in milliseconds since 1970.
     pub(crate) since: i64,
@@ -67,7 +66,7 @@ impl Batch {
 
 /// Which members.
 #[derive(Clone, Debug)]
-pub(crate) enum Part {
+pub(crate) enum BatchPart {
     /// All up to this id.
     Range { upto: i64 },
     /// These, which are tried again.
@@ -119,7 +118,7 @@ pub(crate) struct Checkpoint {
     /// Subscriptions that have ended, with the endpoint that was sent to.
     pub(crate) ended: Vec<(i64, String)>,
     /// Subscriptions that were refused, with the endpoint that was sent to,
-    pub(crate) refused: Vec<(i64, String, Refusal)>,
+    pub(crate) refused: Vec<(i64, String, SubscriptionRefusal)>,
     /// and those that were delivered to after that.
     pub(crate) cleared: Vec<i64>,
     /// Subscriptions that were delivered to for the first time.
@@ -128,7 +127,7 @@ pub(crate) struct Checkpoint {
     /// Members to be tried again later.
     pub(crate) deferred: Vec<Deferred>,
     /// Those of the batch's range that this run has not read, when it is finished all the same.
-    pub(crate) rest: Option<Rest>,
+    pub(crate) rest: Option<RestOfBatch>,
     /// The webhook that is told which subscriptions are deleted.
     pub(crate) tell: Option<String>,
     /// How many members are neither recorded nor deferred.
@@ -160,7 +159,7 @@ pub(crate) struct Deferred {
 
 /// A batch that waits for a push service.
 #[derive(Clone, Debug)]
-pub(crate) struct Waiting {
+pub(crate) struct WaitingBatch {
     pub(crate) batch: Uuid,
     pub(crate) notification: Uuid,
     pub(crate) urgency: String,
@@ -171,7 +170,7 @@ pub(crate) struct Waiting {
 
 /// What is left of a batch's range: the audience has grown since that was cut.
 #[derive(Clone, Debug)]
-pub(crate) struct Rest {
+pub(crate) struct RestOfBatch {
     /// Behind this id.
     pub(crate) after: i64,
     pub(crate) job: NewJob,
@@ -179,7 +178,7 @@ pub(crate) struct Rest {
 
 /// What came of adding batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Added {
+pub(crate) enum AddedBatches {
     /// There may be more.
     Some,
     /// There are no more, or the cutting is in other hands by now.
@@ -190,7 +189,7 @@ pub(crate) enum Added {
 
 /// How far an audience has been cut into batches.
 #[derive(Clone, Debug)]
-pub(crate) struct FanOut {
+pub(crate) struct OpenFanOut {
     pub(crate) site: i64,
     pub(crate) audience: Audience,
     pub(crate) watermark: i64,
@@ -200,7 +199,7 @@ pub(crate) struct FanOut {
     pub(crate) ahead: usize,
 }
 
-impl FanOut {
+impl OpenFanOut {
     /// Those who are in no batch yet.
     fn left(&self, dialect: Dialect) -> Selection {
         self.audience.select(dialect, self.site, self.fanned_to, self.watermark)
@@ -217,7 +216,7 @@ impl Store {
     pub(crate) async fn members(&self, batch: &Batch, most: usize) -> Result<Members> {
         let (mut sql, mut parameters) = members_to_sql(self.sql.dialect(), batch);
         let one_more = most.saturating_add(1);
-        let is_range = matches!(batch.part, Part::Range { .. });
+        let is_range = matches!(batch.part, BatchPart::Range { .. });
         if is_range {
             sql.push_str(" LIMIT ?");
             parameters.push(one_more.into());
@@ -249,7 +248,7 @@ impl Store {
     /// The ids of these; of those that are tried again, also such as do not exist any more. And the id behind which there are
     /// more, if so.
     pub(crate) async fn left(&self, batch: &Batch, most: usize) -> Result<(Vec<i64>, Option<i64>)> {
-        if let Part::Ids(ids) = &batch.part {
+        if let BatchPart::Ids(ids) = &batch.part {
             return Ok((ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(), None));
         }
         let Members { list, unreadable, rest_after } = self.members(batch, most).await?;
@@ -293,7 +292,7 @@ impl Store {
     pub(crate) async fn wake_batches(
         &self,
         origin: &str,
-        new_job: impl Fn(&Waiting) -> Result<NewJob>,
+        new_job: impl Fn(&WaitingBatch) -> Result<NewJob>,
     ) -> Result<usize> {
         let sql = "SELECT batches.id AS id, notification, urgency, estimate, rate_milli
                    FROM batches JOIN notifications ON notifications.id = notification
@@ -302,7 +301,7 @@ impl Store {
         loop {
             let rows = self.sql.query(sql, values![origin, WOKEN]).await?;
             let waiting = sql::each(&rows, "batches", "id", |row: &Row| {
-                Ok(Waiting {
+                Ok(WaitingBatch {
                     batch: row.get("id")?,
                     notification: row.get("notification")?,
                     urgency: row.get("urgency")?,
@@ -331,12 +330,12 @@ impl Store {
     }
 
     /// Takes the cutting of an audience for the claim `epoch`. None when it is done.
-    pub(crate) async fn open_fan_out(&self, notification: Uuid, epoch: i64) -> Result<Option<FanOut>> {
+    pub(crate) async fn open_fan_out(&self, notification: Uuid, epoch: i64) -> Result<Option<OpenFanOut>> {
         transact!(&self.sql, tx => open_fan_out(tx, notification, epoch))
     }
 
     /// The id at which the next `size` members end; none when there is nobody left.
-    pub(crate) async fn next_page(&self, fan_out: &FanOut, size: usize) -> Result<Option<i64>> {
+    pub(crate) async fn next_page(&self, fan_out: &OpenFanOut, size: usize) -> Result<Option<i64>> {
         let Selection { from, condition, id, mut parameters } = fan_out.left(self.sql.dialect());
         parameters.push(size.into());
         let sql = format!(
@@ -353,7 +352,7 @@ impl Store {
         from: i64,
         batches: Vec<(i64, NewJob)>,
         last: bool,
-    ) -> Result<Added> {
+    ) -> Result<AddedBatches> {
         let woken: Vec<_> = batches.iter().map(|(_, job)| job.queue.clone()).collect();
         let jobs = self.jobs.clone();
         let added =
@@ -389,7 +388,7 @@ async fn abandon_batch<T: Tx>(tx: &T, jobs: &Jobs, id: Uuid, epoch: i64, why: &s
     end_if_done(tx, jobs, notification).await
 }
 
-async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<Option<FanOut>> {
+async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<Option<OpenFanOut>> {
     let sql = "UPDATE notifications SET fanout_epoch = ?2 WHERE id = ?1 AND fanout_epoch <= ?2
                RETURNING site, audience, watermark, fanned_to, fanned_out, state, rate_milli, ramp_ms, expires_at,
                    (SELECT count(*) FROM batches
@@ -398,7 +397,7 @@ async fn open_fan_out<T: Tx>(tx: &T, notification: Uuid, epoch: i64) -> Result<O
     if row.get("fanned_out")? {
         return Ok(None);
     }
-    Ok(Some(FanOut {
+    Ok(Some(OpenFanOut {
         site: row.get("site")?,
         audience: audience(&row)?,
         watermark: row.get("watermark")?,
@@ -415,12 +414,12 @@ async fn add_batches<T: Tx>(
     from: i64,
     batches: &[(i64, NewJob)],
     last: bool,
-) -> Result<Added> {
+) -> Result<AddedBatches> {
     let upto = batches.last().map_or(from, |(upto, _)| *upto);
     let sql = "UPDATE notifications SET fanned_to = ?, fanned_out = ?, outstanding = outstanding + ?
                WHERE id = ? AND fanout_epoch = ? AND NOT fanned_out";
     if tx.execute(sql, &values![upto, last, batches.len(), notification, epoch]).await? == 0 {
-        return Ok(Added::NoMore);
+        return Ok(AddedBatches::NoMore);
     }
     let mut after = from;
     for (upto, job) in batches {
@@ -429,9 +428,9 @@ async fn add_batches<T: Tx>(
         after = *upto;
     }
     if !last {
-        return Ok(Added::Some);
+        return Ok(AddedBatches::Some);
     }
-    Ok(if end_if_done(tx, jobs, notification).await? { Added::Last } else { Added::NoMore })
+    Ok(if end_if_done(tx, jobs, notification).await? { AddedBatches::Last } else { AddedBatches::NoMore })
 }
 
 async fn give_up_fan_out<T: Tx>(
@@ -480,8 +479,8 @@ async fn open_batch<T: Tx>(tx: &T, id: Uuid, epoch: i64) -> Result<Option<Batch>
 fn read(row: &Row) -> Result<Batch> {
     let ids: Option<String> = row.get("ids")?;
     let part = match ids {
-        Some(ids) => Part::Ids(serde_json::from_str(&ids).map_err(unreadable("ids"))?),
-        None => Part::Range { upto: row.get("upto_id")? },
+        Some(ids) => BatchPart::Ids(serde_json::from_str(&ids).map_err(unreadable("ids"))?),
+        None => BatchPart::Range { upto: row.get("upto_id")? },
     };
     let above: String = row.get("above")?;
     Ok(Batch {
@@ -531,19 +530,19 @@ fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
         if batch.is_template { ", metadata" } else { "" }
     );
     match (&batch.part, batch.audience == Audience::Inline) {
-        (Part::Range { upto }, true) => {
+        (BatchPart::Range { upto }, true) => {
             let sql = format!(
                 "SELECT {keys} FROM recipients WHERE notification = ? AND id > ? AND id <= ? ORDER BY id"
             );
             (sql, values![batch.notification, low, *upto].to_vec())
         }
-        (Part::Range { upto }, false) => {
+        (BatchPart::Range { upto }, false) => {
             let Selection { from, condition, id, parameters } =
                 batch.audience.select(dialect, site, low, *upto);
             (format!("SELECT {stored} FROM {from} WHERE {condition} ORDER BY {id}"), parameters)
         }
         // They were members when they were tried first.
-        (Part::Ids(ids), is_inline) => {
+        (BatchPart::Ids(ids), is_inline) => {
             let ids = serde_json::to_string(ids).unwrap_or_default();
             let among = dialect.numbers_in("?");
             let (columns, table, owner): (_, _, Value) = if is_inline {
@@ -573,29 +572,29 @@ fn member(row: &Row, stored: bool, with_metadata: bool) -> Result<Member> {
 /// Counts against subscriptions and for them, deletes those that have ended, and returns which these are. All rows are
 /// changed in the order of their ids, as everybody does: two checkpoints never wait for each other.
 async fn judge<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<i64>> {
-    enum Change<'a> {
+    enum BatchChange<'a> {
         End(&'a str),
-        Refuse(&'a str, &'a Refusal),
+        Refuse(&'a str, &'a SubscriptionRefusal),
         Clear,
     }
-    let ended = checkpoint.ended.iter().map(|(id, endpoint)| (*id, Change::End(endpoint)));
+    let ended = checkpoint.ended.iter().map(|(id, endpoint)| (*id, BatchChange::End(endpoint)));
     let refused = checkpoint.refused.iter();
-    let refused = refused.map(|(id, endpoint, refusal)| (*id, Change::Refuse(endpoint, refusal)));
-    let cleared = checkpoint.cleared.iter().map(|id| (*id, Change::Clear));
-    let changes: BTreeMap<i64, Change<'_>> = ended.chain(refused).chain(cleared).collect();
-    let (mut known, mut deleted) = (Known::default(), Vec::new());
+    let refused = refused.map(|(id, endpoint, refusal)| (*id, BatchChange::Refuse(endpoint, refusal)));
+    let cleared = checkpoint.cleared.iter().map(|id| (*id, BatchChange::Clear));
+    let changes: BTreeMap<i64, BatchChange<'_>> = ended.chain(refused).chain(cleared).collect();
+    let (mut known, mut deleted) = (KnownRow::default(), Vec::new());
     for (id, change) in changes {
         // Not if the browser has subscribed anew meanwhile and kept the row.
         let gone = match change {
-            Change::End(endpoint) => {
+            BatchChange::End(endpoint) => {
                 let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
                 tx.execute(sql, &values![site, id, endpoint_hash(endpoint)]).await?
             }
-            Change::Refuse(endpoint, refusal) => {
+            BatchChange::Refuse(endpoint, refusal) => {
                 let evidence = known.of(tx, endpoint, refusal.signer).await?;
                 refuse(tx, site, id, endpoint, refusal, evidence).await?
             }
-            Change::Clear => {
+            BatchChange::Clear => {
                 let sql = "UPDATE subscriptions SET strikes = 0, struck_at = NULL, refused_since = NULL,
                                   refused_with = NULL WHERE site = ? AND id = ?";
                 tx.execute(sql, &values![site, id]).await?;
@@ -615,15 +614,15 @@ async fn refuse<T: Tx>(
     site: i64,
     id: i64,
     endpoint: &str,
-    refusal: &Refusal,
-    evidence: Evidence,
+    refusal: &SubscriptionRefusal,
+    evidence: RefusalEvidence,
 ) -> Result<u64> {
     let sql = "SELECT strikes, struck_at, refused_since, refused_with FROM subscriptions
                WHERE site = ? AND id = ? AND endpoint_hash = ?";
     let Some(row) = sql::first(tx, sql, &values![site, id, endpoint_hash(endpoint)]).await? else {
         return Ok(0);
     };
-    let before = Record {
+    let before = RefusalRecord {
         strikes: row.get("strikes")?,
         struck_at: row.get("struck_at")?,
         refused_since: row.get("refused_since")?,
@@ -637,7 +636,7 @@ async fn refuse<T: Tx>(
     if after != before {
         let sql = "UPDATE subscriptions SET strikes = ?, struck_at = ?, refused_since = ?, refused_with = ?
                    WHERE site = ? AND id = ?";
-        let Record { strikes, struck_at, refused_since, refused_with } = after;
+        let RefusalRecord { strikes, struck_at, refused_since, refused_with } = after;
         tx.execute(sql, &values![strikes, struck_at, refused_since, refused_with, site, id]).await?;
     }
     Ok(0)
@@ -645,10 +644,10 @@ async fn refuse<T: Tx>(
 
 /// What services have accepted, as far as it was looked up.
 #[derive(Debug, Default)]
-struct Known(HashMap<(String, i64), Evidence>);
+struct KnownRow(HashMap<(String, i64), RefusalEvidence>);
 
-impl Known {
-    async fn of<T: Tx>(&mut self, tx: &T, endpoint: &str, signer: i64) -> Result<Evidence> {
+impl KnownRow {
+    async fn of<T: Tx>(&mut self, tx: &T, endpoint: &str, signer: i64) -> Result<RefusalEvidence> {
         let key = (origin(endpoint).to_owned(), signer);
         if let Some(evidence) = self.0.get(&key) {
             return Ok(*evidence);
@@ -659,10 +658,12 @@ impl Known {
                           (SELECT max(accepted_at) FROM push_acceptances) AS anywhere";
         let row = sql::first(tx, sql, &values![&key.0, signer]).await?;
         let evidence = match row {
-            Some(row) => {
-                Evidence { same: row.get("same")?, service: row.get("service")?, any: row.get("anywhere")? }
-            }
-            None => Evidence::default(),
+            Some(row) => RefusalEvidence {
+                same: row.get("same")?,
+                service: row.get("service")?,
+                any: row.get("anywhere")?,
+            },
+            None => RefusalEvidence::default(),
         };
         self.0.insert(key, evidence);
         Ok(evidence)
@@ -740,7 +741,7 @@ async fn record<T: Tx>(
     log(tx, notification, &checkpoint.deliveries).await?;
     if let Some(webhook) = checkpoint.tell.clone().filter(|_| !deleted.is_empty()) {
         let subscriptions = deleted.into_iter().map(|id| Pruned { id }).collect();
-        let event = Event::Pruned { notification, subscriptions };
+        let event = WebhookEvent::Pruned { notification, subscriptions };
         jobs.insert(tx, &[job(&Webhook { site, webhook, event })?]).await?;
     }
     for deferred in &checkpoint.deferred {
@@ -787,7 +788,13 @@ async fn wake_batches<T: Tx>(tx: &T, jobs: &Jobs, moves: &[(Uuid, NewJob)]) -> R
 }
 
 /// Makes a batch of what is left of the range of the batch `of`.
-async fn insert_rest<T: Tx>(tx: &T, jobs: &Jobs, of: Uuid, notification: Uuid, rest: &Rest) -> Result<()> {
+async fn insert_rest<T: Tx>(
+    tx: &T,
+    jobs: &Jobs,
+    of: Uuid,
+    notification: Uuid,
+    rest: &RestOfBatch,
+) -> Result<()> {
     let sql = "INSERT INTO batches (id, notification, after_id, upto_id, low_id)
                SELECT ?1, notification, ?3, upto_id, ?3 FROM batches WHERE id = ?2";
     tx.execute(sql, &values![rest.job.id, of, rest.after]).await?;
@@ -813,7 +820,8 @@ pub(super) async fn end_if_done<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid) 
     let Some(row) = sql::first(tx, sql, &values![notification, now_ms()]).await? else { return Ok(false) };
     tx.execute("DELETE FROM recipients WHERE notification = ?", &values![notification]).await?;
     if let Some(webhook) = row.get::<Option<String>>("webhook")? {
-        let webhook = Webhook { site: row.get("site")?, webhook, event: Event::Ended { notification } };
+        let webhook =
+            Webhook { site: row.get("site")?, webhook, event: WebhookEvent::Ended { notification } };
         jobs.insert(tx, &[job(&webhook)?]).await?;
     }
     Ok(true)

@@ -14,6 +14,7 @@ use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
 use super::batches::insert_batch;
+use super::deliveries::DeliveryView;
 use super::{Page, Pager, Store, job, now_ms, timestamp};
 use crate::model::audience::{Audience, Selection};
 use crate::model::jobs::Close;
@@ -36,7 +37,7 @@ pub(crate) struct NewNotification {
     pub(crate) ttl: Duration,
     pub(crate) urgency: &'static str,
     pub(crate) topic: Option<String>,
-    pub(crate) plan: Plan,
+    pub(crate) plan: SendPlan,
     /// Whether the payload has places for each subscription's own data.
     pub(crate) is_template: bool,
     pub(crate) estimate: u64,
@@ -51,7 +52,7 @@ pub(crate) struct NewNotification {
 
 /// How and when to send, and whom to tell.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Plan {
+pub(crate) struct SendPlan {
     /// Sends per 1000 seconds.
     pub(crate) rate_milli: Option<i64>,
     /// How long it takes to reach the rate, in milliseconds.
@@ -356,30 +357,6 @@ async fn apply<T: Tx>(
     }
     let sql = format!("SELECT {} FROM notifications WHERE site = ? AND id = ?", NotificationStatus::COLUMNS);
     sql::first(tx, &sql, &values![site, id]).await?.as_ref().map(NotificationStatus::read).transpose()
-}
-
-/// How it went for one subscription.
-#[derive(Clone, Debug, serde::Serialize)]
-pub(crate) struct DeliveryView {
-    subscription: i64,
-    outcome: String,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    status: Option<u32>,
-    #[serde(skip_serializing_if = "String::is_empty")]
-    detail: String,
-    at: Timestamp,
-}
-
-impl DeliveryView {
-    pub(super) fn read(row: &Row) -> Result<Self> {
-        Ok(Self {
-            subscription: row.get("subscription")?,
-            outcome: row.get("outcome")?,
-            status: row.get("status")?,
-            detail: row.get("detail")?,
-            at: timestamp(row.get("at")?),
-        })
-    }
 }
 
 async fn earlier<T: Tx>(tx: &T, promise: &Idempotency, now: i64) -> Result<Option<Accepted>> {

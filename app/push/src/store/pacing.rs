@@ -9,7 +9,7 @@ use uuid::Uuid;
 
 use super::Store;
 use crate::model::notification::NotificationStatus;
-use crate::model::schedule::{CATCH_UP, SLICE, Schedule};
+use crate::model::schedule::{CATCH_UP, RateSchedule, SLICE};
 
 /// How far ahead slices are reserved, in microseconds: two of them.
 const AHEAD_US: i64 = 500_000;
@@ -23,7 +23,7 @@ const _: () = assert!(CATCH_UP.as_micros() == 250_000);
 pub(crate) enum Reserved {
     /// It is ours.
     Slice {
-        schedule: Schedule,
+        schedule: RateSchedule,
         /// The store's clock, and when the schedule began, in microseconds since 1970.
         now: i64,
         began: i64,
@@ -60,7 +60,7 @@ impl Store {
     }
 
     /// Reserves the next slice of an origin's schedule.
-    pub(crate) async fn reserve_origin(&self, origin: &str, schedule: Schedule) -> Result<Reserved> {
+    pub(crate) async fn reserve_origin(&self, origin: &str, schedule: RateSchedule) -> Result<Reserved> {
         let origin = origin.to_owned();
         transact!(&self.sql, tx => reserve_origin(tx, &origin, schedule))
     }
@@ -75,7 +75,7 @@ async fn reserve<T: Tx>(tx: &T, id: Uuid) -> Result<Reserved> {
     let Some(row) = sql::first(tx, &sql, &values![id]).await? else { return Ok(Reserved::Nothing) };
     let (rate_milli, ramp_ms): (i64, i64) = (row.get("rate_milli")?, row.get("ramp_ms")?);
     #[expect(clippy::cast_precision_loss, reason = "rates and ramps are far below 2^52")]
-    let schedule = Schedule { rate: rate_milli as f64 / 1e3, ramp: ramp_ms as f64 / 1e3 };
+    let schedule = RateSchedule { rate: rate_milli as f64 / 1e3, ramp: ramp_ms as f64 / 1e3 };
     let next: Option<i64> = row.get("pace_next")?;
     let from: Option<i64> = row.get("pace_from")?;
     let (reserved, from, end) = slice(schedule, row.get("now")?, from, next);
@@ -87,7 +87,7 @@ async fn reserve<T: Tx>(tx: &T, id: Uuid) -> Result<Reserved> {
     Ok(if changed == 1 { reserved } else { Reserved::Later(Duration::ZERO) })
 }
 
-async fn reserve_origin<T: Tx>(tx: &T, origin: &str, schedule: Schedule) -> Result<Reserved> {
+async fn reserve_origin<T: Tx>(tx: &T, origin: &str, schedule: RateSchedule) -> Result<Reserved> {
     let now = tx.dialect().now_us();
     let sql = format!("SELECT {now} AS now, pace_next FROM push_services WHERE origin = ?");
     let Some(row) = sql::first(tx, &sql, &values![origin]).await? else {
@@ -112,7 +112,7 @@ async fn reserve_origin<T: Tx>(tx: &T, origin: &str, schedule: Schedule) -> Resu
     clippy::cast_possible_truncation,
     reason = "microseconds of some years"
 )]
-fn slice(schedule: Schedule, now: i64, from: Option<i64>, next: Option<i64>) -> (Reserved, i64, i64) {
+fn slice(schedule: RateSchedule, now: i64, from: Option<i64>, next: Option<i64>) -> (Reserved, i64, i64) {
     let mut from = from.unwrap_or(now + LEAD_US);
     let mut next = next.unwrap_or(from);
     let longest = SLICE.as_secs_f64() + (1.0 / schedule.rate).max(schedule.at(1.0));
@@ -141,7 +141,7 @@ fn slice(schedule: Schedule, now: i64, from: Option<i64>, next: Option<i64>) -> 
 mod tests {
     use super::*;
 
-    const STEADY: Schedule = Schedule { rate: 5000.0, ramp: 0.0 };
+    const STEADY: RateSchedule = RateSchedule { rate: 5000.0, ramp: 0.0 };
 
     #[test]
     fn replicas_take_turns_and_none_is_far_ahead() {
@@ -162,14 +162,14 @@ mod tests {
         let now = 1_000_000_000_000_000;
         let (reserved, ..) = slice(STEADY, now, Some(now), Some(now + 3_600_000_000));
         assert!(matches!(reserved, Reserved::Slice { .. }));
-        let slow = Schedule { rate: 0.001, ramp: 0.0 };
+        let slow = RateSchedule { rate: 0.001, ramp: 0.0 };
         let (reserved, ..) = slice(slow, now, Some(now), Some(now + 999_000_000));
         assert!(matches!(reserved, Reserved::Later(_)), "that is how slow it is");
     }
 
     #[test]
     fn time_that_was_lost_moves_the_schedule_and_not_its_ramp() {
-        let ramped = Schedule { rate: 100.0, ramp: 10.0 };
+        let ramped = RateSchedule { rate: 100.0, ramp: 10.0 };
         let now = 1_000_000_000_000_000;
         let (_, from, next) = slice(ramped, now, Some(now - 5_000_000), Some(now));
         assert_eq!(from, now - 5_000_000);

@@ -14,7 +14,7 @@ const ACCEPTANCES: (i64, i64) = (90 * 24 * 3600 * 1000, 10_000);
 
 /// A push service that somebody has stopped sending to, or begun again.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Held {
+pub(crate) struct HeldService {
     pub(crate) origin: String,
     /// For how long still; not at all when an operator has ended it.
     pub(crate) wait: Option<Duration>,
@@ -49,7 +49,7 @@ impl Store {
     }
 
     /// What has changed since `changed_at`.
-    pub(crate) async fn held_services(&self, changed_at: i64) -> Result<Vec<Held>> {
+    pub(crate) async fn held_services(&self, changed_at: i64) -> Result<Vec<HeldService>> {
         let now = self.now();
         let sql = format!(
             "SELECT origin, cause, changed_at, held_until - {now} AS wait FROM push_services
@@ -58,7 +58,7 @@ impl Store {
         let rows = self.sql.query(sql, values![changed_at]).await?;
         let read = |row: &perennial_store::pool::sql::Row| {
             let wait: Option<i64> = row.get("wait")?;
-            Ok(Held {
+            Ok(HeldService {
                 origin: row.get("origin")?,
                 wait: wait.map(|wait| Duration::from_millis(u64::try_from(wait).unwrap_or_default())),
                 cause: row.get::<Option<String>>("cause")?.unwrap_or_default(),

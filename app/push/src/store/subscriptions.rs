@@ -2,7 +2,6 @@
 
 use std::sync::Arc;
 
-use aws_lc_rs::digest;
 use futures_util::future::try_join_all;
 use jiff::Timestamp;
 use perennial_store::pool::sql::{self, Dialect, Result, Row, Tx, Value};
@@ -10,9 +9,10 @@ use perennial_store::{transact, values};
 use perennial_webpush::Keys;
 use serde_json::value::RawValue;
 
-use super::notifications::DeliveryView;
+use super::deliveries::DeliveryView;
 use super::{Page, Pager, Store, now_ms, timestamp};
 use crate::model::audience::{Audience, Selection};
+use crate::model::endpoint::endpoint_hash;
 
 /// How many subscriptions of a user are deleted at once.
 const DELETED: usize = 500;
@@ -346,33 +346,27 @@ async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>>
     Ok(upserted)
 }
 
-/// What an endpoint is found by: shorter than itself, and no shorter than it takes to be unique.
-pub(super) fn endpoint_hash(endpoint: &str) -> [u8; 16] {
-    let digest = digest::digest(&digest::SHA256, endpoint.as_bytes());
-    let mut hash = [0; 16];
-    hash.copy_from_slice(&digest.as_ref()[..16]);
-    hash
-}
-
 /// An existing row, its secret and its user.
-struct Found {
+struct FoundSubscription {
     id: i64,
     auth: Vec<u8>,
     user: Option<String>,
 }
 
-impl Found {
+impl FoundSubscription {
     /// Whether it was somebody's, and not this user's.
     fn is_of_another(&self, user: &Option<String>) -> bool {
         self.user.is_some() && self.user != *user
     }
 }
 
-async fn find<T: Tx>(tx: &T, site: i64, endpoint: &str) -> Result<Option<Found>> {
+async fn find<T: Tx>(tx: &T, site: i64, endpoint: &str) -> Result<Option<FoundSubscription>> {
     let sql = r#"SELECT id, auth, "user" FROM subscriptions WHERE site = ? AND endpoint_hash = ?"#;
     let row = sql::first(tx, sql, &values![site, endpoint_hash(endpoint)]).await?;
-    row.map(|row| Ok(Found { id: row.get("id")?, auth: row.get("auth")?, user: row.get("user")? }))
-        .transpose()
+    row.map(|row| {
+        Ok(FoundSubscription { id: row.get("id")?, auth: row.get("auth")?, user: row.get("user")? })
+    })
+    .transpose()
 }
 
 /// Takes away the tags that were not the browser's, but its user's.
@@ -499,7 +493,7 @@ async fn insert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<i64> {
     row.map_or_else(|| Ok(0), |row| row.first())
 }
 
-async fn update<T: Tx>(tx: &T, new: &NewSubscription, known: &Found) -> Result<()> {
+async fn update<T: Tx>(tx: &T, new: &NewSubscription, known: &FoundSubscription) -> Result<()> {
     let id = known.id;
     let is_anothers = new.user.as_ref().is_some_and(|user| known.is_of_another(user));
     if is_anothers {

@@ -59,7 +59,7 @@ impl VapidKey {
         if let Ok(Value::Object(fields)) = serde_json::from_str(text) {
             return from_json(&fields);
         }
-        let found = Found::in_text(text);
+        let found = FoundKey::in_text(text);
         // 32 bytes that happen to be text.
         if found.key.is_none() && bytes.len() == SCALAR { from_bytes(bytes) } else { found.check() }
     }
@@ -67,13 +67,13 @@ impl VapidKey {
 
 /// What was found in a text.
 #[derive(Default)]
-struct Found {
+struct FoundKey {
     key: Option<VapidKey>,
     has_several: bool,
     public: Option<Vec<u8>>,
 }
 
-impl Found {
+impl FoundKey {
     fn in_text(text: &str) -> Self {
         let mut found = Self::default();
         let is_of_base64 = |c: char| c.is_ascii_alphanumeric() || "+/-_".contains(c);

@@ -8,11 +8,11 @@ use parking_lot::Mutex;
 #[derive(Debug)]
 pub struct Seldom {
     period: Duration,
-    told: Mutex<Told>,
+    told: Mutex<SeldomState>,
 }
 
 #[derive(Clone, Copy, Debug)]
-struct Told {
+struct SeldomState {
     at: Option<Instant>,
     left_out: u64,
 }
@@ -20,7 +20,7 @@ struct Told {
 impl Seldom {
     /// One line in so long.
     pub const fn every(period: Duration) -> Self {
-        Self { period, told: Mutex::new(Told { at: None, left_out: 0 }) }
+        Self { period, told: Mutex::new(SeldomState { at: None, left_out: 0 }) }
     }
 
     /// One line a minute: for what a store that is away makes fail, which a condition of readiness tells of by itself.
@@ -34,7 +34,7 @@ impl Seldom {
     }
 }
 
-impl Told {
+impl SeldomState {
     fn tell(&mut self, period: Duration, now: Instant) -> Option<u64> {
         if self.at.is_some_and(|at| now.duration_since(at) < period) {
             self.left_out += 1;
@@ -52,7 +52,7 @@ mod tests {
     #[test]
     fn a_line_comes_once_in_a_period_and_says_how_many_it_stands_for() {
         let period = Duration::from_secs(10);
-        let mut told = Told { at: None, left_out: 0 };
+        let mut told = SeldomState { at: None, left_out: 0 };
         let began = Instant::now();
         let after = |seconds| began + Duration::from_secs(seconds);
         assert_eq!(told.tell(period, began), Some(0));

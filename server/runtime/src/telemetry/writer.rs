@@ -22,17 +22,17 @@ const LAST: Duration = Duration::from_secs(1);
 
 /// Where lines go. A cheap handle.
 #[derive(Clone, Debug)]
-pub(super) struct Lines(Arc<Shared>);
+pub(super) struct Lines(Arc<WriterQueue>);
 
 #[derive(Debug, Default)]
-struct Shared {
-    state: Mutex<State>,
+struct WriterQueue {
+    state: Mutex<WriterState>,
     came: Condvar,
     dropped: AtomicU64,
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct WriterState {
     waiting: Vec<u8>,
     closed: bool,
 }
@@ -101,7 +101,7 @@ impl Lines {
         self.0.dropped.load(Ordering::Relaxed)
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, WriterState> {
         self.0.state.lock()
     }
 
@@ -197,18 +197,18 @@ impl Drop for Writer {
 }
 
 impl<'a> MakeWriter<'a> for Lines {
-    type Writer = Line<'a>;
+    type Writer = LogLine<'a>;
 
-    fn make_writer(&'a self) -> Line<'a> {
-        Line(self)
+    fn make_writer(&'a self) -> LogLine<'a> {
+        LogLine(self)
     }
 }
 
 /// What the subscriber writes one event to: it does so in one piece.
 #[derive(Debug)]
-pub(super) struct Line<'a>(&'a Lines);
+pub(super) struct LogLine<'a>(&'a Lines);
 
-impl Write for Line<'_> {
+impl Write for LogLine<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         self.0.append(|waiting| waiting.extend_from_slice(bytes));
         Ok(bytes.len())

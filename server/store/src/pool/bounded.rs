@@ -9,8 +9,8 @@ use ::metrics::Histogram;
 use deadpool::Runtime;
 use deadpool::managed::{BuildError, Manager, Metrics, Object, Pool, PoolBuilder, PoolError, TimeoutType};
 use futures_util::future::join_all;
-use serde::Serialize;
 
+use super::status::PoolStatus;
 use crate::metrics;
 
 /// How many connections are made at boot.
@@ -18,7 +18,7 @@ const WARM: usize = 2;
 
 /// How many connections there may be, and how long to wait.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Limits {
+pub(super) struct BoundedLimits {
     /// The most connections.
     pub(super) size: usize,
     /// How long a caller waits for a free one.
@@ -27,21 +27,6 @@ pub(super) struct Limits {
     pub(super) connect_timeout: Duration,
     /// How old one may grow.
     pub(super) max_age: Duration,
-}
-
-/// How a pool stands.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub struct Status {
-    /// The most connections.
-    pub max: usize,
-    /// How many there are.
-    pub size: usize,
-    /// How many of them nobody uses.
-    pub available: usize,
-    /// How many callers wait for one.
-    pub waiting: usize,
-    /// How old the oldest is that nobody used at the last look, in milliseconds.
-    pub oldest_ms: u64,
 }
 
 /// See the module.
@@ -66,7 +51,7 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
     pub(super) fn new(
         name: &'static str,
         builder: PoolBuilder<M, W>,
-        limits: Limits,
+        limits: BoundedLimits,
     ) -> Result<Self, BuildError> {
         let pool = builder
             .max_size(limits.size)
@@ -100,9 +85,9 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
     }
 
     /// How it stands.
-    pub(super) fn status(&self) -> Status {
+    pub(super) fn status(&self) -> PoolStatus {
         let status = self.pool.status();
-        Status {
+        PoolStatus {
             max: status.max_size,
             size: status.size,
             available: status.available,

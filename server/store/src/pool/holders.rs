@@ -21,7 +21,7 @@ pub(super) struct Holders {
 
 /// One connection that a task holds. It may be dropped by another.
 #[derive(Debug)]
-pub(super) struct Held {
+pub(super) struct HeldConnection {
     holders: Arc<Holders>,
     task: Option<Id>,
 }
@@ -46,12 +46,12 @@ impl Holders {
         }
     }
 
-    pub(super) fn hold(self: &Arc<Self>) -> Held {
+    pub(super) fn hold(self: &Arc<Self>) -> HeldConnection {
         let task = task::try_id();
         if let Some(task) = task {
             *self.lock().entry(task).or_default() += 1;
         }
-        Held { holders: Arc::clone(self), task }
+        HeldConnection { holders: Arc::clone(self), task }
     }
 
     fn lock(&self) -> parking_lot::MutexGuard<'_, HashMap<Id, usize>> {
@@ -59,7 +59,7 @@ impl Holders {
     }
 }
 
-impl Drop for Held {
+impl Drop for HeldConnection {
     fn drop(&mut self) {
         let Some(task) = self.task else { return };
         let mut by_task = self.holders.lock();

@@ -35,9 +35,12 @@ use tracing::{debug, info, warn};
 
 pub use tokio_postgres::types::Type;
 
-use super::bounded::{Bounded, Limits};
-use super::holders::{Held, Holders};
-use super::{Migrations, Newer, Standing, Status, Url, tls, with_causes};
+use super::bounded::{Bounded, BoundedLimits};
+use super::causes::with_causes;
+use super::holders::{HeldConnection, Holders};
+use super::migrations::{MigrationStatus, Migrations, Newer};
+use super::status::PoolStatus;
+use super::{Url, tls};
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
 
@@ -189,9 +192,9 @@ pub type Parameter<'a> = (&'a (dyn ToSql + Sync), Type);
 
 /// A pool of connections. A cheap handle.
 #[derive(Clone)]
-pub struct Postgres(Arc<Shared>);
+pub struct Postgres(Arc<PostgresInner>);
 
-struct Shared {
+struct PostgresInner {
     config: Config,
     reach: RwLock<Arc<Reach>>,
     holders: Arc<Holders>,
@@ -260,7 +263,7 @@ impl Reach {
             Some(tls) => Manager::from_config(wanted.clone(), tls.clone(), recycling),
             None => Manager::from_config(wanted.clone(), NoTls, recycling),
         };
-        let limits = Limits {
+        let limits = BoundedLimits {
             size: config.size,
             wait: config.wait,
             connect_timeout: config.connect_timeout,
@@ -285,7 +288,7 @@ impl Postgres {
         let holders = Holders::new("postgres");
         let steps = AtomicI64::new(0);
         let changed = watch::Sender::new(0);
-        let shared = Shared {
+        let shared = PostgresInner {
             config,
             reach,
             holders,
@@ -306,7 +309,7 @@ impl Postgres {
     }
 
     /// How its pool stands.
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> PoolStatus {
         self.reach().pool.status()
     }
 
@@ -400,7 +403,7 @@ impl Postgres {
     /// log.
     async fn write_failure(&self) -> Option<Error> {
         self.0.is_full.load(Ordering::Acquire).then_some(())?;
-        match self.execute(super::WRITE_PROBE, &[]).await {
+        match self.execute(super::migrations::WRITE_PROBE, &[]).await {
             Err(error) if error.is_full() => Some(error),
             _ => {
                 self.0.is_full.store(false, Ordering::Release);
@@ -457,7 +460,7 @@ impl Postgres {
     }
 
     /// Warns of settings that are not as the statements want them: they could not be pinned.
-    async fn check_pinned(&self, connection: &Connection) -> Result<()> {
+    async fn check_pinned(&self, connection: &PostgresConnection) -> Result<()> {
         let (names, wanted): (Vec<&str>, Vec<&str>) = PINNED.into_iter().unzip();
         let sql = "SELECT name, current_setting(name), wanted FROM unnest($1::text[], $2::text[]) AS pinned (name, wanted)
                    WHERE current_setting(name) <> wanted";
@@ -487,9 +490,9 @@ impl Postgres {
     ///
     /// # Errors
     /// [`Error::Busy`] when none is free in time, [`Error::Away`] when none can be made.
-    pub async fn get(&self) -> Result<Connection> {
+    pub async fn get(&self) -> Result<PostgresConnection> {
         self.0.holders.asked();
-        Ok(Connection {
+        Ok(PostgresConnection {
             object: Some(self.reach().pool.get().await?),
             _held: self.0.holders.hold(),
             answers: Answers { missing: AtomicUsize::new(0), is_full: Arc::clone(&self.0.is_full) },
@@ -544,9 +547,12 @@ impl Postgres {
                 "SELECT coalesce(max(version), 0), (SELECT oldest FROM migrations_served WHERE module = $1)
                        FROM migrations WHERE module = $1";
             let found = transaction.query(sql, &[(module, Type::TEXT)]).await?;
-            let standing = found.first().map_or_else(Standing::default, |row| {
+            let standing = found.first().map_or_else(MigrationStatus::default, |row| {
                 let number = |number: i64| usize::try_from(number).unwrap_or_default();
-                Standing { version: number(row.get(0)), serves: row.get::<_, Option<i64>>(1).map(number) }
+                MigrationStatus {
+                    version: number(row.get(0)),
+                    serves: row.get::<_, Option<i64>>(1).map(number),
+                }
             });
             let (missing, serves) = migrations.missing(standing)?;
             let serves = i64::try_from(serves).unwrap_or(i64::MAX);
@@ -570,7 +576,7 @@ impl Postgres {
     ///
     /// # Errors
     /// When it cannot be made.
-    pub async fn listen(&self, channel: &'static str) -> Result<Listener> {
+    pub async fn listen(&self, channel: &'static str) -> Result<NotifyListener> {
         let patience = self.0.config.connect_timeout + GRACE;
         let (sender, notifications) = mpsc::channel(NOTIFICATIONS);
         let changed = self.0.changed.subscribe();
@@ -588,7 +594,7 @@ impl Postgres {
         let mut driver = JoinSet::new();
         driver.spawn(driven);
         let timeout = self.0.config.statement_timeout + GRACE;
-        let listener = Listener { client, notifications, channel, timeout, changed, _driver: driver };
+        let listener = NotifyListener { client, notifications, channel, timeout, changed, _driver: driver };
         within(timeout, listener.client.batch_execute(&format!("LISTEN {channel}"))).await?;
         Ok(listener)
     }
@@ -621,15 +627,15 @@ async fn within<T>(
 }
 
 /// A connection from the pool. It goes back when this drops, unless a statement on it was not answered.
-pub struct Connection {
+pub struct PostgresConnection {
     object: Option<Object>,
-    _held: Held,
+    _held: HeldConnection,
     answers: Answers,
     timeout: Duration,
     abandoned: Abandoned,
 }
 
-impl fmt::Debug for Connection {
+impl fmt::Debug for PostgresConnection {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Connection")
     }
@@ -672,7 +678,7 @@ struct Answers {
     is_full: Arc<AtomicBool>,
 }
 
-impl Connection {
+impl PostgresConnection {
     /// Begins a transaction, which is rolled back unless it is committed.
     ///
     /// # Errors
@@ -689,7 +695,7 @@ impl Connection {
     }
 }
 
-impl Session for Connection {
+impl Session for PostgresConnection {
     async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
         asked(&self.answers, self.timeout, self.client()?.query_typed(sql, parameters)).await
     }
@@ -699,7 +705,7 @@ impl Session for Connection {
     }
 }
 
-impl Drop for Connection {
+impl Drop for PostgresConnection {
     fn drop(&mut self) {
         if self.answers.missing.load(Ordering::Relaxed) > 0
             && let Some(object) = self.object.take()
@@ -777,7 +783,7 @@ impl Session for Transaction<'_> {
 }
 
 /// A connection that listens. It ends when this drops.
-pub struct Listener {
+pub struct NotifyListener {
     client: tokio_postgres::Client,
     notifications: mpsc::Receiver<String>,
     channel: &'static str,
@@ -787,13 +793,13 @@ pub struct Listener {
     _driver: JoinSet<()>,
 }
 
-impl fmt::Debug for Listener {
+impl fmt::Debug for NotifyListener {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Listener").field("channel", &self.channel).finish_non_exhaustive()
     }
 }
 
-impl Listener {
+impl NotifyListener {
     /// The next notification; none when the connection has ended, or another is to take its place.
     pub async fn next(&mut self) -> Option<String> {
         tokio::select! {

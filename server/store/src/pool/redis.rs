@@ -18,8 +18,10 @@ use parking_lot::RwLock;
 use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
-use super::bounded::{Bounded, Limits};
-use super::{Status, Url, with_causes};
+use super::bounded::{Bounded, BoundedLimits};
+use super::causes::with_causes;
+use super::status::PoolStatus;
+use super::url::Url;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
 
@@ -128,9 +130,9 @@ pub fn is_url(text: &str) -> bool {
 
 /// A pool of connections. A cheap handle.
 #[derive(Clone)]
-pub struct Redis(Arc<Shared>);
+pub struct Redis(Arc<RedisInner>);
 
-struct Shared {
+struct RedisInner {
     config: Config,
     reach: RwLock<Arc<Reach>>,
     /// Whether a write was refused, and none has been taken at a look since.
@@ -165,7 +167,7 @@ impl Reach {
             None => Client::open(info)?,
         };
         let manager = Manager::new_with_config(client.get_connection_info().clone(), connection)?;
-        let limits = Limits {
+        let limits = BoundedLimits {
             size: config.size,
             wait: config.wait,
             connect_timeout: config.connect_timeout,
@@ -303,7 +305,7 @@ impl Redis {
     /// When the URL cannot be read, when the server cannot be reached, and when it is not fit.
     pub async fn open(config: Config) -> Result<Self> {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
-        let redis = Self(Arc::new(Shared { config, reach, cannot_write: AtomicBool::new(false) }));
+        let redis = Self(Arc::new(RedisInner { config, reach, cannot_write: AtomicBool::new(false) }));
         redis.reach().check().await?;
         redis.reach().pool.warm().await?;
         Ok(redis)
@@ -314,7 +316,7 @@ impl Redis {
     }
 
     /// How its pool stands.
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> PoolStatus {
         self.reach().pool.status()
     }
 

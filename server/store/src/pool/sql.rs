@@ -20,9 +20,11 @@ use rusqlite::types::{ToSqlOutput, ValueRef};
 use tokio_postgres::types::{ToSql, Type};
 use uuid::Uuid;
 
+use super::migrations::Migrations;
 use super::postgres::{self, Parameter, Postgres, Session, Transaction};
 use super::sqlite::{self, Sqlite};
-use super::{Migrations, Status, set_apart};
+use super::status::PoolStatus;
+use super::unreadable::set_apart;
 use perennial_runtime::backoff::Backoff;
 
 #[doc(hidden)]
@@ -621,7 +623,7 @@ impl Store {
     }
 
     /// How its pool stands, and what that is called. Of SQLite, it is the readers'.
-    pub fn pool(&self) -> (&'static str, Status) {
+    pub fn pool(&self) -> (&'static str, PoolStatus) {
         match self {
             Self::Sqlite(sqlite) => ("sqlite", sqlite.status()),
             Self::Postgres(postgres) => ("postgres", postgres.status()),

@@ -25,12 +25,13 @@ use tokio::sync::{Notify, mpsc, oneshot};
 use tokio::task::spawn_blocking;
 use tracing::info;
 
-use super::bounded::{Bounded, Limits};
-use super::{Migrations, Newer, Standing, Status};
+use super::bounded::{Bounded, BoundedLimits};
+use super::migrations::{MigrationStatus, Migrations, Newer};
+use super::status::PoolStatus;
 use crate::metrics;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
-use perennial_runtime::tasks::panic_message;
+use perennial_runtime::panics::panic_message;
 
 /// How long bringing the tables up to date may take, for each step.
 const MIGRATION: Duration = Duration::from_secs(600);
@@ -130,10 +131,10 @@ pub type Result<T> = std::result::Result<T, Error>;
 
 /// An open store. A cheap handle.
 #[derive(Clone, Debug)]
-pub struct Sqlite(Arc<Shared>);
+pub struct Sqlite(Arc<SqliteInner>);
 
 #[derive(Debug)]
-struct Shared {
+struct SqliteInner {
     config: Config,
     writes: Mutex<Option<mpsc::Sender<Box<dyn Write>>>>,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
@@ -198,7 +199,7 @@ impl Sqlite {
             .spawn(move || write_loop(connection, &deadline, receiver, &watched, &counted))
             .map_err(|source| Error::Open { path: config.path.clone(), source })?;
         let readers = managed::Pool::builder(Readers { path: config.path.clone() });
-        let limits = Limits {
+        let limits = BoundedLimits {
             size: config.readers,
             wait: config.wait,
             connect_timeout: config.wait,
@@ -206,7 +207,7 @@ impl Sqlite {
         };
         let readers = Bounded::new("sqlite", readers, limits);
         let readers = readers.map_err(|_| Error::Busy("runtime"))?;
-        let shared = Shared {
+        let shared = SqliteInner {
             config,
             writes: Mutex::new(Some(sender)),
             writer: Mutex::new(Some(writer)),
@@ -335,7 +336,7 @@ impl Sqlite {
                 let sql = "SELECT coalesce(max(version), 0), (SELECT oldest FROM migrations_served WHERE module = ?1)
                            FROM migrations WHERE module = ?1";
                 connection.query_row(sql, [module], |row| {
-                    Ok(Standing { version: row.get(0)?, serves: row.get(1)? })
+                    Ok(MigrationStatus { version: row.get(0)?, serves: row.get(1)? })
                 })
             })
             .await?;
@@ -371,7 +372,7 @@ impl Sqlite {
                     Some(failure) => {
                         condition.unmet(&format!("it cannot write: {failure}"));
                         tokio::time::sleep(LOOK).await;
-                        let _ = self.write(|tx| tx.execute(super::WRITE_PROBE, [])).await;
+                        let _ = self.write(|tx| tx.execute(super::migrations::WRITE_PROBE, [])).await;
                     }
                 }
             }
@@ -415,7 +416,7 @@ impl Sqlite {
     }
 
     /// How the pool of readers stands.
-    pub fn status(&self) -> Status {
+    pub fn status(&self) -> PoolStatus {
         self.0.readers.publish();
         self.0.readers.status()
     }

@@ -8,7 +8,7 @@ use parking_lot::Mutex;
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
 
-use super::with_causes;
+use super::causes::with_causes;
 
 /// The URL of a server. It may hold a password.
 #[derive(Clone, Debug)]

@@ -10,8 +10,8 @@ use proptest::sample::select;
 
 use super::*;
 
-fn parse(expression: &str, zone: &str) -> Expression {
-    Expression::parse(expression, zone).unwrap()
+fn parse(expression: &str, zone: &str) -> CronExpression {
+    CronExpression::parse(expression, zone).unwrap()
 }
 
 fn at(text: &str) -> Timestamp {
@@ -141,10 +141,10 @@ fn what_cannot_be_read_is_named() {
         ("@every 1.0001s", "@every takes an interval"),
         ("@every -1h", "@every takes an interval"),
     ] {
-        let error = Expression::parse(expression, "UTC").unwrap_err().to_string();
+        let error = CronExpression::parse(expression, "UTC").unwrap_err().to_string();
         assert!(error.contains(part), "{expression}: {error}");
     }
-    let zone = Expression::parse("@daily", "Mars/Olympus").unwrap_err();
+    let zone = CronExpression::parse("@daily", "Mars/Olympus").unwrap_err();
     assert_eq!(zone, Unreadable::Zone("Mars/Olympus".to_owned()));
 }
 
@@ -300,7 +300,7 @@ proptest! {
         let middle = changes.get(which % 2).copied().filter(|change| *change < begin + SignedDuration::from_hours(9000));
         let middle = middle.unwrap_or(begin + SignedDuration::from_hours(60 * 24 * 3));
         let from = middle - SignedDuration::from_hours(50);
-        let expression = Expression { zone: zone.clone(), ..parse(&model.text(), "UTC") };
+        let expression = CronExpression { zone: zone.clone(), ..parse(&model.text(), "UTC") };
         let walked = model.walk(&zone, from, 5);
         let until = from + SignedDuration::from_hours(5 * 24);
         let found: Vec<Timestamp> = expression.between(from, until).collect();

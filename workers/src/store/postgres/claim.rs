@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use parking_lot::Mutex;
-use perennial_store::pool::postgres::{Connection, Parameter, Postgres, Session};
+use perennial_store::pool::postgres::{Parameter, Postgres, PostgresConnection, Session};
 use tokio::time::Instant;
 use tokio_postgres::Row;
 use tokio_postgres::types::Type;
@@ -114,7 +114,7 @@ pub(super) async fn claim(postgres: &Postgres, cursors: &Cursors, claim: Claim) 
 
 const IS_NOT_PAUSED: &str = "NOT EXISTS (SELECT FROM paused_queues WHERE queue = $1)";
 
-async fn from_head(connection: &Connection, claim: &Claim) -> Result<Vec<Row>> {
+async fn from_head(connection: &PostgresConnection, claim: &Claim) -> Result<Vec<Row>> {
     let found = format!(
         "SELECT id FROM jobs WHERE state = 'ready' AND queue = $1 AND {IS_NOT_PAUSED}
          ORDER BY priority, run_at, id LIMIT $2 FOR UPDATE SKIP LOCKED"
@@ -124,7 +124,7 @@ async fn from_head(connection: &Connection, claim: &Claim) -> Result<Vec<Row>> {
 
 /// The same from where the last claims ended, by priority.
 async fn from_cursor(
-    connection: &Connection,
+    connection: &PostgresConnection,
     claim: &Claim,
     last: &BTreeMap<i16, (Timestamp, Uuid)>,
 ) -> Result<Vec<Row>> {
@@ -146,7 +146,7 @@ async fn from_cursor(
 
 /// Claims what `found` selects, which may use the queue as `$1`, the limit as `$2`, and `more` from `$5` on.
 async fn take(
-    connection: &Connection,
+    connection: &PostgresConnection,
     claim: &Claim,
     found: &str,
     more: &[Parameter<'_>],
@@ -165,7 +165,7 @@ async fn take(
 }
 
 /// Makes ready what has become due, and returns how long until the next is.
-async fn promote(connection: &Connection, queue: &Arc<str>) -> Result<Option<Duration>> {
+async fn promote(connection: &PostgresConnection, queue: &Arc<str>) -> Result<Option<Duration>> {
     let sql = "
         WITH due AS (
             UPDATE jobs SET state = 'ready' WHERE id = ANY (ARRAY(

@@ -8,7 +8,7 @@ use tokio_postgres::types::Type;
 use uuid::Uuid;
 
 use super::{PostgresQueue, give_back};
-use crate::ledger::{Cancelled, Filter, JobView, Ledger, STEP};
+use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::Result;
 use crate::state::State;
 use crate::store::{from_json, read_json};
@@ -21,15 +21,15 @@ const ENDED: &str =
     "id, kind, queue, state, priority, epoch, failures, recoveries, NULL::timestamptz AS run_at,
     NULL AS worker, NULL AS progress, trace, created_at, ended_at, reason, errors";
 
-/// What [`Filter`] asks for.
+/// What [`JobFilter`] asks for.
 const FITS: &str = "($1::uuid IS NULL OR id = $1) AND ($2::text IS NULL OR kind = $2)
     AND ($3::text IS NULL OR queue = $3) AND ($4::text IS NULL OR state = $4)
     AND ($5::text IS NULL OR strpos(reason, $5) > 0)";
 
 const STEP_ROWS: i64 = STEP as i64;
 
-impl Ledger for PostgresQueue {
-    async fn list(&self, filter: Filter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
+impl JobAdmin for PostgresQueue {
+    async fn list(&self, filter: JobFilter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
         // Each half by its own index, and never more of it than is wanted.
         let half = |columns: &str, table: &str, reason: &str| {
             let fits = FITS.replace("reason", reason);
@@ -62,7 +62,7 @@ impl Ledger for PostgresQueue {
         Ok(rows.first().map(|row| JobView { payload: from_json(row.get("payload")), ..view(row) }))
     }
 
-    async fn retry(&self, filter: Filter) -> Result<usize> {
+    async fn retry(&self, filter: JobFilter) -> Result<usize> {
         let sql = format!(
             "WITH gone AS (
                  DELETE FROM ended_jobs WHERE id = ANY (ARRAY(
@@ -79,7 +79,7 @@ impl Ledger for PostgresQueue {
         Ok(rows.len())
     }
 
-    async fn discard(&self, filter: Filter) -> Result<usize> {
+    async fn discard(&self, filter: JobFilter) -> Result<usize> {
         let sql = format!(
             "DELETE FROM ended_jobs WHERE id = ANY (ARRAY(
                  SELECT id FROM ended_jobs WHERE {FITS} LIMIT $6 FOR UPDATE SKIP LOCKED))
@@ -155,7 +155,7 @@ impl Ledger for PostgresQueue {
 
 impl PostgresQueue {
     /// Runs a statement on some jobs that have ended and fit.
-    async fn of_ended(&self, sql: &str, filter: &Filter) -> Result<Vec<Row>> {
+    async fn of_ended(&self, sql: &str, filter: &JobFilter) -> Result<Vec<Row>> {
         let state = filter.state.map(State::as_str);
         let parameters: [Parameter<'_>; 6] = [
             (&filter.id, Type::UUID),

@@ -5,11 +5,11 @@ use std::time::Duration;
 use perennial_store::pool::redis::client::cmd;
 use uuid::Uuid;
 
-use super::{AT_ONCE, Entry, Header, Kept, Record, RedisQueue, due_of, read_state, write_state};
+use super::{AT_ONCE, Header, JobEntry, JobRecord, KeptJob, RedisQueue, due_of, read_state, write_state};
 use crate::job::UniqueUntil;
-use crate::ledger::{Cancelled, Filter, JobView, Ledger, STEP};
+use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::{Due, Result};
-use crate::state::{Spent, State};
+use crate::state::{Attempts, State};
 use crate::store::{from_json, json, millis, read_json, timestamp};
 
 /// How many ids are looked at in one question.
@@ -20,8 +20,8 @@ const SCAN: usize = 1000;
 type Seen =
     (String, String, String, Option<String>, Option<String>, Option<String>, Option<String>, Option<String>);
 
-impl Ledger for RedisQueue {
-    async fn list(&self, filter: Filter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
+impl JobAdmin for RedisQueue {
+    async fn list(&self, filter: JobFilter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
         let mut found = Vec::new();
         for queue in self.queues_of(&filter).await? {
             let mut ids = Vec::new();
@@ -70,7 +70,7 @@ impl Ledger for RedisQueue {
         Ok(None)
     }
 
-    async fn retry(&self, filter: Filter) -> Result<usize> {
+    async fn retry(&self, filter: JobFilter) -> Result<usize> {
         let mut revived = 0;
         for queue in self.queues_of(&filter).await? {
             let ended = self.ended_of(&queue, &filter, STEP - revived).await?;
@@ -86,11 +86,11 @@ impl Ledger for RedisQueue {
                     trace: kept.trace.clone(),
                     unique: None,
                 };
-                let entry = Entry {
+                let entry = JobEntry {
                     id: *id,
-                    record: Record { priority: kept.priority, header, payload: kept.payload.clone() },
+                    record: JobRecord { priority: kept.priority, header, payload: kept.payload.clone() },
                     due: Due::Now,
-                    state: write_state(Spent::default(), &kept.errors),
+                    state: write_state(Attempts::default(), &kept.errors),
                     until: UniqueUntil::Ended,
                     last_epoch: Some(kept.epoch),
                 };
@@ -103,7 +103,7 @@ impl Ledger for RedisQueue {
         Ok(revived)
     }
 
-    async fn discard(&self, filter: Filter) -> Result<usize> {
+    async fn discard(&self, filter: JobFilter) -> Result<usize> {
         let mut discarded = 0;
         for queue in self.queues_of(&filter).await? {
             let ended = self.ended_of(&queue, &filter, STEP - discarded).await?;
@@ -121,10 +121,10 @@ impl Ledger for RedisQueue {
             if place == "ended" {
                 return Ok(Cancelled::Never);
             }
-            let Record { priority, header, payload } = Record::read(&record)?;
+            let JobRecord { priority, header, payload } = JobRecord::read(&record)?;
             let (spent, errors) = read_state(&state.unwrap_or_default());
             let (size, unique) = (payload.len(), header.unique.unwrap_or_default());
-            let kept = Kept {
+            let kept = KeptJob {
                 state: State::Cancelled,
                 kind: header.kind,
                 priority,
@@ -205,7 +205,7 @@ impl Ledger for RedisQueue {
 }
 
 impl RedisQueue {
-    async fn queues_of(&self, filter: &Filter) -> Result<Vec<String>> {
+    async fn queues_of(&self, filter: &JobFilter) -> Result<Vec<String>> {
         let mut queues = self.queues().await?;
         queues.retain(|queue| filter.queue.as_ref().is_none_or(|wanted| wanted == queue));
         Ok(queues)
@@ -249,14 +249,14 @@ impl RedisQueue {
     }
 
     /// Some jobs of a queue that have ended and fit.
-    async fn ended_of(&self, queue: &str, filter: &Filter, limit: usize) -> Result<Vec<(Uuid, Kept)>> {
+    async fn ended_of(&self, queue: &str, filter: &JobFilter, limit: usize) -> Result<Vec<(Uuid, KeptJob)>> {
         let mut found = Vec::new();
         let mut ids = self.scan(queue, "ended_at").await?;
         ids.retain(|id| filter.id.is_none_or(|wanted| *id == wanted));
         for some in ids.chunks(AT_ONCE) {
             for (id, seen) in some.iter().zip(self.see(queue, some).await?) {
                 let Some(seen) = seen.filter(|(place, ..)| place == "ended") else { continue };
-                let kept: Option<Kept> = read_json(Some(seen.2.clone()));
+                let kept: Option<KeptJob> = read_json(Some(seen.2.clone()));
                 if let Some(kept) = kept
                     && found.len() < limit
                     && fits(filter, &view(*id, queue, seen)?)
@@ -271,7 +271,7 @@ impl RedisQueue {
         Ok(found)
     }
 
-    async fn forget(&self, queue: &str, ended: &[(Uuid, Kept)], with_checkpoints: bool) -> Result<usize> {
+    async fn forget(&self, queue: &str, ended: &[(Uuid, KeptJob)], with_checkpoints: bool) -> Result<usize> {
         let mut script = self.on(&self.0.scripts.discard, queue);
         script.arg(i32::from(with_checkpoints));
         for (id, _) in ended {
@@ -281,7 +281,7 @@ impl RedisQueue {
     }
 }
 
-fn fits(filter: &Filter, view: &JobView) -> bool {
+fn fits(filter: &JobFilter, view: &JobView) -> bool {
     let reason = view.reason.as_deref().unwrap_or_default();
     filter.id.is_none_or(|id| id == view.id)
         && filter.kind.as_ref().is_none_or(|kind| *kind == view.kind)
@@ -294,7 +294,7 @@ fn view(id: Uuid, queue: &str, seen: Seen) -> Result<JobView> {
     let (place, score, record, state, epoch, worker, progress, cancelled) = seen;
     let at = |score: &str| score.parse::<f64>().ok().map(super::whole).map(timestamp);
     if place == "ended" {
-        let kept: Kept = serde_json::from_str(&record)
+        let kept: KeptJob = serde_json::from_str(&record)
             .map_err(|error| crate::queue::Error::Unreadable(error.to_string()))?;
         return Ok(JobView {
             id,
@@ -316,7 +316,7 @@ fn view(id: Uuid, queue: &str, seen: Seen) -> Result<JobView> {
             payload: from_json(kept.payload),
         });
     }
-    let Record { priority, header, payload } = Record::read(&record)?;
+    let JobRecord { priority, header, payload } = JobRecord::read(&record)?;
     let (spent, errors) = read_state(&state.unwrap_or_default());
     let run_at = match place.as_str() {
         "ready" => due_of(&score, priority).map(timestamp),

@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::json;
 use uuid::Uuid;
 
-use super::{AT_ONCE, Found, RedisQueue, push_new};
-use crate::cron::{Claim, Ending, Run, Schedule, Standing, Standings, TakeOver};
+use super::{AT_ONCE, FoundJob, RedisQueue, push_new};
+use crate::cron::{Ending, Run, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
 use crate::queue::{NewJob, Result};
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED, Schedules};
 use crate::store::{json as to_json, read_json, stands_for, timestamp};
@@ -47,7 +47,7 @@ impl Schedules for RedisQueue {
         Ok(())
     }
 
-    async fn due(&self) -> Result<Standings> {
+    async fn due(&self) -> Result<ScheduleStates> {
         let mut script = self.0.scripts.due.prepare_invoke();
         script.key(self.all_schedules()).arg(self.schedule(""));
         let (now, found): (i64, Vec<Value>) = self.invoke(&script).await?;
@@ -69,10 +69,10 @@ impl Schedules for RedisQueue {
             }
         }
         all.sort_by(|a, b| a.name.cmp(&b.name));
-        Ok(Standings { now: timestamp(now), all, unreadable })
+        Ok(ScheduleStates { now: timestamp(now), all, unreadable })
     }
 
-    async fn fire(&self, claim: Claim) -> Result<bool> {
+    async fn fire(&self, claim: ScheduleClaim) -> Result<bool> {
         let queue = claim.jobs.first().map_or("", |job| &*job.queue);
         if !queue.is_empty() {
             self.note(queue).await?;
@@ -128,7 +128,7 @@ impl Schedules for RedisQueue {
         for (place, ids) in places {
             for some in ids.chunks(AT_ONCE) {
                 let found = self.find(&place, some).await?;
-                let waiting = some.iter().zip(found).filter(|(_, found)| *found == Found::Waiting);
+                let waiting = some.iter().zip(found).filter(|(_, found)| *found == FoundJob::Waiting);
                 unfinished.extend(waiting.map(|(id, _)| *id));
             }
         }
@@ -177,7 +177,7 @@ impl RedisQueue {
 
     /// Forgets what no process has upheld for long.
     async fn forget_schedules(&self) -> Result<()> {
-        let Standings { now, all, .. } = self.due().await?;
+        let ScheduleStates { now, all, .. } = self.due().await?;
         for standing in all.iter().filter(|one| now.duration_since(one.seen_at).unsigned_abs() > FORGOTTEN) {
             let mut delete = cmd("DEL");
             for part in PARTS {
@@ -208,9 +208,9 @@ impl RedisQueue {
     }
 }
 
-fn standing(fields: Fields) -> Standing {
+fn standing(fields: Fields) -> ScheduleState {
     let (name, definition, timing, last_fire, queued, paused, held, version, seen_at) = fields;
-    Standing {
+    ScheduleState {
         name,
         definition,
         timing,

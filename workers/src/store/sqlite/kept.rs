@@ -12,23 +12,23 @@ const FOR: Duration = Duration::from_secs(5);
 
 /// One answer.
 #[derive(Debug)]
-pub(super) struct Kept<T>(Mutex<Option<Answer<T>>>);
+pub(super) struct KeptStatement<T>(Mutex<Option<KeptAnswer<T>>>);
 
 #[derive(Debug)]
-struct Answer<T> {
+struct KeptAnswer<T> {
     /// Where the store stood when it was asked for.
     stamp: Stamp,
     at: Instant,
     value: T,
 }
 
-impl<T> Default for Kept<T> {
+impl<T> Default for KeptStatement<T> {
     fn default() -> Self {
         Self(Mutex::default())
     }
 }
 
-impl<T: Clone> Kept<T> {
+impl<T: Clone> KeptStatement<T> {
     /// The answer, if the store stands where it stood then.
     pub(super) fn get(&self, stamp: Stamp) -> Option<T> {
         let kept = self.0.lock();
@@ -38,7 +38,7 @@ impl<T: Clone> Kept<T> {
 
     /// Keeps an answer to a question that was asked when the store stood there.
     pub(super) fn set(&self, stamp: Stamp, value: T) -> T {
-        let answer = Answer { stamp, at: Instant::now(), value: value.clone() };
+        let answer = KeptAnswer { stamp, at: Instant::now(), value: value.clone() };
         *self.0.lock() = Some(answer);
         value
     }

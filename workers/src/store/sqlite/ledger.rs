@@ -7,7 +7,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
 use super::{SqliteQueue, give_back, lossy};
-use crate::ledger::{Cancelled, Filter, JobView, Ledger, STEP};
+use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::Result;
 use crate::state::State;
 use crate::store::{from_json, now_ms, read_json, timestamp};
@@ -20,13 +20,13 @@ const ENDED: &str =
     "id, kind, queue, state, priority, epoch, failures, recoveries, NULL AS run_at, NULL AS worker,
     NULL AS progress, trace, created_at, ended_at, reason, errors";
 
-/// What [`Filter`] asks for, of a row with the columns of a [`JobView`].
+/// What [`JobFilter`] asks for, of a row with the columns of a [`JobView`].
 const FITS: &str = "(:id IS NULL OR id = :id) AND (:kind IS NULL OR kind = :kind)
     AND (:queue IS NULL OR queue = :queue) AND (:state IS NULL OR state = :state)
     AND (:reason IS NULL OR instr(reason, :reason) > 0)";
 
-impl Ledger for SqliteQueue {
-    async fn list(&self, filter: Filter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
+impl JobAdmin for SqliteQueue {
+    async fn list(&self, filter: JobFilter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
         let list = move |tx: &Connection| {
             let sql = format!(
                 "SELECT * FROM (SELECT {LIVE} FROM jobs UNION ALL SELECT {ENDED} FROM ended_jobs)
@@ -70,7 +70,7 @@ impl Ledger for SqliteQueue {
         Ok(self.store.read(show).await?)
     }
 
-    async fn retry(&self, filter: Filter) -> Result<usize> {
+    async fn retry(&self, filter: JobFilter) -> Result<usize> {
         let retry = move |tx: &Connection| {
             let found = ended(tx, &filter)?;
             let now = now_ms();
@@ -105,7 +105,7 @@ impl Ledger for SqliteQueue {
         Ok(queues.len())
     }
 
-    async fn discard(&self, filter: Filter) -> Result<usize> {
+    async fn discard(&self, filter: JobFilter) -> Result<usize> {
         let discard = move |tx: &Connection| {
             let found = ended(tx, &filter)?;
             delete(tx, &found)
@@ -195,7 +195,7 @@ impl Ledger for SqliteQueue {
 }
 
 /// Some jobs that have ended and fit.
-fn ended(tx: &Connection, filter: &Filter) -> rusqlite::Result<Vec<[u8; 16]>> {
+fn ended(tx: &Connection, filter: &JobFilter) -> rusqlite::Result<Vec<[u8; 16]>> {
     let sql = format!(
         "SELECT id FROM ended_jobs WHERE {FITS} AND typeof(id) = 'blob' AND length(id) = 16 LIMIT :limit"
     );

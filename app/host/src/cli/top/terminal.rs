@@ -15,12 +15,12 @@ pub(super) fn width() -> usize {
 }
 
 /// Keys as they are pressed, without Enter. The terminal is as it was when this drops.
-pub(super) struct Keys {
+pub(super) struct KeyPresses {
     pressed: mpsc::Receiver<u8>,
     before: Option<Termios>,
 }
 
-impl Keys {
+impl KeyPresses {
     pub(super) fn listen() -> Self {
         let before = rustix::termios::tcgetattr(std::io::stdin()).ok();
         if let Some(before) = &before {
@@ -57,7 +57,7 @@ impl Keys {
     }
 }
 
-impl Drop for Keys {
+impl Drop for KeyPresses {
     fn drop(&mut self) {
         if let Some(before) = &self.before {
             let _ = rustix::termios::tcsetattr(std::io::stdin(), OptionalActions::Now, before);

@@ -5,44 +5,44 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{Semaphore, SemaphorePermit};
 
+use crate::aimd_limit::AimdLimit;
 use crate::reputation::Reputation;
-use crate::window::Window;
 
 /// Rights to send. Bulk messages may have three quarters of them, so that others never wait for all.
 #[derive(Debug)]
-pub(crate) struct Turns {
-    window: Mutex<Window>,
+pub(crate) struct ConcurrencyLimit {
+    window: Mutex<AimdLimit>,
     all: Rights,
     bulk: Rights,
 }
 
 /// One of them; for a bulk message, in both respects.
 #[derive(Debug)]
-pub(crate) struct Turn<'a> {
-    turns: &'a Turns,
+pub(crate) struct ConcurrencyPermit<'a> {
+    turns: &'a ConcurrencyLimit,
     sent: Instant,
     rights: Option<(Right<'a>, Option<Right<'a>>)>,
 }
 
-impl Turns {
+impl ConcurrencyLimit {
     pub(crate) fn new(most: usize) -> Self {
-        let window = Window::new(most);
+        let window = AimdLimit::new(most);
         let limit = window.limit();
         Self { window: Mutex::new(window), all: Rights::new(limit), bulk: Rights::new(share_of_bulk(limit)) }
     }
 
     /// The right to send one message, if nobody need wait for it.
-    pub(crate) fn take_at_once(&self, bulk: bool) -> Option<Turn<'_>> {
+    pub(crate) fn take_at_once(&self, bulk: bool) -> Option<ConcurrencyPermit<'_>> {
         let bulk = if bulk { Some(self.bulk.take_at_once()?) } else { None };
         let all = self.all.take_at_once()?;
-        Some(Turn { turns: self, sent: Instant::now(), rights: Some((all, bulk)) })
+        Some(ConcurrencyPermit { turns: self, sent: Instant::now(), rights: Some((all, bulk)) })
     }
 
     /// Waits for the right to send one message.
-    pub(crate) async fn take(&self, bulk: bool) -> Turn<'_> {
+    pub(crate) async fn take(&self, bulk: bool) -> ConcurrencyPermit<'_> {
         let bulk = if bulk { Some(self.bulk.take().await) } else { None };
         let all = self.all.take().await;
-        Turn { turns: self, sent: Instant::now(), rights: Some((all, bulk)) }
+        ConcurrencyPermit { turns: self, sent: Instant::now(), rights: Some((all, bulk)) }
     }
 
     /// How long an answer takes that need not wait for others, about.
@@ -63,10 +63,10 @@ impl Turns {
 
     /// Begins anew, step by step.
     pub(crate) fn restart(&self) {
-        self.change(Window::restart);
+        self.change(AimdLimit::restart);
     }
 
-    fn change(&self, change: impl FnOnce(&mut Window)) {
+    fn change(&self, change: impl FnOnce(&mut AimdLimit)) {
         let mut window = self.window.lock();
         let before = window.limit();
         change(&mut window);
@@ -82,7 +82,7 @@ fn share_of_bulk(limit: usize) -> usize {
     (limit * 3 / 4).max(1)
 }
 
-impl Turn<'_> {
+impl ConcurrencyPermit<'_> {
     /// An answer came.
     pub(crate) fn answered(&self) {
         let in_flight = self.turns.status().1;
@@ -187,7 +187,7 @@ mod tests {
 
     #[tokio::test]
     async fn bulk_leaves_a_quarter_to_others() {
-        let turns = Turns::new(16);
+        let turns = ConcurrencyLimit::new(16);
         let mut bulk = Vec::new();
         for _ in 0..12 {
             bulk.push(turns.take(true).await);
@@ -200,12 +200,12 @@ mod tests {
 
     #[tokio::test]
     async fn an_origin_that_chokes_gets_half_as_many() {
-        let turns = Turns::new(1000);
+        let turns = ConcurrencyLimit::new(1000);
         let mut turn = Vec::new();
         for _ in 0..12 {
             turn.push(turns.take(true).await);
         }
-        turn.iter().for_each(Turn::answered);
+        turn.iter().for_each(ConcurrencyPermit::answered);
         assert_eq!(turns.status().0, 25, "it grows while it is used");
         turn[0].choked(Reputation::Proven);
         turn[1].choked(Reputation::Proven);

@@ -12,38 +12,29 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use http::{Request, Version};
 use parking_lot::{Mutex, MutexGuard};
-use tokio::sync::{Notify, OwnedSemaphorePermit};
+use tokio::sync::Notify;
 use tokio::time::sleep_until;
 
-use crate::client::{Answer, ClientError, Limits, SendError, Shared};
+use crate::concurrency_limit::ConcurrencyLimit;
 use crate::connect::{ConnectError, HttpVersion};
 use crate::http1::Http1;
 use crate::http2::Http2;
 use crate::service::Service;
-use crate::turns::Turns;
+use crate::wire::{ClientError, PoolContext, PoolLimits, PushResponse, SendError};
 
-/// A connection that was idle for this long is closed: NATs and load balancers forget.
-pub(crate) const IDLE: Duration = Duration::from_secs(60);
 /// After a dial that failed, while there are other connections.
 const DIAL_AGAIN: Duration = Duration::from_secs(1);
 /// Another HTTP/2 connection is opened when those there are carry so many requests each.
 const BUSY: usize = 8;
 
-/// The right to one open connection, in the whole process.
-#[derive(Debug)]
-pub(crate) struct Room {
-    pub(crate) _all: OwnedSemaphorePermit,
-    pub(crate) _unlisted: Option<OwnedSemaphorePermit>,
-}
-
 /// See the module.
 #[derive(Debug)]
-pub(crate) struct Lane {
+pub(crate) struct ConnectionPool {
     pub(crate) service: Arc<Service>,
-    pub(crate) turns: Turns,
+    pub(crate) turns: ConcurrencyLimit,
     http: HttpVersion,
-    shared: Arc<Shared>,
-    state: Mutex<State>,
+    shared: Arc<PoolContext>,
+    state: Mutex<PoolState>,
     /// There is another connection, or dialing has failed.
     changed: Notify,
     /// How many requests are under way that have given their turn to others.
@@ -51,7 +42,7 @@ pub(crate) struct Lane {
 }
 
 #[derive(Debug, Default)]
-struct State {
+struct PoolState {
     http2: Vec<Arc<Http2>>,
     /// Between two requests.
     idle: Vec<Http1>,
@@ -82,10 +73,10 @@ impl Checkout {
     }
 }
 
-impl Lane {
-    pub(crate) fn new(service: Arc<Service>, http: HttpVersion, shared: Arc<Shared>) -> Arc<Self> {
-        let turns = Turns::new(most(&shared.limits, http == HttpVersion::One));
-        let state = Mutex::new(State { is_http1: http == HttpVersion::One, ..State::default() });
+impl ConnectionPool {
+    pub(crate) fn new(service: Arc<Service>, http: HttpVersion, shared: Arc<PoolContext>) -> Arc<Self> {
+        let turns = ConcurrencyLimit::new(most(&shared.limits, http == HttpVersion::One));
+        let state = Mutex::new(PoolState { is_http1: http == HttpVersion::One, ..PoolState::default() });
         Arc::new(Self {
             service,
             turns,
@@ -131,7 +122,7 @@ impl Lane {
         connection: Checkout,
         request: Request<()>,
         body: Bytes,
-    ) -> Result<Answer, SendError> {
+    ) -> Result<PushResponse, SendError> {
         let connection = match connection {
             Checkout::Http2(connection) => return connection.send(request, body).await,
             Checkout::Http1(connection) => connection,
@@ -173,7 +164,7 @@ impl Lane {
     }
 
     /// A connection that is open and has room. Has another one opened when they carry much.
-    fn pick(self: &Arc<Self>, state: &mut State) -> Option<Checkout> {
+    fn pick(self: &Arc<Self>, state: &mut PoolState) -> Option<Checkout> {
         if state.is_http1 {
             while let Some(idle) = state.idle.pop() {
                 if idle.is_usable() {
@@ -184,7 +175,7 @@ impl Lane {
             }
             return None;
         }
-        let State { http2, fruitless, .. } = state;
+        let PoolState { http2, fruitless, .. } = state;
         http2.retain(|connection| {
             let keep = connection.is_usable();
             match (keep, connection.has_answered()) {
@@ -206,7 +197,7 @@ impl Lane {
     }
 
     /// Opens one more connection, if none is being opened: not at once after the last one, of any thread.
-    fn dial(self: &Arc<Self>, state: &mut State) {
+    fn dial(self: &Arc<Self>, state: &mut PoolState) {
         if std::mem::replace(&mut state.is_dialing, true) {
             return;
         }
@@ -217,10 +208,10 @@ impl Lane {
         // Before it is spawned: whoever waits is told also if it never runs.
         let dialing = Dialing(Arc::clone(self));
         self.shared.drivers.spawn(async move {
-            let lane = &dialing.0;
+            let pool = &dialing.0;
             sleep_until(not_before.into()).await;
-            if let Err(error) = lane.open().await {
-                lane.state().failed = Some((Instant::now(), Arc::new(error)));
+            if let Err(error) = pool.open().await {
+                pool.state().failed = Some((Instant::now(), Arc::new(error)));
             }
         });
     }
@@ -247,13 +238,13 @@ impl Lane {
         Ok(())
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock()
     }
 }
 
 /// How many requests at once all connections together can carry.
-fn most(limits: &Limits, is_http1: bool) -> usize {
+fn most(limits: &PoolLimits, is_http1: bool) -> usize {
     if is_http1 { limits.http1_connections } else { limits.connections * limits.streams }
 }
 
@@ -266,7 +257,7 @@ fn fruitless_pause(fruitless: u32) -> Duration {
 }
 
 /// A connection is being opened; whoever waits for it is told how that ended.
-struct Dialing(Arc<Lane>);
+struct Dialing(Arc<ConnectionPool>);
 
 impl Drop for Dialing {
     fn drop(&mut self) {
@@ -276,17 +267,17 @@ impl Drop for Dialing {
 }
 
 /// A request on an HTTP/1.1 connection that has no answer yet.
-struct Unanswered<'a>(Option<&'a Lane>);
+struct Unanswered<'a>(Option<&'a ConnectionPool>);
 
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
-        if let Some(lane) = self.0 {
+        if let Some(pool) = self.0 {
             // Whatever swallowed this request may swallow others.
-            let mut state = lane.state();
+            let mut state = pool.state();
             state.lent -= 1;
             state.idle.clear();
             drop(state);
-            lane.changed.notify_one();
+            pool.changed.notify_one();
         }
     }
 }

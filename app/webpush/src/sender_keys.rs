@@ -44,12 +44,12 @@ pub enum SenderKey {
 #[derive(Debug)]
 pub(crate) struct Keying {
     how: SenderKey,
-    state: Mutex<State>,
+    state: Mutex<KeyState>,
 }
 
 /// The pair in use, and random bytes for salts: fetching few at a time costs more than all else of a salt.
 #[derive(Debug, Default)]
-struct State {
+struct KeyState {
     pair: Option<Arc<Pair>>,
     random: Vec<u8>,
 }

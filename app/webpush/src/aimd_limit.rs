@@ -20,7 +20,7 @@ const FADE: u32 = 10_000;
 /// Additive increase, multiplicative decrease (Chiu and Jain, 1989), with the slow start of TCP (RFC 5681,
 /// section 3.1). Time is an argument.
 #[derive(Clone, Debug)]
-pub(crate) struct Window {
+pub(crate) struct AimdLimit {
     limit: f64,
     most: f64,
     /// Up to here it doubles with each round.
@@ -33,7 +33,7 @@ pub(crate) struct Window {
     in_a_row: u32,
 }
 
-impl Window {
+impl AimdLimit {
     /// A window that may grow to `most`.
     pub(crate) fn new(most: usize) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "some thousands")]
@@ -112,8 +112,8 @@ mod tests {
     const SECOND: Duration = Duration::from_secs(1);
     const QUICK: Duration = Duration::from_millis(20);
 
-    fn grown(to: usize) -> Window {
-        let mut window = Window::new(1000);
+    fn grown(to: usize) -> AimdLimit {
+        let mut window = AimdLimit::new(1000);
         while window.limit() < to {
             window.answered(window.limit(), QUICK);
         }
@@ -123,7 +123,7 @@ mod tests {
     #[test]
     fn it_doubles_each_round_until_it_chokes_and_then_adds_one_a_round() {
         let now = Instant::now();
-        let mut window = Window::new(1000);
+        let mut window = AimdLimit::new(1000);
         for expected in [16, 32, 64, 128] {
             assert_eq!(window.limit(), expected);
             (0..expected).for_each(|_| window.answered(expected, QUICK));
@@ -178,7 +178,7 @@ mod tests {
 
     #[test]
     fn a_window_that_is_not_used_does_not_grow() {
-        let mut window = Window::new(1000);
+        let mut window = AimdLimit::new(1000);
         (0..1000).for_each(|_| window.answered(2, QUICK));
         assert_eq!(window.limit(), 16);
     }
