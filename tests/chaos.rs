@@ -12,7 +12,7 @@ use nix::unistd::Pid;
 use perennial_workers::ledger::JobFilter;
 use perennial_workers::queue::NewJob;
 use perennial_workers::state::State;
-use perennial_workers::store::Store;
+use perennial_workers::store::JobStore;
 use perennial_workers::{JobAdmin, Queue};
 use tempfile::TempDir;
 use tokio::io::AsyncReadExt;
@@ -30,7 +30,7 @@ const LEASE: Duration = Duration::from_secs(3);
 /// Jobs that flow, and mills that grind them.
 struct Chaos {
     store: String,
-    queue: Store,
+    queue: JobStore,
     directory: TempDir,
     mills: Vec<Child>,
     enqueued: u32,

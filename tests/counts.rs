@@ -7,7 +7,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::routing::{get, post};
 use perennial_server::http::Config;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_server::net::AtLimit;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpSocket, TcpStream};
@@ -22,7 +22,7 @@ const REQUEST: &[u8] = b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n";
 
 fn router() -> Router {
     Router::new()
-        .route("/id", get(|scope: Scope| async move { scope.id().to_string() }))
+        .route("/id", get(|scope: RequestScope| async move { scope.id().to_string() }))
         .route("/count", post(|body: Bytes| async move { body.len().to_string() }))
         .route("/panic", get(|| async { panic!("a bug") as () }))
         .route("/never", get(|| async { std::future::pending::<()>().await }))

@@ -14,7 +14,7 @@ use hyper::body::Frame;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use perennial_runtime::drain::Phase;
 use perennial_server::http::Config;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -29,7 +29,7 @@ const SOON: Duration = Duration::from_secs(10);
 
 fn router() -> Router {
     Router::new()
-        .route("/id", get(|scope: Scope| async move { scope.id().to_string() }))
+        .route("/id", get(|scope: RequestScope| async move { scope.id().to_string() }))
         .route("/count", post(|body: Bytes| async move { body.len().to_string() }))
         .route("/much", get(|| async { Body::from_stream(endless()) }))
         .route(

@@ -17,7 +17,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use nix::sys::signal::Signal;
 use perennial::sink::Answer;
 use perennial_runtime::drain::Phase;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use serde_json::json;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -253,7 +253,7 @@ async fn nothing_that_a_client_leaves_standing_holds_the_drain_and_admin_answers
 
 #[tokio::test]
 async fn a_response_without_an_end_may_watch_for_the_drain() {
-    let events = |scope: Scope| async move {
+    let events = |scope: RequestScope| async move {
         let soft = scope.drain().clone();
         let ticks = futures_util::stream::unfold(0, |tick: u64| async move {
             tokio::time::sleep(Duration::from_millis(5)).await;

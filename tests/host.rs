@@ -15,7 +15,7 @@ use perennial_runtime::drain::{self, Phase};
 use perennial_runtime::health::{self, Health};
 use perennial_runtime::tasks::Tasks;
 use perennial_server::http::Config;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_server::net::Listen;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpStream, UnixStream};
@@ -26,7 +26,7 @@ use support::http::{Client, tls_connect};
 use support::{eventually, soon};
 
 fn echo_id() -> Router {
-    Router::new().route("/id", get(|scope: Scope| async move { scope.id().to_string() }))
+    Router::new().route("/id", get(|scope: RequestScope| async move { scope.id().to_string() }))
 }
 
 #[tokio::test]
@@ -352,10 +352,11 @@ fn gate(threads: usize) -> (impl FnOnce(), Arc<std::sync::Barrier>) {
 
 #[tokio::test]
 async fn a_connection_may_be_closed_or_aborted_by_its_handler() {
-    let router =
-        echo_id().route("/close", get(|scope: Scope| async move { scope.connection().close() })).route(
+    let router = echo_id()
+        .route("/close", get(|scope: RequestScope| async move { scope.connection().close() }))
+        .route(
             "/abort",
-            get(|scope: Scope| async move {
+            get(|scope: RequestScope| async move {
                 scope.connection().abort();
                 std::future::pending::<()>().await;
             }),

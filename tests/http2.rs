@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::routing::get;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
@@ -46,7 +46,7 @@ async fn open(host: &Host) -> TcpStream {
 
 fn router() -> Router {
     Router::new()
-        .route("/id", get(|scope: Scope| async move { scope.id().to_string() }))
+        .route("/id", get(|scope: RequestScope| async move { scope.id().to_string() }))
         .route("/never", get(|| async { std::future::pending::<()>().await }))
         .route("/much", get(|| async { vec![b'x'; 1 << 20] }))
 }

@@ -16,10 +16,10 @@ use perennial_workers::job::{Rate, Stopped, Unique, UniqueUntil};
 use perennial_workers::ledger::{Cancelled, JobFilter, JobView};
 use perennial_workers::queue::{Claim, Claimed, Due, Error, Held, Renewal, Renewed, Settlement};
 use perennial_workers::state::{Attempts, Budget, State, Transition};
-use perennial_workers::store::Store;
+use perennial_workers::store::JobStore;
 use perennial_workers::worker::{Config, LeaseTooShort, Status};
 use perennial_workers::{
-    Context, Fate, Job, JobAdmin, Jobs, NewJob, Options, Queue, Registry, Worker, upkeep,
+    Context, Job, JobAdmin, JobOutcome, Jobs, NewJob, Options, Queue, Registry, Worker, upkeep,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc};
@@ -136,7 +136,7 @@ impl Job for Test {
         }
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<JobOutcome> {
         tools.ran.send((self.name.clone(), context.clone())).unwrap();
         match self.act {
             Act::Fail => anyhow::bail!("no. {}", context.attempt()),
@@ -144,37 +144,37 @@ impl Job for Test {
             Act::Hang => std::future::pending().await,
             Act::Snooze if context.saved::<bool>()?.is_none() => {
                 context.save(&true).await?;
-                Ok(Fate::Snooze(Duration::from_millis(50)))
+                Ok(JobOutcome::Snooze(Duration::from_millis(50)))
             }
-            Act::Skip => Ok(Fate::Skipped("nothing to do".to_owned())),
+            Act::Skip => Ok(JobOutcome::Skipped("nothing to do".to_owned())),
             Act::RetrySoon if context.attempt() == 1 => {
-                Ok(Fate::Retry { after: Duration::from_millis(300), reason: "busy".to_owned() })
+                Ok(JobOutcome::Retry { after: Duration::from_millis(300), reason: "busy".to_owned() })
             }
-            Act::Cancel => Ok(Fate::Cancel("not wanted".to_owned())),
-            Act::Dead => Ok(Fate::Dead("hopeless".to_owned())),
+            Act::Cancel => Ok(JobOutcome::Cancel("not wanted".to_owned())),
+            Act::Dead => Ok(JobOutcome::Dead("hopeless".to_owned())),
             Act::Breaker => {
                 tools.breaker.call(async { Err::<(), _>(std::io::Error::other("away")) }).await?;
-                Ok(Fate::Done)
+                Ok(JobOutcome::Done)
             }
             Act::Save => {
                 let before: u32 = context.saved()?.unwrap_or_default();
                 context.save(&(before + 1)).await?;
                 context.progress(u64::from(before) + 1, 10);
                 tools.gate.acquire().await?.forget();
-                Ok(Fate::Done)
+                Ok(JobOutcome::Done)
             }
-            Act::Done | Act::Snooze | Act::RetrySoon => Ok(Fate::Done),
+            Act::Done | Act::Snooze | Act::RetrySoon => Ok(JobOutcome::Done),
             Act::Wait => tokio::select! {
                 permit = tools.gate.acquire() => {
                     permit?.forget();
-                    Ok(Fate::Done)
+                    Ok(JobOutcome::Done)
                 }
                 () = context.cancel.cancelled() => Err(Stopped::Cancelled.into()),
             },
             Act::Check => {
                 tools.gate.acquire().await?.forget();
                 context.check()?;
-                Ok(Fate::Done)
+                Ok(JobOutcome::Done)
             }
         }
     }
@@ -197,7 +197,7 @@ impl Job for Narrow {
         Options { concurrency: Some(1), ..Test::options() }
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<JobOutcome> {
         Test { name: self.0.clone(), act: Act::Wait }.run(context, tools).await
     }
 }
@@ -214,9 +214,9 @@ impl Job for Slow {
         Options { rate: Some(Rate { jobs: 20, per: Duration::from_secs(1) }), ..Test::options() }
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<JobOutcome> {
         tools.ran.send((self.0.clone(), context))?;
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 
@@ -245,7 +245,7 @@ impl Job for Only {
         Some(Unique { key: self.key.clone(), until })
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<JobOutcome> {
         Test { name: self.key.clone(), act: self.act.clone() }.run(context, tools).await
     }
 }
@@ -253,7 +253,7 @@ impl Job for Only {
 /// An engine on a store of its own.
 struct Engine {
     backend: Backend,
-    queue: Store,
+    queue: JobStore,
     ran: mpsc::UnboundedReceiver<(String, Context)>,
     gave_up: mpsc::UnboundedReceiver<String>,
     tools: Tools,

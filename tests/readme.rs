@@ -1,5 +1,5 @@
 //! Every snippet of README.md and of docs/ does what it says: shell in a fresh directory, JavaScript in a real browser,
-//! SQL with the libraries of other programs.
+//! SQL with the libraries of other programs, TOML as settings.
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -17,8 +17,33 @@ use support::process::{Perennial, Setup, binary};
 use support::redis::Prefix;
 use support::{eventually, soon};
 
-const README: &str = include_str!("../README.md");
+const TUTORIAL: &str = include_str!("../docs/tutorial.md");
+const YOUR_OWN_SITE: &str = include_str!("../docs/your-own-site.md");
+const JOBS: &str = include_str!("../docs/jobs.md");
 const MOVING_IN: &str = include_str!("../docs/moving-in.md");
+
+/// The name and the text of README.md and of every page under docs/.
+fn pages() -> Vec<(String, String)> {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    let mut files = vec![root.join("README.md")];
+    let mut directories = vec![root.join("docs")];
+    while let Some(directory) = directories.pop() {
+        for entry in std::fs::read_dir(directory).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                directories.push(path);
+            } else if path.extension().is_some_and(|extension| extension == "md") {
+                files.push(path);
+            }
+        }
+    }
+    files.sort();
+    let page = |path: PathBuf| {
+        let name = path.strip_prefix(&root).unwrap().display().to_string();
+        (name, std::fs::read_to_string(path).unwrap())
+    };
+    files.into_iter().map(page).collect()
+}
 
 /// The snippets of a page: their languages, and their lines.
 fn snippets(page: &str) -> Vec<(String, String)> {
@@ -43,7 +68,7 @@ fn snippet(page: &str, language: &str, part: &str) -> String {
     text
 }
 
-/// Runs a snippet as somebody types it: in this directory, with the program on the path.
+/// Runs a snippet as a reader types it: in this directory, with the program on the path.
 async fn shell(directory: &Path, text: &str) -> Output {
     let bin = directory.join("bin");
     std::fs::create_dir_all(&bin).unwrap();
@@ -90,17 +115,35 @@ fn every_snippet_is_one_that_is_tried() {
         "perennial keys generate --set store.url",
         // By rustdoc.
         "impl Module for Hello",
+        // A picture.
+        "the usual parts",
     ];
-    for (page, text) in [
-        ("README.md", README),
-        ("moving-in.md", MOVING_IN),
-        ("operations.md", include_str!("../docs/operations.md")),
-    ] {
-        for (language, text) in snippets(text) {
-            let is_known = known.iter().any(|part| text.contains(part));
+    let mut unused = known.to_vec();
+    for (page, text) in pages() {
+        for (language, text) in snippets(&text) {
+            unused.retain(|part| !text.contains(part));
+            // All TOML is checked below.
+            let is_known = language == "toml" || known.iter().any(|part| text.contains(part));
             assert!(is_known, "{page}: nothing tries this {language}:\n{text}");
         }
     }
+    assert!(unused.is_empty(), "no page has a snippet with {unused:?}");
+}
+
+#[tokio::test]
+async fn every_toml_is_accepted_as_settings() {
+    let mut tried = 0;
+    for (page, text) in pages() {
+        for (_, toml) in snippets(&text).into_iter().filter(|(language, _)| language == "toml") {
+            let setup = Setup::new();
+            let file = setup.file("perennial.toml");
+            std::fs::write(&file, &toml).unwrap();
+            let output = setup.config(file.to_str().unwrap()).run(&["check"]).await;
+            assert!(output.status.success(), "{page}: {}\n{toml}", said(&output));
+            tried += 1;
+        }
+    }
+    assert!(tried >= 3, "{tried}");
 }
 
 #[tokio::test]
@@ -108,7 +151,7 @@ async fn the_first_five_minutes_from_a_terminal() {
     let perennial = Setup::new().start().await;
     let directory = TempDir::new().unwrap();
     std::os::unix::fs::symlink(perennial.setup.data_dir(), directory.path().join("perennial-data")).unwrap();
-    let text = snippet(README, "sh", "curl -i http://127.0.0.1:8080/notify");
+    let text = snippet(TUTORIAL, "sh", "curl -i http://127.0.0.1:8080/notify");
     let text = text.replace("http://127.0.0.1:8080", perennial.client().base());
     let output = shell(directory.path(), &text).await;
     let said = said(&output);
@@ -119,7 +162,7 @@ async fn the_first_five_minutes_from_a_terminal() {
 async fn the_backends_example_is_accepted() {
     let perennial = Setup::new().start().await;
     let key = std::fs::read_to_string(perennial.setup.data_dir().join("api.key")).unwrap();
-    let text = snippet(README, "sh", "curl -i https://push.example.com/notify");
+    let text = snippet(YOUR_OWN_SITE, "sh", "curl -i https://push.example.com/notify");
     let text = format!(
         "KEY={}\n{}",
         key.trim(),
@@ -129,10 +172,10 @@ async fn the_backends_example_is_accepted() {
     assert!(said(&output).contains("202 Accepted"), "{}", said(&output));
 }
 
-/// A site of its own, with the page and the service worker of the README.
+/// A site of its own, with the page and the service worker of docs/your-own-site.md.
 async fn site(server: &str) -> (String, JoinSet<std::io::Result<()>>) {
-    let page = snippet(README, "js", "const server = ").replace("https://push.example.com", server);
-    let logout = snippet(README, "js", "user: null");
+    let page = snippet(YOUR_OWN_SITE, "js", "const server = ").replace("https://push.example.com", server);
+    let logout = snippet(YOUR_OWN_SITE, "js", "user: null");
     // What the page's code leaves out: it is run in a module, and says when it is done.
     let script = format!(
         "try {{\n{page}\nwindow.logout = async () => {{\n{}\n}};\ndocument.title = 'subscribed';\n}} catch (error) {{ document.title = `failed: ${{error}}`; }}",
@@ -141,7 +184,7 @@ async fn site(server: &str) -> (String, JoinSet<std::io::Result<()>>) {
     let page = format!(
         "<!doctype html><title>subscribing</title><p id=state>site</p><script type=module>{script}</script>"
     );
-    let worker = snippet(README, "js", "self.addEventListener(\"push\"");
+    let worker = snippet(YOUR_OWN_SITE, "js", "self.addEventListener(\"push\"");
     let typed = |media: &'static str, text: String| {
         get(move || std::future::ready(([("content-type", media)], text.clone())))
     };
@@ -195,7 +238,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
     assert_eq!(stored["subscriptions"][0]["metadata"]["name"], "Ada", "{stored}");
 
     // What the backend's example sends is shown, with the address that a click opens.
-    let example = snippet(README, "sh", "curl -i https://push.example.com/notify");
+    let example = snippet(YOUR_OWN_SITE, "sh", "curl -i https://push.example.com/notify");
     let body = example.split_once("-d '").unwrap().1.rsplit_once('\'').unwrap().0;
     let mut request: Value = serde_json::from_str(body).unwrap();
     request["to"] = json!({ "all": true });
@@ -231,7 +274,7 @@ async fn enqueued(perennial: &Perennial) -> Value {
 
 #[tokio::test]
 async fn other_programs_enqueue_with_their_own_sqlite() {
-    let statement = snippet(README, "sql", "INSERT INTO jobs");
+    let statement = snippet(JOBS, "sql", "INSERT INTO jobs");
     for program in ["sqlite3", "python3"] {
         let perennial = Setup::new().start().await;
         let file = perennial.setup.data_dir().join("perennial.db");
@@ -269,7 +312,7 @@ async fn other_programs_enqueue_into_redis() {
     let prefix = Prefix::new().await;
     let perennial = crate::stores::with_redis(Setup::new(), &prefix).start().await;
     let socket = prefix.url().trim_start_matches("redis+unix://").split('?').next().unwrap();
-    let text = snippet(README, "sh", "redis-cli XADD");
+    let text = snippet(JOBS, "sh", "redis-cli XADD");
     let text = text
         .replace("redis-cli", &format!("redis-cli -s {socket}"))
         .replace("perennial:", &format!("{}:", prefix.name()));
@@ -293,7 +336,7 @@ async fn a_user_token_of_php_names_a_user() {
     let file = setup.file("user.secret");
     std::fs::write(&file, "a secret of the backend").unwrap();
     let perennial = setup.set(&format!("sites.default.user_secret_file={}", file.display())).start().await;
-    let snippet = snippet(README, "php", "hash_hmac");
+    let snippet = snippet(YOUR_OWN_SITE, "php", "hash_hmac");
     let script = format!("$secret = 'a secret of the backend'; $user = 'ann';\n{snippet}\necho $token;");
     let output = Command::new("php").args(["-r", &script]).output().await.unwrap();
     let token = String::from_utf8(output.stdout).unwrap();

@@ -16,10 +16,10 @@ use perennial_workers::cron::timer::Timer;
 use perennial_workers::cron::{
     CronExpression, Misfire, Occurrence, Overlap, ScheduleClaim, ScheduleState, TakeOver, tick,
 };
-use perennial_workers::store::Store;
+use perennial_workers::store::JobStore;
 use perennial_workers::worker::Config;
 use perennial_workers::{
-    Context, Crontab, Fate, Job, NewJob, Options, Queue, Registry, Schedule, Schedules, Worker,
+    Context, Crontab, Job, JobOutcome, NewJob, Options, Queue, Registry, Schedule, Schedules, Worker,
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::{Semaphore, mpsc};
@@ -90,17 +90,17 @@ impl Job for Note {
         Options { queue: "tests", ..Options::default() }
     }
 
-    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, tools: Tools) -> anyhow::Result<JobOutcome> {
         tools.ran.send((context.id, context.occurrence()))?;
         match self.act {
-            Act::End => Ok(Fate::Done),
-            Act::Die => Ok(Fate::Dead("hopeless".to_owned())),
+            Act::End => Ok(JobOutcome::Done),
+            Act::Die => Ok(JobOutcome::Dead("hopeless".to_owned())),
             Act::Wait => tokio::select! {
                 permit = tools.gate.acquire() => {
                     permit?.forget();
-                    Ok(Fate::Done)
+                    Ok(JobOutcome::Done)
                 }
-                () = context.cancel.cancelled() => Ok(Fate::HandBack),
+                () = context.cancel.cancelled() => Ok(JobOutcome::HandBack),
             },
         }
     }
@@ -108,7 +108,7 @@ impl Job for Note {
 
 /// A process of its own, as far as schedules are concerned, and the jobs that it ran.
 struct Replica {
-    queue: Store,
+    queue: JobStore,
     crontab: Crontab,
     trigger: Trigger,
     tasks: Tasks,
@@ -192,7 +192,7 @@ impl Replica {
     }
 }
 
-fn crontab(queue: &Store, schedules: Vec<Schedule>, jobs: u64) -> Crontab {
+fn crontab(queue: &JobStore, schedules: Vec<Schedule>, jobs: u64) -> Crontab {
     Crontab::new(queue.clone(), Admission::new(Bounds { jobs, bytes: 1 << 20 }), schedules)
 }
 

@@ -12,7 +12,7 @@ use perennial_runtime::cpu::{self, Cpu};
 use perennial_runtime::drain::Phase;
 use perennial_server::http::Config;
 use perennial_server::http::detach::Detach;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use serde_json::Value;
 use tokio::io::AsyncWriteExt;
 use tokio::sync::Semaphore;
@@ -24,7 +24,7 @@ use support::process::Setup;
 use support::{eventually, soon};
 
 /// Says who it is, waits, and says it again, some times; then whether it was always the same.
-async fn interleaved(scope: Scope, headers: HeaderMap) -> String {
+async fn interleaved(scope: RequestScope, headers: HeaderMap) -> String {
     let first = (scope.id().to_string(), scope.connection().id, scope.connection().peer());
     let user = headers["x-user"].to_str().unwrap().to_owned();
     for _ in 0..5 {
@@ -100,7 +100,7 @@ async fn a_panic_of_detached_work_is_a_500() {
     host.stop().await;
 }
 
-async fn fib(scope: Scope) -> Result<String, http::StatusCode> {
+async fn fib(scope: RequestScope) -> Result<String, http::StatusCode> {
     fn fib(n: u32) -> u64 {
         if n < 2 { u64::from(n) } else { fib(n - 1) + fib(n - 2) }
     }
@@ -111,7 +111,7 @@ async fn fib(scope: Scope) -> Result<String, http::StatusCode> {
 #[tokio::test]
 async fn work_for_the_processor_is_done_elsewhere_and_within_the_requests_time() {
     let cpu = Cpu::start(cpu::Config { threads: NonZeroUsize::MIN, queue: 1 }).unwrap();
-    let slow = |scope: Scope| async move {
+    let slow = |scope: RequestScope| async move {
         let slept = scope.cpu(|| std::thread::sleep(Duration::from_secs(2))).await;
         slept.map_err(|_| http::StatusCode::SERVICE_UNAVAILABLE)
     };
@@ -133,7 +133,7 @@ async fn a_running_request_is_listed_with_what_it_waits_for() {
     let router = Router::new()
         .route(
             "/wait/{what}",
-            get(|scope: Scope| async move {
+            get(|scope: RequestScope| async move {
                 let _waiting = scope.waiting("the moon");
                 std::future::pending::<()>().await;
             }),

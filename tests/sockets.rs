@@ -8,7 +8,7 @@ use std::process::Stdio;
 use axum::Router;
 use axum::routing::get;
 use command_fds::{CommandFdExt, FdMapping};
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_server::net::{ForwardedHeader, tls};
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
@@ -24,7 +24,7 @@ use support::process::Setup;
 fn who() -> Router {
     Router::new().route(
         "/who",
-        get(|scope: Scope| async move {
+        get(|scope: RequestScope| async move {
             format!(
                 "{} {}",
                 scope.connection().peer(),

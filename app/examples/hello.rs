@@ -14,7 +14,7 @@ use perennial::module::{Host, Module};
 use perennial::settings::Reader;
 use perennial::store::pool::sql::Store;
 use perennial::store::values;
-use perennial::workers::{Context, Fate, Job, Jobs, NewJob, Options, Schedule};
+use perennial::workers::{Context, Job, JobOutcome, Jobs, NewJob, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -73,11 +73,11 @@ impl Job for Count {
         Options { public: true, ..Options::default() }
     }
 
-    async fn run(&self, _context: Context, store: Store) -> anyhow::Result<Fate> {
+    async fn run(&self, _context: Context, store: Store) -> anyhow::Result<JobOutcome> {
         let sql =
             "INSERT INTO greeted VALUES (?, 1) ON CONFLICT (name) DO UPDATE SET times = greeted.times + 1";
         store.execute(sql, values![&self.name]).await?;
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 

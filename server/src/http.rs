@@ -163,7 +163,7 @@ impl Server {
     }
 
     /// Serves `router` until the drain has begun and every connection has ended. `cpu` is what
-    /// [`scope::Scope::cpu`] uses.
+    /// [`scope::RequestScope::cpu`] uses.
     ///
     /// # Errors
     /// Never: the type is that of a task.

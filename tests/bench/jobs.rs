@@ -15,9 +15,9 @@ use perennial_runtime::drain::{self, Phase};
 use perennial_runtime::tasks::Tasks;
 use perennial_workers::queue::{Claim, Due, NewJob, Settlement};
 use perennial_workers::state::Transition;
-use perennial_workers::store::Store;
+use perennial_workers::store::JobStore;
 use perennial_workers::worker::Config;
-use perennial_workers::{Context, Fate, Job, Options, Queue, Registry, Worker};
+use perennial_workers::{Context, Job, JobOutcome, Options, Queue, Registry, Worker};
 use serde::{Deserialize, Serialize};
 use support::figures::{line, median};
 use support::process::memory_kib;
@@ -45,9 +45,9 @@ impl Job for Noop {
         Options { queue: "bench", ..Options::default() }
     }
 
-    async fn run(&self, _context: Context, _tools: ()) -> anyhow::Result<Fate> {
+    async fn run(&self, _context: Context, _tools: ()) -> anyhow::Result<JobOutcome> {
         RUN.fetch_add(1, Ordering::Relaxed);
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 
@@ -63,9 +63,9 @@ impl Job for Ping {
         Options { queue: "bench", ..Options::default() }
     }
 
-    async fn run(&self, _context: Context, began: Self::Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, _context: Context, began: Self::Tools) -> anyhow::Result<JobOutcome> {
         began.send(Instant::now())?;
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 
@@ -145,7 +145,7 @@ struct Working {
 }
 
 impl Working {
-    fn begin(queue: &Store, registry: Arc<Registry>) -> Self {
+    fn begin(queue: &JobStore, registry: Arc<Registry>) -> Self {
         let (trigger, drain) = drain::channel();
         let tasks = Tasks::new(drain.clone());
         let config = Config {
@@ -172,7 +172,7 @@ impl Working {
     }
 }
 
-async fn enqueue(queue: &Store, count: usize) -> Duration {
+async fn enqueue(queue: &JobStore, count: usize) -> Duration {
     let began = Instant::now();
     for from in (0..count).step_by(SLOTS) {
         let some = from..(from + SLOTS).min(count);

@@ -24,7 +24,7 @@ use perennial_runtime::cpu::{self, Cpu};
 use perennial_runtime::drain;
 use perennial_runtime::metrics::Metrics;
 use perennial_runtime::telemetry::{self, Format, Telemetry};
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_server::http::{Config, Server};
 use perennial_server::net::{self, Inherited};
 use tokio::net::TcpListener;
@@ -99,7 +99,7 @@ async fn host(filter: &str) {
     let Ok(()) = server.run(router, Some(cpu), drain).await;
 }
 
-async fn fib(scope: Scope) -> Result<String, StatusCode> {
+async fn fib(scope: RequestScope) -> Result<String, StatusCode> {
     let result = scope.cpu(|| fib_of(std::hint::black_box(30))).await;
     result.map(|result| result.to_string()).map_err(|_| StatusCode::SERVICE_UNAVAILABLE)
 }

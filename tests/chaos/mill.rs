@@ -13,13 +13,13 @@ use std::time::{Duration, SystemTime};
 
 use perennial_runtime::backoff::Backoff;
 use perennial_runtime::drain::{self, Phase};
-use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::signal::{ProcessSignal, Signals};
 use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
 use perennial_workers::state::Budget;
-use perennial_workers::store::Store;
+use perennial_workers::store::JobStore;
 use perennial_workers::worker::Config;
-use perennial_workers::{Context, Fate, Job, Options, Queue, Registry, Worker, upkeep};
+use perennial_workers::{Context, Job, JobOutcome, Options, Queue, Registry, Worker, upkeep};
 use serde::{Deserialize, Serialize};
 
 /// A job that takes a moment, and is written down.
@@ -39,7 +39,7 @@ impl Job for Grind {
         Options { queue: "chaos", timeout: Duration::from_secs(30), budget, ..Options::default() }
     }
 
-    async fn run(&self, context: Context, mut log: Arc<File>) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, mut log: Arc<File>) -> anyhow::Result<JobOutcome> {
         context.check()?;
         let mut note = |word: char| {
             let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap().as_millis();
@@ -50,7 +50,7 @@ impl Job for Grind {
         // Not if somebody else may have it by now.
         context.check()?;
         note('E')?;
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 
@@ -61,7 +61,7 @@ async fn main() {
     let (store, file) = (arguments.next().unwrap(), arguments.next().unwrap());
     let log = Arc::new(OpenOptions::new().create(true).append(true).open(file).unwrap());
     let queue = support::backend::open(&store).await;
-    if let Store::Sqlite(queue) = &queue {
+    if let JobStore::Sqlite(queue) = &queue {
         queue.end_leases().await.unwrap();
     }
     let mut registry = Registry::new();
@@ -90,7 +90,7 @@ async fn main() {
     });
     let mut signals = Signals::install().unwrap();
     println!("ready");
-    while !matches!(signals.next().await, Signal::Terminate | Signal::Interrupt) {}
+    while !matches!(signals.next().await, ProcessSignal::Terminate | ProcessSignal::Interrupt) {}
     trigger.advance(Phase::Hard);
     tasks.ended().await;
 }

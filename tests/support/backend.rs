@@ -9,7 +9,7 @@ use perennial_store::pool::sqlite::{self, Sqlite};
 use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};
-use perennial_workers::store::{self, Store};
+use perennial_workers::store::{self, JobStore};
 use tempfile::TempDir;
 use tokio_postgres::types::Type;
 
@@ -63,12 +63,14 @@ impl Backend {
     }
 
     /// A handle as a process of its own would have it.
-    pub async fn queue(&self) -> Store {
+    pub async fn queue(&self) -> JobStore {
         match &self.0 {
-            Inner::Sqlite { store, .. } => Store::Sqlite(SqliteQueue::new(store.clone())),
-            Inner::Postgres { database, .. } => Store::Postgres(PostgresQueue::new(database.connect().await)),
+            Inner::Sqlite { store, .. } => JobStore::Sqlite(SqliteQueue::new(store.clone())),
+            Inner::Postgres { database, .. } => {
+                JobStore::Postgres(PostgresQueue::new(database.connect().await))
+            }
             Inner::Redis { prefix, .. } => {
-                Store::Redis(RedisQueue::new(prefix.connect().await, prefix.name()))
+                JobStore::Redis(RedisQueue::new(prefix.connect().await, prefix.name()))
             }
         }
     }
@@ -154,19 +156,19 @@ const SHIFT_SCHEDULES: &str =
 
 /// A store by its name, `sqlite:FILE`, `postgres://..` or `redis://..`, with its tables made: as a process of its own
 /// would have it.
-pub async fn open(name: &str) -> Store {
+pub async fn open(name: &str) -> JobStore {
     if let Some(file) = name.strip_prefix("sqlite:") {
         let store = Sqlite::open(sqlite_config(file.into())).await.unwrap();
         store.migrate(&[MIGRATIONS]).await.unwrap();
-        return Store::Sqlite(SqliteQueue::new(store));
+        return JobStore::Sqlite(SqliteQueue::new(store));
     }
     if name.starts_with("postgres:") {
         let postgres = crate::postgres::connect(name).await;
         postgres.migrate(&[store::postgres::MIGRATIONS]).await.unwrap();
-        return Store::Postgres(PostgresQueue::new(postgres));
+        return JobStore::Postgres(PostgresQueue::new(postgres));
     }
     let redis = Redis::open(crate::redis::config(name)).await.unwrap();
-    Store::Redis(RedisQueue::new(redis, "perennial"))
+    JobStore::Redis(RedisQueue::new(redis, "perennial"))
 }
 
 /// Makes earlier, by so many milliseconds, what sorted sets of the queue of the tests say.

@@ -45,7 +45,11 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
     }
 
     /// Does the work. An error is a failure, to be tried again as the options say.
-    fn run(&self, context: Context, tools: Self::Tools) -> impl Future<Output = anyhow::Result<Fate>> + Send;
+    fn run(
+        &self,
+        context: Context,
+        tools: Self::Tools,
+    ) -> impl Future<Output = anyhow::Result<JobOutcome>> + Send;
 
     /// Called before the job is given up for dead, so that whoever waits for it can be told, within five
     /// seconds. An error leaves the job as it is, to be given up again later.
@@ -61,7 +65,7 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
 
 /// How a run ended, when it did not fail by an error.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Fate {
+pub enum JobOutcome {
     /// It did what it had to.
     Done,
     /// There was nothing to do, for this reason. Counted apart from what was done.

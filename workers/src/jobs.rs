@@ -7,23 +7,23 @@ use crate::admission::Admission;
 use crate::ledger::{Cancelled, JobAdmin, JobFilter, STEP};
 use crate::outbox;
 use crate::queue::{NewJob, Queue, Result};
-use crate::store::{Store, postgres, sqlite};
+use crate::store::{JobStore, postgres, sqlite};
 
 /// Enqueues, and asks the books. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Jobs {
-    store: Store,
+    store: JobStore,
     admission: Admission,
 }
 
 impl Jobs {
     /// The jobs of a store, as many as are admitted.
-    pub fn new(store: Store, admission: Admission) -> Self {
+    pub fn new(store: JobStore, admission: Admission) -> Self {
         Self { store, admission }
     }
 
     /// The store.
-    pub fn store(&self) -> &Store {
+    pub fn store(&self) -> &JobStore {
         &self.store
     }
 
@@ -58,19 +58,19 @@ impl Jobs {
     /// When the store refuses.
     pub async fn insert<T: Tx>(&self, tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
         match &self.store {
-            Store::Sqlite(_) => {
+            JobStore::Sqlite(_) => {
                 if let Some(connection) = tx.sqlite() {
                     sqlite::insert_jobs(connection, jobs)?;
                     return Ok(());
                 }
             }
-            Store::Postgres(_) => {
+            JobStore::Postgres(_) => {
                 if let Some(transaction) = tx.postgres() {
                     postgres::insert_jobs(transaction, jobs).await?;
                     return Ok(());
                 }
             }
-            Store::Redis(_) => {}
+            JobStore::Redis(_) => {}
         }
         outbox::insert(tx, jobs).await
     }

@@ -42,7 +42,7 @@ pub mod wake;
 pub mod worker;
 
 pub use cron::{Crontab, Schedule};
-pub use job::{Context, Fate, Job, Options};
+pub use job::{Context, Job, JobOutcome, Options};
 pub use jobs::Jobs;
 pub use ledger::JobAdmin;
 pub use queue::{NewJob, Queue};

@@ -6,7 +6,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use crate::job::{Context, Fate, Job, Options, Rate};
+use crate::job::{Context, Job, JobOutcome, Options, Rate};
 use crate::metrics;
 use crate::queue::{self, NewJob};
 use crate::state::Budget;
@@ -16,7 +16,7 @@ type Running<T> = Pin<Box<dyn Future<Output = anyhow::Result<T>> + Send>>;
 /// A job of any kind, read from its payload.
 pub(crate) trait Runnable: Send + Sync {
     fn subject(&self) -> Option<String>;
-    fn run(self: Arc<Self>, context: Context) -> Running<Fate>;
+    fn run(self: Arc<Self>, context: Context) -> Running<JobOutcome>;
     fn give_up(self: Arc<Self>, context: Context, reason: String) -> Running<()>;
 }
 
@@ -30,7 +30,7 @@ impl<J: Job> Runnable for WithTools<J> {
         self.job.subject()
     }
 
-    fn run(self: Arc<Self>, context: Context) -> Running<Fate> {
+    fn run(self: Arc<Self>, context: Context) -> Running<JobOutcome> {
         Box::pin(async move { self.job.run(context, self.tools.clone()).await })
     }
 

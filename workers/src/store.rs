@@ -37,7 +37,7 @@ pub const TABLES: sql::Tables =
 
 /// The store that the settings name.
 #[derive(Clone, Debug)]
-pub enum Store {
+pub enum JobStore {
     /// A file of our own.
     Sqlite(SqliteQueue),
     /// A Postgres server, shared with other processes.
@@ -46,7 +46,7 @@ pub enum Store {
     Redis(RedisQueue),
 }
 
-impl Store {
+impl JobStore {
     /// To be called after the commit of a transaction that added jobs to these queues.
     pub(crate) fn committed(&self, queues: &BTreeSet<&str>) {
         match self {
@@ -68,7 +68,7 @@ macro_rules! either {
     };
 }
 
-impl Queue for Store {
+impl Queue for JobStore {
     async fn enqueue(&self, jobs: Vec<NewJob>) -> Result<Vec<Uuid>> {
         either!(self, store => store.enqueue(jobs).await)
     }
@@ -118,7 +118,7 @@ impl Queue for Store {
     }
 }
 
-impl JobAdmin for Store {
+impl JobAdmin for JobStore {
     async fn list(&self, filter: JobFilter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
         either!(self, store => store.list(filter, cursor, limit).await)
     }
@@ -183,7 +183,7 @@ macro_rules! schedules {
     };
 }
 
-impl Schedules for Store {
+impl Schedules for JobStore {
     async fn sync(&self, schedules: Vec<Arc<Schedule>>, take_over: TakeOver) -> Result<()> {
         schedules!(self, store => store.sync(schedules, take_over).await)
     }
@@ -216,7 +216,7 @@ impl Schedules for Store {
     }
 }
 
-impl Store {
+impl JobStore {
     /// Writes down how jobs of schedules ended. They have, whether that succeeds or not.
     async fn note(&self, endings: Vec<(String, Uuid, Ending)>) {
         if endings.is_empty() {

@@ -25,7 +25,7 @@ use jiff::Timestamp;
 use parking_lot::Mutex;
 use perennial_runtime::drain::Drain;
 use perennial_server::http::problem::Problem;
-use perennial_server::http::scope::Scope as RequestScope;
+use perennial_server::http::scope::RequestScope;
 use perennial_store::cache::{self, Cache, Caches, Kept};
 use perennial_store::pool::redis::Redis;
 use perennial_store::pool::sql::Store;

@@ -50,7 +50,7 @@ use perennial_runtime::health::Health;
 use perennial_runtime::metrics::Metrics;
 use perennial_runtime::telemetry::Telemetry;
 use perennial_server::http::problem::Problem;
-use perennial_server::http::scope::{RequestView, Scope};
+use perennial_server::http::scope::{RequestScope, RequestView};
 use perennial_server::net::{ConnectionView, Connections, Listen, Peer};
 use perennial_store::pool;
 use perennial_workers::worker;
@@ -261,7 +261,12 @@ async fn open_books(State(Admin(known)): State<Admin>, mut request: Request, nex
 }
 
 /// Lets operators in, and nobody else.
-async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request, next: Next) -> Response {
+async fn guard(
+    State(Admin(known)): State<Admin>,
+    scope: RequestScope,
+    request: Request,
+    next: Next,
+) -> Response {
     match may_look(&known, &scope, &request) {
         Ok(()) => next.run(request).await,
         Err(problem) => problem.into_response(),
@@ -269,7 +274,7 @@ async fn guard(State(Admin(known)): State<Admin>, scope: Scope, request: Request
 }
 
 /// Routes that modules have handed in.
-async fn of_modules(State(Admin(known)): State<Admin>, scope: Scope, request: Request) -> Response {
+async fn of_modules(State(Admin(known)): State<Admin>, scope: RequestScope, request: Request) -> Response {
     let looks = request.method() == Method::GET;
     let allowed =
         if looks { may_look(&known, &scope, &request) } else { may_change(&known, &scope, &request) };
@@ -284,7 +289,7 @@ async fn of_modules(State(Admin(known)): State<Admin>, scope: Scope, request: Re
 }
 
 /// Whether somebody may see what there is to see.
-fn may_look(known: &AdminInner, scope: &Scope, request: &Request) -> Result<(), Problem> {
+fn may_look(known: &AdminInner, scope: &RequestScope, request: &Request) -> Result<(), Problem> {
     if !is_own_name(request.headers(), request.uri(), scope.connection().socket_peer) {
         let detail = "wanted a Host header that names this machine: an address, or localhost";
         return Err(Problem::new(StatusCode::MISDIRECTED_REQUEST, detail));
@@ -293,7 +298,7 @@ fn may_look(known: &AdminInner, scope: &Scope, request: &Request) -> Result<(), 
 }
 
 /// Whether somebody may change something: with the token, and not from pages of other origins.
-fn may_change(known: &AdminInner, scope: &Scope, request: &Request) -> Result<(), Problem> {
+fn may_change(known: &AdminInner, scope: &RequestScope, request: &Request) -> Result<(), Problem> {
     let own = is_own_name(request.headers(), request.uri(), scope.connection().socket_peer);
     if !own || !is_own_origin(request.headers()) {
         let detail = "wanted a Host header that names this machine, and no Origin but this one";
@@ -305,7 +310,7 @@ fn may_change(known: &AdminInner, scope: &Scope, request: &Request) -> Result<()
 /// Lets operators in who show their token, and no pages of other origins.
 async fn guard_change(
     State(Admin(known)): State<Admin>,
-    scope: Scope,
+    scope: RequestScope,
     request: Request,
     next: Next,
 ) -> Response {

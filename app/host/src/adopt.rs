@@ -12,7 +12,7 @@ use jiff::Timestamp;
 use perennial_store::pool::postgres::{Postgres, Session, Transaction, Type};
 use perennial_workers::job::{Unique, UniqueUntil};
 use perennial_workers::queue::Due;
-use perennial_workers::store::Store;
+use perennial_workers::store::JobStore;
 use perennial_workers::{Jobs, NewJob};
 use rusqlite::types::ValueRef;
 use rusqlite::{Connection, OpenFlags, Row};
@@ -99,7 +99,7 @@ impl AdoptSource {
             transaction.execute(&format!("DELETE FROM {table}"), &[]).await?;
         }
         // Where jobs are in Redis, so are schedules: each begins anew there.
-        let is_elsewhere = matches!(jobs.store(), Store::Redis(_));
+        let is_elsewhere = matches!(jobs.store(), JobStore::Redis(_));
         let is_of_schedules = |table: &String| SCHEDULES.contains(&table.as_str());
         for table in tables.into_iter().filter(|table| !(is_elsewhere && is_of_schedules(table))) {
             let rows =

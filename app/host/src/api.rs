@@ -14,7 +14,7 @@ use http::request::Parts;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_store::pool::{sql, sqlite, with_causes};
 use perennial_workers::queue;
 use serde::de::DeserializeOwned;
@@ -133,7 +133,7 @@ pub fn within_page(limit: Option<usize>, usual: usize, most: usize) -> std::resu
 
 /// What joins a job to the request that enqueued it: the caller's trace (`traceparent`), or the one that begins with the
 /// request, whose id has the digits of the request's.
-pub fn trace(scope: &Scope) -> String {
+pub fn trace(scope: &RequestScope) -> String {
     scope.trace().as_str().to_owned()
 }
 

@@ -88,8 +88,10 @@ enum HostCommand {
     /// Show what the running server does, each second anew
     Top(top::Top),
     /// Print a completion script for a shell
+    #[command(display_order = 1000)]
     Completions(pages::Completions),
     /// Print or write the manual pages
+    #[command(display_order = 1000)]
     Man(pages::Man),
 }
 

@@ -17,6 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
+use clap::builder::Resettable;
 use clap::{ArgMatches, Args};
 use perennial_runtime::drain::Drain;
 use perennial_store::pool::sql::{self, Tables};
@@ -159,7 +160,12 @@ impl Commands {
             };
         }
         match self.companion {
-            Some(companion) => host.mut_subcommand("serve", companion.define),
+            Some(companion) => host.mut_subcommand("serve", |serve| {
+                // The docstring of the flags would take the place of the command's.
+                let (about, long) = (serve.get_about().cloned(), serve.get_long_about().cloned());
+                let serve = (companion.define)(serve).about(about.unwrap_or_default());
+                serve.long_about(long.map_or(Resettable::Reset, Resettable::Value))
+            }),
             None => host,
         }
     }

@@ -9,7 +9,7 @@ use std::time::{Duration, SystemTime};
 use jiff::Timestamp;
 use perennial_runtime::cgroup::{Cgroup, Pressure};
 use perennial_runtime::cpu;
-use perennial_runtime::health::{self, Policy};
+use perennial_runtime::health::{self, ReadinessPolicy};
 use perennial_runtime::telemetry;
 use perennial_server::http;
 use perennial_server::net::{self, Listen, Timeouts, UnixAccess, tls};
@@ -52,8 +52,8 @@ pub(crate) struct Config {
     pub(crate) store: StoreConfig,
     pub(crate) queue: Option<RedisQueueConfig>,
     /// What it means for readiness that one of them is away.
-    pub(crate) store_policy: Policy,
-    pub(crate) queue_policy: Policy,
+    pub(crate) store_policy: ReadinessPolicy,
+    pub(crate) queue_policy: ReadinessPolicy,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
     pub(crate) cron: cron::Config,

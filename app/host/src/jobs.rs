@@ -7,7 +7,7 @@ use axum::extract::{FromRef, State};
 use axum::response::{IntoResponse, Response};
 use http::StatusCode;
 use perennial_server::http::problem::FieldError;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_workers::job::{Unique, UniqueUntil};
 use perennial_workers::queue::Due;
 use perennial_workers::registry::JobKind;
@@ -101,7 +101,7 @@ pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Regi
 )]
 async fn enqueue(
     Authorized { caller, .. }: Authorized<access::JobsScope>,
-    scope: Scope,
+    scope: RequestScope,
     State(known): State<JobRoutes>,
     Path(kind): Path<String>,
     Json(request): Json<JobRequest>,

@@ -7,7 +7,7 @@ use perennial_store::pool::sql;
 use perennial_store::pool::sqlite::Sqlite;
 use perennial_workers::cron::Overlap;
 use perennial_workers::state::Budget;
-use perennial_workers::{Context, Fate, Job, JobAdmin, Jobs, Options, Schedule};
+use perennial_workers::{Context, Job, JobAdmin, JobOutcome, Jobs, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
@@ -74,13 +74,13 @@ impl Job for ForgetJobs {
         options()
     }
 
-    async fn run(&self, context: Context, (jobs, retention): Self::Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, (jobs, retention): Self::Tools) -> anyhow::Result<JobOutcome> {
         let forget = || async { Ok(jobs.store().prune(retention).await? as u64) };
         let forgotten = until_none(&context, forget).await?;
         if forgotten > 0 {
             info!(jobs = forgotten, "deleted jobs that ended long ago");
         }
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 
@@ -97,9 +97,9 @@ impl Job for Optimize {
         options()
     }
 
-    async fn run(&self, _context: Context, sqlite: Sqlite) -> anyhow::Result<Fate> {
+    async fn run(&self, _context: Context, sqlite: Sqlite) -> anyhow::Result<JobOutcome> {
         // As SQLite's manual advises: it looks only at tables that have changed, and at so many rows of each index.
         sqlite.write(|tx| tx.execute_batch("PRAGMA analysis_limit = 400; PRAGMA optimize;")).await?;
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }

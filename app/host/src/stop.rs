@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use perennial_runtime::drain::{Phase, Trigger};
 use perennial_runtime::health::Health;
-use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::signal::{ProcessSignal, Signals};
 use perennial_runtime::tasks::{Death, Tasks};
 use perennial_workers::limits::Reached;
 use tracing::{error, info, warn};
@@ -24,7 +24,7 @@ const ECHO: Duration = Duration::from_millis(300);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
     /// Somebody asked it to.
-    Signal(Signal),
+    ProcessSignal(ProcessSignal),
     /// A successor has the sockets and waits for the lock.
     Succession,
     /// It has done enough (`process.max_*`).
@@ -36,11 +36,11 @@ pub(crate) enum Reason {
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Signal(Signal::Terminate) => f.write_str("SIGTERM"),
-            Self::Signal(Signal::Quit) => f.write_str("SIGQUIT"),
-            Self::Signal(Signal::Interrupt) => f.write_str("SIGINT"),
-            Self::Signal(Signal::Reload) => f.write_str("SIGHUP"),
-            Self::Signal(Signal::Succeed) => f.write_str("SIGUSR2"),
+            Self::ProcessSignal(ProcessSignal::Terminate) => f.write_str("SIGTERM"),
+            Self::ProcessSignal(ProcessSignal::Quit) => f.write_str("SIGQUIT"),
+            Self::ProcessSignal(ProcessSignal::Interrupt) => f.write_str("SIGINT"),
+            Self::ProcessSignal(ProcessSignal::Reload) => f.write_str("SIGHUP"),
+            Self::ProcessSignal(ProcessSignal::Succeed) => f.write_str("SIGUSR2"),
             Self::Succession => f.write_str("succession"),
             Self::Limit(reached) => write!(f, "process.max_* reached: {reached}"),
             Self::Death(death) => write!(f, "{} died: {}", death.task, death.reason),
@@ -71,13 +71,18 @@ pub(crate) async fn stop(
     );
     health.draining();
     trigger.advance(Phase::Notice);
-    if matches!(reason, Reason::Signal(Signal::Terminate | Signal::Quit) | Reason::Limit(_)) {
+    if matches!(
+        reason,
+        Reason::ProcessSignal(ProcessSignal::Terminate | ProcessSignal::Quit) | Reason::Limit(_)
+    ) {
         trigger.linger(phases.idle.min(phases.soft / 2));
     }
     // Nobody waits for load balancers when a developer presses Ctrl-C, when a successor has the sockets, or when
     // nothing can be served any more.
     let notice = match reason {
-        Reason::Signal(Signal::Terminate | Signal::Quit) | Reason::Limit(_) => phases.notice,
+        Reason::ProcessSignal(ProcessSignal::Terminate | ProcessSignal::Quit) | Reason::Limit(_) => {
+            phases.notice
+        }
         _ => Duration::ZERO,
     };
     let patient = tokio::select! {
@@ -120,7 +125,8 @@ async fn impatience(signals: &mut Signals, began: Instant) {
     // Some senders signal the process and its group, which is the process again.
     loop {
         let signal = signals.next().await;
-        let stops = matches!(signal, Signal::Terminate | Signal::Quit | Signal::Interrupt);
+        let stops =
+            matches!(signal, ProcessSignal::Terminate | ProcessSignal::Quit | ProcessSignal::Interrupt);
         if stops && began.elapsed() >= ECHO {
             break;
         }

@@ -34,7 +34,7 @@ use crate::delivery::services::HeldServices;
 use crate::delivery::webhook::Webhooks;
 use crate::model::profile::Profiles;
 use crate::pacing::active::Flows;
-use crate::store::Store;
+use crate::store::PushStore;
 use crate::vapid::VapidKeys;
 use audiences::Audiences;
 use followers::Followers;
@@ -49,7 +49,7 @@ pub(crate) struct ApiState(Arc<ApiParts>);
 #[derive(Debug)]
 pub(crate) struct ApiParts {
     config: Arc<Config>,
-    store: Store,
+    store: PushStore,
     access: Access,
     profiles: Profiles,
     vapid: Arc<VapidKeys>,

@@ -8,13 +8,13 @@ use perennial_runtime::pulse::pulse;
 use crate::metrics;
 use crate::model::audience::Audience;
 use crate::model::profile::Profiles;
-use crate::store::Store;
+use crate::store::PushStore;
 
 /// How often they are counted.
 const EVERY: Duration = Duration::from_secs(60);
 
 /// Counts, until nothing new is taken. A site with more than can be counted in time keeps its last number.
-pub(crate) async fn run(store: Store, profiles: Profiles, drain: Drain) -> anyhow::Result<()> {
+pub(crate) async fn run(store: PushStore, profiles: Profiles, drain: Drain) -> anyhow::Result<()> {
     loop {
         for (site, profile) in profiles.iter() {
             // A store that is away is counted later.

@@ -33,7 +33,7 @@ use crate::model::jobs::{Close, Deliver, FanOut, Webhook};
 use crate::model::profile::Profiles;
 use crate::model::queues;
 use crate::pacing::active::Flows;
-use crate::store::Store;
+use crate::store::PushStore;
 use crate::vapid::VapidKeys;
 use progress::ProgressRates;
 use senders::Senders;
@@ -52,7 +52,7 @@ const NOT_SERVED: Duration = Duration::from_secs(30);
 #[derive(Debug)]
 pub(crate) struct DeliveryContext {
     pub(crate) config: Arc<Config>,
-    pub(crate) store: Store,
+    pub(crate) store: PushStore,
     pub(crate) profiles: Profiles,
     pub(crate) vapid: Arc<VapidKeys>,
     pub(crate) senders: Senders,

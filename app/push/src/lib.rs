@@ -49,7 +49,7 @@ use delivery::services::HeldServices;
 use delivery::webhook::Webhooks;
 use model::profile::{self, Profile, Profiles};
 use pacing::active::Flows;
-use store::Store;
+use store::PushStore;
 use vapid::VapidKeys;
 
 /// How long the page's token is good for.
@@ -150,7 +150,7 @@ impl Module for Push {
 impl Push {
     /// What deliveries need: it opens the keys, and starts the threads that send.
     async fn delivery(self, host: &mut Host) -> anyhow::Result<DeliveryContext> {
-        let store = Store::new(host.store.clone(), host.jobs.clone());
+        let store = PushStore::new(host.store.clone(), host.jobs.clone());
         let profiles = Profiles::of(self.profiles, &host.sites);
         let vapid = VapidKeys::open(&host.data_dir, &host.store, &store, &profiles, &host.caches).await?;
         let senders = Senders::start(self.sender, self.config.threads)?;

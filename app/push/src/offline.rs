@@ -12,7 +12,7 @@ use perennial_webpush::{Sender, VapidKey};
 use crate::api::import::Transfer;
 use crate::config;
 use crate::model::profile::{self, Profiles, VAPID_KEY};
-use crate::store::Store;
+use crate::store::PushStore;
 use crate::vapid::{self, VapidKeys};
 
 /// Imports and exports.
@@ -59,6 +59,6 @@ pub(crate) fn files(settings: &Settings) -> Vec<SecretFile> {
     profiles.into_iter().map(|profile| file(profile.vapid)).collect()
 }
 
-fn store(offline: &Offline) -> Store {
-    Store::new(offline.store.clone(), offline.jobs.clone())
+fn store(offline: &Offline) -> PushStore {
+    PushStore::new(offline.store.clone(), offline.jobs.clone())
 }

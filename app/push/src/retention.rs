@@ -3,16 +3,16 @@
 use std::time::Duration;
 
 use perennial_workers::cron::Overlap;
-use perennial_workers::{Context, Fate, Job, Options, Schedule};
+use perennial_workers::{Context, Job, JobOutcome, Options, Schedule};
 use serde::{Deserialize, Serialize};
 use tracing::info;
 
-use crate::store::{Store, now_ms};
+use crate::store::{PushStore, now_ms};
 use perennial_host::maintenance::{self, until_none};
 use perennial_host::module::Host;
 
 /// Hands in the jobs, and when they run.
-pub(crate) fn mount(host: &mut Host, store: &Store, retention: Duration) -> anyhow::Result<()> {
+pub(crate) fn mount(host: &mut Host, store: &PushStore, retention: Duration) -> anyhow::Result<()> {
     host.job::<ForgetNotifications>((store.clone(), retention));
     host.job::<ForgetExpired>(store.clone());
     let notifications = Schedule::new("push.retention", "*/10 * * * *", &ForgetNotifications {})?;
@@ -29,13 +29,13 @@ struct ForgetNotifications {}
 
 impl Job for ForgetNotifications {
     const KIND: &'static str = "push.retention";
-    type Tools = (Store, Duration);
+    type Tools = (PushStore, Duration);
 
     fn options() -> Options {
         maintenance::options()
     }
 
-    async fn run(&self, context: Context, (store, retention): Self::Tools) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, (store, retention): Self::Tools) -> anyhow::Result<JobOutcome> {
         let retention = i64::try_from(retention.as_millis()).unwrap_or(i64::MAX);
         let before = now_ms().saturating_sub(retention);
         let rows = until_none(&context, || async { Ok(store.forget_notifications(before).await?) }).await?;
@@ -44,7 +44,7 @@ impl Job for ForgetNotifications {
         }
         store.forget_services().await?;
         store.forget_acceptances().await?;
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 
@@ -55,18 +55,18 @@ struct ForgetExpired {}
 
 impl Job for ForgetExpired {
     const KIND: &'static str = "push.expired";
-    type Tools = Store;
+    type Tools = PushStore;
 
     fn options() -> Options {
         maintenance::options()
     }
 
-    async fn run(&self, context: Context, store: Store) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, store: PushStore) -> anyhow::Result<JobOutcome> {
         let now = now_ms();
         let subscriptions = until_none(&context, || async { Ok(store.forget_expired(now).await?) }).await?;
         if subscriptions > 0 {
             info!(subscriptions, "deleted subscriptions that had expired");
         }
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }

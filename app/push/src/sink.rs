@@ -38,7 +38,7 @@ use http::{StatusCode, header};
 use http_body_util::{BodyExt, Limited};
 use parking_lot::{Mutex, MutexGuard};
 use perennial_runtime::drain::Drain;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_server::http::{self as server, Server};
 use perennial_server::net::{self, Inherited, Listen, tls};
 use perennial_webpush::{Keys, ReceiverKeys};
@@ -281,7 +281,7 @@ impl Sink {
 async fn take(
     State(sink): State<Sink>,
     PathParameter(token): PathParameter<String>,
-    scope: Scope,
+    scope: RequestScope,
     request: Request,
 ) -> Response {
     let (head, body) = request.into_parts();

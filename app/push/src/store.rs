@@ -41,13 +41,13 @@ pub(crate) use tables::{POSTGRES, SQLITE};
 
 /// The tables. A cheap handle.
 #[derive(Clone, Debug)]
-pub(crate) struct Store {
+pub(crate) struct PushStore {
     sql: sql::Store,
     jobs: Jobs,
     shares: Shares,
 }
 
-impl Store {
+impl PushStore {
     pub(crate) fn new(sql: sql::Store, jobs: Jobs) -> Self {
         let shares = Shares::of(sql.pool().1.max, sql.dialect());
         Self { sql, jobs, shares }

@@ -19,7 +19,7 @@ use secrecy::ExposeSecret;
 use tracing::{info, warn};
 
 use crate::model::profile::{KeyPlace, Profile, Profiles};
-use crate::store::{self, Store};
+use crate::store::{self, PushStore};
 use perennial_host::access::secrets;
 use perennial_host::api::{Result, store_failed};
 use perennial_host::data_dir::DataDir;
@@ -42,7 +42,7 @@ const LOOK_AGAIN: Duration = Duration::from_secs(2);
 pub(crate) struct VapidKeys {
     data_dir: Arc<DataDir>,
     sql: sql::Store,
-    store: Store,
+    store: PushStore,
     profiles: Profiles,
     caches: Caches,
     cache: Cache<Arc<SiteKeys>>,
@@ -86,7 +86,7 @@ impl VapidKeys {
     pub(crate) async fn open(
         data_dir: &Arc<DataDir>,
         sql: &sql::Store,
-        store: &Store,
+        store: &PushStore,
         profiles: &Profiles,
         caches: &Caches,
     ) -> anyhow::Result<Self> {

@@ -51,12 +51,12 @@ struct HealthState {
 #[derive(Clone, Debug)]
 struct Unmet {
     reason: String,
-    policy: Policy,
+    policy: ReadinessPolicy,
 }
 
 /// What it means for readiness when something that a process depends on is away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Policy {
+pub enum ReadinessPolicy {
     /// Requests should not be sent here. What all replicas depend on takes all of them away.
     Required,
     /// They may, and those that need it are refused. It is named all the same.
@@ -68,7 +68,7 @@ pub enum Policy {
 #[error("wanted required or degraded")]
 pub struct NoPolicy;
 
-impl FromStr for Policy {
+impl FromStr for ReadinessPolicy {
     type Err = NoPolicy;
 
     fn from_str(word: &str) -> Result<Self, NoPolicy> {
@@ -95,13 +95,13 @@ impl Health {
 
     /// Registers a condition for readiness, unmet until it is said to be met.
     pub fn condition(&self, name: &'static str, reason: &str) -> Condition {
-        let condition = Condition { health: self.clone(), name, policy: Policy::Required };
+        let condition = Condition { health: self.clone(), name, policy: ReadinessPolicy::Required };
         condition.unmet(reason);
         condition
     }
 
     /// Registers something that the process depends on, and that is there.
-    pub fn dependency(&self, name: &'static str, policy: Policy) -> Condition {
+    pub fn dependency(&self, name: &'static str, policy: ReadinessPolicy) -> Condition {
         Condition { health: self.clone(), name, policy }
     }
 
@@ -142,12 +142,12 @@ impl Health {
         }
         reasons.extend(self.fresh_within(self.0.config.unready_after).err());
         let unmet = self.0.unmet.lock();
-        let of = |policy: Policy| {
+        let of = |policy: ReadinessPolicy| {
             let unmet = unmet.iter().filter(move |(_, unmet)| unmet.policy == policy);
             unmet.map(|(name, unmet)| format!("{name}: {}", unmet.reason))
         };
-        reasons.extend(of(Policy::Required));
-        if reasons.is_empty() { Ok(of(Policy::Degraded).collect()) } else { Err(reasons) }
+        reasons.extend(of(ReadinessPolicy::Required));
+        if reasons.is_empty() { Ok(of(ReadinessPolicy::Degraded).collect()) } else { Err(reasons) }
     }
 
     fn fresh_within(&self, limit: Duration) -> Result<(), String> {
@@ -186,7 +186,7 @@ impl Health {
 pub struct Condition {
     health: Health,
     name: &'static str,
-    policy: Policy,
+    policy: ReadinessPolicy,
 }
 
 impl Condition {
@@ -226,7 +226,7 @@ mod tests {
         health.started();
         store.met();
         assert_eq!(health.ready(), Ok(vec![]));
-        let cache = health.dependency("cache", Policy::Degraded);
+        let cache = health.dependency("cache", ReadinessPolicy::Degraded);
         cache.unmet("refused");
         assert_eq!(health.ready(), Ok(vec!["cache: refused".into()]));
         store.unmet("disk full");

@@ -10,7 +10,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGUSR1, SI
 
 /// What somebody outside asked of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Signal {
+pub enum ProcessSignal {
     /// SIGTERM: leave, in order.
     Terminate,
     /// SIGQUIT, which images of nginx and php-fpm are stopped with: the same.
@@ -44,14 +44,14 @@ impl Signals {
     }
 
     /// The next signal. Signals of one kind that arrive together are one.
-    pub async fn next(&mut self) -> Signal {
+    pub async fn next(&mut self) -> ProcessSignal {
         loop {
             match self.0.next().await {
-                Some(SIGTERM) => return Signal::Terminate,
-                Some(SIGQUIT) => return Signal::Quit,
-                Some(SIGINT) => return Signal::Interrupt,
-                Some(SIGHUP) => return Signal::Reload,
-                Some(SIGUSR2) => return Signal::Succeed,
+                Some(SIGTERM) => return ProcessSignal::Terminate,
+                Some(SIGQUIT) => return ProcessSignal::Quit,
+                Some(SIGINT) => return ProcessSignal::Interrupt,
+                Some(SIGHUP) => return ProcessSignal::Reload,
+                Some(SIGUSR2) => return ProcessSignal::Succeed,
                 Some(_) => {}
                 // The stream ends only when its handle is closed, and nobody holds one.
                 None => std::future::pending().await,

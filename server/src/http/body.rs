@@ -22,7 +22,7 @@ use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::Sleep;
 
-use super::scope::{RequestStage, Scope};
+use super::scope::{RequestScope, RequestStage};
 use crate::net::connection::OpenBody;
 
 /// For how long, and how much of, a body is dropped that nobody reads.
@@ -110,7 +110,7 @@ pub(super) struct RequestBody {
     /// Whether the first look at it asks the client to send it.
     is_kept_back: bool,
     leftover: Option<Leftover>,
-    scope: Scope,
+    scope: RequestScope,
     pace: Pace,
     wait: Option<Wait>,
 }
@@ -129,7 +129,7 @@ impl RequestBody {
         body: Incoming,
         headers: &HeaderMap,
         leftover: Option<Leftover>,
-        scope: Scope,
+        scope: RequestScope,
         pace: Pace,
     ) -> Self {
         let is_kept_back = headers.contains_key(header::EXPECT);

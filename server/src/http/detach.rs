@@ -19,7 +19,7 @@ use axum::response::Response;
 use http::Request;
 use tower::{Layer, Service};
 
-use super::scope::Scope;
+use super::scope::RequestScope;
 
 /// The layer.
 #[derive(Clone, Copy, Debug)]
@@ -50,7 +50,7 @@ where
     }
 
     fn call(&mut self, request: Request<B>) -> Self::Future {
-        let scope = request.extensions().get::<Scope>().cloned();
+        let scope = request.extensions().get::<RequestScope>().cloned();
         let answer = self.0.call(request);
         match scope {
             Some(scope) => Box::pin(async move { scope.detach(answer).await }),

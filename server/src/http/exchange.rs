@@ -14,7 +14,7 @@ use pin_project_lite::pin_project;
 use tracing::{Level, debug, enabled, info, warn};
 
 use super::access::{self, AccessLog};
-use super::scope::{RequestStage, Scope, milliseconds};
+use super::scope::{RequestScope, RequestStage, milliseconds};
 use crate::metrics::Requests;
 use crate::net::connection::RunningRequest;
 use perennial_runtime::metrics::Counted;
@@ -55,7 +55,7 @@ impl Drop for InFlight {
 #[derive(Debug)]
 pub(super) struct Exchange {
     ledger: Arc<RequestLog>,
-    scope: Scope,
+    scope: RequestScope,
     version: Version,
     status: Option<StatusCode>,
     bytes: u64,
@@ -68,7 +68,7 @@ pub(super) struct Exchange {
 impl Exchange {
     pub(super) fn begin(
         ledger: Arc<RequestLog>,
-        scope: Scope,
+        scope: RequestScope,
         version: Version,
         in_flight: InFlight,
     ) -> Self {

@@ -30,7 +30,7 @@ const MAX_REQUEST_ID: usize = 128;
 
 /// The state of one request: a cheap handle, found in its extensions and by extraction.
 #[derive(Clone, Debug)]
-pub struct Scope(Arc<State>);
+pub struct RequestScope(Arc<State>);
 
 #[derive(Debug)]
 struct State {
@@ -100,7 +100,7 @@ pub(super) struct Begun {
     pub(super) services: Arc<Services>,
 }
 
-impl Scope {
+impl RequestScope {
     pub(super) fn new(begun: Begun) -> Self {
         Self(Arc::new(State {
             begun,
@@ -319,7 +319,7 @@ pub(super) fn milliseconds(duration: Duration) -> f64 {
 /// What a handler waits for, until this drops.
 #[derive(Debug)]
 pub struct WaitingFor {
-    scope: Scope,
+    scope: RequestScope,
     what: &'static str,
 }
 
@@ -364,7 +364,7 @@ pub struct RequestView {
     pub waiting_ms: Option<f64>,
 }
 
-impl<S: Sync> FromRequestParts<S> for Scope {
+impl<S: Sync> FromRequestParts<S> for RequestScope {
     type Rejection = Infallible;
 
     async fn from_request_parts(parts: &mut Parts, _state: &S) -> Result<Self, Infallible> {

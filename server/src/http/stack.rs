@@ -26,7 +26,7 @@ use tracing::{Instrument, info_span};
 use super::body::{Leftover, Pace, RequestBody};
 use super::exchange::{Exchange, FollowedBody, InFlight, RequestLog, logged, method_label};
 use super::problem::Problem;
-use super::scope::{Begun, REQUEST_ID, RequestId, Scope, Services};
+use super::scope::{Begun, REQUEST_ID, RequestId, RequestScope, Services};
 use super::target::{self, Target};
 use super::timed::Timed;
 use super::trace::{TRACERESPONSE, Trace};
@@ -106,7 +106,7 @@ impl Stack {
         let id = if self.trust_request_id { RequestId::from_client(request.headers()) } else { None };
         let id = id.unwrap_or_default();
         let version = request.version();
-        let scope = Scope::new(Begun {
+        let scope = RequestScope::new(Begun {
             trace: Trace::of(request.headers(), id.as_str()),
             id,
             began,
@@ -208,7 +208,7 @@ impl Stack {
         &self,
         request: Request<Incoming>,
         leftover: Option<Leftover>,
-        scope: &Scope,
+        scope: &RequestScope,
     ) -> Response {
         let (parts, body) = request.into_parts();
         let body = RequestBody::new(body, &parts.headers, leftover, scope.clone(), self.pace);
@@ -316,7 +316,9 @@ where
 
     fn call(&mut self, request: Request<B>) -> S::Future {
         let extensions = request.extensions();
-        if let (Some(scope), Some(route)) = (extensions.get::<Scope>(), extensions.get::<MatchedPath>()) {
+        if let (Some(scope), Some(route)) =
+            (extensions.get::<RequestScope>(), extensions.get::<MatchedPath>())
+        {
             scope.set_route(route.clone());
         }
         self.0.call(request)

@@ -10,20 +10,20 @@ use std::time::Instant;
 use pin_project_lite::pin_project;
 use tracing::warn;
 
-use super::scope::{Scope, milliseconds};
+use super::scope::{RequestScope, milliseconds};
 use crate::metrics;
 
 pin_project! {
     /// A future whose polls are timed.
     pub(super) struct Timed<F> {
-        scope: Scope,
+        scope: RequestScope,
         #[pin]
         inner: F,
     }
 }
 
 impl<F> Timed<F> {
-    pub(super) fn new(scope: Scope, inner: F) -> Self {
+    pub(super) fn new(scope: RequestScope, inner: F) -> Self {
         Self { scope, inner }
     }
 }

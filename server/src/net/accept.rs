@@ -89,10 +89,10 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
                 failures = 0;
                 match slot(&host, &mut limit).await {
                     AcceptSlot::Taken(slot) => {
-                        host.begin(&mut running, accepted, listener.tls(), slot, &refusals)
+                        host.begin(&mut running, accepted, listener.tls(), slot, &refusals);
                     }
                     AcceptSlot::None => {
-                        host.refuse(&mut running, accepted, listener.tls(), &refusals, "limit")
+                        host.refuse(&mut running, accepted, listener.tls(), &refusals, "limit");
                     }
                 }
             }

@@ -19,7 +19,7 @@ use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
 use super::watch::ConnectionClock;
-use crate::http::scope::Scope;
+use crate::http::scope::RequestScope;
 
 /// The bytes of an HTTP/2 preface and the empty SETTINGS behind it (RFC 9113, section 3.4).
 const PREFACE: u64 = 24 + 9;
@@ -162,7 +162,7 @@ pub struct Connection {
     answered: AtomicU64,
     /// Requests that the client left before they were answered.
     left: AtomicU32,
-    requests: Mutex<Vec<Scope>>,
+    requests: Mutex<Vec<RequestScope>>,
     slot: Mutex<Option<OwnedSemaphorePermit>>,
 }
 
@@ -320,7 +320,7 @@ impl Connection {
     pub(super) fn is_unknown(&self) -> bool {
         match self.phase() {
             ConnectionPhase::Opening | ConnectionPhase::Head => true,
-            ConnectionPhase::Busy => self.requests().iter().all(Scope::is_unknown),
+            ConnectionPhase::Busy => self.requests().iter().all(RequestScope::is_unknown),
             ConnectionPhase::Idle
             | ConnectionPhase::Upgraded
             | ConnectionPhase::Closing
@@ -385,7 +385,7 @@ impl Connection {
     }
 
     /// The requests that run on it.
-    pub(crate) fn requests(&self) -> MutexGuard<'_, Vec<Scope>> {
+    pub(crate) fn requests(&self) -> MutexGuard<'_, Vec<RequestScope>> {
         self.requests.lock()
     }
 
@@ -397,7 +397,7 @@ impl Connection {
         let useless = self.useless.fetch_add(bytes as u64, Ordering::Relaxed) + bytes as u64;
         match self.spoken() {
             Spoken::Http2 if useless >= PREFACE && self.phase() == ConnectionPhase::Opening => {
-                self.enter(ConnectionPhase::Idle)
+                self.enter(ConnectionPhase::Idle);
             }
             // What comes while a body is open is of the body.
             Spoken::Http1
@@ -407,7 +407,7 @@ impl Connection {
             }
             Spoken::Tcp => self.since.store(self.clock.now(), Ordering::Relaxed),
             _ if self.phase() == ConnectionPhase::Closing => {
-                self.since.store(self.clock.now(), Ordering::Relaxed)
+                self.since.store(self.clock.now(), Ordering::Relaxed);
             }
             _ => {}
         }
@@ -485,12 +485,12 @@ impl Drop for OpenBody {
 /// One request on a connection, listed while it lasts.
 #[derive(Debug)]
 pub(crate) struct RunningRequest {
-    scope: Scope,
+    scope: RequestScope,
     answered: bool,
 }
 
 impl RunningRequest {
-    pub(crate) fn on(connection: &Connection, scope: &Scope) -> Self {
+    pub(crate) fn on(connection: &Connection, scope: &RequestScope) -> Self {
         let mut requests = connection.requests();
         requests.push(scope.clone());
         connection.useful();

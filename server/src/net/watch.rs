@@ -15,7 +15,7 @@ use tokio::sync::{Notify, OwnedSemaphorePermit, Semaphore};
 
 use super::connection::{Connection, ConnectionPhase, Peer, ShutdownMode, Spoken};
 use super::{Config, Timeouts};
-use crate::http::scope::{RequestView, Scope};
+use crate::http::scope::{RequestScope, RequestView};
 use crate::metrics;
 use perennial_runtime::cgroup::Pressure;
 use perennial_runtime::drain::{self, Drain};
@@ -307,7 +307,7 @@ impl Connections {
     pub fn requests(&self) -> Vec<RequestView> {
         let mut views = Vec::new();
         for connection in self.all() {
-            views.extend(connection.requests().iter().map(Scope::view));
+            views.extend(connection.requests().iter().map(RequestScope::view));
         }
         views.sort_by(|a, b| b.age_ms.total_cmp(&a.age_ms));
         views

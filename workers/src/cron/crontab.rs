@@ -16,7 +16,7 @@ use crate::metrics;
 use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};
 use crate::state::State;
-use crate::store::Store;
+use crate::store::JobStore;
 
 /// How often a run by hand is tried again when somebody else changes the schedule at the same moment.
 const ATTEMPTS: usize = 20;
@@ -24,7 +24,7 @@ const ATTEMPTS: usize = 20;
 /// Looks at schedules, and acts on them. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Crontab {
-    store: Store,
+    store: JobStore,
     admission: Admission,
     schedules: Arc<[Arc<Schedule>]>,
     wake: Arc<Notify>,
@@ -108,7 +108,7 @@ pub enum Asked {
 
 impl Crontab {
     /// The schedules that this process defines, in a store of jobs.
-    pub fn new(store: Store, admission: Admission, schedules: Vec<Schedule>) -> Self {
+    pub fn new(store: JobStore, admission: Admission, schedules: Vec<Schedule>) -> Self {
         let schedules = schedules.into_iter().map(Arc::new).collect();
         Self { store, admission, schedules, wake: Arc::default(), beat: Arc::default() }
     }
@@ -137,7 +137,7 @@ impl Crontab {
         &self.schedules
     }
 
-    pub(super) fn store(&self) -> &Store {
+    pub(super) fn store(&self) -> &JobStore {
         &self.store
     }
 

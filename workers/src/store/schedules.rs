@@ -8,7 +8,7 @@ use perennial_store::pool::sql::{self, Dialect, Row, Tx};
 use perennial_store::{transact, values};
 use uuid::Uuid;
 
-use super::{Store, json, postgres, read_json, sqlite, stands_for, timestamp};
+use super::{JobStore, json, postgres, read_json, sqlite, stands_for, timestamp};
 use crate::cron::{Ending, Run, RunCause, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
 use crate::queue::Result;
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED};
@@ -16,7 +16,7 @@ use crate::store::millis;
 
 /// The schedules of a store, to be asked one thing.
 pub(super) struct SqlSchedules<'a> {
-    jobs: &'a Store,
+    jobs: &'a JobStore,
     sql: sql::Store,
 }
 
@@ -29,7 +29,7 @@ struct Definition {
 }
 
 impl<'a> SqlSchedules<'a> {
-    pub(super) fn new(jobs: &'a Store, sql: sql::Store) -> Self {
+    pub(super) fn new(jobs: &'a JobStore, sql: sql::Store) -> Self {
         Self { jobs, sql }
     }
 

@@ -16,7 +16,7 @@ use uuid::Uuid;
 use super::Worker;
 use super::settle::{Settled, Settler};
 use super::slots::InHand;
-use crate::job::{Advance, Context, Fate, Recorder, Recording, Stopped};
+use crate::job::{Advance, Context, JobOutcome, Recorder, Recording, Stopped};
 use crate::lease::Lease;
 use crate::metrics::{self, OutcomeLabel};
 use crate::queue::{Claimed, Failure, Held, KEPT_ERRORS, MAX_PAYLOAD, Queue, Settlement};
@@ -185,20 +185,20 @@ impl RunningJob {
         }
     }
 
-    fn fated(&self, fate: Fate) -> (Event, OutcomeLabel) {
+    fn fated(&self, fate: JobOutcome) -> (Event, OutcomeLabel) {
         match fate {
-            Fate::Done => (Event::Done, OutcomeLabel::Done),
-            Fate::Skipped(reason) => {
+            JobOutcome::Done => (Event::Done, OutcomeLabel::Done),
+            JobOutcome::Skipped(reason) => {
                 debug!(reason, "skipped");
                 (Event::Done, OutcomeLabel::Skipped)
             }
-            Fate::Snooze(wait) => self.unless_cancelled(Event::Snoozed(wait), OutcomeLabel::Snoozed),
-            Fate::Retry { after, reason } => {
+            JobOutcome::Snooze(wait) => self.unless_cancelled(Event::Snoozed(wait), OutcomeLabel::Snoozed),
+            JobOutcome::Retry { after, reason } => {
                 (Event::Failed { error: reason, after: Some(after) }, OutcomeLabel::Failed)
             }
-            Fate::Cancel(reason) => (Event::Cancelled(reason), OutcomeLabel::Cancelled),
-            Fate::Dead(reason) => (Event::Hopeless(reason), OutcomeLabel::Dead),
-            Fate::HandBack => self.unless_cancelled(Event::HandedBack, OutcomeLabel::HandedBack),
+            JobOutcome::Cancel(reason) => (Event::Cancelled(reason), OutcomeLabel::Cancelled),
+            JobOutcome::Dead(reason) => (Event::Hopeless(reason), OutcomeLabel::Dead),
+            JobOutcome::HandBack => self.unless_cancelled(Event::HandedBack, OutcomeLabel::HandedBack),
         }
     }
 

@@ -25,7 +25,7 @@ const CLOSING: Duration = Duration::from_secs(30);
 pub(super) struct Base {
     pub(super) data_dir: Arc<DataDir>,
     pub(super) store: sql::Store,
-    pub(super) queue: store::Store,
+    pub(super) queue: store::JobStore,
     pub(super) outbox: Option<Outbox>,
     pub(super) caches: Caches,
     pub(super) sites: Sites,

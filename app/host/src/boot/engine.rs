@@ -16,7 +16,7 @@ use crate::config::Config;
 
 /// What runs jobs and schedules.
 pub(super) struct Engine {
-    pub(super) worker: Worker<store::Store>,
+    pub(super) worker: Worker<store::JobStore>,
     pub(super) crontab: Crontab,
     /// What operators are shown of it.
     pub(super) books: JobAdminState,
@@ -48,11 +48,11 @@ impl Engine {
 /// In a store of our own, the lock says that no other process works on it: what was running, was running in one
 /// that died.
 pub(super) async fn take_over(
-    queue: &store::Store,
+    queue: &store::JobStore,
     registry: &Registry,
     lease: Duration,
 ) -> anyhow::Result<()> {
-    let store::Store::Sqlite(sqlite) = queue else { return Ok(()) };
+    let store::JobStore::Sqlite(sqlite) = queue else { return Ok(()) };
     if sqlite.end_leases().await? > 0 {
         info!("the last process did not stop in order: taking over its jobs");
         upkeep::rescue(queue, registry, lease).await?;

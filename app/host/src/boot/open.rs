@@ -62,30 +62,32 @@ fn not_usable(server: &str, url: &Url, error: &(dyn std::error::Error + 'static)
 pub(crate) async fn queue(
     config: &Config,
     store: &sql::Store,
-) -> anyhow::Result<(workers::Store, Option<Outbox>)> {
+) -> anyhow::Result<(workers::JobStore, Option<Outbox>)> {
     if let Some(config::RedisQueueConfig { redis, prefix }) = &config.queue {
         let opened = Redis::open(redis.clone()).await;
         let redis = opened.map_err(|error| not_usable("queue.url: Redis", &redis.url, &error))?;
         let outbox = Outbox::new(store.clone());
         let queue = RedisQueue::with_outbox(redis, prefix, outbox.clone());
-        return Ok((workers::Store::Redis(queue), Some(outbox)));
+        return Ok((workers::JobStore::Redis(queue), Some(outbox)));
     }
     let queue = match store {
-        sql::Store::Sqlite(sqlite) => workers::Store::Sqlite(SqliteQueue::new(sqlite.clone())),
-        sql::Store::Postgres(postgres) => workers::Store::Postgres(PostgresQueue::new(postgres.clone())),
+        sql::Store::Sqlite(sqlite) => workers::JobStore::Sqlite(SqliteQueue::new(sqlite.clone())),
+        sql::Store::Postgres(postgres) => workers::JobStore::Postgres(PostgresQueue::new(postgres.clone())),
     };
     Ok((queue, None))
 }
 
 /// The caches, which replicas forget together where they share a Redis.
-pub(crate) fn caches(queue: &workers::Store, config: &Config) -> Caches {
+pub(crate) fn caches(queue: &workers::JobStore, config: &Config) -> Caches {
     Caches::new(shared_redis(queue, config).map(|(redis, prefix)| Bus::new(redis, &prefix)))
 }
 
 /// The Redis that replicas share, if they do, and what its keys begin with.
-pub(super) fn shared_redis(queue: &workers::Store, config: &Config) -> Option<(Redis, String)> {
+pub(super) fn shared_redis(queue: &workers::JobStore, config: &Config) -> Option<(Redis, String)> {
     match (queue, &config.queue) {
-        (workers::Store::Redis(queue), Some(shared)) => Some((queue.redis().clone(), shared.prefix.clone())),
+        (workers::JobStore::Redis(queue), Some(shared)) => {
+            Some((queue.redis().clone(), shared.prefix.clone()))
+        }
         _ => None,
     }
 }

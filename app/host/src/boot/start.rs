@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use perennial_runtime::drain::Drain;
-use perennial_runtime::health::{Condition, Health, Policy};
+use perennial_runtime::health::{Condition, Health, ReadinessPolicy};
 use perennial_runtime::tasks::Tasks;
 use perennial_store::pool::sql;
 use perennial_workers::admission::Admission;
@@ -38,12 +38,12 @@ impl TaskParts<'_> {
         self.start_caches();
         let Self { config, tasks, health, drain, .. } = self;
         let pressure = config.server.net.pressure.clone();
-        pressure.tell(health.dependency("memory", Policy::Required));
+        pressure.tell(health.dependency("memory", ReadinessPolicy::Required));
         tasks.critical("memory", pressure.watch(config.cgroup.clone(), config.shed_at, (*drain).clone()));
         let work = self.work(engine, &mounted.registry);
         if let Some(why) = mounted.pause.why() {
             warn!("{}", why.reason());
-            let condition = health.dependency("jobs", Policy::Degraded);
+            let condition = health.dependency("jobs", ReadinessPolicy::Degraded);
             condition.unmet(why.reason());
             tasks.critical("pause", work.start_after(mounted.pause.clone(), condition));
         } else {
@@ -90,7 +90,7 @@ impl TaskParts<'_> {
                 tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
             }
         }
-        if let store::Store::Redis(queue) = &self.base.queue {
+        if let store::JobStore::Redis(queue) = &self.base.queue {
             let (redis, drain) = (queue.redis().clone(), drain.clone());
             let condition = health.dependency("redis", config.queue_policy);
             let watched = redis.clone();
@@ -124,11 +124,11 @@ struct JobTasks {
     ticked: Option<Crontab>,
     tasks: Tasks,
     drain: Drain,
-    queue: store::Store,
+    queue: store::JobStore,
     outbox: Option<Outbox>,
     registry: Arc<Registry>,
     admission: Admission,
-    worker: Worker<store::Store>,
+    worker: Worker<store::JobStore>,
 }
 
 impl JobTasks {
@@ -160,7 +160,7 @@ impl JobTasks {
                 async move { queue.listen(drain).await }
             }
         });
-        if let (Some(outbox), store::Store::Redis(queue)) = (outbox, queue) {
+        if let (Some(outbox), store::JobStore::Redis(queue)) = (outbox, queue) {
             let drain = drain.clone();
             tasks.contained("outbox relay", move || outbox.clone().relay(queue.clone(), drain.clone()));
         }

@@ -16,7 +16,7 @@ use parking_lot::Mutex;
 use perennial_runtime::drain::{self, Drain, Phase};
 use perennial_runtime::health::Health;
 use perennial_runtime::metrics::Metrics;
-use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::signal::{ProcessSignal, Signals};
 use perennial_runtime::tasks::Tasks;
 use perennial_runtime::telemetry::Telemetry;
 use perennial_server::http::Server;
@@ -315,13 +315,13 @@ async fn serve_until(
             reached = &mut reached => return Reason::Limit(reached),
             signal = signals.next() => match signal {
                 // The terminal that it was started on has been closed.
-                Signal::Reload if terminal.has_gone() => return Reason::Signal(Signal::Interrupt),
-                Signal::Reload => reload(),
-                Signal::Succeed => {
+                ProcessSignal::Reload if terminal.has_gone() => return Reason::ProcessSignal(ProcessSignal::Interrupt),
+                ProcessSignal::Reload => reload(),
+                ProcessSignal::Succeed => {
                     // Whoever wants it to stop does not wait for a successor, which then ends, too.
                     let begun = tokio::select! {
                         begun = succession::begin(sockets) => begun,
-                        signal = first_stop(signals) => return Reason::Signal(signal),
+                        signal = first_stop(signals) => return Reason::ProcessSignal(signal),
                         death = app.tasks.died() => return Reason::Death(death),
                         death = background.died() => return Reason::Death(death),
                     };
@@ -330,7 +330,7 @@ async fn serve_until(
                         Err(error) => error!(error = format!("{error:#}"), "no successor; going on"),
                     }
                 }
-                signal => return Reason::Signal(signal),
+                signal => return Reason::ProcessSignal(signal),
             },
         }
     }
@@ -351,10 +351,12 @@ impl Terminal {
     }
 }
 
-async fn first_stop(signals: &mut Signals) -> Signal {
+async fn first_stop(signals: &mut Signals) -> ProcessSignal {
     loop {
         match signals.next().await {
-            Signal::Reload | Signal::Succeed => info!("nothing can be reloaded or handed over now"),
+            ProcessSignal::Reload | ProcessSignal::Succeed => {
+                info!("nothing can be reloaded or handed over now");
+            }
             signal => return signal,
         }
     }

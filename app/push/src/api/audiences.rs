@@ -8,7 +8,7 @@ use perennial_store::cache::{self, Cache, Caches, Kept};
 use perennial_store::pool::sql;
 
 use crate::model::audience::Audience;
-use crate::store::Store;
+use crate::store::PushStore;
 
 /// How many members big audiences have. A count that is a few seconds old decides nothing but how the notification is
 /// cut; who its members are is read when it is sent.
@@ -44,13 +44,13 @@ impl Kept for Count {
 #[derive(Clone, Debug)]
 pub(crate) struct Audiences {
     counts: Cache<Count>,
-    store: Store,
+    store: PushStore,
     /// Up to how many members an audience is small.
     small: u64,
 }
 
 impl Audiences {
-    pub(crate) fn new(caches: &Caches, store: Store, small: u64) -> Self {
+    pub(crate) fn new(caches: &Caches, store: PushStore, small: u64) -> Self {
         Self { counts: caches.make(COUNTS), store, small }
     }
 

@@ -14,7 +14,7 @@ use perennial_store::pool::sql;
 use tracing::warn;
 
 use crate::metrics;
-use crate::store::{Guest, Store};
+use crate::store::{Guest, PushStore};
 use perennial_host::sites::SiteId;
 
 /// How long a count is believed.
@@ -57,7 +57,7 @@ impl Guests {
     /// this machine, stands for many: a proxy that is not listed.
     pub(crate) async fn stranger(
         &self,
-        store: &Store,
+        store: &PushStore,
         (site, name): (SiteId, &str),
         key: &hmac::Key,
         address: Option<IpAddr>,
@@ -89,7 +89,7 @@ impl Guests {
     }
 
     /// Whether a site has as many as it may. Counted anew from time to time; in between, by what comes.
-    async fn must_evict(&self, store: &Store, site: SiteId, name: &str) -> sql::Result<bool> {
+    async fn must_evict(&self, store: &PushStore, site: SiteId, name: &str) -> sql::Result<bool> {
         let Some(most) = self.config.per_site else { return Ok(false) };
         let known = self.sites.lock().get(&site).copied();
         let mut counted = match known.filter(|counted| counted.at.elapsed() < COUNTED) {

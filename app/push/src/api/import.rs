@@ -24,7 +24,7 @@ use serde_json::{Map, Value, json};
 
 use crate::api::subscriptions::{MAX_TAGS, PushSubscription, is_metadata, is_user};
 use crate::model::tags::is_tag;
-use crate::store::{Exported, NewSubscription, Proof, Store, Upserted};
+use crate::store::{Exported, NewSubscription, Proof, PushStore, Upserted};
 use crate::vapid::{SiteKeys, VapidKeys};
 use perennial_host::api::{Json, Query, Result, is_too_long};
 use perennial_host::sites::{SiteId, Sites};
@@ -107,7 +107,7 @@ impl Imported {
 /// Takes chunks of lines, and gives pages.
 #[derive(Debug)]
 pub(crate) struct Transfer {
-    store: Store,
+    store: PushStore,
     sender: Sender,
     vapid: Arc<VapidKeys>,
     sites: Sites,
@@ -116,7 +116,7 @@ pub(crate) struct Transfer {
 }
 
 impl Transfer {
-    pub(crate) fn new(store: Store, sender: Sender, vapid: Arc<VapidKeys>, sites: Sites) -> Self {
+    pub(crate) fn new(store: PushStore, sender: Sender, vapid: Arc<VapidKeys>, sites: Sites) -> Self {
         Self { store, sender, vapid, sites, hosts: Mutex::default() }
     }
 

@@ -9,7 +9,7 @@ use bytes::Bytes;
 use futures_util::stream;
 use http::header;
 use perennial_server::http::problem::FieldError;
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 use utoipa::{IntoParams, ToSchema};
@@ -125,7 +125,7 @@ async fn view(api: &ApiState, site: i64, id: Uuid) -> Result<Json<NotificationVi
 )]
 pub(crate) async fn events(
     Authorized { caller, .. }: Authorized<ReadScope>,
-    scope: Scope,
+    scope: RequestScope,
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Response> {

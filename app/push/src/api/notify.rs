@@ -15,7 +15,7 @@ use http::{HeaderMap, StatusCode, header};
 use jiff::Timestamp;
 use parking_lot::Mutex;
 use perennial_server::http::problem::{Errors, FieldError, Problem};
-use perennial_server::http::scope::Scope;
+use perennial_server::http::scope::RequestScope;
 use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
 use perennial_workers::NewJob;
 use perennial_workers::queue::Due;
@@ -213,7 +213,7 @@ pub(crate) struct DryRun {
 )]
 pub(crate) async fn notify(
     Authorized { caller, .. }: Authorized<NotifyScope>,
-    scope: Scope,
+    scope: RequestScope,
     State(api): State<ApiState>,
     headers: HeaderMap,
     Json(request): Json<NotifyRequest>,

@@ -10,7 +10,7 @@ use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, StatusCode, header};
 use jiff::Timestamp;
 use perennial_server::http::problem::{Errors, FieldError, Problem};
-use perennial_server::http::scope::Scope as RequestScope;
+use perennial_server::http::scope::RequestScope;
 use perennial_webpush::{Endpoint, Keys, KeysError, TargetError};
 use secrecy::ExposeSecret;
 use serde::{Deserialize, Serialize};

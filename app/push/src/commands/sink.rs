@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 use perennial_runtime::drain::{self, Phase};
-use perennial_runtime::signal::{Signal, Signals};
+use perennial_runtime::signal::{ProcessSignal, Signals};
 
 use super::trial::Trial;
 use perennial_host::command::arguments::{address, whole};
@@ -46,7 +46,7 @@ impl command::Command for SinkArgs {
             if self.subscribers > 0 {
                 trial.subscribe(context, self.subscribers).await?;
             }
-            while signals.next().await == Signal::Reload {}
+            while signals.next().await == ProcessSignal::Reload {}
             trigger.advance(Phase::Hard);
             serving.join_all().await;
             Ok(())

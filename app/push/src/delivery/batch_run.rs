@@ -28,7 +28,7 @@ use perennial_store::pool::{postgres, sql, sqlite};
 use perennial_webpush::{Sender, Verdict};
 use perennial_workers::job::Stopped;
 use perennial_workers::queue::Due;
-use perennial_workers::{Context, Fate, NewJob};
+use perennial_workers::{Context, JobOutcome, NewJob};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until};
 use tracing::{info, warn};
@@ -179,7 +179,7 @@ impl<'a> Round<'a> {
         }
     }
 
-    pub(crate) async fn run(mut self) -> anyhow::Result<Fate> {
+    pub(crate) async fn run(mut self) -> anyhow::Result<JobOutcome> {
         let is_careful = self.is_careful();
         let limit = if is_careful { 1 } else { self.delivery.config.checkpoint_sends };
         let every = self.delivery.config.checkpoint_every;
@@ -462,7 +462,7 @@ impl<'a> Round<'a> {
     }
 
     /// Records the rest, and that the batch is finished if it is.
-    async fn end(mut self, stop: Option<Stop>) -> anyhow::Result<Fate> {
+    async fn end(mut self, stop: Option<Stop>) -> anyhow::Result<JobOutcome> {
         let left = match stop {
             Some(Stop::Over(outcome)) => Some(outcome),
             _ => None,
@@ -483,11 +483,11 @@ impl<'a> Round<'a> {
         save(self.delivery, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
         self.log(finished);
         Ok(match stop {
-            _ if finished => Fate::Done,
-            Some(Stop::Paused) => Fate::Snooze(pause(&self.batch)),
+            _ if finished => JobOutcome::Done,
+            Some(Stop::Paused) => JobOutcome::Snooze(pause(&self.batch)),
             // Not at once: then it would keep its place before the others.
-            Some(Stop::Turn) => Fate::Snooze(OTHERS),
-            _ => Fate::HandBack,
+            Some(Stop::Turn) => JobOutcome::Snooze(OTHERS),
+            _ => JobOutcome::HandBack,
         })
     }
 

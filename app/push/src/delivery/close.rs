@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_workers::{Context, Fate, Job, Options};
+use perennial_workers::{Context, Job, JobOutcome, Options};
 use uuid::Uuid;
 
 use super::DeliveryContext;
@@ -40,22 +40,22 @@ impl Job for Close {
         Some(format!("notification {}", self.notification))
     }
 
-    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<JobOutcome> {
         let (store, id) = (&delivery.store, self.notification);
         let Some(found) = store.any_notification(id).await?.filter(|found| found.ended_at.is_none()) else {
-            return Ok(Fate::Done);
+            return Ok(JobOutcome::Done);
         };
         let now = Timestamp::now().as_millisecond();
         let outcome = match found.expires_at {
             _ if found.state == Stage::Cancelled.as_str() => Outcome::Cancelled,
             Some(at) if at.as_millisecond() <= now => Outcome::Expired,
-            _ => return Ok(Fate::Done),
+            _ => return Ok(JobOutcome::Done),
         };
         // Those that run stop by themselves, and know what became of their last sends.
         let patience = delivery.config.send_timeout + STOP;
         let waited = Duration::from_millis(u64::try_from(now - self.since).unwrap_or_default());
         if found.started_at.is_some() && waited < patience {
-            return Ok(Fate::Snooze(patience.checked_sub(waited).unwrap_or_default()));
+            return Ok(JobOutcome::Snooze(patience.checked_sub(waited).unwrap_or_default()));
         }
         let mut last = store.give_up_fan_out(id, LAST_EPOCH, outcome, None).await?;
         loop {
@@ -71,7 +71,7 @@ impl Job for Close {
         if last {
             delivery.ended(id, found.site).await;
         }
-        Ok(Fate::Done)
+        Ok(JobOutcome::Done)
     }
 }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 use perennial_store::pool::{set_apart, sql};
 use perennial_webpush::Urgency;
 use perennial_workers::queue;
-use perennial_workers::{Context, Fate, Job, NewJob, Options};
+use perennial_workers::{Context, Job, JobOutcome, NewJob, Options};
 use tracing::warn;
 use uuid::Uuid;
 
@@ -77,14 +77,16 @@ impl Job for Deliver {
         Some(format!("notification {}", self.notification))
     }
 
-    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
-        let Some(batch) = open(&delivery, context.id, context.epoch).await? else { return Ok(Fate::Done) };
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<JobOutcome> {
+        let Some(batch) = open(&delivery, context.id, context.epoch).await? else {
+            return Ok(JobOutcome::Done);
+        };
         if is_paused(&batch) {
-            return Ok(Fate::Snooze(pause(&batch)));
+            return Ok(JobOutcome::Snooze(pause(&batch)));
         }
         let members = delivery.store.members(&batch, delivery.config.batch).await?;
         if delivery.profiles.find(SiteId(batch.site)).is_none() {
-            return Ok(Fate::Snooze(super::NOT_SERVED));
+            return Ok(JobOutcome::Snooze(super::NOT_SERVED));
         }
         let keys = delivery.vapid.of(SiteId(batch.site)).await?;
         let flow = delivery.flows.flow(batch.notification, batch.standing);

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use perennial_runtime::backoff::Backoff;
 use perennial_workers::state::Budget;
-use perennial_workers::{Context, Fate, Job, Options};
+use perennial_workers::{Context, Job, JobOutcome, Options};
 
 use super::DeliveryContext;
 use crate::config::Config;
@@ -75,23 +75,23 @@ impl Job for FanOut {
         Some(format!("notification {}", self.notification))
     }
 
-    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<JobOutcome> {
         let (store, id) = (&delivery.store, self.notification);
         let Some(mut fan_out) = store.open_fan_out(id, context.epoch).await? else {
-            return Ok(Fate::Done);
+            return Ok(JobOutcome::Done);
         };
         let standing = fan_out.standing;
         let over = match standing.state {
             Stage::Cancelled => Some(Outcome::Cancelled),
             _ if standing.has_expired() => Some(Outcome::Expired),
-            Stage::Paused => return Ok(Fate::Snooze(PAUSED)),
+            Stage::Paused => return Ok(JobOutcome::Snooze(PAUSED)),
             _ => None,
         };
         if let Some(outcome) = over {
             if store.give_up_fan_out(id, context.epoch, outcome, None).await? {
                 delivery.ended(id, fan_out.site).await;
             }
-            return Ok(Fate::Done);
+            return Ok(JobOutcome::Done);
         }
         let Ahead { batches: most, size } = Ahead::of(standing, &delivery.config);
         let queue = if standing.rate.is_some() {
@@ -114,15 +114,15 @@ impl Job for FanOut {
             }
             match store.add_batches(id, context.epoch, from, batches, last).await? {
                 AddedBatches::Some => {}
-                AddedBatches::NoMore => return Ok(Fate::Done),
+                AddedBatches::NoMore => return Ok(JobOutcome::Done),
                 AddedBatches::Last => {
                     delivery.ended(id, fan_out.site).await;
-                    return Ok(Fate::Done);
+                    return Ok(JobOutcome::Done);
                 }
             }
         }
         context.advanced();
-        Ok(Fate::Snooze(pause(standing, fan_out.ahead * size)))
+        Ok(JobOutcome::Snooze(pause(standing, fan_out.ahead * size)))
     }
 
     async fn give_up(

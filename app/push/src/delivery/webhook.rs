@@ -24,7 +24,7 @@ use hyper_util::rt::{TokioExecutor, TokioTimer};
 use jiff::Timestamp;
 use perennial_runtime::backoff::Backoff;
 use perennial_workers::state::Budget;
-use perennial_workers::{Context, Fate, Job, Options};
+use perennial_workers::{Context, Job, JobOutcome, Options};
 use secrecy::{ExposeSecret, SecretString};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -150,25 +150,25 @@ impl Job for Webhook {
         Some(format!("webhook {}", self.webhook))
     }
 
-    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<Fate> {
+    async fn run(&self, context: Context, delivery: Arc<DeliveryContext>) -> anyhow::Result<JobOutcome> {
         if delivery.profiles.find(SiteId(self.site)).is_none() {
-            return Ok(Fate::Snooze(super::NOT_SERVED));
+            return Ok(JobOutcome::Snooze(super::NOT_SERVED));
         }
         let Some(webhook) = delivery.webhooks.get(SiteId(self.site), &self.webhook) else {
-            return Ok(Fate::Dead(format!("there is no webhook {} in the settings", self.webhook)));
+            return Ok(JobOutcome::Dead(format!("there is no webhook {} in the settings", self.webhook)));
         };
         let Some(mut told) = self.event.told(&delivery).await? else {
-            return Ok(Fate::Skipped("the notification is not there any more".to_owned()));
+            return Ok(JobOutcome::Skipped("the notification is not there any more".to_owned()));
         };
         told["timestamp"] = Timestamp::now().to_string().into();
         let (status, after) = delivery.webhooks.post(webhook, context.id, told.to_string()).await?;
         if status.is_success() {
-            return Ok(Fate::Done);
+            return Ok(JobOutcome::Done);
         }
         let reason = format!("the webhook {} answered {status}", self.webhook);
         Ok(match (status, after) {
-            (StatusCode::GONE, _) => Fate::Dead(reason),
-            (_, Some(after)) => Fate::Retry { after: after.clamp(FIRST, LAST), reason },
+            (StatusCode::GONE, _) => JobOutcome::Dead(reason),
+            (_, Some(after)) => JobOutcome::Retry { after: after.clamp(FIRST, LAST), reason },
             _ => anyhow::bail!(reason),
         })
     }

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::model::schedule::RateSchedule;
 use crate::pacing::pace::{Pace, Slice};
-use crate::store::{Reserved, Store};
+use crate::store::{PushStore, Reserved};
 
 /// How often the store is asked how notifications stand.
 const LOOK: Duration = Duration::from_millis(500);
@@ -96,7 +96,7 @@ impl Drop for PlaceInLine {
 /// All of them. A cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Flows {
-    store: Store,
+    store: PushStore,
     /// For as long as one of their batches is in hand.
     notifications: Arc<Mutex<HashMap<Uuid, Weak<Flow>>>>,
     /// Kept while nobody waits: what was reserved is not lost.
@@ -108,7 +108,7 @@ pub(crate) struct Flows {
 }
 
 impl Flows {
-    pub(crate) fn new(store: Store, origin_rate: Option<f64>) -> Self {
+    pub(crate) fn new(store: PushStore, origin_rate: Option<f64>) -> Self {
         Self {
             store,
             notifications: Arc::default(),

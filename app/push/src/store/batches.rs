@@ -13,7 +13,7 @@ use perennial_store::{transact, values};
 use perennial_workers::{Jobs, NewJob};
 use uuid::Uuid;
 
-use super::{Store, add_outcome, job, now_ms};
+use super::{PushStore, add_outcome, job, now_ms};
 use crate::model::audience::{Audience, Selection};
 use crate::model::endpoint::{endpoint_hash, origin};
 use crate::model::jobs::{Pruned, Webhook, WebhookEvent};
@@ -206,7 +206,7 @@ impl OpenFanOut {
     }
 }
 
-impl Store {
+impl PushStore {
     /// Takes a batch for the claim `epoch`, from any earlier one. None when there is nothing left to do.
     pub(crate) async fn open_batch(&self, id: Uuid, epoch: i64) -> Result<Option<Batch>> {
         transact!(&self.sql, tx => open_batch(tx, id, epoch))

@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::batches::insert_batch;
 use super::deliveries::DeliveryView;
-use super::{Page, Pager, Store, job, now_ms, timestamp};
+use super::{Page, Pager, PushStore, job, now_ms, timestamp};
 use crate::model::audience::{Audience, Selection};
 use crate::model::jobs::Close;
 use crate::model::queues::FAN_OUT_QUEUE;
@@ -104,7 +104,7 @@ pub(crate) enum Accepted {
     Conflict,
 }
 
-impl Store {
+impl PushStore {
     /// The highest id among the subscriptions of a site: members of an audience are those up to it. Whoever comes
     /// between this and the acceptance was not there when it was asked for.
     pub(crate) async fn watermark(&self, site: i64) -> Result<i64> {

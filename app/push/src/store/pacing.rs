@@ -7,7 +7,7 @@ use perennial_store::pool::sql::{self, Result, Row, Tx};
 use perennial_store::{transact, values};
 use uuid::Uuid;
 
-use super::Store;
+use super::PushStore;
 use crate::model::notification::NotificationStatus;
 use crate::model::schedule::{CATCH_UP, RateSchedule, SLICE};
 
@@ -37,7 +37,7 @@ pub(crate) enum Reserved {
     Nothing,
 }
 
-impl Store {
+impl PushStore {
     /// How notifications stand; none of one that cannot be read.
     pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Option<NotificationStatus>)>> {
         let hex: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();

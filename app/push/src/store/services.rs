@@ -7,7 +7,7 @@ use perennial_store::pool::sql::{self, Result};
 use perennial_store::values;
 use perennial_webpush::Acceptance;
 
-use super::{Store, now_ms};
+use super::{PushStore, now_ms};
 
 /// For how long it is remembered that a service has accepted a message, in milliseconds, and of how many at most.
 const ACCEPTANCES: (i64, i64) = (90 * 24 * 3600 * 1000, 10_000);
@@ -23,7 +23,7 @@ pub(crate) struct HeldService {
     pub(crate) changed_at: i64,
 }
 
-impl Store {
+impl PushStore {
     /// Notes that a service is not sent to for this long.
     pub(crate) async fn hold_service(&self, origin: &str, wait: Duration, cause: &str) -> Result<()> {
         let now = self.now();

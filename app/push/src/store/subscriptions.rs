@@ -10,7 +10,7 @@ use perennial_webpush::Keys;
 use serde_json::value::RawValue;
 
 use super::deliveries::DeliveryView;
-use super::{Page, Pager, Store, now_ms, timestamp};
+use super::{Page, Pager, PushStore, now_ms, timestamp};
 use crate::model::audience::{Audience, Selection};
 use crate::model::endpoint::endpoint_hash;
 
@@ -116,7 +116,7 @@ fn columns(dialect: Dialect) -> String {
     )
 }
 
-impl Store {
+impl PushStore {
     /// Stores a subscription, or brings the one with its endpoint up to date; and how many of strangers made room for it.
     pub(crate) async fn upsert(&self, new: NewSubscription) -> Result<(Upserted, u64)> {
         transact!(&self.sql, tx => upsert(tx, &new))
