@@ -1,11 +1,11 @@
-//! The echo daemon: whatever comes in goes out again.
+//! An echo daemon: it sends back every byte that it receives.
 //!
 //! ```sh
 //! cargo run --release --package perennial-server --example myecho -- 127.0.0.1:7007
 //! ```
 //!
-//! What a forking daemon needed a process for, and a poll loop a state machine, is three lines here; the limits,
-//! the deadlines and the drain are the host's.
+//! A forking daemon needs a process for this, and a poll loop a state machine; here it is three lines. The limits, the
+//! deadlines and the drain come from `perennial_server`.
 
 use std::io;
 use std::time::Duration;
@@ -38,7 +38,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut signals = Signals::install()?;
 
     let mut config = Config::new("echo", vec![listen]);
-    // Somebody may say nothing for a minute.
+    // A client may be silent for a minute.
     config.timeouts = Timeouts { idle: Duration::from_secs(60), ..config.timeouts };
     let server = Server::bind(config, &Inherited::default()).await?;
     println!("{}", server.addresses().join(" "));

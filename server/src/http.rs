@@ -2,12 +2,12 @@
 //!
 //! ```text
 //! conn.rs     HTTP/1.1 or HTTP/2 on one connection
-//!   stack.rs    what surrounds every request: shedding, scope, log, panic, deadline, body limit
-//!     target.rs   what it is for, and on which host
-//!     scope.rs    what lives for one request
-//!     body.rs     the request's body       exchange.rs  the response's, and the access log
-//!     timed.rs    how long a handler keeps its thread
-//!     detach.rs   routes that go on without their client
+//!   stack.rs    the steps around every request: shedding, scope, log, panic, deadline, body limit
+//!     target.rs   the target and the host of a request
+//!     scope.rs    the state of one request
+//!     body.rs     the request body         exchange.rs  the response body, and the access log
+//!     timed.rs    the time for which a handler keeps its thread
+//!     detach.rs   routes whose work continues without their client
 //!     router      axum: routing and extraction
 //! problem.rs  errors as RFC 9457
 //! ```
@@ -41,39 +41,39 @@ use conn::Http;
 use scope::Services;
 use stack::Stack;
 
-/// How to listen and what one client may ask for.
+/// Settings of an HTTP server: its sockets, its log, and the limits of a client.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Sockets and connections.
     pub net: net::Config,
-    /// Whether the access log is only for debugging.
+    /// Whether the access log is written at debug level only.
     pub quiet: bool,
-    /// Where the access log goes directly; to the events of `tracing` if nowhere.
+    /// Destination of the access log; `None` writes it as events of `tracing`.
     pub access_log: Option<JsonLines>,
-    /// How many requests may run at once. More are answered with 503.
+    /// Maximum number of requests that run at once. Further requests are answered with 503.
     pub max_requests: usize,
-    /// The longest head of an HTTP/1.1 request, in bytes: at least 8 KiB.
+    /// Maximum size of an HTTP/1.1 request head, in bytes; the value must be at least 8 KiB.
     pub head_limit: usize,
-    /// How long a handler may take until it has a response.
+    /// Time limit for a handler to produce a response.
     pub request_timeout: Duration,
-    /// How long a handler may have to wait for a part of a request body.
+    /// Time limit for one wait of a handler for a part of a request body.
     pub body_idle_timeout: Duration,
-    /// How long it may take, from the first wait, until a request body is there.
+    /// Time limit for a whole request body, from the handler's first wait for it.
     pub body_timeout: Duration,
-    /// The longest request body, in bytes.
+    /// Maximum size of a request body, in bytes.
     pub body_limit: usize,
-    /// Whether a client's `X-Request-Id` is taken over.
+    /// Whether the `X-Request-Id` of a client becomes the id of its request.
     pub trust_request_id: bool,
-    /// After how long a request is worth a line that says where its time went.
+    /// Requests that take at least this long are logged, with the places where their time was spent.
     pub slow_after: Duration,
-    /// How long a handler may keep its thread without a word about it.
+    /// Handlers that keep their thread for at least this long are logged and counted.
     pub slow_poll: Duration,
-    /// What one HTTP/2 connection may take.
+    /// Limits of one HTTP/2 connection.
     pub http2: Http2Config,
 }
 
 impl Config {
-    /// The defaults, on these sockets.
+    /// Returns the defaults, with the sockets of `net`.
     pub fn new(net: net::Config) -> Self {
         let seconds = Duration::from_secs;
         Self {
@@ -100,22 +100,22 @@ impl Config {
     }
 }
 
-/// What one HTTP/2 connection may take.
+/// Limits of one HTTP/2 connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Http2Config {
-    /// How many streams at once.
+    /// Maximum number of concurrent streams.
     pub streams: u32,
-    /// How much of request headers, in bytes.
+    /// Maximum size of the headers of one request, in bytes.
     pub header_list: u32,
-    /// How much of one response waits in memory for the client, in bytes.
+    /// Maximum number of bytes of one response that wait in memory for the client.
     pub send_buffer: usize,
-    /// How often a silent client is asked whether it is there.
+    /// Interval of the PINGs that ask a silent client whether it is there.
     pub ping_every: Duration,
-    /// How long it may take to say so.
+    /// Time limit for the answer to a PING.
     pub ping_timeout: Duration,
 }
 
-/// A server whose sockets are open, so that its addresses are known and a bad port has failed already.
+/// A server whose sockets are open: its addresses are known, and a bad port has failed already.
 pub struct Server {
     bound: net::Bound,
     config: Config,
@@ -128,45 +128,47 @@ impl fmt::Debug for Server {
     }
 }
 
-/// Says whether pages of an origin may read errors.
+/// Decides whether pages of an origin may read error responses.
 pub type ErrorReaders = Arc<dyn Fn(&http::HeaderValue) -> bool + Send + Sync>;
 
 impl Server {
     /// Opens the sockets, or takes those of `inherited` that have the same addresses, and reads the certificate.
     ///
     /// # Errors
-    /// When an address cannot be had, or `https` lacks a usable certificate.
+    /// When an address cannot be bound, or `https` lacks a usable certificate.
     pub async fn bind(config: Config, inherited: &Inherited) -> Result<Self, BindError> {
         Ok(Self { bound: net::bind(config.net.clone(), inherited).await?, config, readers: None })
     }
 
-    /// Lets pages of these origins read errors, whoever answers them: a router's own policy never sees what is refused before
-    /// it, as a body that is too long, and a page could only tell that something went wrong.
+    /// Lets pages of these origins read all error responses, also those from outside the router.
+    ///
+    /// The policy of a router never sees a request that is refused before the router, for example because its body is
+    /// too long. Without this setting a page could only tell that something went wrong.
     #[must_use]
     pub fn errors_readable_by(self, readers: ErrorReaders) -> Self {
         Self { readers: Some(readers), ..self }
     }
 
-    /// The addresses in use, in the form in which they are written in settings.
+    /// Returns the addresses in use, in the form that the settings have.
     pub fn addresses(&self) -> Vec<String> {
         self.bound.addresses()
     }
 
-    /// Its connections, and the requests on them.
+    /// Returns a handle to the server's connections, and to the requests on them.
     pub fn connections(&self) -> Connections {
         self.bound.connections()
     }
 
-    /// Its sockets, to be handed over, and the certificate, to be read anew.
+    /// Returns a handle to the server's sockets, to hand them over, and to the certificate, to read it again.
     pub fn sockets(&self) -> Sockets {
         self.bound.sockets()
     }
 
-    /// Serves `router` until the drain has begun and every connection has ended. `cpu` is what
+    /// Serves `router` until the drain has begun and every connection has ended. `cpu` has the threads that
     /// [`scope::RequestScope::cpu`] uses.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; the return type is that of a task.
     pub async fn run(self, router: axum::Router, cpu: Option<Cpu>, drain: Drain) -> Result<(), Infallible> {
         let config = Arc::new(self.config);
         let detached = TaskTracker::new();
@@ -176,7 +178,7 @@ impl Server {
         let listener = config.net.name;
         let protocol = Http { stack, config: Arc::clone(&config), listener };
         net::serve(self.bound, protocol, &drain).await;
-        // Nothing new is detached without a connection.
+        // Without a connection no new work is detached.
         detached.close();
         detached.wait().await;
         Ok(())

@@ -1,12 +1,12 @@
-//! Listeners, and what is spoken on them: everything that a web server used to do around the code that one actually wants to
-//! run. It knows no store, no queue, no push and no domain.
+//! Listeners and the protocols on them: everything that a web server does around the handlers of an application. This
+//! crate knows no store, no queue, no push notifications and no domain.
 //!
-//! | module | what it is |
+//! | module | content |
 //! |---|---|
-//! | [`net`] | sockets: where to listen, who may connect, how many, and for how long |
-//! | [`http`] | HTTP on them: the per-request scope, the stack around a router |
-//! | [`tcp`] | protocols beside HTTP on them |
-//! | [`metrics`] | every metric of these |
+//! | [`net`] | sockets: addresses, access, connection limits and deadlines |
+//! | [`http`] | HTTP on these sockets: the per-request scope, the stack around a router |
+//! | [`tcp`] | other protocols on these sockets |
+//! | [`metrics`] | all metrics of this crate |
 
 pub mod http;
 pub mod metrics;

@@ -1,4 +1,4 @@
-//! Every metric of listeners and their requests, each named once.
+//! All metrics of listeners and their requests; each name is defined once.
 //!
 //! Labels are bounded: a route is the pattern that matched (or `unmatched`), never a path.
 
@@ -14,29 +14,29 @@ use perennial_runtime::metrics::Counted;
 
 use crate::net::refusal::ConnectionRefusal;
 
-/// Counter by `listener`, `route`, `method`, `status`: requests that were answered. Status 499 is a client that left.
+/// Counter by `listener`, `route`, `method`, `status`: answered requests. Status 499 means that the client left before.
 pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
-/// Histogram by `listener`, `route`, seconds: from the request head to the last byte of the response.
+/// Histogram by `listener`, `route`, in seconds: time from the request head to the last byte of the response.
 pub const HTTP_DURATION: &str = "perennial_http_request_duration_seconds";
-/// Gauge by `listener`: requests between head and last byte, but for those that are shed.
+/// Gauge by `listener`: requests between their head and the last byte of the response, without shed requests.
 pub const HTTP_IN_FLIGHT: &str = "perennial_http_requests_in_flight";
 /// Gauge by `listener`: open connections.
 pub const HTTP_CONNECTIONS: &str = "perennial_http_connections";
-/// Gauge by `listener`: 1 while as many connections are open as may be, and idle ones make room for new ones.
+/// Gauge by `listener`: 1 while the connection limit is reached and idle connections make room for new ones.
 pub const HTTP_AT_LIMIT: &str = "perennial_http_connections_at_limit";
-/// Counter by `reason`: connections that the host ended, or refused.
+/// Counter by `reason`: connections that the host ended or refused.
 pub const HTTP_CONNECTIONS_CUT: &str = "perennial_http_connections_cut_total";
-/// Counter by `listener`: requests that were sent away because too many ran.
+/// Counter by `listener`: requests that were refused because too many were running, or memory was nearly used up.
 pub const HTTP_SHED: &str = "perennial_http_requests_shed_total";
 /// Counter by `route`: polls of a handler that kept their thread for longer than `server.slow_poll`.
 pub const HTTP_SLOW_POLLS: &str = "perennial_http_slow_polls_total";
 /// Counter: handlers that panicked.
 pub const HTTP_PANICS: &str = "perennial_http_panics_total";
-/// Counter by `listener`, `reason`: connections whose first bytes, or requests whose head could not be served, by
-/// [`ConnectionRefusal`].
+/// Counter by `listener`, `reason`: connections whose first bytes, or requests whose head, could not be served. The
+/// reasons are those of [`ConnectionRefusal`].
 pub const HTTP_REFUSED: &str = "perennial_http_refused_total";
 
-/// Why the host ends connections.
+/// Reasons for which the host ends or refuses connections.
 const CUTS: [&str; 13] = [
     "address limit",
     "body idle",
@@ -53,19 +53,19 @@ const CUTS: [&str; 13] = [
     "write timeout",
 ];
 
-/// Describes them to the recorder.
+/// Describes all metrics to the recorder, and starts the counters whose labels are known at 0.
 pub fn describe() {
     describe_counter!(HTTP_REQUESTS, Unit::Count, "requests answered, by route, method and status");
     describe_histogram!(HTTP_DURATION, Unit::Seconds, "request head to last byte of the response, by route");
     describe_gauge!(HTTP_IN_FLIGHT, Unit::Count, "requests between head and last byte");
-    describe_gauge!(HTTP_AT_LIMIT, Unit::Count, "1 while as many connections are open as may be");
+    describe_gauge!(HTTP_AT_LIMIT, Unit::Count, "1 while the connection limit is reached");
     describe_gauge!(HTTP_CONNECTIONS, Unit::Count, "open connections");
     describe_counter!(
         HTTP_CONNECTIONS_CUT,
         Unit::Count,
         "connections ended or refused by the host, by reason"
     );
-    describe_counter!(HTTP_SHED, Unit::Count, "requests sent away because too many ran");
+    describe_counter!(HTTP_SHED, Unit::Count, "requests refused because too many were running");
     describe_counter!(HTTP_SLOW_POLLS, Unit::Count, "polls of a handler that kept their thread for too long");
     describe_counter!(HTTP_PANICS, Unit::Count, "handlers that panicked");
     describe_counter!(
@@ -79,7 +79,7 @@ pub fn describe() {
     }
 }
 
-/// The metrics of a listener's requests. What the recorder finds by labels is looked up once.
+/// The metrics of a listener's requests. The recorder is asked for each set of labels only once.
 pub(crate) struct Requests {
     listener: &'static str,
     in_flight: Gauge,
@@ -105,12 +105,12 @@ impl Requests {
         Self { listener, in_flight, routes: RwLock::default() }
     }
 
-    /// One more that runs.
+    /// Counts a request as running until the returned guard drops.
     pub(crate) fn count(&self) -> Counted {
         Counted::new(self.in_flight.clone())
     }
 
-    /// One that was answered.
+    /// Records a request that has ended.
     pub(crate) fn ended(&self, route: &str, method: &'static str, status: u16, took: Duration) {
         let record = |(requests, duration): &(Counter, Histogram)| {
             requests.increment(1);
@@ -135,39 +135,39 @@ impl Requests {
         routes.entry(route.into()).or_default().0.insert((method, status), new);
     }
 
-    /// One that was sent away at once.
+    /// Records a request that was refused at once.
     pub(crate) fn shed(&self, method: &'static str) {
         self.ended("shed", method, 503, Duration::ZERO);
         counter!(HTTP_SHED, "listener" => self.listener).increment(1);
     }
 }
 
-/// One connection, or one request head, that could not be served.
+/// Records a connection or a request head that could not be served.
 pub(crate) fn refused(listener: &'static str, refusal: ConnectionRefusal) {
     counter!(HTTP_REFUSED, "listener" => listener, "reason" => refusal.as_str()).increment(1);
 }
 
-/// One poll of a handler that took too long.
+/// Records a poll of a handler that took too long.
 pub(crate) fn slow_poll(route: &str) {
     counter!(HTTP_SLOW_POLLS, "route" => route.to_owned()).increment(1);
 }
 
-/// The gauge of connections of a listener.
+/// Returns the gauge of a listener's connections.
 pub(crate) fn connections(listener: &'static str) -> Gauge {
     gauge!(HTTP_CONNECTIONS, "listener" => listener)
 }
 
-/// One handler that panicked.
+/// Records a handler that panicked.
 pub(crate) fn handler_panicked() {
     counter!(HTTP_PANICS).increment(1);
 }
 
-/// One connection that the host ended or refused.
+/// Records a connection that the host ended or refused.
 pub(crate) fn connection_cut(reason: &'static str) {
     counter!(HTTP_CONNECTIONS_CUT, "reason" => reason).increment(1);
 }
 
-/// Whether as many connections are open as may be.
+/// Records whether the connection limit of a listener is reached.
 pub(crate) fn at_limit(listener: &'static str, reached: bool) {
     gauge!(HTTP_AT_LIMIT, "listener" => listener).set(f64::from(u8::from(reached)));
 }

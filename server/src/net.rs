@@ -1,18 +1,18 @@
-//! Sockets: where to listen, who may connect, how many, and for how long.
+//! Sockets: addresses, access, connection limits and deadlines.
 //!
 //! ```text
 //! listen.rs       addresses as settings
 //! bind.rs         open sockets, or take over those of a predecessor
-//! accept.rs       one task a connection, the limits, the backlog at the end
-//!   proxy.rs        whom a proxy speaks for
-//!   tls.rs          handshake, ALPN, certificates that are renewed
-//!   connection.rs   one connection: what it does, since when, and its end
-//!   socket.rs       its bytes
-//!   watch.rs        all of them: every deadline, by one task that looks around
-//!   refusals.rs     what could not be served at all: counted, and told to the log
+//! accept.rs       one task per connection, the limits, the backlog at shutdown
+//!   proxy.rs        the client that a proxy forwards for
+//!   tls.rs          handshake, ALPN, certificate renewal
+//!   connection.rs   one connection: its phase, since when, and its end
+//!   socket.rs       the bytes of a connection
+//!   watch.rs        all connections: one task that checks every deadline
+//!   refusals.rs     connections that could not be served: counted and logged
 //! ```
 //!
-//! What is spoken on a connection is a `Protocol`: HTTP in [`crate::http`], anything in [`crate::tcp`].
+//! A connection is served by a `Protocol`: HTTP in [`crate::http`], any other in [`crate::tcp`].
 
 mod accept;
 mod bind;
@@ -46,39 +46,40 @@ pub use refusal::ConnectionRefusal;
 use socket::{Peek, Socket};
 pub use watch::{ConnectionView, Connections, network};
 
-/// Where to listen, and what one client may take.
+/// Settings of a listener: addresses, access, limits and deadlines.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What the listener is called in metrics: `public`, `admin`.
+    /// Name of the listener in metrics: `public`, `admin`.
     pub name: &'static str,
-    /// Where to listen.
+    /// Addresses to listen on.
     pub listen: Vec<Listen>,
-    /// Who may connect to the Unix sockets that are made here.
+    /// Permissions of the Unix sockets that this process creates.
     pub unix: UnixAccess,
     /// Certificate and key, needed by `https` addresses.
     pub tls: Option<tls::Config>,
     /// Whether other processes may listen on the same addresses (`SO_REUSEPORT`).
     pub reuse_port: bool,
-    /// How many connections may be open at once.
+    /// Maximum number of open connections.
     pub max_connections: usize,
-    /// How many of them from one address; 0 is no limit. Trusted proxies have none.
+    /// Maximum number of open connections from one address; 0 means no limit. Trusted proxies have no limit.
     pub max_per_address: usize,
-    /// What happens to one more than `max_connections`.
+    /// How a connection over `max_connections` is handled.
     pub at_limit: AtLimit,
     /// Whether a proxy in `trusted_proxies` begins each connection with a PROXY protocol header, version 2.
     pub proxy_protocol: bool,
-    /// Networks whose word on who the client is counts.
+    /// Networks of the proxies whose statements about the client's address are believed.
     pub trusted_proxies: Arc<[IpNet]>,
-    /// The header that they say it in.
+    /// Header in which trusted proxies name the client.
     pub forwarded_header: ForwardedHeader,
-    /// How long a connection may take for what.
+    /// Time limits of a connection.
     pub timeouts: Timeouts,
-    /// When memory is nearly used up, nothing new is accepted, and what has not shown who it is has to hurry.
+    /// Memory pressure. While memory is nearly used up, connections are accepted slowly, and a client that has not
+    /// identified itself gets a short deadline.
     pub pressure: Pressure,
 }
 
 impl Config {
-    /// The defaults, for a listener called `name`.
+    /// Returns the defaults for a listener called `name`.
     pub fn new(name: &'static str, listen: Vec<Listen>) -> Self {
         let seconds = Duration::from_secs;
         Self {
@@ -105,49 +106,49 @@ impl Config {
     }
 }
 
-/// Who may connect to a Unix socket: whoever may write to its file.
+/// Permissions of a Unix socket's file. A client may connect when it may write to the file.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct UnixAccess {
-    /// The mode of the file; as the process's umask says, without.
+    /// Mode of the file; `None` leaves it to the umask of the process.
     pub mode: Option<u32>,
-    /// The group that it belongs to.
+    /// Id of the group that the file belongs to; `None` leaves it to the system.
     pub group: Option<u32>,
 }
 
-/// How long a connection may take for what.
+/// Time limits of a connection.
 #[derive(Clone, Copy, Debug)]
 pub struct Timeouts {
-    /// Until the first request may begin: a PROXY header, TLS, the first byte, an HTTP/2 preface.
+    /// Time until the first request may begin: a PROXY header, TLS, the first byte, an HTTP/2 preface.
     pub handshake: Duration,
-    /// For a request head, from its first byte.
+    /// Time for a request head, from its first byte.
     pub head: Duration,
-    /// Between two requests.
+    /// Time between two requests; on raw TCP, time without a byte in either direction.
     pub idle: Duration,
-    /// Without taking any of the bytes that are there for it.
+    /// Time in which the client takes none of the bytes that wait for it.
     pub write: Duration,
-    /// From its beginning, give or take a tenth, until it is asked to end; zero is for ever.
+    /// Age, plus or minus a tenth, at which the connection is asked to end; zero means never.
     pub age: Duration,
 }
 
-/// What is spoken on connections.
+/// A protocol that is spoken on connections.
 pub(crate) trait Protocol: Clone + Send + Sync + 'static {
-    /// Serves a connection whose first bytes are still in the socket, to its end.
+    /// Serves a connection to its end. Its first bytes are still in the socket.
     fn plain<S: Peek>(&self, socket: Socket<S>) -> impl Future<Output = ()> + Send;
 
-    /// Serves a connection after the handshake, to its end.
+    /// Serves a connection to its end, after the TLS handshake.
     fn secure<S: Peek>(&self, stream: Box<TlsStream<Socket<S>>>) -> impl Future<Output = ()> + Send;
 
-    /// What is said to a client that is turned away at the limit.
+    /// Answer to a client that is turned away at the connection limit.
     fn refusal(&self) -> &'static [u8];
 
-    /// What is said to a client that speaks this protocol without TLS on a port with TLS; empty when that cannot be told.
+    /// Answer to a client that speaks this protocol without TLS on a port with TLS; empty when the protocol has none.
     fn wants_tls(&self) -> &'static [u8];
 
     /// Returns true when these are the first bytes of a client that speaks this protocol without TLS.
     fn is_plain(&self, first: &[u8]) -> bool;
 }
 
-/// How often the files of a certificate are looked at.
+/// Interval at which the certificate files are checked for changes.
 const RENEW_EVERY: Duration = Duration::from_secs(10);
 
 /// Serves all sockets until the drain has begun and every connection has ended.
@@ -167,7 +168,7 @@ pub(crate) async fn serve<P: Protocol>(bound: Bound, protocol: P, drain: &Drain)
     });
     let ended = async {
         futures_util::future::join_all(loops).await;
-        // Those that were upgraded are in nobody's loop.
+        // Upgraded connections outlive the tasks of the accept loops.
         connections.emptied().await;
     };
     let renewed = async {
@@ -186,7 +187,7 @@ pub(crate) async fn serve<P: Protocol>(bound: Bound, protocol: P, drain: &Drain)
 }
 
 impl Sockets {
-    /// Reads the certificate again if its files have changed. One that cannot be used changes nothing.
+    /// Reads the certificate again if its files have changed. If the new one cannot be used, the old one stays.
     pub fn renew_certificate(&self) {
         match self.identity().map(tls::Identity::refresh) {
             Some(Ok(true)) => info!("the certificate was read again, for new connections"),

@@ -1,8 +1,8 @@
-//! Protocols beside HTTP: a handler gets the bytes, the host keeps the rest of its promises.
+//! Protocols other than HTTP: a handler gets the bytes, and the host does everything else.
 //!
-//! Limits, counts, TLS, the PROXY protocol, the deadlines for opening, for silence and for a client that takes
-//! nothing, and the drain are those of [`crate::net`]. What is different: some servers speak first, so that
-//! nothing is expected of a client when it has connected.
+//! Limits, counts, TLS, the PROXY protocol, the deadlines (for opening, for silence and for a client that takes no
+//! bytes) and the drain are those of [`crate::net`]. One thing differs from HTTP: some servers speak first, so a client
+//! that has connected is not expected to send anything.
 
 use std::convert::Infallible;
 use std::io;
@@ -19,15 +19,15 @@ use crate::net::socket::{Peek, Socket};
 use crate::net::{self, BindError, Connection, Connections, Inherited, Protocol, Sockets};
 use perennial_runtime::drain::Drain;
 
-/// What is spoken on the connections of a [`Server`].
+/// The protocol that is spoken on the connections of a [`Server`].
 pub trait TcpHandler: Send + Sync + 'static {
     /// Serves one connection to its end.
     ///
-    /// When `drain` says soft, no further conversation should be begun; at hard, and when the connection has been
-    /// silent for too long, reading and writing are errors.
+    /// When `drain` reaches the soft phase, the handler should begin no further conversation. In the hard phase, and
+    /// after the connection was silent for too long, reads and writes fail.
     ///
     /// # Errors
-    /// Whatever reading and writing said: it is logged for debugging.
+    /// Any error of a read or a write; it is logged at debug level.
     fn serve(&self, stream: Stream, drain: Drain) -> impl Future<Output = io::Result<()>> + Send;
 }
 
@@ -89,22 +89,22 @@ impl Server {
     /// Opens the sockets, or takes those of `inherited` that have the same addresses.
     ///
     /// # Errors
-    /// When an address cannot be had, or TLS lacks a usable certificate.
+    /// When an address cannot be bound, or TLS lacks a usable certificate.
     pub async fn bind(config: net::Config, inherited: &Inherited) -> Result<Self, BindError> {
         Ok(Self(net::bind(config, inherited).await?))
     }
 
-    /// The addresses in use, in the form in which they are written in settings.
+    /// Returns the addresses in use, in the form that the settings have.
     pub fn addresses(&self) -> Vec<String> {
         self.0.addresses()
     }
 
-    /// Its connections.
+    /// Returns a handle to the server's connections.
     pub fn connections(&self) -> Connections {
         self.0.connections()
     }
 
-    /// Its sockets, to be handed over, and the certificate, to be read anew.
+    /// Returns a handle to the server's sockets, to hand them over, and to the certificate, to read it again.
     pub fn sockets(&self) -> Sockets {
         self.0.sockets()
     }
@@ -112,7 +112,7 @@ impl Server {
     /// Serves until the drain has begun and every connection has ended.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; the return type is that of a task.
     pub async fn run<H: TcpHandler>(self, handler: H, drain: Drain) -> Result<(), Infallible> {
         let protocol = Tcp { handler: Arc::new(handler), drain: drain.clone() };
         net::serve(self.0, protocol, &drain).await;

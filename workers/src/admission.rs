@@ -1,4 +1,4 @@
-//! Who may still enqueue: a queue that grows until something dies is none.
+//! Admission: bounds on how much may wait in a queue, so that a queue never grows until a process fails.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,20 +7,21 @@ use parking_lot::Mutex;
 
 use crate::queue::{Depth, Error, NewJob, Result};
 
-/// How much may wait in one queue.
+/// Bounds of one queue. A queue that has reached either is full.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Bounds {
-    /// So many jobs,
+    /// Number of jobs.
     pub jobs: u64,
-    /// or so many bytes of payloads.
+    /// Length of all payloads, in bytes.
     pub bytes: u64,
 }
 
-/// Knows how full the queues are: as they were counted last, and what was added here since. A cheap handle.
+/// Knows how full the queues are, from their last count and the jobs that were added here since. A cheap
+/// handle.
 ///
-/// Several processes may together go over a bound by what they add between two counts. Work in progress, such
-/// as retries and what a job enqueues in the course of its own, is not asked for admission: refusing it would
-/// lose what was accepted.
+/// Several processes together may exceed a bound by the jobs that they add between two counts. Work in
+/// progress, such as retries and jobs that a job enqueues during its run, needs no admission: refusing it
+/// would lose accepted work.
 #[derive(Clone, Debug)]
 pub struct Admission {
     bounds: Bounds,
@@ -34,7 +35,7 @@ struct Fill {
     added: Added,
 }
 
-/// What was added here, ever.
+/// Jobs and bytes that were ever added here.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Added {
     jobs: u64,
@@ -42,15 +43,15 @@ pub struct Added {
 }
 
 impl Admission {
-    /// Nothing waits yet.
+    /// Creates an admission for queues that are empty.
     pub fn new(bounds: Bounds) -> Self {
         Self { bounds, queues: Arc::default() }
     }
 
-    /// Whether these jobs may be enqueued. If so, they count from now on.
+    /// Checks whether these jobs may be enqueued. If so, they count from now on.
     ///
     /// # Errors
-    /// [`Error::Full`] names the queue; nothing was counted.
+    /// [`Error::Full`] names the queue; no job was counted.
     pub fn admit(&self, jobs: &[NewJob]) -> Result<()> {
         let mut queues = self.queues.lock();
         for job in jobs {
@@ -75,13 +76,14 @@ impl Admission {
         Ok(())
     }
 
-    /// What was added here so far: to be asked before counting.
+    /// Returns the jobs that were added here so far. Call it before the queue is counted.
     pub(crate) fn added(&self, queue: &str) -> Added {
         let queues = self.queues.lock();
         queues.get(queue).map(|fill| fill.added).unwrap_or_default()
     }
 
-    /// A queue was counted. What was added since then may or may not be among it, and is counted on top.
+    /// Takes over a count of a queue. Jobs that were added since `before` may or may not be in the count, and
+    /// are counted on top.
     pub(crate) fn measured(&self, queue: &Arc<str>, depth: Depth, before: Added) {
         let mut queues = self.queues.lock();
         let fill = queues.entry(Arc::clone(queue)).or_default();

@@ -1,4 +1,4 @@
-//! A job is a type.
+//! Jobs as types: a kind, options, a payload, and a `run` with its outcomes.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -19,40 +19,41 @@ use crate::lease::Lease;
 use crate::queue::{self, Held, NewJob, Progress};
 use crate::state::{Attempts, Budget};
 
-/// Work that can be written down, and done later, by whoever has it in hand.
+/// Work that is stored as its payload, and run later by any worker.
 ///
-/// It runs at least once: what it does must bear being done again, or be fenced by [`Context::epoch`].
+/// A job runs at least once: its effects must tolerate a second run, or be fenced by [`Context::epoch`].
 pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
-    /// Its name in the store: `push.deliver`. Never changed once jobs of it may exist.
+    /// Name of the kind in the store, such as `push.deliver`. It must not change once jobs of the kind may
+    /// exist.
     const KIND: &'static str;
 
-    /// What it needs to run: handles, made once at boot.
+    /// Handles that a run needs. They are made once, at boot.
     type Tools: Clone + Send + Sync + 'static;
 
-    /// What it is about, for those who read logs: the id of a notification, say.
+    /// Returns the subject of the job for the log, such as the id of a notification.
     fn subject(&self) -> Option<String> {
         None
     }
 
-    /// How it is queued and how much may go wrong.
+    /// Returns the queue, the priority, the limits and the budget of this kind.
     fn options() -> Options {
         Options::default()
     }
 
-    /// Under which key no second one is wanted, and for how long.
+    /// Returns the unique key of the job, if it has one, and how long the key is taken.
     fn unique(&self) -> Option<Unique> {
         None
     }
 
-    /// Does the work. An error is a failure, to be tried again as the options say.
+    /// Runs the job. An error is a failure, after which the job is tried again as its options say.
     fn run(
         &self,
         context: Context,
         tools: Self::Tools,
     ) -> impl Future<Output = anyhow::Result<JobOutcome>> + Send;
 
-    /// Called before the job is given up for dead, so that whoever waits for it can be told, within five
-    /// seconds. An error leaves the job as it is, to be given up again later.
+    /// Called before the job becomes dead, so that it can report its end within five seconds. After an error
+    /// the job stays as it is, and is given up again later.
     fn give_up(
         &self,
         _context: Context,
@@ -63,60 +64,61 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
     }
 }
 
-/// How a run ended, when it did not fail by an error.
+/// Outcome of a run that returned no error.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum JobOutcome {
-    /// It did what it had to.
+    /// The job is done.
     Done,
-    /// There was nothing to do, for this reason. Counted apart from what was done.
+    /// There was nothing to do, for this reason. Skipped runs are counted apart from done ones.
     Skipped(String),
-    /// It wants to run again after this long; that is no failure.
+    /// The job runs again after this wait. This is no failure.
     Snooze(Duration),
-    /// It failed, and knows when to try again: what `Retry-After` is for.
+    /// The run failed, and the job knows when to try again, for example from `Retry-After`.
     Retry {
-        /// After this long, instead of its backoff.
+        /// Wait before the next run, instead of the backoff.
         after: Duration,
-        /// What was wrong.
+        /// Reason of the failure.
         reason: String,
     },
-    /// It must not go on: it ends without being dead.
+    /// The job must not go on, for this reason. It ends as cancelled and not as dead.
     Cancel(String),
-    /// It can never succeed: it ends at once, whatever attempts are left.
+    /// The job can never succeed, for this reason. It ends at once, however many attempts are left.
     Dead(String),
-    /// It was told to stop, and what is left should be done by another.
+    /// The run was told to stop, and another worker should do the rest.
     HandBack,
 }
 
-/// How a kind of job is queued and how much may go wrong.
+/// Queue, priority, limits and budget of a kind of job.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
-    /// The queue that its jobs wait in.
+    /// Queue that jobs of the kind wait in.
     pub queue: &'static str,
-    /// Lower goes first within a queue.
+    /// Priority within the queue: a lower number goes first.
     pub priority: i16,
-    /// How long one run may take.
+    /// Longest time that one run may take.
     pub timeout: Duration,
-    /// How much may go wrong, and how long to wait after a failure.
+    /// Budget for failures and crashes, with the backoff after a failure.
     pub budget: Budget,
-    /// How many run at once in a process, if that is not for the queue's slots to say. Such a kind waits in a
-    /// lane of its own: it never keeps others of its queue waiting.
+    /// Highest number of jobs of the kind that run at once in a process; `None` leaves it to the slots of the
+    /// queue. A kind with this limit waits in a queue of its own, so that it never blocks other kinds.
     pub concurrency: Option<usize>,
-    /// How many may start in a while, in a process. Such a kind has a lane of its own, too.
+    /// Highest rate at which jobs of the kind start in a process. A kind with this limit has a queue of its
+    /// own, too.
     pub rate: Option<Rate>,
-    /// Whether strangers with a key may enqueue it by `POST /jobs/{kind}`.
+    /// True if clients with a key may enqueue the kind by `POST /jobs/{kind}`.
     pub public: bool,
 }
 
-/// So many in so long, evenly.
+/// A number of starts in a period, evenly spread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rate {
-    /// How many may start,
+    /// Number of jobs that may start in one period.
     pub jobs: u32,
-    /// in this time.
+    /// Length of the period.
     pub per: Duration,
 }
 
-/// The queue of jobs that name none.
+/// Queue of jobs whose options name none.
 pub const DEFAULT_QUEUE: &str = "default";
 
 impl Default for Options {
@@ -139,7 +141,7 @@ impl Default for Options {
 }
 
 impl Options {
-    /// The queue that jobs of this kind wait in: its own lane `queue/kind` when it has limits of its own.
+    /// Returns the queue that jobs of this kind wait in: `queue/kind` for a kind with limits of its own.
     pub fn lane(&self, kind: &str) -> Cow<'static, str> {
         if self.concurrency.is_some() || self.rate.is_some() {
             format!("{}/{kind}", self.queue).into()
@@ -154,39 +156,41 @@ impl Options {
 pub struct Unique {
     /// The key, within the kind.
     pub key: String,
-    /// For how long it is taken.
+    /// How long the key is taken.
     pub until: UniqueUntil,
 }
 
-/// For how long a unique key is taken.
+/// How long a unique key is taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum UniqueUntil {
-    /// Until the job is claimed for the first time: what changes while it runs is worth another job.
+    /// The key is taken until the job is claimed for the first time: a change during the run is worth another
+    /// job.
     Started,
-    /// Until the job has ended.
+    /// The key is taken until the job has ended.
     Ended,
-    /// For so long, whatever becomes of the job.
+    /// The key is taken for this long, whatever becomes of the job.
     Window(Duration),
 }
 
-/// What a run knows about itself. A cheap handle.
+/// Context of one run: its claim, its lease and its deadline. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Context {
-    /// The job's id.
+    /// Id of the job.
     pub id: Uuid,
-    /// Raised by every claim: rows that are written under a job carry it, so that an earlier run that wakes
-    /// up late can change nothing.
+    /// Epoch of the claim. Rows that the job writes carry it, so that an earlier run that wakes up late
+    /// changes nothing.
     pub epoch: i64,
-    /// What has gone wrong in earlier runs.
+    /// Failures and crashes of earlier runs.
     pub spent: Attempts,
-    /// When this run counts as failed.
+    /// Instant after which the run counts as failed.
     pub deadline: Instant,
-    /// Cancelled when the run should stop soon and hand back, when somebody cancelled the job, or when it has
+    /// Cancelled when the run should stop soon and hand back, when the job was cancelled, or when the run has
     /// lost its lease.
     pub cancel: CancellationToken,
-    /// The right to go on.
+    /// Lease of the claim: the right to go on.
     pub lease: Lease,
-    /// What joins the job to whatever enqueued it: a W3C `traceparent`, or a request's id.
+    /// Trace that joins the job to its origin: a W3C `traceparent`, the id of a request, or an occurrence of
+    /// a schedule.
     pub trace: Option<Arc<str>>,
     pub(crate) queue: Arc<str>,
     pub(crate) saved: Option<Arc<str>>,
@@ -194,7 +198,7 @@ pub struct Context {
     pub(crate) recorder: Arc<dyn Recorder>,
 }
 
-/// How far a run has come.
+/// Progress of a run, shared with the task that renews its lease.
 #[derive(Debug, Default)]
 pub(crate) struct Advance {
     advanced: AtomicBool,
@@ -220,35 +224,35 @@ pub(crate) trait Recorder: Send + Sync + fmt::Debug {
 
 pub(crate) type Recording<'a> = Pin<Box<dyn Future<Output = queue::Result<bool>> + Send + 'a>>;
 
-/// The run must not go on.
+/// Why a run must not go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Stopped {
-    /// It was asked to stop.
+    /// The run was asked to stop.
     #[error("the run was asked to stop")]
     Cancelled,
-    /// Another worker may have taken the job.
-    #[error("the lease has lapsed")]
+    /// The lease has expired: another worker may have taken the job.
+    #[error("the lease has expired")]
     Lapsed,
 }
 
 impl Context {
-    /// The queue that it waited in.
+    /// Returns the queue that the job waited in.
     pub fn queue(&self) -> &str {
         &self.queue
     }
 
-    /// For which time of which schedule it was enqueued; none if something else did it. Jobs that follow from such
-    /// a one know it, too.
+    /// Returns the occurrence of the schedule that enqueued the job; `None` if no schedule did. Jobs that
+    /// follow from such a job return it, too.
     pub fn occurrence(&self) -> Option<Occurrence> {
         Occurrence::of_trace(self.trace.as_deref()?)
     }
 
-    /// Which attempt this is: 1 is the first. Snoozes and hand-backs are none.
+    /// Returns the number of this attempt, from 1. Snoozes and hand-backs do not count.
     pub fn attempt(&self) -> u32 {
         self.spent.failures + self.spent.recoveries + 1
     }
 
-    /// To be asked before each side effect.
+    /// Checks whether the run may go on. Call it before each side effect.
     ///
     /// # Errors
     /// When there must be no further side effect.
@@ -262,19 +266,19 @@ impl Context {
         }
     }
 
-    /// What the last [`Context::save`] of an earlier run wrote.
+    /// Returns the checkpoint that the last [`Context::save`] of an earlier run wrote.
     ///
     /// # Errors
-    /// When it does not fit the type.
+    /// When the checkpoint does not fit the type.
     pub fn saved<T: DeserializeOwned>(&self) -> Result<Option<T>, serde_json::Error> {
         self.saved.as_deref().map(serde_json::from_str).transpose()
     }
 
-    /// Writes down how far the run has come, for a later one that must go on from there. What went wrong
-    /// before is forgiven: the job gets on.
+    /// Writes a checkpoint from which a later run goes on. It also resets the failures and crashes of the
+    /// job, since the job makes progress.
     ///
     /// # Errors
-    /// [`Stopped::Lapsed`] when the job is in other hands by now, and when the store fails.
+    /// [`Stopped::Lapsed`] when the claim is not held any more, and when the store fails.
     pub async fn save<T: Serialize + Sync>(&self, checkpoint: &T) -> anyhow::Result<()> {
         let held = Held { id: self.id, epoch: self.epoch };
         let checkpoint = serde_json::to_string(checkpoint)?;
@@ -285,19 +289,19 @@ impl Context {
         Ok(())
     }
 
-    /// Says that this run gets on, whatever becomes of it: failures and crashes are counted anew. For jobs
-    /// that write their checkpoints into tables of their own.
+    /// Says that this run makes progress, however it ends: failures and crashes are counted anew. It is for
+    /// jobs that write their checkpoints into tables of their own.
     pub fn advanced(&self) {
         self.advance.advanced.store(true, Ordering::Release);
     }
 
-    /// Says how far the run has come, for those who look. It is written down with the next renewal.
+    /// Sets the progress of the run, for operators. It is stored with the next renewal of the lease.
     pub fn progress(&self, done: u64, total: u64) {
         self.advance.done.store(done, Ordering::Release);
         self.advance.total.store(total, Ordering::Release);
     }
 
-    /// A job that follows from this one, and carries its trace.
+    /// Creates a job that follows from this one and carries its trace.
     ///
     /// # Errors
     /// When the payload cannot be written: see [`NewJob::new`].

@@ -1,4 +1,4 @@
-//! The jobs of a process, as applications and operators have them in hand.
+//! The handle through which applications and operators use the jobs of a process.
 
 use perennial_store::pool::sql::{self, Tx};
 use uuid::Uuid;
@@ -9,7 +9,7 @@ use crate::outbox;
 use crate::queue::{NewJob, Queue, Result};
 use crate::store::{JobStore, postgres, sqlite};
 
-/// Enqueues, and asks the books. A cheap handle.
+/// Enqueues jobs, and acts on them for operators. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Jobs {
     store: JobStore,
@@ -17,17 +17,17 @@ pub struct Jobs {
 }
 
 impl Jobs {
-    /// The jobs of a store, as many as are admitted.
+    /// Creates a handle to the jobs in `store`. `admission` bounds how many may wait.
     pub fn new(store: JobStore, admission: Admission) -> Self {
         Self { store, admission }
     }
 
-    /// The store.
+    /// Returns the store.
     pub fn store(&self) -> &JobStore {
         &self.store
     }
 
-    /// Who may still enqueue.
+    /// Returns the admission, which refuses jobs for full queues.
     pub fn admission(&self) -> &Admission {
         &self.admission
     }
@@ -50,9 +50,10 @@ impl Jobs {
         self.store.enqueue(jobs).await
     }
 
-    /// Adds jobs within a transaction of the caller's, so that they exist if and only if the rows do that they
-    /// are about. Where jobs are kept in the same store they are there with the commit; else they are in its
-    /// outbox, and are passed on from there. Nobody is asked for admission: see [`Jobs::admission`].
+    /// Adds jobs within a transaction of the caller, so that the jobs exist if and only if the rows of that
+    /// transaction do. If jobs are kept in the same store, they exist with the commit. Otherwise the outbox
+    /// of that store keeps them, and publishes them after the commit. Admission is not checked: see
+    /// [`Jobs::admission`].
     ///
     /// # Errors
     /// When the store refuses.
@@ -75,15 +76,15 @@ impl Jobs {
         outbox::insert(tx, jobs).await
     }
 
-    /// To be called after the commit of a transaction that added jobs to these queues.
+    /// Wakes these queues. Call it after the commit of a transaction that added jobs to them.
     pub fn wake<'a>(&self, queues: impl IntoIterator<Item = &'a str>) {
         self.store.committed(&queues.into_iter().collect());
     }
 
-    /// Gives jobs that have ended another life, and returns how many.
+    /// Revives jobs that have ended, and returns how many.
     ///
     /// # Errors
-    /// When the store fails: some may have been revived.
+    /// When the store fails: some jobs may have been revived.
     pub async fn retry(&self, filter: &JobFilter) -> Result<usize> {
         let mut all = 0;
         loop {
@@ -98,7 +99,7 @@ impl Jobs {
     /// Deletes jobs that have ended, and returns how many.
     ///
     /// # Errors
-    /// When the store fails: some may have been deleted.
+    /// When the store fails: some jobs may have been deleted.
     pub async fn discard(&self, filter: &JobFilter) -> Result<usize> {
         let mut all = 0;
         loop {
@@ -110,7 +111,7 @@ impl Jobs {
         }
     }
 
-    /// Ends a job that has not ended.
+    /// Cancels a job that has not ended.
     ///
     /// # Errors
     /// When the store fails.

@@ -1,7 +1,7 @@
-//! The right to work on a job, for a while.
+//! Leases: the right to work on a job for a while.
 //!
-//! It is measured by `CLOCK_BOOTTIME`, which goes on while the process is stopped and while the machine is
-//! suspended: whoever wakes up late finds the lease lapsed before doing anything with it.
+//! A lease is measured by `CLOCK_BOOTTIME`, which goes on while the process is stopped and while the machine is
+//! suspended: a process that wakes up late finds its leases expired before it does anything under them.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -9,12 +9,12 @@ use std::time::Duration;
 
 use rustix::time::{ClockId, clock_gettime};
 
-/// A point in time by a clock that never stops and never steps, since the machine was started.
+/// Time since the machine was started, by a clock that never stops and never steps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct BootTime(Duration);
 
 impl BootTime {
-    /// The time now.
+    /// Returns the time now.
     pub fn now() -> Self {
         let now = clock_gettime(ClockId::Boottime);
         let seconds = u64::try_from(now.tv_sec).unwrap_or_default();
@@ -22,13 +22,13 @@ impl BootTime {
         Self(Duration::new(seconds, nanos))
     }
 
-    /// This long after it.
+    /// Returns the time `wait` after this one.
     #[must_use]
     pub fn after(self, wait: Duration) -> Self {
         Self(self.0 + wait)
     }
 
-    /// In milliseconds.
+    /// Returns the time in milliseconds.
     pub fn millis(self) -> i64 {
         i64::try_from(self.0.as_millis()).unwrap_or(i64::MAX)
     }
@@ -43,22 +43,22 @@ impl BootTime {
 pub struct Lease(Arc<AtomicU64>);
 
 impl Lease {
-    /// A lease that ends at `end`.
+    /// Creates a lease that ends at `end`.
     pub fn until(end: BootTime) -> Self {
         Self(Arc::new(AtomicU64::new(end.nanos())))
     }
 
-    /// It now ends at `end`, if that is later.
+    /// Extends the lease to `end`, if that is later than its end.
     pub fn extend(&self, end: BootTime) {
         self.0.fetch_max(end.nanos(), Ordering::AcqRel);
     }
 
-    /// Whether it has not ended at `now`.
+    /// Returns true if the lease has not ended at `now`.
     pub fn is_held_at(&self, now: BootTime) -> bool {
         now.nanos() < self.0.load(Ordering::Acquire)
     }
 
-    /// Whether it has not ended yet.
+    /// Returns true if the lease has not ended yet.
     pub fn is_held(&self) -> bool {
         self.is_held_at(BootTime::now())
     }

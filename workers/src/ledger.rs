@@ -1,4 +1,4 @@
-//! What operators ask of a store of jobs: look, and act on what has ended or must not go on.
+//! The job admin: what operators do with the jobs of a store.
 
 use std::future::Future;
 use std::time::Duration;
@@ -11,86 +11,87 @@ use uuid::Uuid;
 use crate::queue::{Failure, Progress, Result};
 use crate::state::State;
 
-/// How many jobs one step of [`JobAdmin::retry`], [`JobAdmin::discard`] and [`JobAdmin::prune`] takes.
+/// Highest number of jobs that one step of [`JobAdmin::retry`], [`JobAdmin::discard`] and [`JobAdmin::prune`]
+/// takes.
 pub const STEP: usize = 500;
 
-/// Which jobs. What is not named is not asked for; nothing at all means every job.
+/// Filter for jobs. A field that is `None` matches every job.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct JobFilter {
-    /// This one.
+    /// Matches the job with this id.
     pub id: Option<Uuid>,
-    /// Of this kind.
+    /// Matches jobs of this kind.
     pub kind: Option<String>,
-    /// In this queue.
+    /// Matches jobs in this queue.
     pub queue: Option<String>,
-    /// In this state.
+    /// Matches jobs in this state.
     pub state: Option<State>,
-    /// Whose reason for having ended contains this text.
+    /// Matches jobs whose reason for having ended contains this text.
     pub reason: Option<String>,
 }
 
 /// A job as operators see it.
 #[derive(Clone, Debug, Serialize)]
 pub struct JobView {
-    /// Its id.
+    /// Id of the job.
     pub id: Uuid,
-    /// Its kind.
+    /// Name of the kind.
     pub kind: String,
-    /// Its queue.
+    /// Queue of the job.
     pub queue: String,
-    /// Where it stands.
+    /// State of the job.
     pub state: State,
-    /// Lower goes first.
+    /// Priority within the queue: a lower number goes first.
     pub priority: i16,
-    /// How often it was claimed, on stores that count by one: it only ever rises.
+    /// Epoch of the last claim, which only rises. On stores that count by one it is the number of claims.
     pub epoch: i64,
-    /// Runs that failed, in a row.
+    /// Number of runs that failed, in a row.
     pub failures: u32,
-    /// Workers that crashed.
+    /// Number of workers that crashed.
     pub recoveries: u32,
-    /// When it is due.
+    /// Time at which the job is due.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub run_at: Option<Timestamp>,
-    /// Who has it in hand.
+    /// Worker that has claimed the job.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub worker: Option<String>,
-    /// How far it has come, as it says.
+    /// Progress that the job reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// What joins it to whatever enqueued it.
+    /// Trace that joins the job to its origin.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace: Option<String>,
-    /// When it was enqueued.
+    /// Time at which the job was enqueued.
     pub created_at: Timestamp,
-    /// When it ended.
+    /// Time at which the job ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub ended_at: Option<Timestamp>,
-    /// Why it ended, or must not go on.
+    /// Reason why the job ended, or must not go on.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// Its last errors, the newest last.
+    /// Last errors of the job, the newest last.
     pub errors: Vec<Failure>,
-    /// What it is about. Left out of lists.
+    /// Payload of the job. Lists leave it out.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub payload: Option<Box<RawValue>>,
 }
 
-/// What came of asking that a job must not go on.
+/// Result of cancelling a job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Cancelled {
-    /// It had not begun, and never will.
+    /// The job had not begun, and never will.
     Now,
-    /// It runs, and is told with its worker's next renewal.
+    /// The job runs, and is told with its worker's next renewal.
     Soon,
     /// There is no such job, or it has ended.
     Never,
 }
 
-/// The books of a store of jobs. A cheap handle.
+/// The operations of a job store for operators. A cheap handle.
 pub trait JobAdmin: Clone + Send + Sync + 'static {
-    /// Jobs in the order of their ids, after `cursor`. Without payloads.
+    /// Returns jobs in the order of their ids, after `cursor` and without payloads.
     fn list(
         &self,
         filter: JobFilter,
@@ -98,29 +99,29 @@ pub trait JobAdmin: Clone + Send + Sync + 'static {
         limit: usize,
     ) -> impl Future<Output = Result<Vec<JobView>>> + Send;
 
-    /// One job with everything.
+    /// Returns one job with all fields; `None` if there is no such job.
     fn show(&self, id: Uuid) -> impl Future<Output = Result<Option<JobView>>> + Send;
 
-    /// Gives jobs that have ended another life, as if they were new, and returns how many: at most [`STEP`];
-    /// ask again until there are none. Their epochs rise on.
+    /// Revives jobs that have ended, as if they were new, and returns how many, at most [`STEP`]. Call it
+    /// again until no job is left. The epochs of the jobs rise further.
     fn retry(&self, filter: JobFilter) -> impl Future<Output = Result<usize>> + Send;
 
-    /// Deletes jobs that have ended, and returns how many: at most [`STEP`].
+    /// Deletes jobs that have ended, and returns how many, at most [`STEP`].
     fn discard(&self, filter: JobFilter) -> impl Future<Output = Result<usize>> + Send;
 
-    /// Ends a job that has not ended.
+    /// Cancels a job that has not ended.
     fn cancel(&self, id: Uuid, reason: String) -> impl Future<Output = Result<Cancelled>> + Send;
 
-    /// Lets no more jobs of a queue be claimed, or lets them again.
+    /// Pauses a queue, so that none of its jobs is claimed, or resumes it.
     fn pause(&self, queue: String, paused: bool) -> impl Future<Output = Result<()>> + Send;
 
-    /// The queues that are paused.
+    /// Returns the queues that are paused.
     fn paused(&self) -> impl Future<Output = Result<Vec<String>>> + Send;
 
-    /// How many jobs have ended in each queue and are kept.
+    /// Returns the number of ended jobs that each queue keeps.
     fn ended(&self) -> impl Future<Output = Result<Vec<(String, u64)>>> + Send;
 
-    /// Deletes what ended longer ago than this, and unique keys that nobody has any more; returns how many
-    /// jobs: at most [`STEP`].
+    /// Deletes jobs that ended longer ago than `older`, and unique keys whose window is over. Returns the
+    /// number of jobs, at most [`STEP`].
     fn prune(&self, older: Duration) -> impl Future<Output = Result<usize>> + Send;
 }

@@ -1,27 +1,28 @@
-//! Jobs that run beside requests, in the same process, and survive it.
+//! Jobs that run beside requests in the same process, and survive it.
 //!
-//! | module | what it is |
+//! | module | content |
 //! |---|---|
-//! | [`job`] | a job is a type: its kind, its options, its `run`, and the fates it may meet |
-//! | [`registry`] | the kinds that a process can run, and how many of each queue at once |
+//! | [`job`] | a job is a type: its kind, its options, its `run`, and the outcomes of a run |
+//! | [`registry`] | the kinds that a process can run, and the slots of each queue |
 //! | [`jobs`] | the handle of applications and operators |
-//! | [`state`] | a job's life as one pure function |
-//! | [`queue`] | what a store of jobs can do for those who enqueue and those who work |
-//! | [`ledger`] | what it can do for operators: look, retry, discard, cancel, pause |
+//! | [`state`] | the states of a job, as one pure function |
+//! | [`queue`] | the operations of a job store for enqueueing and for workers |
+//! | [`ledger`] | the job admin: list, retry, discard, cancel, pause |
 //! | [`store`] | the stores |
-//! | [`cron`] | schedules: jobs that are enqueued by the clock; [`schedules`] what a store can do for them |
-//! | [`outbox`] | jobs of a transaction in one store that are kept in another |
+//! | [`cron`] | schedules: jobs that are enqueued by the clock |
+//! | [`schedules`] | the operations of a job store for schedules |
+//! | [`outbox`] | jobs of a transaction in one store, published to another store |
 //! | [`worker`] | claim, run, renew, settle |
-//! | [`upkeep`] | take jobs from workers that died, count, forget |
-//! | [`admission`] | how much may wait |
-//! | [`limits`] | when a process has done enough |
-//! | [`lease`] | the right to work on a job, by a clock that does not stop when the process does |
-//! | [`wake`] | who tells a worker that there is something to do |
+//! | [`upkeep`] | maintenance: claim jobs with an expired lease, count jobs |
+//! | [`admission`] | bounds on how many jobs and bytes may wait |
+//! | [`limits`] | limits after which a process is recycled |
+//! | [`lease`] | the right to work on a job, by a clock that goes on while the process is stopped |
+//! | [`wake`] | wakes workers of queues that may have a job to claim |
 //! | [`metrics`] | every metric of the engine |
 //!
-//! What is promised: a job that was enqueued runs **at least once**, until it is done, cancelled, or given up
-//! for dead. Every claim raises the job's *epoch*; renewing and settling carry it, and so do the rows that a job
-//! writes elsewhere. A worker whose lease has lapsed settles nothing.
+//! A job that was enqueued runs **at least once**, until it is done, cancelled or dead. Every claim raises the
+//! *epoch* of the job, which is a fencing token: renewing and settling carry it, and so do the rows that a job
+//! writes elsewhere. A worker whose lease has expired settles nothing.
 
 pub mod admission;
 pub mod cron;

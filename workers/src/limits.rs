@@ -1,33 +1,33 @@
-//! When a process has done enough: it drains and ends, and its supervisor starts a fresh one. A remedy for
-//! leaks that nobody has found yet, as old as worker processes are.
+//! Limits after which a process drains and ends, and its supervisor starts a fresh one: a remedy for leaks that
+//! have not been found yet.
 
 use std::fmt;
 use std::time::{Duration, Instant};
 
 use crate::worker::Status;
 
-/// How often to look.
+/// How often the limits are checked.
 const LOOK: Duration = Duration::from_secs(1);
 
-/// What is enough. Nothing of it has a limit that is none.
+/// Limits after which the process is recycled; `None` means unlimited.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Limits {
-    /// So many jobs ended.
+    /// Number of jobs that have ended.
     pub jobs: Option<u64>,
-    /// For so long.
+    /// Time that the process has run.
     pub age: Option<Duration>,
-    /// So many bytes resident in memory.
+    /// Resident memory, in bytes.
     pub memory: Option<u64>,
 }
 
-/// What was enough.
+/// The limit that was reached, with the value that reached it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Reached {
-    /// So many jobs.
+    /// Number of jobs that have ended.
     Jobs(u64),
-    /// So long.
+    /// Time that the process has run.
     Age(Duration),
-    /// So many bytes.
+    /// Resident memory, in bytes.
     Memory(u64),
 }
 
@@ -35,14 +35,14 @@ impl fmt::Display for Reached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Jobs(jobs) => write!(f, "{jobs} jobs have run"),
-            Self::Age(age) => write!(f, "it runs for {age:?}"),
+            Self::Age(age) => write!(f, "the process has run for {age:?}"),
             Self::Memory(bytes) => write!(f, "{bytes} bytes are resident"),
         }
     }
 }
 
 impl Limits {
-    /// Returns when one of them is reached.
+    /// Waits until one of the limits is reached, and returns it.
     pub async fn reached(&self, worker: &Status) -> Reached {
         let began = Instant::now();
         if (self.jobs, self.age, self.memory) == (None, None, None) {
@@ -69,7 +69,7 @@ impl Limits {
     }
 }
 
-/// How much of the memory of this process is resident.
+/// Returns the resident memory of this process, in bytes.
 fn resident_bytes() -> Option<u64> {
     let statm = std::fs::read_to_string("/proc/self/statm").ok()?;
     let pages: u64 = statm.split_whitespace().nth(1)?.parse().ok()?;

@@ -12,53 +12,53 @@ use crate::queue::Depth;
 pub const JOBS: &str = "perennial_jobs_total";
 /// Histogram by `kind`, seconds: how long a run took.
 pub const JOB_DURATION: &str = "perennial_job_duration_seconds";
-/// Histogram by `queue`, seconds: from when a job was due to when it was claimed.
+/// Histogram by `queue`, seconds: time from when a job was due to its claim.
 pub const JOB_WAIT: &str = "perennial_job_wait_seconds";
 /// Gauge: jobs that run now.
 pub const JOBS_RUNNING: &str = "perennial_jobs_running";
-/// Gauge by `queue`, `state` (ready, scheduled, running, dead): how many jobs there are. Dead are those that
-/// have ended and are kept, the cancelled among them.
+/// Gauge by `queue`, `state` (ready, scheduled, running, dead): how many jobs there are. Dead are the jobs
+/// that have ended and are kept, including the cancelled ones.
 pub const QUEUE_DEPTH: &str = "perennial_queue_depth";
-/// Gauge by `queue`, bytes: the length of all payloads in it.
+/// Gauge by `queue`, bytes: the length of all payloads in the queue.
 pub const QUEUE_BYTES: &str = "perennial_queue_bytes";
 /// Gauge by `queue`, seconds: for how long the oldest job has been due.
 pub const QUEUE_AGE: &str = "perennial_queue_oldest_seconds";
 /// Counter by `kind`: settlements that came too late and changed nothing.
 pub const JOBS_STALE: &str = "perennial_jobs_stale_total";
-/// Counter: leases that lapsed and were taken from their worker.
+/// Counter: jobs that were taken from their worker because its lease had expired.
 pub const JOBS_RESCUED: &str = "perennial_jobs_rescued_total";
 /// Counter: jobs that were passed on from the outbox.
 pub const JOBS_RELAYED: &str = "perennial_jobs_relayed_total";
-/// Histogram, seconds: how much later than wanted leases were renewed.
+/// Histogram, seconds: how much later than planned leases were renewed.
 pub const RENEWAL_LAG: &str = "perennial_lease_renewal_lag_seconds";
-/// Counter by `schedule`, `outcome` (fired, missed, overlapped, passed): what became of the times of a schedule. Passed
-/// are those that another one stands for.
+/// Counter by `schedule`, `outcome` (fired, missed, overlapped, passed): what became of the occurrences of a
+/// schedule. Passed are the occurrences that another one stands for.
 pub const CRON_OCCURRENCES: &str = "perennial_cron_occurrences_total";
-/// Histogram by `schedule`, seconds: from when a time was due to its claim.
+/// Histogram by `schedule`, seconds: time from when an occurrence was due to its claim.
 pub const CRON_LAG: &str = "perennial_cron_lag_seconds";
-/// Gauge by `schedule`, seconds: for how long a time has been due that nobody could claim.
+/// Gauge by `schedule`, seconds: how long an occurrence has been due without being claimed.
 pub const CRON_OVERDUE: &str = "perennial_cron_overdue_seconds";
 
-/// How a run ended.
+/// Label for how a run ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutcomeLabel {
-    /// It did what it had to.
+    /// The job is done.
     Done,
     /// There was nothing to do.
     Skipped,
-    /// It runs again later, without having failed.
+    /// The job runs again later, without having failed.
     Snoozed,
-    /// Another worker goes on with it.
+    /// Another worker goes on with the job.
     HandedBack,
-    /// An error.
+    /// The run returned an error.
     Failed,
-    /// It took longer than it may.
+    /// The run took longer than its timeout.
     TimedOut,
-    /// It panicked.
+    /// The run panicked.
     Panicked,
-    /// It was given up.
+    /// The job was given up.
     Dead,
-    /// It must not go on.
+    /// The job was cancelled.
     Cancelled,
 }
 
@@ -75,7 +75,7 @@ impl OutcomeLabel {
         Self::Cancelled,
     ];
 
-    /// The word for it.
+    /// Returns the text of the label.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Done => "done",
@@ -91,7 +91,7 @@ impl OutcomeLabel {
     }
 }
 
-/// Describes them to the recorder.
+/// Describes all metrics to the recorder.
 pub fn describe() {
     describe_counter!(JOBS, Unit::Count, "runs of jobs that ended, by kind and outcome");
     describe_histogram!(JOB_DURATION, Unit::Seconds, "how long a run took, by kind");
@@ -101,7 +101,7 @@ pub fn describe() {
     describe_gauge!(QUEUE_BYTES, Unit::Bytes, "the length of all payloads, by queue");
     describe_gauge!(QUEUE_AGE, Unit::Seconds, "for how long the oldest job has been due, by queue");
     describe_counter!(JOBS_STALE, Unit::Count, "settlements that came too late and changed nothing, by kind");
-    describe_counter!(JOBS_RESCUED, Unit::Count, "leases that lapsed and were taken from their worker");
+    describe_counter!(JOBS_RESCUED, Unit::Count, "jobs taken from workers whose lease had expired");
     describe_counter!(JOBS_RELAYED, Unit::Count, "jobs that were passed on from the outbox");
     describe_histogram!(RENEWAL_LAG, Unit::Seconds, "how much later than wanted leases were renewed");
     describe_counter!(
@@ -119,7 +119,7 @@ pub fn describe() {
     }
 }
 
-/// A kind of job, none of which has run yet.
+/// Creates the counters of a kind, so that they are zero before its first run.
 pub(crate) fn may_run(kind: &'static str) {
     for outcome in OutcomeLabel::ALL {
         counter!(JOBS, "kind" => kind, "outcome" => outcome.as_str()).increment(0);
@@ -127,14 +127,14 @@ pub(crate) fn may_run(kind: &'static str) {
     counter!(JOBS_STALE, "kind" => kind).increment(0);
 }
 
-/// A schedule, no time of which has come yet.
+/// Creates the counters of a schedule, so that they are zero before its first occurrence.
 pub(crate) fn may_be_due(schedule: &str) {
     for outcome in ["fired", "missed", "overlapped", "passed"] {
         counter!(CRON_OCCURRENCES, "schedule" => schedule.to_owned(), "outcome" => outcome).increment(0);
     }
 }
 
-/// The gauge of jobs that run.
+/// Returns the gauge of jobs that run.
 pub(crate) fn running() -> Gauge {
     gauge!(JOBS_RUNNING)
 }
@@ -144,7 +144,7 @@ pub(crate) fn ended(kind: &'static str, outcome: OutcomeLabel, took: Duration) {
     histogram!(JOB_DURATION, "kind" => kind).record(took);
 }
 
-/// How long jobs of a queue waited.
+/// Returns the histogram of how long jobs of a queue waited.
 pub(crate) fn waits(queue: &str) -> Histogram {
     histogram!(JOB_WAIT, "queue" => queue.to_owned())
 }
@@ -178,7 +178,7 @@ pub(crate) fn renewal_lag(lag: Duration) {
     histogram!(RENEWAL_LAG).record(lag);
 }
 
-/// What became of so many times of a schedule.
+/// Counts occurrences of a schedule that had this outcome.
 pub(crate) fn occurrences(schedule: &str, outcome: &'static str, count: usize) {
     if count > 0 {
         let counter = counter!(CRON_OCCURRENCES, "schedule" => schedule.to_owned(), "outcome" => outcome);

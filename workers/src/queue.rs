@@ -1,4 +1,4 @@
-//! What a store of jobs can do, for those who enqueue and for those who work.
+//! The operations of a job store for enqueueing and for workers.
 
 use std::borrow::Cow;
 use std::future::Future;
@@ -18,48 +18,48 @@ use crate::wake::Wake;
 
 /// The largest payload of a job, in bytes. Jobs name rows; they do not carry them.
 pub const MAX_PAYLOAD: usize = 256 * 1024;
-/// A payload that is longer than this, in bytes, is worth a warning.
+/// Length from which on a payload causes a warning, in bytes.
 const LONG_PAYLOAD: usize = 64 * 1024;
-/// How many of its last errors a job keeps.
+/// Number of its last errors that a job keeps.
 pub const KEPT_ERRORS: usize = 5;
 
-/// Why a store did not do what it was asked.
+/// Errors of a job store.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// SQLite.
+    /// SQLite failed.
     #[error(transparent)]
     Sqlite(#[from] sqlite::Error),
-    /// Postgres.
+    /// Postgres failed.
     #[error(transparent)]
     Postgres(#[from] postgres::Error),
-    /// Redis.
+    /// Redis failed.
     #[error(transparent)]
     Redis(#[from] redis::Error),
-    /// A payload that cannot be written as JSON, or is too long.
+    /// The payload cannot be written as JSON, or is too long.
     #[error("the payload of a {kind} job is not usable: {reason}")]
     Payload {
-        /// The kind of job.
+        /// Name of the kind.
         kind: &'static str,
-        /// What is wrong with it.
+        /// Reason why the payload is not usable.
         reason: String,
     },
-    /// A payload that is not what its kind wants.
+    /// The payload does not fit its kind.
     #[error("{field}: {reason}, in the payload of a {kind} job")]
     Misfit {
-        /// The kind of job.
+        /// Name of the kind.
         kind: &'static str,
-        /// The field, as a path; a dot for the whole.
+        /// Path of the field; a dot stands for the whole payload.
         field: String,
-        /// What was wanted there.
+        /// Reason why the field does not fit.
         reason: String,
     },
-    /// So many jobs wait already that one more would never get its turn in time.
+    /// The queue has reached its bounds: one more job would not run in time.
     #[error("the queue {queue} is full")]
     Full {
-        /// The queue.
+        /// Name of the queue.
         queue: String,
     },
-    /// What is stored cannot be read: somebody else wrote it, or it was damaged.
+    /// Stored data cannot be read: another program wrote it, or it was damaged.
     #[error("what is stored cannot be read: {0}")]
     Unreadable(String),
 }
@@ -75,12 +75,12 @@ impl From<sql::Error> for Error {
 }
 
 impl Error {
-    /// The error with its causes, in one line.
+    /// Returns the error with its causes, in one line.
     pub fn in_one_line(self) -> String {
         with_causes(&self)
     }
 
-    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    /// Returns true if the error is transient: the same request may succeed a moment later.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_passing(),
@@ -92,49 +92,52 @@ impl Error {
     }
 }
 
-/// The result of asking a store.
+/// Result of an operation of a job store.
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// When a job is due.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Due {
-    /// At once.
+    /// The job is due at once.
     #[default]
     Now,
-    /// After this long, by the store's clock.
+    /// The job is due after this wait, by the store's clock.
     In(Duration),
-    /// At this time.
+    /// The job is due at this time.
     At(Timestamp),
 }
 
 /// A job that is about to be enqueued.
 #[derive(Clone, Debug)]
 pub struct NewJob {
-    /// Its id: UUID version 7, made here, so that a job can be enqueued again without becoming two.
+    /// Id of the job: a UUID of version 7. It is made before the job is enqueued, so that a job can be
+    /// enqueued again without becoming two.
     pub id: Uuid,
-    /// Its kind.
+    /// Name of the kind.
     pub kind: Cow<'static, str>,
-    /// The queue that it waits in.
+    /// Queue that the job waits in.
     pub queue: Cow<'static, str>,
-    /// Lower goes first within the queue.
+    /// Priority within the queue: a lower number goes first.
     pub priority: i16,
-    /// JSON.
+    /// Payload in JSON.
     pub payload: String,
-    /// When it is due.
+    /// When the job is due.
     pub due: Due,
-    /// Under which key there must be no other.
+    /// Unique key of the job, if it has one.
     pub unique: Option<Unique>,
-    /// What joins it to whatever enqueued it: a W3C `traceparent`, or a request's id.
+    /// Trace that joins the job to its origin: a W3C `traceparent`, the id of a request, or an occurrence of
+    /// a schedule.
     pub trace: Option<String>,
-    /// Crashes that are held against it from the start: it is what is left of a job that had them.
+    /// Number of crashes that count against the job from the start, because it is the rest of a job that had
+    /// them.
     pub recoveries: u32,
 }
 
 impl NewJob {
-    /// A job to be run at once, as its options say.
+    /// Creates a job that is due at once, with the options of its kind.
     ///
     /// # Errors
-    /// When the payload is no JSON or longer than [`MAX_PAYLOAD`].
+    /// When the payload cannot be written as JSON, or is longer than [`MAX_PAYLOAD`].
     pub fn new<J: Job>(job: &J) -> Result<Self> {
         let unusable = |reason| Error::Payload { kind: J::KIND, reason };
         let payload = serde_json::to_string(job).map_err(|error| unusable(error.to_string()))?;
@@ -162,92 +165,92 @@ impl NewJob {
         })
     }
 
-    /// In another queue than its options say.
+    /// Puts the job into another queue than its options say.
     #[must_use]
     pub fn queue(mut self, queue: &'static str) -> Self {
         self.queue = queue.into();
         self
     }
 
-    /// With another priority than its options say.
+    /// Gives the job another priority than its options say.
     #[must_use]
     pub fn priority(mut self, priority: i16) -> Self {
         self.priority = priority;
         self
     }
 
-    /// When it is due.
+    /// Sets when the job is due.
     #[must_use]
     pub fn due(mut self, due: Due) -> Self {
         self.due = due;
         self
     }
 
-    /// Joined to whatever enqueued it.
+    /// Sets the trace that joins the job to its origin.
     #[must_use]
     pub fn trace(mut self, trace: impl Into<String>) -> Self {
         self.trace = Some(trace.into());
         self
     }
 
-    /// The key that it takes, as stores keep it: no two kinds share one.
+    /// Returns the unique key as stores keep it: with the kind, so that two kinds never share a key.
     pub(crate) fn unique_key(&self) -> Option<String> {
         self.unique.as_ref().map(|unique| format!("{}:{}", self.kind, unique.key))
     }
 }
 
-/// What a worker asks for.
+/// Request of a worker for due jobs.
 #[derive(Clone, Debug)]
 pub struct Claim {
-    /// The queue.
+    /// Name of the queue.
     pub queue: Arc<str>,
-    /// At most so many.
+    /// Highest number of jobs.
     pub limit: usize,
-    /// Who claims, for those who look.
+    /// Name of the worker, for operators.
     pub worker: String,
-    /// For how long.
+    /// Length of the leases.
     pub lease: Duration,
 }
 
-/// A job in a worker's hands.
+/// A job that a worker has claimed.
 #[derive(Clone, Debug)]
 pub struct Claimed {
-    /// Its id.
+    /// Id of the job.
     pub id: Uuid,
-    /// Its kind.
+    /// Name of the kind.
     pub kind: String,
-    /// Its queue.
+    /// Queue of the job.
     pub queue: Arc<str>,
-    /// Its priority.
+    /// Priority within the queue.
     pub priority: i16,
-    /// JSON.
+    /// Payload in JSON.
     pub payload: String,
-    /// This claim's number.
+    /// Epoch of this claim.
     pub epoch: i64,
-    /// Whether it was never claimed before.
+    /// True if the job was never claimed before.
     pub first: bool,
-    /// What has gone wrong so far.
+    /// Failures and crashes so far.
     pub spent: Attempts,
-    /// The last errors, the newest last.
+    /// Last errors of the job, the newest last.
     pub errors: Vec<Failure>,
-    /// What an earlier run wrote down.
+    /// Checkpoint of an earlier run.
     pub checkpoint: Option<String>,
-    /// What joins it to whatever enqueued it.
+    /// Trace that joins the job to its origin.
     pub trace: Option<String>,
-    /// The key that it takes, if nobody else may have it.
+    /// Unique key of the job, if it has one.
     pub unique: Option<String>,
-    /// Why it must not be run any more, if somebody has cancelled it.
+    /// Reason why the job must not be run any more, if it was cancelled.
     pub cancelled: Option<String>,
-    /// When it was enqueued.
+    /// Time at which the job was enqueued.
     pub created_at: Timestamp,
-    /// When it was due, as far as that is known.
+    /// Time at which the job was due, as far as that is known.
     pub due_at: Timestamp,
-    /// How long it waited since it was due.
+    /// Time from when the job was due to its claim.
     pub waited: Duration,
 }
 
 impl Claimed {
-    /// The claim.
+    /// Returns the claim of the job.
     pub fn held(&self) -> Held {
         Held { id: self.id, epoch: self.epoch }
     }
@@ -256,130 +259,131 @@ impl Claimed {
 /// One error of a job.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Failure {
-    /// When.
+    /// Time of the error.
     pub at: Timestamp,
-    /// In which attempt.
+    /// Number of the attempt, from 1.
     pub attempt: u32,
-    /// What was wrong.
+    /// Text of the error.
     pub error: String,
 }
 
-/// What a claim brought.
+/// Answer to a [`Claim`].
 #[derive(Clone, Debug, Default)]
 pub struct Claims {
-    /// The jobs, those first that should begin first.
+    /// Claimed jobs, in the order in which they should begin.
     pub jobs: Vec<Claimed>,
-    /// How long until the next job of the queue is due, if one is scheduled.
+    /// Time until the next job of the queue is due, if one is scheduled.
     pub next_in: Option<Duration>,
 }
 
 /// One claim of one job.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Held {
-    /// The job.
+    /// Id of the job.
     pub id: Uuid,
-    /// The claim's number.
+    /// Epoch of the claim.
     pub epoch: i64,
 }
 
-/// How far a run has come.
+/// Progress of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Progress {
-    /// So much,
+    /// Units done.
     pub done: u64,
-    /// of so much.
+    /// Units in total.
     pub total: u64,
 }
 
-/// A lease to be lengthened.
+/// Request to extend a lease.
 #[derive(Clone, Debug)]
 pub struct Renewal {
-    /// The claim.
+    /// Claim that holds the lease.
     pub held: Held,
-    /// The job's queue.
+    /// Queue of the job.
     pub queue: Arc<str>,
-    /// How far it has come, if it says so.
+    /// Progress of the run, if it reports one.
     pub progress: Option<Progress>,
 }
 
-/// A lease that was lengthened.
+/// A lease that was extended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Renewed {
-    /// The claim.
+    /// Claim that holds the lease.
     pub held: Held,
-    /// Why the job should stop, if somebody has cancelled it.
+    /// Reason why the job should stop, if it was cancelled.
     pub cancelled: Option<String>,
 }
 
-/// What becomes of a job that was claimed.
+/// Settlement of a claimed job.
 #[derive(Clone, Debug)]
 pub struct Settlement {
-    /// The job as it was claimed, and its errors as they are now.
+    /// The job as it was claimed.
     pub job: Arc<Claimed>,
-    /// What becomes of it.
+    /// Transition of the job.
     pub transition: Transition,
-    /// Its last errors, the newest last.
+    /// Last errors of the job, the newest last.
     pub errors: Vec<Failure>,
 }
 
 impl Settlement {
-    /// Of a job whose errors are what they were.
+    /// Creates the settlement of a job that has no new error.
     pub fn of(job: Arc<Claimed>, transition: Transition) -> Self {
         Self { errors: job.errors.clone(), job, transition }
     }
 }
 
-/// Jobs of workers that have not renewed their leases.
+/// Jobs whose lease has expired.
 #[derive(Clone, Debug)]
 pub struct Lapsed {
     /// The jobs, claimed anew.
     pub jobs: Vec<Claimed>,
-    /// The time by the store's clock.
+    /// Time of the store's clock.
     pub now: Timestamp,
 }
 
-/// How many jobs there are in a queue.
+/// Number of jobs in a queue, by state.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct Depth {
-    /// Waiting for a worker.
+    /// Number of jobs that wait for a worker.
     pub ready: u64,
-    /// Not due yet.
+    /// Number of jobs that are not due yet.
     pub scheduled: u64,
-    /// In workers' hands.
+    /// Number of jobs that workers have claimed.
     pub running: u64,
-    /// The length of all their payloads, in bytes.
+    /// Length of all their payloads, in bytes.
     pub bytes: u64,
-    /// For how long the oldest one has been due, in milliseconds.
+    /// Time for which the oldest ready job has been due, in milliseconds.
     pub oldest_ms: u64,
 }
 
 impl Depth {
-    /// All that are not in anybody's hands.
+    /// Returns the number of jobs that no worker has claimed.
     pub fn waiting(&self) -> u64 {
         self.ready + self.scheduled
     }
 }
 
-/// Queues that have a job to claim, and how soon: zero is now.
+/// Queues that have a job to claim, with the wait until then; zero means now.
 pub type Probed = Vec<(Arc<str>, Duration)>;
 
 /// A store of jobs. A cheap handle.
 pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
-    /// Adds jobs, all or none, and returns their ids. One whose id is there already is not added again, nor is
-    /// one whose unique key is taken: its place is taken by the id of the job that has the key.
+    /// Adds jobs, all or none, and returns their ids. A job whose id is known is not added again. A job whose
+    /// unique key is taken is not added either: the id of the job that has the key is returned in its place.
     fn enqueue(&self, jobs: Vec<NewJob>) -> impl Future<Output = Result<Vec<Uuid>>> + Send;
 
-    /// Takes due jobs, raising their epochs.
+    /// Claims due jobs, and raises their epochs.
     fn claim(&self, claim: Claim) -> impl Future<Output = Result<Claims>> + Send;
 
-    /// Lengthens leases by `lease` from now, and returns those that are still held.
+    /// Extends leases to `lease` from now, and returns the ones that are still held.
     fn renew(
         &self,
         renewals: Vec<Renewal>,
         lease: Duration,
     ) -> impl Future<Output = Result<Vec<Renewed>>> + Send;
 
-    /// Writes down how far a run has come; its crashes are forgiven. False when the claim is not held any more.
+    /// Writes the checkpoint of a run, and resets the crashes of its job. Returns false when the claim is not
+    /// held any more.
     fn record(
         &self,
         held: Held,
@@ -387,12 +391,13 @@ pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
         checkpoint: String,
     ) -> impl Future<Output = Result<bool>> + Send;
 
-    /// Writes down what becomes of jobs. False for each claim that is not held any more: nothing has changed.
+    /// Writes the transitions of jobs. Returns false for each claim that is not held any more: nothing has
+    /// changed for it.
     fn settle(&self, settlements: Vec<Settlement>) -> impl Future<Output = Result<Vec<bool>>> + Send;
 
-    /// Claims up to `limit` jobs whose leases have lapsed, or last for longer than any lease can: the store's
-    /// clock was set back then, and what waits for a while is made to wait for no longer than that. `lease` is
-    /// that of workers.
+    /// Claims up to `limit` jobs whose leases have expired, or last for longer than any lease can because the
+    /// store's clock was set back. In the latter case jobs that wait for a duration are made to wait for no
+    /// longer than that. `lease` is the lease of workers.
     fn lapsed(
         &self,
         limit: usize,
@@ -400,12 +405,13 @@ pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
         lease: Duration,
     ) -> impl Future<Output = Result<Lapsed>> + Send;
 
-    /// Which of these queues have a job to claim now or later, and how soon. None when that takes a claim to find out.
+    /// Returns which of these queues have a job to claim now or later, and how soon; `None` when only a claim
+    /// can find out.
     fn probe(&self, _queues: Vec<Arc<str>>) -> impl Future<Output = Result<Option<Probed>>> + Send {
         async { Ok(None) }
     }
 
-    /// How many jobs there are in each of these queues.
+    /// Returns the number of jobs in each of these queues.
     fn measure_all(
         &self,
         queues: Vec<Arc<str>>,
@@ -420,13 +426,13 @@ pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
         }
     }
 
-    /// How many jobs there are in a queue.
+    /// Returns the number of jobs in a queue.
     fn measure(&self, queue: Arc<str>) -> impl Future<Output = Result<Depth>> + Send;
 
-    /// What tells workers that there may be something to claim.
+    /// Returns the handle that wakes workers when there may be a job to claim.
     fn wake(&self) -> &Wake;
 
-    /// Passes on what other processes say of new jobs, until the drain. Workers also poll, so that nothing
-    /// depends on it.
+    /// Passes on announcements of new jobs by other processes, until the drain. Workers also poll, so that
+    /// nothing depends on it.
     fn listen(&self, drain: Drain) -> impl Future<Output = anyhow::Result<()>> + Send;
 }

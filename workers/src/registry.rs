@@ -1,4 +1,4 @@
-//! What a process can run: its kinds of jobs, and how many of each queue at once.
+//! The kinds of jobs that a process can run, and the slots of each queue.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -39,11 +39,11 @@ impl<J: Job> Runnable for WithTools<J> {
     }
 }
 
-/// One kind of job, with its type taken off.
+/// One kind of job, with its type erased.
 pub struct JobKind {
-    /// Its name in the store.
+    /// Name of the kind in the store.
     pub name: &'static str,
-    /// How it is queued.
+    /// Queue, priority, limits and budget of the kind.
     pub options: Options,
     read: Box<Reader>,
     write: Box<Writer>,
@@ -63,7 +63,7 @@ impl JobKind {
                 serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(payload));
             NewJob::new(&job.map_err(|error| {
                 let (field, reason) = (error.path().to_string(), error.inner().to_string());
-                // The place in the text follows the message; the field says it better.
+                // serde_json appends the position in the text; the path of the field says it better.
                 let reason = reason.split(" at line ").next().unwrap_or_default().to_owned();
                 queue::Error::Misfit { kind: J::KIND, field, reason }
             })?)
@@ -71,12 +71,11 @@ impl JobKind {
         Self { name: J::KIND, options: J::options(), read: Box::new(read), write: Box::new(write) }
     }
 
-    /// Reads a payload.
     pub(crate) fn read(&self, payload: &str) -> Result<Arc<dyn Runnable>, serde_json::Error> {
         (self.read)(payload)
     }
 
-    /// A new job of this kind from a payload in JSON, if the type can be read from it.
+    /// Creates a job of this kind from a payload in JSON.
     ///
     /// # Errors
     /// [`queue::Error::Misfit`] names the field that does not fit.
@@ -91,28 +90,28 @@ impl fmt::Debug for JobKind {
     }
 }
 
-/// Jobs that are waited for by nobody: see [`Registry::check`].
+/// A kind whose queue no worker of this process serves: see [`Registry::check`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("jobs of the kind {kind} wait in the queue {queue}, which nobody serves")]
+#[error("jobs of the kind {kind} wait in the queue {queue}, which no worker serves")]
 pub struct Unserved {
-    /// The kind.
+    /// Name of the kind.
     pub kind: &'static str,
-    /// Its queue.
+    /// Queue of the kind.
     pub queue: &'static str,
 }
 
-/// A queue, or the lane of a kind with limits of its own.
+/// Slots and rate of one queue. A kind with limits of its own has such a queue for itself.
 #[derive(Clone, Debug)]
 pub struct QueueSlots {
-    /// Its name in the store.
+    /// Name of the queue in the store.
     pub name: Arc<str>,
-    /// How many of its jobs run at once.
+    /// Number of its jobs that run at once.
     pub slots: usize,
-    /// How many may start in a while.
+    /// Rate at which its jobs may start; `None` means unlimited.
     pub rate: Option<Rate>,
 }
 
-/// The kinds of jobs that this process can run, and how many of each queue at once.
+/// Kinds of jobs that this process can run, and the slots of each queue.
 #[derive(Default)]
 pub struct Registry {
     kinds: HashMap<&'static str, Arc<JobKind>>,
@@ -120,21 +119,21 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Nothing yet.
+    /// Creates an empty registry.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Adds a kind of job, and what it needs to run.
+    /// Adds a kind of job, with the handles that its runs need.
     ///
     /// # Panics
-    /// When the kind is there already: that is a mistake in the program.
+    /// When the kind is registered already: that is a mistake in the program.
     pub fn register<J: Job>(&mut self, tools: J::Tools) {
         let twice = self.kinds.insert(J::KIND, Arc::new(JobKind::of::<J>(tools))).is_some();
         assert!(!twice, "the job kind {} is registered twice", J::KIND);
     }
 
-    /// Runs up to `slots` jobs of a queue at once.
+    /// Serves a queue: up to `slots` of its jobs run at once.
     ///
     /// # Panics
     /// When the queue is served already: that is a mistake in the program.
@@ -144,10 +143,11 @@ impl Registry {
         self.queues.push(QueueSlots { name: queue.into(), slots, rate: None });
     }
 
-    /// Whether the queue of every kind is served.
+    /// Checks that the queue of every kind is served.
     ///
     /// # Errors
-    /// The first that is not: its jobs would never run, and nothing would say so.
+    /// [`Unserved`] names a kind whose queue is not served: its jobs would never run, and nothing would say
+    /// so.
     pub fn check(&self) -> Result<(), Unserved> {
         for kind in self.kinds.values() {
             let queue = kind.options.queue;
@@ -159,19 +159,19 @@ impl Registry {
         Ok(())
     }
 
-    /// A kind by its name.
+    /// Returns a kind by its name.
     pub fn kind(&self, name: &str) -> Option<Arc<JobKind>> {
         self.kinds.get(name).cloned()
     }
 
-    /// The names of all kinds, in their order.
+    /// Returns the names of all kinds, sorted.
     pub fn kinds(&self) -> impl Iterator<Item = &'static str> {
         let mut names: Vec<&'static str> = self.kinds.keys().copied().collect();
         names.sort_unstable();
         names.into_iter()
     }
 
-    /// The queues, and the lanes of kinds with limits of their own.
+    /// Returns the queues that this process serves, including those of kinds with limits of their own.
     pub fn lanes(&self) -> Vec<QueueSlots> {
         let limited = self.kinds.values().filter_map(|kind| {
             let name = kind.options.lane(kind.name);
@@ -185,7 +185,7 @@ impl Registry {
         self.queues.iter().cloned().chain(limited).collect()
     }
 
-    /// How much may go wrong with jobs of a kind; the default for kinds that are not known here.
+    /// Returns the budget of a kind; the default for a kind that is not known here.
     pub(crate) fn budget(&self, kind: &str) -> Budget {
         self.kinds.get(kind).map_or_else(|| Options::default().budget, |kind| kind.options.budget)
     }

@@ -1,4 +1,4 @@
-//! What a store of jobs can do for schedules.
+//! The operations of a job store for schedules.
 
 use std::future::Future;
 use std::sync::Arc;
@@ -9,42 +9,43 @@ use uuid::Uuid;
 use crate::cron::{Ending, Run, Schedule, ScheduleClaim, ScheduleStates, TakeOver};
 use crate::queue::Result;
 
-/// How many runs are kept of each schedule once they have ended,
+/// Number of newest runs of each schedule that are kept once they have ended.
 pub const KEPT_RUNS: usize = 100;
-/// and how many as long as they have not.
+/// Number of newest runs of each schedule that are kept as long as they have not ended.
 pub const KEPT_UNFINISHED: usize = 1000;
-/// A definition that no process has upheld for so long may be replaced by another.
+/// Time without being upheld by a process after which a definition may be replaced by another.
 pub const ABANDONED: Duration = Duration::from_secs(60);
-/// What no process has upheld for so long is forgotten at the next boot of one.
+/// Time without being upheld by a process after which a schedule is deleted, at the next boot of a process.
 pub const FORGOTTEN: Duration = Duration::from_secs(30 * 24 * 3600);
 
-/// The schedules of a store of jobs. A cheap handle.
+/// The operations of a job store for schedules. A cheap handle.
 pub trait Schedules: Clone + Send + Sync + 'static {
-    /// Says which schedules this process defines. One whose expression or zone has changed, or that was paused and is
-    /// no more, begins anew from now.
+    /// Says which schedules this process defines. A schedule whose expression or zone has changed, or that
+    /// was paused and is not any more, begins anew from now.
     fn sync(
         &self,
         schedules: Vec<Arc<Schedule>>,
         take_over: TakeOver,
     ) -> impl Future<Output = Result<()>> + Send;
 
-    /// Where all stand.
+    /// Returns the states of all schedules.
     fn due(&self) -> impl Future<Output = Result<ScheduleStates>> + Send;
 
-    /// Writes down how a schedule goes on, and enqueues its jobs, in one transaction. False when somebody else has
-    /// changed it since it was read: nothing has happened then.
+    /// Writes the new state of a schedule and enqueues its jobs, in one transaction. Returns false, without
+    /// any change, when the schedule has changed since its state was read.
     fn fire(&self, claim: ScheduleClaim) -> impl Future<Output = Result<bool>> + Send;
 
-    /// Pauses a schedule, or lets it go on from now. False when there is none.
+    /// Pauses a schedule, or resumes it from now on. Returns false when there is no such schedule.
     fn set(&self, schedule: String, paused: bool) -> impl Future<Output = Result<bool>> + Send;
 
-    /// The jobs of a schedule that have not ended, of those that wait in `queue`.
+    /// Returns the jobs of a schedule that have not ended. `queue` is the queue of jobs whose run does not
+    /// record one.
     fn unfinished(&self, schedule: &str, queue: &str) -> impl Future<Output = Result<Vec<Uuid>>> + Send;
 
-    /// The newest runs of a schedule, the newest first.
+    /// Returns the newest runs of a schedule, the newest first.
     fn runs(&self, schedule: &str, limit: usize) -> impl Future<Output = Result<Vec<Run>>> + Send;
 
-    /// Writes down how jobs of schedules ended: the schedule, the job, and how.
+    /// Records how jobs of schedules ended: the schedule, the job, and its ending.
     fn record_endings(&self, endings: Vec<(String, Uuid, Ending)>)
     -> impl Future<Output = Result<()>> + Send;
 }

@@ -1,23 +1,23 @@
-//! A job's life as one pure function.
+//! The states of a job, as one pure function.
 //!
 //! ```text
 //!              due                claim (epoch rises)          done, skipped
 //! Scheduled ─────────► Ready ───────────────────► Running ─────────────────► (gone)
 //!     ▲                  ▲                          │ │ │
-//!     │                  └── handed back, lapsed ───┘ │ ├──► Dead        failures or recoveries spent,
-//!     └────────────── snoozed, failed ────────────────┘ │                 or hopeless, and given up
-//!                                                       └──► Cancelled   somebody asked for it
+//!     │                  └── handed back, expired ──┘ │ ├──► Dead        budget used up or hopeless,
+//!     └────────────── snoozed, failed ────────────────┘ │                 and given up
+//!                                                       └──► Cancelled   asked for, or by the job itself
 //! ```
 //!
-//! Three budgets are kept apart. *Failures* are errors, panics and timeouts of the job itself, in a row.
-//! *Recoveries* are crashes of its worker within a window: the lease lapsed and nobody settled. A run that
-//! gets on ([`Context::advanced`](crate::Context::advanced)) begins both anew. Handing back at a drain and
-//! snoozing cost nothing.
+//! Two budgets are kept apart. *Failures* are errors, panics and timeouts of the job itself, in a row.
+//! *Recoveries* are crashes of its worker within a window: the lease expired before the job was settled. A run
+//! that makes progress ([`Context::advanced`](crate::Context::advanced)) begins both anew. Handing back at a
+//! drain and snoozing cost nothing.
 //!
-//! A job whose recoveries are spent goes to a worker once more, not to run but to be given up there
-//! ([`spent_by_crashes`]): whoever waits for it must be told, and only a worker can.
+//! A job whose recoveries are used up goes to a worker once more, not to run but to be given up there
+//! ([`spent_by_crashes`]): only a worker can call [`Job::give_up`](crate::Job::give_up).
 //!
-//! Waits are lengths, not times: the store that keeps the job adds them to its own clock.
+//! Waits are durations, not times: the store that keeps the job adds them to its own clock.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -26,27 +26,27 @@ use jiff::Timestamp;
 use perennial_runtime::backoff::Backoff;
 use serde::{Deserialize, Serialize};
 
-/// How many crashes while it is given up are the end.
+/// Number of crashes while a job is given up, after which it becomes dead without being told.
 const GIVING_UP: u32 = 3;
 
-/// Where a job stands. One that is done is not kept.
+/// State of a job. A job that is done is not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
-    /// Not before a certain time.
+    /// The job is not due yet.
     Scheduled,
-    /// Waiting for a worker.
+    /// The job waits for a worker.
     Ready,
-    /// Claimed by a worker.
+    /// A worker has claimed the job.
     Running,
-    /// Given up: kept until somebody looks.
+    /// The job was given up, and is kept for operators.
     Dead,
-    /// Ended because somebody asked for it: kept like the dead.
+    /// The job was cancelled, and is kept like a dead one.
     Cancelled,
 }
 
 impl State {
-    /// The word for it in stores.
+    /// Returns the word for the state in stores.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",
@@ -58,7 +58,7 @@ impl State {
     }
 }
 
-/// A word that names no state.
+/// Error for a word that names no state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("one of scheduled, ready, running, dead, cancelled")]
 pub struct NoState;
@@ -72,60 +72,60 @@ impl FromStr for State {
     }
 }
 
-/// How much may go wrong.
+/// Failures and crashes that a job may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Budget {
-    /// How many runs may fail; the last failure is the end.
+    /// Number of runs that may fail; the last failure ends the job.
     pub failures: u32,
-    /// How many times its worker may crash within `window`; the last crash is the end.
+    /// Number of times that its worker may crash within `window`; the last crash ends the job.
     pub recoveries: u32,
-    /// After this long since the first of them, crashes are counted anew.
+    /// Time since the first crash after which crashes are counted anew.
     pub window: Duration,
-    /// How long to wait after a failure.
+    /// Wait after a failure.
     pub backoff: Backoff,
 }
 
-/// What has gone wrong so far.
+/// Failures and crashes that count against a job.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Attempts {
-    /// Runs that failed.
+    /// Number of runs that failed.
     pub failures: u32,
-    /// Workers that crashed.
+    /// Number of workers that crashed.
     pub recoveries: u32,
-    /// When the first of them did, by the store's clock.
+    /// Time of the first of these crashes, by the store's clock.
     pub since: Option<Timestamp>,
 }
 
-/// How a run ended.
+/// How a run ended, as input of [`next`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Event {
-    /// It did what it had to, or found that there is nothing to do.
+    /// The job is done, or there was nothing to do.
     Done,
-    /// It wants to run again after this long.
+    /// The job runs again after this wait.
     Snoozed(Duration),
-    /// Its worker leaves, and others should take it.
+    /// The worker stops, and another one should take the job.
     HandedBack,
-    /// It failed: an error, a panic, its timeout.
+    /// The run failed by an error, a panic or its timeout.
     Failed {
-        /// What was wrong.
+        /// Text of the error.
         error: String,
-        /// How long to wait, if it knows better than its backoff.
+        /// Wait that the job asked for, instead of its backoff.
         after: Option<Duration>,
     },
-    /// It cannot ever succeed.
+    /// The job can never succeed, for this reason.
     Hopeless(String),
-    /// It must not go on: somebody, or the job itself, said so.
+    /// The job must not go on, for this reason: it was cancelled, or cancelled itself.
     Cancelled(String),
-    /// Nobody renewed or settled it: its worker crashed.
+    /// The lease expired before the job was settled: its worker crashed.
     Lapsed,
 }
 
-/// The longest text of an error or of a reason that is kept, in bytes. What a job says may be a whole page of somebody
-/// else's server.
+/// Longest text of an error or of a reason that is kept, in bytes. The text of a job may contain a whole page
+/// of another server.
 const MAX_TEXT: usize = 2_000;
 
 impl Event {
-    /// The same event, with texts that are short enough to be kept.
+    /// Returns the event with texts that are short enough to be kept.
     #[must_use]
     pub fn in_short(mut self) -> Self {
         match &mut self {
@@ -141,31 +141,32 @@ impl Event {
     }
 }
 
-/// What becomes of a job.
+/// What becomes of a job after an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Transition {
-    /// It is done.
+    /// The job is done.
     Finished,
-    /// It runs again.
+    /// The job runs again.
     Again {
-        /// Not before this long. Without a wait it keeps its place in the queue, before those that came later.
+        /// Shortest wait before the next run. Without a wait the job keeps its place in the queue, before
+        /// jobs that came later.
         wait: Duration,
-        /// What has gone wrong so far.
+        /// Failures and crashes so far.
         spent: Attempts,
     },
-    /// It is over, and kept for those who look.
+    /// The job has ended, and is kept for operators.
     Ended {
         /// [`State::Dead`] or [`State::Cancelled`].
         state: State,
-        /// Why.
+        /// Reason of the end.
         reason: String,
-        /// What has gone wrong so far.
+        /// Failures and crashes so far.
         spent: Attempts,
     },
 }
 
-/// What becomes of a running job by `event` at `now`, by the store's clock. `random` in `0.0..1.0` is for the
-/// jitter.
+/// Returns the transition of a running job after `event`. `now` is the time of the store's clock, and
+/// `random` in `0.0..1.0` is for the jitter of the backoff.
 pub fn next(budget: &Budget, spent: Attempts, event: Event, now: Timestamp, random: f64) -> Transition {
     match event {
         Event::Done => Transition::Finished,
@@ -187,7 +188,7 @@ pub fn next(budget: &Budget, spent: Attempts, event: Event, now: Timestamp, rand
         Event::Lapsed => {
             let spent = crashed_again(budget, spent, now);
             match spent_by_crashes(budget, spent) {
-                // Even giving it up crashes the process: then nobody is told.
+                // Even giving up crashes the process, so the job ends without it.
                 Some(reason) if spent.recoveries >= budget.recoveries + GIVING_UP => {
                     Transition::Ended { state: State::Dead, reason, spent }
                 }
@@ -205,7 +206,7 @@ fn crashed_again(budget: &Budget, spent: Attempts, now: Timestamp) -> Attempts {
     Attempts { recoveries: spent.recoveries + 1, since: Some(since), ..spent }
 }
 
-/// Why a job must be given up instead of run, if its workers have crashed too often.
+/// Returns why a job must be given up instead of run; `None` unless its workers have crashed too often.
 pub fn spent_by_crashes(budget: &Budget, spent: Attempts) -> Option<String> {
     (spent.recoveries >= budget.recoveries).then(|| format!("its worker crashed {} times", spent.recoveries))
 }

@@ -31,14 +31,14 @@ use redis::RedisQueue;
 use schedules::SqlSchedules;
 use sqlite::SqliteQueue;
 
-/// The tables of jobs that are kept beside what they are about.
+/// Tables of jobs that are kept beside the rows that they are about.
 pub const TABLES: sql::Tables =
     sql::Tables { module: "jobs", sqlite: sqlite::MIGRATIONS.steps, postgres: postgres::MIGRATIONS.steps };
 
-/// The store that the settings name.
+/// The job store that the settings select.
 #[derive(Clone, Debug)]
 pub enum JobStore {
-    /// A file of our own.
+    /// The embedded store: a file of this process.
     Sqlite(SqliteQueue),
     /// A Postgres server, shared with other processes.
     Postgres(PostgresQueue),
@@ -47,7 +47,7 @@ pub enum JobStore {
 }
 
 impl JobStore {
-    /// To be called after the commit of a transaction that added jobs to these queues.
+    /// Wakes these queues after the commit of a transaction that added jobs to them.
     pub(crate) fn committed(&self, queues: &BTreeSet<&str>) {
         match self {
             Self::Sqlite(store) => store.wake().queues(queues.iter().copied()),
@@ -57,7 +57,7 @@ impl JobStore {
     }
 }
 
-/// The same method of whichever store it is.
+/// Calls the same method of the store in `self`, whichever it is.
 macro_rules! either {
     ($self:ident, $store:ident => $call:expr) => {
         match $self {
@@ -166,7 +166,7 @@ impl JobAdmin for JobStore {
     }
 }
 
-/// The same of whichever store it is, for schedules.
+/// Calls the same method for schedules of the store in `self`, whichever it is.
 macro_rules! schedules {
     ($self:ident, $store:ident => $call:expr) => {
         match $self {
@@ -217,18 +217,19 @@ impl Schedules for JobStore {
 }
 
 impl JobStore {
-    /// Writes down how jobs of schedules ended. They have, whether that succeeds or not.
+    /// Records how jobs of schedules ended. A failure is only logged, since the jobs have ended in any case.
     async fn note(&self, endings: Vec<(String, Uuid, Ending)>) {
         if endings.is_empty() {
             return;
         }
         if let Err(error) = self.record_endings(endings).await {
-            warn!(error = error.in_one_line(), "how jobs of schedules ended could not be written down");
+            warn!(error = error.in_one_line(), "the endings of scheduled jobs could not be recorded");
         }
     }
 }
 
-/// How the job of a schedule ends by this settlement; none if another enqueued it, or it does not end.
+/// Returns the ending of a scheduled job by this settlement; `None` if no schedule enqueued the job, or if it
+/// does not end.
 fn ending(settlement: &Settlement) -> Option<(String, Uuid, Ending)> {
     let (outcome, reason) = match &settlement.transition {
         Transition::Again { .. } => return None,
@@ -244,8 +245,8 @@ fn ending(settlement: &Settlement) -> Option<(String, Uuid, Ending)> {
     occurrence.has_job(id).then_some((occurrence.schedule, id, ending))
 }
 
-/// For how many milliseconds after the last word for it another definition stands. All of them may have said it in this
-/// very moment.
+/// Returns for how many milliseconds after it was last upheld another definition stays. A definition may have
+/// been upheld in this very moment, so the value for `Always` is below zero.
 fn stands_for(take_over: TakeOver) -> i64 {
     match take_over {
         TakeOver::Never => i64::MAX / 2,
@@ -254,37 +255,37 @@ fn stands_for(take_over: TakeOver) -> i64 {
     }
 }
 
-/// JSON for a column. What is written here cannot fail to be JSON.
+/// Returns JSON for a column. The types that are written here always serialize.
 pub(crate) fn json(value: &impl Serialize) -> String {
     serde_json::to_string(value).unwrap_or_default()
 }
 
-/// What [`json`] wrote; the default for nothing, and for what others wrote.
+/// Reads what [`json`] wrote. Returns the default without a text, and for a text that does not fit.
 fn read_json<T: DeserializeOwned + Default>(text: Option<String>) -> T {
     text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
 }
 
-/// A payload as it is stored, to be shown.
+/// Returns a stored payload as JSON, for operators; `None` if it is no JSON.
 fn from_json(payload: String) -> Option<Box<RawValue>> {
     RawValue::from_string(payload).ok()
 }
 
-/// The time now by this machine's clock, in milliseconds since 1970.
+/// Returns the time now by this machine's clock, in milliseconds since 1970.
 pub(crate) fn now_ms() -> i64 {
     Timestamp::now().as_millisecond()
 }
 
-/// A time in milliseconds since 1970.
+/// Returns the timestamp of a time in milliseconds since 1970.
 fn timestamp(ms: i64) -> Timestamp {
     Timestamp::from_millisecond(ms).unwrap_or_default()
 }
 
-/// A wait in milliseconds.
+/// Returns a wait in milliseconds.
 pub(crate) fn millis(wait: Duration) -> i64 {
     later(0, wait)
 }
 
-/// In milliseconds, and never beyond what a timestamp can be.
+/// Returns `now` plus `wait` in milliseconds, but no later than a timestamp can be.
 fn later(now: i64, wait: Duration) -> i64 {
     const END: i64 = 253_402_300_799_000;
     now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)).min(END)

@@ -1,4 +1,4 @@
-//! What somebody has to do for all jobs: take them from workers that died, and count them.
+//! Maintenance of all jobs: claim the ones whose lease has expired, and count them.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -17,23 +17,23 @@ use crate::queue::{Queue, Result, Settlement};
 use crate::registry::Registry;
 use crate::state::{Event, next};
 
-/// How many lapsed leases are dealt with at once.
+/// Number of jobs with an expired lease that are claimed at once.
 const BATCH: usize = 100;
-/// Who deals with them, for those who look.
+/// Name of the worker that claims them, for operators.
 const NAME: &str = "rescue";
-/// How often to count, at the most: and never more than a fiftieth of the time is spent with it.
+/// Shortest time between two counts. At most a fiftieth of the time is spent counting.
 const COUNT: Duration = Duration::from_secs(1);
 
-/// How to keep the books.
+/// Settings of the maintenance.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// How often to look for lapsed leases.
+    /// How often to look for expired leases.
     pub rescue_every: Duration,
-    /// For how long workers claim jobs.
+    /// Length of the leases of workers.
     pub lease: Duration,
 }
 
-/// Looks after all jobs, until nothing new may be claimed here.
+/// Runs the maintenance of all jobs, until no new jobs may be claimed here.
 ///
 /// # Errors
 /// Never: the type is that of a task. A store that fails is asked again.
@@ -54,7 +54,7 @@ pub async fn run<Q: Queue + JobAdmin>(
         let now = Instant::now();
         if now >= rescue_at {
             rescue_at = now + config.rescue_every;
-            complain(rescue(&queue, &registry, config.lease).await, "lapsed leases could not be looked for");
+            complain(rescue(&queue, &registry, config.lease).await, "expired leases could not be looked for");
         }
         if now >= count_at {
             complain(count(&queue, &registry, &admission).await, "jobs could not be counted");
@@ -63,7 +63,7 @@ pub async fn run<Q: Queue + JobAdmin>(
     }
 }
 
-/// A store that is away fails all of this, each time.
+/// Limits the log lines: a store that is away fails every attempt.
 static FAILED: Seldom = Seldom::each_minute();
 
 fn complain<T>(result: Result<T>, what: &'static str) {
@@ -74,11 +74,11 @@ fn complain<T>(result: Result<T>, what: &'static str) {
     }
 }
 
-/// Takes jobs from workers that have not renewed their leases, and returns how many. It claims them as a worker
-/// does, so that one that wakes up late settles nothing, and settles them as crashed.
+/// Claims jobs whose workers have not renewed their leases, settles them as crashed, and returns how many.
+/// Since they are claimed anew, a worker that wakes up late settles nothing.
 ///
 /// # Errors
-/// When the store fails. What was claimed and not settled lapses again.
+/// When the store fails. Jobs that were claimed and not settled expire again.
 pub async fn rescue<Q: Queue>(queue: &Q, registry: &Registry, lease: Duration) -> Result<usize> {
     let mut rescued = 0;
     loop {

@@ -1,4 +1,4 @@
-//! Who tells whom that there is something to do.
+//! Wakes workers of queues that may have a job to claim.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -6,9 +6,9 @@ use std::sync::Arc;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// Queues that may have something to claim. A cheap handle.
+/// Queues that may have a job to claim. A cheap handle.
 ///
-/// It may be wrong either way: workers also poll.
+/// The set may lack a queue, or contain one without a job: workers also poll.
 #[derive(Clone, Debug, Default)]
 pub struct Wake(Arc<WakeTable>);
 
@@ -19,7 +19,7 @@ struct WakeTable {
 }
 
 impl Wake {
-    /// There may be something in these queues.
+    /// Marks these queues as having a job to claim, and wakes the waiting task.
     pub fn queues<'a>(&self, queues: impl IntoIterator<Item = &'a str>) {
         let mut woken = self.0.queues.lock();
         for queue in queues {
@@ -31,7 +31,7 @@ impl Wake {
         self.0.notify.notify_one();
     }
 
-    /// Waits until there may be something, and returns where.
+    /// Waits until a queue is marked, and returns all marked queues.
     pub(crate) async fn woken(&self) -> BTreeSet<Arc<str>> {
         loop {
             let woken = std::mem::take(&mut *self.0.queues.lock());

@@ -1,8 +1,8 @@
-//! Copies of what cannot be had again: the embedded store and the keys.
+//! Backups of the embedded store and the keys, which cannot be made again.
 //!
 //! | route | what |
 //! |---|---|
-//! | `POST /backup` | `{"directory"}`: an absolute path on this machine, which is not there yet |
+//! | `POST /backup` | `{"directory"}`: an absolute path on this machine that does not exist yet |
 
 use std::fs;
 use std::io;
@@ -22,30 +22,30 @@ use crate::api::{Json, Result};
 use crate::config::StoreConfig;
 use crate::data_dir::{ADMIN_TOKEN, API_KEY, SecretFile};
 
-/// What is to be copied.
+/// The files to copy.
 #[derive(Clone, Debug)]
 pub(crate) struct BackupSource {
     data_dir: PathBuf,
     /// The file of the store.
     file: PathBuf,
-    /// The files of the modules.
+    /// Secret files of the modules.
     secrets: Vec<SecretFile>,
 }
 
-/// What was copied.
+/// Result of a backup.
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) struct Copied {
     pub(crate) directory: PathBuf,
-    /// Names within it.
+    /// Names of the files within the directory.
     pub(crate) files: Vec<String>,
     pub(crate) bytes: u64,
 }
 
 impl BackupSource {
-    /// What a data directory with this store has.
+    /// Names the files to copy of a data directory with this store.
     ///
     /// # Errors
-    /// When the store is a server: it has a tool of its own for that.
+    /// When the store is a server, which has its own tool for copies.
     pub(crate) fn of(data_dir: &Path, store: &StoreConfig, secrets: Vec<SecretFile>) -> anyhow::Result<Self> {
         match store {
             StoreConfig::Sqlite { file, .. } => {
@@ -65,8 +65,8 @@ impl BackupSource {
         secrets.chain(own)
     }
 
-    /// Copies the store as it is at one moment, while it is in use, and the keys. The directory is there with
-    /// everything in it, or not at all.
+    /// Copies the store as of one moment, even while it is in use, and the keys. The directory appears with everything in
+    /// it, or not at all.
     pub(crate) fn copy_to(&self, directory: &Path) -> anyhow::Result<Copied> {
         if directory.exists() {
             bail!("{} is there already: wanted a new directory", directory.display());
@@ -106,7 +106,7 @@ impl BackupSource {
     }
 }
 
-/// A directory that is not finished: it goes when it does not become one that is.
+/// An unfinished directory, which is removed on drop unless it was renamed.
 struct Draft(PathBuf);
 
 impl Drop for Draft {
@@ -115,7 +115,7 @@ impl Drop for Draft {
     }
 }
 
-/// What operators may do, if there is something to copy.
+/// Route with which operators make a backup; without a source it is refused.
 pub(crate) fn admin_write(source: Option<BackupSource>) -> Router {
     Router::new().route("/backup", post(backup)).layer(Extension(source))
 }

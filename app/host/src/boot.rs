@@ -1,7 +1,7 @@
 //! Boot, from top to bottom: everything that serves is made here, by hand, in stages.
 //!
 //! ```text
-//! Plan      plan.rs    what was read: settings, modules, what a predecessor has left
+//! Plan      plan.rs    what was read: settings, modules, the sockets of a predecessor
 //! Base      base.rs    the data directory, the store, the keys
 //! Mounted   mount.rs   the modules have joined
 //! Engine    engine.rs  the worker and the schedules
@@ -41,16 +41,16 @@ use engine::Engine;
 use mount::Mounted;
 pub(crate) use plan::{BootPlan, not_opened};
 
-/// How long closing one thing may take at the very end.
+/// Time limit for closing one part at the end of the process.
 const CLOSE: Duration = Duration::from_secs(5);
 
-/// What serves, and what is needed to stop it.
+/// The running application, with the parts that are needed to stop it.
 pub(crate) struct App {
     pub(crate) tasks: Tasks,
     pub(crate) workers: worker::Status,
     pub(crate) limits: Limits,
     pub(crate) sockets: Sockets,
-    /// Where the public listens.
+    /// Addresses of the public listener.
     pub(crate) addresses: Vec<String>,
     /// Lines for a person who started the program on a terminal.
     pub(crate) announcements: Vec<String>,
@@ -59,14 +59,14 @@ pub(crate) struct App {
     data_dir: Arc<DataDir>,
 }
 
-/// Makes everything and opens the public listener. Runs on the runtime that serves.
+/// Makes all parts and opens the public listener. It runs on the serving runtime.
 pub(crate) async fn boot(
     mut plan: BootPlan,
     modules: Vec<Configured>,
     health: Health,
     drain: Drain,
 ) -> anyhow::Result<(App, Booted)> {
-    // A predecessor is asked to leave only when there is nothing left that the settings could have wrong.
+    // The listener is the last part that wrong settings can break, so a predecessor is asked to leave only after it is open.
     let early = if plan.inheritance.succeeds() { Some(plan.listen().await?) } else { None };
     let base = Base::open(&plan).await?;
     let tasks = Tasks::new(drain.clone());
@@ -83,7 +83,7 @@ pub(crate) async fn boot(
     let written = format!("{}\n", serde_json::to_string(&addresses)?);
     base.data_dir.write(data_dir::ADDRESSES, &written)?;
 
-    // Nothing below can fail: a job that is begun is not cut off by a boot that is not finished.
+    // Nothing below can fail, so a boot that fails never cuts off a job that has begun.
     let (workers, books) = (engine.worker.status(), engine.books.clone());
     let routes = openapi::with_description(std::mem::take(&mut mounted.routes));
     let (connections, sockets) = (server.connections(), server.sockets());
@@ -123,7 +123,7 @@ pub(crate) async fn boot(
     Ok((app, booted))
 }
 
-/// Pages of these origins may read why a request was refused before it was routed.
+/// Makes the check of which origins may read why a request was refused before it was routed: the origins of all sites.
 fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
     let sites = sites.clone();
     Arc::new(move |origin: &HeaderValue| {
@@ -132,8 +132,8 @@ fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
 }
 
 impl App {
-    /// Closes what serves nobody any more, and says whether it closed in time. It does not if every thread of
-    /// the serving runtime is blocked.
+    /// Closes the remaining parts, and returns true when all of them closed in time. They do not when every thread of the
+    /// serving runtime is blocked.
     pub(crate) async fn close(self) -> bool {
         self.data_dir.remove(data_dir::ADDRESSES);
         let mut in_time = true;

@@ -1,4 +1,4 @@
-//! What this binary is: its version, its commit, when it was built and what is in it.
+//! Version, commit, build time and features of this binary.
 
 use std::time::Instant;
 
@@ -7,12 +7,12 @@ use serde::Serialize;
 
 /// The version of the package.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
-/// The commit that was built; empty where it was not known.
+/// The commit that was built; empty if it was not known.
 pub(crate) const COMMIT: &str = env!("PERENNIAL_COMMIT");
-/// Seconds since 1970.
+/// Time of the build, in seconds since 1970.
 const BUILT_AT: &str = env!("PERENNIAL_BUILT_AT");
 
-/// What `GET /build` answers.
+/// Answer of `GET /build`.
 #[derive(Debug, Serialize)]
 pub(crate) struct BuildView {
     name: &'static str,
@@ -26,7 +26,7 @@ pub(crate) struct BuildView {
 }
 
 impl BuildView {
-    /// Of this process, which began then.
+    /// Describes the binary of this process, which started at `began`.
     pub(crate) fn of(began: Instant) -> Self {
         Self {
             name: "perennial",
@@ -40,7 +40,7 @@ impl BuildView {
     }
 }
 
-/// The features of the package that were on.
+/// Features of the package that are compiled in.
 fn features() -> Vec<&'static str> {
     let all = [("reference", cfg!(feature = "reference"))];
     all.into_iter().filter_map(|(name, is_on)| is_on.then_some(name)).collect()

@@ -1,7 +1,7 @@
-//! Commands: what the host's own are made of, and what those of a module are made of.
+//! The parts that commands of the host and of modules are made of.
 //!
-//! A command is asked while a server runs on the data directory, or while none does. [`CommandContext::with_backend`] finds out which,
-//! and asks the same routes either way.
+//! A command may run while a server runs on the data directory, or while none does. [`CommandContext::with_backend`]
+//! finds out which, and calls the same routes in both cases.
 
 pub mod arguments;
 mod backend;
@@ -31,67 +31,68 @@ use crate::config::{Config, StoreConfig};
 use crate::data_dir::{self, API_KEY, DataDir, SecretFile};
 use crate::settings::Settings;
 
-/// A command of a module: its arguments, whose docstring is its description.
+/// A command of a module. The type has its arguments, and the docstring of the type is its description.
 pub trait Command: Args + 'static {
-    /// The word for it on the command line.
+    /// Name of the command on the command line.
     const NAME: &'static str;
 
-    /// Does it. What goes wrong ends the program with exit code 1, what is wrong with settings or arguments
-    /// (a [`clap::Error`]) with 2.
+    /// Runs the command. An error ends the program with exit code 1, and an error of settings or arguments (a
+    /// [`clap::Error`]) with 2.
     ///
     /// # Errors
-    /// What the person at the terminal is told.
+    /// The message for the person at the terminal.
     fn run(self, context: &CommandContext) -> anyhow::Result<()>;
 }
 
-/// Something that runs beside the server when a flag of `serve` says so, such as a peer to try things with.
+/// A companion that runs beside the server when a flag of `serve` asks for it, such as a peer for trials.
 pub trait Companion: Args + Send + 'static {
-    /// The flag, as the source of settings that come from it.
+    /// The flag, which is shown as the source of the settings that it stands for.
     const FLAG: &'static str;
 
-    /// Whether the command line asks for it.
+    /// Returns true when the command line asks for the companion.
     fn is_wanted(&self) -> bool;
 
-    /// Opens what it needs, before the settings of the server are read for good.
+    /// Opens the resources of the companion, before the final settings of the server are read.
     ///
     /// # Errors
-    /// Why the server is not started.
+    /// When the companion cannot be opened; the server is not started then.
     fn open(self, context: &CommandContext) -> impl Future<Output = anyhow::Result<Beside>> + Send;
 }
 
-/// A companion that is open.
+/// An open companion.
 pub struct Beside {
-    /// Settings that the server needs for it: a list is added to what is there, anything else takes its place.
+    /// Settings that the server needs for the companion. A list is appended to the current value; any other value
+    /// replaces it.
     pub settings: Vec<(String, toml::Value)>,
-    /// Says on the terminal what this is. It is called once the settings are known to be good.
+    /// Describes the companion on the terminal. It is called after the settings have been found valid.
     pub announce: Box<dyn FnOnce() + Send>,
-    /// Runs until the drain is hard, which comes after the server has ended.
+    /// Runs the companion until the drain is hard, which is after the server has ended.
     pub run: RunBeside,
 }
 
-/// See [`Beside::run`].
+/// Type of [`Beside::run`].
 pub type RunBeside = Box<dyn FnOnce(Drain) -> Pin<Box<dyn Future<Output = ()> + Send>> + Send>;
 
 type Define = fn(clap::Command) -> clap::Command;
 type RunCommand = fn(&ArgMatches, &CommandContext) -> anyhow::Result<()>;
 type Opening<'a> = Pin<Box<dyn Future<Output = anyhow::Result<Beside>> + Send + 'a>>;
 
-/// One command with its type taken off.
+/// A command whose type is erased.
 #[derive(Clone, Copy, Debug)]
 struct CommandEntry {
-    /// The command that it is a part of, such as `keys`.
+    /// Parent command, such as `keys`.
     group: Option<&'static str>,
     name: &'static str,
     define: Define,
     run: RunCommand,
 }
 
-/// A companion with its type taken off.
+/// A companion whose type is erased.
 #[derive(Clone, Copy)]
 pub(crate) struct CompanionEntry {
     pub(crate) flag: &'static str,
     define: Define,
-    /// Opens it if the command line asks for it.
+    /// Opens the companion if the command line asks for it.
     pub(crate) open: for<'a> fn(&ArgMatches, &'a CommandContext) -> Result<Option<Opening<'a>>, clap::Error>,
 }
 
@@ -101,7 +102,7 @@ impl std::fmt::Debug for CompanionEntry {
     }
 }
 
-/// The commands that a module brings.
+/// The commands of a module.
 #[derive(Clone, Debug, Default)]
 pub struct Commands {
     entries: Vec<CommandEntry>,
@@ -115,7 +116,7 @@ impl Commands {
         self.add::<C>(None)
     }
 
-    /// Adds `perennial GROUP NAME`; `group` is a command of the host that has others, such as `keys`.
+    /// Adds `perennial GROUP NAME`; `group` is a command of the host with subcommands, such as `keys`.
     #[must_use]
     pub fn with_in<C: Command>(self, group: &'static str) -> Self {
         self.add::<C>(Some(group))
@@ -150,7 +151,7 @@ impl Commands {
         self.companion
     }
 
-    /// Adds the definitions to those of the host.
+    /// Adds the definitions of these commands to the command line of the host.
     pub(crate) fn define(&self, mut host: clap::Command) -> clap::Command {
         for CommandEntry { group, name, define, .. } in &self.entries {
             let command = define(clap::Command::new(*name));
@@ -161,7 +162,7 @@ impl Commands {
         }
         match self.companion {
             Some(companion) => host.mut_subcommand("serve", |serve| {
-                // The docstring of the flags would take the place of the command's.
+                // The docstring of the flags would replace the description of the command.
                 let (about, long) = (serve.get_about().cloned(), serve.get_long_about().cloned());
                 let serve = (companion.define)(serve).about(about.unwrap_or_default());
                 serve.long_about(long.map_or(Resettable::Reset, Resettable::Value))
@@ -170,7 +171,7 @@ impl Commands {
         }
     }
 
-    /// What the command line asks for, if that is one of these.
+    /// Returns the command that the command line asks for, if it is one of these.
     pub(crate) fn asked<'a>(&self, matches: &'a ArgMatches) -> Option<(RunCommand, &'a ArgMatches)> {
         let (first, within) = matches.subcommand()?;
         let second = within.subcommand();
@@ -184,24 +185,25 @@ impl Commands {
     }
 }
 
-/// What a command has: the settings, the store while no server runs, and the running server.
+/// Context of a command: the settings, the running server, and the store while no server runs.
 #[derive(Clone, Debug)]
 pub struct CommandContext {
-    /// Whether programs read the answer: it is JSON then.
+    /// Whether the answer is JSON, for programs.
     pub json: bool,
     pub(crate) settings: Settings,
     pub(crate) config: Arc<Config>,
-    /// The tables of everything.
+    /// Tables of the host and of all modules.
     pub(crate) tables: Vec<Tables>,
     /// The secret files of all modules.
     pub(crate) files: Vec<SecretFile>,
 }
 
 impl CommandContext {
-    /// Asks the server that runs, or the store while none does: `routes` makes what is asked then.
+    /// Calls `ask` with the admin backend: the running server or, while none runs, the routes that `routes` makes on the
+    /// store.
     ///
     /// # Errors
-    /// When neither can be asked, and those of `ask`.
+    /// When no admin backend can be opened, and the errors of `ask`.
     pub async fn with_backend<T>(
         &self,
         routes: impl AsyncFnOnce(Offline) -> anyhow::Result<axum::Router>,
@@ -221,7 +223,7 @@ impl CommandContext {
         Offline::open(self).await
     }
 
-    /// Whether a server runs on the data directory.
+    /// Returns true when a server runs on the data directory.
     pub fn is_running(&self) -> bool {
         data_dir::is_locked(&self.config.data_dir)
     }
@@ -231,7 +233,7 @@ impl CommandContext {
         &self.settings
     }
 
-    /// The directory of keys and other files, which need not be there yet.
+    /// The directory of keys and other files, which may not exist yet.
     pub fn data_dir(&self) -> &Path {
         &self.config.data_dir
     }
@@ -243,8 +245,8 @@ impl CommandContext {
         reachable.map(ToString::to_string)
     }
 
-    /// A client of the public interface: of the server at `url`, or else of the one that runs on the data directory; with the
-    /// API key in `key_file`, or else the first one.
+    /// Makes a client of the public interface. It calls the server at `url`, or else the server that runs on the data
+    /// directory, with the API key in `key_file`, or else the first API key.
     ///
     /// # Errors
     /// When no server runs, or the key cannot be read.
@@ -264,23 +266,23 @@ impl CommandContext {
         Client::new(&base, Some(key.trim().to_owned()), timeout)
     }
 
-    /// The URL of the server that runs on the data directory, unless it listens on Unix sockets alone.
+    /// Returns the URL of the server that runs on the data directory; `None` if it listens on Unix sockets only.
     ///
     /// # Errors
-    /// When none runs.
+    /// When no server runs.
     pub fn running(&self) -> anyhow::Result<Option<String>> {
         Ok(url(&Addresses::of_running(&self.config.data_dir)?.server))
     }
 
-    /// Makes the data directory if it is missing: a command may come before the first start.
+    /// Makes the data directory if it is missing: a command may run before the first start.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When the directory cannot be made.
     pub fn make_data_dir(&self) -> anyhow::Result<()> {
         Ok(DataDir::make(&self.config.data_dir)?)
     }
 
-    /// The store, for a command that runs while no server does.
+    /// Locks the data directory and opens the store, for a command that runs while no server does.
     pub(crate) async fn open_alone(&self) -> anyhow::Result<(DataDir, sql::Store)> {
         data_dir::check_access(&self.config.data_dir)?;
         let data_dir = DataDir::lock(&self.config.data_dir)?;
@@ -288,7 +290,7 @@ impl CommandContext {
         Ok((data_dir, store))
     }
 
-    /// A store in a directory that is locked, its tables up to date.
+    /// Opens a store in a locked directory, and brings its tables up to date.
     pub(crate) async fn open_store(
         &self,
         data_dir: &DataDir,
@@ -300,10 +302,10 @@ impl CommandContext {
     }
 }
 
-/// Prints text to standard output, for as long as it is read: a pipe that is closed is no error.
+/// Prints text to standard output. A closed pipe is not an error.
 ///
 /// # Errors
-/// When it cannot be written for another reason.
+/// When the text cannot be written for another reason.
 pub fn print(text: &str) -> anyhow::Result<()> {
     match std::io::stdout().lock().write_all(text.as_bytes()) {
         Err(error) if error.kind() == std::io::ErrorKind::BrokenPipe => Ok(()),
@@ -319,10 +321,11 @@ pub fn block_on<F: Future>(future: F) -> anyhow::Result<F::Output> {
     Ok(tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future))
 }
 
-/// The admin listener of the server that runs on a data directory, with the admin token if that can be read.
+/// Makes a client of the admin listener of the server that runs on a data directory, with the admin token if it can be
+/// read.
 ///
 /// # Errors
-/// When none runs.
+/// When no server runs.
 pub fn admin_client(data_dir: &Path, timeout: Duration) -> anyhow::Result<Client> {
     let base = Addresses::of_running(data_dir)?.admin_url()?;
     let token = std::fs::read_to_string(data_dir.join(data_dir::ADMIN_TOKEN)).ok();

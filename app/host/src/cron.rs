@@ -1,4 +1,4 @@
-//! Schedules from settings, over those that the program has.
+//! Schedules of the settings: they change the schedules of the program, or are new.
 
 use std::time::Duration;
 
@@ -15,20 +15,20 @@ use crate::settings::{Reader, parse_duration};
 const KEY: &str = "cron.schedules";
 const MILLISECOND: Duration = Duration::from_millis(1);
 const MINUTE: Duration = Duration::from_secs(60);
-/// What is caught up unless something else is said: so many, within so long.
+/// Default limits of `catch_up`: the number of missed times, and their maximum age.
 const CATCH_UP: (u32, Duration) = (10, Duration::from_secs(3600));
 
-/// What the settings say about schedules.
+/// Settings of schedules.
 #[derive(Debug)]
 pub(crate) struct Config {
     entries: Vec<(String, ScheduleEntry)>,
-    /// How often to look for what is due.
+    /// Interval at which the timer looks for due schedules.
     pub(crate) poll: Duration,
-    /// Whether a beat wakes up whoever looks.
+    /// Whether the tick wakes the timer.
     pub(crate) tick: bool,
 }
 
-/// A schedule of the settings, or what they change about one that the program has.
+/// A schedule of the settings, or their changes to a schedule of the program.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct ScheduleEntry {
@@ -61,7 +61,7 @@ enum MisfireWord {
     CatchUp,
 }
 
-/// A field that does not fit, and what was wanted.
+/// A field that does not fit, and the value that was wanted.
 type Wrong = (&'static str, String);
 
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
@@ -71,13 +71,13 @@ fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duratio
 }
 
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {
-    // TOML has times of its own, besides texts.
+    // A time may be a text, or a date-time of TOML.
     let text = Value::deserialize(deserializer)?.to_string();
     let time = text.trim_matches('"').parse();
     time.map(Some).map_err(|_| de::Error::custom("a time such as 2027-01-01T00:00:00Z"))
 }
 
-/// Reads the settings, noting every field that does not fit.
+/// Reads the settings, and notes every field that does not fit.
 pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
     let values: Vec<Value> = settings.read_with(KEY, "a list of tables", |value| value.as_array().cloned());
     let mut entries = Vec::<(String, ScheduleEntry)>::new();
@@ -113,10 +113,10 @@ pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
 }
 
 impl Config {
-    /// The schedules of the program, as the settings change them, and those of the settings.
+    /// Returns the schedules of the program, changed by the settings, and the schedules that only the settings have.
     ///
     /// # Errors
-    /// Everything that does not fit to the kinds of jobs that there are.
+    /// One error that lists every entry that does not fit the registered kinds of jobs.
     pub(crate) fn schedules(&self, own: Vec<Schedule>, registry: &Registry) -> anyhow::Result<Vec<Schedule>> {
         let mut schedules = own;
         let names = own_names(&schedules);
@@ -154,7 +154,7 @@ impl ScheduleEntry {
         next.is_none_or(|next| self.until.is_some_and(|until| next > until))
     }
 
-    /// What can be said before it is known which jobs there are.
+    /// Returns the fields that do not fit, as far as this is known without the kinds of jobs.
     fn check(&self) -> Vec<Wrong> {
         let mut wrong = Vec::new();
         let mut unless = |fits: bool, field, wanted: &str| {
@@ -183,7 +183,7 @@ impl ScheduleEntry {
         wrong
     }
 
-    /// A schedule that only the settings know.
+    /// Makes a schedule that only the settings have.
     fn schedule(&self, registry: &Registry, names: &str) -> Result<Schedule, Wrong> {
         let (Some(expression), Some(kind)) = (&self.expression, &self.job) else {
             return Err((
@@ -198,7 +198,7 @@ impl ScheduleEntry {
         self.change(schedule.map_err(|error| ("name", format!("one that can be used; {error}")))?, registry)
     }
 
-    /// The schedule with what is said here.
+    /// Applies the fields of this entry to a schedule.
     fn change(&self, schedule: Schedule, registry: &Registry) -> Result<Schedule, Wrong> {
         let mut changed = schedule;
         if self.expression.is_some() || self.zone.is_some() {
@@ -243,7 +243,7 @@ impl ScheduleEntry {
     }
 }
 
-/// What was wanted, of an error of the deserializer.
+/// Extracts the value that was wanted from an error of the deserializer.
 fn wanted(error: &str) -> String {
     let error = error.lines().next().unwrap_or_default();
     match error.split_once(", expected ") {
@@ -252,7 +252,7 @@ fn wanted(error: &str) -> String {
     }
 }
 
-/// The schedules that the program has, in words.
+/// Names of the schedules of the program, separated by commas.
 fn own_names(schedules: &[Schedule]) -> String {
     schedules.iter().map(|schedule| schedule.name.as_str()).collect::<Vec<_>>().join(", ")
 }

@@ -1,4 +1,4 @@
-//! `POST /jobs/{kind}`: jobs that strangers with a key may enqueue, if their kind says so.
+//! `POST /jobs/{kind}`: callers with a key enqueue jobs of public kinds.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -24,15 +24,15 @@ use crate::access::{self, Access, Authorized};
 use crate::api::{Json, Path, Result, not_found, trace};
 use crate::settings::Setting;
 
-/// The longest unique key, in bytes.
+/// Maximum length of a unique key, in bytes.
 const MAX_UNIQUE: usize = 255;
 
-/// What the routes need to know.
+/// State of the routes.
 #[derive(Clone, Debug)]
 struct JobRoutes {
     jobs: Jobs,
     access: Access,
-    /// Made after every module has been mounted, which is after the routes have.
+    /// Set after every module has been mounted, which is after the routes are made.
     registry: Arc<OnceLock<Arc<Registry>>>,
 }
 
@@ -46,14 +46,14 @@ impl FromRef<JobRoutes> for Access {
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct JobRequest {
-    /// What the kind wants
+    /// Payload, as the kind of job wants it
     #[schema(value_type = Object)]
     pub(crate) payload: Box<RawValue>,
-    /// How long to wait, such as 30s or 1h
+    /// Time to wait before the job is due, such as 30s or 1h
     delay: Option<String>,
-    /// A key that no two of this kind have until one has ended: the id of the first is answered
+    /// Unique key: as long as a job of this kind with this key has not ended, its id is answered instead of a new one
     unique: Option<String>,
-    /// Lower goes first
+    /// Priority; jobs with a lower number go first
     #[schema(minimum = -32768, maximum = 32767)]
     priority: Option<i16>,
 }
@@ -65,7 +65,7 @@ pub(crate) struct Enqueued {
 }
 
 impl JobRequest {
-    /// The job that is asked for. `owner` keeps unique keys of one caller apart from another's.
+    /// Makes the job. `owner` keeps the unique keys of different callers apart.
     pub(crate) fn job(self, kind: &JobKind, owner: &str) -> Result<NewJob> {
         let mut job = kind.job(self.payload.get())?;
         if let Some(delay) = self.delay {
@@ -86,15 +86,15 @@ fn read_delay(text: &str) -> Option<Duration> {
     <Duration as Setting>::read(&toml::Value::String(text.to_owned()))
 }
 
-/// The routes; the kinds are known when `registry` is set.
+/// Makes the routes. The kinds are known when `registry` is set.
 pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Registry>>>) -> OpenApiRouter {
     OpenApiRouter::new().routes(routes!(enqueue)).with_state(JobRoutes { jobs, access, registry })
 }
 
 /// Enqueues a job
 ///
-/// Needs a key with the scope `jobs`, and a kind that is public. With 202 it is stored and will run, whatever
-/// happens to this process. When too many wait the answer is 503 with `Retry-After`.
+/// Needs a key with the scope `jobs`, and a public kind. After a 202 the job is stored and will run, whatever happens
+/// to this process. When too many jobs wait, the answer is 503 with `Retry-After`.
 #[utoipa::path(
     post, path = "/jobs/{kind}", operation_id = "enqueueJob", params(("kind" = String, Path)), request_body = JobRequest,
     responses((status = ACCEPTED, body = Enqueued))
@@ -107,7 +107,7 @@ async fn enqueue(
     Json(request): Json<JobRequest>,
 ) -> Result<Response> {
     let kind = known.registry.get().and_then(|registry| registry.kind(&kind));
-    // A kind that is not public is nobody's business.
+    // A kind that is not public is answered like an unknown kind.
     let kind = kind.filter(|kind| kind.options.public).ok_or_else(|| not_found("kind of job"))?;
     let job = request.job(&kind, &caller.site.0.to_string())?.trace(trace(&scope));
     let id = known.jobs.enqueue(job).await?;

@@ -1,7 +1,7 @@
-//! Sites: what one process serves side by side, each with its own keys, subscriptions and pages.
+//! Sites: the tenants that one process serves side by side, each with its own keys, subscriptions and pages.
 //!
-//! An API key belongs to one site. Without a key, the page that calls (`Origin`) says which one it is, else the name that
-//! was asked for (`Host`), else it is the default site.
+//! An API key belongs to one site. Without a key, the `Origin` of the calling page decides the site, else the `Host` of
+//! the request, else it is the default site.
 
 mod origins;
 
@@ -19,39 +19,39 @@ use tracing::warn;
 use crate::settings::{self, Reader, Setting};
 use origins::Pattern;
 
-/// The section of the settings with a part for each.
+/// Section of the settings with a part for each site.
 pub const SECTION: &str = settings::SITES;
-/// The name of the site that needs no settings.
+/// Name of the site that needs no settings.
 pub const DEFAULT: &str = settings::FIRST;
 
-/// A site in the store.
+/// Id of a site in the store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SiteId(pub i64);
 
 impl SiteId {
-    /// The site that needs no settings.
+    /// Id of the site that needs no settings.
     pub const DEFAULT: Self = Self(1);
 
-    /// Its number, for what was written down without one.
+    /// Number of the default site, for stored values that have no site.
     pub fn default_number() -> i64 {
         Self::DEFAULT.0
     }
 }
 
-/// One of them.
+/// A site.
 #[derive(Clone, Debug)]
 pub struct Site {
-    /// In the store.
+    /// Id in the store.
     pub id: SiteId,
-    /// In the settings.
+    /// Name in the settings.
     pub name: String,
-    /// The origins of its pages.
+    /// Origins of the pages of the site.
     origins: Vec<Pattern>,
-    /// The names that it is asked for by.
+    /// Host names with which requests ask for the site.
     pub hosts: Vec<String>,
 }
 
-/// All of them. A cheap handle.
+/// All sites. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Sites(Arc<SiteTable>);
 
@@ -59,17 +59,17 @@ pub struct Sites(Arc<SiteTable>);
 struct SiteTable {
     all: Vec<Site>,
     by_id: HashMap<SiteId, usize>,
-    /// The most exact first.
+    /// Patterns of origins, the most exact first.
     by_origin: Vec<(Pattern, usize)>,
     by_host: HashMap<String, usize>,
 }
 
-/// The settings of sites, before the store has told their ids.
+/// Settings of the sites, before the store has given them their ids.
 #[derive(Clone, Debug)]
 pub(crate) struct Config(Vec<Site>);
 
 impl Config {
-    /// Reads who they are; an origin or a host that two of them claim is refused.
+    /// Reads the sites. An origin or a host that two sites claim is refused.
     pub(crate) fn read(settings: &mut Reader<'_>) -> Self {
         let mut sites = Vec::<Site>::new();
         for name in settings.names(SECTION) {
@@ -118,7 +118,7 @@ impl Config {
         Self(sites)
     }
 
-    /// Has the store know them all.
+    /// Registers all sites in the store.
     ///
     /// # Errors
     /// When the store refuses.
@@ -147,7 +147,7 @@ impl Config {
     }
 }
 
-/// The id of a site; it is given one when the store does not know it.
+/// Returns the id of a site. A site that the store does not know gets a new id.
 async fn register(store: &Store, name: &str) -> sql::Result<SiteId> {
     loop {
         let found: Option<i64> =
@@ -155,7 +155,7 @@ async fn register(store: &Store, name: &str) -> sql::Result<SiteId> {
         if let Some(id) = found {
             return Ok(SiteId(id));
         }
-        // Of two who do this at once one inserts nothing, and finds what the other has.
+        // When two processes do this at once, one inserts nothing, and finds the row of the other.
         let insert =
             "INSERT INTO sites (id, name) SELECT max(id) + 1, ? FROM sites WHERE true ON CONFLICT DO NOTHING";
         store.execute(insert, values![name]).await?;
@@ -163,32 +163,32 @@ async fn register(store: &Store, name: &str) -> sql::Result<SiteId> {
 }
 
 impl Sites {
-    /// Each of them.
+    /// Iterates over all sites.
     pub fn all(&self) -> impl Iterator<Item = &Site> {
         self.0.all.iter()
     }
 
-    /// The one with this id, if it is served here.
+    /// Returns the site with this id, if it is served here.
     pub fn get(&self, id: SiteId) -> Option<&Site> {
         self.0.by_id.get(&id).map(|index| &self.0.all[*index])
     }
 
-    /// The one with this name.
+    /// Returns the site with this name.
     pub fn named(&self, name: &str) -> Option<&Site> {
         self.all().find(|site| site.name == name)
     }
 
-    /// The one that a request names; the default one without a name.
+    /// Returns the site that a request names; the default site without a name.
     ///
     /// # Errors
-    /// 422 for a name that is none.
+    /// 422 for an unknown name.
     pub fn wanted(&self, name: Option<&str>) -> Result<&Site, FieldError> {
         let wanted = || FieldError::new("site", "the name of a site in the settings");
         self.named(name.unwrap_or(DEFAULT)).ok_or_else(wanted)
     }
 
-    /// The site that a page belongs to: by its origin; by the name that was asked for if the page is from there; or if no
-    /// page asks. None for pages of any other origin.
+    /// Returns the site that a page belongs to: the site that lists its origin, or the site of the `Host` if the page is
+    /// from that host or the request has no `Origin`. `None` for pages of any other origin.
     pub fn of_page(&self, parts: &Parts) -> Option<&Site> {
         let own = host(parts);
         let Some(origin) = parts.headers.get(header::ORIGIN) else { return self.of_host(own) };
@@ -200,20 +200,20 @@ impl Sites {
         if own == Some(host) { self.of_host(own) } else { None }
     }
 
-    /// Whether a page of another site than this one sends these headers.
+    /// Returns true when a page of another site than `id` sends these headers.
     pub fn is_elsewhere(&self, headers: &HeaderMap, id: SiteId) -> bool {
         let origin = headers.get(header::ORIGIN).and_then(|origin| origin.to_str().ok());
         let owner = origin.and_then(|origin| self.of_origin(origin));
         owner.is_some_and(|owner| owner.id != id)
     }
 
-    /// The site that lists this origin.
+    /// Returns the site that lists this origin.
     pub fn of_origin(&self, origin: &str) -> Option<&Site> {
         let found = self.0.by_origin.iter().find(|(pattern, _)| pattern.matches(origin));
         found.map(|(_, index)| &self.0.all[*index])
     }
 
-    /// The site of a host that was asked for: the default one unless another has that name.
+    /// Returns the site with this host name; the default site if no site has it.
     fn of_host(&self, host: Option<&str>) -> Option<&Site> {
         let host = host.map(str::to_ascii_lowercase).unwrap_or_default();
         let without_port = host.rsplit_once(':').map_or(host.as_str(), |(name, _)| name);
@@ -222,7 +222,7 @@ impl Sites {
     }
 }
 
-/// The name that a request asks for.
+/// Host name of a request, with its port if it has one.
 fn host(parts: &Parts) -> Option<&str> {
     let header = parts.headers.get(header::HOST).and_then(|host| host.to_str().ok());
     header.or_else(|| parts.uri.authority().map(Authority::as_str))

@@ -1,5 +1,5 @@
-//! What a supervisor that started the process is told, as systemd wants it (`sd_notify(3)`, `Type=notify`): when it is
-//! ready, reloads or stops, and that it is alive. Without a supervisor nothing is said.
+//! Notifications to the supervisor that started the process, as systemd wants them (`sd_notify(3)`, `Type=notify`): the
+//! process is ready, reloads, stops, or is alive. Without a supervisor, nothing is sent.
 
 use std::convert::Infallible;
 use std::io;
@@ -13,12 +13,12 @@ use perennial_runtime::health::Health;
 use sd_notify::NotifyState;
 use tracing::warn;
 
-/// Boot has ended.
+/// Tells the supervisor that boot has ended, and which addresses are served.
 pub(crate) fn ready(addresses: &str) {
     tell(&[NotifyState::Ready, NotifyState::Status(&format!("serving on {addresses}"))]);
 }
 
-/// Settings are read again; [`ready`] follows.
+/// Tells the supervisor that the settings are read again; [`reloaded`] follows.
 pub(crate) fn reloading() {
     match NotifyState::monotonic_usec_now() {
         Ok(now) => tell(&[NotifyState::Reloading, now]),
@@ -26,26 +26,25 @@ pub(crate) fn reloading() {
     }
 }
 
-/// They have been read.
+/// Tells the supervisor that the settings have been read.
 pub(crate) fn reloaded() {
     tell(&[NotifyState::Ready]);
 }
 
-/// The process leaves.
+/// Tells the supervisor that the process stops, and why.
 pub(crate) fn stopping(reason: &str) {
     tell(&[NotifyState::Stopping, NotifyState::Status(&format!("draining: {reason}"))]);
 }
 
-/// Another process is the one to watch from now on.
+/// Tells the supervisor that `process`, the successor, is the main process from now on.
 pub(crate) fn succeeded_by(process: u32) {
     tell(&[NotifyState::MainPid(process), NotifyState::Status("a successor takes over")]);
 }
 
-/// Says that the process is alive, for as long as the serving threads run tasks: half as often as the supervisor wants to hear
-/// it at the latest.
+/// Tells the supervisor twice in each watchdog period that the process is alive, as long as the serving threads run tasks.
 ///
 /// # Errors
-/// Never: the type is that of a task.
+/// Never: tasks return a result.
 pub(crate) async fn watchdog(health: Health, drain: Drain) -> Result<(), Infallible> {
     let Some(every) = sd_notify::watchdog_enabled().map(|period| period / 2) else {
         drain.hard().await;
@@ -63,7 +62,7 @@ pub(crate) async fn watchdog(health: Health, drain: Drain) -> Result<(), Infalli
     }
 }
 
-/// What cannot be said is no reason to stop, nor to say so at every turn of the watchdog.
+/// Sends a message to the supervisor. A failure does not stop the process; it is logged once until a message succeeds.
 fn tell(what: &[NotifyState<'_>]) {
     static HAS_FAILED: AtomicBool = AtomicBool::new(false);
     let told = match std::env::var("NOTIFY_SOCKET").ok().as_deref().and_then(|name| name.strip_prefix('@')) {
@@ -79,7 +78,7 @@ fn tell(what: &[NotifyState<'_>]) {
     }
 }
 
-/// Tells a socket of the abstract namespace, which has a name and no path (`unix(7)`).
+/// Sends a message to a socket of the abstract namespace, which has a name and no path (`unix(7)`).
 fn tell_abstract(name: &str, what: &[NotifyState<'_>]) -> io::Result<()> {
     let address = SocketAddr::from_abstract_name(name)?;
     let lines: String = what.iter().map(|line| format!("{line}\n")).collect();

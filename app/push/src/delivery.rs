@@ -3,13 +3,16 @@
 //! ```text
 //! fanout.rs     push.fan_out: the audience, cut into ranges of ids
 //! deliver.rs    push.deliver: one range, sent on one of the threads of senders.rs,
-//!   batch_run.rs  checkpointed; send.rs is one message to one member
+//!   batch_run.rs  checkpointed (batch_progress.rs says how far it is); send.rs is one message to one member
+//!   attempts.rs   what becomes of a member after an attempt
 //! close.rs      push.close: what still waits of one that was cancelled or has expired
 //! webhook.rs    push.webhook: the backend is told
 //! services.rs   what replicas tell each other of push services
 //! progress.rs   how fast outcomes are decided
 //! ```
 
+mod attempts;
+mod batch_progress;
 mod batch_run;
 mod close;
 mod deliver;

@@ -1,4 +1,4 @@
-//! The addresses of an origin: all of them used in turn, those that fail set aside for a while.
+//! The addresses of an origin. They are used in turn; an address that fails is set aside for a while.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -7,19 +7,19 @@ use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// For how long an address is set aside when it fails, which doubles each time, and the longest.
+/// First and longest time for which a failed address is set aside. The time doubles with each failure.
 const ASIDE: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// How many addresses of one name are remembered; those of push services have one to some dozens.
+/// Maximum number of remembered addresses of one name. The names of push services have one to some dozens.
 const MAX_ADDRESSES: usize = 256;
 
-/// What is known about the addresses of one origin. A cheap handle.
+/// State of the addresses of one origin; a cheap handle.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ServiceAddresses(Arc<Mutex<KnownAddress>>);
 
 #[derive(Debug, Default)]
 struct KnownAddress {
     health: HashMap<IpAddr, AddressHealth>,
-    /// Counts choices: of two addresses that are as good, the one that was chosen longer ago is next.
+    /// Number of choices. Of two equally good addresses, the one that was chosen longer ago is next.
     choices: u64,
 }
 
@@ -31,19 +31,19 @@ struct AddressHealth {
     aside_until: Option<Instant>,
 }
 
-/// How an address is, for those who look.
+/// Status of one address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct AddressStatus {
     /// The address.
     pub address: IpAddr,
-    /// How many connections to it are open.
+    /// Number of open connections to it.
     pub connections: usize,
-    /// Whether it is set aside, since it failed.
+    /// True while the address is set aside after a failure.
     pub aside: bool,
 }
 
 impl ServiceAddresses {
-    /// `resolved` in the order in which to try them: first those that are well, the least used of them first.
+    /// Sorts `resolved` in the order in which to try the addresses: healthy ones first, and of these the least used.
     pub(crate) fn in_turn(&self, mut resolved: Vec<IpAddr>, now: Instant) -> Vec<IpAddr> {
         let mut known = self.0.lock();
         resolved.truncate(MAX_ADDRESSES);
@@ -68,7 +68,7 @@ impl ServiceAddresses {
         ChosenAddress { addresses: self.clone(), address }
     }
 
-    /// How they are.
+    /// Status of the known addresses.
     pub(crate) fn status(&self, now: Instant) -> Vec<AddressStatus> {
         let known = self.0.lock();
         let status = |(address, health): (&IpAddr, &AddressHealth)| AddressStatus {
@@ -90,7 +90,7 @@ pub(crate) struct ChosenAddress {
 }
 
 impl ChosenAddress {
-    /// It works.
+    /// Records that the address works.
     pub(crate) fn works(&self) {
         if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
             health.failures = 0;
@@ -98,7 +98,7 @@ impl ChosenAddress {
         }
     }
 
-    /// It fails: others are tried first for a while.
+    /// Records that the address fails: for a while, other addresses are tried first.
     pub(crate) fn fails(&self, now: Instant) {
         if let Some(health) = self.addresses.0.lock().health.get_mut(&self.address) {
             let (first, last) = ASIDE;

@@ -1,40 +1,41 @@
-//! How many requests at once an origin bears: one more for each round of answers as long as these do not take much
-//! longer than they could, half as many when it chokes.
+//! The number of requests at once that an origin can take. It grows by one with each round of answers as long as
+//! the answers do not take much longer than the quickest one, and is halved when the origin chokes: it answers that
+//! it is overloaded, or not at all.
 
 use std::time::{Duration, Instant};
 
 use crate::reputation::Reputation;
 
-/// How many at once at the beginning, and after a pause.
+/// Limit at the beginning, and after a pause.
 const FIRST: f64 = 16.0;
-/// An origin that chokes again within this time has its limit for good; later, it may have grown.
+/// An origin that chokes again within this time keeps its threshold. Later, its capacity may have grown.
 const FORGET: Duration = Duration::from_secs(60);
 
-/// On so many messages to unproven subscriptions in a row an origin chokes before it is asked for less.
+/// Number of choked requests in a row from which on one to an unproven subscription cuts the limit.
 const STRANGERS: u32 = 32;
-/// So much longer than the quickest, an answer has waited for others.
+/// An answer that takes this much longer than the quickest one has waited behind other requests.
 const PILE: Duration = Duration::from_millis(50);
-/// What the quickest answer took is forgotten by one part in so many with each other answer.
+/// With each answer, the time of the quickest one grows by one part in this number, and so is slowly forgotten.
 const FADE: u32 = 10_000;
 
 /// Additive increase, multiplicative decrease (Chiu and Jain, 1989), with the slow start of TCP (RFC 5681,
-/// section 3.1). Time is an argument.
+/// section 3.1). The caller passes the time.
 #[derive(Clone, Debug)]
 pub(crate) struct AimdLimit {
     limit: f64,
     most: f64,
-    /// Up to here it doubles with each round.
+    /// Up to this value the limit doubles with each round.
     threshold: f64,
-    /// When it was cut last: what was sent before says nothing new.
+    /// Time of the last cut. A failure of a request that was sent before it says nothing new.
     cut: Option<Instant>,
-    /// How long the quickest answers take.
+    /// Time that the quickest answers take.
     quickest: Duration,
-    /// On how many in a row the origin choked.
+    /// Number of choked requests in a row.
     in_a_row: u32,
 }
 
 impl AimdLimit {
-    /// A window that may grow to `most`.
+    /// Makes a limit that may grow to `most`.
     pub(crate) fn new(most: usize) -> Self {
         #[expect(clippy::cast_precision_loss, reason = "some thousands")]
         let most = (most as f64).max(1.0);
@@ -48,14 +49,15 @@ impl AimdLimit {
         }
     }
 
-    /// How many at once: at least one.
+    /// The number of requests at once: at least one.
     #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "from 1 to some thousands")]
     pub(crate) fn limit(&self) -> usize {
         self.limit as usize
     }
 
-    /// An answer came after `took` while `in_flight` were under way. The window grows if it was of any use, and if requests
-    /// do not pile up at the origin: whoever comes next would wait for all of them.
+    /// Records an answer that came after `took` while `in_flight` requests were under way. The limit grows when at
+    /// least half of it is used and requests do not pile up at the origin, where the next request would wait for
+    /// all of them.
     pub(crate) fn answered(&mut self, in_flight: usize, took: Duration) {
         self.in_a_row = 0;
         self.quickest = self.quickest.saturating_add(self.quickest / FADE).min(took);
@@ -67,13 +69,13 @@ impl AimdLimit {
         self.limit = (self.limit + step).min(self.most);
     }
 
-    /// How long the quickest answers take: a second while there was none.
+    /// Time that the quickest answers take: one second before the first answer.
     pub(crate) fn quickest(&self) -> Duration {
         if self.quickest == Duration::MAX { Duration::from_secs(1) } else { self.quickest }
     }
 
-    /// The origin choked on a request that was sent at `sent`. What unproven subscriptions bring about counts when there is
-    /// nothing else, and leaves room for others.
+    /// Records that the origin choked on a request that was sent at `sent`. Failures of unproven subscriptions
+    /// count only when there is nothing else, and leave room for other messages.
     pub(crate) fn choked(&mut self, sent: Instant, now: Instant, who: Reputation) {
         self.in_a_row = self.in_a_row.saturating_add(1);
         let is_known = who == Reputation::Proven;
@@ -91,7 +93,7 @@ impl AimdLimit {
         self.cut = Some(now);
     }
 
-    /// No more than `most` from now on.
+    /// Sets the highest limit to `most`.
     #[expect(clippy::cast_precision_loss, reason = "some thousands")]
     pub(crate) fn bound(&mut self, most: usize) {
         self.most = (most as f64).max(1.0);
@@ -99,7 +101,7 @@ impl AimdLimit {
         self.threshold = if self.cut.is_none() { self.most } else { self.threshold.min(self.most) };
     }
 
-    /// After a pause: it may bear as much as before, and is asked step by step.
+    /// Restarts after a pause: the origin may take as much as before, but the limit grows to that step by step.
     pub(crate) fn restart(&mut self) {
         self.limit = self.limit.min(FIRST.min(self.most));
     }

@@ -1,5 +1,5 @@
-//! Whether a push service is sent to now: what it asked for, and what its answers say about us. A circuit breaker
-//! (M. Nygard, Release It!, chapter 5).
+//! A circuit breaker (M. Nygard, Release It!, chapter 5). It decides whether messages are sent to a push service
+//! now, by the waits that the service asked for and by its answers.
 //!
 //! ```text
 //!              asked to wait, or failures of many subscriptions with no success between
@@ -9,39 +9,39 @@
 //!    └────────────────────────────────────────────────────────────────────────── half open ──► open, for longer
 //! ```
 //!
-//! One subscription stops nothing: what fails for one of them is its own affair until the same fails for
-//! several, and nothing succeeds between.
+//! One subscription alone opens nothing: its failure is its own until the same fails for several subscriptions and
+//! nothing succeeds between.
 
 use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use crate::verdict::MAX_RETRY_AFTER;
 
-/// How many distinct subscriptions in a row open it: asked to wait, unreachable, our key refused.
+/// Number of distinct subscriptions in a row that open it: asked to wait, unreachable, our key refused.
 const THROTTLED: usize = 20;
 const UNREACHABLE: usize = 5;
 const UNAUTHORIZED: usize = 20;
-/// The first wait when none was asked for, which doubles with each probe that fails, and the longest.
+/// First and longest wait when the service asked for none. The wait doubles with each probe that fails.
 const WAIT: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
 const UNAUTHORIZED_WAIT: (Duration, Duration) = (Duration::from_secs(30), Duration::from_secs(600));
-/// How many probes of distinct subscriptions are refused before the wait for an operator doubles.
+/// Number of probes of distinct subscriptions that are refused before the wait for an operator doubles.
 const PROBES: usize = 3;
 /// A probe that has not ended after this time is lost.
 const PROBE: Duration = Duration::from_secs(60);
 
-/// Why a push service is not sent to.
+/// Reason why messages to a push service are held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Cause {
-    /// It asked us to wait.
+    /// The service asked us to wait.
     Throttled,
-    /// Nobody answers at its addresses.
+    /// The service does not answer at its addresses.
     Unreachable,
-    /// It refuses a key for every subscription: the key or the contact is wrong.
+    /// The service refuses a key for every subscription: the key or the contact is wrong.
     Unauthorized,
 }
 
 impl Cause {
-    /// A word for it.
+    /// The word for the cause.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Throttled => "throttled",
@@ -66,38 +66,38 @@ impl Cause {
     }
 }
 
-/// Whether a message may go.
+/// Decision about one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Passage {
-    /// Yes.
+    /// The message may be sent.
     Free,
-    /// Yes, and its outcome decides about the others.
+    /// The message may be sent, and its outcome decides about the others.
     Probe,
-    /// No, not for this long.
+    /// The message is held for this long.
     Held(Duration, Cause),
 }
 
-/// What the outcome of a message says about the push service.
+/// Meaning of a message's outcome for the push service.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Signal {
-    /// It has accepted the message, or said that the subscription has ended.
+    /// The service has accepted the message, or said that the subscription has ended.
     Success,
-    /// It answers, and accepts nothing.
+    /// The service answers but does not accept the message.
     Answered,
-    /// It asks to wait, perhaps for so long.
+    /// The service asks to wait, for this time when it names one.
     Throttled(Option<Duration>),
-    /// It refuses the key.
+    /// The service refuses the key.
     Unauthorized,
-    /// There is no connection to it.
+    /// There is no connection to the service.
     Unreachable,
-    /// It does not answer.
+    /// The service does not answer.
     Silent,
-    /// Nothing.
+    /// The outcome says nothing about the service.
     Nothing,
 }
 
 impl Signal {
-    /// The failure that this is, and the wait that was asked for; none when it is no failure.
+    /// Cause of a failure and the wait that was asked for; `None` when the signal is no failure.
     fn failure(self) -> Option<(Cause, Option<Duration>)> {
         match self {
             Self::Unauthorized => Some((Cause::Unauthorized, None)),
@@ -107,19 +107,19 @@ impl Signal {
         }
     }
 
-    /// Why a push service is held that says only this.
+    /// Cause of a failure; `None` when the signal is no failure.
     pub(crate) fn cause(self) -> Option<Cause> {
         self.failure().map(|(cause, _)| cause)
     }
 }
 
-/// See the module. Time is an argument.
+/// The circuit breaker of one push service: see the module. The caller passes the time.
 #[derive(Debug, Default)]
 pub(crate) struct CircuitBreaker {
     state: BreakerState,
     /// The subscriptions that failed since the last success, by a hash of their endpoints, for each cause.
     failed: [HashSet<u64>; 3],
-    /// How often it was opened since the last success: each time for longer.
+    /// Number of openings since the last success; each one lasts longer.
     openings: u32,
     audience: BreakerAudience,
 }
@@ -127,16 +127,16 @@ pub(crate) struct CircuitBreaker {
 /// The three states, each with its evidence.
 #[derive(Debug, Default)]
 enum BreakerState {
-    /// Messages go.
+    /// Messages are sent.
     #[default]
     Closed,
-    /// No message goes until the wait is over.
+    /// No message is sent until the wait is over.
     Open(Hold),
-    /// A probe went at this time, and has not ended.
+    /// A probe was sent at this time, and has not ended.
     HalfOpen(Hold, Instant),
 }
 
-/// Why no messages go.
+/// End and reason of a time without messages.
 #[derive(Clone, Debug)]
 struct Hold {
     until: Instant,
@@ -146,7 +146,7 @@ struct Hold {
     probed: HashSet<u64>,
 }
 
-/// Who has said so.
+/// Source of a hold.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Evidence {
     /// An operator or another process.
@@ -155,14 +155,14 @@ enum Evidence {
     Counted,
 }
 
-/// Whose messages it is about.
+/// The subscriptions whose messages the circuit breaker holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum BreakerAudience {
-    /// Those of every subscription.
+    /// All subscriptions.
     #[default]
     All,
-    /// Those of subscriptions that nothing was delivered to yet: the first refusals may be those of a few strangers, and so
-    /// it asks again soon.
+    /// Subscriptions that nothing was delivered to yet. Their first refusals may come from a few strangers, so the
+    /// first wait is short.
     Unproven,
 }
 
@@ -176,17 +176,17 @@ impl BreakerState {
 }
 
 impl CircuitBreaker {
-    /// One for subscriptions that nothing was delivered to yet.
+    /// Makes a circuit breaker for subscriptions that nothing was delivered to yet.
     pub(crate) fn of_unproven() -> Self {
         Self { audience: BreakerAudience::Unproven, ..Self::default() }
     }
 
-    /// Whether nothing keeps messages back.
+    /// Returns true when no messages are held.
     pub(crate) fn is_closed(&self) -> bool {
         matches!(self.state, BreakerState::Closed)
     }
 
-    /// Asks for one message.
+    /// Decides about one message. The first message after the wait is the probe.
     pub(crate) fn admit(&mut self, now: Instant) -> Passage {
         let hold = match &self.state {
             BreakerState::Closed => return Passage::Free,
@@ -202,15 +202,15 @@ impl CircuitBreaker {
         Passage::Probe
     }
 
-    /// A message that was no probe succeeded. Where it has opened meanwhile, the message was sent before, and says nothing
-    /// new, unless that no connection was had.
+    /// Records the success of a message that was no probe. When the circuit breaker has opened meanwhile, the
+    /// message was sent before and proves nothing, except that the service can be reached.
     pub(crate) fn succeeded(&mut self) {
         if self.cause().is_none_or(|cause| cause == Cause::Unreachable) {
             self.reset();
         }
     }
 
-    /// The outcome of a message to the subscription `who`. True when this opened it.
+    /// Records the outcome of a message to the subscription `who`. Returns true when it opened the circuit breaker.
     pub(crate) fn record(&mut self, signal: Signal, probe: bool, who: u64, now: Instant) -> bool {
         match signal {
             Signal::Success if probe => self.reset(),
@@ -218,7 +218,7 @@ impl CircuitBreaker {
             Signal::Answered => self.record_answer(probe),
             Signal::Nothing => self.lose_probe(probe),
             Signal::Unauthorized if probe && self.cause() != Some(Cause::Unauthorized) => {
-                // It answers. Whether it refuses everybody is for others to say.
+                // The service answers. Other subscriptions show whether it refuses the key for all.
                 self.reset_but_for_refusals();
                 self.failed[Cause::Unauthorized as usize].insert(who);
             }
@@ -229,7 +229,7 @@ impl CircuitBreaker {
         false
     }
 
-    /// It answers, which is no success.
+    /// Records an answer that is no success.
     fn record_answer(&mut self, probe: bool) {
         self.failed[Cause::Throttled as usize].clear();
         self.failed[Cause::Unreachable as usize].clear();
@@ -253,14 +253,14 @@ impl CircuitBreaker {
         if probe && cause == Cause::Unauthorized && self.probe_refused(who, now) {
             return false;
         }
-        // What one subscription is asked for is believed for as long as it takes to ask another.
+        // A wait that was asked of a single subscription is limited, so that another one is asked soon.
         let most = if probe { WAIT.1 } else { MAX_RETRY_AFTER };
         self.trip_for(cause, asked.unwrap_or_default().min(most), now);
         was_closed
     }
 
-    /// A probe was refused. One that was refused before, or is hostile, may have been the probe: true when another one is to
-    /// be asked soon.
+    /// Records a refused probe. The probe may have been a subscription that was refused before or is hostile:
+    /// returns true when another one is to be probed soon.
     fn probe_refused(&mut self, who: u64, now: Instant) -> bool {
         let (BreakerState::Open(hold) | BreakerState::HalfOpen(hold, _)) = &mut self.state else {
             return false;
@@ -274,7 +274,7 @@ impl CircuitBreaker {
         true
     }
 
-    /// Opens it for what was counted: for at least `asked`, and each time for longer.
+    /// Opens the circuit breaker after counted failures: for at least `asked`, and each time for longer.
     fn trip_for(&mut self, cause: Cause, asked: Duration, now: Instant) {
         let until = now + asked.max(self.backoff(cause)).min(MAX_RETRY_AFTER);
         self.openings += 1;
@@ -282,7 +282,7 @@ impl CircuitBreaker {
             BreakerState::Open(Hold { until, cause, evidence: Evidence::Counted, probed: HashSet::new() });
     }
 
-    /// Opens it for at least this long, since an operator or another process says so.
+    /// Opens the circuit breaker for at least `wait`, by order of an operator or another process.
     pub(crate) fn hold(&mut self, wait: Duration, cause: Cause, now: Instant) {
         let until = now + wait.min(MAX_RETRY_AFTER);
         let (evidence, probed) = match &self.state {
@@ -295,28 +295,28 @@ impl CircuitBreaker {
         self.state = BreakerState::Open(Hold { until, cause, evidence, probed });
     }
 
-    /// Closes it, and forgets everything that speaks against the push service.
+    /// Closes the circuit breaker and forgets all failures.
     pub(crate) fn reset(&mut self) {
         self.state = BreakerState::Closed;
         self.openings = 0;
         self.failed.iter_mut().for_each(HashSet::clear);
     }
 
-    /// Closes it, and remembers who was refused: that it answers is no success.
+    /// Closes the circuit breaker but keeps the refused subscriptions: an answer is no success.
     fn reset_but_for_refusals(&mut self) {
         let refused = std::mem::take(&mut self.failed[Cause::Unauthorized as usize]);
         self.reset();
         self.failed[Cause::Unauthorized as usize] = refused;
     }
 
-    /// A probe, if it was one, ended without saying anything: the next message may be one.
+    /// Records that a message ended without a result. When it was the probe, the next message may be the probe.
     pub(crate) fn lose_probe(&mut self, probe: bool) {
         if probe && let BreakerState::HalfOpen(hold, _) = &self.state {
             self.state = BreakerState::Open(hold.clone());
         }
     }
 
-    /// Whether one more failure of the subscription `who` makes as many as it takes; they are not counted any more then.
+    /// Counts one more failure of the subscription `who`. Returns true, and clears the count, when these are enough.
     pub(crate) fn is_reached(&mut self, signal: Signal, who: u64) -> bool {
         let Some(cause) = signal.cause() else { return false };
         let failed = &mut self.failed[cause as usize];
@@ -328,7 +328,7 @@ impl CircuitBreaker {
         is_reached
     }
 
-    /// Opens it for what the last of many failures says, for no less than it is held already.
+    /// Opens the circuit breaker by the last of many failures, for no less than the current hold.
     pub(crate) fn trip(&mut self, signal: Signal, now: Instant) {
         let Some((cause, asked)) = signal.failure() else { return };
         let until = now + asked.unwrap_or_default().max(self.backoff(cause)).min(MAX_RETRY_AFTER);
@@ -344,7 +344,7 @@ impl CircuitBreaker {
         }
     }
 
-    /// It answers an unproven subscription, whatever it says.
+    /// Records that the service answered an unproven subscription in any way: it can be reached.
     pub(crate) fn is_there(&mut self) {
         self.failed[Cause::Unreachable as usize].clear();
         if self.cause() == Some(Cause::Unreachable) {
@@ -352,23 +352,23 @@ impl CircuitBreaker {
         }
     }
 
-    /// Whether failures were counted here, rather than an operator or another process having said so.
+    /// Returns true when the hold comes from failures counted here, not from an operator or another process.
     pub(crate) fn is_by_many(&self) -> bool {
         self.state.hold().is_some_and(|hold| hold.evidence == Evidence::Counted)
     }
 
-    /// Whether there is nothing that a success would have to clear.
+    /// Returns true when there is nothing for a success to clear.
     pub(crate) fn is_new(&self) -> bool {
         self.is_closed() && self.openings == 0 && self.failed.iter().all(HashSet::is_empty)
     }
 
-    /// How long ago the wait of a hold was over, and why it was held.
+    /// Time since the wait of a hold was over, and the cause of the hold.
     pub(crate) fn ended(&self, now: Instant) -> Option<(Duration, Cause)> {
         let hold = self.state.hold().filter(|hold| hold.until <= now)?;
         Some((now - hold.until, hold.cause))
     }
 
-    /// For how long it is still held, and why.
+    /// Remaining time of a hold, and its cause.
     pub(crate) fn held(&self, now: Instant) -> Option<(Duration, Cause)> {
         let hold = self.state.hold().filter(|hold| hold.until > now)?;
         Some((hold.until - now, hold.cause))

@@ -1,10 +1,10 @@
-//! How a request gets through to a push service, over the connections of its pool.
+//! Sends requests to push services over the connections of their pools.
 //!
-//! A request that a connection gave back unsent, or that the service says it has not looked at (GOAWAY,
-//! REFUSED_STREAM), is sent again on another connection: over HTTP/2 that loses nothing and doubles nothing.
-//! Over HTTP/1.1 there is one case that nobody can tell apart, a connection that ends just as a request is
-//! written to it; it is sent again too. Any other failure may have come after the service took the message;
-//! it is reported, and the caller decides.
+//! A request that a connection gave back unsent, or that the service says it has not processed (GOAWAY,
+//! REFUSED_STREAM), is sent again on another connection: over HTTP/2 that neither loses nor doubles a message. One
+//! case of HTTP/1.1 is ambiguous: a connection that ends just as a request is written to it. That request is sent
+//! again, too. Any other failure may have come after the service took the message; it is reported, and the caller
+//! decides.
 
 use std::collections::HashMap;
 use std::pin::{Pin, pin};
@@ -23,12 +23,13 @@ use crate::reputation::Reputation;
 use crate::service::Service;
 use crate::wire::{ClientError, Drivers, PoolContext, PoolLimits, PushResponse, Rooms, SendError};
 
-/// How often a request that was certainly not looked at is sent again, within its time.
+/// Maximum number of times that a request that was certainly not processed is sent again, within its timeout.
 const RESENDS: u32 = 20;
-/// So many of these at once; then there are pauses, which double from the first to the last.
+/// Number of resends without a pause.
 const AT_ONCE: u32 = 3;
+/// First and longest pause before each further resend; the pauses double.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
-/// The least time after which a message to an unproven subscription lets others have its turn.
+/// Shortest time after which a message to an unproven subscription gives its permit back.
 const PATIENCE: Duration = Duration::from_millis(100);
 /// How often connections that have become idle are closed.
 const SWEEP: Duration = Duration::from_secs(15);
@@ -48,7 +49,7 @@ impl PushClient {
         Self { shared: Arc::new(shared), pools: Pools::default() }
     }
 
-    /// The pool to a service, by its origin's name.
+    /// Returns the pool of the service with this origin name, and makes it when there is none yet.
     pub(crate) fn pool(
         &self,
         origin: &str,
@@ -69,7 +70,7 @@ impl PushClient {
         Some(pool)
     }
 
-    /// Waits for the right to send one message; none when it takes too long.
+    /// Waits for a permit to send one message; `None` when that takes longer than the timeout.
     pub(crate) async fn turn<'a>(
         &self,
         pool: &'a ConnectionPool,
@@ -81,7 +82,7 @@ impl PushClient {
         tokio::time::timeout(self.shared.limits.timeout, pool.turns.take(bulk)).await.ok()
     }
 
-    /// Sends what `make` makes, as often as it takes to have it looked at once.
+    /// Sends the request that `make` builds, again and again while it was certainly not processed.
     pub(crate) async fn send(
         &self,
         pool: &Arc<ConnectionPool>,
@@ -90,7 +91,8 @@ impl PushClient {
         body: Bytes,
         who: Reputation,
     ) -> Result<PushResponse, ClientError> {
-        // Its own time, however long it has waited: what is cut off in the middle may have been taken.
+        // The request has the whole timeout, however long it waited before: a message that is cut off in the middle
+        // may have been taken.
         let limit = self.shared.limits.timeout;
         let answer = tokio::time::timeout(limit, send_on(pool, &mut turn, make, body, who)).await;
         let answer = answer.unwrap_or(Err(ClientError::Timeout(limit)));
@@ -104,12 +106,12 @@ impl PushClient {
         answer
     }
 
-    /// All pools, for those who look.
+    /// All pools, for the status.
     pub(crate) fn pools(&self) -> Vec<Arc<ConnectionPool>> {
         self.pools.lock().values().flat_map(HashMap::values).cloned().collect()
     }
 
-    /// Ends every connection.
+    /// Closes every connection, and waits for their tasks.
     pub(crate) async fn close(&self) {
         self.shared.drivers.stop.cancel();
         self.pools.lock().clear();
@@ -117,11 +119,11 @@ impl PushClient {
     }
 }
 
-/// A request that has given its turn to others and is still under way.
+/// A request that has given its permit back and is still under way.
 struct Overdue<'a>(&'a ConnectionPool);
 
 impl<'a> Overdue<'a> {
-    /// None when there are too many.
+    /// Counts one more such request; `None` when there are too many.
     fn enter(pool: &'a ConnectionPool) -> Option<Self> {
         let before = pool.overdue.fetch_add(1, Ordering::Relaxed);
         let overdue = Self(pool);
@@ -135,7 +137,7 @@ impl Drop for Overdue<'_> {
     }
 }
 
-/// Whether an answer says that it is too much.
+/// Returns true when the answer says that the service is overloaded.
 fn is_choking(status: StatusCode) -> bool {
     status == StatusCode::TOO_MANY_REQUESTS
         || status == StatusCode::REQUEST_TIMEOUT
@@ -170,7 +172,8 @@ async fn send_on(
     Err(ClientError::Refused(RESENDS + 1))
 }
 
-/// Waits for an answer; one that takes long lets others have the turn. Anybody can bring a subscription that is never answered.
+/// Waits for an answer. When it takes long, the permit is given back: any visitor can bring a subscription that is
+/// never answered.
 async fn patiently<T>(
     pool: &ConnectionPool,
     turn: &mut ConcurrencyPermit<'_>,
@@ -187,7 +190,7 @@ async fn patiently<T>(
     answer.await
 }
 
-/// Closes connections that have become idle, and forgets pools that nobody uses.
+/// Closes connections that have become idle, and removes pools that are not in use.
 async fn sweep(pools: Pools) {
     loop {
         tokio::time::sleep(SWEEP).await;

@@ -1,4 +1,4 @@
-//! Who may send to an origin next: as many at once as its window allows, and bulk never takes all of them.
+//! Permits to send to an origin: as many at once as its AIMD limit allows, of which bulk messages never take all.
 
 use parking_lot::Mutex;
 use std::time::{Duration, Instant};
@@ -8,7 +8,8 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 use crate::aimd_limit::AimdLimit;
 use crate::reputation::Reputation;
 
-/// Rights to send. Bulk messages may have three quarters of them, so that others never wait for all.
+/// The permits of one origin. Bulk messages may have three quarters of them, so that other messages never wait for
+/// all of these.
 #[derive(Debug)]
 pub(crate) struct ConcurrencyLimit {
     window: Mutex<AimdLimit>,
@@ -16,7 +17,7 @@ pub(crate) struct ConcurrencyLimit {
     bulk: Rights,
 }
 
-/// One of them; for a bulk message, in both respects.
+/// The permit to send one message. For a bulk message it contains a right of both kinds.
 #[derive(Debug)]
 pub(crate) struct ConcurrencyPermit<'a> {
     turns: &'a ConcurrencyLimit,
@@ -31,37 +32,37 @@ impl ConcurrencyLimit {
         Self { window: Mutex::new(window), all: Rights::new(limit), bulk: Rights::new(share_of_bulk(limit)) }
     }
 
-    /// The right to send one message, if nobody need wait for it.
+    /// Returns a permit for one message when one is free now.
     pub(crate) fn take_at_once(&self, bulk: bool) -> Option<ConcurrencyPermit<'_>> {
         let bulk = if bulk { Some(self.bulk.take_at_once()?) } else { None };
         let all = self.all.take_at_once()?;
         Some(ConcurrencyPermit { turns: self, sent: Instant::now(), rights: Some((all, bulk)) })
     }
 
-    /// Waits for the right to send one message.
+    /// Waits for a permit for one message.
     pub(crate) async fn take(&self, bulk: bool) -> ConcurrencyPermit<'_> {
         let bulk = if bulk { Some(self.bulk.take().await) } else { None };
         let all = self.all.take().await;
         ConcurrencyPermit { turns: self, sent: Instant::now(), rights: Some((all, bulk)) }
     }
 
-    /// How long an answer takes that need not wait for others, about.
+    /// Approximate time of an answer that does not wait behind other requests.
     pub(crate) fn usual(&self) -> Duration {
         self.window.lock().quickest()
     }
 
-    /// How many may be under way at once, and how many are.
+    /// The limit of requests under way at once, and their number now.
     pub(crate) fn status(&self) -> (usize, usize) {
         let limit = self.window.lock().limit();
         (limit, limit.saturating_sub(self.all.free()))
     }
 
-    /// What the origin can bear at most has become known.
+    /// Sets the highest limit, which is known once the origin's HTTP version is.
     pub(crate) fn bound(&self, most: usize) {
         self.change(|window| window.bound(most));
     }
 
-    /// Begins anew, step by step.
+    /// Restarts at a low limit, which grows step by step.
     pub(crate) fn restart(&self) {
         self.change(AimdLimit::restart);
     }
@@ -83,19 +84,19 @@ fn share_of_bulk(limit: usize) -> usize {
 }
 
 impl ConcurrencyPermit<'_> {
-    /// An answer came.
+    /// Records an answer to the message.
     pub(crate) fn answered(&self) {
         let in_flight = self.turns.status().1;
         let took = self.sent.elapsed();
         self.turns.change(|window| window.answered(in_flight, took));
     }
 
-    /// The origin choked on it; which a single subscription may bring about, if it is `unproven`.
+    /// Records that the origin choked on the message. A single subscription can cause that when it is unproven.
     pub(crate) fn choked(&self, who: Reputation) {
         self.turns.change(|window| window.choked(self.sent, Instant::now(), who));
     }
 
-    /// Lets others have it while its message is still under way.
+    /// Gives the permit back while its message is still under way.
     pub(crate) fn give_back(&mut self) {
         self.rights = None;
     }
@@ -105,7 +106,7 @@ impl ConcurrencyPermit<'_> {
 #[derive(Debug)]
 struct Rights {
     free: Semaphore,
-    /// How many there should be, and how many more than that are in use.
+    /// The wanted number of rights, and how many more than that exist because they are in use.
     count: Mutex<(usize, usize)>,
 }
 
@@ -121,7 +122,7 @@ impl Rights {
     }
 
     async fn take(&self) -> Right<'_> {
-        // A semaphore that is never closed always has another one.
+        // The semaphore is never closed, so there is always a permit to wait for.
         Right { rights: self, permit: self.free.acquire().await.ok() }
     }
 
@@ -142,7 +143,7 @@ impl Rights {
             *count = (wanted, 0);
         } else {
             let forgotten = if wanted >= before { 0 } else { self.free.forget_permits(before - wanted) };
-            // What is in use is given up when it is given back.
+            // Rights in use are removed when they are given back.
             *count = (wanted, there - forgotten - wanted);
         }
     }

@@ -1,4 +1,4 @@
-//! From a push service to a connection: resolve, check every address, choose one, dial, TLS, ALPN.
+//! Opens connections to push services: resolve, check every address, choose one, dial, TLS, ALPN.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -23,14 +23,13 @@ use crate::resolve::{ResolveError, Resolver};
 use crate::silence::notice_silence;
 use crate::target::{Origin, Policy, TargetError};
 
-/// How much is gathered before it is written: as many small frames as fit become one TLS record and one call
-/// of the system.
+/// Size of the write buffer, in bytes: as many small frames as fit become one TLS record and one system call.
 const GATHER: usize = 32 * 1024;
 
-/// How many addresses of a name are tried for one connection.
+/// Maximum number of addresses of a name that are tried for one connection.
 const MAX_DIALS: usize = 8;
 
-/// Which versions of HTTP are offered to push services.
+/// HTTP versions that are offered to push services.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum HttpVersion {
     /// HTTP/2, or HTTP/1.1 where the service prefers it.
@@ -42,13 +41,13 @@ pub enum HttpVersion {
     Two,
 }
 
-/// Why a text is no version of HTTP.
+/// The text is none of the words of [`HttpVersion::as_str`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("auto, 1 or 2")]
 pub struct HttpVersionError;
 
 impl HttpVersion {
-    /// The word for it.
+    /// The word of the settings: `auto`, `1` or `2`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Auto => "auto",
@@ -69,7 +68,7 @@ impl FromStr for HttpVersion {
     }
 }
 
-/// Why there is no connection.
+/// Reason why there is no connection.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ConnectError {
     #[error(transparent)]
@@ -88,12 +87,12 @@ pub(crate) enum ConnectError {
     Handshake(String, String),
 }
 
-/// An open connection and what was agreed on it.
+/// An open connection and its negotiated protocol.
 #[derive(Debug)]
 pub(crate) struct Connected {
     pub(crate) stream: PushStream,
     pub(crate) http2: bool,
-    /// The address it leads to; none when a proxy has chosen it.
+    /// The address of the peer; `None` when a proxy has chosen it.
     pub(crate) chosen: Option<ChosenAddress>,
 }
 
@@ -102,7 +101,7 @@ pub(crate) struct Connector {
     policy: Policy,
     resolver: Resolver,
     proxy: Option<Proxy>,
-    /// By what is offered: auto, 1, 2.
+    /// One configuration for each [`HttpVersion`], in its order: auto, 1, 2.
     tls: [Arc<ClientConfig>; 3],
     http: HttpVersion,
     timeout: Duration,
@@ -136,12 +135,12 @@ impl Connector {
         &self.policy
     }
 
-    /// What is offered to a service when a message asks for `asked`.
+    /// The HTTP version to offer when a message asks for `asked`.
     pub(crate) fn offered(&self, asked: HttpVersion) -> HttpVersion {
         if asked == HttpVersion::Auto { self.http } else { asked }
     }
 
-    /// The addresses of a host, if every one of them may be sent to. None when that is for a proxy to say.
+    /// Returns the addresses of a host when every one of them may be sent to; `None` when the proxy resolves names.
     pub(crate) async fn addresses(&self, host: &str) -> Result<Option<Vec<IpAddr>>, ConnectError> {
         if self.proxy.as_ref().is_some_and(Proxy::resolves) {
             return Ok(None);
@@ -177,8 +176,8 @@ impl Connector {
         };
         let mut addresses = known.in_turn(addresses, Instant::now());
         addresses.truncate(MAX_DIALS);
-        // Each gets its share of the time, so that one that swallows packets does not spend all of it; and all of them
-        // less than there is, so that the last one is known to be at fault.
+        // Each address gets a share of the timeout, so that one that swallows packets does not use all of it. The
+        // shares add up to less than the timeout, so that the failure of the last address is recorded, too.
         let share = self.timeout * 9 / 10 / u32::try_from(addresses.len()).unwrap_or(u32::MAX).max(1);
         let mut last = ConnectError::Timeout(self.timeout);
         for address in addresses {
@@ -199,7 +198,7 @@ impl Connector {
         Err(last)
     }
 
-    /// Dials one address; without one, the proxy is told the name.
+    /// Dials one address; without an address, the proxy gets the name.
     async fn dial(
         &self,
         origin: &Origin,
@@ -238,8 +237,7 @@ impl Connector {
 
 type TcpOrProxied = Either<TcpStream, Proxied>;
 
-/// A connection with or without TLS, directly or through a proxy, which gathers what is written until it is
-/// flushed.
+/// A connection with or without TLS, directly or through a proxy. It buffers writes until they are flushed.
 #[derive(Debug)]
 pub(crate) struct PushStream(BufWriter<Either<TcpOrProxied, Box<TlsStream<TcpOrProxied>>>>);
 
@@ -259,7 +257,7 @@ impl AsyncRead for PushStream {
     }
 }
 
-/// Without vectored writes, for which h2 would make one call for each frame.
+/// There are no vectored writes: with them, h2 would make one call for each frame.
 impl AsyncWrite for PushStream {
     fn poll_write(self: Pin<&mut Self>, context: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.get_mut().0).poll_write(context, bytes)

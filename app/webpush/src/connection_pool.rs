@@ -1,9 +1,8 @@
 //! The connections of one runtime to one push service.
 //!
-//! They are opened one after the other, and only as there is something to carry: the next one when those there are
-//! carry more than a few requests each. A connection that was idle for a while is closed, and one on which an
-//! answer did not come in time is not used again: what stands between us and the service may have forgotten
-//! it without a word.
+//! Connections are opened one after the other, and only under load: the next one when the open ones carry more than
+//! a few requests each. A connection that was idle for a while is closed. A connection on which an answer did not
+//! come in time is not used again: a device between us and the service may have forgotten it without notice.
 
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize;
@@ -22,12 +21,12 @@ use crate::http2::Http2;
 use crate::service::Service;
 use crate::wire::{ClientError, PoolContext, PoolLimits, PushResponse, SendError};
 
-/// After a dial that failed, while there are other connections.
+/// Pause after a failed dial, while there are other connections.
 const DIAL_AGAIN: Duration = Duration::from_secs(1);
-/// Another HTTP/2 connection is opened when those there are carry so many requests each.
+/// Another HTTP/2 connection is opened when each open one carries this many requests.
 const BUSY: usize = 8;
 
-/// See the module.
+/// The connections of one runtime to one push service.
 #[derive(Debug)]
 pub(crate) struct ConnectionPool {
     pub(crate) service: Arc<Service>,
@@ -35,29 +34,29 @@ pub(crate) struct ConnectionPool {
     http: HttpVersion,
     shared: Arc<PoolContext>,
     state: Mutex<PoolState>,
-    /// There is another connection, or dialing has failed.
+    /// Notified when another connection can be used, or dialing has failed.
     changed: Notify,
-    /// How many requests are under way that have given their turn to others.
+    /// Number of requests under way that have given their permit back.
     pub(crate) overdue: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct PoolState {
     http2: Vec<Arc<Http2>>,
-    /// Between two requests.
+    /// HTTP/1.1 connections between two requests.
     idle: Vec<Http1>,
-    /// Whether the last new connection spoke HTTP/1.1.
+    /// True when the last new connection spoke HTTP/1.1.
     is_http1: bool,
     /// HTTP/1.1 connections that carry a request.
     lent: usize,
     is_dialing: bool,
     dialed: Option<Instant>,
-    /// Connections in a row that were over before they were of any use.
+    /// Number of connections in a row that ended before they answered a request.
     fruitless: u32,
     failed: Option<(Instant, Arc<ConnectError>)>,
 }
 
-/// A connection, for one request.
+/// A connection for one request.
 #[derive(Debug)]
 pub(crate) enum Checkout {
     Http2(Arc<Http2>),
@@ -88,7 +87,7 @@ impl ConnectionPool {
         })
     }
 
-    /// A connection with room for one more request.
+    /// Returns a connection with room for one more request, and waits for it.
     pub(crate) async fn checkout(self: &Arc<Self>) -> Result<Checkout, ClientError> {
         let asked = Instant::now();
         loop {
@@ -103,9 +102,9 @@ impl ConnectionPool {
                     return Err(ClientError::Closed);
                 }
                 match &state.failed {
-                    // Those that carry requests now come back.
+                    // The connections that carry requests now come back.
                     Some((when, _)) if state.lent > 0 && when.elapsed() < DIAL_AGAIN => {}
-                    // It failed while we waited for the same.
+                    // A dial failed while this request waited for its connection.
                     Some((when, error)) if state.lent == 0 && *when >= asked => {
                         return Err(Arc::clone(error).into());
                     }
@@ -116,7 +115,7 @@ impl ConnectionPool {
         }
     }
 
-    /// Sends a request on a connection, and keeps that for the next one.
+    /// Sends a request on a connection, and keeps the connection for the next request.
     pub(crate) async fn send(
         &self,
         connection: Checkout,
@@ -136,7 +135,7 @@ impl ConnectionPool {
             state.fruitless = 0;
         }
         if sent.closed {
-            // Whoever closes one without a word may have closed the others.
+            // A service that closes one connection without notice may have closed the others.
             state.idle.retain(|idle| !idle.used);
         }
         state.idle.extend(sent.connection);
@@ -145,25 +144,26 @@ impl ConnectionPool {
         sent.answer
     }
 
-    /// Closes what was idle for long.
+    /// Closes connections that were idle for long.
     pub(crate) fn sweep(&self) {
         let mut state = self.state();
         state.http2.retain(|connection| connection.is_usable());
         state.idle.retain(Http1::is_usable);
     }
 
-    /// How many requests may be under way that have given their turn to others: half of what the connections can carry.
+    /// Maximum number of requests under way that have given their permit back: half of the requests that the
+    /// connections can carry.
     pub(crate) fn most_overdue(&self) -> usize {
         most(&self.shared.limits, self.state().is_http1) / 2
     }
 
-    /// How many connections carry requests or wait for them.
+    /// Number of HTTP/2 connections and of idle HTTP/1.1 connections.
     pub(crate) fn connections(&self) -> usize {
         let state = self.state();
         state.http2.len() + state.idle.len()
     }
 
-    /// A connection that is open and has room. Has another one opened when they carry much.
+    /// Picks an open connection. Starts to open another one when the open ones are busy.
     fn pick(self: &Arc<Self>, state: &mut PoolState) -> Option<Checkout> {
         if state.is_http1 {
             while let Some(idle) = state.idle.pop() {
@@ -196,7 +196,7 @@ impl ConnectionPool {
         Some(Checkout::Http2(least))
     }
 
-    /// Opens one more connection, if none is being opened: not at once after the last one, of any thread.
+    /// Opens one more connection unless one is being opened. A pause separates it from the last one of any thread.
     fn dial(self: &Arc<Self>, state: &mut PoolState) {
         if std::mem::replace(&mut state.is_dialing, true) {
             return;
@@ -205,7 +205,7 @@ impl ConnectionPool {
         let not_before =
             self.service.next_dial(self.shared.limits.connect_every).max(own.unwrap_or_else(Instant::now));
         state.dialed = Some(not_before);
-        // Before it is spawned: whoever waits is told also if it never runs.
+        // Made before the task is spawned: the waiting requests are notified even when the task never runs.
         let dialing = Dialing(Arc::clone(self));
         self.shared.drivers.spawn(async move {
             let pool = &dialing.0;
@@ -243,12 +243,12 @@ impl ConnectionPool {
     }
 }
 
-/// How many requests at once all connections together can carry.
+/// Number of requests at once that all connections together can carry.
 fn most(limits: &PoolLimits, is_http1: bool) -> usize {
     if is_http1 { limits.http1_connections } else { limits.connections * limits.streams }
 }
 
-/// Before another connection to a service that ends them at once: none after the first, up to a second.
+/// Pause before another connection to a service that ends connections at once: none after the first, up to a second.
 fn fruitless_pause(fruitless: u32) -> Duration {
     match fruitless {
         0 | 1 => Duration::ZERO,
@@ -256,7 +256,7 @@ fn fruitless_pause(fruitless: u32) -> Duration {
     }
 }
 
-/// A connection is being opened; whoever waits for it is told how that ended.
+/// A connection that is being opened. Its drop notifies the requests that wait for it.
 struct Dialing(Arc<ConnectionPool>);
 
 impl Drop for Dialing {
@@ -272,7 +272,7 @@ struct Unanswered<'a>(Option<&'a ConnectionPool>);
 impl Drop for Unanswered<'_> {
     fn drop(&mut self) {
         if let Some(pool) = self.0 {
-            // Whatever swallowed this request may swallow others.
+            // The cause that swallowed this request may swallow others.
             let mut state = pool.state();
             state.lent -= 1;
             state.idle.clear();

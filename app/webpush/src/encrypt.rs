@@ -23,10 +23,10 @@ pub(crate) const IKM: usize = 32;
 const TAG: usize = 16;
 /// RFC 8188, section 2.1: salt, record size, length of the key id, key id.
 pub(crate) const HEADER: usize = SALT + 4 + 1 + POINT;
-/// Of the last record (RFC 8188, section 2).
+/// Delimiter of the last record (RFC 8188, section 2).
 const DELIMITER: u8 = 2;
-/// One record holds any message that a push service must take, and so the size says nothing about it.
-/// RFC 8291, section 4 wants it greater than the plaintext with delimiter and tag: 3993 + 1 + 16.
+/// Record size, in bytes. One record holds any message that a push service must take, so the size says nothing
+/// about the message. RFC 8291, section 4 requires more than the plaintext with delimiter and tag: 3993 + 1 + 16.
 const RECORD_SIZE: u32 = 4096;
 
 /// The cryptographic library failed: there is no randomness, or it refuses a point. It does not say which.
@@ -40,8 +40,8 @@ impl From<Unspecified> for CryptoError {
     }
 }
 
-/// Encrypts a payload for one subscription, with a new key pair and a new salt: the body of a request with
-/// `Content-Encoding: aes128gcm`.
+/// Encrypts a payload for one subscription with a new key pair and a new salt. The result is the body of a request
+/// with `Content-Encoding: aes128gcm`.
 ///
 /// # Errors
 /// When the system's random generator fails, or the subscription's point is refused by the curve arithmetic.
@@ -51,7 +51,7 @@ pub fn encrypt(keys: &Keys, payload: &Payload) -> Result<Vec<u8>, CryptoError> {
     Ok(seal_with(keys, payload.as_bytes(), &PrivateKey::generate(&ECDH_P256)?, salt)?)
 }
 
-/// The deterministic part. `sender` must never be a VAPID key (RFC 8292, section 3.2).
+/// The deterministic part of [`encrypt`]. `sender` must never be a VAPID key (RFC 8292, section 3.2).
 fn seal_with(
     keys: &Keys,
     plaintext: &[u8],
@@ -62,7 +62,8 @@ fn seal_with(
     seal(&input_keying_material(sender, keys, &public)?, &public, plaintext, salt)
 }
 
-/// Encrypts with a secret that was agreed on before. No salt may ever come twice with it (RFC 8188, section 2.1).
+/// Encrypts with a secret that was agreed on before. A salt must never be used twice with the same secret (RFC
+/// 8188, section 2.1).
 pub(crate) fn seal(
     ikm: &[u8; IKM],
     sender_public: &[u8; POINT],
@@ -82,7 +83,7 @@ pub(crate) fn seal(
     Ok(body)
 }
 
-/// The sender's side of the agreement. It refuses a point that is not on the curve.
+/// The sender's side of the key agreement. It fails for a point that is not on the curve.
 pub(crate) fn input_keying_material(
     sender: &PrivateKey,
     keys: &Keys,
@@ -91,7 +92,7 @@ pub(crate) fn input_keying_material(
     agree(sender, keys.p256dh(), keys.auth(), keys.p256dh(), public)
 }
 
-/// RFC 8291, section 3.3 and 3.4: the ECDH secret, bound to both public keys and the authentication secret.
+/// The ECDH secret, bound to both public keys and the authentication secret (RFC 8291, sections 3.3 and 3.4).
 fn agree(
     own: &PrivateKey,
     peer: &[u8; POINT],
@@ -109,7 +110,7 @@ fn agree(
     })
 }
 
-/// RFC 8188, section 2.2 and 2.3.
+/// The content encryption key and the nonce (RFC 8188, sections 2.2 and 2.3).
 fn content_key(ikm: &[u8; IKM], salt: &[u8]) -> Result<(LessSafeKey, Nonce), Unspecified> {
     let prk = Hkdf::<Sha256>::new(Some(salt), ikm);
     let (mut key, mut nonce) = ([0; 16], [0; 12]);
@@ -118,36 +119,36 @@ fn content_key(ikm: &[u8; IKM], salt: &[u8]) -> Result<(LessSafeKey, Nonce), Uns
     Ok((LessSafeKey::new(UnboundKey::new(&AES_128_GCM, &key)?), Nonce::assume_unique_for_key(nonce)))
 }
 
-/// The browser's side: the private key and the secret of a subscription, for push services that developers
-/// run themselves and for tests.
+/// The browser's side of a subscription: its private key and its authentication secret. It serves tests and push
+/// services that developers run themselves.
 pub struct ReceiverKeys {
     private: PrivateKey,
     public: [u8; POINT],
     auth: [u8; AUTH],
 }
 
-/// Why a body cannot be read.
+/// Reason why a body cannot be decrypted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum DecryptError {
-    /// Shorter than header, delimiter and tag.
+    /// The body is shorter than header, delimiter and tag.
     #[error("the body is shorter than its header")]
     Short,
-    /// RFC 8188 wants at least 18; RFC 8291 wants room for the whole message in one record.
+    /// The record size is too small: RFC 8188 requires at least 18, RFC 8291 the whole message in one record.
     #[error("the record size does not exceed the message with its delimiter and tag")]
     RecordSize,
     /// The key id is not a P-256 point of 65 bytes.
     #[error("the key id is not an uncompressed point of 65 bytes")]
     KeyId,
-    /// Made for somebody else, or changed on the way.
+    /// The body was made for another subscription, or changed on the way.
     #[error("the ciphertext does not authenticate")]
     Forged,
-    /// The delimiter of the last record is 2.
+    /// The last record does not end with the delimiter 2.
     #[error("the last record does not end with delimiter 2")]
     Delimiter,
 }
 
 impl ReceiverKeys {
-    /// New keys, as a browser makes them when it subscribes.
+    /// Makes new keys, as a browser does when it subscribes.
     ///
     /// # Errors
     /// When the system's random generator fails.
@@ -163,10 +164,10 @@ impl ReceiverKeys {
         Ok(Self { private, public, auth })
     }
 
-    /// The plaintext of a body that a sender made for these keys.
+    /// Decrypts a body that a sender made for these keys.
     ///
     /// # Errors
-    /// When the body breaks RFC 8188 or RFC 8291, or was made for somebody else.
+    /// When the body breaks RFC 8188 or RFC 8291, or was made for other keys.
     pub fn decrypt(&self, body: &[u8]) -> Result<Vec<u8>, DecryptError> {
         if body.len() < HEADER + 1 + TAG {
             return Err(DecryptError::Short);

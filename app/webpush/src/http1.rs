@@ -16,30 +16,30 @@ use crate::addresses::ChosenAddress;
 use crate::connect::Connected;
 use crate::wire::{BODY, Drivers, IDLE, MAX_ANSWER, PushResponse, Room, SendError};
 
-/// A connection between two requests.
+/// An HTTP/1.1 connection between two requests.
 #[derive(Debug)]
 pub(crate) struct Http1 {
     sender: SendRequest<Full<Bytes>>,
     chosen: Option<ChosenAddress>,
     _room: Room,
-    /// Whether it has carried a request.
+    /// True when the connection has carried a request.
     pub(crate) used: bool,
     since: Instant,
 }
 
-/// What became of a request, and the connection if it can carry another one.
+/// Outcome of a request, and the connection when it can carry another one.
 pub(crate) struct Http1Sent {
     pub(crate) answer: Result<PushResponse, SendError>,
     pub(crate) connection: Option<Http1>,
-    /// Whether the service closed it without a word: it may have closed others.
+    /// True when the service closed the connection without notice: it may have closed others.
     pub(crate) closed: bool,
 }
 
 impl Http1 {
-    /// Begins to speak HTTP/1.1. The connection's task runs among `drivers`.
+    /// Starts HTTP/1.1 on a connection, whose task runs in `drivers`.
     ///
     /// # Errors
-    /// Why that failed, in words.
+    /// The reason of the failure, as text.
     pub(crate) async fn open(connected: Connected, room: Room, drivers: &Drivers) -> Result<Self, String> {
         let (sender, connection) =
             handshake(TokioIo::new(connected.stream)).await.map_err(|error| error.to_string())?;
@@ -51,7 +51,7 @@ impl Http1 {
         Ok(Self { sender, chosen: connected.chosen, _room: room, used: false, since: Instant::now() })
     }
 
-    /// Whether a request may be sent on it.
+    /// Returns true when a request may be sent on the connection.
     pub(crate) fn is_usable(&self) -> bool {
         !self.sender.is_closed() && self.since.elapsed() < IDLE
     }
@@ -66,7 +66,7 @@ impl Http1 {
         let response = match self.sender.try_send_request(request.map(|()| Full::new(body))).await {
             Ok(response) => response,
             Err(error) if error.message().is_some() => return lost(Err(SendError::NotLookedAt), false),
-            // It was closed while idle, and what we sent crossed that on the way.
+            // The service closed the idle connection while our request was on the way.
             Err(error) if self.used && error.error().is_incomplete_message() => {
                 return lost(Err(SendError::NotLookedAt), true);
             }
@@ -91,7 +91,7 @@ impl Http1 {
     }
 }
 
-/// Whether this is the last answer on a connection. It may look usable until the end arrives.
+/// Returns true for the last answer on a connection, which may look usable until its end arrives.
 fn is_closing(headers: &HeaderMap) -> bool {
     let options = headers.get_all(header::CONNECTION).iter();
     options
@@ -100,11 +100,11 @@ fn is_closing(headers: &HeaderMap) -> bool {
         .any(|option| option.trim().eq_ignore_ascii_case("close"))
 }
 
-/// Reads an answer, and as much of its body as comes at once. True when that was all of it: the connection is of no use
-/// otherwise.
+/// Reads an answer and the beginning of its body. Returns true when the body was read to its end: otherwise the
+/// connection cannot be used again.
 async fn read(response: Response<Incoming>) -> (PushResponse, bool) {
     let (parts, body) = response.into_parts();
-    // The status decides; a body that breaks off or never ends takes nothing away from it, nor from its beginning.
+    // The status decides. A body that breaks off or never ends does not change it, and its beginning is kept.
     let mut beginning = BytesMut::new();
     let is_whole = timeout(BODY, read_body(body, &mut beginning)).await.unwrap_or(false);
     (PushResponse { status: parts.status, headers: parts.headers, body: beginning.freeze() }, is_whole)

@@ -19,15 +19,15 @@ use crate::addresses::ChosenAddress;
 use crate::connect::Connected;
 use crate::wire::{BODY, Drivers, IDLE, MAX_ANSWER, PushResponse, Room, SendError};
 
-/// A connection that carries requests and is silent for this long is asked whether it lives, and has as long
-/// to answer. Pings on idle connections are answered with GOAWAY `ENHANCE_YOUR_CALM`.
+/// A connection that carries requests and is silent for this long gets a ping, and has as long to answer it. Idle
+/// connections get none: services answer that with GOAWAY `ENHANCE_YOUR_CALM`.
 const PING: Duration = Duration::from_secs(20);
-/// The most bytes of headers in an answer.
+/// Maximum size of the headers of an answer, in bytes.
 const MAX_HEADERS: u32 = 16 * 1024;
-/// How many requests at once before the service has said how many it allows.
+/// Number of requests at once before the service has announced its own limit.
 const STREAMS_AT_FIRST: usize = 100;
 
-/// See the module.
+/// One HTTP/2 connection, which carries many requests at once.
 #[derive(Debug)]
 pub(crate) struct Http2 {
     sender: Mutex<SendRequest<Bytes>>,
@@ -35,18 +35,18 @@ pub(crate) struct Http2 {
     _room: Room,
     in_flight: AtomicUsize,
     answers: AtomicU64,
-    /// How many requests at once the service allows.
+    /// Number of requests at once that the service allows.
     streams: AtomicUsize,
     last_used: Mutex<Instant>,
-    /// It must not be used any more: it has ended, is about to, or swallows requests.
+    /// True when the connection must not be used any more: it has ended, is about to end, or swallows requests.
     over: AtomicBool,
 }
 
 impl Http2 {
-    /// Begins to speak HTTP/2. The connection's task runs among `drivers`.
+    /// Starts HTTP/2 on a connection, whose task runs in `drivers`.
     ///
     /// # Errors
-    /// Why that failed, in words.
+    /// The reason of the failure, as text.
     pub(crate) async fn open(
         connected: Connected,
         room: Room,
@@ -96,29 +96,29 @@ impl Http2 {
         self.over.store(true, Ordering::Relaxed);
         let Err(end) = ended else { return };
         debug!(?end, "a connection to a push service ended with an error");
-        // A service that goes away in order is well.
+        // GOAWAY is an orderly end and no fault of the address.
         let in_order = matches!(&end, Ended(error) if error.is_go_away());
         if !in_order && let Some(chosen) = &self.chosen {
             chosen.fails(Instant::now());
         }
     }
 
-    /// How many requests are under way.
+    /// Number of requests under way.
     pub(crate) fn load(&self) -> usize {
         self.in_flight.load(Ordering::Relaxed)
     }
 
-    /// How many requests at once the service allows, and we do.
+    /// Number of requests at once that both the service and `ours` allow: at least one.
     pub(crate) fn room(&self, ours: usize) -> usize {
         ours.min(self.streams.load(Ordering::Relaxed)).max(1)
     }
 
-    /// Whether it was of any use.
+    /// Returns true when the connection has answered a request.
     pub(crate) fn has_answered(&self) -> bool {
         self.answers.load(Ordering::Relaxed) > 0
     }
 
-    /// Whether requests may be sent on it.
+    /// Returns true when requests may be sent on the connection.
     pub(crate) fn is_usable(&self) -> bool {
         let forgotten = self.load() == 0 && self.last_used.lock().elapsed() > IDLE;
         !self.over.load(Ordering::Relaxed) && !forgotten
@@ -134,7 +134,7 @@ impl Http2 {
         let mut sender = self.sender.lock().clone();
         let sent = async {
             let over = |_| {
-                // It is going away: the others are asked first.
+                // The connection is going away: the other connections are asked first.
                 self.over.store(true, Ordering::Relaxed);
                 SendError::NotLookedAt
             };
@@ -152,7 +152,7 @@ impl Http2 {
             })
         };
         let sent = sent.await;
-        // Also an error is an answer: the connection itself knows how it is.
+        // An error is an answer, too: the connection itself notices when it is over.
         in_flight.answered = true;
         let response = sent?;
         self.answers.fetch_add(1, Ordering::Relaxed);
@@ -160,12 +160,12 @@ impl Http2 {
     }
 }
 
-/// Why a connection is over.
+/// Reason why a connection is over.
 #[derive(Debug)]
 enum End {
-    /// It answers no ping.
+    /// The peer answers no ping.
     Silent,
-    /// It says so.
+    /// The connection has ended with this error.
     Ended(h2::Error),
 }
 use End::{Ended, Silent};
@@ -174,7 +174,7 @@ use End::{Ended, Silent};
 struct OpenStream<'a> {
     connection: &'a Http2,
     answered: bool,
-    /// How many answers there were when it began.
+    /// Number of answers on the connection when the request began.
     before: u64,
 }
 
@@ -189,7 +189,7 @@ impl Drop for OpenStream<'_> {
     fn drop(&mut self) {
         let connection = self.connection;
         if !self.answered && connection.answers.load(Ordering::Relaxed) == self.before {
-            // What swallowed this request may swallow others: nothing else was answered meanwhile.
+            // No other request was answered meanwhile: the connection may swallow those, too.
             connection.over.store(true, Ordering::Relaxed);
         }
         if connection.in_flight.fetch_sub(1, Ordering::Relaxed) == 1 {
@@ -216,14 +216,14 @@ async fn watch(pings: Option<PingPong>, connection: Weak<Http2>) {
     }
 }
 
-/// Reads an answer, and as much of its body as comes at once.
+/// Reads an answer and the beginning of its body.
 async fn read(response: Response<RecvStream>) -> PushResponse {
     let (parts, body) = response.into_parts();
     let (status, headers) = (parts.status, parts.headers);
     if body.is_end_stream() {
         return PushResponse { status, headers, body: Bytes::new() };
     }
-    // The status decides; a body that breaks off or never ends takes nothing away from it.
+    // The status decides. A body that breaks off or never ends does not change it.
     let mut beginning = BytesMut::new();
     let _ = timeout(BODY, read_body(body, &mut beginning)).await;
     PushResponse { status, headers, body: beginning.freeze() }
@@ -238,7 +238,7 @@ async fn read_body(mut body: RecvStream, read: &mut BytesMut) {
     }
 }
 
-/// Tells what was certainly not processed (RFC 9113, sections 6.8 and 8.7) from what may have been.
+/// Tells a request that was certainly not processed (RFC 9113, sections 6.8 and 8.7) from one that may have been.
 fn classify(error: &h2::Error) -> SendError {
     // h2 fails a stream with GOAWAY only when its id is above the last one that was processed.
     let unprocessed =

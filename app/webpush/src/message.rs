@@ -12,34 +12,34 @@ use crate::connect::HttpVersion;
 /// section 7.2) after the header of 86, the delimiter and the tag of 16 (RFC 8291, section 4).
 pub const MAX_PAYLOAD: usize = 3993;
 
-/// What makes a message unsendable.
+/// Reason why a message cannot be sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum MessageError {
-    /// Longer than [`MAX_PAYLOAD`].
+    /// The payload is longer than [`MAX_PAYLOAD`].
     #[error("the payload has {0} bytes, at most {MAX_PAYLOAD} are possible")]
     TooLong(usize),
-    /// Not 1 to 32 characters of the base64url alphabet (RFC 8030, section 5.4).
+    /// The topic does not have 1 to 32 characters of the base64url alphabet (RFC 8030, section 5.4).
     #[error("a topic has 1 to 32 characters out of A-Z a-z 0-9 - _")]
     TopicAlphabet,
-    /// Apple decodes it as base64url and answers 400 `BadWebPushTopic`.
+    /// The topic has a length that Apple refuses: it decodes topics as base64url and answers 400 `BadWebPushTopic`.
     #[error(
         "a topic of this length is refused by Apple, which decodes it: its length must not leave a remainder of 1 when divided by 4"
     )]
     TopicLength,
-    /// Not one of the four words of RFC 8030, section 5.3.
+    /// The urgency is not one of the four words of RFC 8030, section 5.3.
     #[error("urgency is one of very-low, low, normal, high")]
     Urgency,
 }
 
-/// The plaintext of a message: up to [`MAX_PAYLOAD`] bytes. An empty one is sent without a body.
+/// The plaintext of a message: up to [`MAX_PAYLOAD`] bytes. An empty payload is sent without a body.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Payload(Bytes);
 
 impl Payload {
-    /// Takes the bytes if there are not too many.
+    /// Makes a payload of up to [`MAX_PAYLOAD`] bytes.
     ///
     /// # Errors
-    /// When there are.
+    /// When there are more bytes.
     pub fn new(bytes: impl Into<Bytes>) -> Result<Self, MessageError> {
         let bytes = bytes.into();
         if bytes.len() > MAX_PAYLOAD {
@@ -57,19 +57,19 @@ impl Payload {
 /// How soon a device should be woken for a message (RFC 8030, section 5.3).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Urgency {
-    /// On power and Wi-Fi: advertisements.
+    /// For a device on power and Wi-Fi. Example: advertisements.
     VeryLow,
-    /// On power or Wi-Fi: topic updates.
+    /// For a device on power or Wi-Fi. Example: topic updates.
     Low,
-    /// On neither: chat.
+    /// For a device on neither power nor Wi-Fi. Example: chat.
     #[default]
     Normal,
-    /// Even when the battery is low: a call, a password reset.
+    /// For a device even when its battery is low. Examples: a call, a password reset.
     High,
 }
 
 impl Urgency {
-    /// The word of the header.
+    /// The value of the header `Urgency`.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::VeryLow => "very-low",
@@ -143,40 +143,40 @@ impl Message {
         }
     }
 
-    /// How long the push service keeps it for a device that is away, in whole seconds.
+    /// Sets how long the push service keeps the message for a device that is offline, in whole seconds.
     #[must_use]
     pub fn ttl(mut self, ttl: Duration) -> Self {
         self.ttl = u32::try_from(ttl.as_secs()).unwrap_or(u32::MAX);
         self
     }
 
-    /// How soon the device should be woken.
+    /// Sets how soon the device should be woken.
     #[must_use]
     pub fn urgency(mut self, urgency: Urgency) -> Self {
         self.urgency = urgency;
         self
     }
 
-    /// Whether it is one of many, and leaves a quarter of a push service's connections to others.
+    /// Sets whether the message is one of many. Such messages leave a quarter of a push service's permits to others.
     #[must_use]
     pub fn bulk(mut self, bulk: bool) -> Self {
         self.bulk = bulk;
         self
     }
 
-    /// Whether it is one of many.
+    /// Returns true when the message is one of many.
     pub fn is_bulk(&self) -> bool {
         self.bulk
     }
 
-    /// Over which version of HTTP, if not as the sender's settings say.
+    /// Sets the HTTP version; [`HttpVersion::Auto`] means the version of the sender's settings.
     #[must_use]
     pub fn http(mut self, http: HttpVersion) -> Self {
         self.http = http;
         self
     }
 
-    /// Whether a browser may show it without a service worker: Declarative Web Push (Push API, section 3.3).
+    /// Lets a browser show the message without a service worker: Declarative Web Push (Push API, section 3.3).
     #[must_use]
     pub fn declarative(mut self) -> Self {
         self.content_type = "application/notification+json";
@@ -189,7 +189,7 @@ impl Message {
         Self { payload, ..self.clone() }
     }
 
-    /// What it replaces.
+    /// Sets the topic: the message replaces a waiting one with the same topic.
     #[must_use]
     pub fn topic(mut self, topic: &Topic) -> Self {
         self.topic = HeaderValue::from_str(topic.as_str()).ok();

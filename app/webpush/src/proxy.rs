@@ -1,4 +1,4 @@
-//! A proxy that connections go out through, where nothing else may: CONNECT (RFC 9110, section 9.3.6).
+//! A proxy for outgoing connections, where only it may open them: CONNECT (RFC 9110, section 9.3.6).
 
 use std::fmt;
 use std::io;
@@ -21,7 +21,7 @@ use crate::silence::notice_silence;
 /// A connection through a proxy.
 pub(crate) type Proxied = TokioIo<Upgraded>;
 
-/// A proxy. By default it is told the address that was checked.
+/// A proxy for outgoing connections. By default it gets the address that was checked.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Proxy {
     host: String,
@@ -30,7 +30,7 @@ pub struct Proxy {
     resolves: bool,
 }
 
-/// Why a text is no proxy.
+/// The text is not the URL of a proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("not a proxy such as http://proxy.example.net:3128")]
 pub struct ProxyError;
@@ -52,7 +52,7 @@ impl FromStr for Proxy {
 }
 
 impl Proxy {
-    /// Who we are: `user:password` (RFC 7617).
+    /// Adds credentials: `user:password` (RFC 7617).
     #[must_use]
     pub fn with_credentials(mut self, credentials: &str) -> Self {
         let value = HeaderValue::from_str(&format!("Basic {}", STANDARD.encode(credentials)));
@@ -63,8 +63,8 @@ impl Proxy {
         self
     }
 
-    /// Tells the proxy names instead of addresses. Nobody checks then where they lead: all that is left is
-    /// the list of allowed hosts.
+    /// Sets whether the proxy gets names instead of addresses. Their addresses are not checked then: the only
+    /// remaining check is the list of allowed hosts.
     #[must_use]
     pub fn resolving(mut self, resolves: bool) -> Self {
         self.resolves = resolves;
@@ -75,7 +75,7 @@ impl Proxy {
         self.resolves
     }
 
-    /// A connection to `host`, which is an address unless the proxy resolves.
+    /// Opens a connection to `host`, which is an address unless the proxy resolves names.
     pub(crate) async fn connect(&self, host: &str, port: u16) -> io::Result<Proxied> {
         let tcp = TcpStream::connect((self.host.as_str(), self.port)).await?;
         tcp.set_nodelay(true)?;

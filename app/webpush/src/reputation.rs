@@ -1,12 +1,13 @@
-//! Whose word about a push service counts for whom.
+//! The reputation of subscriptions: which messages are held because of which failures.
 //!
-//! Anybody can hand in a subscription that is refused, throttled or never answered. So what subscriptions say that were
-//! delivered to before is believed for all, and what the others say only for those others; and before they are held
-//! back too, a trickle of them finds out whether there is one among them that is delivered to:
+//! Any visitor can hand in a subscription that is refused, throttled or never answered. So the failures of proven
+//! subscriptions, which were delivered to before, count for all messages, and those of unproven ones only for
+//! unproven ones. Before unproven subscriptions are held, a trickle of messages finds out whether any of them is
+//! delivered to:
 //!
 //! ```text
-//!            failures of many unproven ones, none delivered between       so many probes fail, too
-//!   open ────────────────────────────────────────────────────► doubted ─────────────────────────────► held
+//!            failures of many unproven ones, none delivered between       too many probes fail
+//!   free ────────────────────────────────────────────────────► doubted ─────────────────────────────► held
 //!    ▲                                                            │                                     │
 //!    └────────────────────── any message is delivered ────────────┴─────────────────────────────────────┘
 //! ```
@@ -15,47 +16,48 @@ use std::time::{Duration, Instant};
 
 use crate::circuit_breaker::{Cause, CircuitBreaker, Passage, Signal};
 
-/// What is known of a subscription before a message is sent to it.
+/// Reputation of a subscription before a message is sent to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Reputation {
     /// A message was delivered to it before, or the caller vouches for it.
     #[default]
     Proven,
-    /// Nothing: a visitor has handed it in.
+    /// Nothing was delivered to it yet: a visitor has handed it in.
     Unproven,
 }
 
-/// How many probes are under way at once while unproven subscriptions are doubted, and how many if urgent ones come.
+/// Maximum number of probes under way while unproven subscriptions are doubted; urgent messages have a higher one.
 const PROBES: usize = 4;
 const URGENT_PROBES: usize = 16;
-/// How many probes fail before they are held: those that are answered, and those that are not.
+/// Number of failed probes before unproven subscriptions are held: probes with an answer, and probes without one.
 const DOUBTS: (usize, usize) = (16, 8);
-/// The same where something was delivered recently: a push service that asks so many to wait one by one is not out of order.
+/// The number for probes with an answer when a message was delivered recently. A push service that asks this many
+/// subscriptions to wait, one by one, is not out of order.
 const DOUBTS_WHERE_DELIVERED: usize = 4096;
-/// How long ago that is at most.
+/// A delivery is recent for this long.
 const RECENTLY: Duration = Duration::from_secs(600);
-/// How long a message waits for a probe of another one to end, one that is answered or one that is not.
+/// Time that a message waits for a probe under way to end: a probe with an answer, or one without.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(1));
-/// How long after the end of a hold for all a proven subscription is waited for before an unproven one may be the probe.
+/// Time after the end of a hold for all subscriptions in which only a proven one may be the probe.
 const FOR_A_PROVEN_ONE: Duration = Duration::from_secs(30);
-/// How often an urgent message to an unproven subscription goes past a hold of such,
+/// Shortest time between two urgent messages that pass a hold of unproven subscriptions.
 const INSIST: Duration = Duration::from_millis(100);
-/// as long as the push service has delivered something within this time, or does not ask to wait.
+/// Such messages pass when the push service has delivered a message within this time, or refuses our key.
 const LATELY: Duration = Duration::from_secs(3600);
 
-/// See the module. Time is an argument.
+/// The circuit breakers of a push service, or of one key at it: see the module. The caller passes the time.
 #[derive(Debug)]
 pub(crate) struct Gates {
-    /// By the word of proven subscriptions: it is everybody's.
+    /// Fed by proven subscriptions; it holds all messages.
     all: CircuitBreaker,
-    /// By the word of the others: it is theirs alone.
+    /// Fed by unproven subscriptions; it holds only messages to them.
     unproven: CircuitBreaker,
     doubt: Option<Doubt>,
     delivered: Option<Instant>,
     insisted: Option<Instant>,
 }
 
-/// A trickle of unproven subscriptions.
+/// State while only a trickle of messages to unproven subscriptions is sent.
 #[derive(Debug)]
 struct Doubt {
     cause: Cause,
@@ -63,31 +65,31 @@ struct Doubt {
     failed: usize,
 }
 
-/// What a message is admitted as.
+/// The kind of admission of a message.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) enum Ticket {
-    /// One of many.
+    /// A message like any other.
     #[default]
     Open,
-    /// The probe that decides about all,
+    /// The probe that decides about all subscriptions.
     ProbeForAll,
-    /// or about unproven ones.
+    /// The probe that decides about unproven subscriptions.
     Probe,
-    /// One of the trickle.
+    /// A message of the trickle to unproven subscriptions.
     Doubted,
 }
 
-/// For whom nothing is sent.
+/// The subscriptions that a hold is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum HeldFor {
-    /// Everybody.
+    /// All subscriptions.
     All,
     /// Subscriptions that nothing was delivered to yet.
     Unproven,
 }
 
 impl HeldFor {
-    /// A word for it.
+    /// The word for these subscriptions.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::All => "all",
@@ -104,7 +106,7 @@ impl Default for Gates {
 }
 
 impl Gates {
-    /// Asks for one message; or says for how long it has to wait, and why.
+    /// Admits one message. The error is the time that it has to wait, and the cause.
     pub(crate) fn admit(
         &mut self,
         who: Reputation,
@@ -144,7 +146,7 @@ impl Gates {
         }
     }
 
-    /// For how long such a message would have to wait, and why, without asking for it.
+    /// Time that such a message would have to wait, and the cause, without admitting it.
     pub(crate) fn held(&self, who: Reputation, urgent: bool, now: Instant) -> Option<(Duration, Cause)> {
         if self.all.is_closed() && (who == Reputation::Proven || self.unproven.is_closed()) {
             return None;
@@ -159,7 +161,8 @@ impl Gates {
         self.all.held(now).or_else(unproven)
     }
 
-    /// What came of a message to the subscription `id`. True when nothing is sent to anybody from now on.
+    /// Records the outcome of a message to the subscription `id`. Returns true when it opened the circuit breaker
+    /// for all subscriptions.
     pub(crate) fn note(
         &mut self,
         signal: Signal,
@@ -173,7 +176,7 @@ impl Gates {
             self.well(ticket, now);
             return false;
         }
-        // That there is no connection is nothing that a single subscription can bring about.
+        // A single subscription cannot cause a missing connection, so this counts for all.
         if ticket == Ticket::ProbeForAll || who == Reputation::Proven || signal == Signal::Unreachable {
             self.unproven.lose_probe(ticket == Ticket::Probe);
             return self.all.record(signal, ticket == Ticket::ProbeForAll, id, now);
@@ -188,7 +191,7 @@ impl Gates {
         false
     }
 
-    /// A message was delivered.
+    /// Records a delivered message.
     pub(crate) fn well(&mut self, ticket: Ticket, now: Instant) {
         self.delivered = Some(now);
         self.doubt = None;
@@ -196,17 +199,17 @@ impl Gates {
         if ticket == Ticket::ProbeForAll { self.all.reset() } else { self.all.succeeded() }
     }
 
-    /// Whether nothing speaks against any message, and what is delivered changes nothing.
+    /// Returns true when no message is held or doubted.
     pub(crate) fn is_open(&self) -> bool {
         self.all.is_closed() && self.unproven.is_closed() && self.doubt.is_none()
     }
 
-    /// Whether nothing is remembered that a delivery would have to clear.
+    /// Returns true when there is nothing for a delivery to clear.
     pub(crate) fn is_new(&self) -> bool {
         self.is_open() && self.all.is_new() && self.unproven.is_new()
     }
 
-    /// Holds messages to all, or to unproven ones, for at least this long.
+    /// Holds messages to all subscriptions, or to unproven ones, for at least `wait`.
     pub(crate) fn hold(&mut self, whom: HeldFor, wait: Duration, cause: Cause, now: Instant) {
         match whom {
             HeldFor::All => self.all.hold(wait, cause, now),
@@ -214,39 +217,39 @@ impl Gates {
         }
     }
 
-    /// Forgets everything that speaks against it.
+    /// Closes both circuit breakers and ends the doubt.
     pub(crate) fn open(&mut self) {
         self.all.reset();
         self.unproven.reset();
         self.doubt = None;
     }
 
-    /// A message ended without saying anything.
+    /// Records that a message ended without a result.
     pub(crate) fn lose(&mut self, ticket: Ticket) {
         self.release(ticket);
         self.all.lose_probe(ticket == Ticket::ProbeForAll);
         self.unproven.lose_probe(ticket == Ticket::Probe);
     }
 
-    /// For how long nothing is sent, why, and to whom: of two holds the one that is for all.
+    /// Remaining time of a hold, its cause, and its subscriptions: of two holds the one for all.
     pub(crate) fn status(&self, now: Instant) -> Option<(Duration, Cause, HeldFor)> {
         let of = |breaker: &CircuitBreaker, whom| breaker.held(now).map(|(wait, cause)| (wait, cause, whom));
         of(&self.all, HeldFor::All).or_else(|| of(&self.unproven, HeldFor::Unproven))
     }
 
-    /// A message was delivered then, when nothing was remembered here.
+    /// Records a delivery from before these circuit breakers existed.
     pub(crate) fn was_delivered(&mut self, at: Option<Instant>) {
         self.delivered = self.delivered.max(at);
     }
 
-    /// When a message was last delivered.
+    /// Time of the last delivered message.
     pub(crate) fn delivered(&self) -> Option<Instant> {
         self.delivered
     }
 
     fn doubt_or_hold(&mut self, cause: Cause, signal: Signal, id: u64, now: Instant) {
         let has_delivered = self.delivered.is_some_and(|at| now.duration_since(at) < RECENTLY);
-        // What it takes from others with this key, it does not refuse for the key.
+        // The service accepts messages of others with this key, so the key is not the reason of the refusal.
         if has_delivered && cause == Cause::Unauthorized {
             return;
         }
@@ -266,7 +269,8 @@ impl Gates {
         }
     }
 
-    /// In a hold for all that is over, the next proven subscription is the probe, for a while.
+    /// Returns the wait of an unproven subscription after a hold for all: for a while, the next proven one is the
+    /// probe.
     fn waits_for_a_proven_one(&self, who: Reputation, now: Instant) -> Option<(Duration, Cause)> {
         let (ended, cause) = self.all.ended(now)?;
         (who == Reputation::Unproven && self.all.is_by_many() && ended < FOR_A_PROVEN_ONE)
@@ -299,7 +303,7 @@ mod tests {
         Signal::Throttled(Some(3600 * SECOND))
     }
 
-    /// Unproven subscriptions fail, as many as are let through, up to `most`.
+    /// Lets up to `most` unproven subscriptions fail. Returns the number that was let through.
     fn attack(gates: &mut Gates, signal: Signal, most: u64, now: Instant) -> u64 {
         for id in 0..most {
             let Ok(ticket) = gates.admit(Unproven, false, now) else { return id };

@@ -1,4 +1,4 @@
-//! From a name to its addresses: pinned ones first, else DNS by its TTL.
+//! Resolves a host name to its addresses: pinned ones first, else those of DNS, cached by their TTL.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,18 +13,18 @@ use tracing::warn;
 /// How long one name server may take to answer.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
-/// Why a name has no addresses.
+/// Reason why a name has no addresses.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ResolveError {
     /// The name does not exist, or has no addresses.
     #[error("{0} does not exist")]
     NotFound(String),
-    /// Nobody could say.
+    /// No name server has answered: the name, and the reason.
     #[error("{0} cannot be looked up: {1}")]
     Failed(String, String),
 }
 
-/// Addresses that stand for a name, whatever DNS says.
+/// Fixed addresses of a host name, used instead of those of DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pin {
     /// The name.
@@ -59,7 +59,7 @@ impl Resolver {
         if let Ok(address) = host.parse() {
             return Ok(vec![address]);
         }
-        // RFC 6761, section 6.4: nobody need be asked.
+        // RFC 6761, section 6.4: no name server needs to be asked.
         if host.ends_with(".invalid") {
             return Err(ResolveError::NotFound(host.to_owned()));
         }
@@ -68,7 +68,7 @@ impl Resolver {
         }
         let failed = |why: String| ResolveError::Failed(host.to_owned(), why);
         let dns = self.dns.as_ref().ok_or_else(|| failed("there is no name server".to_owned()))?;
-        // With the dot it is absolute: a search domain must not lend it another meaning.
+        // The dot at the end makes the name absolute, so that no search domain is appended.
         match dns.lookup_ip(format!("{}.", host.trim_end_matches('.'))).await {
             Ok(found) => {
                 let addresses: Vec<IpAddr> = found.iter().collect();
@@ -84,7 +84,8 @@ impl Resolver {
     }
 }
 
-/// Whether a name server that knows says that there are no addresses. One that is broken (SERVFAIL, REFUSED) sends none either.
+/// Returns true when a name server states that there are no addresses. A broken one (SERVFAIL, REFUSED) sends none
+/// either.
 fn has_none(error: &NetError) -> bool {
     let NetError::Dns(DnsError::NoRecordsFound(none)) = error else { return false };
     matches!(none.response_code, ResponseCode::NXDomain | ResponseCode::NoError)

@@ -1,4 +1,4 @@
-//! A message to a subscription, a report back.
+//! Sends a message to a subscription and reports the outcome.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -34,39 +34,39 @@ const TOPIC: HeaderName = HeaderName::from_static("topic");
 const WNS_CACHE_POLICY: HeaderName = HeaderName::from_static("x-wns-cache-policy");
 const WNS_ERROR: HeaderName = HeaderName::from_static("x-wns-error-description");
 
-/// For how long one waits for a push service that is not sent to just now.
+/// Longest time that a message waits here for a circuit breaker that holds it.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// How much of a refusal's text is kept, in characters.
+/// Longest text of a refusal that is kept, in characters.
 const MAX_DETAIL: usize = 200;
 
-/// How to send.
+/// Settings of a [`Sender`].
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// What may be sent to.
+    /// Rules for the endpoints and addresses that may be sent to.
     pub policy: Policy,
-    /// Which versions of HTTP to offer.
+    /// HTTP versions to offer.
     pub http: HttpVersion,
     /// A PEM file of certificate authorities, in addition to the system's.
     pub extra_ca_file: Option<PathBuf>,
-    /// Names whose addresses are given.
+    /// Host names with fixed addresses.
     pub resolve: Vec<Pin>,
-    /// A proxy that connections go out through.
+    /// Proxy that all connections go through.
     pub proxy: Option<Proxy>,
     /// How sender keys are made.
     pub sender_key: SenderKey,
-    /// How many HTTP/2 connections to one push service.
+    /// Maximum number of HTTP/2 connections to one push service.
     pub connections: usize,
-    /// How many requests at once on one of them.
+    /// Maximum number of requests at once on one HTTP/2 connection.
     pub streams: usize,
-    /// How many HTTP/1.1 connections to one push service.
+    /// Maximum number of HTTP/1.1 connections to one push service.
     pub http1_connections: usize,
-    /// How many connections to all push services together.
+    /// Maximum number of connections to all push services together.
     pub max_connections: usize,
-    /// Between two connections to one push service: they are opened one after the other.
+    /// Shortest time between two new connections to one push service, which are opened one after the other.
     pub connect_every: Duration,
-    /// How long dialing may take, over all addresses.
+    /// Longest time to open a connection, over all addresses.
     pub connect_timeout: Duration,
-    /// How long one request may take; as long again its wait for a turn.
+    /// Longest time of one request. Its wait for a permit of the concurrency limit may take as long again.
     pub timeout: Duration,
 }
 
@@ -96,27 +96,27 @@ pub enum ConfigError {
     /// The extra certificate authorities cannot be read.
     #[error("cannot read certificates from {}", .0.display())]
     ExtraCa(PathBuf, #[source] rustls_pki_types::pem::Error),
-    /// There are none in that file.
+    /// The extra file contains no certificate.
     #[error("there is no certificate in {}", .0.display())]
     NoExtraCa(PathBuf),
-    /// No certificate authority at all: every service would be refused.
+    /// There is no certificate authority at all: no push service could be trusted.
     #[error("the system has no certificate authorities (Debian: install ca-certificates)")]
     NoRoots,
-    /// rustls refused.
+    /// rustls rejects the configuration.
     #[error("TLS cannot be set up")]
     Tls(#[from] rustls::Error),
 }
 
-/// What came of one attempt to send.
+/// Outcome of one attempt to send.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Report {
-    /// What it means.
+    /// Meaning of the outcome for the message and the subscription.
     pub verdict: Verdict,
-    /// The status of the answer, if there was one.
+    /// HTTP status of the answer; `None` without an answer.
     pub status: Option<u16>,
-    /// Why, in a few words; empty when delivered.
+    /// Reason in a few words; empty when the message was delivered.
     pub detail: String,
-    /// Whether a refusal may be held against the subscription: not while the service refuses the key for many.
+    /// True when a refusal counts against the subscription: false while the service refuses the key for many.
     pub counts: bool,
 }
 
@@ -126,8 +126,8 @@ impl Report {
     }
 }
 
-/// The sender: a cheap handle. Its connections belong to the runtime that it is used on; for several runtimes
-/// there is one sender each, and they share what is known about push services: see [`Sender::split`].
+/// Sends web push messages; a cheap handle. Its connections belong to the runtime that uses it. Several runtimes
+/// need one sender each; these share the state of the push services: see [`Sender::split`].
 #[derive(Clone, Debug)]
 pub struct Sender(Arc<Inner>);
 
@@ -145,16 +145,16 @@ struct SenderCore {
 }
 
 impl Sender {
-    /// Reads the certificate authorities and the resolver's configuration. Connects to nobody.
+    /// Reads the certificate authorities and the resolver's configuration. It opens no connection.
     ///
     /// # Errors
-    /// When there is nobody to trust, or the extra file cannot be read.
+    /// When there are no certificate authorities, the extra file cannot be read, or TLS cannot be set up.
     pub fn new(config: Config) -> Result<Self, ConfigError> {
         let mut one = Self::split(config, 1)?;
         one.pop().ok_or(ConfigError::NoRoots)
     }
 
-    /// Several senders, each for a runtime of its own, which share the connections that `config` allows.
+    /// Makes `count` senders, each for its own runtime. They share the connections that `config` allows.
     ///
     /// # Errors
     /// As [`Sender::new`].
@@ -184,12 +184,12 @@ impl Sender {
         Ok((0..count).map(make).collect())
     }
 
-    /// What may be sent to.
+    /// The rules for the endpoints and addresses that may be sent to.
     pub fn policy(&self) -> &Policy {
         self.0.shared.connector.policy()
     }
 
-    /// The endpoint with this URL, if it may be sent to.
+    /// Returns the endpoint with this URL when the policy allows it.
     ///
     /// # Errors
     /// [`TargetError`] says why not.
@@ -197,11 +197,11 @@ impl Sender {
         self.0.shared.services.endpoint(self.policy(), url)
     }
 
-    /// Looks up an endpoint's host and checks every address. A host that cannot be looked up now passes if the policy names
-    /// it, or it has delivered something: every send checks again.
+    /// Looks up an endpoint's host and checks every address. A host that cannot be looked up now passes when the
+    /// policy names it or it has delivered a message before; every send checks again.
     ///
     /// # Errors
-    /// When the host does not exist, leads to where nobody should be sent, or cannot be looked up now.
+    /// When the host does not exist, has a forbidden address, or cannot be looked up now.
     pub async fn check_addresses(&self, endpoint: &Endpoint) -> Result<(), TargetError> {
         match self.0.shared.connector.addresses(endpoint.host()).await {
             Err(ConnectError::Forbidden(error)) => Err(error),
@@ -218,16 +218,16 @@ impl Sender {
         }
     }
 
-    /// Encrypts and sends one message to a subscription that the caller vouches for. Whatever goes wrong is a report about
-    /// this subscription.
+    /// Encrypts and sends one message to a subscription that the caller vouches for. Every failure is part of the
+    /// report about this subscription.
     pub async fn send(&self, endpoint: &Endpoint, keys: &Keys, message: &Message, key: &VapidKey) -> Report {
         let never = std::future::pending();
         let sent = self.send_unless(endpoint, keys, message, key, Reputation::Proven, never).await;
         sent.unwrap_or_else(|| Report::failed(Verdict::Held(PATIENCE), &"it was given up"))
     }
 
-    /// The same, unless `given_up` comes before its turn: then nothing was sent, and there is no report. What comes of messages
-    /// to subscriptions without a good reputation decides nothing about others.
+    /// Like [`Sender::send`], but returns `None` and sends nothing when `given_up` completes before the message has
+    /// its permit. The outcomes of messages to unproven subscriptions (`who`) decide nothing about proven ones.
     pub async fn send_unless(
         &self,
         endpoint: &Endpoint,
@@ -266,8 +266,8 @@ impl Sender {
         Some(report)
     }
 
-    /// Waits for a turn, and asks the service's gate when it has come: much may be known by then. A service that will be
-    /// asked again in a moment is waited for.
+    /// Waits for a permit of the concurrency limit, then asks the circuit breaker, whose state may have changed
+    /// meanwhile. A hold that ends within [`PATIENCE`] is waited for.
     async fn admit<'a>(
         &self,
         pool: &'a ConnectionPool,
@@ -290,7 +290,7 @@ impl Sender {
             if asked.elapsed() + wait > PATIENCE {
                 return Err(held((wait, cause)));
             }
-            // Not all at once, nor always the same ones first.
+            // Jitter, so that waiting messages do not wake all at once, nor always in the same order.
             tokio::time::sleep(wait.mul_f64(1.0 + fastrand::f64())).await;
         }
     }
@@ -315,7 +315,7 @@ impl Sender {
         } else {
             match shared.keying.encrypt(keys, &message.payload) {
                 Ok(body) => Bytes::from(body),
-                // Keys from a store were not looked at before.
+                // The curve of keys from the store has not been checked before.
                 Err(error) => {
                     let verdict = if keys.are_valid() { RETRY } else { Verdict::Forbidden };
                     return (Report::failed(verdict, &error), Signal::Nothing);
@@ -341,28 +341,28 @@ impl Sender {
                     ConnectError::Resolve(ResolveError::NotFound(_)) => {
                         (Verdict::Unresolvable, Signal::Nothing)
                     }
-                    // Somebody's name server may never answer.
+                    // The name server of a host that a visitor brought may never answer.
                     ConnectError::Resolve(ResolveError::Failed(..)) if pool.service.is_lost() => {
                         (Verdict::Unresolvable, Signal::Unreachable)
                     }
-                    // That is our own doing.
+                    // The limit is our own and says nothing about the service.
                     ConnectError::TooMany => (RETRY, Signal::Nothing),
                     _ => (RETRY, Signal::Unreachable),
                 };
                 (Report::failed(verdict, &error), signal)
             }
             Err(error @ ClientError::Timeout(_)) => (Report::failed(RETRY, &error), Signal::Silent),
-            // A connection that breaks takes much along, and says nothing about the next one.
+            // A broken connection fails many requests at once, and says nothing about the next connection.
             Err(error) => (Report::failed(RETRY, &error), Signal::Nothing),
         }
     }
 
-    /// What is known about push services, for those who look, and how many connections this sender has to each.
+    /// Status of all known push services. All senders of one [`Sender::split`] share it.
     pub fn services(&self) -> Vec<ServiceStatus> {
         self.0.shared.services.status()
     }
 
-    /// This sender's pools.
+    /// Status of this sender's connection pools.
     pub fn pools(&self) -> Vec<ServicePoolStatus> {
         let status = |pool: &Arc<ConnectionPool>| {
             let (window, in_flight) = pool.turns.status();
@@ -376,23 +376,24 @@ impl Sender {
         self.0.client.pools().iter().map(status).collect()
     }
 
-    /// Sends nothing to an origin for at least this long, to anybody or to unproven subscriptions: somebody else was told so,
-    /// or has seen why.
+    /// Holds messages to an origin for at least `wait`, to all subscriptions or to unproven ones (`whom`): another
+    /// process was asked to wait, or has seen the failures.
     pub fn hold(&self, origin: &str, wait: Duration, cause: Cause, whom: HeldFor) {
         self.0.shared.services.hold(self.policy(), origin, wait, cause, whom);
     }
 
-    /// Which services have accepted messages since this was last asked, signed with what, and when last.
+    /// Takes the acceptances since the last call: one for each push service and signer, with the time of the last
+    /// one.
     pub fn take_accepted(&self) -> Vec<Acceptance> {
         self.0.shared.services.take_accepted()
     }
 
-    /// Sends to an origin again. False when it is not known here.
+    /// Ends all holds of an origin. Returns false when the origin is not known here.
     pub fn resume(&self, origin: &str) -> bool {
         self.0.shared.services.resume(origin)
     }
 
-    /// Ends every connection of this sender. What is being sent fails.
+    /// Closes every connection of this sender. Requests under way fail.
     pub async fn close(&self) {
         self.0.client.close().await;
     }
@@ -403,15 +404,15 @@ impl Sender {
 pub struct ServicePoolStatus {
     /// The service's origin.
     pub origin: String,
-    /// How many are open.
+    /// Number of open connections.
     pub connections: usize,
-    /// How many requests at once the service bears, as far as is known.
+    /// Limit of requests at once that the service can take, as far as is known.
     pub window: usize,
-    /// How many are under way.
+    /// Number of requests under way.
     pub in_flight: usize,
 }
 
-/// A turn, where nobody has to wait for one.
+/// Returns both permits when neither needs a wait.
 fn admit_at_once<'a>(
     pool: &'a ConnectionPool,
     asking: Asking<'_>,
@@ -422,7 +423,7 @@ fn admit_at_once<'a>(
 
 const RETRY: Verdict = Verdict::Retry { after: None, throttled: false };
 
-/// What an answer says about the push service.
+/// The signal about the push service that a verdict contains.
 fn signal(verdict: Verdict) -> Signal {
     match verdict {
         Verdict::Delivered | Verdict::Gone => Signal::Success,
@@ -454,7 +455,7 @@ fn request(
     }
     headers.insert(CONTENT_LENGTH, HeaderValue::from(length));
     if is_windows(endpoint.host()) {
-        // It is not kept, or it is: the TTL alone does not say so there.
+        // For WNS the TTL alone does not say whether the message is kept.
         let cache = if message.ttl == 0 { "no-cache" } else { "cache" };
         headers.insert(WNS_CACHE_POLICY, HeaderValue::from_static(cache));
     }
@@ -468,7 +469,8 @@ fn request(
     request
 }
 
-/// HTTP/1.1 names the host in a header and only the path in its first line, HTTP/2 takes the whole URL.
+/// Rewrites a request for HTTP/1.1, which has the host in a header and only the path in its first line. HTTP/2
+/// takes the whole URL.
 fn as_http1(request: &mut Request<()>) {
     let uri = std::mem::take(request.uri_mut());
     if let Some(host) = uri.authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok()) {
@@ -479,7 +481,7 @@ fn as_http1(request: &mut Request<()>) {
     }
 }
 
-/// Why a service refuses: the body says it, or where that is empty a header of Windows.
+/// Reason of a refusal: the body, or, when WNS sends no body, a header of WNS.
 fn reason<'a>(host: &str, answer: &'a PushResponse) -> &'a [u8] {
     if answer.body.is_empty() && is_windows(host) {
         return answer.headers.get(WNS_ERROR).map_or(b"", HeaderValue::as_bytes);

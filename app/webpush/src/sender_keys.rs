@@ -1,10 +1,11 @@
-//! Which key pair a message is encrypted with.
+//! The key pairs that messages are encrypted with.
 //!
-//! RFC 8291, section 3.1 describes a new one for every message. It is no requirement (there is no MUST in it), and it
-//! is four fifths of what a message costs. A pair that is kept for a while, with a new salt for each message,
-//! is as safe for the content: RFC 8188, sections 2.1 and 2.2 make keys for many messages out of one
-//! secret and their salts. What is lost: whoever steals the process's memory can read what was sent with that pair,
-//! and messages of one pair can be recognised as coming from the same sender, which the VAPID key tells anyway.
+//! RFC 8291, section 3.1 describes a new pair for every message. It is no requirement (there is no MUST in it), and
+//! it is four fifths of the cost of a message. A pair that is kept for a while, with a new salt for each message,
+//! is as safe for the content: RFC 8188, sections 2.1 and 2.2 derive the keys of many messages from one secret and
+//! their salts. Two things are lost. A thief of the process's memory can read the messages that were sent with that
+//! pair. And messages of one pair can be recognised as coming from the same sender, which the VAPID key shows
+//! anyway.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,10 +21,10 @@ use crate::encrypt::{CryptoError, IKM, SALT, encrypt, input_keying_material, sea
 use crate::message::Payload;
 use crate::subscription::{Keys, POINT};
 
-/// What one entry of the cache takes, in bytes: its key, its value, and the cache's own bookkeeping, as measured.
+/// Memory of one cache entry in bytes, as measured: its key, its value and the cache's own bookkeeping.
 const ENTRY: u64 = 96;
 
-/// How many random bytes are fetched at once: a whole number of salts.
+/// Number of random bytes that are fetched at once: a whole number of salts.
 const RANDOM: usize = 256 * SALT;
 
 /// How sender keys are made.
@@ -34,9 +35,9 @@ pub enum SenderKey {
     Fresh,
     /// A pair per process, kept for a while.
     Rotating {
-        /// For how long.
+        /// How long a pair is used.
         life: Duration,
-        /// How much memory the secrets derived with it may take, in bytes.
+        /// Memory limit of the secrets that are derived with a pair, in bytes.
         cache: u64,
     },
 }
@@ -47,14 +48,16 @@ pub(crate) struct Keying {
     state: Mutex<KeyState>,
 }
 
-/// The pair in use, and random bytes for salts: fetching few at a time costs more than all else of a salt.
+/// The pair in use, and random bytes for salts. They are fetched in bulk, since small fetches cost more than
+/// everything else of a salt.
 #[derive(Debug, Default)]
 struct KeyState {
     pair: Option<Arc<Pair>>,
     random: Vec<u8>,
 }
 
-/// A pair in use, and what was derived with it: never stored, and not more than the settings allow.
+/// A pair in use and the secrets derived with it. They are never stored, and take no more memory than the settings
+/// allow.
 struct Pair {
     private: PrivateKey,
     public: [u8; POINT],
@@ -64,13 +67,14 @@ struct Pair {
 
 type Derived = Cache<Who, [u8; IKM]>;
 
-/// A cache for so many secrets. Broadcasts ask for all of them in one order, again and again: it keeps as many as it can
-/// hold, where one that forgets the oldest would have forgotten each by the time it is asked for.
+/// Makes a cache for `most` secrets. Broadcasts ask for all secrets in the same order, again and again. This cache
+/// keeps as many of them as it can hold; a cache that evicts the oldest entry would have evicted each secret before
+/// it is asked for again.
 fn derived(most: usize) -> Result<Derived, CryptoError> {
     let options = OptionsBuilder::new()
         .estimated_items_capacity(most)
         .weight_capacity(most as u64)
-        // Nothing is remembered of what was forgotten: measured, that changes nothing here, and takes a fifth of the memory.
+        // No ghost entries of evicted keys: as measured, they change nothing here and take a fifth of the memory.
         .ghost_allocation(0.0)
         .build()
         .map_err(|_| CryptoError)?;
@@ -78,7 +82,8 @@ fn derived(most: usize) -> Result<Derived, CryptoError> {
     Ok(Cache::with_options(options, UnitWeighter, hasher, life))
 }
 
-/// The keys of a subscription, by the first half of their SHA-256: they would take five times as much.
+/// Cache key of a subscription: the first half of the SHA-256 of its keys. The keys themselves take five times as
+/// much.
 type Who = [u8; 16];
 
 fn who(keys: &Keys) -> Who {
@@ -115,7 +120,7 @@ impl Keying {
         Ok(seal(&ikm, &pair.public, payload.as_bytes(), salt)?)
     }
 
-    /// The pair in use, or a new one when it has grown old; and a salt that nobody has had before.
+    /// Returns the pair in use, or a new one when it is older than `life`, and a salt that was not used before.
     fn next(&self, life: Duration, cache: u64, now: Instant) -> Result<(Arc<Pair>, [u8; SALT]), CryptoError> {
         let mut state = self.state.lock();
         if state.random.is_empty() {

@@ -1,4 +1,4 @@
-//! A push service, as everybody who sends to it knows it.
+//! The state of a push service, shared by all senders.
 
 use std::collections::HashMap;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -18,19 +18,19 @@ use crate::target::{Endpoint, HostPattern, Origin, Policy, TargetError, origin_o
 use crate::vapid::{Claimed, Signer, VapidKey};
 use crate::verdict::is_windows;
 
-/// How many push services are known at once that one pattern of the policy lets in: `*`, a suffix, or a name (at its
-/// ports). Any visitor can bring services of the first two, and takes nothing from those of other patterns.
+/// Maximum number of known push services that one pattern of the policy lets in: `*`, a suffix, or a name (at its
+/// ports). Any visitor can bring services of the first two, which take no room from services of other patterns.
 const MAX_OF_ANY: usize = 512;
 const MAX_OF_SUFFIX: usize = 128;
 const MAX_OF_NAME: usize = 64;
-/// How many keys are known at one service.
+/// Maximum number of known keys at one service.
 const MAX_KEYS: usize = 64;
-/// How far the clocks may be apart before somebody should look: claims are good for a while only.
+/// Clock difference above which a warning is logged: claims are valid for a limited time.
 const SKEW: Duration = Duration::from_secs(30);
-/// How often a service's clock is looked at: with one answer in so many, and not so soon again.
+/// A service's clock is compared with one answer in this number, and at most once in `LOOK_AT_CLOCK`.
 const LOOK_AT_ONE_IN: u64 = 256;
 const LOOK_AT_CLOCK: Duration = Duration::from_secs(300);
-/// So often, and for so long, a name cannot be looked up before that is as good as if it did not exist.
+/// Number of failed lookups of a name, and their shortest duration, after which it counts as nonexistent.
 const LOST: (u32, Duration) = (3, Duration::from_secs(600));
 
 /// What is known about one push service.
@@ -42,48 +42,48 @@ pub(crate) struct Service {
     known: Mutex<KnownKey>,
     clock: Mutex<ServiceClock>,
     answers: AtomicU64,
-    /// When the last connection was opened, or will be: whoever sends, they are opened one after the other.
+    /// Time at which the last connection was opened, or will be. All senders together open them one after the other.
     dialed: Mutex<Option<Instant>>,
-    /// Since when its name cannot be looked up, and how often that was tried.
+    /// Time since which the name cannot be looked up, and the number of failed lookups.
     lost: Mutex<Option<(Instant, u32)>>,
 }
 
-/// What its answers say.
+/// State that follows from a service's answers.
 #[derive(Debug)]
 struct KnownKey {
     gates: Gates,
-    /// What it says to each key, with gates of its own: what is wrong with one of them is nothing to the others.
+    /// State of each key, with its own circuit breakers: a fault of one key does not affect the others.
     keys: Vec<KeyKnown>,
     used: Instant,
 }
 
-/// What a push service says to one key.
+/// State of one key at a push service.
 #[derive(Debug)]
 struct KeyKnown {
     signer: Signer,
-    /// Once it was refused.
+    /// Circuit breakers of the key, from its first refusal on.
     gates: Option<Box<Gates>>,
-    /// When a message was last accepted that is signed with it, if that was not told yet.
+    /// Time at which a message with this key was last accepted; `None` when that was reported.
     accepted: Option<SystemTime>,
-    /// The same, told or not.
+    /// Time at which a message with this key was last accepted, reported or not.
     delivered: Option<Instant>,
 }
 
-/// How far a service's clock is from ours.
+/// Difference between a service's clock and ours.
 #[derive(Debug, Default)]
 struct ServiceClock {
     looked: Option<Instant>,
     ahead_seconds: i64,
 }
 
-/// One push service, for those who look.
+/// Status of one push service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceStatus {
     /// Its origin: `https://fcm.googleapis.com`.
     pub origin: String,
-    /// For how long nothing is sent to it, why, and to whom.
+    /// Remaining time of a hold, its cause, and the subscriptions that it is for; `None` without a hold.
     pub held: Option<(Duration, Cause, HeldFor)>,
-    /// Whether the policy names its host, or it has delivered something.
+    /// True when the policy names its host, or it has delivered a message.
     pub is_trusted: bool,
     /// Its addresses.
     pub addresses: Vec<AddressStatus>,
@@ -96,13 +96,13 @@ pub struct ServiceStatus {
 pub struct Acceptance {
     /// Its origin.
     pub origin: String,
-    /// What the message was signed with.
+    /// Signer of the message.
     pub signer: Signer,
-    /// When, last.
+    /// Time of the last accepted message.
     pub at: SystemTime,
 }
 
-/// Which message asks.
+/// Properties of the message that asks for a permit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Asking<'a> {
     pub(crate) key: &'a VapidKey,
@@ -119,7 +119,8 @@ impl KnownKey {
         self.key(signer)?.gates.as_deref_mut()
     }
 
-    /// A key that may be new here: then one that is not refused, or else the oldest, makes room.
+    /// Returns the state of a key, and adds it when it is new. When there is no room, the oldest key that is not
+    /// refused is removed, or else the oldest one.
     fn key_or_new(&mut self, signer: Signer) -> &mut KeyKnown {
         let at = self.keys.iter().position(|known| known.signer == signer).unwrap_or_else(|| {
             if self.keys.len() >= MAX_KEYS {
@@ -132,7 +133,7 @@ impl KnownKey {
         &mut self.keys[at]
     }
 
-    /// What came of a message, as far as it is about its key. True when this closed a gate of that key.
+    /// Records the outcome of a message for its key. Returns true when it opened a circuit breaker of that key.
     fn note_key(&mut self, signer: Signer, signal: Signal, ticket: Ticket, who: Reputation, id: u64) -> bool {
         let now = Instant::now();
         let known = self.key_or_new(signer);
@@ -165,7 +166,8 @@ impl KnownKey {
         }
     }
 
-    /// For how long something is held back, why, and to whom: everything, or what is signed with one key.
+    /// Remaining time of a hold, its cause, and the subscriptions that it is for: of the service, or else the
+    /// longest one of a key.
     fn held(&self, now: Instant) -> Option<(Duration, Cause, HeldFor)> {
         let of_keys = self.keys.iter().filter_map(|known| known.gates.as_ref()?.status(now));
         self.gates.status(now).or_else(|| of_keys.max_by_key(|(wait, ..)| *wait))
@@ -186,7 +188,8 @@ impl Service {
         }
     }
 
-    /// Asks whether a message may go, and notes what comes of it.
+    /// Asks the circuit breakers for a permit, which records the outcome of the message. The error is the wait and
+    /// its cause.
     pub(crate) fn admit(&self, asking: Asking<'_>) -> Result<Permit<'_>, (Duration, Cause)> {
         let Asking { key, who, urgent } = asking;
         let now = Instant::now();
@@ -203,7 +206,7 @@ impl Service {
                 if let Some(gates) = known.gates_of(permit.signer) {
                     gates.lose(std::mem::take(&mut permit.of_key));
                 }
-                // Its drop takes the lock.
+                // The drop of the permit takes the lock.
                 drop(known);
                 return Err(wait);
             }
@@ -212,7 +215,8 @@ impl Service {
         Ok(permit)
     }
 
-    /// Whether it makes no sense to wait for a turn: for how long nothing is sent, and why.
+    /// Returns the wait and its cause when messages are held for longer than `patience`. It makes no sense then to
+    /// wait for a permit.
     pub(crate) fn is_held(&self, asking: Asking<'_>, patience: Duration) -> Option<(Duration, Cause)> {
         let now = Instant::now();
         let mut known = self.known.lock();
@@ -222,12 +226,12 @@ impl Service {
         held.filter(|(wait, _)| *wait > patience)
     }
 
-    /// Whether it refuses what is signed with a key, as far as is known: for many, not for a single subscription.
+    /// Returns true when the service refuses a key, as far as is known: for many subscriptions, not for a single one.
     pub(crate) fn refuses(&self, signer: Signer) -> bool {
         self.known.lock().gates_of(signer).is_some_and(|gates| !gates.is_open())
     }
 
-    /// Which acceptances were not told yet.
+    /// Takes the acceptances that were not reported yet.
     fn take_accepted(&self) -> Vec<Acceptance> {
         let origin = || self.origin.name.clone();
         let keys = &mut self.known.lock().keys;
@@ -237,8 +241,8 @@ impl Service {
         accepted.collect()
     }
 
-    /// Its name could not be looked up. True when that has happened so often, and for so long, that it is as if there was no
-    /// such name.
+    /// Records a failed lookup of the name. Returns true when the name counts as nonexistent by [`LOST`], which a
+    /// name of the policy never does.
     pub(crate) fn is_lost(&self) -> bool {
         let mut lost = self.lost.lock();
         let (since, times) = lost.get_or_insert_with(|| (Instant::now(), 0));
@@ -246,12 +250,12 @@ impl Service {
         *times >= LOST.0 && since.elapsed() >= LOST.1 && !self.origin.is_named()
     }
 
-    /// Its name has addresses.
+    /// Records that the name has addresses.
     pub(crate) fn is_found(&self) {
         *self.lost.lock() = None;
     }
 
-    /// When another connection may be opened: no sooner than `pause` after the last one.
+    /// Reserves the time at which another connection may be opened: no sooner than `pause` after the last one.
     pub(crate) fn next_dial(&self, pause: Duration) -> Instant {
         let (mut dialed, now) = (self.dialed.lock(), Instant::now());
         let at = dialed.map_or(now, |dialed| (dialed + pause).max(now));
@@ -259,14 +263,14 @@ impl Service {
         at
     }
 
-    /// Forgets everything that speaks against sending to it.
+    /// Closes all circuit breakers of the service and of its keys.
     fn open(&self) {
         let mut known = self.known.lock();
         known.gates.open();
         known.keys.iter_mut().for_each(|key| key.gates = None);
     }
 
-    /// Warns when the service's clock and ours are apart: it would take our claims for too old, or too new.
+    /// Warns when the service's clock and ours differ: the service would consider our claims too old, or too new.
     pub(crate) fn compare_clocks(&self, headers: &HeaderMap) {
         if !self.answers.fetch_add(1, Ordering::Relaxed).is_multiple_of(LOOK_AT_ONE_IN) {
             return;
@@ -304,24 +308,25 @@ impl Service {
     }
 }
 
-/// One message on its way: what comes of it is noted, and a probe that comes to nothing is not the last.
+/// Permit for one message on its way. Its end records the outcome; when it is dropped without one, another message
+/// may be the probe.
 #[derive(Debug)]
 pub(crate) struct Permit<'a> {
     service: &'a Service,
     signer: Signer,
     who: Reputation,
-    /// What it was admitted as among those with its key, and among all.
+    /// Tickets of the circuit breakers of the key, and of those of the service.
     of_key: Ticket,
     of_all: Ticket,
 }
 
 impl Permit<'_> {
-    /// Notes what came of it, for the subscription with this endpoint. True when the service is not sent to
-    /// from now on.
+    /// Records the outcome for the subscription with this endpoint. Returns true when messages to the service are
+    /// held from now on.
     pub(crate) fn end(mut self, signal: Signal, endpoint: &Endpoint) -> bool {
         let of_key = std::mem::take(&mut self.of_key);
         let of_all = std::mem::take(&mut self.of_all);
-        // Without what follows a question mark, which anybody can make up; except where the token stands there.
+        // The query is left out, since any visitor can make one up; at WNS it contains the token.
         let mut id = DefaultHasher::new();
         if signal != Signal::Success {
             if is_windows(endpoint.host()) {
@@ -333,7 +338,7 @@ impl Permit<'_> {
         let (id, now) = (id.finish(), Instant::now());
         let mut known = self.service.known.lock();
         let closed = known.note_key(self.signer, signal, of_key, self.who, id);
-        // Who refuses a key is there, and does not choke.
+        // A service that refuses a key can be reached, and does not choke.
         let signal = if signal == Signal::Unauthorized { Signal::Answered } else { signal };
         known.gates.note(signal, of_all, self.who, id, now) || closed
     }
@@ -357,7 +362,7 @@ impl Drop for Permit<'_> {
 pub(crate) struct Services(Mutex<HashMap<String, Arc<Service>>>);
 
 impl Services {
-    /// The endpoint with this URL. What is at an origin that has been checked needs no second look.
+    /// Returns the endpoint with this URL. An endpoint at an origin that has been checked needs no second check.
     pub(crate) fn endpoint(&self, policy: &Policy, url: String) -> Result<Endpoint, TargetError> {
         let known = origin_of(&url).and_then(|origin| self.0.lock().get(origin).cloned());
         match known {
@@ -366,7 +371,8 @@ impl Services {
         }
     }
 
-    /// The service at an origin; none when too many of its kind are in use.
+    /// Returns the service at an origin, and adds it when it is new. When its pattern has no room left, another
+    /// service of that pattern is removed.
     pub(crate) fn of(&self, origin: &Arc<Origin>) -> Option<Arc<Service>> {
         let mut known = self.0.lock();
         if let Some(service) = known.get(&origin.name) {
@@ -374,7 +380,7 @@ impl Services {
         }
         let of_kind = |service: &Service| service.origin.pattern == origin.pattern;
         if known.values().filter(|service| of_kind(service)).count() >= budget(&origin.pattern) {
-            // What is held makes room as well as any other; what has delivered something goes last.
+            // A held service is removed like any other; services that have delivered a message are removed last.
             let next = known.values().filter(|service| of_kind(service)).min_by_key(|service| {
                 let known = service.known.lock();
                 (known.gates.delivered().is_some(), known.used)
@@ -387,8 +393,8 @@ impl Services {
         Some(service)
     }
 
-    /// Stops sending to an origin for at least this long. One that is not known here takes no more than half of the room of
-    /// its kind.
+    /// Holds messages to an origin for at least `wait`. An origin that is not known here is added only while its
+    /// pattern uses less than half of its room.
     pub(crate) fn hold(&self, policy: &Policy, origin: &str, wait: Duration, cause: Cause, whom: HeldFor) {
         let Ok(endpoint) = policy.check(&format!("{origin}/")) else { return };
         let origin = &endpoint.origin;
@@ -404,19 +410,19 @@ impl Services {
         }
     }
 
-    /// Whether an origin is known, and has delivered something.
+    /// Returns true when an origin is known and has delivered a message.
     pub(crate) fn has_delivered(&self, origin: &str) -> bool {
         let service = self.0.lock().get(origin).cloned();
         service.is_some_and(|service| service.known.lock().gates.delivered().is_some())
     }
 
-    /// Which acceptances were not told yet: of each service and each key the last one.
+    /// Takes the acceptances that were not reported yet: the last one of each service and each key.
     pub(crate) fn take_accepted(&self) -> Vec<Acceptance> {
         let known: Vec<_> = self.0.lock().values().cloned().collect();
         known.iter().flat_map(|service| service.take_accepted()).collect()
     }
 
-    /// Sends to an origin again. False when it is not known.
+    /// Ends all holds of an origin. Returns false when the origin is not known.
     pub(crate) fn resume(&self, origin: &str) -> bool {
         let service = self.0.lock().get(origin).cloned();
         service.inspect(|service| service.open()).is_some()
@@ -431,7 +437,7 @@ impl Services {
     }
 }
 
-/// How many services a pattern may bring.
+/// Maximum number of services that a pattern may bring.
 fn budget(pattern: &HostPattern) -> usize {
     match pattern {
         HostPattern::Any => MAX_OF_ANY,

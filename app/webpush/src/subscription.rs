@@ -1,4 +1,4 @@
-//! A browser's keys, checked once, at the edge.
+//! The keys of a browser's subscription, checked once, when they come in.
 
 use aws_lc_rs::agreement::{ECDH_P256, ParsedPublicKey, UnparsedPublicKey};
 use base64::Engine;
@@ -23,13 +23,13 @@ pub struct Keys {
     auth: [u8; AUTH],
 }
 
-/// Why a subscription's keys cannot be used.
+/// Reason why a subscription's keys cannot be used.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeysError {
     /// `p256dh` is not base64url of 65 bytes.
     #[error("p256dh is not the base64url form of 65 bytes, an uncompressed P-256 point")]
     P256dhShape,
-    /// `p256dh` is no point of the curve (RFC 8291, section 7).
+    /// `p256dh` is not a point of the curve (RFC 8291, section 7).
     #[error("p256dh is not a point on the P-256 curve")]
     P256dhCurve,
     /// `auth` is not base64url of 16 bytes.
@@ -60,8 +60,8 @@ impl Keys {
         if keys.are_valid() { Ok(keys) } else { Err(KeysError::P256dhCurve) }
     }
 
-    /// The keys of a subscription that was checked when it was stored: their form is looked at, the curve when
-    /// they are used.
+    /// Reads the keys of a subscription that was checked when it was stored. Only their form is checked here; the
+    /// curve is checked when they are used.
     ///
     /// # Errors
     /// When one of them has the wrong form or length.
@@ -71,15 +71,15 @@ impl Keys {
         Ok(Self { p256dh, auth })
     }
 
-    /// Whether the public key is a point of the curve (RFC 8291, section 7).
+    /// Returns true when the public key is a point of the curve (RFC 8291, section 7).
     pub(crate) fn are_valid(&self) -> bool {
         ParsedPublicKey::try_from(&UnparsedPublicKey::new(&ECDH_P256, self.p256dh)).is_ok()
     }
 
-    /// The authentication secret alone, which proves to have had a subscription.
+    /// Decodes the authentication secret alone. A client that knows it proves that it had the subscription.
     ///
     /// # Errors
-    /// [`KeysError::Auth`].
+    /// [`KeysError::Auth`] when it is not base64url of 16 bytes.
     pub fn decode_auth(auth: &str) -> Result<[u8; AUTH], KeysError> {
         decode(auth).and_then(|auth| auth.try_into().ok()).ok_or(KeysError::Auth)
     }
@@ -97,17 +97,17 @@ impl Keys {
 
 impl std::fmt::Debug for Keys {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        // Whoever has the secret can write messages that the browser accepts.
+        // The secret is not shown: it is enough to write messages that the browser accepts.
         f.write_str("Keys")
     }
 }
 
-/// Either alphabet, with or without padding.
+/// Decodes base64 in either alphabet, with or without padding; `None` when the text is neither.
 pub fn decode(text: &str) -> Option<Vec<u8>> {
     BASE64URL.decode(text).or_else(|_| BASE64.decode(text)).ok()
 }
 
-/// base64url without padding.
+/// Encodes as base64url without padding.
 pub(crate) fn encode(bytes: impl AsRef<[u8]>) -> String {
     base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(bytes)
 }

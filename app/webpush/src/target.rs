@@ -1,9 +1,9 @@
-//! Which endpoints, and which addresses behind them, may be sent to.
+//! The policy: which endpoints, and which addresses behind them, may be sent to.
 //!
 //! An endpoint is a URL that any visitor may hand in, and we send requests to it from inside our network:
 //! without this file that is a server-side request forgery. The URL is checked when a subscription is made
-//! and again when something is sent to it; the addresses are checked each time a name is resolved, by the
-//! very step that chooses one to connect to, so that a name cannot change its mind in between.
+//! and again when something is sent to it. The addresses are checked each time a name is resolved, in the
+//! step that chooses one to connect to, so that a name cannot change its addresses in between.
 
 use std::fmt;
 use std::hash::{Hash, Hasher};
@@ -36,7 +36,7 @@ pub const DEFAULT_HOSTS: [&str; 6] = [
 /// The longest endpoint that is accepted, in bytes. Those in use have 150 to 500.
 const MAX_ENDPOINT: usize = 2048;
 
-/// What may be sent to.
+/// Rules for the endpoints and addresses that may be sent to.
 #[derive(Clone, Debug)]
 pub struct Policy {
     /// The hosts of push services.
@@ -45,7 +45,7 @@ pub struct Policy {
     pub networks: Vec<IpNet>,
     /// Ports that may be sent to.
     pub ports: Vec<u16>,
-    /// Whether `http` and any port may be used: for development and tests.
+    /// True when `http` and any port may be used: for development and tests.
     pub insecure: bool,
 }
 
@@ -99,7 +99,7 @@ impl fmt::Display for HostPattern {
 }
 
 impl HostPattern {
-    /// Less for those that let in fewer hosts.
+    /// Sort key: lower for patterns that let in fewer hosts.
     fn reach(&self) -> (u8, std::cmp::Reverse<usize>) {
         match self {
             Self::Exact(host) => (0, std::cmp::Reverse(host.len())),
@@ -120,34 +120,34 @@ impl HostPattern {
     }
 }
 
-/// Why an endpoint must not be sent to.
+/// Reason why an endpoint must not be sent to.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum TargetError {
-    /// Longer than any push service makes them.
+    /// The endpoint is longer than those of any push service.
     #[error("an endpoint has at most {MAX_ENDPOINT} bytes")]
     Length,
-    /// No URL, or one that is not written as browsers write it: two readers could take it for two hosts.
+    /// The endpoint is not a URL as browsers write it: two readers could take it for two hosts.
     #[error("an endpoint is a URL exactly as the browser gave it")]
     Form,
-    /// Not `https`.
+    /// The scheme is not `https`.
     #[error("an endpoint starts with https://")]
     Scheme,
-    /// A user name or a password in it.
+    /// The endpoint contains a user name or a password.
     #[error("an endpoint has no user name or password")]
     UserInfo,
-    /// A port that is not allowed.
+    /// The port is not allowed.
     #[error("an endpoint has a port that is not allowed (push.allow_ports)")]
     Port,
-    /// A host that is not in the list of push services.
+    /// The host is not in the list of push services.
     #[error("{0} is not a known push service (push.allow_hosts)")]
     Host(String),
-    /// A host that DNS does not know.
+    /// DNS does not know the host.
     #[error("{0} does not exist, as the name servers of this machine say")]
     NoSuchHost(String),
-    /// A host that cannot be looked up now, and is not known.
+    /// The host cannot be looked up now, and is not known.
     #[error("{0} cannot be looked up now")]
     NotLookedUp(String),
-    /// An address that is not on the public internet.
+    /// The address is not on the public internet.
     #[error("{0} is not on the public internet (push.allow_networks)")]
     Address(IpAddr),
 }
@@ -159,7 +159,7 @@ pub struct Endpoint {
     pub(crate) origin: Arc<Origin>,
 }
 
-/// Scheme, host and port: what connections and claims belong to.
+/// Scheme, host and port. Connections and claims belong to an origin.
 #[derive(Debug)]
 pub(crate) struct Origin {
     /// The serialisation of RFC 6454, section 6.2: no slash, no default port.
@@ -168,18 +168,18 @@ pub(crate) struct Origin {
     /// A name, an IPv4 address, or an IPv6 address without its brackets.
     pub(crate) host: String,
     pub(crate) port: u16,
-    /// What lets it in: of several patterns the one that says most.
+    /// The pattern that lets it in: of several patterns the most specific one.
     pub(crate) pattern: HostPattern,
     authority: Authority,
 }
 
 impl Origin {
-    /// Whether the policy names it, by its host or a suffix, rather than allowing any host.
+    /// Returns true when the policy lists it by its host or a suffix, rather than allowing any host.
     pub(crate) fn is_listed(&self) -> bool {
         self.pattern != HostPattern::Any
     }
 
-    /// Whether the policy names its host.
+    /// Returns true when the policy names its host.
     pub(crate) fn is_named(&self) -> bool {
         matches!(self.pattern, HostPattern::Exact(_))
     }
@@ -206,7 +206,8 @@ impl fmt::Display for Origin {
 }
 
 impl Endpoint {
-    /// An endpoint at an origin that has been checked: nothing after an origin and a slash leads elsewhere.
+    /// Makes an endpoint at an origin that has been checked: no text after an origin and a slash leads to another
+    /// host.
     pub(crate) fn at(origin: &Arc<Origin>, url: &Bytes) -> Result<Self, TargetError> {
         if url.len() > MAX_ENDPOINT {
             return Err(TargetError::Length);
@@ -248,7 +249,7 @@ pub(crate) fn origin_of(url: &str) -> Option<&str> {
 
 impl fmt::Debug for Endpoint {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        // Whoever has the whole URL can send to it, at some services.
+        // At some services, the whole URL is enough to send to the subscription.
         write!(f, "Endpoint({}/…)", self.origin)
     }
 }
@@ -271,7 +272,7 @@ impl Policy {
         if !parsed.username().is_empty() || parsed.password().is_some() {
             return Err(TargetError::UserInfo);
         }
-        // Browsers serialise endpoints by the same standard that this parser follows. What comes out
+        // Browsers serialise endpoints by the same standard that this parser follows. A URL that comes out
         // differently (a backslash, a tab, an octal address) was written to be read in two ways.
         if parsed.as_str() != url || parsed.fragment().is_some() {
             return Err(TargetError::Form);
@@ -290,7 +291,7 @@ impl Policy {
         let Some(pattern) = matching.min_by_key(|pattern| pattern.reach()).cloned() else {
             return Err(TargetError::Host(host));
         };
-        // What is sent is what was given, byte for byte: some services sign it.
+        // The URL is sent byte for byte as it was given: some services sign it.
         let uri: Uri = url.parse().map_err(|_| TargetError::Form)?;
         let authority = uri.authority().cloned().ok_or(TargetError::Form)?;
         let name = origin_of(url).unwrap_or(url).to_owned();
@@ -306,7 +307,7 @@ impl Policy {
         let allowed = match address {
             IpAddr::V4(v4) => listed(address) || is_public_v4(v4),
             IpAddr::V6(v6) => match embedded(v6) {
-                // An IPv6 address that stands for an IPv4 one is as good as both.
+                // An IPv6 address that stands for an IPv4 one is judged by both.
                 Some(Embedding::Mapped(v4)) => listed(address) || listed(v4.into()),
                 Some(Embedding::Translated(v4)) => listed(address) && (listed(v4.into()) || is_public_v4(v4)),
                 None => listed(address) || is_public_v6(v6),
@@ -316,8 +317,9 @@ impl Policy {
     }
 }
 
-/// Whether DNS can carry a name, as it is written in a URL: labels of 1 to 63 letters, digits, hyphens (not at an end) and
-/// underscores, 253 bytes in all (RFC 1035, section 2.3.4; RFC 1123, section 2.1). No dot at the end: browsers give none.
+/// Returns true when DNS can carry a name, as it is written in a URL: labels of 1 to 63 letters, digits, hyphens
+/// (not at an end) and underscores, 253 bytes in all (RFC 1035, section 2.3.4; RFC 1123, section 2.1). A dot at the
+/// end is refused: browsers give none.
 fn is_host_name(name: &str) -> bool {
     let is_label = |label: &str| {
         let known = |byte: u8| byte.is_ascii_alphanumeric() || byte == b'-' || byte == b'_';
@@ -353,15 +355,15 @@ fn embedded(address: Ipv6Addr) -> Option<Embedding> {
     None
 }
 
-/// What is not globally reachable by the IANA registries of special-purpose addresses, and what is reachable
-/// but answers only from inside a cloud.
+/// IPv4 networks that are not globally reachable by the IANA registries of special-purpose addresses, and addresses
+/// that are reachable but answer only from inside a cloud.
 const NOT_PUBLIC_V4: [Ipv4Net; 19] = [
     v4(0, 0, 0, 0, 8),        // this network
     v4(10, 0, 0, 0, 8),       // private
     v4(100, 64, 0, 0, 10),    // carrier-grade NAT; 100.100.100.200 is Alibaba's metadata service
     v4(127, 0, 0, 0, 8),      // loopback
     v4(168, 63, 129, 16, 32), // Azure's host agent
-    v4(169, 254, 0, 0, 16),   // link-local; 169.254.169.254 is everybody's metadata service
+    v4(169, 254, 0, 0, 16),   // link-local; 169.254.169.254 is the usual metadata service
     v4(172, 16, 0, 0, 12),    // private
     v4(192, 0, 0, 0, 24),     // protocol assignments; 192.0.0.192 is Oracle's metadata service
     v4(192, 0, 2, 0, 24),     // documentation
@@ -379,7 +381,7 @@ const NOT_PUBLIC_V4: [Ipv4Net; 19] = [
 
 const NOT_PUBLIC_V6: [Ipv6Net; 14] = [
     v6([0, 0, 0, 0, 0, 0, 0, 0], 96), // unspecified, loopback, v4-compatible
-    v6([0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48), // NAT64 of one's own
+    v6([0x64, 0xff9b, 1, 0, 0, 0, 0, 0], 48), // local-use NAT64
     v6([0x100, 0, 0, 0, 0, 0, 0, 0], 64), // discard
     v6([0x100, 0, 0, 1, 0, 0, 0, 0], 64), // dummy
     v6([0x2001, 0, 0, 0, 0, 0, 0, 0], 23), // protocol assignments, Teredo among them
@@ -394,8 +396,7 @@ const NOT_PUBLIC_V6: [Ipv6Net; 14] = [
     v6([0, 0, 0, 0, 0xffff, 0, 0, 0], 96), // IPv4-translated (RFC 2765)
 ];
 
-/// The networks that nothing is sent to unless [`Policy::networks`] has them: for the rules of a firewall that is to say the
-/// same.
+/// The networks that nothing is sent to unless [`Policy::networks`] lists them. A firewall can have the same rules.
 pub fn not_public() -> impl Iterator<Item = IpNet> {
     let v4 = NOT_PUBLIC_V4.into_iter().map(IpNet::V4);
     v4.chain(NOT_PUBLIC_V6.into_iter().map(IpNet::V6))

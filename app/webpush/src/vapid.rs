@@ -1,9 +1,8 @@
 //! Voluntary application server identification: RFC 8292.
 //!
-//! A push service lets a key send as long as it presents a signed claim: for which origin, until when, and
-//! whom to ask when something is wrong. The claim is signed once per key and origin, valid for 22 hours and
-//! renewed after 20: services cache its verification (RFC 8292, section 5), and Apple asks for at most one
-//! new claim an hour.
+//! A push service accepts messages of a key with a signed claim, which names the origin, the expiry, and a contact
+//! for problems. The claim is signed once per key and origin, valid for 22 hours and renewed after 20: services
+//! cache its verification (RFC 8292, section 5), and Apple asks for at most one new claim an hour.
 
 mod formats;
 
@@ -27,19 +26,19 @@ pub use formats::ImportError;
 
 /// How long a claim is valid. RFC 8292, section 2 allows 24 hours; clocks differ.
 const VALID: Duration = Duration::from_secs(22 * 3600);
-/// When a claim is signed anew.
+/// Age after which a claim is signed anew.
 const RENEW: Duration = Duration::from_secs(20 * 3600);
 /// How far the clock may have stepped back before a cached claim is taken to come from the future.
 const STEP_BACK: Duration = Duration::from_secs(300);
-/// RFC 8292, section 2: no further ahead than this.
+/// Longest time that the expiry of a claim may be ahead (RFC 8292, section 2).
 const LONGEST: Duration = Duration::from_secs(24 * 3600);
-/// How many claims are kept for one origin: a site has one key, and those it had before.
+/// Maximum number of claims that are kept for one origin: a site has one key, and its earlier ones.
 const MAX_CLAIMS: usize = 64;
 
-/// Why a key or a claim cannot be used.
+/// Reason why a key or a claim cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum VapidError {
-    /// Not a PEM file with a P-256 private key.
+    /// The text is not a PEM file with a P-256 private key.
     #[error("not a PEM file with a P-256 private key (PKCS#8 or SEC1)")]
     Key,
     /// Signing or key generation failed.
@@ -59,8 +58,8 @@ pub struct VapidKey {
     id: Signer,
 }
 
-/// Tells apart what messages are signed with: a key, and the contact that its claims name. The same in every process and
-/// after every start.
+/// Identifies the key that messages are signed with, together with the contact that its claims name. It is the same
+/// in every process and after every start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Signer(pub i64);
 
@@ -80,7 +79,7 @@ struct Pair {
 }
 
 impl VapidKey {
-    /// A new key pair.
+    /// Makes a new key pair.
     ///
     /// # Errors
     /// When the system's random generator fails.
@@ -93,15 +92,15 @@ impl VapidKey {
     /// Reads a PEM file: `PRIVATE KEY` (PKCS#8) or `EC PRIVATE KEY` (SEC1, as openssl writes it).
     ///
     /// # Errors
-    /// When there is no such key in it.
+    /// When the file has no such key.
     pub fn from_pem(text: &str) -> Result<Self, VapidError> {
         Self::all_from_pem(text)?.into_iter().next().ok_or(VapidError::Key)
     }
 
-    /// Reads all keys of a PEM file, in their order: the one in use, and those that were before it.
+    /// Reads all keys of a PEM file, in their order: the key in use, then the earlier ones.
     ///
     /// # Errors
-    /// When there is none in it, or one cannot be read.
+    /// When the file has no key, or a key cannot be read.
     pub fn all_from_pem(text: &str) -> Result<Vec<Self>, VapidError> {
         // openssl puts a block of curve parameters in front of the key.
         let blocks = pem::parse_many(text).map_err(|_| VapidError::Key)?;
@@ -136,7 +135,7 @@ impl VapidKey {
         }
     }
 
-    /// What tells it from others: its public half, and whom its claims name.
+    /// Identity of the key: its public half, and the contact that its claims name.
     pub fn signer(&self) -> Signer {
         self.id
     }
@@ -207,7 +206,8 @@ struct Claim {
 }
 
 impl Claimed {
-    /// The header for `origin`, which is always the same one, signed now if there is none or it has grown old.
+    /// Returns the header for `origin`, which must be the same in every call. It is signed now when there is none
+    /// for the key, or it is too old.
     pub(crate) fn header(
         &self,
         key: &VapidKey,
@@ -238,22 +238,22 @@ impl Claim {
     }
 }
 
-/// Whom a push service asks when something is wrong: the `sub` of a claim.
+/// Contact for a push service when something is wrong: the `sub` of a claim.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Contact(String);
 
-/// Why a contact cannot be used. Apple answers 403 `BadJwtToken` to each of these.
+/// Reason why a contact cannot be used. Apple answers 403 `BadJwtToken` to each of these.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ContactError {
-    /// Neither `mailto:` nor `https:` (RFC 8292, section 2.1).
+    /// The contact starts neither with `mailto:` nor with `https:` (RFC 8292, section 2.1).
     #[error("a contact that starts with mailto: or https:, such as mailto:name@example.com")]
     Scheme,
-    /// No address in it, or one with a space or brackets.
+    /// The contact has no address, or one with a space or brackets.
     #[error(
         "a contact written as mailto:name@example.com, without spaces or brackets, or https://example.com/"
     )]
     Form,
-    /// An address that nobody outside can reach.
+    /// The address cannot be reached from outside.
     #[error("a contact that is reachable from outside: no localhost, no .local, no .invalid")]
     Unreachable,
 }
@@ -293,14 +293,14 @@ impl FromStr for Contact {
     }
 }
 
-/// What a push service learns from an `Authorization` header.
+/// Content of an `Authorization` header, as a push service reads it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Claims {
     /// The key that signed: an uncompressed point of 65 bytes.
     pub key: Vec<u8>,
     /// The contact, if one was given.
     pub subject: Option<String>,
-    /// When the claim ends, in seconds since 1970.
+    /// Expiry of the claim, in seconds since 1970.
     pub expires: u64,
 }
 

@@ -1,54 +1,55 @@
-//! What a push service's answer means for the message and for the subscription: one pure function.
+//! The meaning of a push service's answer for the message and for the subscription, as one pure function.
 
 use std::time::{Duration, SystemTime};
 
 use http::header::{HeaderMap, RETRY_AFTER};
 use http::{HeaderName, StatusCode};
 
-/// The longest wait that a service may ask for. One that asks for a day has a fault of its own.
+/// The longest wait that a service may ask for. A service that asks for a day has a fault of its own.
 pub const MAX_RETRY_AFTER: Duration = Duration::from_secs(3600);
 
-/// What came of one attempt.
+/// Outcome of one attempt to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Verdict {
     /// The push service took the message.
     Delivered,
     /// The subscription has ended: forget it.
     Gone,
-    /// The service does not accept this key for this subscription. Often a fault of the settings, sometimes
-    /// of the service, and then it heals: the subscription stays.
+    /// The service does not accept this key for this subscription. This is often a fault of the settings and
+    /// sometimes a passing fault of the service: the subscription stays.
     Unauthorized,
     /// The message is too long for this service.
     TooLarge,
-    /// The service refuses this message; another one may be fine.
+    /// The service refuses this message; another message may be accepted.
     Rejected,
     /// The endpoint, or an address behind it, must not be sent to.
     Forbidden,
-    /// There is no such host, now. It may come back, unless it is below `.invalid`, which browsers hand out after
-    /// unsubscribing.
+    /// The host does not exist at present. It may come back, unless it is below `.invalid`: browsers hand out such
+    /// hosts after unsubscribing.
     Unresolvable,
-    /// It was not sent: its push service is not sent to at all, for this long.
+    /// The message was not sent: messages to its push service are held for this long.
     Held(Duration),
-    /// Nothing is decided: try again, not before this wait if there is one.
+    /// Nothing is decided: try again, after the wait when there is one.
     Retry {
-        /// What the service asked for, at most [`MAX_RETRY_AFTER`].
+        /// Wait that the service asked for, at most [`MAX_RETRY_AFTER`].
         after: Option<Duration>,
-        /// Whether the service asked us to slow down, rather than being out of order.
+        /// True when the service asked us to slow down, rather than being out of order.
         throttled: bool,
     },
 }
 
 const WNS_STATUS: HeaderName = HeaderName::from_static("x-wns-notificationstatus");
 
-/// What is in the body of a 400 that means that the subscription was made with another key: of FCM and of Apple.
+/// Texts in the body of a 400 which mean that the subscription was made with another key: of FCM and of Apple.
 const OTHER_KEY: [&str; 2] = ["UnauthorizedRegistration", "VapidPkHashMismatch"];
 
-/// The verdict on an answer of `host` with the beginning of its body, at `now`.
+/// The verdict on an answer of `host`. `body` is the beginning of the answer's body; `now` serves the date in
+/// `Retry-After`.
 pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, body: &[u8], now: SystemTime) -> Verdict {
     let wns = is_windows(host);
     let retry = |throttled| Verdict::Retry { after: retry_after(headers, now), throttled };
     match status.as_u16() {
-        // Windows says 200 and drops the message all the same.
+        // WNS answers 200 even when it drops the message.
         200 if wns && headers.get(WNS_STATUS).is_some_and(|status| status == "dropped") => Verdict::Rejected,
         200 if wns && headers.get(WNS_STATUS).is_some_and(|status| status == "channelthrottled") => {
             retry(true)
@@ -58,11 +59,11 @@ pub fn verdict(host: &str, status: StatusCode, headers: &HeaderMap, body: &[u8],
         401 | 403 => Verdict::Unauthorized,
         400 if names_another_key(body) => Verdict::Unauthorized,
         413 => Verdict::TooLarge,
-        // Windows' way of saying 429.
+        // WNS answers 406 instead of 429.
         406 if wns => retry(true),
         429 => retry(true),
         408 | 500..=599 => retry(false),
-        // Redirects are not followed: the place they name was never checked.
+        // Redirects are not followed: their target was never checked.
         _ => Verdict::Rejected,
     }
 }
@@ -71,12 +72,12 @@ fn names_another_key(body: &[u8]) -> bool {
     OTHER_KEY.iter().any(|reason| body.windows(reason.len()).any(|part| part == reason.as_bytes()))
 }
 
-/// Whether a host belongs to the Windows Notification Service.
+/// Returns true when a host belongs to the Windows Notification Service (WNS).
 pub(crate) fn is_windows(host: &str) -> bool {
     host.ends_with(".notify.windows.com")
 }
 
-/// Delta-seconds or a date (RFC 9110, section 10.2.3).
+/// Reads `Retry-After`: delta-seconds or a date (RFC 9110, section 10.2.3).
 fn retry_after(headers: &HeaderMap, now: SystemTime) -> Option<Duration> {
     let text = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let wait = match text.parse() {

@@ -1,4 +1,4 @@
-//! What connections of both versions of HTTP share: their limits, their tasks, an answer, and why there is none.
+//! Types that the connections of both HTTP versions share: limits, tasks, answers and errors.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,14 +11,14 @@ use tokio_util::task::TaskTracker;
 
 use crate::connect::{ConnectError, Connector};
 
-/// How much of an answer's body is read, and for how long: error texts are shorter, and nothing else is of
-/// interest.
+/// Limit on the bytes that are read of an answer's body, and on the time: error texts are shorter, and nothing else
+/// is of interest.
 pub(crate) const MAX_ANSWER: usize = 4096;
 pub(crate) const BODY: Duration = Duration::from_secs(1);
-/// A connection that was idle for this long is closed: NATs and load balancers forget.
+/// A connection that was idle for this long is closed: NATs and load balancers forget idle connections.
 pub(crate) const IDLE: Duration = Duration::from_secs(60);
 
-/// How many connections, and how much on each.
+/// Limits of a connection pool.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct PoolLimits {
     /// HTTP/2 connections to one service.
@@ -27,13 +27,13 @@ pub(crate) struct PoolLimits {
     pub(crate) streams: usize,
     /// HTTP/1.1 connections to one service.
     pub(crate) http1_connections: usize,
-    /// Between two connections to one service.
+    /// Shortest time between two new connections to one service.
     pub(crate) connect_every: Duration,
-    /// From a turn to the end of the answer; and as long for the turn.
+    /// Longest time from the permit to the end of the answer. The wait for the permit may take as long again.
     pub(crate) timeout: Duration,
 }
 
-/// Why there is no answer.
+/// Reason why there is no answer.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum ClientError {
     #[error(transparent)]
@@ -48,16 +48,16 @@ pub(crate) enum ClientError {
     Closed,
 }
 
-/// Why a connection has no answer.
+/// Reason why a connection has no answer.
 #[derive(Debug)]
 pub(crate) enum SendError {
-    /// The service has certainly not processed it.
+    /// The service has certainly not processed the request.
     NotLookedAt,
-    /// It may have.
+    /// The service may have processed the request.
     Unknown(String),
 }
 
-/// An answer, and as much of its body as was read.
+/// An answer and the part of its body that was read.
 #[derive(Debug)]
 pub(crate) struct PushResponse {
     pub(crate) status: StatusCode,
@@ -65,7 +65,7 @@ pub(crate) struct PushResponse {
     pub(crate) body: Bytes,
 }
 
-/// What all pools of a runtime need.
+/// State that all pools of a runtime share.
 #[derive(Debug)]
 pub(crate) struct PoolContext {
     pub(crate) connector: Arc<Connector>,
@@ -75,7 +75,7 @@ pub(crate) struct PoolContext {
 }
 
 impl PoolContext {
-    /// The right to open one more connection.
+    /// Takes the right to open one more connection.
     pub(crate) fn room(&self, is_listed: bool) -> Result<Room, ConnectError> {
         let take =
             |from: &Arc<Semaphore>| Arc::clone(from).try_acquire_owned().map_err(|_| ConnectError::TooMany);
@@ -84,7 +84,7 @@ impl PoolContext {
     }
 }
 
-/// How many connections there may be in the process; services that the settings do not name have half of them.
+/// Maximum number of connections in the process. Services that the settings do not list may have half of them.
 #[derive(Clone, Debug)]
 pub(crate) struct Rooms {
     all: Arc<Semaphore>,

@@ -1,6 +1,7 @@
-//! The access log's line as JSON.
+//! The line of the access log as JSON.
 //!
-//! There is one for each request, and it always has the same fields. It looks like the lines of the others.
+//! Each request has one line. Its fields are the same for every request, except that `client` may be missing, and its
+//! form is that of the other log lines.
 
 use std::fmt::{Debug, Display};
 use std::net::IpAddr;
@@ -32,7 +33,7 @@ pub(super) struct AccessLog<'a> {
     pub(super) client: Option<IpAddr>,
 }
 
-/// What stands around it in every line.
+/// A whole line: the fields of every log line around those of the request.
 #[derive(Serialize)]
 struct AccessLine<'a> {
     #[serde(serialize_with = "to_the_microsecond")]

@@ -1,11 +1,11 @@
-//! A request body: one that comes too slowly, and one that is not read to its end.
+//! Request bodies that arrive too slowly, or are not read to their end.
 //!
-//! A body that has come in with its head is read without a clock. Whoever has to wait for a part of it does so
-//! for `body_idle` at most, and until `body_total` has passed since the first wait.
+//! A body that has arrived with its head is read without a clock. Otherwise a wait for a part of the body lasts at most
+//! `body_idle_timeout`, and all waits end when `body_timeout` has passed since the first one.
 //!
-//! When a request is answered before its body has come in (it is too long, or of the wrong type), a closed
-//! connection with unread bytes in it is reset, and the reset overtakes the answer: the client learns
-//! nothing. So what is left of the body goes back to its connection, which reads and drops it for a moment.
+//! When a request is answered before its body has arrived (it is too long, or of the wrong type), a closed connection
+//! with unread bytes is reset, and the reset overtakes the answer: the client learns nothing. So the rest of the body
+//! goes back to its connection, which reads and drops it for a moment.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -25,11 +25,12 @@ use tokio::time::Sleep;
 use super::scope::{RequestScope, RequestStage};
 use crate::net::connection::OpenBody;
 
-/// For how long, and how much of, a body is dropped that nobody reads.
+/// Time for which the rest of an unread body is read and dropped.
 const LINGER: Duration = Duration::from_secs(2);
+/// Maximum number of bytes of an unread body that are read and dropped.
 const LINGER_BYTES: usize = 16 << 20;
 
-/// What is left of the body of a connection's current request. A cheap handle.
+/// The rest of the body of a connection's current request. A cheap handle.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Leftover(Arc<BodyProgress>);
 
@@ -41,17 +42,18 @@ struct BodyProgress {
 }
 
 impl Leftover {
-    /// Whether a body was not read to its end. What comes next on the connection may be more of it.
+    /// Returns true when a body was not read to its end: the next bytes on the connection may belong to it.
     pub(super) fn had_any(&self) -> bool {
         self.0.any.load(Ordering::Relaxed)
     }
 
-    /// A body is not read to its end, and nothing waits for the rest: the connection must not take that for a request.
+    /// Records that a body is not read to its end and its rest is not waited for: the connection must not take the rest
+    /// for a request.
     fn is_given_up(&self) {
         self.0.any.store(true, Ordering::Relaxed);
     }
 
-    /// Has a body dropped as it comes.
+    /// Passes a body to [`Self::drop_all`].
     pub(super) fn drop_later(&self, body: Incoming, open: OpenBody) {
         if !body.is_end_stream() {
             self.0.any.store(true, Ordering::Relaxed);
@@ -60,7 +62,7 @@ impl Leftover {
         }
     }
 
-    /// Reads and drops what is left of bodies, as it comes. Never returns.
+    /// Reads and drops the rests of bodies as they arrive. Never returns.
     pub(super) async fn drop_all(&self) {
         loop {
             self.0.came.notified().await;
@@ -83,16 +85,16 @@ async fn drop_one(mut body: Incoming) {
     }
 }
 
-/// How slowly a body may come.
+/// Time limits of a body.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Pace {
-    /// Between two parts.
+    /// Time between two parts.
     pub(super) idle: Duration,
-    /// From the first wait to the end.
+    /// Time from the first wait to the end.
     pub(super) total: Duration,
 }
 
-/// Why a part of a body cannot be had.
+/// Why a part of a body cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum BodyError {
     #[error(transparent)]
@@ -101,13 +103,13 @@ pub(super) enum BodyError {
     TooSlow,
 }
 
-/// A request body that gives what is left of it to its connection.
+/// A request body that passes its unread rest to its connection.
 #[derive(Debug)]
 pub(super) struct RequestBody {
     body: Option<Incoming>,
-    /// Until its end has come.
+    /// Counts the body at its connection, until its end has arrived.
     open: Option<OpenBody>,
-    /// Whether the first look at it asks the client to send it.
+    /// Whether the client sends the body only after the first poll asks for it (`Expect`).
     is_kept_back: bool,
     leftover: Option<Leftover>,
     scope: RequestScope,
@@ -115,11 +117,11 @@ pub(super) struct RequestBody {
     wait: Option<Wait>,
 }
 
-/// A wait for a part, and the ones before it.
+/// A wait for a part of the body, together with the waits before it.
 #[derive(Debug)]
 struct Wait {
     first: Instant,
-    /// Since when, if it is being waited for now.
+    /// Start of the current wait, if there is one.
     since: Option<Instant>,
     limit: Pin<Box<Sleep>>,
 }
@@ -137,7 +139,7 @@ impl RequestBody {
         Self { open, body: Some(body), is_kept_back, leftover, scope, pace, wait: None }
     }
 
-    /// Nothing has come: whether that is for too long.
+    /// Waits for a part that has not arrived; ready when a time limit is reached.
     fn poll_limit(&mut self, context: &mut Context<'_>) -> Poll<()> {
         let (pace, now) = (self.pace, Instant::now());
         let wait = self.wait.get_or_insert_with(|| Wait {
@@ -153,7 +155,7 @@ impl RequestBody {
         wait.limit.as_mut().poll(context)
     }
 
-    /// Something has come.
+    /// Ends the wait, because a part or the end of the body has arrived.
     fn came(&mut self) {
         self.scope.connection().useful();
         if let Some(since) = self.wait.as_mut().and_then(|wait| wait.since.take()) {
@@ -162,14 +164,14 @@ impl RequestBody {
         }
     }
 
-    /// Which limit it was that was reached.
+    /// Gives the body up, and counts which time limit was reached.
     fn cut(&mut self) -> BodyError {
         let idle = self
             .wait
             .as_ref()
             .and_then(|wait| wait.since)
             .is_some_and(|since| since.elapsed() >= self.pace.idle);
-        // What is still to come is nothing to wait for.
+        // The rest of the body is not waited for.
         self.open = None;
         if let Some(leftover) = &self.leftover {
             leftover.is_given_up();
@@ -217,7 +219,7 @@ impl Drop for RequestBody {
             && let Some(body) = self.body.take()
         {
             match self.is_kept_back {
-                // The client keeps it until it is asked for it (RFC 9110, section 10.1.1).
+                // The client keeps the body until it is asked for it (RFC 9110, section 10.1.1).
                 true => leftover.is_given_up(),
                 false => leftover.drop_later(body, open),
             }

@@ -1,4 +1,4 @@
-//! HTTP on one connection: find out the version, serve requests, leave when it is told to.
+//! HTTP on one connection: detects the version, serves requests, and ends when it is asked to.
 
 use std::error::Error;
 use std::future::poll_fn;
@@ -30,12 +30,14 @@ use crate::net::refusal::ConnectionRefusal;
 use crate::net::refusals::refused;
 use crate::net::socket::{ParkedBytes, Peek, Socket};
 
-/// What an HTTP/2 client sends first (RFC 9113, section 3.4).
+/// The first bytes of an HTTP/2 client (RFC 9113, section 3.4).
 const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 
-/// How many HTTP/2 streams a client may reset before they are looked at, and how many of its errors are
-/// answered, until its connection ends (CVE-2023-44487, CVE-2025-8671).
+/// Maximum number of HTTP/2 streams that a client may reset before they are accepted; then its connection ends
+/// (CVE-2023-44487).
 const MAX_RESETS: usize = 20;
+/// Maximum number of HTTP/2 streams that the server resets because of a client's errors; then its connection ends
+/// (CVE-2025-8671).
 const MAX_ERRORS: usize = 128;
 
 /// HTTP as a protocol of [`crate::net`].
@@ -53,7 +55,7 @@ impl Protocol for Http {
             return close(socket, &connection).await;
         }
         match connection.unless_cut(detect(&mut socket)).await {
-            // Boxed, since a future is as large as the largest that it may be.
+            // Boxed, because a future is as large as its largest state.
             Some(Ok(First::Http2)) => Box::pin(self.http2(socket, &connection)).await,
             Some(Ok(First::Tls)) => {
                 let detail = "the client began a TLS handshake";
@@ -71,7 +73,7 @@ impl Protocol for Http {
     async fn secure<S: Peek>(&self, stream: Box<TlsStream<Socket<S>>>) {
         let (socket, tls) = stream.get_ref();
         let connection = Arc::clone(socket.connection());
-        // What came so far was the handshake.
+        // The bytes so far were the handshake.
         connection.useful();
         if tls.alpn_protocol() == Some(b"h2") {
             Box::pin(self.http2(stream, &connection)).await;
@@ -94,7 +96,7 @@ impl Protocol for Http {
     }
 }
 
-/// What the first bytes of a connection without TLS are.
+/// The kind of a connection without TLS, by its first bytes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum First {
     Http1,
@@ -103,13 +105,13 @@ enum First {
     Tls,
 }
 
-/// Tells HTTP/2 with prior knowledge from HTTP/1.1 by the first bytes. They stay in the socket, unless it takes
-/// more than one look: then they are put back.
+/// Distinguishes HTTP/2 with prior knowledge from HTTP/1.1, and from TLS, by the first bytes. The bytes stay in the
+/// socket; if one peek is not enough, they are read and put back.
 async fn detect<S: Peek>(socket: &mut Socket<S>) -> io::Result<First> {
     let mut first = [0; PREFACE.len()];
     let mut length = socket.peek(&mut first).await?;
     if length > 0 && length < PREFACE.len() && first[..length] == PREFACE[..length] {
-        // It stays readable, so that looking again would spin.
+        // The socket stays readable, so that further peeks would spin.
         length = 0;
         while length < PREFACE.len() && first[..length] == PREFACE[..length] {
             let more = socket.read(&mut first[length..]).await?;
@@ -136,7 +138,7 @@ impl Http {
         loop {
             match self.requests(io, connection).await {
                 Http1End::Closed => return,
-                // Nothing of hyper's is kept for one that says nothing: its buffers are most of what a connection is.
+                // A parked connection keeps no state of hyper, whose buffers are most of a connection's memory.
                 Http1End::Resting(rested) => io = rested,
             }
             if !has_come(&mut io, connection).await {
@@ -146,7 +148,7 @@ impl Http {
         }
     }
 
-    /// Serves requests until the connection ends, or rests.
+    /// Serves requests until the connection ends, or is to be parked.
     async fn requests<I: ParkedBytes>(&self, io: I, connection: &Arc<Connection>) -> Http1End<I> {
         let leftover = Leftover::default();
         let service = service_fn(|request| {
@@ -154,14 +156,14 @@ impl Http {
             stack.handle(request, connection, Some(leftover.clone()))
         });
         let served = http1::Builder::new()
-            // The watch has a deadline for it.
+            // `net::watch` has a deadline for the head.
             .header_read_timeout(None)
             .max_buf_size(self.config.head_limit)
             .serve_connection(TokioIo::new(Explained::new(io)), service)
             .with_upgrades();
         let mut served = Box::new(served);
         let may_rest = || match connection.told() {
-            // To be closed, or to serve what the kernel has.
+            // The caller closes the connection, or serves the bytes that the kernel has.
             ShutdownMode::Leave => connection.is_between_requests(),
             ShutdownMode::Stay | ShutdownMode::Last => {
                 I::CAN && connection.is_resting() && !leftover.had_any()
@@ -182,7 +184,7 @@ impl Http {
                 }
             }
         }
-        // Its bytes belong to somebody else now.
+        // The bytes of an upgraded connection belong to its new owner now.
         if !matches!(connection.phase(), ConnectionPhase::Closing | ConnectionPhase::Closed) {
             connection.enter(ConnectionPhase::Upgraded);
         }
@@ -217,7 +219,7 @@ impl Http {
     }
 }
 
-/// What became of an HTTP/1.1 connection.
+/// How the service of an HTTP/1.1 connection ended.
 enum Http1End<I> {
     Closed,
     Resting(I),
@@ -229,8 +231,9 @@ enum Driven {
     Resting,
 }
 
-/// Waits for the next request of a connection that rests. False if there will be none: its client has closed it, or it was told
-/// to leave and nothing has arrived. What the kernel has is served, also when the reactor has not told of it yet.
+/// Waits for the next request of a parked connection. Returns false if there will be none: the client has closed the
+/// connection, or it was asked to leave and no bytes have arrived. Bytes that the kernel has are served, also when the
+/// reactor has not reported them yet.
 async fn has_come<I: ParkedBytes>(io: &mut I, connection: &Connection) -> bool {
     let leaving = poll_fn(|context| match connection.poll_told(context) {
         ShutdownMode::Leave | ShutdownMode::Cut => Poll::Ready(()),
@@ -244,17 +247,17 @@ async fn has_come<I: ParkedBytes>(io: &mut I, connection: &Connection) -> bool {
     if has_come || connection.told() == ShutdownMode::Cut || !io.unread() {
         return has_come;
     }
-    // Without this the next poll finds nothing, and the one after it comes here again.
+    // The yield lets the reactor report the bytes. Without it the next poll finds none, and the connection parks again.
     tokio::task::yield_now().await;
     true
 }
 
-/// Says that nothing more will come, and waits for the client to know it.
+/// Shuts down the sending side, and waits for the client to end too.
 async fn close<I: ParkedBytes>(mut io: I, connection: &Connection) {
     let _ = connection.unless_cut(io.shutdown()).await;
 }
 
-/// Runs a connection until it ends by itself, until it is told to, or until it may rest.
+/// Runs a connection until it ends by itself, is asked to end, or may be parked.
 async fn drive<C: ServedRequest>(
     listener: &'static str,
     mut served: Pin<&mut C>,
@@ -268,7 +271,7 @@ async fn drive<C: ServedRequest>(
             leaving = true;
             served.as_mut().tell();
         }
-        // What has been answered already is on its way before a cut.
+        // The poll comes before the cut, so that finished answers are still sent.
         match served.as_mut().poll(context) {
             Poll::Pending if told == ShutdownMode::Cut => Poll::Ready(Ok(Driven::Ended)),
             Poll::Pending if may_rest() => Poll::Ready(Ok(Driven::Resting)),
@@ -284,7 +287,7 @@ async fn drive<C: ServedRequest>(
     })
 }
 
-/// What of an error of hyper's is a request head that could not be read. hyper has answered it.
+/// Returns the refusal if hyper's error is a request head that could not be parsed. hyper has answered it.
 fn refusal(error: &hyper::Error) -> Option<ConnectionRefusal> {
     let is_target = || error.to_string().contains("URI");
     match () {
@@ -295,7 +298,7 @@ fn refusal(error: &hyper::Error) -> Option<ConnectionRefusal> {
     }
 }
 
-/// The tasks of one HTTP/2 connection, one a stream: they end with it.
+/// The tasks of one HTTP/2 connection, one per stream. They end with the connection.
 #[derive(Clone, Debug, Default)]
 struct Streams {
     running: TaskTracker,
@@ -319,9 +322,9 @@ impl Streams {
     }
 }
 
-/// A connection of either version.
+/// A connection of HTTP/1.1 or HTTP/2.
 trait ServedRequest: Future<Output = hyper::Result<()>> {
-    /// Says to the peer that there will be no further answers: `Connection: close`, or GOAWAY.
+    /// Tells the peer that there will be no further answers: `Connection: close`, or GOAWAY.
     fn tell(self: Pin<&mut Self>);
 }
 
@@ -331,8 +334,8 @@ where
     S: HttpService<Incoming, ResBody = FollowedBody>,
     S::Error: Into<Box<dyn Error + Send + Sync>>,
 {
-    /// Each answer says it, and what is between requests is closed by [`Http::http1`]: hyper would close it over a request that
-    /// has arrived.
+    /// Does nothing: each answer has `Connection: close`, and [`Http::http1`] closes a connection between requests.
+    /// hyper would close it even if a request has arrived.
     fn tell(self: Pin<&mut Self>) {}
 }
 

@@ -1,8 +1,8 @@
-//! Routes whose work goes on when the client leaves.
+//! Routes whose work continues when the client leaves.
 //!
-//! A client that closes its connection drops the future of its request at whatever await it stands. That is
-//! what a page that nobody waits for should get; an order that was being placed should not. Which of the two a
-//! route wants is written where the route is:
+//! When a client closes its connection, the future of its request is dropped at the await where it waits. That is right
+//! for a page that is no longer wanted, and wrong for an order that is being placed. Each route chooses where it is
+//! defined:
 //!
 //! ```
 //! # use axum::{Router, routing::{get, post}};
@@ -21,11 +21,11 @@ use tower::{Layer, Service};
 
 use super::scope::RequestScope;
 
-/// The layer.
+/// Layer for a route whose work continues when the client leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Detach;
 
-/// The service of a route that is detached.
+/// The service of a detached route.
 #[derive(Clone, Debug)]
 pub struct Detached<S>(S);
 
@@ -54,7 +54,7 @@ where
         let answer = self.0.call(request);
         match scope {
             Some(scope) => Box::pin(async move { scope.detach(answer).await }),
-            // Outside the host, in a test of the router alone.
+            // A request has no scope outside the host, in a test of the router alone.
             None => Box::pin(answer),
         }
     }

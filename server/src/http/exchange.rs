@@ -1,4 +1,4 @@
-//! One request and its response, counted while it lasts and logged when the last byte has gone.
+//! One request and its response, counted while they last and logged when the last byte has been sent.
 
 use std::pin::Pin;
 use std::sync::Arc;
@@ -20,28 +20,28 @@ use crate::net::connection::RunningRequest;
 use perennial_runtime::metrics::Counted;
 use perennial_runtime::telemetry::JsonLines;
 
-/// What nginx made the usual code for "the client left before there was an answer".
+/// Status for "the client left before there was an answer"; nginx made it usual.
 const CLIENT_LEFT: u16 = 499;
 
-/// The longest path in the access log, in bytes: clients choose it, and a log is not theirs to fill.
+/// Maximum length of a path in the access log, in bytes: clients choose paths, and must not fill the log.
 const LOGGED_PATH: usize = 512;
 
-/// How much of a response is given away at once, in bytes: an exchange has ended when its last piece is on its
-/// way, and not when all of it waits in a buffer.
+/// Maximum size of one piece of a response, in bytes: an exchange has ended when its last piece is on its way, and not
+/// when the whole response waits in a buffer.
 const PIECE: usize = 64 << 10;
 
 /// How the exchanges of a server are counted and logged.
 #[derive(Debug)]
 pub(super) struct RequestLog {
     pub(super) requests: Requests,
-    /// Whether the access log is only for debugging.
+    /// Whether the access log is written at debug level only.
     pub(super) quiet: bool,
     pub(super) access_log: Option<JsonLines>,
-    /// How long a request may take without a word about where its time went.
+    /// Requests that take at least this long are logged as slow.
     pub(super) slow_after: Duration,
 }
 
-/// One request among those that run, counted while it lasts.
+/// Guard of one running request, which is counted until the guard drops.
 #[derive(Debug)]
 pub(super) struct InFlight(pub(super) Arc<AtomicUsize>);
 
@@ -51,7 +51,7 @@ impl Drop for InFlight {
     }
 }
 
-/// The guard of one exchange: whatever way it ends, dropping it writes the access log line and the metrics.
+/// Guard of one exchange: however the exchange ends, dropping the guard writes the access log line and the metrics.
 #[derive(Debug)]
 pub(super) struct Exchange {
     ledger: Arc<RequestLog>,
@@ -97,7 +97,7 @@ impl Exchange {
         })
     }
 
-    /// Where the time went, for a request that took too long.
+    /// Logs where the time of a slow request was spent.
     fn log_slow(&self, took: Duration, route: &str) {
         let spent = self.scope.spent();
         let waits: Vec<String> =
@@ -124,7 +124,7 @@ impl Drop for Exchange {
         let status = self.status.map_or(CLIENT_LEFT, |status| status.as_u16());
         let route = self.scope.route().unwrap_or("unmatched");
         self.ledger.requests.ended(route, self.scope.method(), status, took);
-        // The level of an event is part of the program, and so there are two.
+        // `tracing` fixes the level of an event at compile time, so each level has an event of its own.
         macro_rules! line {
             ($level:ident) => {
                 $level!(
@@ -173,7 +173,7 @@ impl Drop for Exchange {
     }
 }
 
-/// As much of a path as is logged.
+/// Returns the part of a path that is logged.
 pub(super) fn logged(path: &str) -> String {
     match path.get(..path.floor_char_boundary(LOGGED_PATH)) {
         Some(start) if start.len() < path.len() => format!("{start}…"),
@@ -181,7 +181,7 @@ pub(super) fn logged(path: &str) -> String {
     }
 }
 
-/// Methods are chosen by clients; labels and log lines are not.
+/// Returns the name of a method in labels and log lines. Clients choose methods, so the set of names is fixed.
 pub(super) fn method_label(method: &Method) -> &'static str {
     match *method {
         Method::GET => "GET",
@@ -200,16 +200,16 @@ pin_project! {
     pub(super) struct FollowedBody {
         #[pin]
         body: Body,
-        // None for a response that is nobody's: one that was shed.
+        // None for the response to a request that was shed: it has no exchange.
         exchange: Option<Exchange>,
-        // When the last part was given away that nobody has asked behind yet.
+        // Time at which the last part was given to hyper, until hyper asks for the next one.
         given: Option<Instant>,
-        // What is left of a part that was given in pieces.
+        // Rest of a part that is given in pieces.
         rest: Bytes,
     }
 }
 
-/// The beginning of a frame; what is left of it is put into `rest`.
+/// Returns the first piece of a frame, and puts the remaining bytes into `rest`.
 fn piece(frame: Frame<Bytes>, rest: &mut Bytes) -> Frame<Bytes> {
     match frame.into_data() {
         Ok(mut data) => {
@@ -223,7 +223,7 @@ fn piece(frame: Frame<Bytes>, rest: &mut Bytes) -> Frame<Bytes> {
 }
 
 impl FollowedBody {
-    /// The body of a response that is not followed.
+    /// Wraps the body of a response that is not followed.
     pub(super) fn plain(body: Body) -> Self {
         Self { body, exchange: None, given: None, rest: Bytes::new() }
     }
@@ -239,7 +239,7 @@ impl HttpBody for FollowedBody {
     ) -> Poll<Option<Result<Frame<Bytes>, axum::Error>>> {
         let mut this = self.project();
         let Some(exchange) = this.exchange else { return this.body.poll_frame(context) };
-        // Whoever asks for the next part has room for it: the client has taken the last one, or the kernel.
+        // hyper asks for the next part when it has room for it: the client or the kernel has taken the last one.
         exchange.scope.set_stalled(false);
         if let Some(given) = this.given.take() {
             exchange.scope.spent().client += given.elapsed();
@@ -253,12 +253,12 @@ impl HttpBody for FollowedBody {
         if let Some(Ok(frame)) = &frame {
             exchange.bytes += frame.data_ref().map_or(0, |data| data.len() as u64);
         }
-        // Nobody asks for a frame after the last one of a body that knows its length.
+        // hyper asks for no frame after the last one of a body that knows its length.
         exchange.complete = frame.is_none() || (this.rest.is_empty() && this.body.is_end_stream());
         if !exchange.complete {
             *this.given = Some(Instant::now());
         }
-        // Also the last part waits for room, in HTTP/2 in the hands of whoever asked for it.
+        // The last part waits for room, too; in HTTP/2 it waits inside hyper.
         exchange.scope.set_stalled(frame.is_some());
         Poll::Ready(frame)
     }

@@ -1,5 +1,5 @@
-//! Refusals of hyper's own, with a body. What it cannot read as a request never comes to a handler: hyper answers with a status
-//! and nothing else, and closes the connection.
+//! A body for the refusals that hyper writes by itself. A request that hyper cannot parse never reaches a handler:
+//! hyper answers with a status and no body, and closes the connection.
 
 use std::io::{self, IoSlice};
 use std::pin::Pin;
@@ -11,12 +11,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::problem::Problem;
 use super::scope::REQUEST_ID;
 
-/// The bytes of an HTTP/1.1 connection, in which such an answer is a problem document (RFC 9457), as every other.
+/// The byte stream of an HTTP/1.1 connection, in which such an answer becomes a problem document (RFC 9457), like every
+/// other error.
 pub(super) struct Explained<I> {
     io: I,
-    /// What is still to be written of an answer,
+    /// Bytes of the replacing answer that are still to be written.
     rest: Vec<u8>,
-    /// and how long hyper's own was.
+    /// Length of the replaced answer of hyper, in bytes.
     stands_for: usize,
 }
 
@@ -31,7 +32,7 @@ impl<I> Explained<I> {
 }
 
 impl<I: AsyncWrite + Unpin> Explained<I> {
-    /// Writes what is left of an answer that stands for hyper's.
+    /// Writes the rest of a replacing answer, and returns the length of the replaced one.
     fn poll_rest(&mut self, context: &mut Context<'_>) -> Poll<io::Result<usize>> {
         while !self.rest.is_empty() {
             let written = ready!(Pin::new(&mut self.io).poll_write(context, &self.rest))?;
@@ -43,7 +44,7 @@ impl<I: AsyncWrite + Unpin> Explained<I> {
         Poll::Ready(Ok(self.stands_for))
     }
 
-    /// Whether these bytes are an answer of hyper's own, or the repetition of a write of one.
+    /// Returns true when `bytes` are an answer that hyper writes by itself, or a repeated write of one.
     fn takes(&mut self, bytes: &[u8]) -> bool {
         if self.rest.is_empty()
             && let Some(answer) = explained(bytes)
@@ -55,7 +56,8 @@ impl<I: AsyncWrite + Unpin> Explained<I> {
     }
 }
 
-/// The answer that stands for one of hyper's, if it is one: each of ours has the id of its request.
+/// Returns the answer that replaces `bytes` if hyper wrote them by itself. An answer of the stack is recognized by its
+/// request id.
 fn explained(bytes: &[u8]) -> Option<Vec<u8>> {
     const NO_BODY: &str = "content-length: 0\r\n";
     if !bytes.starts_with(b"HTTP/1.1 4") || !bytes.ends_with(b"\r\n\r\n") {

@@ -16,34 +16,34 @@ pub struct Problem {
     status: u16,
     /// The kind of problem, the same for every occurrence.
     title: &'static str,
-    /// What happened this time.
+    /// What happened in this case.
     #[serde(skip_serializing_if = "String::is_empty")]
     detail: String,
-    /// The fields of the request that were not as wanted.
+    /// The fields of the request that are not valid.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     errors: Vec<FieldError>,
     #[serde(skip)]
     retry_after: Option<Duration>,
 }
 
-/// One field of a request that was not as wanted.
+/// One field of a request that is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct FieldError {
-    /// Where it stands: `to.tags`, `subscription.keys.auth`.
+    /// The path of the field: `to.tags`, `subscription.keys.auth`.
     pub field: String,
-    /// What was wanted there.
+    /// A description of the wanted value.
     pub wanted: String,
-    /// The character, counted from 0, at which a text stopped making sense.
+    /// The first character of a text, counted from 0, that could not be parsed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub position: Option<usize>,
 }
 
-/// How many fields of one request are named.
+/// Maximum number of fields of one request that are named.
 const MAX_ERRORS: usize = 20;
-/// The longest text of an answer that may repeat what a client has sent, in bytes.
+/// Maximum length of a text in an answer that may repeat input of the client, in bytes.
 const MAX_TEXT: usize = 512;
 
-/// A text that is short enough to be answered: of a longer one the beginning and the end, where parsers say what they wanted.
+/// Shortens a text for an answer. A long text keeps its beginning and its end, where parsers say what they wanted.
 fn cut(text: String) -> String {
     if text.len() <= MAX_TEXT {
         return text;
@@ -53,24 +53,24 @@ fn cut(text: String) -> String {
     format!("{}…{}", &text[..head], &text[tail..])
 }
 
-/// The fields of a request that were not as wanted, as far as they are named: after twenty nothing is kept.
+/// The fields of a request that are not valid. Only the first twenty are kept.
 #[derive(Clone, Debug, Default)]
 pub struct Errors(Vec<FieldError>);
 
 impl Errors {
-    /// Adds one.
+    /// Adds a field, unless twenty are kept already.
     pub fn push(&mut self, error: FieldError) {
         if !self.is_full() {
             self.0.push(error);
         }
     }
 
-    /// Whether nothing more is kept: it makes no sense to look for more.
+    /// Returns true when no more fields are kept, so that a further search makes no sense.
     pub fn is_full(&self) -> bool {
         self.0.len() >= MAX_ERRORS
     }
 
-    /// Whether everything was as wanted.
+    /// Returns true when all fields are valid.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
@@ -83,12 +83,13 @@ impl From<Errors> for Problem {
 }
 
 impl FieldError {
-    /// A field and what was wanted in it. Of long texts the middle is left out: a client may have chosen them.
+    /// Creates the error of a field, with a description of the wanted value. The middle of long texts is left out,
+    /// because a client may have chosen them.
     pub fn new(field: impl Into<String>, wanted: impl Into<String>) -> Self {
         Self { field: cut(field.into()), wanted: cut(wanted.into()), position: None }
     }
 
-    /// The same, with the place in the text.
+    /// Sets the position in the text: the character, counted from 0.
     #[must_use]
     pub fn at(mut self, position: usize) -> Self {
         self.position = Some(position);
@@ -97,7 +98,8 @@ impl FieldError {
 }
 
 impl Problem {
-    /// A problem of this status; `detail` says what happened this time. Of a long one the middle is left out.
+    /// Creates a problem of this status; `detail` says what happened in this case. The middle of a long text
+    /// is left out.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
         Self {
             status: status.as_u16(),
@@ -108,7 +110,7 @@ impl Problem {
         }
     }
 
-    /// 422: the request was understood and cannot be done, because of these fields.
+    /// Creates a problem of status 422: the request was understood, and cannot be done because of these fields.
     pub fn invalid(mut errors: Vec<FieldError>) -> Self {
         errors.truncate(MAX_ERRORS);
         let fields: Vec<&str> = errors.iter().map(|error| error.field.as_str()).collect();
@@ -116,7 +118,7 @@ impl Problem {
         Self { errors, ..Self::new(StatusCode::UNPROCESSABLE_ENTITY, detail) }
     }
 
-    /// The same problem with a hint when to come back.
+    /// Sets the time after which the client may try again, for the header `Retry-After`.
     #[must_use]
     pub fn retry_after(mut self, wait: Duration) -> Self {
         self.retry_after = Some(wait);

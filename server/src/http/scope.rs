@@ -1,4 +1,4 @@
-//! What lives for one request, and dies with it.
+//! The state that lives as long as one request.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -25,10 +25,10 @@ use perennial_runtime::drain::Drain;
 /// The header that carries a request id, in both directions.
 pub const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 
-/// The longest request id that is taken over from a client, in bytes.
+/// Maximum length of a request id that is taken over from a client, in bytes.
 const MAX_REQUEST_ID: usize = 128;
 
-/// The state of one request: a cheap handle, found in its extensions and by extraction.
+/// The state of one request. A cheap handle, found in the extensions of the request and by extraction.
 #[derive(Clone, Debug)]
 pub struct RequestScope(Arc<State>);
 
@@ -38,55 +38,55 @@ struct State {
     route: OnceLock<MatchedPath>,
     headers: OnceLock<HeaderMap>,
     stage: AtomicU8,
-    /// Whether its client has shown who it is.
+    /// Whether the client has identified itself.
     is_identified: AtomicBool,
-    /// Whether its response has no end of its own.
+    /// Whether the response has no end of its own.
     is_stream: AtomicBool,
-    /// Why its body was given up.
+    /// Why the body was given up.
     no_body: OnceLock<&'static str>,
-    /// Since when a part of the response waits for the client, by the connection's clock; 0 if none does.
+    /// Time since which a part of the response waits for the client, by the connection's clock; 0 if none waits.
     stalled: AtomicU64,
     spent: Mutex<TimeSpent>,
 }
 
-/// What all requests of a server share.
+/// The services that all requests of a server share.
 #[derive(Debug)]
 pub(super) struct Services {
     pub(super) drain: Drain,
     pub(super) cpu: Option<Cpu>,
-    /// Work that goes on without its client.
+    /// Tracker of the work that continues without its client.
     pub(super) detached: TaskTracker,
     pub(super) slow_poll: Duration,
 }
 
-/// Where the time of a request went.
+/// Where the time of a request was spent.
 #[derive(Clone, Debug, Default)]
 pub(super) struct TimeSpent {
-    /// Waiting for parts of the body.
+    /// Time spent on waits for parts of the body.
     pub(super) body: Duration,
-    /// Waiting for the client to take parts of the response.
+    /// Time spent on waits for the client to take parts of the response.
     pub(super) client: Duration,
-    /// Until there was a response.
+    /// Time until there was a response.
     pub(super) response: Duration,
-    /// What the handler said that it waited for.
+    /// Waits that the handler has named, with their total durations.
     pub(super) waits: Vec<(&'static str, Duration)>,
     waiting: Vec<(&'static str, Instant)>,
 }
 
-/// What a request is doing.
+/// The stage of a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum RequestStage {
-    /// Its handler runs, or waits.
+    /// The handler runs, or waits.
     Handler,
-    /// Its handler waits for a part of the body.
+    /// The handler waits for a part of the body.
     Body,
-    /// Its response is on the way.
+    /// The response is on its way.
     Response,
 }
 
-/// What a request is begun with.
+/// Facts that are known when a request begins.
 #[derive(Debug)]
 pub(super) struct Begun {
     pub(super) trace: Trace,
@@ -115,17 +115,17 @@ impl RequestScope {
         }))
     }
 
-    /// The id that stands in the log, in the response and, if it is trusted, in the request.
+    /// Returns the request id, which is also in the log, in the response and, if it is trusted, in the request.
     pub fn id(&self) -> &RequestId {
         &self.0.begun.id
     }
 
-    /// The trace that it belongs to.
+    /// Returns the trace that the request belongs to.
     pub fn trace(&self) -> &Trace {
         &self.0.begun.trace
     }
 
-    /// Its response goes on for as long as its client wants, and is no slow one for that.
+    /// Marks the response as a stream: it lasts as long as its client wants, and is not logged as slow.
     pub fn is_a_stream(&self) {
         self.0.is_stream.store(true, Ordering::Relaxed);
     }
@@ -134,12 +134,12 @@ impl RequestScope {
         self.0.is_stream.load(Ordering::Relaxed)
     }
 
-    /// When the request is answered with 503 if it has no response yet.
+    /// Returns the time at which the request is answered with 503 if it has no response yet.
     pub fn deadline(&self) -> Instant {
         self.0.begun.deadline
     }
 
-    /// The connection that the request came on.
+    /// Returns the connection on which the request came.
     pub fn connection(&self) -> &Connection {
         &self.0.begun.connection
     }
@@ -148,22 +148,24 @@ impl RequestScope {
         &self.0.begun.connection
     }
 
-    /// The client's address: what trusted proxies say it is, else that of the peer. None for Unix sockets.
+    /// Returns the client's address: the one that trusted proxies name, or else that of the peer. `None` for Unix
+    /// sockets without a named client.
     pub fn client(&self) -> Option<IpAddr> {
         self.0.begun.client.or_else(|| self.0.begun.connection.peer().ip())
     }
 
-    /// What trusted proxies say of who the client is.
+    /// Returns the client's address that trusted proxies name.
     pub(super) fn forwarded_client(&self) -> Option<IpAddr> {
         self.0.begun.client
     }
 
-    /// The pattern of the route that matched, once it has.
+    /// Returns the pattern of the route that matched, once one has.
     pub fn route(&self) -> Option<&str> {
         self.0.route.get().map(MatchedPath::as_str)
     }
 
-    /// Headers that the response gets besides those of the handler, whatever it is: for what surrounds handlers, once.
+    /// Adds headers to the response, whatever the handler answers. Meant for layers around handlers; only the first
+    /// call has an effect.
     pub fn add_headers(&self, headers: HeaderMap) {
         let _ = self.0.headers.set(headers);
     }
@@ -172,21 +174,21 @@ impl RequestScope {
         self.0.headers.get()
     }
 
-    /// The stop signal: a response without an end should end when it comes.
+    /// Returns the drain signal: a response without an end should end when the drain begins.
     pub fn drain(&self) -> &Drain {
         &self.0.begun.services.drain
     }
 
-    /// Says what the handler waits for, until the guard drops: for `/requests` and for the log of slow requests.
+    /// Names the handler's wait until the guard drops, for `/requests` and for the log of slow requests.
     pub fn waiting(&self, what: &'static str) -> WaitingFor {
         self.spent().waiting.push((what, Instant::now()));
         WaitingFor { scope: self.clone(), what }
     }
 
-    /// Does work for the processor on threads that serve no requests, until the request's deadline.
+    /// Runs `work`, which keeps a processor busy, on threads that serve no requests, until the request's deadline.
     ///
     /// # Errors
-    /// When too much of it is waiting, and when it is not done in time.
+    /// When too much work is waiting or the server has no such threads, and when the work is not done in time.
     pub async fn cpu<T, F>(&self, work: F) -> Result<T, CpuError>
     where
         T: Send + 'static,
@@ -199,8 +201,8 @@ impl RequestScope {
         }
     }
 
-    /// Runs `work` to its end even if the client leaves and this future is dropped; the drain waits for it. Its
-    /// panic is the caller's. For a whole route see [`super::detach::Detach`].
+    /// Runs `work` to its end even if the client leaves and this future is dropped; the drain waits for it. A panic of
+    /// `work` is resumed in the caller. For a whole route see [`super::detach::Detach`].
     pub async fn detach<F>(&self, work: F) -> F::Output
     where
         F: Future<Output: Send + 'static> + Send + 'static,
@@ -210,13 +212,13 @@ impl RequestScope {
             Ok(output) => output,
             Err(failed) => match failed.try_into_panic() {
                 Ok(panic) => resume_unwind(panic),
-                // The runtime itself ends.
+                // The runtime is shutting down.
                 Err(_) => std::future::pending().await,
             },
         }
     }
 
-    /// What an operator sees of it.
+    /// Returns the request as operators see it.
     pub fn view(&self) -> RequestView {
         let spent = self.spent();
         let waiting = spent.waiting.last();
@@ -240,7 +242,7 @@ impl RequestScope {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// For how long a part of the response has waited for the client, in milliseconds.
+    /// Returns how long a part of the response has waited for the client, in milliseconds.
     pub(crate) fn stalled_for(&self, now: u64) -> u64 {
         match self.0.stalled.load(Ordering::Relaxed) {
             0 => 0,
@@ -253,7 +255,7 @@ impl RequestScope {
         self.0.stalled.store(since, Ordering::Relaxed);
     }
 
-    /// The body comes too slowly, and is not waited for any more.
+    /// Gives the body up, because it arrives too slowly, and counts the reason.
     pub(super) fn give_up_body(&self, reason: &'static str) {
         if self.0.no_body.set(reason).is_ok() {
             crate::metrics::connection_cut(reason);
@@ -272,12 +274,12 @@ impl RequestScope {
         let _ = self.0.route.set(route);
     }
 
-    /// Its client has shown who it is: it is not the first to be cut off when memory is nearly used up.
+    /// Marks the client as identified: its connection is not among the first to be cut when memory is nearly used up.
     pub fn identify(&self) {
         self.0.is_identified.store(true, Ordering::Relaxed);
     }
 
-    /// Whether it waits for the body of somebody who has not shown who they are.
+    /// Returns true when the request waits for its body and its client has not identified itself.
     pub(crate) fn is_unknown(&self) -> bool {
         self.stage() == RequestStage::Body && !self.0.is_identified.load(Ordering::Relaxed)
     }
@@ -311,12 +313,12 @@ impl RequestScope {
     }
 }
 
-/// Milliseconds with three digits after the point.
+/// Returns milliseconds, rounded to three digits after the point.
 pub(super) fn milliseconds(duration: Duration) -> f64 {
     (duration.as_secs_f64() * 1e6).round() / 1e3
 }
 
-/// What a handler waits for, until this drops.
+/// Guard of a named wait of a handler; the wait ends when this drops.
 #[derive(Debug)]
 pub struct WaitingFor {
     scope: RequestScope,
@@ -335,32 +337,32 @@ impl Drop for WaitingFor {
     }
 }
 
-/// What an operator sees of a request that runs.
+/// A running request as operators see it.
 #[derive(Clone, Debug, Serialize)]
 pub struct RequestView {
-    /// Its id.
+    /// Id of the request.
     pub id: String,
-    /// The listener that it came to.
+    /// Name of the listener that accepted the connection.
     pub listener: &'static str,
-    /// The number of its connection.
+    /// Number of the connection in this process.
     pub connection: u64,
-    /// `other` for methods that are none of HTTP's own.
+    /// Method of the request; `other` for an uncommon one.
     pub method: &'static str,
-    /// The path, cut to what is logged of it.
+    /// Path of the request, shortened as in the access log.
     pub path: String,
-    /// The pattern that matched.
+    /// Pattern of the route that matched.
     pub route: Option<String>,
-    /// Who is at the other end of the connection.
+    /// The remote end of the connection: its address and port, or `unix`.
     pub peer: String,
-    /// Who a trusted proxy says the client is.
+    /// Address of the client that a trusted proxy names in a header.
     pub client: Option<String>,
-    /// How long ago its head came, in milliseconds.
+    /// Time since the request head arrived, in milliseconds.
     pub age_ms: f64,
-    /// What it does.
+    /// Stage of the request.
     pub stage: RequestStage,
-    /// What its handler says that it waits for.
+    /// Name of the handler's current wait.
     pub waiting: Option<&'static str>,
-    /// For how long, in milliseconds.
+    /// Duration of the handler's current wait so far, in milliseconds.
     pub waiting_ms: Option<f64>,
 }
 
@@ -374,13 +376,13 @@ impl<S: Sync> FromRequestParts<S> for RequestScope {
     }
 }
 
-/// The name of one request.
+/// The id of one request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RequestId(HeaderValue);
 
 impl RequestId {
-    /// A new one: UUID version 7, so that ids sort by time. It is a name and no secret: its random bits are not
-    /// the system's, which cost more than the rest of a small request.
+    /// Creates an id: a UUID version 7, so that ids sort by time. It is a name and not a secret, so its random bits do
+    /// not come from the system, which would cost more than the rest of a small request.
     pub fn new() -> Self {
         let now = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
         let mut random = [0; 10];
@@ -396,7 +398,7 @@ impl RequestId {
         Self(HeaderValue::from_str(text).expect("a UUID is a header value"))
     }
 
-    /// The client's own, if it is one that can stand in a log line: up to 128 letters, digits and `-_.:/+=`.
+    /// Returns the client's own id if a log line may contain it: up to 128 letters, digits and `-_.:/+=`.
     pub(super) fn from_client(headers: &HeaderMap) -> Option<Self> {
         let value = headers.get(REQUEST_ID)?;
         let harmless = |byte: &u8| byte.is_ascii_alphanumeric() || b"-_.:/+=".contains(byte);

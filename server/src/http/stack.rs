@@ -1,4 +1,4 @@
-//! What surrounds every request, in order, with the reason beside each step.
+//! The steps around every request, in order, with the reason for each.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -98,10 +98,10 @@ impl Stack {
         connection: Arc<Connection>,
         leftover: Option<Leftover>,
     ) -> Result<http::Response<FollowedBody>, Infallible> {
-        // Shedding comes before everything that costs anything: a queue would only make all of them late.
+        // Shedding comes before all steps that cost time or memory. A queue of requests would only delay all of them.
         let Some(in_flight) = self.enter() else { return Ok(self.shed(request, &connection, leftover)) };
 
-        // The scope comes next: everything after it may say which request it speaks of.
+        // The scope comes next: all later steps can name the request.
         let began = Instant::now();
         let id = if self.trust_request_id { RequestId::from_client(request.headers()) } else { None };
         let id = id.unwrap_or_default();
@@ -121,7 +121,7 @@ impl Stack {
         let target = target::check(&mut request);
         request.extensions_mut().insert(scope.clone());
 
-        // The exchange is counted and logged however the steps below end, and also if they never do.
+        // The exchange is counted and logged however the steps below end, and also if they are dropped.
         let exchange = Exchange::begin(Arc::clone(&self.ledger), scope.clone(), version, in_flight);
 
         let span = info_span!("request", request_id = scope.id().as_str(), trace_id = scope.trace().id());
@@ -129,7 +129,7 @@ impl Stack {
             Target::Route => self.respond(request, leftover, &scope).instrument(span).await,
             Target::Server => ([(header::ALLOW, target::METHODS)], StatusCode::NO_CONTENT).into_response(),
             Target::Refused(problem) => {
-                // Whoever writes such requests may mean something else by the next bytes.
+                // A client that writes such a request may mean something else by its next bytes.
                 connection.tell(ShutdownMode::Last);
                 problem.into_response()
             }
@@ -143,13 +143,13 @@ impl Stack {
             response.headers_mut().extend(added.clone());
         }
 
-        // A client of a draining process should connect anew, to another one; and one whose connection is to
-        // end should not find that out by its next request.
+        // A client of a draining process should connect anew, to another process. A client whose connection is about
+        // to end should not find that out by its next request.
         self.say_if_last(&connection, version, &mut response);
         Ok(exchange.respond(response))
     }
 
-    /// Lets a page read an error that no policy of a router has seen.
+    /// Lets a page read an error response on which no policy of a router has decided.
     fn let_read(&self, origin: HeaderValue, response: &mut Response) {
         let is_error = response.status().is_client_error() || response.status().is_server_error();
         let headers = response.headers_mut();
@@ -162,21 +162,21 @@ impl Stack {
 
     fn say_if_last<B>(&self, connection: &Connection, version: Version, response: &mut http::Response<B>) {
         let ending = connection.told() >= ShutdownMode::Last || self.services.drain.phase() >= Phase::Soft;
-        // An upgrade has another word in its place.
+        // An upgrade has another value in the `Connection` header.
         let upgrade = response.status() == StatusCode::SWITCHING_PROTOCOLS;
         if version < Version::HTTP_2 && ending && !upgrade {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
         }
     }
 
-    /// The right to be one of those that run.
+    /// Counts a request as running; `None` when too many run, or memory is nearly used up.
     fn enter(&self) -> Option<InFlight> {
         let in_flight = InFlight(Arc::clone(&self.in_flight));
         let running = self.in_flight.fetch_add(1, Ordering::Relaxed);
         (running < self.max_requests && self.pressure.admits()).then_some(in_flight)
     }
 
-    /// Sends a request away, as cheaply as can be.
+    /// Refuses a request, as cheaply as possible.
     fn shed(
         &self,
         request: Request<Incoming>,
@@ -196,7 +196,7 @@ impl Stack {
         response.map(FollowedBody::plain)
     }
 
-    /// The client that a trusted proxy names.
+    /// Returns the client that a trusted proxy names.
     fn forwarded(&self, request: &Request<Incoming>, connection: &Connection) -> Option<IpAddr> {
         let trusted = &*self.trusted_proxies;
         (!trusted.is_empty() && is_trusted(trusted, connection.peer()))
@@ -212,11 +212,11 @@ impl Stack {
     ) -> Response {
         let (parts, body) = request.into_parts();
         let body = RequestBody::new(body, &parts.headers, leftover, scope.clone(), self.pace);
-        // A body that announces itself as too long is refused before it is read.
+        // A body whose announced length is over the limit is refused before it is read.
         if body.size_hint().lower() > self.body_limit as u64 {
             return body_too_long(self.body_limit);
         }
-        // One that does not is cut off at the limit; the extractor that reads it answers.
+        // Any other body is cut off at the limit; the extractor that reads it answers.
         let body =
             if body.is_end_stream() { Body::empty() } else { Body::new(Limited::new(body, self.body_limit)) };
         let request = Request::from_parts(parts, body);
@@ -225,7 +225,7 @@ impl Stack {
         let answer = AssertUnwindSafe(self.router.clone().call(request)).catch_unwind();
         let mut answer = pin!(Timed::new(scope.clone(), answer));
 
-        // Most handlers never wait, and a timer costs more than they do: it is armed at the first pause.
+        // Most handlers never wait, and a timer costs more than they do, so it is armed at the first wait.
         let answer = match futures_util::poll!(answer.as_mut()) {
             Poll::Ready(answer) => answer,
             Poll::Pending => match tokio::time::timeout_at(scope.deadline().into(), answer).await {
@@ -234,7 +234,7 @@ impl Stack {
             },
         };
         match answer {
-            // Whatever the handler made of a body that did not come.
+            // The answer of the handler is replaced, because the body did not arrive in time.
             Ok(Ok(_)) if scope.has_given_up_body() => body_too_slow(scope.connection()),
             Ok(Ok(response)) => explained(response),
             Err(_panic) => {
@@ -246,7 +246,8 @@ impl Stack {
     }
 }
 
-/// In HTTP/1.1 the rest of the body may still come, and would be taken for the next request.
+/// Answers with 408. In HTTP/1.1 the connection is closed, because the rest of the body may still arrive and would be
+/// taken for the next request.
 fn body_too_slow(connection: &Connection) -> Response {
     if connection.spoken() == Spoken::Http1 {
         connection.close();
@@ -259,7 +260,8 @@ fn body_too_long(limit: usize) -> Response {
         .into_response()
 }
 
-/// An error without a word becomes a problem: what a router says of a path or a method that it does not have.
+/// Turns an error response without a body into a problem: a router answers so to a path or a method that it does not
+/// have.
 fn explained(response: Response) -> Response {
     let status = response.status();
     let silent = response.body().is_end_stream() && !response.headers().contains_key(header::CONTENT_TYPE);
@@ -271,7 +273,7 @@ fn explained(response: Response) -> Response {
         StatusCode::METHOD_NOT_ALLOWED => "this path does not have this method",
         _ => "",
     };
-    // What else it said stays: which methods there are, for one.
+    // The other headers of the response stay, such as the list of allowed methods.
     let (silence, _) = response.into_parts();
     let mut problem = Problem::new(status, detail).into_response();
     for (name, value) in silence.headers.iter().filter(|(name, _)| **name != header::CONTENT_LENGTH) {
@@ -287,7 +289,7 @@ fn took_too_long(limit: Duration) -> Response {
         .into_response()
 }
 
-/// Tells the scope which route matched.
+/// Layer that tells the scope which route matched.
 #[derive(Clone, Copy, Debug)]
 struct RouteLabel;
 

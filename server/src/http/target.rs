@@ -1,31 +1,31 @@
-//! What a request is for: its target, and the host (RFC 9112, section 3.2; RFC 9113, section 8.3.1).
+//! The target and the host of a request (RFC 9112, section 3.2; RFC 9113, section 8.3.1).
 //!
-//! Whoever asks for the host later finds it in one place, the `Host` header, whatever form the request came in.
+//! After the check the host is in one place, the `Host` header, whatever form the request had.
 
 use http::uri::Authority;
 use http::{HeaderMap, HeaderValue, Method, Request, StatusCode, Version, header};
 
 use super::problem::Problem;
 
-/// How a request is answered that no route is for.
+/// How a request is answered.
 #[derive(Debug)]
 pub(super) enum Target {
     /// By a route.
     Route,
-    /// `OPTIONS *`: it asks what the server can do at all.
+    /// By the server itself: `OPTIONS *` asks for the methods of the whole server.
     Server,
-    /// Not at all.
+    /// By a problem: the request is refused.
     Refused(Problem),
 }
 
 /// The methods that routes may have.
 pub(super) const METHODS: &str = "GET, HEAD, POST, PUT, PATCH, DELETE, OPTIONS";
 
-/// Checks the target and the host of a request, and puts the host where it is looked for.
+/// Checks the target and the host of a request, and writes the host of the target into the `Host` header.
 pub(super) fn check<B>(request: &mut Request<B>) -> Target {
     let bad = |detail: &str| Target::Refused(Problem::new(StatusCode::BAD_REQUEST, detail));
     if request.method() == Method::CONNECT {
-        let detail = "no tunnels are made here";
+        let detail = "CONNECT is not supported here";
         return Target::Refused(Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail));
     }
     let version = request.version();
@@ -38,7 +38,7 @@ pub(super) fn check<B>(request: &mut Request<B>) -> Target {
             return bad("wanted a target without a user name");
         }
         Some(authority) => {
-            // In HTTP/2 the two are one; in HTTP/1.1 what Host says does not matter beside an absolute target.
+            // In HTTP/2 both must be the same; in HTTP/1.1 an absolute target takes precedence over the Host header.
             let is_other = host.as_ref().is_some_and(|host| !same(host, &authority));
             if is_other && version >= Version::HTTP_2 {
                 return bad("wanted the same host in :authority and in host");
@@ -50,7 +50,7 @@ pub(super) fn check<B>(request: &mut Request<B>) -> Target {
                 request.headers_mut().insert(header::HOST, value);
             }
         }
-        // HTTP/1.0 has no such header.
+        // HTTP/1.0 does not require the Host header.
         None if host.is_none() && version != Version::HTTP_10 => return bad("wanted one Host header"),
         None => {}
     }
@@ -68,7 +68,7 @@ fn same(one: &Authority, other: &Authority) -> bool {
     one.as_str().eq_ignore_ascii_case(other.as_str())
 }
 
-/// The host of the header, if there is one.
+/// Returns the host in the `Host` header, if there is one.
 fn host(headers: &HeaderMap) -> Result<Option<Authority>, &'static str> {
     let mut all = headers.get_all(header::HOST).iter();
     let Some(first) = all.next() else { return Ok(None) };

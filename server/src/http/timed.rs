@@ -1,7 +1,7 @@
-//! How long a handler keeps its thread.
+//! Measures how long a handler keeps its thread.
 //!
-//! A future that computes instead of waiting stops every other request on its thread, and no clock outside can
-//! name it: so each of its polls is timed.
+//! A future that computes instead of waiting stops every other request on its thread, and a clock outside cannot tell
+//! which future does so. So each poll of a handler is timed.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};

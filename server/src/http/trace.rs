@@ -2,29 +2,30 @@
 
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-/// What a caller names its trace in.
+/// Request header in which a caller names its trace.
 const TRACEPARENT: HeaderName = HeaderName::from_static("traceparent");
-/// What tells a caller the trace of its request (Trace Context, level 2, section 3.5).
+/// Response header that tells a caller the trace of its request (Trace Context, level 2, section 3.5).
 pub(super) const TRACERESPONSE: HeaderName = HeaderName::from_static("traceresponse");
 
-/// A `traceparent`: `00-`, 32 hexadecimal digits of the trace, 16 of whoever called, and flags.
+/// A `traceparent`: `00-`, 32 hexadecimal digits of the trace, 16 of the caller, and flags.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Trace(Box<str>);
 
-/// Where the id of the trace is in it.
+/// Position of the trace id in a `traceparent`.
 const ID: std::ops::Range<usize> = 3..35;
 
 impl Trace {
-    /// The caller's trace, or one that begins with this request: then its id has the digits of the request's.
+    /// Returns the caller's trace, or a new one. The id of a new trace has the digits of the request id if that is a
+    /// UUID.
     pub(super) fn of(headers: &HeaderMap, request: &str) -> Self {
         let mut named = headers.get_all(TRACEPARENT).iter();
-        // Of two, neither is to be believed.
+        // Of two headers neither is believed.
         let only = named.next().filter(|_| named.next().is_none());
         let text = only.and_then(|value| value.to_str().ok());
         text.and_then(Self::parse).unwrap_or_else(|| Self::begin(request))
     }
 
-    /// Reads a `traceparent`. Later versions may have more behind what this one has (section 3.2.4).
+    /// Parses a `traceparent`; `None` if it is malformed. Later versions may append further fields (section 3.2.4).
     pub fn parse(text: &str) -> Option<Self> {
         let is_hex =
             |part: &str| part.bytes().all(|byte| byte.is_ascii_digit() || (b'a'..=b'f').contains(&byte));
@@ -48,12 +49,12 @@ impl Trace {
         Self(format!("00-{id}-{}-01", random(16)).into())
     }
 
-    /// The id that all parts of the trace have.
+    /// Returns the id of the trace, which all its parts have.
     pub fn id(&self) -> &str {
         &self.0[ID]
     }
 
-    /// As it is passed on.
+    /// Returns the `traceparent` as it is passed on.
     pub fn as_str(&self) -> &str {
         &self.0
     }
@@ -63,7 +64,7 @@ impl Trace {
     }
 }
 
-/// Hexadecimal digits, not all of them zero. They are names and no secrets.
+/// Returns random hexadecimal digits, not all of them zero. They are names, not secrets.
 fn random(digits: usize) -> String {
     let number = u128::from(fastrand::u64(1..)) << 64 | u128::from(fastrand::u64(1..));
     format!("{number:032x}")[32 - digits..].to_owned()

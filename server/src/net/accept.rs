@@ -1,4 +1,4 @@
-//! Accepting: one task a connection, the limits, and at the end what the kernel still holds.
+//! The accept loop: one task per connection, the limits, and the kernel's backlog at shutdown.
 
 use std::io;
 use std::str::FromStr;
@@ -21,32 +21,32 @@ use crate::metrics;
 use perennial_runtime::backoff::Backoff;
 use perennial_runtime::drain::Drain;
 
-/// After a failed accept (no file descriptor left, say): the condition lasts, a busy loop would not help.
+/// Pause after a failed accept. The cause (such as no file descriptor left) lasts, and a busy loop would not help.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(20), Duration::from_secs(1));
 
-/// How many clients are told at once that there is no room; more are turned away without a word.
+/// Maximum number of refusals that are sent at once; further clients are turned away without one.
 const REFUSALS: usize = 64;
-/// For how long one is told so.
+/// Time limit for sending one refusal.
 const REFUSAL: Duration = Duration::from_secs(1);
 
-/// For how long connections that were begun before are still accepted once no new ones are, at the end.
+/// At shutdown, time for which connections whose handshake has begun are still accepted after new ones are stopped.
 const LATE: Duration = Duration::from_millis(500);
 
-/// How often the log says that there are as many connections as may be.
+/// Minimum interval between two log messages about the reached connection limit.
 const TELL_AGAIN: Duration = Duration::from_secs(60);
 
-/// How long a connection that has to make room may take to end.
+/// Time that a connection may take to end when it has to make room.
 const ROOM: Duration = Duration::from_millis(100);
 
-/// While memory is nearly used up, one connection is accepted in so long.
+/// Pause between two accepts while memory is nearly used up.
 const TRICKLE: Duration = Duration::from_millis(200);
 
-/// What happens to a connection over the limit.
+/// How a connection over the limit is handled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum AtLimit {
     /// It waits in the kernel's queue until another one ends.
     Queue,
-    /// It is told so, and closed.
+    /// It is sent a refusal, and closed.
     Reject,
 }
 
@@ -62,7 +62,7 @@ impl FromStr for AtLimit {
     }
 }
 
-/// What all listeners of a server share.
+/// The state that all listeners of a server share.
 #[derive(Clone, Debug)]
 pub(crate) struct AcceptHost<P> {
     pub(crate) config: Arc<Config>,
@@ -72,7 +72,7 @@ pub(crate) struct AcceptHost<P> {
     pub(crate) sockets: Sockets,
 }
 
-/// Accepts until the drain says stop, then waits for every connection to end.
+/// Accepts connections until the soft phase of the drain, then waits for every connection to end.
 pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
     let mut running = JoinSet::new();
     let refusals = Arc::new(Semaphore::new(REFUSALS));
@@ -100,7 +100,7 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
                 failures += 1;
                 let pause = RETRY.jittered(failures);
                 warn!(%error, address = listener.address(), ?pause, "accept failed");
-                // It may be for want of a descriptor.
+                // The cause may be a lack of descriptors, and a closed connection frees one.
                 host.connections.make_room();
                 tokio::select! {
                     () = tokio::time::sleep(pause) => {}
@@ -119,7 +119,7 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
     host.sockets.close();
     let handed_over = host.sockets.are_handed_over();
     if !handed_over && listener.refuse_new() {
-        // Those that have begun to connect end up in the queue, and not between the last look at it and its end.
+        // Connections whose handshake has begun reach the queue now, and not between the last accept and the close.
         let late = tokio::time::sleep(LATE);
         tokio::pin!(late);
         loop {
@@ -136,7 +136,7 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
     match listener.close(handed_over) {
         Ok(backlog) => {
             for accepted in backlog {
-                // Taken whatever the limit says: these clients were told that they are connected.
+                // The limit does not apply: the kernel has told these clients that they are connected.
                 host.begin(&mut running, accepted, tls.as_ref(), None, &refusals);
             }
         }
@@ -145,7 +145,7 @@ pub(crate) async fn run<P: Protocol>(listener: Listener, host: AcceptHost<P>) {
     while running.join_next().await.is_some() {}
 }
 
-/// Whether there are as many connections as may be, for the log and the metrics.
+/// Whether the connection limit is reached, for the log and the metrics.
 #[derive(Debug)]
 struct Limit {
     listener: &'static str,
@@ -167,7 +167,7 @@ impl Limit {
         if reached && self.told.is_none_or(|told| told.elapsed() >= TELL_AGAIN) {
             self.told = Some(Instant::now());
             let listener = self.listener;
-            warn!(listener, "as many connections are open as may be: idle ones make room for new ones");
+            warn!(listener, "the connection limit is reached: idle connections are closed for new ones");
         }
     }
 }
@@ -177,8 +177,8 @@ enum AcceptSlot {
     None,
 }
 
-/// The right to one more connection. Where there are as many as may be, one that is idle makes room: a client that holds them
-/// all keeps nobody out.
+/// Waits for a permit of the connection limit. At the limit an idle connection makes room, so that a client that holds
+/// all connections does not keep other clients out.
 async fn slot<P>(host: &AcceptHost<P>, limit: &mut Limit) -> AcceptSlot {
     let slots = Arc::clone(host.connections.slots());
     if let Ok(slot) = Arc::clone(&slots).try_acquire_owned() {
@@ -191,7 +191,7 @@ async fn slot<P>(host: &AcceptHost<P>, limit: &mut Limit) -> AcceptSlot {
         loop {
             match tokio::time::timeout(ROOM, Arc::clone(&slots).acquire_owned()).await {
                 Ok(slot) => return slot.ok(),
-                // Others may have become idle.
+                // Other connections may have become idle.
                 Err(_elapsed) => _ = host.connections.make_room(),
             }
         }
@@ -199,7 +199,7 @@ async fn slot<P>(host: &AcceptHost<P>, limit: &mut Limit) -> AcceptSlot {
     tokio::select! {
         slot = freed => AcceptSlot::Taken(slot),
         () = tokio::time::sleep(ROOM), if host.config.at_limit == AtLimit::Reject && !has_room => AcceptSlot::None,
-        // This one waits here, and the ones behind it in the kernel's queue.
+        // The accepted connection waits here, and later ones in the kernel's queue.
         () = host.drain.soft() => AcceptSlot::Taken(None),
     }
 }
@@ -225,7 +225,7 @@ impl<P: Protocol> AcceptHost<P> {
             AcceptedStream::Tcp(stream, _) => {
                 // Answers are written whole; waiting for more to send would only delay them.
                 let _ = stream.set_nodelay(true);
-                // What a peer that has vanished leaves behind, when nothing of ours is on its way to it.
+                // Keepalive finds a peer that has vanished while no bytes are on their way to it.
                 let _ = rustix::net::sockopt::set_socket_keepalive(&stream, true);
                 running.spawn(self.clone().serve(Socket::new(stream, seat), tls.cloned()));
             }
@@ -245,7 +245,7 @@ impl<P: Protocol> AcceptHost<P> {
         reason: &'static str,
     ) {
         metrics::connection_cut(reason);
-        // Over TLS nothing can be said without a handshake.
+        // Over TLS no refusal can be sent without a handshake.
         let words = if tls.is_none() { self.protocol.refusal() } else { b"" };
         if let AcceptedStream::Tcp(stream, _) = accepted
             && let Ok(turn) = Arc::clone(refusals).try_acquire_owned()
@@ -295,7 +295,7 @@ impl<P: Protocol> AcceptHost<P> {
                 }
             }
         };
-        // Boxed, since a future is as large as the largest that it may be, for as long as the connection lasts.
+        // Boxed: otherwise this future would take its space for as long as the connection lasts.
         let opened: Option<io::Result<OpenedStream<S>>> = Box::pin(connection.unless_cut(opened)).await;
         match opened {
             Some(Ok(OpenedStream::Plain(socket))) => self.protocol.plain(socket).await,
@@ -309,7 +309,7 @@ impl<P: Protocol> AcceptHost<P> {
                 let _ = connection.unless_cut(say).await;
             }
             Some(Ok(OpenedStream::Secure(stream))) => Box::pin(self.protocol.secure(stream)).await,
-            Some(Err(error)) => debug!(peer = %connection.peer(), %error, "nothing came on this connection"),
+            Some(Err(error)) => debug!(peer = %connection.peer(), %error, "the connection failed to open"),
             None => {}
         }
     }
@@ -318,11 +318,11 @@ impl<P: Protocol> AcceptHost<P> {
 enum OpenedStream<S> {
     Plain(Socket<S>),
     Secure(Box<tokio_rustls::server::TlsStream<Socket<S>>>),
-    /// A client that speaks the protocol without TLS where there is TLS.
+    /// The client speaks the protocol without TLS on a port with TLS.
     WantsTls(Socket<S>),
 }
 
-/// Says something and closes, without a reset that would overtake what was said.
+/// Sends `words` and closes, without a reset that would overtake them.
 async fn say(mut stream: TcpStream, words: &[u8]) -> io::Result<()> {
     stream.write_all(words).await?;
     stream.shutdown().await?;

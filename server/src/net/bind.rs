@@ -18,20 +18,20 @@ use tracing::warn;
 
 use super::{Config, Connections, Listen, UnixAccess, tls};
 
-/// How many connections may fail to be taken at the end.
+/// Number of failed accepts after which the backlog is no longer emptied at shutdown.
 const MAX_FAILURES: usize = 1000;
-/// How many connections the kernel holds for us.
+/// Maximum number of connections in the kernel's accept queue.
 const BACKLOG: u32 = 4096;
 
 /// Why a server could not be bound.
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
-    /// The address cannot be had.
+    /// The address cannot be bound.
     #[error("cannot listen on {address}")]
     Address {
-        /// The address as it was written.
+        /// The address as it is written in the settings.
         address: String,
-        /// What the operating system said.
+        /// Error of the operating system.
         source: io::Error,
     },
     /// The certificate or the key cannot be used.
@@ -46,26 +46,26 @@ pub(super) enum Listener {
     Unix { socket: UnixListener, address: String, origin: OpenedSockets },
 }
 
-/// By whom a socket was opened.
+/// The process that opened a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum OpenedSockets {
-    /// By this process: when it closes it, nobody has it.
+    /// This process: when it closes the socket, no other process has it open.
     Here,
-    /// By a predecessor or a supervisor, which may go on using it.
+    /// A predecessor or a supervisor, which may go on using the socket.
     Elsewhere,
 }
 
-/// A connection that nothing has been read from yet.
+/// An accepted connection from which no bytes have been read yet.
 pub(super) enum AcceptedStream {
     Tcp(TcpStream, SocketAddr),
     Unix(UnixStream),
 }
 
-/// The descriptors in the environment do not fit what it says of them.
+/// An inherited descriptor is not a listening socket.
 #[derive(Debug, thiserror::Error)]
 #[error("the inherited descriptor {index} is no listening socket")]
 pub struct InheritedError {
-    /// Counted from 0.
+    /// Index of the descriptor, counted from 0.
     pub index: usize,
     source: io::Error,
 }
@@ -73,8 +73,8 @@ pub struct InheritedError {
 /// Listening sockets that were open when the process began (`LISTEN_FDS`, see `sd_listen_fds(3)`). A cheap
 /// handle.
 ///
-/// An address in the settings that one of them has is not bound anew. A port 0 in the settings is that of a
-/// socket that has the name of the listener in `LISTEN_FDNAMES`.
+/// An address in the settings is not bound anew if an inherited socket has it. An address with port 0 takes the socket
+/// on the same IP address that has the name of the listener in `LISTEN_FDNAMES`.
 #[derive(Clone, Debug, Default)]
 pub struct Inherited(Arc<Mutex<VecDeque<(String, BoundSocket)>>>);
 
@@ -85,10 +85,10 @@ enum BoundSocket {
 }
 
 impl Inherited {
-    /// Those that the environment tells of.
+    /// Takes over the sockets that the environment lists.
     ///
     /// # Errors
-    /// When a descriptor is no listening socket.
+    /// When a descriptor is not a listening socket.
     pub fn from_environment() -> Result<Self, InheritedError> {
         if let Ok(count) = std::env::var("LISTEN_FDS")
             && count.parse::<u32>().is_err()
@@ -115,7 +115,7 @@ impl Inherited {
         Ok(Self(Arc::new(Mutex::new(sockets))))
     }
 
-    /// The names and addresses of those that no listener has taken.
+    /// Returns the names and addresses of the inherited sockets that no listener has taken.
     pub fn left(&self) -> Vec<String> {
         let sockets = self.0.lock();
         sockets
@@ -138,7 +138,7 @@ impl Inherited {
         sockets.remove(index).map(|(_, socket)| socket)
     }
 
-    /// The Unix socket with this name, listening or not.
+    /// Takes the Unix socket with this name, whether it listens or not.
     pub fn take_unix(&self, name: &str) -> Option<std::os::unix::net::UnixListener> {
         self.unix(|given, _| given == name)
     }
@@ -170,7 +170,7 @@ impl Inherited {
     }
 }
 
-/// A path, or a name of the abstract namespace.
+/// Returns the address of a Unix socket: its path, or its name in the abstract namespace.
 fn name_of(socket: &std::os::unix::net::UnixListener) -> String {
     let Ok(address) = socket.local_addr() else { return "unix".to_owned() };
     let path = address.as_pathname().map(|path| format!("unix:{}", path.display()));
@@ -178,8 +178,8 @@ fn name_of(socket: &std::os::unix::net::UnixListener) -> String {
     path.or_else(name).unwrap_or_else(|| "unix".to_owned())
 }
 
-/// Whether a socket at `open` is where `wanted` says. Any address is any address, in either version of IP: supervisors write
-/// `[::]` where settings have `0.0.0.0`.
+/// Returns true when a socket at `open` is at the address `wanted`. The unspecified addresses of IPv4 and IPv6 are the
+/// same place: supervisors write `[::]` where settings have `0.0.0.0`.
 fn is_same_place(open: SocketAddr, wanted: SocketAddr) -> bool {
     let is_any = |at: SocketAddr| at.ip().is_unspecified();
     open == wanted || (is_any(open) && is_any(wanted) && open.port() == wanted.port())
@@ -208,7 +208,7 @@ impl Bound {
     }
 }
 
-/// What a successor needs of a server's sockets, and its certificate. A cheap handle.
+/// The listening sockets of a server, for a successor to inherit, and its certificate. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Sockets(Arc<SharedSockets>);
 
@@ -230,7 +230,7 @@ impl Sockets {
         descriptors.iter().map(|descriptor| Ok((self.0.name, descriptor.try_clone()?))).collect()
     }
 
-    /// A successor accepts from these sockets: what waits in their backlog is the successor's.
+    /// Marks the sockets as handed over: a successor accepts from them, also the connections in their backlog.
     pub fn handed_over(&self) {
         self.0.handed_over.store(true, Ordering::Release);
     }
@@ -239,7 +239,7 @@ impl Sockets {
         self.0.handed_over.load(Ordering::Acquire)
     }
 
-    /// Gives up the descriptors: a socket is open for as long as anybody has one.
+    /// Closes the descriptors for a successor: a socket stays open as long as any descriptor of it is open.
     pub(super) fn close(&self) {
         self.0.descriptors.lock().clear();
     }
@@ -264,7 +264,7 @@ pub(crate) async fn bind(config: Config, inherited: &Inherited) -> Result<Bound,
     Ok(Bound { listeners, config, connections, sockets: Sockets(Arc::new(shared)) })
 }
 
-/// A name may stand for several addresses.
+/// Opens the listeners for all addresses in `config`. A host name may stand for several addresses.
 async fn listeners(
     config: &Config,
     inherited: &Inherited,
@@ -303,7 +303,7 @@ async fn tcp(
     addresses.sort_unstable();
     addresses.dedup();
     if name.ends_with(":0") {
-        // Each would get a port of its own; whoever asks for any port wants one.
+        // Each address would get a port of its own, but port 0 asks for a single port.
         addresses.truncate(1);
     }
     addresses
@@ -323,7 +323,7 @@ async fn tcp(
 
 fn open(address: SocketAddr, reuse_port: bool) -> io::Result<TcpListener> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-    // A restart must not wait for the last one's connections in TIME_WAIT.
+    // A restart must not wait for connections of the previous process in TIME_WAIT.
     socket.set_reuseaddr(true)?;
     if reuse_port {
         socket.set_reuseport(true)?;
@@ -345,7 +345,7 @@ fn unix(config: &Config, inherited: &Inherited, path: &Path) -> io::Result<Liste
             origin: OpenedSockets::Elsewhere,
         });
     }
-    // The file of a process that was killed is in the way; that of one that listens is its own.
+    // The socket file of a killed process blocks the bind, and is removed. The file of a listening process is not.
     let is_socket = path.symlink_metadata().is_ok_and(|file| file.file_type().is_socket());
     if is_socket && StdUnixStream::connect(path).is_err() {
         std::fs::remove_file(path)?;
@@ -362,7 +362,7 @@ fn unix(config: &Config, inherited: &Inherited, path: &Path) -> io::Result<Liste
 }
 
 impl Listener {
-    /// The address in use, in the form in which it is written in settings.
+    /// Returns the address in use, in the form that the settings have.
     pub(super) fn address(&self) -> String {
         match self {
             Self::Tcp { address, tls: Some(_), .. } => format!("https://{address}"),
@@ -389,7 +389,7 @@ impl Listener {
         }
     }
 
-    /// Another descriptor of the socket, for a successor.
+    /// Duplicates the descriptor of the socket, for a successor.
     fn share(&self) -> io::Result<OwnedFd> {
         match self {
             Self::Tcp { socket, .. } => socket.as_fd().try_clone_to_owned(),
@@ -397,11 +397,11 @@ impl Listener {
         }
     }
 
-    /// Has the kernel take no new connections, while those that have been begun still come. False where that is for somebody
-    /// else to say, or cannot be done.
+    /// Makes the kernel take no new connections, while connections whose handshake has begun still arrive. Returns
+    /// false where another process opened the socket, or the system cannot do it.
     ///
-    /// A connection whose handshake ends between the last look at the queue and the end of the socket would be reset, and with
-    /// it the request behind it.
+    /// Without this, a connection whose handshake ends between the last accept and the close of the socket would be
+    /// reset, together with its request.
     pub(super) fn refuse_new(&self) -> bool {
         match self {
             Self::Tcp { socket, origin: OpenedSockets::Here, .. } => drop_first_packets(socket),
@@ -412,8 +412,8 @@ impl Listener {
         }
     }
 
-    /// Closes the socket after taking what the kernel has already accepted for us: closing it first would
-    /// reset those connections. If a successor has it, they are the successor's.
+    /// Closes the socket and returns the connections that the kernel has already accepted: closing without taking them
+    /// would reset them. After a handover they belong to the successor, and none is taken.
     pub(super) fn close(self, handed_over: bool) -> io::Result<Vec<AcceptedStream>> {
         let mut backlog = Vec::new();
         if handed_over {
@@ -443,7 +443,7 @@ impl Listener {
     }
 }
 
-/// Takes one after the other, until there is none. One that has failed is no reason to leave the others.
+/// Takes connections until none is left. A failed accept does not end the loop, up to [`MAX_FAILURES`] of them.
 fn sweep(mut take: impl FnMut() -> io::Result<()>) {
     let mut failures = 0;
     while failures < MAX_FAILURES {
@@ -455,8 +455,9 @@ fn sweep(mut take: impl FnMut() -> io::Result<()>) {
     }
 }
 
-/// Has the kernel drop the first packet of new connections (SYN), and let through everything else: a classic BPF program
-/// that looks at the flags of the TCP header. Clients that it drops send it again after a second, and find the socket closed.
+/// Makes the kernel drop the first packet (SYN) of new connections and let every other packet through: a classic BPF
+/// program reads the flags of the TCP header. The client sends a dropped packet again after a second, and finds the
+/// socket closed.
 #[cfg(target_os = "linux")]
 fn drop_first_packets(socket: &TcpListener) -> bool {
     use socket2::{SockFilter, SockRef};

@@ -1,8 +1,7 @@
-//! One connection: what it does, since when, and how it is told to end.
+//! One connection: its phase, since when, and how it is asked to end.
 //!
-//! The connection writes down what it does in a few atomic words; whether that takes too long is found out by
-//! [`super::watch`], which looks around several times a second. So no connection and no request arms a timer
-//! of its own, and a deadline costs a store.
+//! The connection stores its phase in a few atomic words. [`super::watch`] checks several times a second whether a
+//! phase takes too long. So no connection and no request arms a timer of its own, and a deadline costs one store.
 
 use std::fmt;
 use std::future::{Future, poll_fn};
@@ -21,13 +20,13 @@ use tokio::sync::OwnedSemaphorePermit;
 use super::watch::ConnectionClock;
 use crate::http::scope::RequestScope;
 
-/// The bytes of an HTTP/2 preface and the empty SETTINGS behind it (RFC 9113, section 3.4).
+/// Number of bytes of an HTTP/2 preface and the empty SETTINGS frame after it (RFC 9113, section 3.4).
 const PREFACE: u64 = 24 + 9;
 
-/// The most bytes of a frame of HTTP/2 that answers no request, with those of TLS around it.
+/// Maximum size of an HTTP/2 frame that answers no request, with its TLS overhead, in bytes.
 const OWN_FRAMES: usize = 64;
 
-/// Who is at the other end.
+/// The remote end of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Peer {
     /// A TCP client.
@@ -55,7 +54,7 @@ impl fmt::Display for Peer {
     }
 }
 
-/// What is spoken on a connection.
+/// The protocol of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
@@ -66,7 +65,7 @@ pub enum Spoken {
     Http1,
     /// HTTP/2.
     Http2,
-    /// Something else.
+    /// A protocol other than HTTP.
     Tcp,
 }
 
@@ -76,24 +75,24 @@ impl Spoken {
     }
 }
 
-/// What a connection does.
+/// The phase of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 #[repr(u8)]
 pub enum ConnectionPhase {
-    /// Before the first request could have come.
+    /// The first request cannot have arrived yet.
     Opening,
     /// Between two requests.
     Idle,
-    /// Part of a request head has come.
+    /// Part of a request head has arrived.
     Head,
     /// At least one request is running.
     Busy,
-    /// It is somebody else's now: a WebSocket, say, or a protocol beside HTTP.
+    /// The bytes belong to another owner: a WebSocket, for example, or a protocol other than HTTP.
     Upgraded,
-    /// Its client was told that nothing more will come, and may still be sending.
+    /// The sending side is shut down, and the client may still be sending.
     Closing,
-    /// It has ended.
+    /// The connection has ended.
     Closed,
 }
 
@@ -104,17 +103,17 @@ impl ConnectionPhase {
     }
 }
 
-/// What a connection was told.
+/// How a connection is asked to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[repr(u8)]
 pub(crate) enum ShutdownMode {
-    /// Nothing.
+    /// The connection is not asked to end.
     Stay,
-    /// To end with the next answer.
+    /// It ends with the next answer.
     Last,
-    /// To end when what runs has been answered: `Connection: close`, or GOAWAY.
+    /// It ends when the running requests have been answered: `Connection: close`, or GOAWAY.
     Leave,
-    /// To end now.
+    /// It ends now.
     Cut,
 }
 
@@ -127,40 +126,42 @@ impl ShutdownMode {
 /// A connection, as requests and operators see it.
 #[derive(Debug)]
 pub struct Connection {
-    /// Its number in this process.
+    /// Number of the connection in this process.
     pub id: u64,
-    /// The listener that it came to.
+    /// Name of the listener that accepted the connection.
     pub listener: &'static str,
-    /// When it was accepted.
+    /// Time at which the connection was accepted.
     pub opened: Instant,
-    /// Who connected: the client, or a proxy.
+    /// Remote end of the socket: the client, or a proxy.
     pub socket_peer: Peer,
-    /// Whether it is encrypted.
+    /// Whether the connection is encrypted.
     pub tls: bool,
     proxied: OnceLock<Peer>,
     clock: Arc<ConnectionClock>,
     spoken: AtomicU8,
     phase: AtomicU8,
-    /// When the phase began, by the clock.
+    /// Start of the phase, by the clock.
     since: AtomicU64,
-    /// Since when bytes wait that the client does not take; 0 if there are none.
+    /// Time since which bytes wait for the client to take them, by the clock; 0 if none wait.
     blocked: AtomicU64,
-    /// Bytes read since something useful came of any.
+    /// Number of bytes read since the last useful event.
     useless: AtomicU64,
     told: AtomicU8,
-    /// Whether it has been idle for so long that nothing should be kept for its next request.
+    /// Whether the connection has been idle long enough to be parked.
     resting: AtomicBool,
     reason: OnceLock<&'static str>,
-    /// Of the task that drives it, and of whoever has its bytes once they are somebody else's.
+    /// Waker of the task that drives the connection.
     driver: AtomicWaker,
+    /// Waker of the owner that reads from an upgraded connection.
     reader: AtomicWaker,
+    /// Waker of a write that waits for the client.
     writer: AtomicWaker,
-    /// When bytes were written last, by the clock.
+    /// Time of the last write, by the clock.
     wrote: AtomicU64,
-    /// Request bodies that have not come to their ends.
+    /// Number of request bodies that have not ended.
     bodies: AtomicU32,
     answered: AtomicU64,
-    /// Requests that the client left before they were answered.
+    /// Number of requests that the client left before they were answered.
     left: AtomicU32,
     requests: Mutex<Vec<RequestScope>>,
     slot: Mutex<Option<OwnedSemaphorePermit>>,
@@ -202,7 +203,7 @@ impl Connection {
         }
     }
 
-    /// Who is at the other end: the client that a trusted proxy speaks for, or whoever connected.
+    /// Returns the client: the one that a trusted proxy has named, or the remote end of the socket.
     pub fn peer(&self) -> Peer {
         self.proxied.get().copied().unwrap_or(self.socket_peer)
     }
@@ -216,18 +217,18 @@ impl Connection {
         self.tell(ShutdownMode::Leave);
     }
 
-    /// Ends the connection now, with no answer to anything.
+    /// Ends the connection now, without answers to its running requests.
     pub fn abort(&self) {
         self.tell(ShutdownMode::Cut);
     }
 
-    /// Ends it now, for a reason that is counted.
+    /// Ends the connection now and counts the reason.
     pub(crate) fn cut(&self, reason: &'static str) {
         self.count_end(reason);
         self.tell(ShutdownMode::Cut);
     }
 
-    /// Ends it in order, for a reason that is counted.
+    /// Ends the connection in order and counts the reason.
     pub(super) fn end(&self, reason: &'static str) {
         self.count_end(reason);
         self.tell(ShutdownMode::Leave);
@@ -239,12 +240,12 @@ impl Connection {
         }
     }
 
-    /// Keeps the right to be open, until its client is told that nothing more will come.
+    /// Keeps the connection's permit of the connection limit, or releases it.
     pub(super) fn hold_slot(&self, slot: Option<OwnedSemaphorePermit>) {
         *self.slot.lock() = slot;
     }
 
-    /// Its client was told that nothing more will come: another one may have its place.
+    /// Begins the closing phase, after the sending side was shut down: another connection may have the permit.
     pub(crate) fn close_begins(&self) {
         self.enter(ConnectionPhase::Closing);
         self.hold_slot(None);
@@ -262,13 +263,13 @@ impl Connection {
         ShutdownMode::of(self.told.load(Ordering::Acquire))
     }
 
-    /// What it was told; the task in `context` is woken when that changes.
+    /// Returns the shutdown mode; the task in `context` is woken when it changes.
     pub(crate) fn poll_told(&self, context: &Context<'_>) -> ShutdownMode {
         self.driver.register(context.waker());
         self.told()
     }
 
-    /// The value of `future`, unless the connection is cut before.
+    /// Returns the value of `future`, or `None` if the connection is cut before.
     pub(crate) async fn unless_cut<T>(&self, future: impl Future<Output = T>) -> Option<T> {
         let cut = poll_fn(|context| match self.poll_told(context) {
             ShutdownMode::Cut => Poll::Ready(()),
@@ -281,7 +282,7 @@ impl Connection {
         }
     }
 
-    /// What is spoken.
+    /// Returns the protocol of the connection.
     pub fn spoken(&self) -> Spoken {
         Spoken::of(self.spoken.load(Ordering::Relaxed))
     }
@@ -295,28 +296,29 @@ impl Connection {
         self.phase.store(phase as u8, Ordering::Release);
     }
 
-    /// What it does.
+    /// Returns the phase of the connection.
     pub fn phase(&self) -> ConnectionPhase {
         ConnectionPhase::of(self.phase.load(Ordering::Acquire))
     }
 
-    /// For how long it has done so, in milliseconds.
+    /// Returns the duration of the phase so far, in milliseconds.
     pub(super) fn phase_lasts(&self, now: u64) -> u64 {
         now.saturating_sub(self.since.load(Ordering::Relaxed))
     }
 
-    /// How long ago it was busy, or bytes were written, in milliseconds: what was answered may still be on its way.
+    /// Returns the time since the phase began or bytes were written, whichever was later, in milliseconds: an answer
+    /// may still be on its way after its request has ended.
     pub(super) fn quiet_for(&self, now: u64) -> u64 {
         self.phase_lasts(now).min(now.saturating_sub(self.wrote.load(Ordering::Relaxed)))
     }
 
-    /// When bytes were written last, by the clock.
+    /// Returns the time of the last write, by the clock.
     pub(super) fn wrote(&self) -> u64 {
         self.wrote.load(Ordering::Relaxed)
     }
 
-    /// Whether its client has not shown who it is: no request runs, or none but such as wait for their bodies and were shown
-    /// no key.
+    /// Returns true when the client has not identified itself: the connection is opening or waits for the rest of a
+    /// request head, or all running requests wait for their bodies and have shown no key.
     pub(super) fn is_unknown(&self) -> bool {
         match self.phase() {
             ConnectionPhase::Opening | ConnectionPhase::Head => true,
@@ -328,7 +330,7 @@ impl Connection {
         }
     }
 
-    /// For how long bytes have waited that the client does not take, in milliseconds.
+    /// Returns how long bytes have waited for the client to take them, in milliseconds.
     pub(super) fn blocked_for(&self, now: u64) -> u64 {
         match self.blocked.load(Ordering::Relaxed) {
             0 => 0,
@@ -336,46 +338,46 @@ impl Connection {
         }
     }
 
-    /// How many bytes have come since one was useful.
+    /// Returns the number of bytes read since the last useful event.
     pub(super) fn useless(&self) -> u64 {
         self.useless.load(Ordering::Relaxed)
     }
 
-    /// Something useful has come: a request, a part of a body.
+    /// Records a useful event: a request or a part of a body has arrived.
     pub(crate) fn useful(&self) {
         self.useless.store(0, Ordering::Relaxed);
     }
 
-    /// How many requests were answered, and how many their client left before.
+    /// Returns the number of answered requests, and the number of requests that the client left before an answer.
     pub(super) fn answered_and_left(&self) -> (u64, u32) {
         (self.answered.load(Ordering::Relaxed), self.left.load(Ordering::Relaxed))
     }
 
-    /// It has been idle for a while.
+    /// Lets the connection be parked, because it has been idle for a while.
     pub(super) fn rest(&self) {
         if !self.resting.swap(true, Ordering::AcqRel) {
             self.driver.wake();
         }
     }
 
-    /// Something has arrived after a rest.
+    /// Ends the parking, because bytes have arrived.
     pub(crate) fn has_rested(&self) {
         self.resting.store(false, Ordering::Release);
     }
 
-    /// Whether nothing happens on it, and nothing has for a while.
+    /// Returns true when the connection may be parked: it is idle, and has been for a while.
     pub(crate) fn is_resting(&self) -> bool {
         self.resting.load(Ordering::Acquire) && self.is_between_requests()
     }
 
-    /// Whether nothing happens on it, and everything that was answered is on its way.
+    /// Returns true when the connection is idle: no body is open, and no written bytes wait for the client.
     pub(crate) fn is_between_requests(&self) -> bool {
         self.phase() == ConnectionPhase::Idle
             && self.bodies.load(Ordering::Acquire) == 0
             && self.blocked.load(Ordering::Relaxed) == 0
     }
 
-    /// A request was answered without having run.
+    /// Records a request that was answered without having run.
     pub(crate) fn turned_away(&self) {
         let requests = self.requests();
         self.useful();
@@ -384,7 +386,7 @@ impl Connection {
         }
     }
 
-    /// The requests that run on it.
+    /// Returns the requests that run on the connection.
     pub(crate) fn requests(&self) -> MutexGuard<'_, Vec<RequestScope>> {
         self.requests.lock()
     }
@@ -399,7 +401,7 @@ impl Connection {
             Spoken::Http2 if useless >= PREFACE && self.phase() == ConnectionPhase::Opening => {
                 self.enter(ConnectionPhase::Idle);
             }
-            // What comes while a body is open is of the body.
+            // Bytes that arrive while a body is open belong to the body.
             Spoken::Http1
                 if self.phase() == ConnectionPhase::Idle && self.bodies.load(Ordering::Relaxed) == 0 =>
             {
@@ -413,7 +415,7 @@ impl Connection {
         }
     }
 
-    /// An error for somebody else who reads from a connection that was cut.
+    /// Returns an error to the owner that reads from an upgraded connection after it was cut.
     pub(super) fn unless_cut_for_its_owner(&self, context: &Context<'_>) -> io::Result<()> {
         if self.phase() == ConnectionPhase::Upgraded {
             self.reader.register(context.waker());
@@ -424,7 +426,7 @@ impl Connection {
         Ok(())
     }
 
-    /// What became of a write; an error if it waits and the connection was cut.
+    /// Records the result of a write and returns it; a waiting write fails if the connection was cut.
     pub(super) fn unless_stuck(
         &self,
         written: Poll<io::Result<usize>>,
@@ -445,7 +447,7 @@ impl Connection {
 
     fn has_written(&self, written: Poll<usize>) {
         if let Poll::Ready(bytes) = written {
-            // What the library writes by itself, as pings and acknowledgements, is nothing that the client has asked for.
+            // The PINGs and acknowledgements that hyper writes by itself are not activity of the client.
             if bytes > OWN_FRAMES || self.phase() != ConnectionPhase::Idle {
                 self.wrote.store(self.clock.now(), Ordering::Relaxed);
             }
@@ -465,7 +467,7 @@ fn was_cut() -> io::Error {
     io::Error::new(io::ErrorKind::ConnectionAborted, "cut by the host")
 }
 
-/// A request body that has not come to its end, counted until it has, or nobody waits for it any more.
+/// A request body that has not ended. It is counted until it ends, or is no longer waited for.
 #[derive(Debug)]
 pub(crate) struct OpenBody(Arc<Connection>);
 
@@ -482,7 +484,7 @@ impl Drop for OpenBody {
     }
 }
 
-/// One request on a connection, listed while it lasts.
+/// One request on a connection; it is listed there until this drops.
 #[derive(Debug)]
 pub(crate) struct RunningRequest {
     scope: RequestScope,

@@ -1,4 +1,4 @@
-//! Where to listen, as it is written in settings.
+//! Addresses to listen on, in the form that the settings have.
 
 use std::fmt;
 use std::net::IpAddr;

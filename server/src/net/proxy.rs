@@ -1,6 +1,6 @@
-//! Whom a proxy speaks for: the PROXY protocol, and the headers `Forwarded` and `X-Forwarded-For`.
+//! The client that a proxy names: the PROXY protocol, and the headers `Forwarded` and `X-Forwarded-For`.
 //!
-//! Only the word of a peer in `server.trusted_proxies` counts: anybody can write a header.
+//! Only a peer in `server.trusted_proxies` is believed, because any client can write a header.
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
@@ -14,17 +14,19 @@ use tokio::io::AsyncReadExt;
 use super::connection::Peer;
 use super::socket::{Peek, Socket};
 
-/// The longest PROXY header that is read, in bytes: addresses take 52, what else may stand in it is short.
+/// Maximum size of a PROXY header, in bytes: with addresses it has 52 bytes, and its optional fields are short.
 const MAX_HEADER: usize = 1024;
 
-/// The byte of a header that says whether the proxy speaks for a client or for itself, and the latter.
+/// Index of the header byte that says whether the proxy connects for a client or for itself.
 const COMMAND: usize = 12;
+/// Command of a proxy that connects for itself.
 const LOCAL: u8 = 0;
 
-/// The crate `http` has no name for it.
+/// The crate `http` has no constant for this header.
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// Whether a peer's word counts. Who connects through a Unix socket has been let in by the file's mode.
+/// Returns true when a peer is believed about its client. A peer on a Unix socket was let in by the mode of the file,
+/// so it is believed as soon as any proxy is trusted.
 pub(crate) fn is_trusted(trusted: &[IpNet], peer: Peer) -> bool {
     match peer.ip() {
         Some(address) => contains(trusted, address),
@@ -36,10 +38,10 @@ fn contains(networks: &[IpNet], address: IpAddr) -> bool {
     networks.iter().any(|network| network.contains(&address))
 }
 
-/// Reads a PROXY protocol header, version 2, and returns the client that it names: none if the proxy speaks for
+/// Reads a PROXY protocol header, version 2, and returns the client that it names: `None` if the proxy connects for
 /// itself, as for a health check.
 ///
-/// Nothing behind it is read: the rest of the connection is the client's.
+/// Bytes after the header are put back, because they belong to the client.
 pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<Option<Peer>> {
     let config = ParseConfig { include_tlvs: false, allow_v1: false, allow_v2: true };
     let invalid = |what: String| io::Error::new(io::ErrorKind::InvalidData, what);
@@ -49,7 +51,7 @@ pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<O
             Ok((parsed, length)) => {
                 let client = parsed.proxied_address().map(|proxied| Peer::Tcp(proxied.source));
                 if client.is_none() && header[COMMAND] & 0xf != LOCAL {
-                    // Taken for the proxy itself, it would be believed like the proxy.
+                    // Without an address the client would count as the proxy itself, and be believed like it.
                     return Err(invalid("a PROXY header that names no address".to_owned()));
                 }
                 socket.put_back(&header[length..]);
@@ -65,9 +67,9 @@ pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<O
     }
 }
 
-/// The header that trusted proxies name their clients in.
+/// The header in which trusted proxies name their clients.
 ///
-/// Only one counts: a proxy that writes one of them passes on what a client wrote into the other.
+/// Only one header counts: a proxy that writes one of them passes the other on as the client wrote it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ForwardedHeader {
     /// `X-Forwarded-For`.
@@ -88,7 +90,7 @@ impl FromStr for ForwardedHeader {
     }
 }
 
-/// The client that trusted proxies name in their headers: the last address that is none of theirs.
+/// Returns the client that trusted proxies name in their headers: the last address that is not a trusted proxy.
 pub(crate) fn forwarded_for(
     trusted: &[IpNet],
     header: ForwardedHeader,
@@ -100,7 +102,7 @@ pub(crate) fn forwarded_for(
     };
     let mut client = None;
     for value in headers.get_all(name).iter().rev() {
-        // What stands before something that cannot be read was written by nobody knows whom.
+        // The origin of an entry before an unreadable one is not known.
         let Ok(value) = value.to_str() else { break };
         for element in split(value, ',').into_iter().rev() {
             let named = match header {
@@ -117,7 +119,7 @@ pub(crate) fn forwarded_for(
     client
 }
 
-/// The node in the parameter `for` of one element of `Forwarded`.
+/// Returns the node in the parameter `for` of one element of `Forwarded`.
 fn for_node(element: &str) -> Option<&str> {
     let pairs = split(element, ';').into_iter().filter_map(|pair| pair.split_once('='));
     pairs.into_iter().find(|(name, _)| name.trim().eq_ignore_ascii_case("for")).map(|(_, node)| node)
@@ -139,7 +141,7 @@ fn split(text: &str, separator: char) -> Vec<&str> {
     parts.collect()
 }
 
-/// An address as RFC 7239, section 6 writes it, with or without a port.
+/// Parses an address as RFC 7239, section 6 writes it, with or without a port.
 fn address(node: &str) -> Option<IpAddr> {
     let node = node.trim().trim_matches('"');
     let bracketed = node.strip_prefix('[').and_then(|rest| rest.split_once(']')).map(|(address, _)| address);
@@ -180,7 +182,7 @@ mod tests {
             ("forwarded", &["for=6.6.6.6, for=192.0.2.1;host=x, for=10.1.1.1"], Some("192.0.2.1")),
             ("forwarded", &["for=6.6.6.6, proto=https, for=10.1.1.1"], Some("10.1.1.1")),
             ("forwarded", &["for=_hidden"], None),
-            // What the client wrote itself is behind something that is no address, or inside quotes.
+            // The entry of the client itself is before an unreadable one, or inside quotes.
             ("x-forwarded-for", &["6.6.6.6", "\u{ff}, 10.1.1.1"], None),
             ("forwarded", &["for=192.0.2.1;host=\"evil,for=6.6.6.6\""], Some("192.0.2.1")),
             ("forwarded", &["for=192.0.2.1;host=\"a\\\",for=6.6.6.6\""], Some("192.0.2.1")),

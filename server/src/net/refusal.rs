@@ -3,7 +3,7 @@
 /// Why the first bytes of a connection, or of a request, could not be served.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ConnectionRefusal {
-    /// A request head that is no HTTP.
+    /// A request head that is not HTTP.
     BadHead,
     /// A request target that is too long, answered with 414.
     LongTarget,
@@ -20,7 +20,7 @@ pub enum ConnectionRefusal {
 }
 
 impl ConnectionRefusal {
-    /// All of them.
+    /// All reasons.
     pub const ALL: [Self; 7] = [
         Self::BadHead,
         Self::LongTarget,
@@ -31,7 +31,7 @@ impl ConnectionRefusal {
         Self::Handshake,
     ];
 
-    /// The word for it in metrics and in the log.
+    /// Name of the reason in metrics and in the log.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::BadHead => "bad_head",

@@ -1,5 +1,5 @@
-//! Connections that ended before there was a request, since their first bytes could not be served: counted by reason, and
-//! told to the log with their address, but not more often than somebody reads.
+//! Connections that end before their first request because their first bytes cannot be served. They are counted by
+//! reason, and logged with their address at a limited rate.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use super::refusal::ConnectionRefusal;
 use crate::metrics;
 use perennial_runtime::telemetry::Seldom;
 
-/// How often the log tells of one reason.
+/// Minimum interval between two log messages with the same reason.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
 static TOLD: [Seldom; ConnectionRefusal::ALL.len()] =
     [const { Seldom::every(TELL_EVERY) }; ConnectionRefusal::ALL.len()];
 
-/// Counts a refusal, and tells the log of it.
+/// Counts a refusal, and logs it unless its reason was logged less than [`TELL_EVERY`] ago.
 pub(crate) fn refused(
     listener: &'static str,
     refusal: ConnectionRefusal,

@@ -1,4 +1,4 @@
-//! The bytes of a connection, and what can be done with them without taking any.
+//! The byte stream of a connection, which can be peeked without taking bytes.
 
 use std::future::Future;
 use std::io;
@@ -14,12 +14,14 @@ use tokio_rustls::server::TlsStream;
 use super::connection::{Connection, ConnectionPhase, Peer};
 use super::watch::{ConnectionPermit, TooMany};
 
-/// How many bytes a client may have sent before it could know that nothing more is read: what the kernels of both sides hold.
+/// Maximum number of bytes that a client may have sent before it could know that nothing more is read: the capacity of
+/// the socket buffers on both sides.
 const ON_ITS_WAY: usize = 4 << 20;
 
-/// A socket whose first bytes can be looked at without taking them.
+/// A socket whose first bytes can be peeked without taking them.
 pub(crate) trait Peek: AsyncRead + AsyncWrite + AsFd + Send + Sync + Unpin + 'static {
-    /// Copies what has arrived into `buffer`, waiting for the first byte. 0 is the end of the stream.
+    /// Waits for the first byte, copies the bytes that have arrived into `buffer`, and returns their number; 0 means
+    /// the end of the stream.
     fn peek(&self, buffer: &mut [u8]) -> impl Future<Output = io::Result<usize>> + Send;
 }
 
@@ -36,18 +38,18 @@ impl Peek for UnixStream {
     }
 }
 
-/// Bytes that may be waited for without a buffer.
+/// A byte stream that may be parked: it waits for the next bytes without a buffer.
 pub(crate) trait ParkedBytes: AsyncRead + AsyncWrite + Send + Unpin + 'static {
-    /// Whether they may.
+    /// Whether streams of this type can be parked.
     const CAN: bool;
 
-    /// Waits until something has arrived, or the end has. True if it is not the end.
+    /// Waits until bytes have arrived or the stream has ended. Returns true when bytes have arrived.
     fn arrival(&mut self) -> impl Future<Output = bool> + Send;
 
-    /// Puts bytes back that were read, before what comes next.
+    /// Puts back bytes that were read; the next read returns them first.
     fn put_back(&mut self, bytes: &[u8]);
 
-    /// Whether bytes have arrived that nobody has read, as the kernel knows it.
+    /// Returns true when unread bytes are waiting. It asks the kernel, not the reactor.
     fn unread(&self) -> bool;
 }
 
@@ -82,14 +84,14 @@ impl<S: Peek> ParkedBytes for Box<TlsStream<Socket<S>>> {
     }
 }
 
-/// The bytes of a connection. Its seat at the table is free again when this drops, wherever that is: a socket
-/// that was upgraded is counted for as long as its new owner has it.
+/// The byte stream of a connection. It holds the connection permit: an upgraded socket is counted until its new owner
+/// drops it.
 #[derive(Debug)]
 pub(crate) struct Socket<S> {
     io: S,
-    /// Bytes that were taken to find out the protocol, the next last.
+    /// Bytes that were put back, in reverse order: the last one is read next.
     taken: Vec<u8>,
-    /// How many bytes were dropped since the client was told that nothing more will come.
+    /// Number of bytes that were read and dropped since the sending side was shut down.
     dropped: usize,
     seat: ConnectionPermit,
 }
@@ -103,14 +105,14 @@ impl<S> Socket<S> {
         self.seat.connection()
     }
 
-    /// A proxy has said who the client is.
+    /// Sets the client that a proxy has named, and counts the connection for the client's address.
     pub(super) fn set_client(&mut self, client: Peer) -> Result<(), TooMany> {
         self.seat.limit(client)?;
         self.connection().set_proxied(client);
         Ok(())
     }
 
-    /// Puts bytes back that were read, before what comes next.
+    /// Puts back bytes that were read; the next read returns them first.
     pub(crate) fn put_back(&mut self, bytes: &[u8]) {
         self.taken.extend(bytes.iter().rev());
     }
@@ -177,13 +179,14 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for Socket<S> {
         Pin::new(&mut self.io).poll_flush(context)
     }
 
-    /// Ends in stages (RFC 9112, section 9.6): says that nothing more will come, and then reads and drops what the client sends,
-    /// until it ends too, or has sent more than can have been on its way. A socket that is closed with unread bytes is reset, and a reset overtakes the last answer.
+    /// Ends in stages (RFC 9112, section 9.6): shuts down the sending side, then reads and drops the client's bytes
+    /// until the client ends too, or has sent more than can have been on the way. A socket that is closed with unread
+    /// bytes is reset, and a reset overtakes the last answer.
     fn poll_shutdown(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let connection = this.seat.connection();
         if connection.phase() == ConnectionPhase::Upgraded {
-            // Its owner may close one side and go on reading.
+            // The owner of an upgraded connection may shut down the sending side and go on reading.
             return Pin::new(&mut this.io).poll_shutdown(context);
         }
         if connection.phase() != ConnectionPhase::Closing {

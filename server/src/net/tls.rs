@@ -1,4 +1,4 @@
-//! TLS for listeners: certificate, key, ALPN, and certificates that are renewed while we serve.
+//! TLS for listeners: certificate, key, ALPN, and certificate renewal while the server runs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -26,11 +26,11 @@ pub enum Error {
     /// A file cannot be read, or holds no such PEM block.
     #[error("{}: no usable {wanted}", .file.display())]
     Pem {
-        /// The file.
+        /// Path of the file.
         file: PathBuf,
-        /// What was looked for in it.
+        /// Kind of the expected PEM block: `certificate` or `private key`.
         wanted: &'static str,
-        /// What the reader said.
+        /// Error of the PEM reader.
         source: rustls_pki_types::pem::Error,
     },
     /// Certificate and key do not fit each other, or rustls cannot use them.
@@ -38,7 +38,7 @@ pub enum Error {
     Identity(#[from] rustls::Error),
 }
 
-/// A server's identity, as of the last time that its files were read. A cheap handle.
+/// A server's identity, as last read from its files. A cheap handle.
 #[derive(Clone)]
 pub(crate) struct Identity(Arc<KeyFiles>);
 
@@ -47,7 +47,7 @@ struct KeyFiles {
     current: RwLock<(Stamp, TlsAcceptor)>,
 }
 
-/// When the files were changed.
+/// Modification times of the certificate file and the key file.
 type Stamp = [Option<SystemTime>; 2];
 
 impl std::fmt::Debug for Identity {
@@ -63,12 +63,12 @@ impl Identity {
         Ok(Self(Arc::new(KeyFiles { config, current: RwLock::new(current) })))
     }
 
-    /// What new connections are accepted with.
+    /// Returns the acceptor for new connections.
     pub(crate) fn acceptor(&self) -> TlsAcceptor {
         self.0.current.read().1.clone()
     }
 
-    /// Reads the files again if they have changed since; whether they had. On an error the old ones stay.
+    /// Reads the files again if they have changed, and returns true if they had. On an error the old identity stays.
     ///
     /// # Errors
     /// When the new files cannot be used.
@@ -84,15 +84,15 @@ impl Identity {
     }
 }
 
-/// Whether the files can be read, and fit each other.
+/// Checks that the files can be read and that the key fits the certificate.
 ///
 /// # Errors
-/// Why a listener could not be opened with them.
+/// When a listener could not be opened with the files.
 pub fn check(config: &Config) -> Result<(), Error> {
     acceptor(config).map(drop)
 }
 
-/// When the first certificate of a file ends; none when the file has none that can be read.
+/// Returns the time at which the first certificate of a file expires; `None` when it cannot be read.
 pub fn ends_at(cert_file: &Path) -> Option<SystemTime> {
     let certificate = CertificateDer::pem_file_iter(cert_file).ok()?.next()?.ok()?;
     let certificate = x509_cert::Certificate::from_der(&certificate).ok()?;

@@ -1,6 +1,6 @@
-//! All connections of a server: how many there are, and whether any of them takes too long.
+//! All connections of a server: their number, and their deadlines.
 //!
-//! One task looks at every connection several times a second. A look costs some nanoseconds; a timer for each
+//! One task checks every connection several times a second. A check costs some nanoseconds; a timer for each
 //! deadline of each request would cost more than the rest of the host together.
 
 use std::collections::{BinaryHeap, HashMap};
@@ -21,37 +21,39 @@ use perennial_runtime::cgroup::Pressure;
 use perennial_runtime::drain::{self, Drain};
 use perennial_runtime::metrics::Counted;
 
-/// How long the drain waits at least before idle connections are closed, however long they have been idle: a request that
-/// is on its way is answered, with `Connection: close`. Then, how long one that was told to leave may take.
+/// Minimum time before the drain closes idle connections, however long they have been idle: a request that is on its
+/// way is answered, with `Connection: close`. It is also the time limit for a connection that was asked to leave.
 const LINGER: Duration = Duration::from_millis(500);
 
-/// How long a client that was told that nothing more will come may be silent without closing, and how long it may go on
-/// sending.
+/// Time limits of a client after the sending side was shut down: how long it may be silent without closing, and how
+/// long it may go on sending.
 const CLOSING: (Duration, Duration) = (Duration::from_secs(2), Duration::from_secs(30));
 
-/// The time for a request head, and for anything else that comes before a request, while memory is nearly used up.
+/// Time limit of a client that has not identified itself, while memory is nearly used up: for a request head, and for
+/// every other step before a request.
 const HASTE: Duration = Duration::from_secs(1);
 
-/// How many connections are chosen at once to make room for others, and how long each was idle at least.
+/// Maximum number of connections that are chosen at once to make room for others.
 const VICTIMS: usize = 64;
+/// Minimum idle time of a connection that is chosen to make room.
 const IDLE: Duration = Duration::from_millis(100);
 
-/// How many bytes an HTTP/2 connection may send of which nothing comes: pings, settings, window updates.
+/// Maximum number of bytes that an HTTP/2 connection may send without a useful event: PING, SETTINGS, WINDOW_UPDATE.
 const MAX_USELESS: u64 = 1 << 20;
 
-/// How many requests a client may leave before they are answered, beyond those that it waited for.
+/// Maximum excess of requests that a client left before an answer over requests that it waited for.
 const MAX_LEFT: u32 = 200;
 
-/// After how long an idle connection keeps nothing for its next request.
+/// Idle time after which a connection is parked, without buffers for its next request.
 const REST_AFTER: Duration = Duration::from_millis(500);
 
-/// Parts of the table, so that connections that come and go do not wait for each other.
+/// Number of parts of the table, so that connections that come and go do not wait for each other.
 const SHARDS: usize = 16;
 
-/// Between two looks: an eighth of the shortest deadline, within these.
+/// Bounds of the interval between two checks, which is an eighth of the shortest deadline.
 const LOOK: (Duration, Duration) = (Duration::from_millis(20), Duration::from_millis(500));
 
-/// Milliseconds, as of the last look: reading it costs nothing.
+/// Clock in milliseconds that each check sets: reading it costs nothing.
 #[derive(Debug)]
 pub(crate) struct ConnectionClock {
     began: Instant,
@@ -60,7 +62,7 @@ pub(crate) struct ConnectionClock {
 
 impl ConnectionClock {
     fn new() -> Self {
-        // Zero means never.
+        // The clock begins at 1, because a stored 0 means never.
         Self { began: Instant::now(), now: AtomicU64::new(1) }
     }
 
@@ -95,13 +97,13 @@ struct Table {
     addresses: Mutex<HashMap<IpAddr, usize>>,
     open: AtomicUsize,
     emptied: Notify,
-    /// There is a connection again.
+    /// Notified when the empty table gets a connection.
     seated: Notify,
-    /// Those that make room next while there are as many as may be.
+    /// Connections that make room next while the limit is reached, the next one last.
     victims: Mutex<Vec<Arc<Connection>>>,
 }
 
-/// A connection's place in the table, and what is counted for it.
+/// The place of a connection in the table, and its counts. Both end when this drops.
 #[derive(Debug)]
 pub(crate) struct ConnectionPermit {
     connection: Arc<Connection>,
@@ -115,7 +117,7 @@ impl ConnectionPermit {
         &self.connection
     }
 
-    /// Counts it for the client that a proxy speaks for.
+    /// Counts the connection for the client that a proxy has named.
     pub(super) fn limit(&mut self, client: Peer) -> Result<(), TooMany> {
         if let Some(address) = self.table.enter(client)?
             && let Some(before) = self.address.replace(address)
@@ -149,7 +151,7 @@ impl Table {
         self.addresses.lock()
     }
 
-    /// Counts a connection from this client, if there is a limit.
+    /// Counts a connection from this client, if the number per address is limited.
     fn enter(&self, peer: Peer) -> Result<Option<IpAddr>, TooMany> {
         let Some(address) = peer.ip().filter(|_| self.max_per_address > 0).map(network) else {
             return Ok(None);
@@ -174,11 +176,12 @@ impl Table {
     }
 }
 
-/// One connection from an address that has too many of them.
+/// The error for a connection from an address that has too many of them.
 #[derive(Debug)]
 pub(crate) struct TooMany;
 
-/// What a limit for one address is for: whoever has one IPv6 address has its whole /64.
+/// Returns the address that a limit per address counts: a client with one IPv6 address has its whole /64 network, so
+/// the last 64 bits are zero.
 pub fn network(address: IpAddr) -> IpAddr {
     match address.to_canonical() {
         IpAddr::V6(v6) => {
@@ -211,7 +214,7 @@ impl Connections {
         &self.0.slots
     }
 
-    /// A seat for a new connection; `limited` if its address has a limit.
+    /// Returns a permit for a new connection. The limit per address applies if `limited`.
     pub(crate) fn seat(
         &self,
         peer: Peer,
@@ -223,7 +226,7 @@ impl Connections {
         let address = if limited { table.enter(peer)? } else { None };
         let id = table.next.fetch_add(1, Ordering::Relaxed);
         if table.open.fetch_add(1, Ordering::AcqRel) == 0 {
-            // Nobody has looked at the clock meanwhile.
+            // The clock stands still while the table is empty.
             table.clock.tick();
             table.seated.notify_one();
         }
@@ -238,7 +241,7 @@ impl Connections {
         })
     }
 
-    /// Has the connection that was idle for longest end, of the address that has most of them. False when none is idle.
+    /// Cuts the longest idle connection of the address that has the most connections. Returns false when none is idle.
     pub(crate) fn make_room(&self) -> bool {
         let now = self.0.clock.tick();
         let mut victims = self.0.victims.lock();
@@ -265,7 +268,7 @@ impl Connections {
         false
     }
 
-    /// How many there are whose clients were not told yet that nothing more will come.
+    /// Returns the number of connections, without those that are closing.
     pub fn count(&self) -> usize {
         self.all().iter().filter(|connection| connection.phase() != ConnectionPhase::Closing).count()
     }
@@ -274,7 +277,7 @@ impl Connections {
         self.0.open.load(Ordering::Acquire) == 0
     }
 
-    /// Returns when there is none.
+    /// Returns when no connection is open.
     pub(crate) async fn emptied(&self) {
         loop {
             let emptied = self.0.emptied.notified();
@@ -295,7 +298,7 @@ impl Connections {
             .collect()
     }
 
-    /// What the connections do, the oldest first.
+    /// Returns views of the connections, the oldest first.
     pub fn view(&self) -> Vec<ConnectionView> {
         let now = self.0.clock.now();
         let mut views: Vec<_> = self.all().iter().map(|open| ConnectionView::of(open, now)).collect();
@@ -303,7 +306,7 @@ impl Connections {
         views
     }
 
-    /// The requests that run, the oldest first.
+    /// Returns views of the running requests, the oldest first.
     pub fn requests(&self) -> Vec<RequestView> {
         let mut views = Vec::new();
         for connection in self.all() {
@@ -313,7 +316,8 @@ impl Connections {
         views
     }
 
-    /// Looks around until `over`: cuts what takes too long, and tells all to leave when the drain begins.
+    /// Checks all connections until `over` completes: cuts a connection that takes too long, and asks all to leave when
+    /// the drain begins.
     pub(crate) async fn watch(&self, drain: &Drain, pressure: &Pressure, over: impl Future<Output = ()>) {
         let timeouts = &self.0.timeouts;
         let shortest = timeouts.handshake.min(timeouts.head).min(timeouts.idle).min(timeouts.write);
@@ -332,7 +336,7 @@ impl Connections {
             };
             let due = async {
                 if self.is_empty() {
-                    // Nothing can be too late.
+                    // An empty table has no deadlines.
                     self.0.seated.notified().await;
                 }
                 tokio::time::sleep(pause).await;
@@ -353,7 +357,7 @@ impl Connections {
                 linger: milliseconds(drain.linger()),
                 hard: phase == drain::Phase::Hard,
             });
-            // A store is as old as the last look when it is written.
+            // A stored time comes from the last check, so it may be too early by one pause.
             let slack = milliseconds(pause);
             for shard in &self.0.shards {
                 let shard = shard.lock();
@@ -365,8 +369,8 @@ impl Connections {
     }
 }
 
-/// Those that make room, the last of them first: from the address that has most connections the one that was idle for
-/// longest, and so on.
+/// Chooses the connections that make room, the next one last. Each is the longest idle connection of the address that
+/// has the most connections left.
 fn choose(
     all: Vec<Arc<Connection>>,
     is_idle: impl Fn(&Connection) -> bool,
@@ -398,7 +402,7 @@ fn choose(
     chosen
 }
 
-/// The connections of one address: how many, how long the one is idle that was so for longest, and those that are idle.
+/// The connections of one address: their number, the longest idle time, and the idle connections.
 struct Ranked((usize, u64, Vec<Arc<Connection>>));
 
 impl Ranked {
@@ -427,18 +431,18 @@ impl Ord for Ranked {
     }
 }
 
-/// How far the drain has come, in milliseconds.
+/// Progress of the drain; times are in milliseconds.
 #[derive(Clone, Copy, Debug)]
 struct Drained {
-    /// How long ago it began.
+    /// Time since the soft phase began.
     since: u64,
-    /// How long a connection is idle before it is closed.
+    /// Idle time after which a connection is closed.
     linger: u64,
-    /// Whether nothing is waited for.
+    /// Whether the hard phase has begun: nothing is waited for.
     hard: bool,
 }
 
-/// One look at one connection. In a `hurry`, what is before a request has no time.
+/// Checks one connection. In a `hurry`, a client that has not identified itself gets only [`HASTE`].
 fn look_at(
     connection: &Connection,
     timeouts: &Timeouts,
@@ -451,7 +455,7 @@ fn look_at(
     let phase = connection.phase();
     let lasts = connection.phase_lasts(now);
     let quiet = connection.quiet_for(now);
-    // What is blocked has a deadline of its own.
+    // A blocked write has a deadline of its own.
     let blocked = connection.blocked_for(now) > 0;
     let http2 = connection.spoken() == Spoken::Http2;
     let linger = milliseconds(LINGER);
@@ -476,7 +480,7 @@ fn look_at(
             return connection.cut("handshake timeout");
         }
         ConnectionPhase::Head if over(lasts, timeouts.head) => return connection.cut("head timeout"),
-        // GOAWAY first: a request that is on its way is told to go elsewhere, and not lost.
+        // GOAWAY first: a request that is on its way is sent to another connection, and not lost.
         ConnectionPhase::Idle if blocked => {}
         ConnectionPhase::Idle if http2 && told < ShutdownMode::Leave && over(quiet, timeouts.idle) => {
             connection.tell(ShutdownMode::Leave);
@@ -487,7 +491,7 @@ fn look_at(
         ConnectionPhase::Idle if over(quiet, timeouts.idle + LINGER) => {
             return connection.cut("idle timeout");
         }
-        // Somebody else's bytes are silent for too long only where somebody said what that is.
+        // Of the upgraded connections only raw TCP has an idle timeout, which its listener sets.
         ConnectionPhase::Upgraded if connection.spoken() == Spoken::Tcp && over(lasts, timeouts.idle) => {
             return connection.cut("idle timeout");
         }
@@ -511,7 +515,7 @@ fn look_at(
         }
     }
     if !timeouts.age.is_zero() && connection.opened.elapsed() > aged(timeouts.age, connection.id) {
-        // HTTP/1.1 ends with its next answer; an idle one has the idle timeout.
+        // An HTTP/1.1 connection ends with its next answer, or by the idle timeout.
         connection.tell(if http2 { ShutdownMode::Leave } else { ShutdownMode::Last });
     }
     let Some(Drained { since, linger: patience, hard }) = drained else { return };
@@ -519,7 +523,7 @@ fn look_at(
         return connection.cut("drain");
     }
     match phase {
-        // A request may have been sent that has not arrived.
+        // A request may be on its way.
         ConnectionPhase::Opening if lasts > patience && since > linger => connection.end("drain"),
         ConnectionPhase::Upgraded
             if connection.spoken() == Spoken::Tcp && lasts > linger && since > linger =>
@@ -542,35 +546,35 @@ fn look_at(
     }
 }
 
-/// The age of this connection's end: within a tenth of `age`, so that not all of them end at once.
+/// Returns the age at which connection `id` ends: `age` plus or minus a tenth, so that not all connections end at once.
 fn aged(age: Duration, id: u64) -> Duration {
     // Fibonacci hashing spreads consecutive numbers.
     let spread = id.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 56;
     age.mul_f64(0.9 + f64::from(u8::try_from(spread).unwrap_or_default()) / 1280.0)
 }
 
-/// What an operator sees of a connection.
+/// A connection as operators see it.
 #[derive(Clone, Debug, Serialize)]
 pub struct ConnectionView {
-    /// Its number in this process.
+    /// Number of the connection in this process.
     pub id: u64,
-    /// The listener that it came to.
+    /// Name of the listener that accepted the connection.
     pub listener: &'static str,
-    /// Who is at the other end.
+    /// The client: its address and port, or `unix`.
     pub peer: String,
-    /// What is spoken.
+    /// Protocol of the connection.
     pub protocol: Spoken,
-    /// Whether it is encrypted.
+    /// Whether the connection is encrypted.
     pub tls: bool,
-    /// What it does.
+    /// Phase of the connection.
     pub phase: ConnectionPhase,
-    /// For how long, in milliseconds.
+    /// Duration of the phase so far, in milliseconds.
     pub phase_ms: u64,
-    /// How long ago it was accepted, in milliseconds.
+    /// Time since the connection was accepted, in milliseconds.
     pub age_ms: u64,
-    /// How many requests it has been answered.
+    /// Number of answered requests.
     pub answered: u64,
-    /// How many run.
+    /// Number of running requests.
     pub requests: usize,
 }
 

@@ -1,14 +1,14 @@
-//! Jobs, as operators see them and act on them.
+//! Routes with which operators list jobs and act on them.
 //!
 //! | route | what |
 //! |---|---|
-//! | `GET /queues` | how much waits and runs in each queue, for how long, and which are paused |
-//! | `POST /queues/pause`, `/queues/resume` | `{"queue"}` |
+//! | `GET /queues` | the waiting and running jobs of each queue, the age of the oldest one, and whether it is paused |
+//! | `POST /queues/pause`, `/queues/resume` | `{"queue"}`: pauses or resumes a queue |
 //! | `GET /jobs?kind=&queue=&state=&reason=&cursor=&limit=` | jobs in the order of their ids |
-//! | `GET /jobs/{id}` | one with its payload and its last errors |
+//! | `GET /jobs/{id}` | one job with its payload and its last errors |
 //! | `POST /jobs` | `{"kind", "job": {"payload", ..}}`: enqueues a job of any kind, as `POST /jobs/{kind}` does |
-//! | `POST /jobs/retry`, `/jobs/discard` | `{"id"?, "kind"?, "queue"?, "state"?, "reason"?}`: those that have ended |
-//! | `POST /jobs/cancel` | `{"id"}`: one that has not |
+//! | `POST /jobs/retry`, `/jobs/discard` | `{"id"?, "kind"?, "queue"?, "state"?, "reason"?}`: acts on ended jobs |
+//! | `POST /jobs/cancel` | `{"id"}`: cancels a job that has not ended |
 
 use std::sync::Arc;
 
@@ -26,36 +26,36 @@ use uuid::Uuid;
 use crate::api::{Json, Path, Query, Result, not_found, within_page};
 use crate::jobs::{Enqueued, JobRequest};
 
-/// The most jobs in one answer.
+/// Maximum number of jobs in one answer.
 const PAGE: usize = 1000;
-/// Who enqueues here, for unique keys.
+/// Owner of the unique keys of jobs that are enqueued here.
 const OWNER: &str = "admin";
 
-/// What the routes need to know, as an extension of each request. A cheap handle.
+/// State of the routes, an extension of each request. A cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct JobAdminState {
     pub(crate) jobs: Jobs,
-    /// The kinds and queues of this process, if it has any.
+    /// Kinds and queues of this process; empty for a store that no server runs on.
     pub(crate) registry: Arc<Registry>,
-    /// The worker of this process, if it has one.
+    /// Worker of this process, if it has one.
     pub(crate) worker: Option<Status>,
     pub(crate) crontab: Crontab,
 }
 
 impl JobAdminState {
-    /// Those of a store that no server runs on: without kinds, a worker, or schedules of its own.
+    /// Makes the state for a store that no server runs on. It has no kinds, no worker, and no schedules of its own.
     pub(crate) fn alone(jobs: Jobs) -> Self {
         let crontab = Crontab::new(jobs.store().clone(), jobs.admission().clone(), Vec::new());
         Self { jobs, registry: Arc::default(), worker: None, crontab }
     }
 }
 
-/// What may be looked at.
+/// Routes with which operators read.
 pub(crate) fn admin_read<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/queues", get(queues)).route("/jobs", get(list)).route("/jobs/{id}", get(show))
 }
 
-/// What may be changed.
+/// Routes with which operators change state.
 pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/queues/pause", post(pause))
@@ -74,11 +74,11 @@ struct QueueView {
     busy: usize,
     #[serde(flatten)]
     depth: Depth,
-    /// Dead and cancelled ones that are kept.
+    /// Number of dead and cancelled jobs that are kept.
     ended: u64,
 }
 
-/// The queues that this process serves, and those that the store has something of.
+/// Names of the queues that this process serves, and of the queues that the store has as paused or with ended jobs.
 async fn names(books: &JobAdminState) -> Result<Vec<String>> {
     let store = books.jobs.store();
     let mut names: Vec<String> = books.registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
@@ -124,7 +124,8 @@ async fn pause(
     Ok(Json(json!({})))
 }
 
-/// Pausing or resuming what does not exist would look as if it had worked. The names are known while a server runs.
+/// Refuses a queue that does not exist, since pausing or resuming it would seem to work. The names are known only while
+/// a server runs.
 async fn check_queue(books: &JobAdminState, queue: &String) -> Result<()> {
     let known = names(books).await?;
     let is_served = !books.registry.lanes().is_empty();
@@ -143,7 +144,7 @@ async fn resume(
     Ok(Json(json!({})))
 }
 
-/// Which jobs, and which page of them. Flattening a [`JobFilter`] would let unknown fields through.
+/// Filter and page of a list of jobs. Flattening a [`JobFilter`] would let unknown fields through.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct JobPage {

@@ -1,12 +1,12 @@
-//! API keys, as operators see them and act on them. Those in files are not among them: they are whoever's who has the
-//! files.
+//! Routes with which operators list and change the API keys in the store. Keys in files are not among them: they change
+//! with their files.
 //!
 //! | route | what |
 //! |---|---|
-//! | `GET /keys` | what each may be used for, and until when; never a key itself |
-//! | `POST /keys` | `{"name", "site"?, "scopes"?, "per_minute"?, "expires_in"?}`: makes one, and shows it this once |
-//! | `POST /keys/{name}/replace` | `{"site"?, "overlap"?, "expires_in"?}`: makes another in its place; the old one is good for a while |
-//! | `POST /keys/{name}/revoke` | `{"site"?}`: ends it now |
+//! | `GET /keys` | the scopes and the end of each key; never a key itself |
+//! | `POST /keys` | `{"name", "site"?, "scopes"?, "per_minute"?, "expires_in"?}`: makes a key, and shows it only here |
+//! | `POST /keys/{name}/replace` | `{"site"?, "overlap"?, "expires_in"?}`: makes a new key; the old one ends later |
+//! | `POST /keys/{name}/revoke` | `{"site"?}`: ends the key now |
 
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -28,10 +28,10 @@ use crate::api::{Json, Path, Result, not_found};
 use crate::settings::{Setting, parse_duration};
 use crate::sites::{Site, Sites};
 
-/// How long a key that was replaced is good, unless it is said.
+/// Time for which a replaced key stays valid by default.
 const OVERLAP: Duration = Duration::from_secs(24 * 3600);
 
-/// What these routes work with. A cheap handle.
+/// State of these routes. A cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Keyring {
     pub(crate) store: Store,
@@ -41,7 +41,7 @@ pub(crate) struct Keyring {
 }
 
 impl Keyring {
-    /// Has every process ask the store about these.
+    /// Drops these keys from the caches of every process, so that the store is asked about them.
     async fn forget(&self, hashes: &[Hash]) {
         for hash in hashes {
             self.caches.forget(access::CACHE.name, Some(&access::hex(hash))).await;
@@ -49,7 +49,7 @@ impl Keyring {
     }
 }
 
-/// A key that was just made, for whoever asked for it.
+/// Makes the answer that shows a new key.
 fn made(site: &Site, grant: &Grant, key: &SecretString) -> Json<Made> {
     let scopes = grant.scopes.iter().map(|scope| scope.as_str().to_owned()).collect();
     let (name, site) = (grant.name.clone(), site.name.clone());
@@ -57,7 +57,7 @@ fn made(site: &Site, grant: &Grant, key: &SecretString) -> Json<Made> {
     Json(Made { name, site, scopes, ends_at, key: key.expose_secret().to_owned() })
 }
 
-/// A key that was just made.
+/// Answer with a new key, which is shown only once.
 #[derive(Serialize)]
 struct Made {
     name: String,
@@ -68,12 +68,12 @@ struct Made {
     key: String,
 }
 
-/// What may be looked at.
+/// Routes with which operators read.
 pub(crate) fn admin_read<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/keys", get(list))
 }
 
-/// What may be changed.
+/// Routes with which operators change state.
 pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/keys", post(add))
@@ -90,10 +90,10 @@ async fn list(Extension(keyring): Extension<Keyring>) -> Result<Json<Vec<ApiKeyV
 struct NewKey {
     name: String,
     site: Option<String>,
-    /// All without it
+    /// Scopes of the key; all scopes if absent.
     scopes: Option<Vec<String>>,
     per_minute: Option<u32>,
-    /// A duration such as 720h
+    /// Validity of the key, a duration such as 720h; no end if absent.
     expires_in: Option<String>,
 }
 
@@ -139,9 +139,9 @@ async fn add(Extension(keyring): Extension<Keyring>, Json(new): Json<NewKey>) ->
 #[serde(deny_unknown_fields)]
 struct ReplaceRequest {
     site: Option<String>,
-    /// How long the old one is good: a duration, 24h without it
+    /// Time for which the old key stays valid, a duration; 24h if absent.
     overlap: Option<String>,
-    /// When the new one ends: a duration; with the old one's without it
+    /// Validity of the new key, a duration; if absent, the new key keeps the end that the old key had.
     expires_in: Option<String>,
 }
 
@@ -173,7 +173,7 @@ struct Revoke {
     site: Option<String>,
 }
 
-/// How many keys of a name have ended.
+/// Number of keys with a name that were ended.
 #[derive(Debug, Serialize)]
 struct Revoked {
     revoked: usize,

@@ -1,16 +1,16 @@
-//! `GET /process`: what the process takes of the machine.
+//! `GET /process`: processor time, memory, threads and open files of the process.
 
 use std::time::Instant;
 
 use axum::Json;
 use serde::Serialize;
 
-/// What the process takes. What the system does not tell is absent.
+/// Resources that the process uses. A value that the system does not tell is absent.
 #[derive(Debug, Default, Serialize)]
 pub(super) struct ProcessView {
     pid: u32,
     uptime_seconds: u64,
-    /// Processor time since its start
+    /// Processor time since the start of the process.
     #[serde(skip_serializing_if = "Option::is_none")]
     processor_seconds: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -21,7 +21,7 @@ pub(super) struct ProcessView {
     open_files: Option<usize>,
 }
 
-/// Of this process, which began then.
+/// Reads the resources of this process, which started at `began`.
 pub(super) fn view(began: Instant) -> Json<ProcessView> {
     let stat = std::fs::read_to_string("/proc/self/stat").ok();
     let stat = stat.as_deref().and_then(Stat::parse);
@@ -42,10 +42,10 @@ fn ratio(ticks: u64, per_second: u64) -> f64 {
     ticks as f64 / per_second.max(1) as f64
 }
 
-/// What is read of `/proc/self/stat` (proc(5)).
+/// The fields that are read from `/proc/self/stat` (proc(5)).
 #[derive(Debug, PartialEq, Eq)]
 struct Stat {
-    /// In user and in system mode.
+    /// Processor time in user and in system mode, in clock ticks.
     ticks: u64,
     threads: u64,
     pages: u64,
@@ -53,7 +53,7 @@ struct Stat {
 
 impl Stat {
     fn parse(text: &str) -> Option<Self> {
-        // The name in front, in brackets, may have anything in it.
+        // The name of the process comes first, in parentheses, and may contain any characters.
         let (_, rest) = text.rsplit_once(')')?;
         let fields: Vec<&str> = rest.split_whitespace().collect();
         let number = |field: usize| fields.get(field - 3)?.parse::<u64>().ok();

@@ -1,11 +1,11 @@
-//! Schedules, as operators see them and act on them.
+//! Routes with which operators list schedules and act on them.
 //!
 //! | route | what |
 //! |---|---|
-//! | `GET /schedules` | what each is, its next time and its newest run |
-//! | `GET /schedules/{name}/runs?limit=` | its newest runs, the newest first |
-//! | `POST /schedules/{name}/run` | runs its job now: 409 if one has not ended and its policy lets none run beside it |
-//! | `POST /schedules/{name}/pause`, `/resume` | in every process; resumed, it goes on from now |
+//! | `GET /schedules` | each schedule with its next time and its newest run |
+//! | `GET /schedules/{name}/runs?limit=` | the newest runs of a schedule, the newest first |
+//! | `POST /schedules/{name}/run` | runs its job now; 409 if an earlier run goes on and the policy forbids another |
+//! | `POST /schedules/{name}/pause`, `/resume` | acts in every process; a resumed schedule goes on from now |
 
 use axum::routing::{get, post};
 use axum::{Extension, Router};
@@ -21,12 +21,12 @@ use super::jobs::JobAdminState;
 use crate::api::{Json, Path, Query, Result, not_found, within_page};
 use crate::jobs::Enqueued;
 
-/// What may be looked at.
+/// Routes with which operators read.
 pub(crate) fn admin_read<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new().route("/schedules", get(list)).route("/schedules/{name}/runs", get(runs))
 }
 
-/// What may be changed.
+/// Routes with which operators change state.
 pub(crate) fn admin_write<S: Clone + Send + Sync + 'static>() -> Router<S> {
     Router::new()
         .route("/schedules/{name}/run", post(run))

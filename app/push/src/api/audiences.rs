@@ -1,4 +1,4 @@
-//! How many members an audience has.
+//! Counts the members of audiences.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -10,8 +10,8 @@ use perennial_store::pool::sql;
 use crate::model::audience::Audience;
 use crate::store::PushStore;
 
-/// How many members big audiences have. A count that is a few seconds old decides nothing but how the notification is
-/// cut; who its members are is read when it is sent.
+/// Cache of the member counts of large audiences. A count that is a few seconds old affects only how the notification
+/// is cut into batches; the members themselves are read when it is sent.
 const COUNTS: cache::Config = cache::Config {
     name: "audience_counts",
     bytes: 4 << 20,
@@ -20,10 +20,10 @@ const COUNTS: cache::Config = cache::Config {
     stale: Duration::ZERO,
 };
 
-/// How many members an audience has.
+/// The member count of an audience.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Count {
-    /// The number, or an upper bound where it could not be counted in time.
+    /// Number of members, or an upper bound when the count did not finish in time.
     pub(crate) members: u64,
     pub(crate) is_exact: bool,
     is_small: bool,
@@ -34,18 +34,18 @@ impl Kept for Count {
         size_of::<Self>()
     }
 
-    /// Small audiences are counted in no time, and a browser that has just subscribed is to be among them.
+    /// Small audiences are not cached: counting them is cheap, and a browser that has just subscribed must be included.
     fn is_kept(&self) -> bool {
         !self.is_small
     }
 }
 
-/// Counts audiences, and keeps what takes long.
+/// Counts audiences, and caches the counts of large ones.
 #[derive(Clone, Debug)]
 pub(crate) struct Audiences {
     counts: Cache<Count>,
     store: PushStore,
-    /// Up to how many members an audience is small.
+    /// Largest number of members of a small audience.
     small: u64,
 }
 
@@ -54,8 +54,8 @@ impl Audiences {
         Self { counts: caches.make(COUNTS), store, small }
     }
 
-    /// How many subscriptions an audience has now, and the highest id among all of its site: members are those
-    /// up to it.
+    /// Returns the member count of an audience, and the watermark: the highest subscription id of the site. Only
+    /// subscriptions with an id up to the watermark are members.
     pub(crate) async fn estimate(
         &self,
         site: SiteId,
@@ -67,7 +67,8 @@ impl Audiences {
             let counted = count(audience).await?;
             let members = match counted {
                 Some(members) => members,
-                // No more than all; of these there are no more than were ever stored.
+                // The number of all subscriptions is an upper bound; when that count is late too, the highest id is
+                // one.
                 None => count(&Audience::All).await?.unwrap_or(u64::try_from(watermark).unwrap_or_default()),
             };
             let is_exact = counted.is_some();

@@ -1,6 +1,6 @@
-//! Those who follow notifications by server-sent events. One task asks the store how all notifications stand that somebody
-//! follows, with one statement for many of them; how many follow one costs the store nothing. An API key may have so many
-//! connections that follow, so that one cannot take all there are.
+//! Requests that follow notifications by server-sent events. One task reads the state of all followed notifications
+//! from the store, many with one statement, so the number of followers of a notification costs the store nothing. The
+//! number of followers of one API key is limited, so that one key cannot take all connections.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -20,18 +20,18 @@ use uuid::Uuid;
 use super::ApiState;
 use crate::model::notification::NotificationView;
 
-/// How often those who follow a notification are told, while something changes.
+/// Interval between two reads of the followed notifications. A follower gets an event only when something has changed.
 const TELL: Duration = Duration::from_millis(500);
-/// How many notifications are read with one statement.
+/// Number of notifications that are read with one statement.
 const PAGE: usize = 200;
-/// When somebody who may not follow now may ask again.
+/// `Retry-After` of a request that is refused because its API key has too many followers.
 const LATER: Duration = Duration::from_secs(10);
 
-/// A notification as it stood at the last look.
+/// State of a notification at the last read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct FollowerEvent {
     text: Arc<str>,
-    /// Nothing will change any more.
+    /// Whether the notification has ended, so that nothing will change any more.
     is_over: bool,
 }
 
@@ -45,28 +45,28 @@ impl FollowerEvent {
     }
 }
 
-/// All of them. A cheap handle.
+/// All followers in this process. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub(crate) struct Followers(Arc<FollowerTable>);
 
 #[derive(Debug)]
 struct FollowerTable {
-    /// How many one API key may have.
+    /// Largest number of followers of one API key.
     per_key: usize,
     known: Mutex<Followed>,
-    /// The first has come.
+    /// Wakes the task when a follower has joined.
     came: Notify,
 }
 
 #[derive(Debug, Default)]
 struct Followed {
-    /// What is told of each notification that somebody follows; the last who leaves takes it along.
+    /// The last state of each followed notification. Its entry is removed with its last follower.
     notifications: HashMap<Uuid, watch::Sender<FollowerEvent>>,
     by_key: HashMap<String, usize>,
 }
 
 impl Followers {
-    /// Nobody, and so many may follow with one API key.
+    /// Creates an empty table that allows `per_key` followers for one API key.
     pub(crate) fn new(per_key: usize) -> Self {
         Self(Arc::new(FollowerTable { per_key, known: Mutex::default(), came: Notify::new() }))
     }
@@ -75,15 +75,15 @@ impl Followers {
         self.0.known.lock()
     }
 
-    /// How many follow.
+    /// Number of followers.
     pub(crate) fn len(&self) -> usize {
         self.known().by_key.values().sum()
     }
 
-    /// Follows a notification, which stands like this now, with an API key.
+    /// Adds a follower of a notification for an API key; `view` is the current state of the notification.
     ///
     /// # Errors
-    /// 429 when as many as may follow with this key.
+    /// 429 when this API key has `per_key` followers already.
     pub(crate) fn follow(&self, key: &str, id: Uuid, view: &NotificationView) -> Result<Follower, Problem> {
         self.join(key, id, FollowerEvent::new(view))
     }
@@ -93,7 +93,7 @@ impl Followers {
         let of_key = known.by_key.entry(key.to_owned()).or_default();
         if *of_key >= self.0.per_key {
             let detail = format!(
-                "{} requests follow notifications with this API key, and no more may (push.followers_per_key)",
+                "{} requests follow notifications with this API key already, which is the limit (push.followers_per_key)",
                 self.0.per_key
             );
             return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(LATER));
@@ -101,7 +101,7 @@ impl Followers {
         *of_key += 1;
         let sender = known.notifications.entry(id).or_insert_with(|| watch::Sender::new(told.clone()));
         let mut news = sender.subscribe();
-        // It may have been looked at since this view was read.
+        // The task may have read a newer state since this view was read.
         news.mark_changed();
         drop(known);
         self.0.came.notify_one();
@@ -109,7 +109,7 @@ impl Followers {
         Ok(Follower { news: Some(news), first: Some(told), last: None, _seat: seat })
     }
 
-    /// Looks how notifications stand, until nothing new is taken.
+    /// Reads the state of the followed notifications until the soft phase of the drain.
     pub(crate) async fn run(self, api: ApiState, drain: Drain) -> anyhow::Result<()> {
         let look = async {
             loop {
@@ -119,9 +119,9 @@ impl Followers {
                     came.await;
                 }
                 for page in ids.chunks(PAGE) {
-                    // A store that is away comes back.
+                    // A store outage passes, so the task goes on.
                     if let Err(error) = self.look(&api, page).await {
-                        warn!(%error, "how notifications stand cannot be told to those who follow them");
+                        warn!(%error, "the followed notifications cannot be read from the store; their followers wait for the next read");
                         break;
                     }
                 }
@@ -143,7 +143,7 @@ impl Followers {
         let mut known = self.known();
         for id in ids {
             let Some(told) = found.remove(id) else {
-                // It was deleted. Whoever follows finds its channel closed.
+                // The notification was deleted. Removing the sender closes the channels of its followers.
                 known.notifications.remove(id);
                 continue;
             };
@@ -159,7 +159,7 @@ impl Followers {
     }
 }
 
-/// The right to follow. It is given back when this drops.
+/// One follower's share of the limit of its API key. It is released on drop.
 #[derive(Debug)]
 struct FollowerSeat {
     followers: Followers,
@@ -182,19 +182,20 @@ impl Drop for FollowerSeat {
     }
 }
 
-/// Somebody who follows a notification.
+/// A request that follows a notification.
 #[derive(Debug)]
 pub(crate) struct Follower {
-    /// None when nothing more will be told. It goes before the seat, which looks whether others are left.
+    /// `None` after the last event. It is dropped before `_seat`, which checks on drop whether other receivers are
+    /// left.
     news: Option<watch::Receiver<FollowerEvent>>,
-    /// What is told at once.
+    /// The event that is sent at once.
     first: Option<FollowerEvent>,
     last: Option<FollowerEvent>,
     _seat: FollowerSeat,
 }
 
 impl Follower {
-    /// What is told, until it is over or nothing new is taken.
+    /// Returns the events until the notification ends or the drain reaches its soft phase.
     pub(crate) fn events(
         self,
         drain: Drain,
@@ -202,7 +203,7 @@ impl Follower {
         stream::unfold((self, drain), async |(mut follower, drain)| {
             let told = tokio::select! {
                 told = follower.next() => told?,
-                // Whoever comes again finds another replica, or the next process.
+                // The client reconnects to another replica or to the next process.
                 () = drain.soft() => return None,
             };
             Some((Ok(told.event()), (follower, drain)))

@@ -1,7 +1,8 @@
-//! How much strangers may have stored: subscriptions that were made without a key, and that nothing was delivered to yet.
+//! Limits the number of stored guests. A guest is a subscription that was made without an API key or a user token, and
+//! to which nothing has been delivered yet.
 //!
-//! Anybody can make such rows, and a row costs nothing but its request. So they are counted, by address and in all, and
-//! the oldest make room for new ones; whatever was delivered to is no guest any more, and stays.
+//! Any client can make guests, at the cost of one request each. So guests are counted, by address and by site, and the
+//! oldest make room for new ones. After its first delivery a subscription is no guest any more and stays.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -17,24 +18,25 @@ use crate::metrics;
 use crate::store::{Guest, PushStore};
 use perennial_host::sites::SiteId;
 
-/// How long a count is believed.
+/// How long a count is used before the store is asked again.
 const COUNTED: Duration = Duration::from_secs(30);
-/// From this share of what is allowed on, in percent, the log warns, and how often.
+/// Share of the limit, in percent, from which on the log warns.
 const NEARLY: u64 = 80;
+/// Interval between two such warnings.
 const WARN_AGAIN: Duration = Duration::from_secs(60);
-/// How many of the oldest make room for a new one while there are too many.
+/// Number of the oldest guests that make room for a new one while the limit is reached.
 const EVICTED: usize = 2;
-/// How many bytes of the hash of an address are kept.
+/// Number of bytes that are stored of the hash of an address.
 const ADDRESS: usize = 8;
 
-/// How many may be kept; none is no limit.
+/// Limits on the number of guests; `None` is no limit.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
     pub(crate) per_site: Option<u64>,
     pub(crate) per_address: Option<usize>,
 }
 
-/// See the module.
+/// Counts the guests of each site, and decides when the oldest make room.
 #[derive(Debug)]
 pub(crate) struct Guests {
     config: Config,
@@ -53,8 +55,9 @@ impl Guests {
         Self { config, sites: Mutex::default() }
     }
 
-    /// What is stored of a stranger from `address`, whose site's key is `key`. A caller whose address is not known, or is on
-    /// this machine, stands for many: a proxy that is not listed.
+    /// Returns what is stored about a guest from `address`, which is hashed with the site's `key`. An unknown address
+    /// and an address of this machine have no limit of their own: they stand for many clients behind a proxy that is
+    /// not listed in the settings.
     pub(crate) async fn stranger(
         &self,
         store: &PushStore,
@@ -73,7 +76,7 @@ impl Guests {
         })
     }
 
-    /// Notes that one was stored, and how many made room.
+    /// Counts one stored guest, and the `evicted` subscriptions that made room.
     pub(crate) fn stored(&self, site: SiteId, name: &str, evicted: u64) {
         if let Some(counted) = self.sites.lock().get_mut(&site) {
             counted.guests = (counted.guests + 1).saturating_sub(evicted);
@@ -88,7 +91,8 @@ impl Guests {
         }
     }
 
-    /// Whether a site has as many as it may. Counted anew from time to time; in between, by what comes.
+    /// Returns true when a site has reached its limit. The count is read from the store from time to time, and `stored`
+    /// adjusts it in between.
     async fn must_evict(&self, store: &PushStore, site: SiteId, name: &str) -> sql::Result<bool> {
         let Some(most) = self.config.per_site else { return Ok(false) };
         let known = self.sites.lock().get(&site).copied();

@@ -1,4 +1,5 @@
-//! Subscriptions in and out by the million: NDJSON, one subscription a line, as `POST /subscriptions` takes it.
+//! Import and export of subscriptions in bulk: NDJSON, one subscription per line, in the form that
+//! `POST /subscriptions` takes.
 //!
 //! ```text
 //! {"subscription": {"endpoint": "..", "keys": {"p256dh": "..", "auth": ".."}}, "key"?, "user"?, "tags"?, "metadata"?}
@@ -31,21 +32,21 @@ use perennial_host::sites::{SiteId, Sites};
 
 /// The most bytes in one request.
 const MAX_CHUNK: usize = 1 << 20;
-/// How many rows one write takes. SQLite keeps what its savepoint changes in a list that it walks for every row.
+/// Number of rows in one write. SQLite keeps the changes of a savepoint in a list that it walks for every row.
 const ROWS: usize = 250;
-/// How many hosts are looked up at once.
+/// Number of hosts that are looked up at once.
 const LOOKUPS: usize = 32;
-/// How many lines that were refused are told of each request.
+/// Largest number of refused lines that one answer names.
 const MAX_REFUSED: usize = 10_000;
 /// The most subscriptions in one answer of an export.
 const PAGE: usize = 1000;
 
-/// One line.
+/// One line of an import.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ImportLine {
     subscription: PushSubscription,
-    /// The applicationServerKey that it was made with, if it is not the one in use
+    /// The applicationServerKey that the subscription was made with, if it is not the one in use.
     #[serde(skip_serializing_if = "Option::is_none")]
     key: Option<String>,
     #[serde(
@@ -60,25 +61,27 @@ struct ImportLine {
     metadata: Option<Map<String, Value>>,
 }
 
-/// What came of a chunk.
+/// Result of importing one chunk.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Imported {
     pub(crate) created: u64,
     pub(crate) updated: u64,
     pub(crate) refused: u64,
-    /// The first of those that were refused: the number of the line within the chunk, from 1, and why.
+    /// The first refused lines: the number of the line within the chunk, from 1, and the reason.
     pub(crate) reasons: Vec<(usize, String)>,
-    /// How many came without a `key`: they are taken to have been made with this one.
+    /// Number of lines without a `key`. Their subscriptions are taken to have been made with the key `bound_to`.
     pub(crate) without_key: u64,
+    /// The VAPID key in use: its public half, base64url.
     pub(crate) bound_to: String,
-    /// Whether push services have accepted anything that was signed with it.
+    /// Whether push services have accepted a message that was signed with this key.
     pub(crate) is_proven: bool,
-    /// Of a dry run: how many would be stored, and of each push service.
+    /// Dry run only: number of subscriptions that would be stored.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub(crate) usable: u64,
+    /// Dry run only: the same number for each push service, by host.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub(crate) services: BTreeMap<String, u64>,
-    /// If they were asked for: the number of the line and the id of its subscription.
+    /// Number of the line and id of the subscription for each stored line, if the request asks for ids.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(crate) ids: Vec<(usize, i64)>,
 }
@@ -88,7 +91,7 @@ fn is_zero(count: &u64) -> bool {
     *count == 0
 }
 
-/// What is done with a chunk.
+/// Options of an import.
 #[derive(Clone, Copy, Debug)]
 struct How {
     dry_run: bool,
@@ -104,14 +107,14 @@ impl Imported {
     }
 }
 
-/// Takes chunks of lines, and gives pages.
+/// Imports chunks of lines, and exports pages of them.
 #[derive(Debug)]
 pub(crate) struct Transfer {
     store: PushStore,
     sender: Sender,
     vapid: Arc<VapidKeys>,
     sites: Sites,
-    /// What is known about hosts: why nobody is sent there, if so.
+    /// Hosts that were looked up, each with the reason for which it is refused, if it is.
     hosts: Mutex<HashMap<String, Option<String>>>,
 }
 
@@ -120,10 +123,10 @@ impl Transfer {
         Self { store, sender, vapid, sites, hosts: Mutex::default() }
     }
 
-    /// Stores a chunk of lines. What does not fit is refused by its line; all else is stored.
+    /// Stores a chunk of lines. Invalid lines are refused by their number; all others are stored.
     async fn take(&self, site: SiteId, chunk: &[u8], how: How) -> anyhow::Result<Imported> {
         let keys = self.vapid.of(site).await?;
-        // A name that was not found before may be there now.
+        // A refused host is looked up again for each chunk, since its addresses may have changed.
         self.hosts.lock().retain(|_, refused| refused.is_none());
         let current = &keys.current;
         let mut imported = Imported {
@@ -203,16 +206,16 @@ impl Transfer {
             Keys::parse(&keys.p256dh, &keys.auth).map_err(|error| format!("subscription.keys: {error}"))?;
         let vapid_key = match &line.key {
             None => keys_of_site.current_id,
-            Some(key) => keys_of_site.id_of(key).ok_or("key: no VAPID key that is there")?,
+            Some(key) => keys_of_site.id_of(key).ok_or("key: not a VAPID key of this site")?,
         };
         if line.user.iter().flatten().any(|user| !is_user(user)) {
-            return Err("user: no user id".to_owned());
+            return Err("user: not a valid user id".to_owned());
         }
         if line.tags.as_ref().is_some_and(|tags| tags.len() > MAX_TAGS) {
             return Err(format!("tags: at most {MAX_TAGS} tags"));
         }
         if let Some(bad) = line.tags.iter().flatten().find(|tag| !is_tag(tag)) {
-            return Err(format!("tags: {bad:?} is no tag"));
+            return Err(format!("tags: {bad:?} is not a valid tag"));
         }
         let metadata = line.metadata.map(|metadata| Value::Object(metadata).to_string());
         if metadata.as_ref().is_some_and(|metadata| !is_metadata(metadata)) {
@@ -237,7 +240,7 @@ impl Transfer {
         Ok((endpoint, new, line.key.is_some()))
     }
 
-    /// The next subscriptions after `cursor`, as lines, and the cursor of the next page if there may be one.
+    /// Returns the next subscriptions after `cursor` as lines, and the cursor of the next page if there may be one.
     async fn page(&self, site: SiteId, cursor: i64) -> anyhow::Result<ExportPage> {
         let (page, next) = self.store.export(site.0, cursor, PAGE).await?;
         let line = |exported: Exported| {
@@ -258,7 +261,7 @@ impl Transfer {
         Ok(ExportPage { subscriptions: page.into_iter().map(line).collect(), next })
     }
 
-    /// Looks up each host once.
+    /// Looks up each host of a chunk that is not known yet.
     async fn look_up(&self, read: &[(usize, Endpoint, NewSubscription)]) {
         let mut new = HashMap::new();
         {
@@ -270,7 +273,7 @@ impl Transfer {
             }
         }
         let looked_up = stream::iter(new.into_iter().map(async |(host, endpoint)| {
-            // Whoever imports answers for it: every send looks again.
+            // An import accepts a name that cannot be looked up now: every send looks it up again.
             let refused = match self.sender.check_addresses(&endpoint).await {
                 Ok(()) | Err(TargetError::NotLookedUp(_)) => None,
                 Err(error) => Some(error.to_string()),
@@ -293,7 +296,7 @@ fn base64(bytes: &[u8]) -> String {
     URL_SAFE_NO_PAD.encode(bytes)
 }
 
-/// What operators may do.
+/// Routes with which operators import and export.
 pub(crate) fn admin_write(transfer: Arc<Transfer>) -> Router {
     Router::new()
         .route("/subscriptions/import", post(import))
@@ -301,24 +304,24 @@ pub(crate) fn admin_write(transfer: Arc<Transfer>) -> Router {
         .with_state(transfer)
 }
 
-/// Of which site.
+/// Query of an export.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ImportQuery {
-    /// Its name; the default one without
+    /// Name of the site; the default site if absent.
     site: Option<String>,
 }
 
-/// Into which site, and how.
+/// Query of an import.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Into {
-    /// The name of the site; the default one without
+    /// Name of the site; the default site if absent.
     site: Option<String>,
-    /// Nothing is stored
+    /// Checks the lines and stores nothing.
     #[serde(default)]
     dry_run: bool,
-    /// The ids of the stored ones are answered
+    /// Answers with the ids of the stored subscriptions.
     #[serde(default)]
     ids: bool,
 }
@@ -344,11 +347,11 @@ async fn import(
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ExportRequest {
-    /// After the one with this id
+    /// Id after which the page begins.
     cursor: i64,
 }
 
-/// Subscriptions as lines of an import.
+/// A page of subscriptions in the form of import lines.
 #[derive(Debug, Serialize)]
 struct ExportPage {
     subscriptions: Vec<Value>,

@@ -1,5 +1,5 @@
-//! What becomes of a notification after it was accepted: pausing it and going on, another rate, following it, and how it
-//! went for each subscription.
+//! Routes for accepted notifications: pause, resume, cancel, change of the rate, progress events, and the delivery to
+//! each subscription.
 
 use axum::body::Body;
 use axum::extract::State;
@@ -24,13 +24,13 @@ use crate::store::Change;
 use perennial_host::access::{Authorized, ReadScope};
 use perennial_host::api::{Json, Path, Query, Result, not_found};
 
-/// How many deliveries are read at once.
+/// Number of deliveries that are read at once.
 const PAGE: usize = 200;
 
 /// Pauses a notification
 ///
-/// Nothing more is begun from now on, in any replica within a second. Needs a key with the scope `notify`, as resuming,
-/// cancelling and changing the rate do.
+/// No new send begins: in this process from now on, in the other replicas within a second. Needs a key with the scope
+/// `notify`, as do resuming, cancelling and changing the rate.
 #[utoipa::path(post, path = "/notifications/{id}/pause", operation_id = "pauseNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn pause(
     caller: Authorized<NotifyScope>,
@@ -40,7 +40,7 @@ pub(crate) async fn pause(
     change(&caller, &api, &id, Change::Pause).await
 }
 
-/// Goes on with a paused notification
+/// Resumes a paused notification
 #[utoipa::path(post, path = "/notifications/{id}/resume", operation_id = "resumeNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn resume(
     caller: Authorized<NotifyScope>,
@@ -52,7 +52,7 @@ pub(crate) async fn resume(
 
 /// Cancels a notification
 ///
-/// Who has not been sent to yet is counted as `cancelled`.
+/// Subscriptions that have not been sent to yet are counted as `cancelled`.
 #[utoipa::path(post, path = "/notifications/{id}/cancel", operation_id = "cancelNotification", params(("id" = Uuid, Path)), responses((status = OK, body = NotificationView)))]
 pub(crate) async fn cancel(
     caller: Authorized<NotifyScope>,
@@ -62,11 +62,11 @@ pub(crate) async fn cancel(
     change(&caller, &api, &id, Change::Cancel).await
 }
 
-/// Another rate.
+/// A new rate for a notification.
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct RateRequest {
-    /// Sends per second; null for as fast as push services take them
+    /// Sends per second; null for as fast as push services take them.
     #[serde(default, deserialize_with = "perennial_host::api::given")]
     #[schema(value_type = Option<f64>, exclusive_minimum = 0.0, maximum = 1_000_000.0)]
     rate: Option<Option<f64>>,
@@ -74,7 +74,7 @@ pub(crate) struct RateRequest {
 
 /// Changes the rate of a notification
 ///
-/// It holds within a second, also while it is being sent.
+/// The new rate holds within a second, also while the notification is being sent.
 #[utoipa::path(
     patch, path = "/notifications/{id}", operation_id = "changeNotification", params(("id" = Uuid, Path)), request_body = RateRequest,
     responses((status = OK, body = NotificationView))
@@ -117,8 +117,8 @@ async fn view(api: &ApiState, site: i64, id: Uuid) -> Result<Json<NotificationVi
 
 /// Follows a notification
 ///
-/// Server-sent events: `progress` whenever something has changed, and `end` with the last. Needs a key with the scope
-/// `read`, which may have `push.followers_per_key` such requests at once.
+/// Sends a server-sent event `progress` after each change, and `end` as the last one. Needs a key with the scope
+/// `read`; one key may have `push.followers_per_key` such requests at once.
 #[utoipa::path(
     get, path = "/notifications/{id}/events", operation_id = "followNotification", params(("id" = Uuid, Path)),
     responses((status = OK, content_type = "text/event-stream", body = ProgressEvent, description = "One event after the other, until the notification has ended"))
@@ -140,28 +140,29 @@ pub(crate) async fn events(
 /// A server-sent event
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct ProgressEvent {
-    /// `progress`, or `end` for the last one
+    /// `progress`, or `end` for the last event.
     event: String,
-    /// What `GET /notifications/{id}` answers, as JSON
+    /// The body of `GET /notifications/{id}`, as JSON.
     data: String,
 }
 
-/// Which deliveries.
+/// Selects deliveries.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct DeliveriesQuery {
-    /// Only those with this outcome
+    /// Only deliveries with this outcome.
     #[param(
         pattern = "^(delivered|gone|unauthorized|too_large|rejected|expired|unreachable|failed|cancelled|incomplete|forbidden)$"
     )]
     outcome: Option<String>,
 }
 
-/// How a notification went for each subscription
+/// Lists the deliveries of a notification
 ///
-/// NDJSON: `{"subscription", "outcome", "status"?, "detail"?, "at"}` in the order of the subscriptions' ids, those that
-/// came with the notification under -1, -2 and so on. Failures, or with `"log": "all"` everybody who was sent to. Needs a key with the scope `read`.
+/// NDJSON with one object per line, `{"subscription", "outcome", "status"?, "detail"?, "at"}`, in the order of the
+/// subscription ids. Subscriptions that came with the notification have the ids -1, -2 and so on. The list has failures
+/// only, or all deliveries if the notification has `"log": "all"`. Needs a key with the scope `read`.
 #[utoipa::path(
     get, path = "/notifications/{id}/deliveries", operation_id = "listDeliveries", params(("id" = Uuid, Path), DeliveriesQuery),
     responses((status = OK, content_type = "application/x-ndjson"))
@@ -188,7 +189,7 @@ pub(crate) async fn deliveries(
     Ok(([(header::CONTENT_TYPE, "application/x-ndjson")], Body::from_stream(pages)).into_response())
 }
 
-/// One JSON value a line.
+/// Writes the values as JSON, one per line.
 pub(crate) fn lines<T: serde::Serialize>(values: &[T]) -> Bytes {
     let mut text = String::new();
     for value in values {

@@ -1,4 +1,4 @@
-//! How often callers without a key may call: per address, and all of them together.
+//! Rate limits for callers without an API key: per address, and for all addresses of a site together.
 
 use std::net::IpAddr;
 use std::num::NonZeroU32;
@@ -13,13 +13,14 @@ use perennial_server::net::network;
 use crate::metrics;
 use perennial_host::sites::SiteId;
 
-/// How often addresses that have kept within their limits are forgotten.
+/// Interval at which addresses that have kept within their limits are forgotten.
 pub(crate) const FORGET_EVERY: Duration = Duration::from_secs(60);
 
-/// From how many remembered addresses on the site's limit comes first, and so bounds how many more there are.
+/// Number of remembered addresses from which on the site's limit is checked first, so that it bounds the growth of the
+/// table.
 const MANY: usize = 100_000;
 
-/// So many at once, and so many a minute.
+/// Limits of an address and of a site: requests at once, and requests per minute.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Config {
     pub(crate) address_burst: u32,
@@ -28,7 +29,7 @@ pub(crate) struct Config {
     pub(crate) site_per_minute: u32,
 }
 
-/// What was called lately.
+/// Recent requests without an API key, by address and by site.
 pub(crate) struct AddressLimits {
     addresses: DefaultKeyedRateLimiter<(SiteId, IpAddr)>,
     sites: DefaultKeyedRateLimiter<SiteId>,
@@ -54,9 +55,10 @@ impl AddressLimits {
         }
     }
 
-    /// Counts one call from `address` for `site`. A caller without one is on this machine.
+    /// Counts one request from `address` for `site`. A request without an address comes from this machine.
     ///
-    /// The site's limit comes second, so that one address cannot use it up, unless [`MANY`] are remembered.
+    /// The site's limit is checked second, so that one address cannot use it up. It is checked first when [`MANY`]
+    /// addresses are remembered.
     pub(crate) fn check(&self, site: SiteId, address: Option<IpAddr>) -> Result<(), Problem> {
         let over = |what, wait: Duration| {
             metrics::limited(what);
@@ -84,7 +86,7 @@ impl AddressLimits {
         self.addresses.shrink_to_fit();
     }
 
-    /// How many addresses are remembered.
+    /// Number of remembered addresses.
     pub(crate) fn len(&self) -> usize {
         self.addresses.len()
     }

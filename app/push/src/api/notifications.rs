@@ -1,4 +1,4 @@
-//! `GET /notifications`: how far they have come.
+//! `GET /notifications` and `GET /notifications/{id}`: the progress of notifications.
 
 use axum::extract::State;
 use serde::{Deserialize, Serialize};
@@ -13,14 +13,14 @@ use perennial_host::api::{Json, Path, Query, Result, not_found, within_page};
 /// The most notifications in one answer.
 const PAGE: usize = 100;
 
-/// Which notifications.
+/// Selects a page of notifications.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Page {
-    /// Older than the one with this id
+    /// Only notifications that are older than the one with this id.
     cursor: Option<Uuid>,
-    /// At most so many, up to 100
+    /// Largest number of notifications in the answer, up to 100.
     #[param(minimum = 1, maximum = 100)]
     limit: Option<usize>,
 }
@@ -29,7 +29,7 @@ pub(crate) struct Page {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Notifications {
     notifications: Vec<NotificationView>,
-    /// The `cursor` of the next page, if there may be one
+    /// The `cursor` of the next page, if there may be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<Uuid>,
 }

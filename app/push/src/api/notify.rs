@@ -1,4 +1,4 @@
-//! `POST /notify`: checked, stored together with the job that begins it, and only then accepted.
+//! `POST /notify`: a notification is checked, stored together with the job that begins it, and only then accepted.
 
 use crate::model::notification::Stage;
 use std::collections::hash_map::Entry;
@@ -50,9 +50,10 @@ const MAX_USERS: usize = 1000;
 const MAX_IDS: usize = 10_000;
 /// The most subscriptions that come with a notification.
 const MAX_INLINE: usize = 1000;
-/// How many hosts of them are looked up at once.
+/// Number of hosts of these subscriptions that are looked up at once.
 const LOOKUPS: usize = 32;
-/// Payloads above this many bytes are too long for some services on the way, as bridges to mobile phones.
+/// Largest payload, in bytes, that all services on the way take; some, such as bridges to mobile phones, refuse a
+/// longer one.
 const SAFE_PAYLOAD: usize = 2700;
 /// The longest ramp.
 const MAX_RAMP: Duration = Duration::from_secs(24 * 3600);
@@ -61,53 +62,56 @@ const MAX_AHEAD: i64 = 366 * 24 * 3600;
 /// The longest idempotency key.
 const MAX_IDEMPOTENCY_KEY: usize = 255;
 
-/// A notification, and whom it is for.
+/// A notification and its audience.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct NotifyRequest {
     to: To,
-    /// What the browser shows: `title`, and any option of `showNotification`; `url` is opened by a click
+    /// The notification that the browser shows: `title`, and any option of `showNotification`. A click opens `url`.
     #[schema(value_type = Option<Object>, example = json!({"title": "Hello", "body": "World", "url": "/news"}))]
     notification: Option<Map<String, Value>>,
-    /// Instead: any JSON, or a text, for your own service worker. An empty text is sent without a body.
+    /// Instead of `notification`: any JSON value or a text, for your own service worker. An empty text is sent as a
+    /// message without a body.
     payload: Option<Value>,
-    /// How long push services keep it for a device that is away, in seconds: 0 to 2419200
+    /// How long push services keep the message for a device that is away, in seconds: 0 to 2419200.
     #[schema(minimum = 0, maximum = 2_419_200)]
     ttl: Option<i64>,
-    /// very-low, low, normal or high
+    /// The urgency: very-low, low, normal or high.
     #[schema(example = "normal", pattern = "^(very-low|low|normal|high)$")]
     urgency: Option<String>,
-    /// A later notification with the same topic replaces this one while it waits
+    /// A later notification with the same topic replaces this one while it waits at the push service.
     topic: Option<String>,
-    /// Sends per second, kept evenly: 0.5 is one every two seconds. As fast as push services take them, unless given
+    /// Sends per second, evenly spread: 0.5 is one every two seconds. Without a rate, messages are sent as fast as push
+    /// services take them.
     #[schema(exclusive_minimum = 0.0, maximum = 1_000_000.0, example = 500.0)]
     rate: Option<f64>,
-    /// How long the rate takes to rise from nothing, in a straight line
+    /// Time in which the rate rises linearly from 0.
     #[schema(example = "30s")]
     ramp_up: Option<String>,
-    /// Not before then
+    /// Time before which nothing is sent.
     #[schema(value_type = Option<String>, format = DateTime)]
     at: Option<Timestamp>,
-    /// Not after then: who has not been sent to by then is counted as expired
+    /// Time after which nothing is sent. Subscriptions that have not been sent to by then are counted as `expired`.
     #[schema(value_type = Option<String>, format = DateTime)]
     expires: Option<Timestamp>,
-    /// The name of a webhook in the settings, which is told when it has ended
+    /// Name of a webhook in the settings that is called when the notification has ended.
     webhook: Option<String>,
-    /// What `/deliveries` will list: failures (the default), or all
+    /// The deliveries that `/deliveries` will list: failures (the default) or all.
     log: Option<String>,
-    /// Whether browsers that can may show it without a service worker: it needs `notification.url`
+    /// Whether browsers that support it may show the notification without a service worker; this needs
+    /// `notification.url`.
     declarative: Option<bool>,
-    /// The version of HTTP to send with: auto, 1 or 2
+    /// The version of HTTP to send with: auto, 1 or 2.
     #[serde(default, deserialize_with = "version")]
     http: Option<String>,
-    /// Whether `{{name}}` in the text stands for what each subscription has in its metadata: true, unless this is false. A
-    /// backslash before it makes a single one plain text
+    /// Whether `{{name}}` in the text is replaced with the value from the metadata of each subscription; true if
+    /// absent. A backslash before the braces makes one such place plain text.
     template: Option<bool>,
-    /// Only says whom it would be for
+    /// Only counts the audience and sends nothing.
     dry_run: Option<bool>,
 }
 
-/// A version of HTTP, as a text or a number.
+/// Reads a version of HTTP that is given as a text or as a number.
 fn version<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<String>, D::Error> {
     Ok(match Option::<Value>::deserialize(from)? {
         None | Some(Value::Null) => None,
@@ -116,26 +120,27 @@ fn version<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<Str
     })
 }
 
-/// Whom a notification is for: one of these.
+/// The audience of a notification: exactly one of these.
 #[derive(Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum To {
-    /// Every subscription: `true`
+    /// Every subscription; the value is `true`.
     All(bool),
-    /// Those of one user
+    /// The subscriptions of one user.
     User(String),
-    /// Those of up to 1000 users
+    /// The subscriptions of up to 1000 users.
     Users(Vec<String>),
-    /// Those whose tags fit: `news and fr and not muted`
+    /// The subscriptions whose tags match an expression: `news and fr and not muted`.
     Tags(String),
-    /// Up to 10000 ids
+    /// Up to 10000 subscriptions, by id.
     Subscriptions(Vec<i64>),
-    /// Up to 1000 subscriptions that are not stored
+    /// Up to 1000 subscriptions that are not stored.
     Push(Vec<PushSubscription>),
 }
 
 impl<'de> Deserialize<'de> for To {
-    /// As derived, but two of them at once are told from what is no JSON.
+    /// Like the derived implementation, but an object with two audiences gets an error of its own, not that of invalid
+    /// JSON.
     fn deserialize<D: Deserializer<'de>>(from: D) -> std::result::Result<Self, D::Error> {
         from.deserialize_map(OneOf)
     }
@@ -173,30 +178,30 @@ impl<'de> de::Visitor<'de> for OneOf {
 
 const NAMES: &str = "all, user, users, tags, subscriptions, push";
 
-/// A notification that was accepted.
+/// An accepted notification.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Notified {
     id: Uuid,
-    /// scheduled or queued
+    /// The state of the notification: scheduled or queued.
     #[schema(example = "queued")]
     state: &'static str,
-    /// The same under the name that it had before
+    /// The value of `state` under its former name.
     #[schema(deprecated)]
     status: &'static str,
-    /// An estimate of how many subscriptions it is for
+    /// Estimated number of subscriptions in the audience.
     audience: u64,
-    /// What may be a mistake
+    /// Possible mistakes in the request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     warnings: Vec<String>,
 }
 
-/// Whom a notification would be for.
+/// The audience that a notification would have.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct DryRun {
     dry_run: bool,
     audience: u64,
-    /// How many of them would get nothing, since a value that the text needs is missing in their metadata; only for a text
-    /// that has such places
+    /// Number of subscriptions that would get nothing because their metadata lacks a value that the text needs. Present
+    /// only for a text that has such places.
     #[serde(skip_serializing_if = "Option::is_none")]
     incomplete: Option<u64>,
     warnings: Vec<String>,
@@ -204,8 +209,8 @@ pub(crate) struct DryRun {
 
 /// Sends a notification
 ///
-/// Needs a key with the scope `notify`. With 202 it is stored and will be sent, whatever happens to this
-/// process; its progress is at `Location`. An `Idempotency-Key` makes repeating the request safe for 24 hours.
+/// Needs a key with the scope `notify`. After a 202, the notification is stored and will be sent, even if this process
+/// crashes; its progress is at `Location`. With an `Idempotency-Key`, repeating the request is safe for 24 hours.
 #[utoipa::path(
     post, path = "/notify", operation_id = "notify", request_body = NotifyRequest,
     params(("Idempotency-Key" = Option<String>, Header)),
@@ -224,7 +229,7 @@ pub(crate) async fn notify(
         None => None,
     };
     if let Some(promise) = &idempotency {
-        // Before anything is checked: what was fine then need not be now.
+        // The lookup comes before all checks: a request that was valid when it was accepted may be invalid now.
         match api.store.accepted_before(promise.clone()).await? {
             Some(Accepted::Before(id, estimate, stage)) => {
                 return Ok(accepted(id, estimate, stage, Vec::new()));
@@ -254,7 +259,7 @@ pub(crate) async fn notify(
         let (count, watermark) = api.audiences.estimate(caller.site, &audience).await?;
         if !count.is_exact {
             warnings
-                .push("the audience takes long to count: as many as it may have at most are shown".into());
+                .push("the audience takes too long to count: the number that is shown is an upper bound".into());
         }
         (count.members, watermark)
     };
@@ -326,7 +331,7 @@ fn accepted(id: Uuid, audience: u64, state: Stage, warnings: Vec<String>) -> Res
 #[derive(Clone, Debug, Default)]
 pub(crate) struct AcceptingKeys(Arc<Mutex<HashSet<(String, String)>>>);
 
-/// One of them; gone when it drops.
+/// An idempotency key in use; it is released on drop.
 struct Entered {
     in_flight: AcceptingKeys,
     key: (String, String),
@@ -359,14 +364,14 @@ fn idempotency(
     let wanted =
         || FieldError::new("Idempotency-Key", format!("1 to {MAX_IDEMPOTENCY_KEY} printable characters"));
     let key = key.ok_or_else(wanted)?.to_owned();
-    // Of what was understood, not of the bytes: white space and the order of fields do not matter.
+    // The fingerprint covers the parsed request, not its bytes: white space and the order of fields do not matter.
     let canonical = serde_json::to_value(request).unwrap_or_default().to_string();
     let mut fingerprint = [0; 32];
     fingerprint.copy_from_slice(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
     Ok(Some(Idempotency { api_key: api_key.to_owned(), key, fingerprint }))
 }
 
-/// A request in which everything is as wanted.
+/// A request that has passed all checks.
 struct Checked {
     audience: Audience,
     recipients: Vec<Recipient>,
@@ -376,7 +381,7 @@ struct Checked {
     topic: Option<String>,
     plan: SendPlan,
     is_template: bool,
-    /// The names of values without which a subscription gets nothing.
+    /// Names of the metadata values without which a subscription gets nothing.
     needed: Vec<String>,
     warnings: Vec<String>,
 }
@@ -450,7 +455,7 @@ fn text(payload: Vec<u8>, may_be_template: bool) -> Text {
     }
 }
 
-/// What may be a mistake.
+/// Returns warnings about possible mistakes in the request.
 fn warnings(payload: &[u8], needed: &[String]) -> Vec<String> {
     let long = (payload.len() > SAFE_PAYLOAD).then(|| {
         let bytes = payload.len();
@@ -465,7 +470,7 @@ fn warnings(payload: &[u8], needed: &[String]) -> Vec<String> {
     long.into_iter().chain(places).collect()
 }
 
-/// How and when to send, and whom to tell.
+/// Reads from the request how and when to send, and which webhook to call.
 fn plan(api: &ApiState, site: SiteId, request: &NotifyRequest, errors: &mut Errors) -> SendPlan {
     let mut plan = SendPlan::default();
     let mut wanted = |field: &str, wanted: &str| errors.push(FieldError::new(field, wanted));
@@ -487,7 +492,7 @@ fn plan(api: &ApiState, site: SiteId, request: &NotifyRequest, errors: &mut Erro
         if at.duration_since(now).as_secs() > MAX_AHEAD {
             wanted("at", "a time within a year");
         }
-        // What is due already is sent now.
+        // A notification with a time in the past is sent now.
         plan.due_at = (at > now).then(|| at.as_millisecond());
     }
     if let Some(expires) = request.expires {
@@ -521,11 +526,11 @@ fn plan(api: &ApiState, site: SiteId, request: &NotifyRequest, errors: &mut Erro
     plan
 }
 
-/// What a rate may be, in words.
+/// Description of a valid rate, for error messages.
 pub(crate) const RATE_WANTED: &str =
     "sends per second: more than 0, up to 1000000, with up to three decimals";
 
-/// A rate in sends per 1000 seconds, if it can be kept.
+/// Converts sends per second to sends per 1000 seconds; `None` when the rate is out of range.
 #[expect(clippy::cast_possible_truncation, reason = "within the bounds")]
 pub(crate) fn rate_milli(rate: f64) -> Option<i64> {
     (0.001..=1e6).contains(&rate).then(|| (rate * 1e3).round() as i64)
@@ -579,7 +584,7 @@ async fn audience(api: &ApiState, to: To, errors: &mut Errors) -> (Audience, Vec
     (audience, Vec::new())
 }
 
-/// Checks subscriptions that are not stored, and the addresses of each host once.
+/// Checks subscriptions that came with the notification, and the addresses of each of their hosts once.
 async fn inline(api: &ApiState, subscriptions: &[PushSubscription], errors: &mut Errors) -> Vec<Recipient> {
     let mut hosts = BTreeMap::new();
     let mut recipients = Vec::<Recipient>::new();
@@ -591,7 +596,7 @@ async fn inline(api: &ApiState, subscriptions: &[PushSubscription], errors: &mut
         let field = format!("to.push[{index}]");
         if let Some((endpoint, keys)) = check_subscription(api, &field, subscription, errors) {
             let recipient = Recipient { endpoint: endpoint.url(), keys };
-            // Of two with one endpoint the later has the newer keys, and it is one browser.
+            // Two entries with one endpoint are one browser, and the later one has the newer keys.
             match places.entry(recipient.endpoint.clone()) {
                 Entry::Occupied(place) => recipients[*place.get()] = recipient,
                 Entry::Vacant(place) => {
@@ -611,19 +616,19 @@ async fn inline(api: &ApiState, subscriptions: &[PushSubscription], errors: &mut
     recipients
 }
 
-/// A notification as browsers read it that show it without a service worker (Push API, section 3.3).
+/// Converts a notification to the form that browsers show without a service worker (Push API, section 3.3).
 fn declared(mut notification: Map<String, Value>, errors: &mut Errors) -> Value {
     let navigate = notification.remove("url").or_else(|| notification.remove("navigate"));
     match navigate.as_ref().and_then(Value::as_str) {
         Some(url) if is_web(url) => {}
         _ => errors.push(FieldError::new(
             "notification.url",
-            "what a click opens, by http or https: a declarative notification needs it",
+            "the URL that a click opens, by http or https: a declarative notification needs it",
         )),
     }
     let mut message = Map::new();
     message.insert("web_push".to_owned(), 8030.into());
-    // Beside the notification, not in it.
+    // `app_badge` and `mutable` stand beside the notification, not inside it.
     if let Some(badge) = notification.remove("app_badge") {
         if badge.as_u64().is_none() {
             errors.push(FieldError::new("notification.app_badge", "a whole number from 0"));
@@ -641,7 +646,7 @@ fn declared(mut notification: Map<String, Value>, errors: &mut Errors) -> Value 
     Value::Object(message)
 }
 
-/// Whether a URL, or what it is relative to a page, is opened by http or https.
+/// Returns true for a URL, absolute or relative to a page, with the scheme http or https.
 fn is_web(url: &str) -> bool {
     let page = url::Url::parse("https://page.invalid/");
     let opened = page.and_then(|page| page.join(url));
@@ -660,7 +665,7 @@ fn payload(
             if notification.get("title").and_then(Value::as_str).is_none_or(str::is_empty) {
                 errors.push(FieldError::new("notification.title", "a text that is not empty"));
             }
-            // One that is sent twice, after a crash, replaces itself instead of standing there twice.
+            // A notification that is sent twice, after a crash, replaces itself instead of being shown twice.
             notification.entry("tag").or_insert_with(|| id.to_string().into());
             if declarative {
                 ("notification", declared(notification, errors).to_string())

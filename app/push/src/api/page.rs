@@ -1,4 +1,4 @@
-//! `GET /`: the page to subscribe this browser and to send it a notification. Plain files, part of the binary.
+//! `GET /`: a page that subscribes this browser and sends notifications to it. Its files are compiled into the binary.
 
 use axum::Router;
 use axum::response::{IntoResponse, Response};
@@ -22,7 +22,7 @@ const FILES: [File; 7] = [
     File("/page.webmanifest", "application/manifest+json", include_str!("../../page/page.webmanifest")),
 ];
 
-/// Nothing from elsewhere, nothing inline, in no frame: the page holds a key.
+/// Allows no other origin, no inline code and no frame, because the page holds an API key.
 const POLICY: &str = "default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
 pub(crate) fn routes() -> Router<ApiState> {
@@ -37,7 +37,7 @@ fn serve(File(_, media_type, content): &'static File) -> Response {
         (CONTENT_SECURITY_POLICY, POLICY),
         (X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (REFERRER_POLICY, "no-referrer"),
-        // A new binary has a new page.
+        // A new binary may have a new page, so browsers must revalidate.
         (CACHE_CONTROL, "no-cache"),
     ];
     (headers, *content).into_response()

@@ -1,10 +1,10 @@
-//! Push services, as operators see them.
+//! Routes of the admin listener for push services.
 //!
 //! | route of the admin listener | what |
 //! |---|---|
 //! | `GET /origins` | each push service, and whether it is held |
-//! | `POST /origins/resume` | `{"origin"}`: sends to it again |
-//! | `GET /notifications` | the newest ones of a site |
+//! | `POST /origins/resume` | `{"origin"}`: ends the hold of a push service |
+//! | `GET /notifications` | the newest notifications of a site |
 
 use axum::extract::State;
 use axum::routing::{get, post};
@@ -25,27 +25,28 @@ use crate::store::WaitingBatch;
 use perennial_host::api::{Json, Query, Result, not_found};
 use perennial_host::sites::SiteId;
 
-/// How many notifications operators are shown.
+/// Number of notifications that operators are shown.
 const NOTIFICATIONS: usize = 100;
 
-/// A push service, as operators see it.
+/// The state of a push service, for operators.
 #[derive(Debug, Serialize)]
 struct OriginView {
     origin: String,
-    /// throttled, unreachable or unauthorized, while nothing is sent to it
+    /// Why nothing is sent to the service now: throttled, unreachable or unauthorized.
     #[serde(skip_serializing_if = "Option::is_none")]
     held: Option<&'static str>,
-    /// Whether that is so for all, or for subscriptions that nothing was delivered to yet (unproven)
+    /// Whether the hold is for all subscriptions, or only for those without a delivery yet (unproven).
     #[serde(skip_serializing_if = "Option::is_none")]
     held_for: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     held_seconds: Option<f64>,
     connections: usize,
-    /// How many requests at once it bears, as far as is known
+    /// Number of concurrent requests that the service bears, as far as is known: the sum of the AIMD limits.
     window: usize,
     in_flight: usize,
     clock_ahead_seconds: i64,
-    /// How many subscriptions it refuses that may be given up for that; looked up once a minute, and counted to 10,000
+    /// Number of subscriptions that the service refuses and that may be given up; it is read once a minute and counts
+    /// up to 10,000.
     at_risk: u64,
     addresses: Vec<AddressView>,
 }
@@ -57,12 +58,12 @@ struct AddressView {
     aside: bool,
 }
 
-/// What operators may look at.
+/// Routes with which operators read.
 pub(crate) fn admin_read(api: ApiState) -> Router {
     Router::new().route("/origins", get(origins)).route("/notifications", get(notifications)).with_state(api)
 }
 
-/// What operators may change.
+/// Routes with which operators change state.
 pub(crate) fn admin_write(api: ApiState) -> Router {
     Router::new().route("/origins/resume", post(resume)).with_state(api)
 }
@@ -92,7 +93,7 @@ async fn origins(State(api): State<ApiState>) -> Answer<Vec<OriginView>> {
     Answer(api.senders.any().services().into_iter().map(view).collect())
 }
 
-/// Of which site; the default one without a name.
+/// Selects a site; the default site if absent.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct SiteQuery {
@@ -125,7 +126,7 @@ async fn resume(State(api): State<ApiState>, Json(request): Json<ResumeRequest>)
     }
     api.store.resume_service(&request.origin).await?;
     api.services.is_told.store(true, Ordering::Relaxed);
-    // Where others work on the same store, not before they have heard of it.
+    // In a shared store, the jobs are due after the other processes have read the change.
     let due = match api.store.is_shared() {
         true => Due::In(2 * EXCHANGE),
         false => Due::Now,

@@ -1,4 +1,4 @@
-//! `POST /subscriptions` and its like: browsers come, change and go.
+//! `/subscriptions` and `/push/key`: subscriptions of browsers are stored, changed, listed and deleted.
 
 use std::net::IpAddr;
 use std::sync::Arc;
@@ -39,29 +39,30 @@ pub(crate) const MAX_TAGS: usize = 64;
 const MAX_METADATA: usize = 4096;
 /// The most subscriptions in one answer.
 const PAGE: usize = 1000;
-/// How soon a push service may be looked up again.
+/// `Retry-After` when the host of a push service cannot be looked up now.
 const LOOK_UP_AGAIN: Duration = Duration::from_secs(30);
 
 /// A browser's subscription, as `PushSubscription.toJSON()` writes it.
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub(crate) struct PushSubscription {
-    /// Where to send
+    /// URL that messages are sent to.
     #[schema(example = "https://updates.push.services.mozilla.com/wpush/v2/gAAAAA")]
     pub(crate) endpoint: String,
-    /// When it ends, in milliseconds since 1970, if the browser says so: it is deleted then
+    /// Time at which the subscription ends and is deleted, in milliseconds since 1970, if the browser names one.
     #[serde(default, rename = "expirationTime")]
     pub(crate) expiration_time: Option<f64>,
     pub(crate) keys: SubscriptionKeys,
 }
 
-/// What an expiration time is, in words.
+/// Description of a valid expiration time, for error messages.
 pub(crate) const EXPIRES_WANTED: &str = "a time to come, in milliseconds since 1970, or null";
 
 impl PushSubscription {
-    /// When it ends, in milliseconds since 1970. Nothing is what browsers say by null, and dumps of databases by 0.
+    /// Returns the time at which the subscription ends, in milliseconds since 1970. `None` stands for null, as browsers
+    /// write it, and for 0, as dumps of databases do.
     ///
     /// # Errors
-    /// For a time that has passed, as one in seconds would have: it would be stored and soon deleted.
+    /// Fails for a time in the past, such as one in seconds: the subscription would be stored and soon deleted.
     #[expect(clippy::cast_possible_truncation, reason = "within the bounds of a time")]
     pub(crate) fn expires_at(&self) -> std::result::Result<Option<i64>, &'static str> {
         const END: f64 = 253_402_300_799_000.0;
@@ -75,16 +76,16 @@ impl PushSubscription {
     }
 }
 
-/// How far the clocks of browsers may be behind ours.
+/// Tolerance for clocks of browsers that are behind the clock of this server, in milliseconds.
 const SKEW_MS: i64 = 60_000;
 
-/// How to encrypt
+/// Keys to encrypt messages with
 #[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 pub(crate) struct SubscriptionKeys {
-    /// 65 bytes, base64url
+    /// Public key of the browser: 65 bytes, base64url.
     #[schema(pattern = "^[A-Za-z0-9_+/-]{87}=?$")]
     pub(crate) p256dh: String,
-    /// 16 bytes, base64url
+    /// Authentication secret: 16 bytes, base64url.
     #[schema(pattern = "^[A-Za-z0-9_+/-]{22}(==)?$")]
     pub(crate) auth: String,
 }
@@ -93,24 +94,24 @@ pub(crate) struct SubscriptionKeys {
 #[serde(deny_unknown_fields)]
 pub(crate) struct SubscribeRequest {
     subscription: PushSubscription,
-    /// The applicationServerKey that it was made with
+    /// The applicationServerKey that the subscription was made with.
     key: Option<String>,
-    /// Whose it is; null for nobody's. When it changes from one user to another, or to nobody, tags that pages may not set and
-    /// metadata are forgotten, unless this request has them
+    /// The user of the subscription; null for none. When it changes from one user to another or to none, the metadata
+    /// and the tags that pages may not set are deleted, unless this request has them.
     #[serde(default, deserialize_with = "perennial_host::api::given")]
     #[schema(value_type = Option<String>)]
     user: Option<Option<String>>,
-    /// Without an API key, to name a user: `v1.EXPIRES.` and base64url of HMAC-SHA256 of `v1.SITE.EXPIRES.USER` under the
-    /// site's secret, EXPIRES in seconds since 1970
+    /// Needed to name a user without an API key: `v1.EXPIRES.` and the base64url of the HMAC-SHA256 of
+    /// `v1.SITE.EXPIRES.USER` under the site's secret, with EXPIRES in seconds since 1970.
     user_token: Option<String>,
     tags: Option<Vec<String>>,
-    /// An object of up to 4096 bytes
+    /// An object of up to 4096 bytes of JSON.
     metadata: Option<Map<String, Value>>,
-    /// The subscription that the browser had before: its id, user and tags are kept
+    /// The subscription that the browser had before: its id, user and tags are kept.
     replaces: Option<Replaces>,
 }
 
-/// A subscription, and the proof of having had it
+/// A former subscription, and the secret that proves its possession
 #[derive(Debug, Deserialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct Replaces {
@@ -121,7 +122,7 @@ pub(crate) struct Replaces {
 /// The key that pages subscribe with
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct KeyView {
-    /// The `applicationServerKey`: 65 bytes, base64url
+    /// The `applicationServerKey`: 65 bytes, base64url.
     key: String,
 }
 
@@ -142,8 +143,8 @@ pub(crate) async fn key(visitor: Visitor, State(api): State<ApiState>) -> Result
 
 /// Stores a browser's subscription
 ///
-/// For pages of the allowed origins, within limits, or with a key of the scope `subscribe`. The same endpoint
-/// again brings what is stored up to date; without an API key that takes the same `auth`.
+/// For pages of the allowed origins, within rate limits, or with a key of the scope `subscribe`. A request for a stored
+/// endpoint updates its subscription; without an API key, this takes the same `auth`.
 #[utoipa::path(
     post, path = "/subscriptions", operation_id = "storeSubscription", security((), ("key" = [])), request_body = SubscribeRequest,
     responses((status = CREATED, body = Subscribed), (status = OK, body = Subscribed, description = "Updated"))
@@ -170,14 +171,14 @@ pub(crate) async fn subscribe(
         if let (TargetError::NotLookedUp(_), Some(_)) = (&error, &visitor.caller) {
             return store(&api, &visitor, new).await;
         }
-        // What our name servers answer is nothing to tell a stranger.
+        // The answers of our name servers are not disclosed to callers without an API key.
         let detail = match visitor.caller {
             Some(_) => error.to_string(),
             None => "not at a public address of a push service".to_owned(),
         };
         return Err(FieldError::new("subscription.endpoint", detail).into());
     }
-    // A word of the backend's is as good as a key.
+    // A user token of the backend counts as much as an API key.
     let is_vouched_for = visitor.caller.is_some() || matches!(new.user, Some(Some(_)));
     if !is_vouched_for {
         let site = (visitor.site, &*api.profiles.get(visitor.site)?.name);
@@ -211,13 +212,13 @@ async fn store(api: &ApiState, visitor: &Visitor, new: NewSubscription) -> Resul
 #[serde(deny_unknown_fields)]
 pub(crate) struct UnsubscribeRequest {
     endpoint: String,
-    /// Its secret, which only the browser knows; a backend with an API key needs none
+    /// The authentication secret, which only the browser knows; a backend with an API key needs none.
     auth: Option<String>,
 }
 
 /// Deletes a browser's subscription
 ///
-/// For the page that has it, by its endpoint and secret; with an API key, by its endpoint.
+/// A page names its subscription by endpoint and secret; with an API key, the endpoint is enough.
 #[utoipa::path(
     delete, path = "/subscriptions", operation_id = "deleteSubscriptionByEndpoint", security((), ("key" = [])), request_body = UnsubscribeRequest, responses((status = NO_CONTENT), (status = NOT_FOUND))
 )]
@@ -307,22 +308,22 @@ pub(crate) async fn delete(
     if deleted { Ok(StatusCode::NO_CONTENT) } else { Err(not_found("subscription").into()) }
 }
 
-/// Which subscriptions.
+/// Selects subscriptions.
 #[derive(Debug, Deserialize, IntoParams)]
 #[into_params(parameter_in = Query)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct SubscriptionFilter {
-    /// Of this user
+    /// Only subscriptions of this user.
     #[param(min_length = 1, max_length = 256)]
     user: Option<String>,
-    /// With this tag
+    /// Only subscriptions with this tag.
     #[param(pattern = "^[A-Za-z0-9_.:/-]{1,64}$")]
     tag: Option<String>,
-    /// With this endpoint
+    /// Only the subscription with this endpoint.
     endpoint: Option<String>,
-    /// After the one with this id
+    /// Only subscriptions after the one with this id.
     cursor: Option<i64>,
-    /// At most so many, up to 1000; fewer where they are long
+    /// Largest number of subscriptions in the answer, up to 1000; the answer has fewer when they are long.
     #[param(minimum = 1, maximum = 1000)]
     limit: Option<usize>,
 }
@@ -331,7 +332,7 @@ pub(crate) struct SubscriptionFilter {
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Subscriptions {
     subscriptions: Vec<SubscriptionView>,
-    /// The `cursor` of the next page, if there may be one
+    /// The `cursor` of the next page, if there may be one.
     #[serde(skip_serializing_if = "Option::is_none")]
     next: Option<i64>,
 }
@@ -368,7 +369,7 @@ pub(crate) async fn list(
     Ok(Json(Subscriptions { subscriptions: found.into_iter().map(SubscriptionView::from).collect(), next }))
 }
 
-/// Who calls from a page: somebody with a key, or anybody within limits from a page of a site.
+/// The caller of a route for pages: a backend with an API key, or a page of a site without one, within rate limits.
 #[derive(Debug)]
 pub(crate) struct Visitor {
     site: SiteId,
@@ -377,7 +378,7 @@ pub(crate) struct Visitor {
 }
 
 impl Visitor {
-    /// Somebody who shows a key must have the right one.
+    /// Checks the scope of the API key; a caller without a key passes.
     fn may(&self, scope: &Scope) -> std::result::Result<(), Problem> {
         self.caller.as_ref().map_or(Ok(()), |caller| caller.may(scope))
     }
@@ -391,12 +392,13 @@ impl FromRequestParts<ApiState> for Visitor {
         if let Some(caller) = api.access.optional(parts).await? {
             return Ok(Self { site: caller.site, caller: Some(caller), address });
         }
-        // Before it is counted: a page elsewhere must not use up what its visitors' networks may do here.
+        // This check comes before the rate limit: a page of another origin must not use up the limits of the networks
+        // of its visitors.
         let Some(site) = api.access.sites().of_page(parts) else {
             let detail = "pages of this origin may not subscribe browsers here (sites.NAME.origins)";
             return Err(Problem::new(StatusCode::FORBIDDEN, detail));
         };
-        // Reading the key changes nothing and costs nothing: only what is written is limited.
+        // Only writes are limited: reading the key changes nothing and costs nothing.
         if parts.method != Method::GET {
             api.limits.check(site.id, address)?;
         }
@@ -404,7 +406,7 @@ impl FromRequestParts<ApiState> for Visitor {
     }
 }
 
-/// Lets pages of all sites read the answers: which site they belong to is said by [`Sites::of_page`].
+/// Lets pages of all sites read the answers. [`Sites::of_page`] decides which site a page belongs to.
 pub(crate) fn cors(sites: &Sites) -> CorsLayer {
     let sites = sites.clone();
     let is_listed = move |origin: &HeaderValue, _: &Parts| {
@@ -416,7 +418,7 @@ pub(crate) fn cors(sites: &Sites) -> CorsLayer {
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, HeaderName::from_static("x-request-id")])
 }
 
-/// Checks an endpoint and its keys, naming the fields below `field`.
+/// Checks an endpoint and its keys. Errors name the fields below `field`.
 pub(crate) fn check_subscription(
     api: &ApiState,
     field: &str,
@@ -450,7 +452,7 @@ fn check(
     let vapid_key = match &request.key {
         None => keys_of_site.current_id,
         Some(key) => keys_of_site.id_of(key).unwrap_or_else(|| {
-            let wanted = "the key of GET /push/key, or one that was there before";
+            let wanted = "the key of GET /push/key, or an earlier one";
             errors.push(FieldError::new("key", wanted));
             keys_of_site.current_id
         }),
@@ -488,7 +490,7 @@ fn check(
         keys,
         user: request.user,
         tags: request.tags,
-        // What the backend has set is not the page's to take away.
+        // A page must not remove tags that the backend has set.
         only_public: visitor.caller.is_none(),
         public_tags: Arc::clone(&profile.public_tags),
         metadata,
@@ -501,15 +503,15 @@ fn check(
     Ok((endpoint, new))
 }
 
-/// What a user id looks like, in words.
+/// Description of a valid user id, for error messages.
 pub(crate) const USER_WANTED: &str = "a user id: 1 to 256 bytes, without control characters";
 
-/// Whether this is short enough.
+/// Returns true when the JSON of the metadata is short enough.
 pub(crate) fn is_metadata(text: &str) -> bool {
     text.len() <= MAX_METADATA
 }
 
-/// Whether this can be a user id.
+/// Returns true for a valid user id.
 pub(crate) fn is_user(text: &str) -> bool {
     !text.is_empty() && text.len() <= MAX_USER && !text.chars().any(char::is_control)
 }
@@ -536,7 +538,7 @@ fn check_tags(
     Ok(())
 }
 
-/// A page may say whose browser it is only with a word from the backend.
+/// Checks the token with which a backend allows a page to name the user of its browser.
 fn check_user_token(
     api: &ApiState,
     profile: &Profile,

@@ -1,12 +1,12 @@
-//! What a backend gives to its page so that the page may say whose browser it is.
+//! User tokens: a backend gives one to its page, so that the page may name the user of the browser.
 //!
 //! ```text
 //! v1.EXPIRES.base64url(HMAC-SHA256(secret, "v1." SITE "." EXPIRES "." USER))
 //! ```
 //!
-//! `EXPIRES` is in seconds since 1970, `SITE` the name of the site in the settings. Before there was `v1`, a token was the
-//! HMAC of the user alone: good for ever, and at every site with the same secret. Such are taken until the day that the
-//! settings name.
+//! `EXPIRES` is in seconds since 1970, and `SITE` is the name of the site in the settings. Before `v1`, a token was the
+//! HMAC of the user alone, valid for ever and at every site with the same secret. Tokens of this old form are accepted
+//! until the day that the settings name.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -14,9 +14,9 @@ use aws_lc_rs::hmac;
 
 use perennial_webpush::decode_base64;
 
-/// The longest that a token may be good for.
+/// Longest time for which a token may be valid.
 pub(crate) const LONGEST: Duration = Duration::from_secs(31 * 24 * 3600);
-/// How far the clocks may be apart.
+/// Tolerated difference between the clocks of the backend and of this server.
 const SKEW: Duration = Duration::from_secs(60);
 
 /// Why a token is refused.
@@ -34,7 +34,7 @@ pub(crate) enum Error {
     Old,
 }
 
-/// Checks a token. Those of the old form are taken until `old_until`.
+/// Checks a token. Tokens of the old form are accepted until `old_until`.
 pub(crate) fn verify(
     secret: &[u8],
     site: &str,

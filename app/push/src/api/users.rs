@@ -1,4 +1,4 @@
-//! Everything of one user: to be shown to them, and to be forgotten.
+//! `/users/{user}`: shows or deletes everything that is stored about one user.
 
 use axum::body::Body;
 use axum::extract::State;
@@ -20,30 +20,31 @@ use crate::store::DeliveryView;
 use perennial_host::access::{Authorized, ReadScope};
 use perennial_host::api::{Json, Path, Result};
 
-/// How many rows one part of an answer has.
+/// Number of rows in one part of an answer.
 const PAGE: usize = 200;
 
-/// Everything that is kept of a user
+/// Everything that is stored about a user
 #[derive(ToSchema)]
 #[expect(dead_code, reason = "it describes what is written in parts")]
 pub(crate) struct UserView {
     user: String,
     subscriptions: Vec<SubscriptionView>,
-    /// How notifications went for these subscriptions, as far as that is logged
+    /// Logged deliveries to these subscriptions.
     #[schema(value_type = Vec<Object>)]
     deliveries: Vec<DeliveryView>,
 }
 
-/// What was deleted
+/// Numbers of deleted rows
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct Deleted {
     subscriptions: u64,
     deliveries: u64,
 }
 
-/// Everything of one user
+/// Shows everything about one user
 ///
-/// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `read`.
+/// Texts of notifications may name the user; they stay for as long as notifications are kept (`push.retention`). Needs
+/// a key with the scope `read`.
 #[utoipa::path(get, path = "/users/{user}", operation_id = "getUser", params(("user" = String, Path)), responses((status = OK, body = UserView)))]
 pub(crate) async fn one(
     Authorized { caller, .. }: Authorized<ReadScope>,
@@ -53,7 +54,7 @@ pub(crate) async fn one(
     check(&user)?;
     let site = caller.site.0;
     let begin = format!(r#"{{"user":{},"subscriptions":["#, serde_json::Value::from(user.as_str()));
-    // In parts, however much there is: first all subscriptions, then the deliveries of each.
+    // The answer is streamed in parts, whatever its size: first all subscriptions, then the deliveries of each.
     let first =
         ExportPart { api, site, user, ids: Vec::new().into_iter(), at: At::Subscriptions(0), is_first: true };
     let parts = stream::try_unfold(Some(first), |part| async move {
@@ -65,27 +66,27 @@ pub(crate) async fn one(
     Ok(([(header::CONTENT_TYPE, "application/json")], Body::from_stream(body)).into_response())
 }
 
-/// How far an answer has come.
+/// Progress of an answer.
 struct ExportPart {
     api: ApiState,
     site: i64,
     user: String,
-    /// The subscriptions whose deliveries come next.
+    /// Ids of the subscriptions whose deliveries come next.
     ids: std::vec::IntoIter<i64>,
     at: At,
-    /// Whether nothing stands before what comes next in its list.
+    /// Whether the next value is the first of its list, so that no comma goes before it.
     is_first: bool,
 }
 
 enum At {
-    /// Behind this one.
+    /// Subscriptions after this id.
     Subscriptions(i64),
-    /// Of this one, behind that of a notification.
+    /// Deliveries to this subscription after the one of this notification; `None` for the next subscription.
     Deliveries(Option<(i64, Vec<u8>)>),
 }
 
 impl ExportPart {
-    /// The next piece of JSON, and whether it is the last.
+    /// Returns the next piece of JSON, and whether it is the last.
     async fn next(&mut self) -> std::result::Result<(String, bool), sql::Error> {
         match std::mem::replace(&mut self.at, At::Deliveries(None)) {
             At::Subscriptions(after) => {
@@ -127,9 +128,10 @@ impl ExportPart {
     }
 }
 
-/// Deletes everything of one user
+/// Deletes everything about one user
 ///
-/// Texts of notifications, which may name them, stay for as long as notifications are kept (`push.retention`). Needs a key with the scope `subscribe`.
+/// Texts of notifications may name the user; they stay for as long as notifications are kept (`push.retention`). Needs
+/// a key with the scope `subscribe`.
 #[utoipa::path(delete, path = "/users/{user}", operation_id = "deleteUser", params(("user" = String, Path)), responses((status = OK, body = Deleted)))]
 pub(crate) async fn delete(
     Authorized { caller, .. }: Authorized<SubscribeScope>,

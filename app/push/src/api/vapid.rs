@@ -1,4 +1,4 @@
-//! VAPID keys, for operators.
+//! Routes of the admin listener for VAPID keys.
 
 use std::sync::Arc;
 
@@ -15,7 +15,7 @@ use tracing::info;
 
 use crate::vapid::VapidKeys;
 
-/// What operators may do: `POST /vapid/rotate {"site"}`, `POST /vapid/import {"site", "pem"}`.
+/// Routes with which operators change keys: `POST /vapid/rotate {"site"}`, `POST /vapid/import {"site", "pem"}`.
 pub(crate) fn admin_write(keys: Arc<VapidKeys>) -> Router {
     Router::new()
         .route("/vapid/rotate", post(make_new))

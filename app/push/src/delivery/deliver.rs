@@ -1,4 +1,4 @@
-//! The job that sends to one batch. What it does is in `round.rs`; here is how it is queued, and what becomes of its
+//! The job that sends to one batch. What it does is in `batch_run.rs`; here is how it is queued, and what becomes of its
 //! members when it is given up.
 
 use crate::config::Config;
@@ -15,7 +15,7 @@ use uuid::Uuid;
 
 use super::DeliveryContext;
 use super::fanout::BUDGET;
-use crate::delivery::batch_run::{CAREFUL, Round, is_paused, pause, save};
+use crate::delivery::batch_run::{BatchRun, CAREFUL, is_paused, pause, save};
 use crate::model::outcome::Outcome;
 use crate::store::{Batch, Checkpoint, Deferred, RestOfBatch, WaitingBatch, job};
 use perennial_host::sites::SiteId;
@@ -93,8 +93,8 @@ impl Job for Deliver {
         let senders = delivery.senders.clone();
         senders
             .run(move |sender| async move {
-                let round = Round::new(&delivery, &context, &sender, &flow, batch, members, keys)?;
-                round.run().await
+                let run = BatchRun::new(&delivery, &context, &sender, &flow, batch, members, keys)?;
+                run.run().await
             })
             .await
     }

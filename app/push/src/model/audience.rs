@@ -1,4 +1,4 @@
-//! Whom a notification is for.
+//! The audience of a notification, and its translation to SQL.
 
 use perennial_store::pool::sql::{Dialect, Value};
 use serde::{Deserialize, Serialize};
@@ -11,42 +11,42 @@ use crate::model::tags::TagExpression;
 pub(crate) enum Audience {
     /// Every subscription of the site.
     All,
-    /// Those of one user.
+    /// The subscriptions of one user.
     User(String),
-    /// Those of several users.
+    /// The subscriptions of several users.
     Users(Vec<String>),
-    /// Those whose tags make an expression true.
+    /// The subscriptions whose tags match an expression.
     Tags(String),
-    /// Those with these ids.
+    /// The subscriptions with these ids.
     Subscriptions(Vec<i64>),
-    /// Those that came with the notification, and are stored with it.
+    /// Subscriptions that came with the notification and are stored with it.
     Inline,
 }
 
-/// Which rows of `subscriptions` are meant, as the parts of a statement.
+/// The selected rows of `subscriptions`, as the parts of a statement.
 #[derive(Clone, Debug)]
 pub(crate) struct Selection {
     pub(crate) from: &'static str,
     pub(crate) condition: String,
-    /// What `from` is read in the order of.
+    /// Column that orders the rows of `from`.
     pub(crate) id: &'static str,
     pub(crate) parameters: Vec<Value>,
 }
 
 impl Audience {
-    /// Those of one site with `after < id <= upto`.
+    /// Selects the members in one site with `after < id <= upto`.
     pub(crate) fn select(&self, dialect: Dialect, site: i64, after: i64, upto: i64) -> Selection {
         if let Self::Tags(text) = self
             && let Ok(expression) = TagExpression::parse(text)
             && let Some(tag) = expression.needed()
         {
-            // Only those with this tag are looked at, however many others there are.
+            // Only rows with this tag are read, however many others there are.
             let mut parameters = vec![site.into(), tag.into(), after.into(), upto.into()];
             let mut condition =
                 "needed.site = ? AND needed.tag = ? AND needed.subscription > ? AND needed.subscription <= ?"
                     .to_owned();
             if dialect == Dialect::Postgres {
-                // It does not conclude this from the join, and would read all that comes before when it merges.
+                // Postgres does not conclude this from the join, and its merge join would read all earlier rows.
                 condition.push_str(" AND subscriptions.id > ? AND subscriptions.id <= ?");
                 parameters.extend([after.into(), upto.into()]);
             }
@@ -55,7 +55,7 @@ impl Audience {
                 condition.push_str(&expression.to_sql(&mut parameters));
             }
             let from = match dialect {
-                // In this order, whatever statistics say.
+                // CROSS JOIN fixes the order of the tables, whatever the statistics say.
                 Dialect::Sqlite => {
                     "subscription_tags AS needed CROSS JOIN subscriptions ON subscriptions.id = needed.subscription"
                 }
@@ -71,7 +71,7 @@ impl Audience {
         Selection { from: "subscriptions", condition, id: "id", parameters }
     }
 
-    /// A condition on `subscriptions` of one site, its parameters appended to `parameters`.
+    /// Returns a condition on the `subscriptions` of one site; its parameters are appended to `parameters`.
     fn filter(&self, dialect: Dialect, site: i64, parameters: &mut Vec<Value>) -> String {
         match self {
             Self::All => "TRUE".to_owned(),
@@ -81,18 +81,18 @@ impl Audience {
             }
             Self::Users(users) => {
                 parameters.extend([Value::from(site), json(users)]);
-                // Found by the index on users first: by that on ids, every row would be looked at.
+                // The subquery uses the index on users; with the index on ids, every row would be read.
                 let users = dialect.texts_in("?");
                 format!(r#"id IN (SELECT id FROM subscriptions WHERE site = ? AND "user" IN ({users}))"#)
             }
-            // It was read when the notification was accepted.
+            // The expression was parsed when the notification was accepted.
             Self::Tags(text) => TagExpression::parse(text)
                 .map_or_else(|_| "FALSE".to_owned(), |expression| expression.to_sql(parameters)),
             Self::Subscriptions(ids) => {
                 parameters.push(json(ids));
                 format!("id IN ({})", dialect.numbers_in("?"))
             }
-            // They are in another table.
+            // Inline subscriptions are in another table.
             Self::Inline => "FALSE".to_owned(),
         }
     }

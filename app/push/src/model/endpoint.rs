@@ -1,4 +1,4 @@
-//! What is read off the URL of a subscription.
+//! The origin and the hash of an endpoint, the URL of a subscription.
 
 use aws_lc_rs::digest;
 
@@ -8,7 +8,7 @@ pub(crate) fn origin(endpoint: &str) -> &str {
     &endpoint[..ends]
 }
 
-/// What an endpoint is found by: shorter than itself, and no shorter than it takes to be unique.
+/// Hash by which an endpoint is found: the first 16 bytes of its SHA-256, shorter than the URL and still unique.
 pub(crate) fn endpoint_hash(endpoint: &str) -> [u8; 16] {
     let digest = digest::digest(&digest::SHA256, endpoint.as_bytes());
     let mut hash = [0; 16];

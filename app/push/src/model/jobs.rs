@@ -1,4 +1,4 @@
-//! The jobs of web push, as they are stored. What each does is in the file of `delivery/` that is named like it.
+//! The jobs of web push, as they are stored. Each job runs in the file of `delivery/` that has its name.
 
 use perennial_host::sites::SiteId;
 use serde::{Deserialize, Serialize};
@@ -8,41 +8,41 @@ use uuid::Uuid;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct FanOut {
     pub(crate) notification: Uuid,
-    /// Of its batches.
+    /// Priority of its batches.
     pub(crate) priority: i16,
 }
 
-/// Sends to one batch. The batch has the id of its job.
+/// Sends to the members of one batch. The batch has the id of its job.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Deliver {
     pub(crate) notification: Uuid,
 }
 
-/// Ends what still waits of a notification.
+/// Ends the batches of a notification that still wait.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Close {
     pub(crate) notification: Uuid,
-    /// Since when nothing more is begun, in milliseconds since 1970.
+    /// Time since which no new send begins, in milliseconds since 1970.
     pub(crate) since: i64,
 }
 
-/// Tells one backend about one event.
+/// Reports one event to one webhook.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub(crate) struct Webhook {
-    /// Jobs from before there were several sites do not name theirs.
+    /// Id of the site. Jobs that were stored before there were several sites do not name it.
     #[serde(default = "SiteId::default_number")]
     pub(crate) site: i64,
     pub(crate) webhook: String,
     pub(crate) event: WebhookEvent,
 }
 
-/// What has happened.
+/// An event that is reported to a webhook.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum WebhookEvent {
-    /// A notification has ended: what is told is how it went.
+    /// A notification has ended; the report has its outcomes.
     Ended { notification: Uuid },
-    /// Subscriptions had ended, and were deleted.
+    /// Subscriptions had ended and were deleted.
     Pruned { notification: Uuid, subscriptions: Vec<Pruned> },
 }
 

@@ -1,4 +1,4 @@
-//! A notification as the store has it, its states, and what a caller is shown of it.
+//! A notification as it is stored, its states, and its view for callers.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -34,12 +34,12 @@ impl Stage {
         Self::Expired,
     ];
 
-    /// How a notification begins that is due then.
+    /// The first state of a notification that is due at `due_at`.
     pub(crate) fn first(due_at: Option<i64>) -> Self {
         if due_at.is_some() { Self::Scheduled } else { Self::Queued }
     }
 
-    /// The word for it, in the store and in answers.
+    /// The word for the state, in the store and in answers.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Scheduled => "scheduled",
@@ -57,27 +57,27 @@ impl Stage {
     }
 }
 
-/// What may be done with a notification now: its stage, its rate, its end.
+/// State, rate and expiry of a notification: they decide whether and how fast it is sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct NotificationStatus {
     pub(crate) state: Stage,
-    /// Sends per 1000 seconds, and in how many milliseconds it is reached.
+    /// Sends per 1000 seconds, and the length of the ramp to this rate in milliseconds.
     pub(crate) rate: Option<(i64, i64)>,
-    /// In milliseconds since 1970.
+    /// Time of expiry, in milliseconds since 1970.
     pub(crate) expires_at: Option<i64>,
 }
 
 impl NotificationStatus {
-    /// One that is not there any more.
+    /// The status of a notification that does not exist any more.
     pub(crate) const GONE: Self = Self { state: Stage::Cancelled, rate: None, expires_at: None };
 
-    /// How long it may still be sent; none when that is for ever.
+    /// Time until the expiry; `None` when the notification does not expire.
     pub(crate) fn time_left(&self) -> Option<Duration> {
         let left = self.expires_at? - now_ms();
         Some(Duration::from_millis(u64::try_from(left).unwrap_or_default()))
     }
 
-    /// Whether its time is over.
+    /// Returns true when the notification has expired.
     pub(crate) fn has_expired(&self) -> bool {
         self.time_left().is_some_and(|left| left.is_zero())
     }
@@ -104,7 +104,7 @@ pub(crate) struct Notification {
     pub(crate) state: String,
     pub(crate) estimate: u64,
     pub(crate) outcomes: BTreeMap<String, u64>,
-    /// How many wait to be tried again.
+    /// Number of subscriptions that wait for another attempt.
     pub(crate) again: u64,
     pub(crate) error: Option<String>,
     pub(crate) rate_milli: Option<i64>,
@@ -115,42 +115,42 @@ pub(crate) struct Notification {
     pub(crate) ended_at: Option<Timestamp>,
 }
 
-/// A notification and how far it has come.
+/// A notification and its progress.
 #[derive(Debug, Serialize, ToSchema)]
 pub(crate) struct NotificationView {
     id: Uuid,
-    /// scheduled, queued, sending, paused, done, cancelled or expired
+    /// The state: scheduled, queued, sending, paused, done, cancelled or expired.
     #[schema(example = "sending")]
     state: String,
-    /// How many subscriptions it is for: an estimate until `audience_final`
+    /// Number of subscriptions in the audience; an estimate until `audience_final` is true.
     audience: u64,
     audience_final: bool,
-    /// How many subscriptions have met which outcome: delivered, gone, rejected, unauthorized, too_large,
-    /// forbidden, unreachable, expired, incomplete, cancelled, failed. In the end they add up to the audience.
+    /// Number of subscriptions for each outcome: delivered, gone, rejected, unauthorized, too_large, forbidden,
+    /// unreachable, expired, incomplete, cancelled, failed. In the end they add up to the audience.
     #[schema(example = json!({"delivered": 480, "gone": 20}))]
     outcomes: BTreeMap<String, u64>,
-    /// The sum of the outcomes
+    /// The sum of the outcomes.
     decided: u64,
-    /// How many wait to be tried again
+    /// Number of subscriptions that wait for another attempt.
     retrying: u64,
-    /// Outcomes a second over the last five seconds
+    /// Outcomes per second over the last five seconds.
     rate: f64,
-    /// Sends a second that were asked for
+    /// Sends per second that were asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     rate_wanted: Option<f64>,
-    /// How long it will still take at this rate, in seconds
+    /// Remaining time at this rate, in seconds.
     #[serde(skip_serializing_if = "Option::is_none")]
     eta_seconds: Option<u64>,
-    /// Why not everybody could be reached, when that is our fault
+    /// Why some subscriptions could not be reached, when the cause is a failure of this server.
     #[serde(skip_serializing_if = "Option::is_none")]
     error: Option<String>,
     #[schema(value_type = String, format = DateTime)]
     created_at: Timestamp,
-    /// Not before then
+    /// Time before which nothing is sent.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(skip_serializing_if = "Option::is_none")]
     at: Option<Timestamp>,
-    /// Not after then
+    /// Time after which nothing is sent.
     #[schema(value_type = Option<String>, format = DateTime)]
     #[serde(skip_serializing_if = "Option::is_none")]
     expires: Option<Timestamp>,
@@ -163,7 +163,7 @@ pub(crate) struct NotificationView {
 }
 
 impl NotificationView {
-    /// Whether nothing of it will change any more.
+    /// Returns true when the notification has ended, so that nothing will change any more.
     pub(crate) fn is_over(&self) -> bool {
         self.ended_at.is_some()
     }
@@ -171,7 +171,7 @@ impl NotificationView {
     pub(crate) fn new(notification: Notification, rate: f64) -> Self {
         let decided = notification.outcomes.values().sum();
         let done = notification.ended_at.is_some();
-        // Members may have left or joined since it was estimated.
+        // Members may have left or joined since the audience was estimated.
         let audience = if done { decided } else { notification.estimate.max(decided) };
         let rate = if done { 0.0 } else { rate };
         Self {

@@ -1,8 +1,8 @@
-//! What finally becomes of a notification for one subscription.
+//! The final outcome of a notification for one subscription.
 
 use perennial_webpush::Verdict;
 
-/// The words by which deliveries are counted. Over all subscriptions of the audience they add up to it.
+/// The outcomes by which deliveries are counted. Their counts add up to the audience.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub(crate) enum Outcome {
     /// The push service took it.
@@ -17,20 +17,20 @@ pub(crate) enum Outcome {
     TooLarge,
     /// The endpoint, or an address behind it, must not be sent to.
     Forbidden,
-    /// The push service was out of order, asked to wait or had no address, for as often as we try.
+    /// The push service was out of order, asked to wait or had no address in every attempt.
     Unreachable,
-    /// The time to live ended before it could be tried again.
+    /// The time to live ended before the message could be tried again.
     Expired,
     /// A value that the text needs is missing in the subscription's metadata.
     Incomplete,
-    /// The notification was cancelled before it was tried.
+    /// The notification was cancelled before this subscription was tried.
     Cancelled,
-    /// Our own failure: the job that should have sent it was given up.
+    /// A failure of this server: the job that should have sent the message was given up.
     Failed,
 }
 
 impl Outcome {
-    /// The word for it, in the store and in answers.
+    /// The word for the outcome, in the store and in answers.
     pub(crate) fn as_str(self) -> &'static str {
         match self {
             Self::Delivered => "delivered",
@@ -66,7 +66,7 @@ impl Outcome {
         Self::ALL.into_iter().find(|outcome| outcome.as_str() == word)
     }
 
-    /// The outcome of a verdict that decides something; none when it is to be tried again.
+    /// The outcome of a final verdict; `None` when the message is to be tried again.
     pub(crate) fn of(verdict: Verdict) -> Option<Self> {
         match verdict {
             Verdict::Delivered => Some(Self::Delivered),

@@ -1,4 +1,4 @@
-//! What web push has of each site: who its pages may speak for, whom to tell, which key it signs with.
+//! The web push settings of each site: public tags, secret for user tokens, webhooks, contact and VAPID keys.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -17,15 +17,15 @@ use perennial_host::sites::{self, SECTION, SiteId, Sites};
 
 /// The file of the default site's VAPID keys.
 pub(crate) const VAPID_KEY: &str = "vapid.pem";
-/// The shortest secret of pages' user tokens and of webhooks, in bytes.
+/// The shortest secret for user tokens and for webhooks, in bytes.
 const MIN_SECRET: usize = 16;
 
-/// Who wants to be told.
+/// A webhook in the settings.
 #[derive(Clone)]
 pub(crate) struct Registered {
     pub(crate) url: Uri,
     pub(crate) secret: SecretString,
-    /// Whether also about each subscription that is deleted.
+    /// Whether the webhook is also told about each subscription that is deleted.
     pub(crate) pruned: bool,
 }
 
@@ -35,38 +35,38 @@ impl fmt::Debug for Registered {
     }
 }
 
-/// The part of one site.
+/// The web push settings of one site.
 #[derive(Debug)]
 pub(crate) struct Profile {
     /// The site's name.
     pub(crate) name: String,
     /// Tags that pages may set.
     pub(crate) public_tags: Arc<[String]>,
-    /// What pages' user tokens are made with.
+    /// The secret that user tokens of pages are made with.
     pub(crate) user_secret: Option<SecretString>,
-    /// Whom notifications may name to be told.
+    /// The webhooks that notifications may name.
     pub(crate) webhooks: BTreeMap<String, Registered>,
-    /// Whom push services may ask about its messages.
+    /// The contact for push services that have questions about the messages of the site.
     pub(crate) contact: Option<Contact>,
-    /// Where its VAPID keys are.
+    /// The place of the VAPID keys of the site.
     pub(crate) vapid: KeyPlace,
 }
 
-/// Where the VAPID keys of a site are.
+/// The place of the VAPID keys of a site.
 #[derive(Clone, Debug)]
 pub(crate) struct KeyPlace {
     /// A file that the settings name, or one inside the data directory.
     pub(crate) file: String,
-    /// What they are called in a store that replicas share.
+    /// Name of the keys in a store that replicas share.
     pub(crate) shared: String,
 }
 
-/// All of them, as the settings have them.
+/// Reads the profiles of all sites from the settings.
 pub(crate) fn read(settings: &mut Reader<'_>) -> Vec<Profile> {
     settings.names(SECTION).into_iter().map(|name| read_one(settings, name)).collect()
 }
 
-/// The same, with this contact for sites that have none of their own.
+/// Reads the profiles of all sites, with `contact` for sites that have none of their own.
 pub(crate) fn read_with(settings: &mut Reader<'_>, contact: Option<&Contact>) -> Vec<Profile> {
     let mut profiles = read(settings);
     for profile in &mut profiles {
@@ -75,32 +75,32 @@ pub(crate) fn read_with(settings: &mut Reader<'_>, contact: Option<&Contact>) ->
     profiles
 }
 
-/// The profiles of the sites that are served. A cheap handle.
+/// The profiles of the sites that are served. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub(crate) struct Profiles(Arc<HashMap<SiteId, Profile>>);
 
 impl Profiles {
-    /// Those of sites that are served.
+    /// Keeps the profiles of the sites that are served.
     pub(crate) fn of(profiles: Vec<Profile>, sites: &Sites) -> Self {
         let known =
             profiles.into_iter().filter_map(|profile| Some((sites.named(&profile.name)?.id, profile)));
         Self(Arc::new(known.collect()))
     }
 
-    /// That of a site, if the site is served.
+    /// Returns the profile of a site, if the site is served.
     pub(crate) fn find(&self, site: SiteId) -> Option<&Profile> {
         self.0.get(&site)
     }
 
-    /// That of a site, for a request.
+    /// Returns the profile of a site, for a request.
     ///
     /// # Errors
-    /// 404 for a site that is not served: keys are of sites that are.
+    /// 404 for a site that is not served; API keys belong to sites that are served.
     pub(crate) fn get(&self, site: SiteId) -> Result<&Profile, Problem> {
         self.find(site).ok_or_else(|| not_found("site"))
     }
 
-    /// All of them.
+    /// Returns all profiles.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (&SiteId, &Profile)> {
         self.0.iter()
     }
@@ -114,7 +114,7 @@ fn read_one(settings: &mut Reader<'_>, name: String) -> Profile {
     });
     let user_secret = settings.secret_file(&key("user_secret_file"));
     if user_secret.as_ref().is_some_and(|secret| secret.expose_secret().len() < MIN_SECRET) {
-        let wanted = "a file with a secret of at least 16 bytes; this one is guessed in no time";
+        let wanted = "a file with a secret of at least 16 bytes; a shorter one is easy to guess";
         settings.refuse::<()>(&key("user_secret_file"), wanted);
     }
     let contact = contact(settings, &key("contact"));
@@ -142,7 +142,7 @@ fn place(settings: &mut Reader<'_>, key: &str, site: &str) -> KeyPlace {
     KeyPlace { file: file.unwrap_or_else(|| own.clone()), shared: own }
 }
 
-/// Whom notifications may name to be told.
+/// Reads the webhooks of a site.
 fn webhooks(settings: &mut Reader<'_>, key: &str) -> BTreeMap<String, Registered> {
     let wanted = "a list of { name, url, secret_file, pruned = false }";
     let found: Vec<(String, http::Uri, PathBuf, bool)> = settings.read_with(key, wanted, |value| {

@@ -1,16 +1,17 @@
 //! The queues of web push.
 
-/// Cuts audiences into batches.
+/// Queue of the jobs that cut audiences into batches.
 pub(crate) const FAN_OUT_QUEUE: &str = "push-fan-out";
-/// Sends the batches of big notifications.
+/// Queue of the batches of large notifications.
 pub(crate) const BULK_QUEUE: &str = "push";
-/// Sends small notifications: never behind a big one.
+/// Queue of small notifications, which never wait behind a large one.
 pub(crate) const SMALL_QUEUE: &str = "push-small";
-/// Sends what is tried again, and takes no place of what is tried first.
+/// Queue of retries, which take no slot of a first attempt.
 pub(crate) const RETRY_QUEUE: &str = "push-retry";
-/// Sends what waits for push services that bear little, and takes no place of what could go at once.
+/// Queue of batches for push services that bear little: they wait without taking a slot of a batch that could go at
+/// once.
 pub(crate) const SLOW_QUEUE: &str = "push-slow";
-/// Sends what has a rate: such a job mostly waits.
+/// Queue of notifications with a rate, whose jobs mostly wait.
 pub(crate) const PACED_QUEUE: &str = "push-paced";
-/// Tells the backend.
+/// Queue of the reports to webhooks.
 pub(crate) const WEBHOOK_QUEUE: &str = "push-webhook";

@@ -1,89 +1,91 @@
-//! When a subscription that is refused again and again is given up: one pure function.
+//! Decides in one pure function when a subscription that is refused repeatedly is given up.
 //!
-//! Most refusals are a fault of ours, of all subscriptions at once, and heal: no contact, another key, a proxy in between, a
-//! service that is out of order for a day. So a refusal counts only where the same is shown to work for others, and what
-//! counts has to go on for days.
+//! Most refusals have a cause that lies outside the subscription, concerns all subscriptions at once and passes: a
+//! missing contact, another key, a proxy in between, a service that is out of order for a day. So a refusal counts only
+//! where the same is shown to work for other subscriptions, and the refusals that count must go on for days.
 
 use perennial_webpush::{Report, Verdict};
 
-/// How many refusals have to count, and how long after each other, in milliseconds.
+/// Number of refusals that must count (strikes) before a subscription is given up.
 const STRIKES: i64 = 3;
+/// Smallest time between two strikes, in milliseconds.
 const STRIKE_MS: i64 = 12 * 3600 * 1000;
-/// How long there has to be between the first and the last, in milliseconds,
+/// Smallest time between the first refusal and the last strike, in milliseconds.
 const LONG_MS: i64 = 7 * DAY_MS;
-/// and where nothing else is accepted by the same service: then it may be what stands between us and it.
+/// The same time where the service accepts no other message: the cause may then lie between this server and the
+/// service.
 const LONGER_MS: i64 = 30 * DAY_MS;
 const DAY_MS: i64 = 24 * 3600 * 1000;
 
-/// What speaks against a subscription, as it is stored. Times are in milliseconds since 1970.
+/// The refusals of a subscription, as they are stored. Times are in milliseconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct RefusalRecord {
-    /// How many refusals counted, in a row,
+    /// Number of strikes in a row.
     pub(crate) strikes: i64,
-    /// and when the last of them came.
+    /// Time of the last strike.
     pub(crate) struck_at: Option<i64>,
-    /// When it was first refused since something was delivered to it,
+    /// Time of the first refusal since the last delivery.
     pub(crate) refused_since: Option<i64>,
-    /// and what the message was signed with.
+    /// Signer (VAPID key and contact) of the refused messages.
     pub(crate) refused_with: Option<i64>,
 }
 
-/// What a refusal is about.
+/// The subject of a refusal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum RefusalKind {
-    /// The key, or the contact that it is signed with.
+    /// The VAPID key, or the contact that is signed with it.
     Key,
-    /// The endpoint: its host never existed, and never will (RFC 2606, section 2),
+    /// The host of the endpoint never existed and never will (RFC 2606, section 2).
     Nowhere,
-    /// does not exist,
+    /// The host of the endpoint does not exist.
     Host,
-    /// or takes no messages.
+    /// The endpoint takes no messages.
     Place,
 }
 
 impl RefusalKind {
-    /// What an answer, or the want of one, says against the subscription; none if it is about the message or about nothing.
+    /// The kind of refusal that an answer, or a missing one, shows; `None` if it concerns the message or is no refusal.
     pub(crate) fn of(report: &Report, host: &str) -> Option<Self> {
         match (report.verdict, report.status) {
             (Verdict::Unresolvable, _) if host.ends_with(".invalid") => Some(Self::Nowhere),
             (Verdict::Unauthorized, Some(_)) => Some(Self::Key),
             (Verdict::Unresolvable, _) => Some(Self::Host),
-            // Redirects, another method, another server: no message to there is ever taken.
+            // An endpoint that answers with a redirect, 405 or 421 never takes a message.
             (Verdict::Rejected, Some(300..=399 | 405 | 421)) => Some(Self::Place),
             _ => None,
         }
     }
 }
 
-/// A refusal.
+/// A refusal of one subscription.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SubscriptionRefusal {
     pub(crate) kind: RefusalKind,
-    /// What the message was signed with.
+    /// Signer (VAPID key and contact) of the message.
     pub(crate) signer: i64,
-    /// Whether it may count: not while the key is refused for many.
+    /// Whether the refusal may count; false while the key is refused for many subscriptions.
     pub(crate) counts: bool,
 }
 
-/// When messages were last accepted, in milliseconds since 1970.
+/// Times at which messages were last accepted, in milliseconds since 1970.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct RefusalEvidence {
-    /// By the same service, signed with the same key and contact,
+    /// Last acceptance by the same service, with the same signer (VAPID key and contact).
     pub(crate) same: Option<i64>,
-    /// by the same service, whatever they were signed with,
+    /// Last acceptance by the same service, with any signer.
     pub(crate) service: Option<i64>,
-    /// and by any service.
+    /// Last acceptance by any service.
     pub(crate) any: Option<i64>,
 }
 
-/// What speaks against a subscription after one more refusal at `now`; and whether it is given up.
+/// Returns the record of a subscription after one more refusal at `now`, and whether the subscription is given up.
 pub(crate) fn refuse(
     before: RefusalRecord,
     refusal: &SubscriptionRefusal,
     evidence: RefusalEvidence,
     now: i64,
 ) -> (RefusalRecord, bool) {
-    // Another key or contact is another story.
+    // A refusal with another key or contact begins a new record.
     let mut record = match before.refused_with {
         Some(signer) if signer == refusal.signer && before.refused_since.is_some() => before,
         _ => RefusalRecord {
@@ -95,7 +97,7 @@ pub(crate) fn refuse(
     let since = record.refused_since.unwrap_or(now);
     let later = |accepted: Option<i64>| accepted.is_some_and(|at| at > since);
     let long = match refusal.kind {
-        // Browsers give out such endpoints after unsubscribing: nothing of ours can be at fault.
+        // Browsers return such endpoints after unsubscribing, so nothing on the side of this server can be the cause.
         RefusalKind::Nowhere => 0,
         RefusalKind::Key if later(evidence.same) => LONG_MS,
         RefusalKind::Host if later(evidence.any) => LONG_MS,
@@ -122,7 +124,8 @@ mod tests {
         SubscriptionRefusal { kind, signer: 7, counts: true }
     }
 
-    /// Refusals every `every` hours for `hours`, of which another message shows the same each hour.
+    /// Refuses every `every` hours for `hours`, while another message was last accepted as `accepted` says. Returns the
+    /// hour at which the subscription is given up.
     fn given_up_after(
         refusal: &SubscriptionRefusal,
         every: i64,
@@ -147,7 +150,7 @@ mod tests {
         assert_eq!(given_up_after(&key, 12, 24 * 60, all), Some(7 * 24));
         for nothing in [
             (|_| RefusalEvidence::default()) as fn(i64) -> RefusalEvidence,
-            // Before the first refusal, or not with this key.
+            // The acceptances were before the first refusal, or not with this key.
             |_| RefusalEvidence { same: Some(0), service: Some(0), any: Some(0) },
             |now| RefusalEvidence { same: None, service: Some(now), any: Some(now) },
         ] {

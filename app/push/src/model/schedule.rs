@@ -1,24 +1,25 @@
-//! When the sends of a paced notification are due: pure arithmetic, in seconds since it began.
+//! The times at which the sends of a paced notification are due: pure arithmetic, in seconds since the schedule began.
 
 use std::time::Duration;
-/// Sends that are late by more than this are not made up for: a stall is not followed by a flood.
+/// Lateness from which on sends are not made up for, so that a stall is not followed by a flood.
 pub(crate) const CATCH_UP: Duration = Duration::from_millis(250);
-/// How long a slice is.
+/// Length of a slice.
 pub(crate) const SLICE: Duration = Duration::from_millis(250);
 
-/// A rate, reached in a straight line from nothing.
+/// A rate that is reached linearly from 0.
 ///
-/// After t seconds of a ramp of R seconds to r a second, r·t²/2R sends are due; afterwards, r a second.
+/// With a ramp of R seconds to r sends per second, r·t²/2R sends are due after t seconds; after the ramp, r more are
+/// due each second.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct RateSchedule {
     /// Sends per second, more than 0.
     pub(crate) rate: f64,
-    /// How long it takes to reach it, in seconds.
+    /// Time in which the rate is reached, in seconds.
     pub(crate) ramp: f64,
 }
 
 impl RateSchedule {
-    /// How many sends are due by `time`.
+    /// Number of sends that are due by `time`.
     pub(crate) fn due(&self, time: f64) -> f64 {
         let time = time.max(0.0);
         if time < self.ramp {
@@ -28,7 +29,7 @@ impl RateSchedule {
         }
     }
 
-    /// When the send after `count` others is due.
+    /// Time at which the send after `count` others is due.
     pub(crate) fn at(&self, count: f64) -> f64 {
         let of_ramp = self.rate * self.ramp / 2.0;
         if count < of_ramp {
@@ -38,8 +39,8 @@ impl RateSchedule {
         }
     }
 
-    /// How many sends, beginning with the one that is due at `next`, make a slice of `length` seconds: at least
-    /// one, however long it takes.
+    /// Number of sends in a slice of `length` seconds that begins with the send due at `next`. It is at least one,
+    /// however long that send takes.
     pub(crate) fn slice(&self, next: f64, length: f64) -> f64 {
         (self.due(next + length) - self.due(next)).round().max(1.0)
     }

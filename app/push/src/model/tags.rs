@@ -17,11 +17,11 @@ const MAX_TERMS: usize = 32;
 /// How deep parentheses and `not` may be nested.
 const MAX_DEPTH: usize = 32;
 
-/// What a tag looks like, in words.
+/// Description of a valid tag, for error messages.
 pub(crate) const TAG_WANTED: &str =
     "a tag: 1 to 64 letters, digits and _ - . : / and not one of and, or, not";
 
-/// Whether this can be a tag.
+/// Returns true for a valid tag.
 pub(crate) fn is_tag(text: &str) -> bool {
     let known = |c: char| c.is_ascii_alphanumeric() || "_-.:/".contains(c);
     !text.is_empty()
@@ -30,7 +30,7 @@ pub(crate) fn is_tag(text: &str) -> bool {
         && !["and", "or", "not"].contains(&text)
 }
 
-/// Which subscriptions are meant.
+/// An expression that selects subscriptions by their tags.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum TagExpression {
     Tag(String),
@@ -39,17 +39,17 @@ pub(crate) enum TagExpression {
     Or(Box<Self>, Box<Self>),
 }
 
-/// Why a text is no expression.
+/// The error for a text that is no expression.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct SyntaxError {
-    /// The character at which it stopped making sense, counted from 0.
+    /// Index of the character at which the error is, from 0.
     pub(crate) position: usize,
-    /// What was wanted there.
+    /// Description of the text that is expected there.
     pub(crate) wanted: String,
 }
 
 impl TagExpression {
-    /// Reads an expression.
+    /// Parses an expression.
     pub(crate) fn parse(text: &str) -> Result<Self, SyntaxError> {
         let length = text.chars().count();
         if length > MAX_EXPRESSION {
@@ -64,7 +64,7 @@ impl TagExpression {
         }
     }
 
-    /// A tag that everybody has who is meant, if there is one.
+    /// A tag that every selected subscription has, if there is one.
     pub(crate) fn needed(&self) -> Option<&str> {
         match self {
             Self::Tag(tag) => Some(tag),
@@ -73,7 +73,7 @@ impl TagExpression {
         }
     }
 
-    /// A condition on `subscriptions`, its parameters appended to `parameters`.
+    /// Returns a condition on `subscriptions`; its parameters are appended to `parameters`.
     pub(crate) fn to_sql(&self, parameters: &mut Vec<Value>) -> String {
         match self {
             Self::Tag(tag) => {
@@ -91,7 +91,7 @@ impl TagExpression {
     }
 }
 
-/// A word or a parenthesis, and where it stands.
+/// A word or a parenthesis, and the index of its first character.
 #[derive(Debug)]
 struct TagToken<'a> {
     text: &'a str,

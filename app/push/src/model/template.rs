@@ -1,16 +1,16 @@
-//! Payloads with places for each subscription's own data: `{{name}}`, or `{{name|stranger}}` with what stands there
-//! when its metadata has no such value. A backslash before the braces makes them plain text: `\{{name}}`.
+//! Payloads with places for each subscription's own data: `{{name}}`, or `{{name|stranger}}` with a default for
+//! subscriptions whose metadata has no such value. A backslash before the braces makes them plain text: `\{{name}}`.
 
 use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use serde_json::Value;
 
-/// A payload, cut at its places.
+/// A payload that is cut at its places.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Template {
     parts: Vec<TemplatePart>,
-    /// Whether values are written as in a JSON string.
+    /// Whether values are escaped as in a JSON string.
     is_json: bool,
 }
 
@@ -20,17 +20,17 @@ enum TemplatePart {
     Place { name: String, default: Option<String> },
 }
 
-/// What a payload is.
+/// The result of reading a payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Parsed {
-    /// The same for everybody: the text, without the backslashes before braces.
+    /// A payload without places: the text, without the backslashes before braces.
     Plain(Vec<u8>),
-    /// It has places.
+    /// A payload with places.
     Template(Template),
 }
 
 impl Template {
-    /// Reads a payload; none when there are no places in it.
+    /// Reads a payload; returns `None` when it has no places.
     pub(crate) fn parse(payload: &[u8]) -> Option<Self> {
         match Self::read(payload) {
             Parsed::Plain(_) => None,
@@ -122,7 +122,8 @@ impl Template {
     }
 }
 
-/// A place at the beginning of `text`, and its length. Anything else between braces is left as it is.
+/// Reads a place at the beginning of `text`, and returns it with its length in bytes. Anything else between braces is
+/// left as it is.
 fn place(text: &str, is_json: bool) -> Option<(TemplatePart, usize)> {
     let end = text.find("}}")?;
     let (name, default) = match text[2..end].split_once('|') {

@@ -1,7 +1,7 @@
-//! Parts of audiences, each sent by a job, and how far it has come.
+//! Batches: the parts of an audience, each sent by a job, and their progress.
 //!
-//! Every change of a batch carries the epoch of the job's claim: one that comes from an earlier claim changes
-//! nothing, and so an outcome is counted once, however often the message was sent.
+//! Every change of a batch carries the epoch of the job's claim, a fencing token: a change of an earlier claim has no
+//! effect, so an outcome is counted once, however often the message was sent.
 
 use crate::model::notification::NotificationStatus;
 use std::collections::{BTreeMap, HashMap};
@@ -20,23 +20,23 @@ use crate::model::jobs::{Pruned, Webhook, WebhookEvent};
 use crate::model::outcome::Outcome;
 use crate::model::refusals::{self, RefusalEvidence, RefusalRecord, SubscriptionRefusal};
 
-/// A part of an audience, in the hands of a job.
+/// A part of an audience that a job has taken.
 #[derive(Clone, Debug)]
 pub(crate) struct Batch {
     pub(crate) id: Uuid,
     pub(crate) notification: Uuid,
     pub(crate) part: BatchPart,
     pub(crate) attempt: u32,
-    /// When the notification was accepted, or due, in milliseconds since 1970.
+    /// Time at which the notification was due, or accepted if it was due at once, in milliseconds since 1970.
     pub(crate) since: i64,
     pub(crate) standing: NotificationStatus,
-    /// How many the notification is for, as far as was known when it was accepted.
+    /// Estimated size of the audience when the notification was accepted.
     pub(crate) estimate: u64,
-    /// The outcomes of members up to it are recorded,
+    /// The outcomes of members up to this id are recorded.
     pub(crate) low_id: i64,
-    /// and those of these.
+    /// Members above `low_id` whose outcomes are recorded, in ascending order.
     pub(crate) above: Vec<i64>,
-    /// The member that was sent to alone, after crashes.
+    /// The member that was sent to alone, in isolation mode after crashes.
     pub(crate) trying: Option<i64>,
     pub(crate) site: i64,
     pub(crate) audience: Audience,
@@ -50,26 +50,26 @@ pub(crate) struct Batch {
     pub(crate) is_template: bool,
     /// Whether every delivery is logged, not only failures.
     pub(crate) logs_all: bool,
-    /// Whom to tell about subscriptions that are deleted.
+    /// The webhook that is told about subscriptions that are deleted.
     pub(crate) webhook: Option<String>,
 }
 
-/// How many batches that wait for a push service are woken in one transaction.
+/// Number of batches waiting for a push service that are woken in one transaction.
 const WOKEN: usize = 100;
 
 impl Batch {
-    /// Whether the outcome of a member is recorded.
+    /// Returns true when the outcome of a member is recorded.
     pub(crate) fn is_recorded(&self, id: i64) -> bool {
         id <= self.low_id || self.above.binary_search(&id).is_ok()
     }
 }
 
-/// Which members.
+/// The members of a batch.
 #[derive(Clone, Debug)]
 pub(crate) enum BatchPart {
-    /// All up to this id.
+    /// All members up to this id.
     Range { upto: i64 },
-    /// These, which are tried again.
+    /// Members that are tried again.
     Ids(Vec<i64>),
 }
 
@@ -80,27 +80,27 @@ pub(crate) struct Member {
     pub(crate) endpoint: String,
     pub(crate) p256dh: Vec<u8>,
     pub(crate) auth: Vec<u8>,
-    /// The key that it was made with; none when it came with the notification.
+    /// Id of the VAPID key that the subscription was made with; `None` when it came with the notification.
     pub(crate) vapid_key: Option<i64>,
-    /// Whether something was delivered to it before.
+    /// Whether a message was delivered to the subscription before.
     pub(crate) is_proven: bool,
-    /// Whether it was refused since.
+    /// Whether the subscription was refused since its last delivery.
     pub(crate) is_refused: bool,
-    /// Read only for templates.
+    /// Metadata as JSON; it is read only for templates.
     pub(crate) metadata: Option<String>,
 }
 
-/// The members of a batch.
+/// Members of a batch that were read from the store.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Members {
     pub(crate) list: Vec<Member>,
-    /// Those whose rows cannot be read, and why.
+    /// Ids of the members whose rows cannot be read, and the reasons.
     pub(crate) unreadable: Vec<(i64, String)>,
-    /// The id behind which there are more: an audience may have grown since it was cut.
+    /// Id after which the batch has more members, if it has: an audience may have grown since it was cut.
     pub(crate) rest_after: Option<i64>,
 }
 
-/// How it went for one subscription, for the log.
+/// A delivery to one subscription, for the log.
 #[derive(Clone, Debug)]
 pub(crate) struct Delivery {
     pub(crate) subscription: i64,
@@ -109,7 +109,7 @@ pub(crate) struct Delivery {
     pub(crate) detail: String,
 }
 
-/// What a batch has done since the last one.
+/// The progress of a batch since the last checkpoint.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Checkpoint {
     pub(crate) low_id: i64,
@@ -117,43 +117,43 @@ pub(crate) struct Checkpoint {
     pub(crate) outcomes: Vec<(Outcome, usize)>,
     /// Subscriptions that have ended, with the endpoint that was sent to.
     pub(crate) ended: Vec<(i64, String)>,
-    /// Subscriptions that were refused, with the endpoint that was sent to,
+    /// Subscriptions that were refused, with the endpoint that was sent to.
     pub(crate) refused: Vec<(i64, String, SubscriptionRefusal)>,
-    /// and those that were delivered to after that.
+    /// Subscriptions that had been refused and were delivered to now.
     pub(crate) cleared: Vec<i64>,
     /// Subscriptions that were delivered to for the first time.
     pub(crate) proven: Vec<i64>,
     pub(crate) deliveries: Vec<Delivery>,
     /// Members to be tried again later.
     pub(crate) deferred: Vec<Deferred>,
-    /// Those of the batch's range that this run has not read, when it is finished all the same.
+    /// The rest of the batch's range that this run has not read, when the batch is finished all the same.
     pub(crate) rest: Option<RestOfBatch>,
     /// The webhook that is told which subscriptions are deleted.
     pub(crate) tell: Option<String>,
-    /// How many members are neither recorded nor deferred.
+    /// Number of members that are neither recorded nor deferred.
     pub(crate) left: usize,
-    /// Whether this was the last.
+    /// Whether this is the last checkpoint of the batch.
     pub(crate) finished: bool,
 }
 
-/// What came of a checkpoint.
+/// The result of a checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Recorded {
-    /// It is written.
+    /// The checkpoint is written.
     Kept,
-    /// It is written, and it was the last of its notification.
+    /// The checkpoint is written, and the notification has ended with it.
     Last,
-    /// The batch is in other hands by now: nothing has changed.
+    /// A later claim has the batch: nothing has changed.
     TooLate,
 }
 
-/// Members to be tried again later, by a job of their own.
+/// Members that are tried again later, by a job of their own.
 #[derive(Clone, Debug)]
 pub(crate) struct Deferred {
     pub(crate) ids: Vec<i64>,
     pub(crate) job: NewJob,
     pub(crate) attempt: u32,
-    /// The origin of the push service that nothing is sent to, if they wait for that.
+    /// Origin of the held push service that the members wait for, if they wait for one.
     pub(crate) waits_for: Option<String>,
 }
 
@@ -168,26 +168,26 @@ pub(crate) struct WaitingBatch {
     pub(crate) is_paced: bool,
 }
 
-/// What is left of a batch's range: the audience has grown since that was cut.
+/// The rest of a batch's range: the audience has grown since the range was cut.
 #[derive(Clone, Debug)]
 pub(crate) struct RestOfBatch {
-    /// Behind this id.
+    /// Id after which the rest begins.
     pub(crate) after: i64,
     pub(crate) job: NewJob,
 }
 
-/// What came of adding batches.
+/// The result of adding batches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum AddedBatches {
-    /// There may be more.
+    /// More batches may follow.
     Some,
-    /// There are no more, or the cutting is in other hands by now.
+    /// No more batches follow, or a later claim has the fan-out.
     NoMore,
-    /// There are no more, and all batches have finished already.
+    /// No more batches follow, and all batches have finished already.
     Last,
 }
 
-/// How far an audience has been cut into batches.
+/// The progress of cutting an audience into batches.
 #[derive(Clone, Debug)]
 pub(crate) struct OpenFanOut {
     pub(crate) site: i64,
@@ -195,24 +195,25 @@ pub(crate) struct OpenFanOut {
     pub(crate) watermark: i64,
     pub(crate) fanned_to: i64,
     pub(crate) standing: NotificationStatus,
-    /// How many of its batches are not finished, besides those that are to be tried again.
+    /// Number of unfinished batches, without those of retries.
     pub(crate) ahead: usize,
 }
 
 impl OpenFanOut {
-    /// Those who are in no batch yet.
+    /// Selects the members that are in no batch yet.
     fn left(&self, dialect: Dialect) -> Selection {
         self.audience.select(dialect, self.site, self.fanned_to, self.watermark)
     }
 }
 
 impl PushStore {
-    /// Takes a batch for the claim `epoch`, from any earlier one. None when there is nothing left to do.
+    /// Takes a batch for the claim `epoch` from any earlier claim. Returns `None` when nothing is left to do: the batch
+    /// is finished, or a later claim has it.
     pub(crate) async fn open_batch(&self, id: Uuid, epoch: i64) -> Result<Option<Batch>> {
         transact!(&self.sql, tx => open_batch(tx, id, epoch))
     }
 
-    /// The members of a batch whose outcomes are not recorded, among the first `most`.
+    /// Returns the members whose outcomes are not recorded, among the first `most` members of the batch.
     pub(crate) async fn members(&self, batch: &Batch, most: usize) -> Result<Members> {
         let (mut sql, mut parameters) = members_to_sql(self.sql.dialect(), batch);
         let one_more = most.saturating_add(1);
@@ -235,7 +236,7 @@ impl PushStore {
             }
             match member(row, stored, batch.is_template && stored) {
                 Ok(member) => members.list.push(member),
-                // It is counted, as everybody else is, and keeps nobody waiting.
+                // An unreadable member is counted like all others, and delays none of them.
                 Err(error) => {
                     set_apart(if stored { "subscriptions" } else { "recipients" }, &row.name("id"), &error);
                     members.unreadable.push((id, error.to_string()));
@@ -245,8 +246,8 @@ impl PushStore {
         Ok(members)
     }
 
-    /// The ids of these; of those that are tried again, also such as do not exist any more. And the id behind which there are
-    /// more, if so.
+    /// Returns the ids of the members whose outcomes are not recorded, and the id after which there are more, if there
+    /// are. In a batch of retries, the ids include subscriptions that do not exist any more.
     pub(crate) async fn left(&self, batch: &Batch, most: usize) -> Result<(Vec<i64>, Option<i64>)> {
         if let BatchPart::Ids(ids) = &batch.part {
             return Ok((ids.iter().copied().filter(|id| !batch.is_recorded(*id)).collect(), None));
@@ -256,20 +257,20 @@ impl PushStore {
         Ok((readable.chain(unreadable.iter().map(|(id, _)| *id)).collect(), rest_after))
     }
 
-    /// Gives up a batch that cannot be read: its notification goes on without it, and says so. True when that was the last of
-    /// it.
+    /// Gives up a batch that cannot be read: its notification goes on without the batch, and its `error` says so.
+    /// Returns true when the notification has ended with this.
     pub(crate) async fn abandon_batch(&self, id: Uuid, epoch: i64, why: String) -> Result<bool> {
         let jobs = self.jobs.clone();
         transact!(&self.sql, tx => abandon_batch(tx, &jobs, id, epoch, &why))
     }
 
-    /// Notes that a member is about to be sent to, alone: should the process crash, it was with that one.
+    /// Records the member that is about to be sent to alone: if the process crashes, this member was in flight.
     pub(crate) async fn note_trying(&self, batch: Uuid, epoch: i64, member: i64) -> Result<()> {
         let sql = "UPDATE batches SET trying = ? WHERE id = ? AND epoch = ?";
         self.sql.execute(sql, values![member, batch, epoch]).await.map(drop)
     }
 
-    /// Records what a batch has done.
+    /// Records the progress of a batch.
     pub(crate) async fn checkpoint(
         &self,
         batch: &Batch,
@@ -287,8 +288,8 @@ impl PushStore {
         Ok(recorded)
     }
 
-    /// Has the batches that wait for a push service sent now, by jobs that `new_job` makes, and returns how many there were.
-    /// Their own jobs will find nothing to do.
+    /// Gives the batches that wait for a push service to new jobs, which `new_job` makes, and returns their number.
+    /// Their former jobs will find nothing to do.
     pub(crate) async fn wake_batches(
         &self,
         origin: &str,
@@ -322,19 +323,20 @@ impl PushStore {
         }
     }
 
-    /// The batches of a notification that are not finished.
+    /// Returns the ids of up to 1000 unfinished batches of a notification.
     pub(crate) async fn batches_of(&self, notification: Uuid) -> Result<Vec<Uuid>> {
         let sql = "SELECT id FROM batches WHERE notification = ? LIMIT 1000";
         let rows = self.sql.query(sql, values![notification]).await?;
         Ok(sql::each(&rows, "batches", "id", Row::first))
     }
 
-    /// Takes the cutting of an audience for the claim `epoch`. None when it is done.
+    /// Takes the fan-out of a notification for the claim `epoch`. Returns `None` when it is done, or a later claim has
+    /// it.
     pub(crate) async fn open_fan_out(&self, notification: Uuid, epoch: i64) -> Result<Option<OpenFanOut>> {
         transact!(&self.sql, tx => open_fan_out(tx, notification, epoch))
     }
 
-    /// The id at which the next `size` members end; none when there is nobody left.
+    /// Returns the highest id of the next `size` members; `None` when no members are left.
     pub(crate) async fn next_page(&self, fan_out: &OpenFanOut, size: usize) -> Result<Option<i64>> {
         let Selection { from, condition, id, mut parameters } = fan_out.left(self.sql.dialect());
         parameters.push(size.into());
@@ -344,7 +346,7 @@ impl PushStore {
         self.sql.value(sql, parameters).await
     }
 
-    /// Adds batches, each of which ends at an id, and the jobs that send them; and says that they are the `last`.
+    /// Adds batches, each with its highest id and the job that sends it. `last` says that no more batches follow.
     pub(crate) async fn add_batches(
         &self,
         notification: Uuid,
@@ -361,8 +363,8 @@ impl PushStore {
         Ok(added)
     }
 
-    /// Gives up cutting an audience: those who have no batch by now have failed.
-    /// That they were never tried has another outcome when the notification was cancelled, or has expired.
+    /// Gives up cutting an audience: members that have no batch by now are counted with `outcome`, which is failed
+    /// unless the notification was cancelled or has expired. Returns true when the notification has ended with this.
     pub(crate) async fn give_up_fan_out(
         &self,
         notification: Uuid,
@@ -513,7 +515,7 @@ fn audience(row: &Row) -> Result<Audience> {
     serde_json::from_str(&text).map_err(unreadable("audience"))
 }
 
-/// What is wrong with a column that has JSON of ours.
+/// Makes the error for a column whose JSON cannot be read.
 fn unreadable(column: &str) -> impl Fn(serde_json::Error) -> sql::Error {
     move |error| sql::Error::Unreadable {
         column: column.to_owned(),
@@ -541,7 +543,7 @@ fn members_to_sql(dialect: Dialect, batch: &Batch) -> (String, Vec<Value>) {
                 batch.audience.select(dialect, site, low, *upto);
             (format!("SELECT {stored} FROM {from} WHERE {condition} ORDER BY {id}"), parameters)
         }
-        // They were members when they were tried first.
+        // Retries are selected by id alone: they were members at their first attempt.
         (BatchPart::Ids(ids), is_inline) => {
             let ids = serde_json::to_string(ids).unwrap_or_default();
             let among = dialect.numbers_in("?");
@@ -569,8 +571,9 @@ fn member(row: &Row, stored: bool, with_metadata: bool) -> Result<Member> {
     })
 }
 
-/// Counts against subscriptions and for them, deletes those that have ended, and returns which these are. All rows are
-/// changed in the order of their ids, as everybody does: two checkpoints never wait for each other.
+/// Records refusals and clears them, deletes subscriptions that have ended or are given up, and returns the ids of the
+/// deleted ones. Rows are changed in the order of their ids, as everywhere, so that two checkpoints never wait for each
+/// other.
 async fn judge<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<i64>> {
     enum BatchChange<'a> {
         End(&'a str),
@@ -584,7 +587,7 @@ async fn judge<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<
     let changes: BTreeMap<i64, BatchChange<'_>> = ended.chain(refused).chain(cleared).collect();
     let (mut known, mut deleted) = (KnownRow::default(), Vec::new());
     for (id, change) in changes {
-        // Not if the browser has subscribed anew meanwhile and kept the row.
+        // The hash protects a row that the browser has kept by subscribing anew in the meantime.
         let gone = match change {
             BatchChange::End(endpoint) => {
                 let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ? AND endpoint_hash = ?";
@@ -608,7 +611,7 @@ async fn judge<T: Tx>(tx: &T, site: i64, checkpoint: &Checkpoint) -> Result<Vec<
     Ok(deleted)
 }
 
-/// Writes down that a subscription was refused; returns how many are given up.
+/// Records that a subscription was refused; returns the number of deleted rows, which is 1 when it is given up.
 async fn refuse<T: Tx>(
     tx: &T,
     site: i64,
@@ -642,7 +645,7 @@ async fn refuse<T: Tx>(
     Ok(0)
 }
 
-/// What services have accepted, as far as it was looked up.
+/// The acceptances of services that were looked up in this transaction.
 #[derive(Debug, Default)]
 struct KnownRow(HashMap<(String, i64), RefusalEvidence>);
 
@@ -670,8 +673,8 @@ impl KnownRow {
     }
 }
 
-/// Notes to whom something was delivered for the first time. Others may be at it: on Postgres nobody waits for them, since
-/// the next delivery says the same.
+/// Records first deliveries. Other transactions may do the same: on Postgres, locked rows are skipped instead of waited
+/// for, since the next delivery records the same.
 async fn prove<T: Tx>(tx: &T, site: i64, proven: &[i64]) -> Result<()> {
     if proven.is_empty() {
         return Ok(());
@@ -730,7 +733,7 @@ async fn record<T: Tx>(
     checkpoint: &Checkpoint,
 ) -> Result<Recorded> {
     let above = serde_json::to_string(&checkpoint.above).unwrap_or_default();
-    // Of those that are tried again, each is counted once: who is deferred is counted by another batch from now on.
+    // Each retry is counted once: a deferred member is counted by another batch from now on.
     let held = "UPDATE batches SET low_id = ?, above = ?, again = CASE WHEN ids IS NULL THEN 0 ELSE ? END
                 WHERE id = ? AND epoch = ?";
     if tx.execute(held, &values![checkpoint.low_id, above, checkpoint.left, id, epoch]).await? == 0 {
@@ -755,7 +758,8 @@ async fn record<T: Tx>(
         let sql = "UPDATE notifications SET outstanding = outstanding - 1 WHERE id = ?";
         tx.execute(sql, &values![notification]).await?;
     }
-    // Last, and after the notification itself: all its batches change these rows.
+    // The outcomes come last, after the notification's own row, since all batches of the notification change these
+    // rows.
     for (outcome, count) in &checkpoint.outcomes {
         add_outcome(tx, notification, outcome.as_str(), *count).await?;
     }
@@ -774,7 +778,7 @@ async fn insert_deferred<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, deferre
     one_more(tx, jobs, notification, &deferred.job).await
 }
 
-/// Gives batches to other jobs, except such as were taken in hand meanwhile.
+/// Gives batches to other jobs, except batches that were taken in the meantime.
 async fn wake_batches<T: Tx>(tx: &T, jobs: &Jobs, moves: &[(Uuid, NewJob)]) -> Result<usize> {
     let mut woken = 0;
     for (batch, job) in moves {
@@ -787,7 +791,7 @@ async fn wake_batches<T: Tx>(tx: &T, jobs: &Jobs, moves: &[(Uuid, NewJob)]) -> R
     Ok(woken)
 }
 
-/// Makes a batch of what is left of the range of the batch `of`.
+/// Makes a batch of the rest of the range of the batch `of`.
 async fn insert_rest<T: Tx>(
     tx: &T,
     jobs: &Jobs,
@@ -808,8 +812,8 @@ async fn one_more<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid, job: &NewJob) 
     jobs.insert(tx, std::slice::from_ref(job)).await
 }
 
-/// A notification whose last batch has finished has ended: its own recipients are not needed any more, and whoever
-/// wants to know is told.
+/// Ends a notification whose last batch has finished: its own recipients are deleted, and its webhook is told. Returns
+/// true when the notification has ended with this.
 pub(super) async fn end_if_done<T: Tx>(tx: &T, jobs: &Jobs, notification: Uuid) -> Result<bool> {
     let sql = "UPDATE notifications SET ended_at = ?2, state = CASE
                    WHEN state = 'cancelled' THEN 'cancelled'

@@ -5,7 +5,7 @@ use perennial_store::pool::sql::{Result, Row};
 
 use super::timestamp;
 
-/// How it went for one subscription.
+/// A logged delivery to one subscription.
 #[derive(Clone, Debug, serde::Serialize)]
 pub(crate) struct DeliveryView {
     subscription: i64,

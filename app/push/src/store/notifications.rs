@@ -1,4 +1,4 @@
-//! What was accepted by `POST /notify`, and how it went.
+//! Notifications that were accepted by `POST /notify`, and their outcomes.
 
 use crate::model::notification::Notification;
 use crate::model::notification::NotificationStatus;
@@ -20,7 +20,7 @@ use crate::model::audience::{Audience, Selection};
 use crate::model::jobs::Close;
 use crate::model::queues::FAN_OUT_QUEUE;
 
-/// How long counting an audience may take: the request waits for it, and the connection is everybody's.
+/// How long counting an audience may take: the request waits for it, and the connection is shared.
 const COUNTING: Duration = Duration::from_secs(2);
 /// For how long an idempotency key is kept, in milliseconds.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
@@ -41,25 +41,25 @@ pub(crate) struct NewNotification {
     /// Whether the payload has places for each subscription's own data.
     pub(crate) is_template: bool,
     pub(crate) estimate: u64,
-    /// The highest id of a member.
+    /// The highest id that a member may have.
     pub(crate) watermark: i64,
-    /// The job that begins it: it sends to everybody, or it makes the batches.
+    /// The job that begins the notification: it sends to the whole audience, or it makes the batches.
     pub(crate) job: NewJob,
-    /// Whether that job sends to everybody.
+    /// Whether this job sends to the whole audience.
     pub(crate) direct: bool,
     pub(crate) idempotency: Option<Idempotency>,
 }
 
-/// How and when to send, and whom to tell.
+/// How and when a notification is sent, and which webhook is told.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct SendPlan {
     /// Sends per 1000 seconds.
     pub(crate) rate_milli: Option<i64>,
     /// How long it takes to reach the rate, in milliseconds.
     pub(crate) ramp_ms: i64,
-    /// Not before then, in milliseconds since 1970,
+    /// Time before which nothing is sent, in milliseconds since 1970.
     pub(crate) due_at: Option<i64>,
-    /// and not after.
+    /// Time after which nothing is sent, in milliseconds since 1970.
     pub(crate) expires_at: Option<i64>,
     pub(crate) webhook: Option<String>,
     /// Whether every delivery is logged, not only failures.
@@ -68,13 +68,13 @@ pub(crate) struct SendPlan {
     pub(crate) is_declarative: bool,
 }
 
-/// What somebody wants with a notification that has not ended.
+/// A change of a notification that has not ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Change {
     Pause,
     Resume,
     Cancel,
-    /// Another rate, in sends per 1000 seconds; none for as fast as possible.
+    /// A new rate, in sends per 1000 seconds; `None` for as fast as possible.
     Rate(Option<i64>),
 }
 
@@ -85,7 +85,7 @@ pub(crate) struct Recipient {
     pub(crate) keys: Keys,
 }
 
-/// A promise to answer the same again.
+/// A promise to give a repeated request the same answer.
 #[derive(Clone, Debug)]
 pub(crate) struct Idempotency {
     pub(crate) api_key: String,
@@ -93,26 +93,26 @@ pub(crate) struct Idempotency {
     pub(crate) fingerprint: [u8; 32],
 }
 
-/// What came of accepting one.
+/// The result of accepting a notification.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Accepted {
-    /// It is stored, and will be sent.
+    /// The notification is stored and will be sent.
     Now,
-    /// The same was accepted before, under this id and with this estimate.
+    /// The same request was accepted before, with this id, estimate and first state.
     Before(Uuid, u64, Stage),
-    /// Another one was accepted with this idempotency key.
+    /// Another request was accepted with this idempotency key.
     Conflict,
 }
 
 impl PushStore {
-    /// The highest id among the subscriptions of a site: members of an audience are those up to it. Whoever comes
-    /// between this and the acceptance was not there when it was asked for.
+    /// Returns the highest id among the subscriptions of a site: the members of an audience are those up to it. A
+    /// browser that subscribes between this call and the acceptance was not there at the time of the request.
     pub(crate) async fn watermark(&self, site: i64) -> Result<i64> {
         let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
         self.sql.value(newest, values![site]).await
     }
 
-    /// How many subscriptions an audience has now. None when that takes too long to find out.
+    /// Counts the subscriptions of an audience. Returns `None` when that takes too long.
     pub(crate) async fn count(&self, site: i64, audience: &Audience, watermark: i64) -> Result<Option<u64>> {
         let Selection { from, condition, parameters, .. } =
             audience.select(self.sql.dialect(), site, 0, watermark);
@@ -128,8 +128,8 @@ impl PushStore {
         }
     }
 
-    /// How many of an audience have no value for one of these names in their metadata. None when that takes too long to find
-    /// out.
+    /// Counts the subscriptions of an audience whose metadata has no value for one of these names. Returns `None` when
+    /// that takes too long.
     pub(crate) async fn count_incomplete(
         &self,
         site: i64,
@@ -155,7 +155,7 @@ impl PushStore {
         self.count_in_time(site, sql, parameters).await
     }
 
-    /// What the same request was answered before.
+    /// Returns the answer that was given to the same request before.
     pub(crate) async fn accepted_before(&self, promise: Idempotency) -> Result<Option<Accepted>> {
         transact!(&self.sql, tx => earlier(tx, &promise, now_ms()))
     }
@@ -175,7 +175,7 @@ impl PushStore {
         self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
     }
 
-    /// Some notifications, of any sites. One that cannot be read is left out.
+    /// Returns notifications of any site by id. A notification that cannot be read is left out.
     pub(crate) async fn notifications_of(&self, ids: &[Uuid]) -> Result<Vec<Notification>> {
         let columns = columns(self.sql.dialect());
         let places = vec!["?"; ids.len()].join(", ");
@@ -184,15 +184,15 @@ impl PushStore {
         Ok(sql::each(&rows, "notifications", "id", read))
     }
 
-    /// A notification of any site.
+    /// Returns a notification of any site.
     pub(crate) async fn any_notification(&self, id: Uuid) -> Result<Option<Notification>> {
         let columns = columns(self.sql.dialect());
         let sql = format!("SELECT {columns} FROM notifications WHERE id = ?");
         self.sql.first(sql, values![id]).await?.as_ref().map(read).transpose()
     }
 
-    /// Changes how a notification stands, and returns how it stands now. None when there is none, and as it was when it
-    /// has ended.
+    /// Changes a notification and returns its new status. Returns `None` when there is no such notification, and the
+    /// unchanged status when it has ended.
     pub(crate) async fn change(
         &self,
         site: i64,
@@ -207,7 +207,7 @@ impl PushStore {
         Ok(changed)
     }
 
-    /// How it went for subscriptions after `cursor`, in the order of their ids.
+    /// Returns the deliveries to subscriptions after `cursor`, in the order of their ids.
     pub(crate) async fn deliveries(
         &self,
         notification: Uuid,
@@ -228,10 +228,10 @@ impl PushStore {
         }
     }
 
-    /// Deletes some of what belongs to notifications that ended before `before`, in milliseconds since 1970; returns how
-    /// many rows.
+    /// Deletes some rows of notifications that ended before `before`, in milliseconds since 1970; returns the number of
+    /// rows.
     pub(crate) async fn forget_notifications(&self, before: i64) -> Result<u64> {
-        // Slice by slice: the log of one may have a million lines.
+        // The log of one notification may have a million lines, so each call deletes a slice.
         let sql = "DELETE FROM deliveries WHERE (notification, subscription) IN (
                        SELECT notification, subscription FROM deliveries JOIN notifications ON id = notification
                        WHERE ended_at < ? LIMIT 5000)";
@@ -244,7 +244,7 @@ impl PushStore {
         self.sql.execute(sql, values![before]).await
     }
 
-    /// Notifications before `cursor`, the newest first.
+    /// Returns the notifications before `cursor`, the newest first.
     pub(crate) async fn notifications(
         &self,
         site: i64,
@@ -330,7 +330,7 @@ async fn apply<T: Tx>(
     id: Uuid,
     change: Change,
 ) -> Result<Option<NotificationStatus>> {
-    // A pause, or another rate, begins the schedule anew.
+    // A pause or a new rate begins the schedule anew.
     let (set, from): (&str, &str) = match change {
         Change::Pause => ("state = 'paused'", "'scheduled', 'queued', 'sending'"),
         Change::Resume => (
@@ -345,7 +345,7 @@ async fn apply<T: Tx>(
         ),
     };
     let rate = if let Change::Rate(rate) = change { rate } else { None };
-    // Every parameter is used by each of them: Postgres wants to know the type of all.
+    // Each of the statements uses every parameter, because Postgres must know the type of each.
     let sql = format!(
         "UPDATE notifications SET {set} WHERE site = ?1 AND id = ?2 AND ended_at IS NULL AND state IN ({from})
          AND ?3 = ?3 AND coalesce(?4, 0) = coalesce(?4, 0)"

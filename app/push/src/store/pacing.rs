@@ -1,4 +1,4 @@
-//! How notifications stand, and whose turn it is to send at which time.
+//! The status of notifications, and reservations of slices of their schedules.
 
 use std::time::Duration;
 
@@ -11,34 +11,35 @@ use super::PushStore;
 use crate::model::notification::NotificationStatus;
 use crate::model::schedule::{CATCH_UP, RateSchedule, SLICE};
 
-/// How far ahead slices are reserved, in microseconds: two of them.
+/// How far ahead slices are reserved, in microseconds: the length of two slices.
 const AHEAD_US: i64 = 500_000;
-/// From the first reservation to the first send, in microseconds.
+/// Time from the first reservation to the first send, in microseconds.
 const LEAD_US: i64 = 20_000;
 const CATCH_UP_US: i64 = 250_000;
 const _: () = assert!(CATCH_UP.as_micros() == 250_000);
 
-/// What came of asking for a slice.
+/// The result of asking for a slice.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Reserved {
-    /// It is ours.
+    /// A slice is reserved for this process.
     Slice {
         schedule: RateSchedule,
-        /// The store's clock, and when the schedule began, in microseconds since 1970.
+        /// Time of the store's clock, in microseconds since 1970.
         now: i64,
+        /// Time at which the schedule began, in microseconds since 1970.
         began: i64,
         /// See [`crate::pacing::pace::Slice`].
         next: f64,
         end: f64,
     },
-    /// Others have what comes next.
+    /// Other processes have the next slices; the next one can be reserved after this time.
     Later(Duration),
-    /// There is nothing to reserve: it is not paced, or not sent.
+    /// There is nothing to reserve: the notification is not paced, or not sent.
     Nothing,
 }
 
 impl PushStore {
-    /// How notifications stand; none of one that cannot be read.
+    /// Returns the status of notifications; `None` for a notification that cannot be read.
     pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Option<NotificationStatus>)>> {
         let hex: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
         let among = self.sql.dialect().is_among("id", "?");
@@ -96,7 +97,7 @@ async fn reserve_origin<T: Tx>(tx: &T, origin: &str, schedule: RateSchedule) -> 
         return Ok(Reserved::Later(Duration::ZERO));
     };
     let next: Option<i64> = row.get("pace_next")?;
-    // Without a ramp, any time is as good as the beginning.
+    // Without a ramp, any time can serve as the beginning.
     let (reserved, _, end) = slice(schedule, row.get("now")?, next, next);
     let Reserved::Slice { .. } = reserved else { return Ok(reserved) };
     let sql =
@@ -105,8 +106,9 @@ async fn reserve_origin<T: Tx>(tx: &T, origin: &str, schedule: RateSchedule) -> 
     Ok(if changed == 1 { reserved } else { Reserved::Later(Duration::ZERO) })
 }
 
-/// The next slice of a schedule that began at `from`, when the first send that nobody has is due at `next`: with the
-/// beginning, which moves when time was lost, and when the first send after the slice is due. All in microseconds.
+/// Returns the next slice of a schedule that began at `from` and whose first unreserved send is due at `next`; the
+/// beginning of the schedule, which moves when time was lost; and the time at which the first send after the slice is
+/// due. All times are in microseconds.
 #[expect(
     clippy::cast_precision_loss,
     clippy::cast_possible_truncation,
@@ -117,7 +119,7 @@ fn slice(schedule: RateSchedule, now: i64, from: Option<i64>, next: Option<i64>)
     let mut next = next.unwrap_or(from);
     let longest = SLICE.as_secs_f64() + (1.0 / schedule.rate).max(schedule.at(1.0));
     if next - now > AHEAD_US + (longest * 1e6) as i64 {
-        // Nobody reserves so far ahead: the store's clock was set back.
+        // No process reserves so far ahead: the store's clock was set back.
         from += now - next;
         next = now;
     }

@@ -1,4 +1,4 @@
-//! Push services that are not sent to for a while, as all replicas know it.
+//! The state of push services that all replicas share: which services are held, and which have accepted messages.
 
 use std::time::Duration;
 
@@ -9,22 +9,22 @@ use perennial_webpush::Acceptance;
 
 use super::{PushStore, now_ms};
 
-/// For how long it is remembered that a service has accepted a message, in milliseconds, and of how many at most.
+/// How long acceptances of services are kept, in milliseconds, and the largest number of them.
 const ACCEPTANCES: (i64, i64) = (90 * 24 * 3600 * 1000, 10_000);
 
-/// A push service that somebody has stopped sending to, or begun again.
+/// A push service whose hold has begun or ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HeldService {
     pub(crate) origin: String,
-    /// For how long still; not at all when an operator has ended it.
+    /// Remaining time of the hold; `None` when an operator has ended it.
     pub(crate) wait: Option<Duration>,
     pub(crate) cause: String,
-    /// By the store's clock, in milliseconds since 1970.
+    /// Time of the change by the store's clock, in milliseconds since 1970.
     pub(crate) changed_at: i64,
 }
 
 impl PushStore {
-    /// Notes that a service is not sent to for this long.
+    /// Records that a service is held for `wait`. A hold that ends later stays.
     pub(crate) async fn hold_service(&self, origin: &str, wait: Duration, cause: &str) -> Result<()> {
         let now = self.now();
         let wait = i64::try_from(wait.as_millis()).unwrap_or(i64::MAX);
@@ -38,7 +38,7 @@ impl PushStore {
         self.sql.execute(sql, values![origin, wait, cause]).await.map(drop)
     }
 
-    /// Notes that a service is to be sent to again.
+    /// Records that a service is sent to again.
     pub(crate) async fn resume_service(&self, origin: &str) -> Result<()> {
         let now = self.now();
         let sql = format!(
@@ -48,7 +48,7 @@ impl PushStore {
         self.sql.execute(sql, values![origin]).await.map(drop)
     }
 
-    /// What has changed since `changed_at`.
+    /// Returns the services whose hold has changed since `changed_at`, the newest change first.
     pub(crate) async fn held_services(&self, changed_at: i64) -> Result<Vec<HeldService>> {
         let now = self.now();
         let sql = format!(
@@ -68,7 +68,7 @@ impl PushStore {
         Ok(sql::each(&rows, "push_services", "origin", read))
     }
 
-    /// Forgets services that nothing has been said about for a day.
+    /// Deletes services that have not changed for a day, are not held and were not paced for a day.
     pub(crate) async fn forget_services(&self) -> Result<()> {
         let now = self.now();
         let sql = format!(
@@ -78,7 +78,7 @@ impl PushStore {
         self.sql.execute(sql, values![]).await.map(drop)
     }
 
-    /// Notes that services have accepted messages.
+    /// Records that services have accepted messages.
     pub(crate) async fn note_accepted(&self, accepted: Vec<Acceptance>) -> Result<()> {
         let at = |acceptance: &Acceptance| {
             let at = Timestamp::try_from(acceptance.at).unwrap_or_default();
@@ -94,20 +94,20 @@ impl PushStore {
         Ok(())
     }
 
-    /// Whether any service has accepted a message that was signed like this.
+    /// Returns true when any service has accepted a message of this signer.
     pub(crate) async fn was_accepted(&self, signer: i64) -> Result<bool> {
         let sql = "SELECT EXISTS (SELECT 1 FROM push_acceptances WHERE signer = ?)";
         self.sql.value(sql, values![signer]).await
     }
 
-    /// The endpoints of subscriptions that were refused since something was delivered to them: the first `most`.
+    /// Returns the endpoints of up to `most` subscriptions that were refused since their last delivery.
     pub(crate) async fn at_risk(&self, most: usize) -> Result<Vec<String>> {
         let sql = "SELECT endpoint FROM subscriptions WHERE refused_since IS NOT NULL LIMIT ?";
         let rows = self.sql.query(sql, values![most]).await?;
         Ok(rows.iter().filter_map(|row| row.first().ok()).collect())
     }
 
-    /// Forgets acceptances that nothing can be held against any more, and the oldest of too many.
+    /// Deletes acceptances that are too old to be evidence, and the oldest when there are too many.
     pub(crate) async fn forget_acceptances(&self) -> Result<()> {
         let sql = "DELETE FROM push_acceptances WHERE accepted_at < ?";
         self.sql.execute(sql, values![now_ms() - ACCEPTANCES.0]).await?;
@@ -116,7 +116,7 @@ impl PushStore {
         self.sql.execute(sql, values![ACCEPTANCES.1]).await.map(drop)
     }
 
-    /// The store's clock in milliseconds, as an expression.
+    /// The store's clock in milliseconds, as an SQL expression.
     fn now(&self) -> String {
         format!("({} / 1000)", self.sql.dialect().now_us())
     }

@@ -1,5 +1,6 @@
-//! How much of the store's connections one site may have for reads that callers ask for and that may take long: counting an
-//! audience, listing. The others are left to everybody else, however many requests a site sends at once.
+//! Limits the connections of the store that one site may have for reads that callers ask for and that may take long:
+//! counting an audience, listing. The other connections stay free for all other work, however many requests a site
+//! sends at once.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -13,26 +14,26 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 /// How long a caller waits for its site's share.
 const WAIT: Duration = Duration::from_secs(5);
 
-/// See the module. A cheap handle.
+/// The shares of all sites. Cloning is cheap.
 #[derive(Clone, Debug)]
 pub(super) struct Shares {
-    /// How many reads of one site run at once.
+    /// Number of reads of one site that may run at once.
     size: usize,
     dialect: Dialect,
-    /// As many as there are sites.
+    /// One semaphore for each site that has asked for a read.
     sites: Arc<Mutex<HashMap<i64, Arc<Semaphore>>>>,
 }
 
 impl Shares {
-    /// Of so many connections a site may have half.
+    /// Gives each site half of the connections, but at least one.
     pub(super) fn of(connections: usize, dialect: Dialect) -> Self {
         Self { size: (connections / 2).max(1), dialect, sites: Arc::default() }
     }
 
-    /// The right to one read of a site, for as long as the permit lives.
+    /// Takes a permit for one read of a site.
     ///
     /// # Errors
-    /// That the store is busy, when as many as may have been running for too long.
+    /// The store is busy: no permit of the site became free in time.
     pub(super) async fn take(&self, site: i64) -> Result<OwnedSemaphorePermit> {
         let share = {
             let mut sites = self.sites.lock();

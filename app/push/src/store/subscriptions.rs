@@ -1,4 +1,4 @@
-//! Browsers that may be sent to.
+//! Subscriptions of browsers.
 
 use std::sync::Arc;
 
@@ -14,7 +14,7 @@ use super::{Page, Pager, PushStore, now_ms, timestamp};
 use crate::model::audience::{Audience, Selection};
 use crate::model::endpoint::endpoint_hash;
 
-/// How many subscriptions of a user are deleted at once.
+/// Number of subscriptions of a user that are deleted in one transaction.
 const DELETED: usize = 500;
 
 /// A subscription that is about to be stored.
@@ -24,34 +24,34 @@ pub(crate) struct NewSubscription {
     pub(crate) vapid_key: i64,
     pub(crate) endpoint: String,
     pub(crate) keys: Keys,
-    /// Kept as it was when nothing is said; nobody's from now on if that is said.
+    /// The user: `None` keeps the stored one, and `Some(None)` removes it.
     pub(crate) user: Option<Option<String>>,
-    /// Kept as they were when there are none, but for a change of the user.
+    /// The tags: `None` keeps the stored ones; when the user changes, only public tags stay.
     pub(crate) tags: Option<Vec<String>>,
-    /// Whether only public tags may be taken away: a page has no word about the others.
+    /// Whether only public tags may be removed, since the request comes from a page.
     pub(crate) only_public: bool,
-    /// Tags that are a browser's, whoever uses it.
+    /// Tags that belong to the browser, whichever user it has.
     pub(crate) public_tags: Arc<[String]>,
-    /// Kept as it was when there is none, but for a change of the user.
+    /// The metadata as JSON: `None` keeps the stored one, unless the user changes.
     pub(crate) metadata: Option<String>,
-    /// In milliseconds since 1970.
+    /// Time at which the subscription ends, in milliseconds since 1970.
     pub(crate) expires_at: Option<i64>,
     pub(crate) replaces: Option<Replaced>,
     pub(crate) proof: Proof,
-    /// Whose it is as long as nothing was delivered to it, if a stranger made it.
+    /// Set for a guest: a subscription without an API key or a user token, until its first delivery.
     pub(crate) guest: Option<Guest>,
-    /// How many its user may have, if that is bounded.
+    /// Largest number of subscriptions of its user, if that is limited.
     pub(crate) most_of_user: Option<usize>,
 }
 
-/// A stranger, and how many subscriptions of strangers are kept that nothing was delivered to.
+/// The address of a guest, and how many other guests make room for it.
 #[derive(Clone, Debug)]
 pub(crate) struct Guest {
-    /// A keyed hash of the address; empty when it is not known.
+    /// Keyed hash of the address; empty when the address is not known.
     pub(crate) address: Vec<u8>,
-    /// Of one address; the oldest of them make room.
+    /// Largest number of guests of one address; the oldest of them make room.
     pub(crate) per_address: Option<usize>,
-    /// How many of the oldest of the whole site make room, since it has too many.
+    /// Number of the site's oldest guests that make room, because the site has too many.
     pub(crate) evicted: usize,
 }
 
@@ -62,21 +62,21 @@ pub(crate) struct Replaced {
     pub(crate) auth: Vec<u8>,
 }
 
-/// What shows that the caller may change a subscription that exists.
+/// The proof that the caller may change a subscription that exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Proof {
     /// An API key.
     Key,
-    /// Knowing its authentication secret, as the browser does.
+    /// The authentication secret of the subscription, which the browser knows.
     Auth,
 }
 
-/// What came of storing one.
+/// The result of storing a subscription.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Upserted {
     Created(i64),
     Updated(i64),
-    /// The endpoint is known, with another secret.
+    /// The endpoint is stored with another secret.
     WrongAuth,
 }
 
@@ -92,18 +92,18 @@ pub(crate) struct Subscription {
     pub(crate) updated_at: Timestamp,
 }
 
-/// A subscription with everything that sending to it takes.
+/// A subscription with everything that is needed to send to it.
 #[derive(Clone, Debug)]
 pub(crate) struct Exported {
     pub(crate) endpoint: String,
     pub(crate) p256dh: Vec<u8>,
     pub(crate) auth: Vec<u8>,
-    /// The VAPID key that it was made with.
+    /// Public half of the VAPID key that the subscription was made with.
     pub(crate) public_key: Vec<u8>,
     pub(crate) user: Option<String>,
     pub(crate) tags: Option<Vec<String>>,
     pub(crate) metadata: Option<serde_json::Value>,
-    /// In milliseconds since 1970.
+    /// Time at which the subscription ends, in milliseconds since 1970.
     pub(crate) expires_at: Option<i64>,
 }
 
@@ -117,12 +117,13 @@ fn columns(dialect: Dialect) -> String {
 }
 
 impl PushStore {
-    /// Stores a subscription, or brings the one with its endpoint up to date; and how many of strangers made room for it.
+    /// Stores a subscription, or updates the one with its endpoint. Returns also the number of subscriptions that were
+    /// deleted to make room for it.
     pub(crate) async fn upsert(&self, new: NewSubscription) -> Result<(Upserted, u64)> {
         transact!(&self.sql, tx => upsert(tx, &new))
     }
 
-    /// How many subscriptions of strangers a site has that nothing was delivered to.
+    /// Returns the number of guests of a site.
     pub(crate) async fn guests(&self, site: i64) -> Result<u64> {
         self.sql.value("SELECT count(*) FROM guests WHERE site = ?", values![site]).await
     }
@@ -133,7 +134,8 @@ impl PushStore {
         self.sql.first(sql, values![site, id]).await?.as_ref().map(read).transpose()
     }
 
-    /// Subscriptions after `cursor` in the order of their ids: up to `limit`, and as many bytes as one answer may have.
+    /// Returns the subscriptions after `cursor` in the order of their ids: up to `limit`, and as many bytes as one
+    /// answer may have.
     pub(crate) async fn subscriptions(
         &self,
         site: i64,
@@ -163,7 +165,7 @@ impl PushStore {
         }
     }
 
-    /// Stores many, whatever was known about them before, so many in one transaction.
+    /// Stores many subscriptions, new or known, `size` of them in each transaction.
     pub(crate) async fn import_all(&self, new: Vec<NewSubscription>, size: usize) -> Result<Vec<Upserted>> {
         let mut new = new.into_iter();
         let parts = std::iter::from_fn(|| {
@@ -171,7 +173,7 @@ impl PushStore {
         });
         let parts: Vec<_> = parts.collect();
         if self.sql.dialect() == Dialect::Sqlite {
-            // The writer takes those that wait at once into one commit.
+            // The writer commits the transactions that wait at the same time together.
             return Ok(try_join_all(parts.into_iter().map(|part| self.import(part))).await?.concat());
         }
         let mut upserted = Vec::new();
@@ -185,7 +187,8 @@ impl PushStore {
         transact!(&self.sql, tx => import(tx, &new))
     }
 
-    /// Subscriptions after `cursor` in the order of their ids, with everything that sending to them takes.
+    /// Returns the subscriptions after `cursor` in the order of their ids, with everything that is needed to send to
+    /// them.
     pub(crate) async fn export(&self, site: i64, cursor: i64, limit: usize) -> Result<Page<Exported>> {
         let tags = self.sql.dialect().list_of("tag");
         let sql = format!(
@@ -218,7 +221,8 @@ impl PushStore {
         }
     }
 
-    /// How notifications went for one subscription, those first that were accepted first, after a notification.
+    /// Returns the deliveries to one subscription after a notification, in the order in which the notifications were
+    /// accepted, and the notification after which the next page begins, if there may be one.
     pub(crate) async fn deliveries_of(
         &self,
         subscription: i64,
@@ -232,11 +236,11 @@ impl PushStore {
         Ok((sql::each(&rows, "deliveries", "subscription", DeliveryView::read), next))
     }
 
-    /// Deletes everything of one user: how many subscriptions, and how many lines of logs.
+    /// Deletes everything about one user; returns the numbers of subscriptions and of logged deliveries.
     pub(crate) async fn delete_user(&self, site: i64, user: &str) -> Result<(u64, u64)> {
         let (mut subscriptions, mut deliveries) = (0, 0);
         loop {
-            // Some in each transaction: others write in between, however many there are.
+            // Each transaction deletes some of them, so that other transactions write in between.
             let name = user.to_owned();
             let (some, lines) = transact!(&self.sql, tx => delete_user(tx, site, &name))?;
             subscriptions += some;
@@ -247,21 +251,22 @@ impl PushStore {
         }
     }
 
-    /// Deletes one; false when there is none.
+    /// Deletes a subscription; returns false when there is none.
     pub(crate) async fn delete(&self, site: i64, id: i64) -> Result<bool> {
         let sql = "DELETE FROM subscriptions WHERE site = ? AND id = ?";
         Ok(self.sql.execute(sql, values![site, id]).await? == 1)
     }
 
-    /// Deletes some of those that end before `before`, in milliseconds since 1970; returns how many.
+    /// Deletes up to 1000 subscriptions that end before `before`, in milliseconds since 1970; returns their number.
     pub(crate) async fn forget_expired(&self, before: i64) -> Result<u64> {
-        // Asked twice: one that is renewed at this moment stays.
+        // The condition is checked twice, so that a subscription that is renewed at this moment stays.
         let sql = "DELETE FROM subscriptions WHERE expires_at < ?1 AND id IN (
                        SELECT id FROM subscriptions WHERE expires_at < ?1 ORDER BY expires_at LIMIT 1000)";
         self.sql.execute(sql, values![before]).await
     }
 
-    /// Deletes the one with this endpoint, and this secret if one is given; false when there is none such.
+    /// Deletes the subscription with this endpoint, and with this secret if one is given; returns false when there is
+    /// none.
     pub(crate) async fn delete_by_endpoint(
         &self,
         site: i64,
@@ -282,7 +287,7 @@ impl PushStore {
         Ok(deleted == 1)
     }
 
-    /// The one with this endpoint.
+    /// Returns the subscription with this endpoint.
     pub(crate) async fn subscription_at(&self, site: i64, endpoint: &str) -> Result<Option<Subscription>> {
         let columns = columns(self.sql.dialect());
         let sql = format!("SELECT {columns} FROM subscriptions WHERE site = ? AND endpoint_hash = ?");
@@ -304,7 +309,7 @@ async fn delete_user<T: Tx>(tx: &T, site: i64, user: &str) -> Result<(u64, u64)>
 }
 
 async fn import<T: Tx>(tx: &T, all: &[NewSubscription]) -> Result<Vec<Upserted>> {
-    // One statement for each: what is known already is brought up to date. New rows have never been updated.
+    // One statement for each row inserts it, or updates a known one. Only a new row has equal times.
     let sql = r#"
         INSERT INTO subscriptions AS known (site, vapid_key, endpoint, endpoint_hash, p256dh, auth, "user", metadata,
                                             created_at, updated_at, expires_at)
@@ -354,7 +359,7 @@ struct FoundSubscription {
 }
 
 impl FoundSubscription {
-    /// Whether it was somebody's, and not this user's.
+    /// Returns true when the row has a user, but not this one.
     fn is_of_another(&self, user: &Option<String>) -> bool {
         self.user.is_some() && self.user != *user
     }
@@ -369,7 +374,7 @@ async fn find<T: Tx>(tx: &T, site: i64, endpoint: &str) -> Result<Option<FoundSu
     .transpose()
 }
 
-/// Takes away the tags that were not the browser's, but its user's.
+/// Removes the tags that belonged to the user, not to the browser.
 async fn forget_private_tags<T: Tx>(tx: &T, id: i64, new: &NewSubscription) -> Result<()> {
     let public = serde_json::to_string(&*new.public_tags).unwrap_or_default();
     let sql = format!(
@@ -380,7 +385,7 @@ async fn forget_private_tags<T: Tx>(tx: &T, id: i64, new: &NewSubscription) -> R
 }
 
 async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<(Upserted, u64)> {
-    // The page and the service worker may both come at once.
+    // The page and the service worker may both report the subscription at the same time.
     tx.lock(&endpoint_hash(&new.endpoint)).await?;
     let existing = find(tx, new.site, &new.endpoint).await?;
     if let Some(existing) = &existing
@@ -396,7 +401,7 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<(Upserted, u64)>
     let replaced = match &new.replaces {
         Some(replaced) => {
             let found = find(tx, new.site, &replaced.endpoint).await?;
-            // A secret that does not fit is no reason to lose the new subscription.
+            // A wrong secret for the old subscription is no reason to lose the new one.
             found.filter(|found| found.auth == replaced.auth)
         }
         None => None,
@@ -427,7 +432,7 @@ async fn upsert<T: Tx>(tx: &T, new: &NewSubscription) -> Result<(Upserted, u64)>
     Ok((Upserted::Updated(known.id), evicted))
 }
 
-/// Notes that a stranger has made a subscription; others of strangers make room if there are too many.
+/// Records a new guest. Other guests make room if there are too many; their number is returned.
 async fn take_in<T: Tx>(tx: &T, site: i64, id: i64, guest: &Guest) -> Result<u64> {
     let sql = "INSERT INTO guests (subscription, site, address) VALUES (?, ?, ?)";
     tx.execute(sql, &values![id, site, &guest.address]).await?;
@@ -446,7 +451,7 @@ async fn take_in<T: Tx>(tx: &T, site: i64, id: i64, guest: &Guest) -> Result<u64
     Ok(evicted)
 }
 
-/// A user who has too many gives up those that nothing was delivered to, and of these the oldest.
+/// Deletes subscriptions of a user who has too many: first those that nothing was delivered to, then the oldest.
 async fn evict_of_user<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<u64> {
     let (Some(Some(user)), Some(most)) = (&new.user, new.most_of_user) else { return Ok(0) };
     let sql = evict(
@@ -457,7 +462,8 @@ async fn evict_of_user<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<
     tx.execute(&sql, &values![new.site, user, id, most.saturating_sub(1)]).await
 }
 
-/// Deletes the subscriptions that a statement finds. On Postgres those that somebody else is changing stay.
+/// The statement that deletes the subscriptions that `which` finds. On Postgres, rows that another transaction is
+/// changing stay.
 fn evict<T: Tx>(tx: &T, which: &str) -> String {
     match tx.dialect() {
         Dialect::Sqlite => format!("DELETE FROM subscriptions WHERE id IN ({which})"),
@@ -468,7 +474,7 @@ fn evict<T: Tx>(tx: &T, which: &str) -> String {
     }
 }
 
-/// What a new row is made of, in the order of its columns.
+/// The values of a new row, in the order of its columns.
 fn new_row(new: &NewSubscription, now: i64) -> [Value; 10] {
     values![
         new.site,

@@ -1,6 +1,6 @@
-//! The tables of web push, for either store.
+//! The tables of web push, for SQLite and for Postgres.
 
-/// The steps in which the tables came to be.
+/// The migrations for SQLite, in order.
 pub(crate) const SQLITE: &[&str] = &[
     r#"
     CREATE TABLE vapid_keys (
@@ -164,7 +164,7 @@ pub(crate) const SQLITE: &[&str] = &[
 "#,
 ];
 
-/// The same for Postgres.
+/// The same migrations for Postgres.
 pub(crate) const POSTGRES: &[&str] = &[
     r#"
     CREATE TABLE vapid_keys (

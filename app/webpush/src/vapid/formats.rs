@@ -1,13 +1,13 @@
 //! The forms in which other senders keep a VAPID key pair.
 //!
-//! | form | who writes it |
+//! | form | written by |
 //! |---|---|
 //! | PEM: `PRIVATE KEY` (PKCS#8), `EC PRIVATE KEY` (SEC1) | openssl, web-push-php, `vapid --gen` |
 //! | DER of these, or base64 of it | pywebpush |
 //! | base64 of the 32 bytes of the private key, alone or in a text beside the public one | web-push, web-push-php, `.env` files |
 //! | JSON with a private and a public key; a JWK (RFC 7517, RFC 7518 section 6.2) | web-push, Node, browsers |
 //!
-//! Where the public key stands beside it, it has to be that of the private one.
+//! A public key beside the private key must belong to it.
 
 use aws_lc_rs::agreement::{ECDH_P256, PrivateKey};
 use aws_lc_rs::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair};
@@ -18,39 +18,40 @@ use crate::subscription::{POINT, decode};
 
 /// The length of a P-256 private key, in bytes.
 const SCALAR: usize = 32;
-/// The shortest base64 of one, without padding.
+/// Length of the shortest base64 of a private key, without padding.
 const SHORTEST: usize = 42;
 
-/// Why there is no key to import.
+/// Reason why no key can be imported.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ImportError {
-    /// Nothing that could be one.
+    /// The input has nothing that could be a private key.
     #[error(
         "no private key of P-256: wanted PEM, DER, JWK, or base64 of its 32 bytes, alone or beside the public key"
     )]
     None,
-    /// A key that is encrypted.
+    /// The key is encrypted.
     #[error("the private key is encrypted: decrypt it first, with openssl pkey -in FILE")]
     Encrypted,
-    /// Only the public half.
+    /// The input has only a public key.
     #[error("only a public key: wanted the private one, without which nothing can be signed")]
     PublicOnly,
-    /// Several keys.
+    /// The input has several private keys.
     #[error("several private keys: wanted one")]
     Several,
-    /// A key of another kind, or one that is damaged.
+    /// The key is of another kind, or damaged.
     #[error("a private key that is none of the curve P-256 (prime256v1), or is damaged")]
     Unusable,
-    /// The public key beside it is another one's.
+    /// The public key beside the private key does not belong to it.
     #[error("the public key does not belong to the private one")]
     Mismatch,
 }
 
 impl VapidKey {
-    /// Reads a key pair as other senders keep it: PEM, DER, JWK, JSON, or base64 of the private key, alone or in a text.
+    /// Reads a key pair in a form of other senders: PEM, DER, JWK, JSON, or base64 of the private key, alone or in
+    /// a text.
     ///
     /// # Errors
-    /// When there is none, or several, or one that cannot be used.
+    /// When there is no key, there are several, or the key cannot be used.
     pub fn import(bytes: &[u8]) -> Result<Self, ImportError> {
         let Ok(text) = std::str::from_utf8(bytes) else { return from_bytes(bytes) };
         if text.contains("-----BEGIN ") {
@@ -60,12 +61,12 @@ impl VapidKey {
             return from_json(&fields);
         }
         let found = FoundKey::in_text(text);
-        // 32 bytes that happen to be text.
+        // The 32 bytes of a raw key may happen to be text.
         if found.key.is_none() && bytes.len() == SCALAR { from_bytes(bytes) } else { found.check() }
     }
 }
 
-/// What was found in a text.
+/// The keys that were found in a text.
 #[derive(Default)]
 struct FoundKey {
     key: Option<VapidKey>,
@@ -77,7 +78,7 @@ impl FoundKey {
     fn in_text(text: &str) -> Self {
         let mut found = Self::default();
         let is_of_base64 = |c: char| c.is_ascii_alphanumeric() || "+/-_".contains(c);
-        // With `=` at the end of a word, but not where it stands between a name and a value.
+        // `=` separates words: it is padding, or stands between a name and a value.
         for word in text.split(|c: char| !is_of_base64(c)).filter(|word| word.len() >= SHORTEST) {
             let Some(bytes) = decode(word) else { continue };
             if bytes.len() == POINT && bytes[0] == 4 {
@@ -122,7 +123,7 @@ fn from_pem(text: &str) -> Result<VapidKey, ImportError> {
     }
 }
 
-/// A JWK, or an object that names its fields in whatever way.
+/// Reads a JWK, or any object with field names that contain `private` and `public`.
 fn from_json(fields: &serde_json::Map<String, Value>) -> Result<VapidKey, ImportError> {
     let text = |name: &str| fields.get(name).and_then(Value::as_str);
     if let Some(kind) = text("kty") {
@@ -140,14 +141,14 @@ fn from_json(fields: &serde_json::Map<String, Value>) -> Result<VapidKey, Import
         values.find_map(|(_, value)| value.as_str())
     };
     match (named("private"), named("public")) {
-        // It may be any of the other forms.
+        // The value may have any of the other forms.
         (Some(private), public) => {
             let key = VapidKey::import(private.as_bytes())?;
             let is_other = public.and_then(decode).is_some_and(|public| public != key.public_bytes()[..]);
             if is_other { Err(ImportError::Mismatch) } else { Ok(key) }
         }
         (None, Some(_)) => Err(ImportError::PublicOnly),
-        // Nested, as settings of frameworks are.
+        // The keys may be nested, as in settings of frameworks.
         (None, None) => {
             let nested = fields.values().filter_map(Value::as_object).map(from_json);
             nested
@@ -158,11 +159,11 @@ fn from_json(fields: &serde_json::Map<String, Value>) -> Result<VapidKey, Import
     }
 }
 
-/// DER, or the private key itself.
+/// Reads DER, or the bytes of the private key itself.
 fn from_bytes(bytes: &[u8]) -> Result<VapidKey, ImportError> {
     match bytes.len() {
         SCALAR => from_scalar(bytes),
-        // Old tools drop a zero in front.
+        // Old tools drop a leading zero.
         31 => from_scalar(&[&[0], bytes].concat()),
         _ if bytes.first() == Some(&0x30) => of_der(bytes),
         _ => Err(ImportError::None),
@@ -173,7 +174,7 @@ fn of_der(der: &[u8]) -> Result<VapidKey, ImportError> {
     if let Ok(keys) = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_FIXED_SIGNING, der) {
         return VapidKey::new(keys).map_err(unusable);
     }
-    // Without its public half.
+    // A DER without the public key.
     let private = PrivateKey::from_private_key_der(&ECDH_P256, der).map_err(|_| ImportError::Unusable)?;
     let public = private.compute_public_key().map_err(|_| ImportError::Unusable)?;
     let scalar = scalar_of(&private)?;
@@ -206,7 +207,7 @@ fn unusable(_: VapidError) -> ImportError {
 mod tests {
     use super::*;
 
-    /// The same key in every form that its senders' own tools wrote.
+    /// Reads one of the files with the same key, which the tools of the senders wrote.
     fn fixture(name: &str) -> Vec<u8> {
         let file = format!("{}/../../tests/fixtures/keys/{name}", env!("CARGO_MANIFEST_DIR"));
         std::fs::read(&file).unwrap_or_else(|error| panic!("{file}: {error}"))

@@ -12,7 +12,7 @@ use support::double::{Double, status_answer};
 use support::process::{Perennial, Setup};
 use support::{eventually, full, postgres, redis};
 
-use crate::stores::on_postgres;
+use support::stores::on_postgres;
 
 /// How many sends of a batch may be begun and not recorded.
 const CHECKPOINT: usize = 10;

@@ -146,7 +146,7 @@ async fn metrics_are_as_prometheus_wants_them_and_begin_at_zero() {
         assert!(metrics.lines().any(|line| line.starts_with(name)), "{name} is not in\n{metrics}");
     }
     // What alerts name is there before it happens.
-    let alerts = include_str!("../docs/operations.md");
+    let alerts = include_str!("../../docs/operations.md");
     let named = alerts.split('`').filter(|word| word.starts_with("perennial_"));
     for name in named.map(|word| word.split(['{', ' ']).next().unwrap()) {
         let is_there = metrics.lines().any(|line| line.starts_with(name));

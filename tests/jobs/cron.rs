@@ -7,11 +7,12 @@ use jiff::Timestamp;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::stores::{on_postgres, with_redis};
 use support::double::Double;
 use support::postgres::{self, Database};
 use support::process::{Perennial, Setup};
 use support::redis::{self, Prefix};
+use support::schedules::{ended, runs, second};
+use support::stores::{on_postgres, with_redis};
 use support::{eventually, eventually_within, full};
 
 /// Whether the beat wakes up whoever looks: nothing may depend on it.
@@ -26,28 +27,9 @@ fn with(setup: Setup, schedules: &str, ticks: bool) -> Setup {
     setup.set(&format!("cron.schedules=[{schedules}]")).set(&format!("cron.tick={ticks}"))
 }
 
-/// The newest runs of a schedule, the newest first.
-pub(crate) async fn runs(perennial: &Perennial, name: &str) -> Vec<Value> {
-    let answer = perennial.admin().get(&format!("/schedules/{name}/runs?limit=100")).await;
-    assert_eq!(answer.status, 200, "{}", answer.text());
-    answer.json().as_array().unwrap().clone()
-}
-
-pub(crate) fn second(run: &Value) -> i64 {
-    run["occurrence"]["utc"].as_str().unwrap().parse::<Timestamp>().unwrap().as_second()
-}
-
 async fn of_schedule(perennial: &Perennial, name: &str) -> Value {
     let all = perennial.admin().get("/schedules").await.json();
     all.as_array().unwrap().iter().find(|one| one["name"] == name).unwrap().clone()
-}
-
-/// The jobs that were run for the times of a schedule, as the logs of these processes say.
-pub(crate) fn ended(logs: &[String], name: &str) -> Vec<String> {
-    let of = format!("cron:{name}@");
-    let lines = logs.iter().flat_map(|log| log.lines()).filter_map(|line| serde_json::from_str(line).ok());
-    let ended = lines.filter(|line: &Value| line["message"] == "job ended" && line["settled"] == true);
-    ended.filter_map(|line| line["span"]["trace"].as_str()?.strip_prefix(&of).map(str::to_owned)).collect()
 }
 
 /// Three replicas, of which one is killed and started again, at random.

@@ -293,7 +293,7 @@ fn the_image_is_small_and_nobodys() {
 
 #[test]
 fn the_network_policy_blocks_what_the_program_never_sends_to() {
-    let policy = include_str!("../k8s/base/network-policy.yaml");
+    let policy = include_str!("../../k8s/base/network-policy.yaml");
     let policy: serde_json::Value = serde_yaml_ng::from_str(policy).unwrap();
     let rules = policy["spec"]["egress"].as_array().unwrap();
     let blocks =

@@ -15,13 +15,13 @@ use perennial_store::pool::redis::client::cmd;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
-use crate::pools::{readiness, until_ready_says};
-use crate::stores::on_postgres;
 use support::double::Double;
 use support::eventually_within;
 use support::postgres;
 use support::process::{Perennial, Setup};
+use support::readiness::{readiness, until_ready_says};
 use support::redis;
+use support::stores::on_postgres;
 use support::wire::{Proxy, Wire};
 
 /// How many are sent to while it happens, and how many of them a second.

@@ -7,13 +7,13 @@ use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use http::Method;
 use serde_json::{Value, json};
 
-use crate::keys::add_key;
-use crate::stores::on_postgres;
 use support::double::{Double, status_answer};
 use support::eventually;
 use support::http::{Answer, Client};
+use support::keys::add_key;
 use support::postgres::Database;
 use support::process::{Perennial, Setup};
+use support::stores::on_postgres;
 
 const SHOP: &str = "https://shop.example";
 const NEWS: &str = "https://news.example";

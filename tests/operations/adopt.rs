@@ -4,8 +4,8 @@ use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
-use crate::keys::add_key;
 use support::double::Double;
+use support::keys::add_key;
 use support::postgres::Database;
 use support::process::{Perennial, Setup};
 use support::redis::Prefix;

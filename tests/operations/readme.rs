@@ -17,10 +17,10 @@ use support::process::{Perennial, Setup, binary};
 use support::redis::Prefix;
 use support::{eventually, soon};
 
-const TUTORIAL: &str = include_str!("../docs/tutorial.md");
-const YOUR_OWN_SITE: &str = include_str!("../docs/your-own-site.md");
-const JOBS: &str = include_str!("../docs/jobs.md");
-const MOVING_IN: &str = include_str!("../docs/moving-in.md");
+const TUTORIAL: &str = include_str!("../../docs/tutorial.md");
+const YOUR_OWN_SITE: &str = include_str!("../../docs/your-own-site.md");
+const JOBS: &str = include_str!("../../docs/jobs.md");
+const MOVING_IN: &str = include_str!("../../docs/moving-in.md");
 
 /// The name and the text of README.md and of every page under docs/.
 fn pages() -> Vec<(String, String)> {
@@ -310,7 +310,7 @@ async fn other_programs_enqueue_with_their_own_sqlite() {
 #[tokio::test]
 async fn other_programs_enqueue_into_redis() {
     let prefix = Prefix::new().await;
-    let perennial = crate::stores::with_redis(Setup::new(), &prefix).start().await;
+    let perennial = support::stores::with_redis(Setup::new(), &prefix).start().await;
     let socket = prefix.url().trim_start_matches("redis+unix://").split('?').next().unwrap();
     let text = snippet(JOBS, "sh", "redis-cli XADD");
     let text = text

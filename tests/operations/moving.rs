@@ -112,7 +112,7 @@ async fn dumps_of_other_senders_say_by_line_what_was_left_out() {
     let output = perennial.setup.run(&["subscriptions", "import", "--from", "onesignal", &default]).await;
     assert!(said(&output.stderr).contains("web_p256"), "{}", said(&output.stderr));
     // The page has a recipe for each, with the commands that stand here.
-    let page = include_str!("../docs/moving-in.md");
+    let page = include_str!("../../docs/moving-in.md");
     for sender in ["web-push-php", "laravel", "django", "pywebpush", "onesignal", "json"] {
         assert!(page.contains(&format!("--from {sender}")), "{sender}");
     }

@@ -12,7 +12,7 @@ use support::double::{Double, status_answer};
 use support::process::{Perennial, Setup};
 use support::{eventually, soon};
 
-use crate::keys::add_key;
+use support::keys::add_key;
 
 fn to_all() -> Value {
     json!({ "to": { "all": true }, "payload": "x" })

@@ -21,18 +21,7 @@ use support::pgbouncer::PgBouncer;
 use support::postgres::Database;
 use support::process::{Perennial, Setup, example};
 use support::redis::Prefix;
-
-/// On Postgres, after its keys have been made.
-pub(crate) async fn on_postgres(setup: Setup, url: &str) -> Setup {
-    let setup = setup.set(&format!("store.url={url}"));
-    let made = setup.run(&["keys", "generate"]).await;
-    assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-    setup
-}
-
-pub(crate) fn with_redis(setup: Setup, prefix: &Prefix) -> Setup {
-    setup.set(&format!("queue.url={}", prefix.url())).set(&format!("queue.prefix={}", prefix.name()))
-}
+use support::stores::{on_postgres, with_redis};
 
 /// Subscribes, sends to all in every way, and looks at what has become of it.
 async fn sends_to_everybody(perennial: &Perennial, double: &Double) {

@@ -11,7 +11,6 @@ use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 use tokio::task::JoinSet;
 
-use crate::cron::{ended, runs, second};
 use support::double::Double;
 use support::haproxy::Haproxy;
 use support::http::Client;
@@ -19,6 +18,7 @@ use support::kubernetes::{Cluster, container, one};
 use support::postgres::Database;
 use support::process::{Perennial, Setup, example};
 use support::redis::Prefix;
+use support::schedules::{ended, runs, second};
 use support::{eventually, full};
 
 /// Versions that are rolled out, one after the other.

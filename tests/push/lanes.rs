@@ -17,7 +17,7 @@ use support::postgres::Database;
 use support::process::{Perennial, Setup};
 use support::tinyproxy::TinyProxy;
 
-use crate::stores::on_postgres;
+use support::stores::on_postgres;
 
 fn to_all() -> Value {
     json!({ "to": {"all": true}, "payload": "x" })

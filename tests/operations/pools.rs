@@ -10,28 +10,13 @@ use serde_json::{Value, json};
 use tokio::net::TcpStream;
 use tokio::process::Command;
 
-use crate::stores::on_postgres;
 use support::certificates::Certificates;
 use support::double::Double;
 use support::postgres::{self, Database};
-use support::process::{Perennial, Setup};
-use support::{eventually, eventually_within, redis};
-
-/// What `/readyz` says: its status, and everything that is wrong.
-pub(crate) async fn readiness(perennial: &Perennial) -> (u16, String) {
-    let answer = perennial.admin().get("/readyz").await;
-    let reasons = answer.json()["reasons"].as_array().cloned().unwrap_or_default();
-    let reasons: Vec<String> = reasons.iter().map(|reason| reason.as_str().unwrap().to_owned()).collect();
-    (answer.status.as_u16(), reasons.join("; "))
-}
-
-pub(crate) async fn until_ready_says(perennial: &Perennial, status: u16, part: &str) {
-    eventually_within(2 * support::SOON, &format!("/readyz says {status} {part}"), || async {
-        let (found, reasons) = readiness(perennial).await;
-        (found == status && reasons.contains(part) && reasons.is_empty() == part.is_empty()).then_some(())
-    })
-    .await;
-}
+use support::process::Setup;
+use support::readiness::{readiness, until_ready_says};
+use support::stores::on_postgres;
+use support::{eventually, redis};
 
 #[tokio::test]
 async fn who_is_away_is_named_by_its_policy_and_found_again() {
@@ -313,7 +298,7 @@ async fn a_redis_that_takes_no_writes_is_named_until_it_does() {
 /// A user who may do what the documentation says, and nothing else.
 #[tokio::test]
 async fn a_redis_user_needs_no_more_than_is_documented() {
-    let documented = include_str!("../docs/operations.md")
+    let documented = include_str!("../../docs/operations.md")
         .split('`')
         .find(|text| text.starts_with("ACL SETUSER perennial"));
     let rights = documented.unwrap().strip_prefix("ACL SETUSER perennial on >PASSWORD ").unwrap().to_owned();

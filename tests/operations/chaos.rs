@@ -409,9 +409,9 @@ async fn a_full_disk_is_named_until_there_is_room() {
         (perennial.client().post("/subscriptions", &request).await.status == 503).then_some(())
     })
     .await;
-    crate::pools::until_ready_says(&perennial, 200, "sqlite: it cannot write").await;
+    support::readiness::until_ready_says(&perennial, 200, "sqlite: it cannot write").await;
     std::fs::remove_file(&ballast).unwrap();
-    crate::pools::until_ready_says(&perennial, 200, "").await;
+    support::readiness::until_ready_says(&perennial, 200, "").await;
     perennial.subscribe(&double, 1).await;
     drop(perennial);
 }

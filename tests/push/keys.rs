@@ -5,20 +5,14 @@ use std::time::Duration;
 use nix::sys::signal::Signal;
 use serde_json::{Value, json};
 
-use crate::stores::{on_postgres, with_redis};
 use support::double::Double;
 use support::http::Client;
+use support::keys::add_key;
 use support::postgres::Database;
 use support::process::{Perennial, Setup};
 use support::redis::{self, Prefix};
+use support::stores::{on_postgres, with_redis};
 use support::{eventually, eventually_within};
-
-/// Makes a key with the command, and returns it.
-pub(crate) async fn add_key(setup: &Setup, name: &str, arguments: &[&str]) -> String {
-    let output = setup.run(&[&["keys", "add", name], arguments].concat()).await;
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap().trim().to_owned()
-}
 
 async fn status(client: &Client) -> u16 {
     client.get("/notifications").await.status.as_u16()

@@ -11,7 +11,7 @@ use support::postgres::Database;
 use support::process::{Perennial, Setup};
 use support::{eventually, soon};
 
-use crate::stores::on_postgres;
+use support::stores::on_postgres;
 
 /// When messages came.
 #[derive(Clone, Default)]

@@ -1,0 +1,17 @@
+//! The host as its users meet it: connections, requests, boot and stop. A file per promise.
+
+#![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
+
+mod api;
+mod boot;
+mod deadlines;
+mod drain;
+mod host;
+mod http2;
+mod module;
+mod refused;
+mod scope;
+mod sockets;
+mod succession;
+mod supervised;
+mod tcp;
