@@ -1,4 +1,4 @@
-//! An application of one's own: a setting, a route, a table, a job, a schedule, a condition for readiness, a status.
+//! An example application: a setting, a route, a table, a job, a schedule, a condition for readiness, a status.
 //!
 //! `cargo run --example hello`, then `curl -X POST http://127.0.0.1:8080/hello/world`.
 
@@ -36,7 +36,7 @@ impl Module for Hello {
     async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
         let ready = host.readiness("hello", "warming up");
         host.job::<Count>(host.store.clone());
-        // Settings may change when (cron.schedules); `perennial cron run hello.morning` does not wait for it.
+        // Settings may change the time (`cron.schedules`); `perennial cron run hello.morning` does not wait for it.
         host.schedule(Schedule::new(
             "hello.morning",
             "0 7 * * *",
@@ -69,7 +69,7 @@ impl Job for Count {
     type Tools = Store;
 
     fn options() -> Options {
-        // Others may enqueue it, too: POST /jobs/hello.count {"payload": {"name": "Ada"}}
+        // Callers may enqueue it, too: POST /jobs/hello.count {"payload": {"name": "Ada"}}
         Options { public: true, ..Options::default() }
     }
 

@@ -1,7 +1,7 @@
-//! Says what was built: the commit, if it is known, and when.
+//! Gives the binary its commit, if it is known, and the time of its build.
 //!
-//! An image is built without the repository: its build says `GIT_COMMIT`. `SOURCE_DATE_EPOCH` (seconds since 1970) makes a
-//! build reproducible, see <https://reproducible-builds.org/specs/source-date-epoch/>.
+//! An image is built without the repository: its build sets `GIT_COMMIT`. `SOURCE_DATE_EPOCH` (seconds since 1970)
+//! makes a build reproducible, see <https://reproducible-builds.org/specs/source-date-epoch/>.
 
 use std::env;
 use std::process::Command;

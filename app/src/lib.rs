@@ -10,7 +10,7 @@ pub use perennial_host::*;
 #[cfg(feature = "push")]
 pub use perennial_push::{self as push, sink};
 
-/// Listeners, and as long as there are applications that look for them here, what the runtime and the stores have.
+/// Listeners. As long as there are applications that look for them here, also the parts of the runtime and the stores.
 pub mod server {
     pub use perennial_runtime::{
         backoff, breaker, cgroup, cpu, drain, health, pulse, signal, tasks, telemetry,
@@ -19,7 +19,7 @@ pub mod server {
     pub use perennial_store::{cache, pool, transact, values};
 }
 
-/// What the README shows compiles.
+/// Compiles the examples of the README.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
 struct Readme;

@@ -34,7 +34,7 @@ impl TcpHandler for Echo {
 #[tokio::main]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let listen = std::env::args().nth(1).unwrap_or_else(|| "127.0.0.1:7007".to_owned());
-    let listen = listen.parse().map_err(|()| "wanted host:port")?;
+    let listen = listen.parse().map_err(|error: perennial_server::net::NoListen| error.to_string())?;
     let mut signals = Signals::install()?;
 
     let mut config = Config::new("echo", vec![listen]);

@@ -14,7 +14,8 @@ use perennial_runtime::metrics::Counted;
 
 use crate::net::refusal::ConnectionRefusal;
 
-/// Counter by `listener`, `route`, `method`, `status`: answered requests. Status 499 means that the client left before.
+/// Counter by `listener`, `route`, `method`, `status`: requests that have ended. Status 499 means that the client left
+/// before the answer.
 pub const HTTP_REQUESTS: &str = "perennial_http_requests_total";
 /// Histogram by `listener`, `route`, in seconds: time from the request head to the last byte of the response.
 pub const HTTP_DURATION: &str = "perennial_http_request_duration_seconds";
@@ -99,7 +100,7 @@ impl Requests {
     pub(crate) fn new(listener: &'static str) -> Self {
         let in_flight = gauge!(HTTP_IN_FLIGHT, "listener" => listener);
         counter!(HTTP_SHED, "listener" => listener).increment(0);
-        for refusal in ConnectionRefusal::ALL {
+        for refusal in <ConnectionRefusal as strum::VariantArray>::VARIANTS {
             counter!(HTTP_REFUSED, "listener" => listener, "reason" => refusal.as_str()).increment(0);
         }
         Self { listener, in_flight, routes: RwLock::default() }

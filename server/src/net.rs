@@ -40,7 +40,7 @@ pub use accept::AtLimit;
 pub use bind::{BindError, Inherited, InheritedError, Sockets};
 pub(crate) use bind::{Bound, bind};
 pub use connection::{Connection, Peer};
-pub use listen::Listen;
+pub use listen::{Listen, NoListen};
 pub use proxy::ForwardedHeader;
 pub use refusal::ConnectionRefusal;
 use socket::{Peek, Socket};

@@ -27,7 +27,7 @@ pub trait TcpHandler: Send + Sync + 'static {
     /// after the connection was silent for too long, reads and writes fail.
     ///
     /// # Errors
-    /// Any error of a read or a write; it is logged at debug level.
+    /// When a read or a write fails; the error is logged at debug level.
     fn serve(&self, stream: Stream, drain: Drain) -> impl Future<Output = io::Result<()>> + Send;
 }
 

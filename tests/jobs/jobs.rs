@@ -57,6 +57,7 @@ promises! {
     a_rate_is_kept
     the_same_id_is_added_once
     a_unique_key_is_taken_until_it_is_given_back
+    a_unique_key_that_is_given_back_just_then_loses_no_job
     a_lease_is_renewed_for_as_long_as_the_job_runs
     a_stale_claim_changes_nothing
     rivals_never_claim_the_same_job
@@ -562,6 +563,37 @@ async fn the_same_id_is_added_once(kind: Kind) {
     engine.tools.gate.add_permits(1);
     engine.is_empty().await;
     assert!(engine.ran.try_recv().is_err());
+}
+
+async fn a_unique_key_that_is_given_back_just_then_loses_no_job(kind: Kind) {
+    const ENQUEUED: usize = 400;
+    let engine = Engine::idle(kind).await;
+    let mut rivals = tokio::task::JoinSet::new();
+    for _ in 0..4 {
+        let queue = engine.queue.clone();
+        rivals.spawn(async move {
+            let mut stored = HashSet::new();
+            for _ in 0..ENQUEUED {
+                let new = NewJob::new(&Only { key: "rival".to_owned(), until: 1, act: Act::Done }).unwrap();
+                let id = new.id;
+                stored.extend(queue.enqueue(vec![new]).await.unwrap().into_iter().filter(|of| *of == id));
+            }
+            stored
+        });
+    }
+    // Each job that is said to be stored is there, and has its turn.
+    let (mut stored, mut ran) = (HashSet::new(), HashSet::new());
+    while !rivals.is_empty() || ran.len() < stored.len() {
+        for claimed in engine.claim(9, LEASE).await {
+            ran.insert(claimed.id);
+            assert!(engine.settle(&claimed, Transition::Finished).await);
+        }
+        while let Some(of_rival) = rivals.try_join_next() {
+            stored.extend(of_rival.unwrap());
+        }
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(ran, stored);
 }
 
 async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {

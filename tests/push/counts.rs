@@ -91,6 +91,12 @@ async fn after_many_connections_cut_anywhere_every_count_is_zero_and_the_limit_i
         }
     }
     while running.join_next().await.is_some() {}
+    // Connections are accepted in their order: behind one that is answered, or closed, none is left in the backlog.
+    for (number, listener) in [plain, tls].into_iter().enumerate() {
+        let mut last = connect_from(number, listener).await.unwrap();
+        last.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
+        let _ = soon("the last connection ends", last.read_to_end(&mut Vec::new())).await;
+    }
     host.open(0).await;
     assert!(host.connections.requests().is_empty());
 

@@ -392,6 +392,8 @@ async fn the_log_follows_a_notification_from_its_request_to_its_end() {
     perennial.done(&id).await;
     let done = perennial.logged("notification done").await;
     assert_eq!(done["notification"], id.as_str(), "{done}");
+    // It is the last line of all.
+    perennial.logged("job ended").await;
     let lines = perennial.log_lines();
     let of = |what: &str, key: &str, value: &str| {
         lines.iter().filter(|line| line["message"] == what && line[key] == value).count()

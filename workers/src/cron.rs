@@ -3,20 +3,20 @@
 //! ```text
 //! tick (tokio-cron-scheduler) ─┐
 //! a poll of our own ───────────┼─► timer ── what is due since the last claim? ──► fire
-//! the next time that is due ───┘     ▲                                             │ one transaction: the schedule's row
-//!                                    └── where schedules stand ◄───── store ◄──────┘ from what was read, and the job
+//! the next time that is due ───┘     ▲                                             │ one transaction: the new state,
+//!                                    └── states of schedules ◄─────── store ◄──────┘ if unchanged, and the job
 //! ```
 //!
-//! | module | what it is |
+//! | module | content |
 //! |---|---|
-//! | [`expression`] | when something is due, and what that means when clocks change |
-//! | [`claim`] | what is to be done now, as a pure function |
-//! | [`timer`] | the task that asks and does |
-//! | [`tick`] | one steady beat that wakes it, and decides nothing |
+//! | [`expression`] | when a schedule is due, also when clocks change |
+//! | [`claim`] | the decision what to do now, as a pure function |
+//! | [`timer`] | the task that reads states, decides and fires |
+//! | [`tick`] | one steady beat that wakes the timer, and decides nothing |
 //! | [`crontab`] | the handle of operators |
 //!
-//! Any replica may fire, and none leads. Each reads where a schedule stands, decides, and writes down the new standing
-//! with the job if nobody was faster: so every occurrence is claimed once, and a process that dies on the way has
+//! Any replica may fire, and none leads. Each reads the state of a schedule, decides, and writes the new state with the
+//! job if no other replica was faster: so every occurrence is claimed once, and a process that dies on the way has
 //! claimed nothing. The clock is the store's.
 
 pub mod claim;
@@ -41,53 +41,54 @@ pub use expression::{CronExpression, Unreadable};
 pub const MAX_NAME: usize = 100;
 /// The longest delay by which occurrences may be spread out.
 pub const MAX_JITTER: Duration = Duration::from_secs(24 * 3600);
-/// The most that is caught up at once.
+/// Highest number of missed occurrences that are caught up at once.
 pub const MAX_CATCH_UP: u32 = 500;
 /// How late an occurrence may be without counting as missed, unless a schedule says otherwise.
 const GRACE: Duration = Duration::from_secs(60);
-/// What the ids of jobs are derived in, from the names of their schedules.
+/// Namespace of the UUIDs that are made of the names of schedules.
 const NAMESPACE: Uuid = Uuid::from_u128(0x5f2c_68f9_5d0c_4b6e_9a57_1d4f_0c3b_8e21);
 
-/// A job that is enqueued by the clock: a value, from code or from settings.
+/// A job that is enqueued by the clock, from code or from settings.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Schedule {
-    /// Its name, once in a store: lower-case letters, digits, `.`, `_` and `-`.
+    /// Name, unique in a store: lower-case letters, digits, `.`, `_` and `-`.
     pub name: String,
-    /// When it is due.
+    /// When the schedule is due.
     #[serde(flatten)]
     pub expression: CronExpression,
-    /// What is enqueued.
+    /// The job that is enqueued.
     pub job: JobTemplate,
-    /// What becomes of times at which nobody could enqueue it.
+    /// Policy for occurrences that were missed.
     pub misfire: Misfire,
-    /// What becomes of a time at which the job of an earlier one has not ended.
+    /// Policy for an occurrence at which the job of an earlier one has not ended.
     pub overlap: Overlap,
-    /// Each occurrence is delayed by less than this, by an amount of its own, in milliseconds.
+    /// Bound of the delay of an occurrence, in milliseconds. Each occurrence is delayed by less than this, by
+    /// an amount of its own.
     pub jitter_ms: u64,
-    /// Not due before then.
+    /// The schedule is not due before this time.
     pub from: Option<Timestamp>,
-    /// Not due after then.
+    /// The schedule is not due after this time.
     pub until: Option<Timestamp>,
-    /// Whether it is paused, unless an operator says otherwise.
+    /// True if the schedule is paused, unless an operator says otherwise.
     pub paused: bool,
 }
 
-/// The job that a schedule enqueues. A unique key that its kind may have is not asked for: what may run at once is for
-/// the schedule's policy.
+/// The job that a schedule enqueues. A unique key of its kind is not used: the policies of the schedule say
+/// what may run at once.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct JobTemplate {
-    /// Its kind.
+    /// Name of the kind.
     pub kind: String,
-    /// The queue that it waits in.
+    /// Queue that the job waits in.
     pub queue: String,
-    /// Lower goes first.
+    /// Priority within the queue: a lower number goes first.
     pub priority: i16,
-    /// JSON.
+    /// Payload in JSON.
     #[serde(serialize_with = "write_payload", deserialize_with = "read_payload")]
     pub payload: String,
 }
 
-/// As JSON within JSON, and not as a text.
+/// Writes the payload as JSON within JSON, and not as a string.
 fn write_payload<S: Serializer>(payload: &str, serializer: S) -> Result<S::Ok, S::Error> {
     let value: serde_json::Value = serde_json::from_str(payload).map_err(ser::Error::custom)?;
     value.serialize(serializer)
@@ -104,42 +105,43 @@ impl From<NewJob> for JobTemplate {
     }
 }
 
-/// What becomes of times that were missed: the process was stopped, its store was away, or the clock was set forward.
+/// Policy for occurrences that were missed: the process was stopped, its store was away, or the clock was set
+/// forward.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", tag = "policy")]
 pub enum Misfire {
-    /// Nothing: what is later than this many milliseconds is skipped.
+    /// Occurrences that are too late are skipped.
     Skip {
-        /// How late it may be.
+        /// How late an occurrence may be, in milliseconds.
         grace_ms: u64,
     },
-    /// One job stands for all of them.
+    /// One job stands for all missed occurrences.
     Coalesce,
-    /// A job for each of the newest.
+    /// Each of the newest missed occurrences gets a job.
     CatchUp {
-        /// At most so many, and never more than [`MAX_CATCH_UP`],
+        /// Highest number of jobs, never more than [`MAX_CATCH_UP`].
         most: u32,
-        /// and none that is older than this many milliseconds.
+        /// How old an occurrence may be, in milliseconds.
         within_ms: u64,
     },
 }
 
 impl Misfire {
-    /// Skips what is more than a minute late.
+    /// Skips occurrences that are more than a minute late.
     pub const SKIP: Self = Self::Skip { grace_ms: GRACE.as_secs() * 1000 };
 }
 
-/// What becomes of a time at which the job of an earlier one has not ended.
+/// Policy for an occurrence at which the job of an earlier one has not ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Overlap {
-    /// They run side by side.
+    /// Both jobs run side by side.
     Allow,
-    /// It is skipped.
+    /// The occurrence is skipped.
     Skip,
-    /// It waits for the end of the other; while one waits, others are skipped.
+    /// The occurrence waits for the end of the earlier job. While one waits, others are skipped.
     QueueOne,
-    /// The other is cancelled, and it begins when that has ended.
+    /// The earlier job is cancelled, and the occurrence begins when that job has ended.
     CancelOther,
 }
 
@@ -148,7 +150,7 @@ pub enum Overlap {
 #[error("a name has 1 to {MAX_NAME} lower-case letters, digits, dots, dashes and underscores")]
 pub struct BadName;
 
-/// Whether a schedule can have this name.
+/// Checks whether a schedule can have this name.
 ///
 /// # Errors
 /// When it cannot.
@@ -159,7 +161,8 @@ pub fn check_name(name: &str) -> Result<(), BadName> {
 }
 
 impl Schedule {
-    /// Enqueues `job` when `expression` says, by UTC; what was missed once, and side by side.
+    /// Creates a schedule that enqueues `job` when `expression` says, in UTC. Missed occurrences are
+    /// coalesced, and overlapping jobs run side by side.
     ///
     /// # Errors
     /// When the name, the expression or the payload is not usable.
@@ -167,7 +170,7 @@ impl Schedule {
         Ok(Self::of(name, expression.parse()?, NewJob::new(job)?.into())?)
     }
 
-    /// The same for a job without its type.
+    /// Creates the same schedule for a job without its type.
     ///
     /// # Errors
     /// When the name is not usable.
@@ -186,7 +189,7 @@ impl Schedule {
         })
     }
 
-    /// By the wall clock of another zone, an IANA name.
+    /// Goes by the wall clock of another zone, an IANA name.
     ///
     /// # Errors
     /// When there is no such zone.
@@ -195,32 +198,32 @@ impl Schedule {
         Ok(Self { expression, ..self })
     }
 
-    /// With another policy for what was missed.
+    /// Sets the policy for missed occurrences.
     #[must_use]
     pub fn misfire(self, misfire: Misfire) -> Self {
         Self { misfire, ..self }
     }
 
-    /// With another policy for what has not ended.
+    /// Sets the policy for overlaps.
     #[must_use]
     pub fn overlap(self, overlap: Overlap) -> Self {
         Self { overlap, ..self }
     }
 
-    /// Spread out by less than `jitter`: never more than [`MAX_JITTER`].
+    /// Delays each occurrence by less than `jitter`, which is cut to [`MAX_JITTER`].
     #[must_use]
     pub fn jitter(self, jitter: Duration) -> Self {
         let jitter_ms = u64::try_from(jitter.min(MAX_JITTER).as_millis()).unwrap_or_default();
         Self { jitter_ms, ..self }
     }
 
-    /// The next time after `last` that is within its window.
+    /// Returns the next time after `last` that is within the window of the schedule.
     pub fn next_after(&self, last: Timestamp) -> Option<Timestamp> {
         let next = self.expression.next_after(self.begin(last))?;
         self.until.is_none_or(|until| next <= until).then_some(next)
     }
 
-    /// By how much an occurrence is delayed: the same in every process.
+    /// Returns the delay of an occurrence, which is the same in every process.
     pub fn delay(&self, occurrence: Timestamp) -> SignedDuration {
         if self.jitter_ms == 0 {
             return SignedDuration::ZERO;
@@ -230,16 +233,16 @@ impl Schedule {
         SignedDuration::from_millis(i64::try_from(random % self.jitter_ms).unwrap_or_default())
     }
 
-    /// The schedule in JSON.
+    /// Returns the schedule in JSON.
     pub(crate) fn definition(&self) -> String {
         crate::store::json(self)
     }
 
-    /// The job for an occurrence, which may be one that somebody asked for.
+    /// Creates the job for an occurrence; `is_manual` says that an operator asked for it.
     fn job(&self, occurrence: Timestamp, is_manual: bool) -> NewJob {
         let JobTemplate { kind, queue, priority, payload } = self.job.clone();
         let of = Occurrence { schedule: self.name.clone(), time: occurrence };
-        // What was missed keeps its order.
+        // Missed occurrences keep their order.
         let due = if is_manual { Due::Now } else { Due::At(occurrence + self.delay(occurrence)) };
         NewJob {
             id: of.job(is_manual),
@@ -254,7 +257,7 @@ impl Schedule {
         }
     }
 
-    /// From where on it may be due, if `last` was its last time.
+    /// Returns the time after which the schedule may be due, if `last` was its last time.
     fn begin(&self, last: Timestamp) -> Timestamp {
         // A time on the wall clock that is the first moment of the window is within it.
         let before = SignedDuration::from_nanos(i64::from(!self.expression.is_elapsed()));
@@ -263,31 +266,33 @@ impl Schedule {
     }
 }
 
-/// One time of one schedule: what joins a job to what enqueued it.
+/// One time of one schedule, which joins a job to the schedule that enqueued it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Occurrence {
-    /// The name of the schedule.
+    /// Name of the schedule.
     pub schedule: String,
-    /// When it was due, without its delay.
+    /// Time at which it was due, without its delay.
     pub time: Timestamp,
 }
 
 impl Occurrence {
-    /// What the trace of such jobs begins with.
+    /// Prefix of the traces of such jobs.
     const TRACE: &str = "cron:";
 
-    /// Read from the trace of a job; none if something else enqueued it.
+    /// Reads the occurrence from the trace of a job; `None` if no schedule enqueued the job.
     pub fn of_trace(trace: &str) -> Option<Self> {
         let (schedule, time) = trace.strip_prefix(Self::TRACE)?.split_once('@')?;
         Some(Self { schedule: schedule.to_owned(), time: time.parse().ok()? })
     }
 
-    /// Whether this is its job, and not one that follows from it and has the same trace.
+    /// Returns true if this is the job of the occurrence, and not one that follows from it and has the same
+    /// trace.
     pub(crate) fn has_job(&self, id: Uuid) -> bool {
         id == self.job(false) || id == self.job(true)
     }
 
-    /// The id of its job: made of the schedule and the time, so that it can be enqueued again without becoming two.
+    /// Returns the id of the job. It is made of the schedule and the time, so that the job can be enqueued
+    /// again without becoming two.
     fn job(&self, is_manual: bool) -> Uuid {
         let seed = if is_manual { format!("{} by hand", self.schedule) } else { self.schedule.clone() };
         let name = Uuid::new_v5(&NAMESPACE, seed.as_bytes());
@@ -298,57 +303,59 @@ impl Occurrence {
     }
 }
 
-/// As a trace.
+/// Formats the occurrence as a trace.
 impl fmt::Display for Occurrence {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}{}@{}", Self::TRACE, self.schedule, self.time)
     }
 }
 
-/// Where a schedule stands in a store.
+/// State of a schedule in a store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ScheduleState {
-    /// Its name.
+    /// Name of the schedule.
     pub name: String,
     /// The schedule in JSON, as it was defined last.
     pub definition: String,
     /// The expression and the zone that [`ScheduleState::last_fire`] is about.
     pub timing: String,
-    /// The last time that was claimed, or when it was known first.
+    /// Last time that was claimed, or the time at which the schedule was first known.
     pub last_fire: Timestamp,
-    /// A time that waits for the job of an earlier one.
+    /// Occurrence that waits for the job of an earlier one.
     pub queued: Option<Timestamp>,
-    /// Whether it is paused as defined.
+    /// True if the definition pauses the schedule.
     pub paused: bool,
-    /// Whether an operator wants it paused, if that is not as defined.
+    /// True if an operator pauses the schedule, and false if an operator lets it run; `None` leaves it to the
+    /// definition.
     pub held: Option<bool>,
-    /// Raised by every change.
+    /// Version of the state, which every change raises.
     pub version: i64,
-    /// When a process last said that it is defined so.
+    /// Time at which a process last upheld the definition.
     pub seen_at: Timestamp,
 }
 
-/// What becomes of the definitions of other processes when a process says what it defines.
+/// Policy for the definitions of other processes, when a process says what it defines.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum TakeOver {
-    /// They stand.
+    /// Other definitions stay.
     Never,
-    /// They stand as long as another process upholds them: see [`ABANDONED`](crate::schedules::ABANDONED).
+    /// Another definition stays as long as a process upholds it: see
+    /// [`ABANDONED`](crate::schedules::ABANDONED).
     IfAbandoned,
-    /// They are replaced: of two versions of a program, the one that booted last counts.
+    /// Other definitions are replaced: of two versions of a program, the one that booted last counts.
     Always,
 }
 
 impl ScheduleState {
-    /// Whether nothing is claimed.
+    /// Returns true if the schedule is paused.
     pub fn is_paused(&self) -> bool {
         self.held.unwrap_or(self.paused)
     }
 
-    /// The schedule as it was defined last.
+    /// Returns the schedule as it was defined last.
     ///
     /// # Errors
-    /// When this program cannot read it.
+    /// When this program cannot read the definition.
     pub fn schedule(&self) -> queue::Result<Schedule> {
         let unreadable = |error: serde_json::Error| {
             queue::Error::Unreadable(format!("the schedule {}: {error}", self.name))
@@ -357,89 +364,90 @@ impl ScheduleState {
     }
 }
 
-/// Where schedules stand, and what time it is.
+/// States of all schedules, and the time.
 #[derive(Clone, Debug)]
 pub struct ScheduleStates {
-    /// By the store's clock.
+    /// Time of the store's clock.
     pub now: Timestamp,
-    /// All that were ever defined,
+    /// States of all schedules that can be read.
     pub all: Vec<ScheduleState>,
-    /// but for those that cannot be read, since another program wrote them: their names.
+    /// Names of the schedules that cannot be read, since another program wrote them.
     pub unreadable: Vec<String>,
 }
 
-/// How a schedule goes on from where it stood, all or nothing.
+/// The new state of a schedule with its jobs, which are written all or not at all.
 #[derive(Clone, Debug)]
 pub struct ScheduleClaim {
-    /// The schedule.
+    /// Name of the schedule.
     pub schedule: String,
-    /// Where it stood: somebody who has changed it meanwhile was faster.
+    /// Version that the state must still have: otherwise another process was faster.
     pub version: i64,
-    /// Where it stands from now on.
+    /// New value of [`ScheduleState::last_fire`].
     pub last_fire: Timestamp,
-    /// What waits from now on.
+    /// New value of [`ScheduleState::queued`].
     pub queued: Option<Timestamp>,
-    /// The jobs to be enqueued.
+    /// Jobs to enqueue.
     pub jobs: Vec<NewJob>,
-    /// What is written down about it.
+    /// Runs to record.
     pub runs: Vec<Run>,
 }
 
-/// Why there was a run, or was none.
+/// Cause of a run, or of the record that there was none.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunCause {
-    /// It was due.
+    /// The occurrence was due.
     Due,
-    /// It had waited for another.
+    /// The occurrence had waited for the job of an earlier one.
     Queued,
-    /// Somebody asked for it.
+    /// An operator asked for the run.
     Manual,
 }
 
-/// What became of one occurrence.
+/// Record of one occurrence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Run {
-    /// That of its job, if there is one.
+    /// Id of the job, if there is one; otherwise of the record alone.
     pub id: Uuid,
-    /// Whether a job was enqueued.
+    /// True if a job was enqueued.
     pub has_job: bool,
-    /// When it was due, without its delay.
+    /// Time at which the occurrence was due, without its delay.
     pub occurrence: Timestamp,
-    /// When it was claimed, by the store's clock.
+    /// Time of the claim, by the store's clock.
     pub claimed_at: Timestamp,
-    /// Why.
+    /// Cause of the run.
     pub cause: RunCause,
-    /// How many times before it, since the last one, have no run of their own: counted up to a thousand.
+    /// Number of earlier occurrences, since the last run, that have no run of their own, counted up to a
+    /// thousand.
     pub passed: u32,
-    /// How it ended, if it has.
+    /// How the run ended, if it has.
     pub ending: Option<Ending>,
 }
 
-/// How a run ended.
+/// Ending of a run.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ending {
-    /// How.
+    /// Outcome of the run.
     pub outcome: RunOutcome,
-    /// Why, if there is something to say.
+    /// Reason of the outcome, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub reason: Option<String>,
-    /// When.
+    /// Time of the end.
     pub at: Timestamp,
 }
 
-/// How a run can end.
+/// Outcome of a run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum RunOutcome {
-    /// Its job did what it had to.
+    /// The job is done.
     Done,
-    /// Its job was given up.
+    /// The job was given up.
     Dead,
-    /// Its job was cancelled.
+    /// The job was cancelled.
     Cancelled,
-    /// The job of an earlier one had not ended.
+    /// The job of an earlier occurrence had not ended.
     Overlapped,
-    /// It was too late for it.
+    /// The occurrence was too late.
     Missed,
 }

@@ -52,8 +52,8 @@ pub trait Job: Serialize + DeserializeOwned + Send + Sync + 'static {
         tools: Self::Tools,
     ) -> impl Future<Output = anyhow::Result<JobOutcome>> + Send;
 
-    /// Called before the job becomes dead, so that it can report its end within five seconds. After an error
-    /// the job stays as it is, and is given up again later.
+    /// Called before the job becomes dead, so that the job can report its end within five seconds. After an
+    /// error the job stays as it is, and is given up again later.
     fn give_up(
         &self,
         _context: Context,
@@ -224,7 +224,7 @@ pub(crate) trait Recorder: Send + Sync + fmt::Debug {
 
 pub(crate) type Recording<'a> = Pin<Box<dyn Future<Output = queue::Result<bool>> + Send + 'a>>;
 
-/// Why a run must not go on.
+/// Reasons why a run must not go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Stopped {
     /// The run was asked to stop.

@@ -40,7 +40,8 @@ pub const CRON_LAG: &str = "perennial_cron_lag_seconds";
 pub const CRON_OVERDUE: &str = "perennial_cron_overdue_seconds";
 
 /// Label for how a run ended.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "kebab-case")]
 pub enum OutcomeLabel {
     /// The job is done.
     Done,
@@ -63,31 +64,9 @@ pub enum OutcomeLabel {
 }
 
 impl OutcomeLabel {
-    const ALL: [Self; 9] = [
-        Self::Done,
-        Self::Skipped,
-        Self::Snoozed,
-        Self::HandedBack,
-        Self::Failed,
-        Self::TimedOut,
-        Self::Panicked,
-        Self::Dead,
-        Self::Cancelled,
-    ];
-
     /// Returns the text of the label.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Done => "done",
-            Self::Skipped => "skipped",
-            Self::Snoozed => "snoozed",
-            Self::HandedBack => "handed-back",
-            Self::Failed => "failed",
-            Self::TimedOut => "timed-out",
-            Self::Panicked => "panicked",
-            Self::Dead => "dead",
-            Self::Cancelled => "cancelled",
-        }
+        self.into()
     }
 }
 
@@ -121,7 +100,7 @@ pub fn describe() {
 
 /// Creates the counters of a kind, so that they are zero before its first run.
 pub(crate) fn may_run(kind: &'static str) {
-    for outcome in OutcomeLabel::ALL {
+    for outcome in <OutcomeLabel as strum::VariantArray>::VARIANTS {
         counter!(JOBS, "kind" => kind, "outcome" => outcome.as_str()).increment(0);
     }
     counter!(JOBS_STALE, "kind" => kind).increment(0);

@@ -1,10 +1,10 @@
-//! Jobs of a transaction in one store that are kept in another.
+//! The outbox: jobs of a transaction in one store are published to another store.
 //!
 //! ```text
 //!  transaction: rows + outbox entry ──► commit
-//!                                          │ relay: marks it, publishes by job id (again and again is the same)
+//!                                          │ relay: marks it, publishes by job id (which is idempotent)
 //!                                          ▼
-//!                                        Redis ──► worker ──► settled: the entry goes
+//!                                        Redis ──► worker ──► settled: the entry is deleted
 //!                                          ▲
 //!                  audit: published a while ago, and not there? again ──┘
 //! ```
@@ -32,7 +32,7 @@ use crate::queue::{Due, NewJob, Queue, Result};
 use crate::store::redis::{FoundJob, RedisQueue};
 use crate::store::{json, millis, now_ms};
 
-/// The table.
+/// The table of the outbox.
 pub const TABLES: Tables = Tables {
     module: "outbox",
     sqlite: &["CREATE TABLE outbox (
@@ -67,16 +67,17 @@ pub const TABLES: Tables = Tables {
     CREATE INDEX outbox_published ON outbox (published_at) WHERE published_at IS NOT NULL;"],
 };
 
-/// How many entries are published at once.
+/// Highest number of entries that are published at once.
 const BATCH: usize = 500;
-/// How often to look for what nobody woke us for.
+/// How often the relay looks for entries that it was not woken for.
 const POLL: Duration = Duration::from_millis(500);
-/// How often to compare what was published with what is there,
+/// How often published entries are compared with the jobs in Redis.
 const AUDIT: Duration = Duration::from_secs(5);
-/// beginning with what was published this long ago.
+/// Time since its publication after which an entry is compared.
 const AUDIT_AFTER: Duration = Duration::from_secs(15);
-/// Between two attempts to delete entries whose jobs have settled, and how many there are.
+/// Wait between two attempts to delete entries whose jobs have settled.
 const AGAIN: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
+/// Number of these attempts.
 const ATTEMPTS: u32 = 5;
 
 /// The outbox in a store. A cheap handle.
@@ -86,7 +87,7 @@ pub struct Outbox {
     wake: Arc<Notify>,
 }
 
-/// Puts jobs into the outbox, in a transaction of the caller's.
+/// Puts jobs into the outbox, in a transaction of the caller.
 ///
 /// # Errors
 /// When the store refuses.
@@ -126,20 +127,20 @@ pub async fn insert<T: Tx>(tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
 }
 
 impl Outbox {
-    /// The outbox in `store`, where [`TABLES`] have been made.
+    /// Creates the outbox in `store`, where [`TABLES`] have been created.
     pub fn new(store: Store) -> Self {
         Self { store, wake: Arc::default() }
     }
 
-    /// There is something in it.
+    /// Wakes the relay, because the outbox may have an entry.
     pub fn wake(&self) {
         self.wake.notify_one();
     }
 
-    /// Passes on what is in it, until no more is taken.
+    /// Publishes the entries of the outbox, until the soft phase of the drain.
     ///
     /// # Errors
-    /// When the store or Redis fails; to be run again.
+    /// When the store or Redis fails. The relay is to be run again then.
     pub async fn relay(self, queue: RedisQueue, drain: Drain) -> anyhow::Result<()> {
         let mut audit_at = Instant::now();
         let mut audited_to = 0;
@@ -152,16 +153,16 @@ impl Outbox {
             tokio::select! {
                 () = self.wake.notified() => {}
                 () = tokio::time::sleep(POLL) => {}
-                // What jobs that still run put there is for another process, or the next one.
+                // Entries of jobs that still run are left to another process, or to the next one.
                 () = drain.soft() => return Ok(()),
             }
         }
     }
 
-    /// Publishes some entries, and returns how many.
+    /// Takes some entries and publishes them, and returns how many.
     async fn publish(&self, queue: &RedisQueue) -> Result<usize> {
-        // Marked first: two relays never publish the same, so that no job comes again that has settled meanwhile.
-        // One that dies in between leaves its entries to the audit.
+        // Entries are marked first: two relays never publish the same entry, so no job comes again that has
+        // settled meanwhile. A relay that dies in between leaves its entries to the audit.
         let skip = if self.store.dialect() == Dialect::Postgres { "FOR UPDATE SKIP LOCKED" } else { "" };
         let sql = format!(
             "UPDATE outbox SET published_at = ?1
@@ -181,15 +182,15 @@ impl Outbox {
                 return Err(error);
             }
         };
-        // Another has its unique key: that one will settle.
+        // Another job has the unique key: that one will settle.
         let others = ids.iter().zip(taken).filter(|(id, taken)| *id != taken).map(|(id, _)| *id);
         self.settled(others.collect()).await;
         metrics::relayed(ids.len());
         Ok(rows.len())
     }
 
-    /// Marks the entries that cannot be read as published at the end of time: they stay as they are, and nothing looks at them
-    /// again.
+    /// Marks the entries that cannot be read as published at the end of time: they stay as they are, and no
+    /// query finds them again.
     async fn bury(&self, rows: &[Row]) -> sql::Result<()> {
         for row in rows.iter().filter(|row| read(row).is_err()) {
             let Some(id) = row.value("id") else { continue };
@@ -199,7 +200,8 @@ impl Outbox {
         Ok(())
     }
 
-    /// Compares some of what was published a while ago, from `from` on, with what is there; returns where to go on.
+    /// Compares entries that were published a while ago, after `from`, with the jobs in Redis. Returns where
+    /// to go on.
     async fn audit(&self, queue: &RedisQueue, from: i64) -> Result<i64> {
         let before = now_ms().saturating_sub(millis(AUDIT_AFTER));
         let sql = "SELECT id, queue, published_at FROM outbox WHERE published_at > ?1 AND published_at <= ?2
@@ -222,13 +224,13 @@ impl Outbox {
                 }
             }
         }
-        // Whoever settled them died before saying so here.
+        // The process that settled these jobs died before it deleted their entries.
         self.settled(ended).await;
         if !missing.is_empty() {
             warn!(jobs = missing.len(), "published, and not in Redis: publishing again");
             self.unmark(&missing).await?;
         }
-        // The last ones may share their time with others.
+        // Entries after the last row may have the same time.
         Ok(if rows.len() < 20 * BATCH {
             0
         } else {
@@ -236,15 +238,15 @@ impl Outbox {
         })
     }
 
-    /// These are to be published again.
+    /// Marks these entries as not published.
     async fn unmark(&self, ids: &[Uuid]) -> Result<()> {
         self.on("UPDATE outbox SET published_at = NULL", ids).await?;
         self.wake();
         Ok(())
     }
 
-    /// These jobs have ended: their entries go. What cannot be deleted is published again some time, and its job
-    /// runs again.
+    /// Deletes the entries of jobs that have ended. An entry that cannot be deleted is published again some
+    /// time, and its job runs again.
     pub(crate) async fn settled(&self, ids: Vec<Uuid>) {
         if ids.is_empty() {
             return;
@@ -270,7 +272,7 @@ impl Outbox {
         self.store.execute(format!("{statement} WHERE {these}"), values![list]).await.map(drop)
     }
 
-    /// A statement that changes something and returns rows.
+    /// Runs a statement that changes rows, and returns them.
     async fn change(&self, sql: String, parameters: Vec<sql::Value>) -> sql::Result<Vec<Row>> {
         transact!(&self.store, tx => tx.query(&sql, &parameters))
     }

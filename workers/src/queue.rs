@@ -69,7 +69,9 @@ impl From<sql::Error> for Error {
         match error {
             sql::Error::Sqlite(error) => Self::Sqlite(error),
             sql::Error::Postgres(error) => Self::Postgres(error),
-            error @ sql::Error::Unreadable { .. } => Self::Unreadable(error.to_string()),
+            error @ (sql::Error::Unreadable { .. } | sql::Error::Unwritable(_) | sql::Error::Awaited) => {
+                Self::Unreadable(error.to_string())
+            }
         }
     }
 }

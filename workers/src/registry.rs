@@ -63,7 +63,7 @@ impl JobKind {
                 serde_path_to_error::deserialize(&mut serde_json::Deserializer::from_str(payload));
             NewJob::new(&job.map_err(|error| {
                 let (field, reason) = (error.path().to_string(), error.inner().to_string());
-                // serde_json appends the position in the text; the path of the field says it better.
+                // serde_json appends the position in the text; the path of the field is clearer.
                 let reason = reason.split(" at line ").next().unwrap_or_default().to_owned();
                 queue::Error::Misfit { kind: J::KIND, field, reason }
             })?)

@@ -19,7 +19,6 @@
 //!
 //! Waits are durations, not times: the store that keeps the job adds them to its own clock.
 
-use std::str::FromStr;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -32,6 +31,9 @@ const GIVING_UP: u32 = 3;
 /// State of a job. A job that is done is not kept.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[derive(strum::IntoStaticStr, strum::EnumString)]
+#[strum(serialize_all = "snake_case")]
+#[strum(parse_err_ty = NoState, parse_err_fn = no_state)]
 pub enum State {
     /// The job is not due yet.
     Scheduled,
@@ -45,16 +47,14 @@ pub enum State {
     Cancelled,
 }
 
+fn no_state(_: &str) -> NoState {
+    NoState
+}
+
 impl State {
     /// Returns the word for the state in stores.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Scheduled => "scheduled",
-            Self::Ready => "ready",
-            Self::Running => "running",
-            Self::Dead => "dead",
-            Self::Cancelled => "cancelled",
-        }
+        self.into()
     }
 }
 
@@ -62,15 +62,6 @@ impl State {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("one of scheduled, ready, running, dead, cancelled")]
 pub struct NoState;
-
-impl FromStr for State {
-    type Err = NoState;
-
-    fn from_str(word: &str) -> Result<Self, NoState> {
-        let all = [Self::Scheduled, Self::Ready, Self::Running, Self::Dead, Self::Cancelled];
-        all.into_iter().find(|state| state.as_str() == word).ok_or(NoState)
-    }
-}
 
 /// Failures and crashes that a job may have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -141,7 +132,7 @@ impl Event {
     }
 }
 
-/// What becomes of a job after an event.
+/// Next step of a job after an event.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Transition {
     /// The job is done.

@@ -78,7 +78,7 @@ fn complain<T>(result: Result<T>, what: &'static str) {
 /// Since they are claimed anew, a worker that wakes up late settles nothing.
 ///
 /// # Errors
-/// When the store fails. Jobs that were claimed and not settled expire again.
+/// When the store fails. The leases of jobs that were claimed and not settled expire again.
 pub async fn rescue<Q: Queue>(queue: &Q, registry: &Registry, lease: Duration) -> Result<usize> {
     let mut rescued = 0;
     loop {

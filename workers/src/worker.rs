@@ -1,13 +1,13 @@
-//! The worker: claim what there is room for, run it, renew the leases, settle.
+//! The worker: claims as many jobs as there is room for, runs them, renews their leases, and settles them.
 //!
 //! ```text
-//! run ─┬─ claim ──► execute (a task a job) ──┐
+//! run ─┬─ claim ──► execute (task per job) ──┐
 //!      ├─ settle  (one task, many jobs at once) ◄┘
 //!      └─ renew   (one task for all leases)
 //! ```
 //!
-//! Every queue has slots of its own, and so has every kind with limits of its own: none of them can keep
-//! another waiting.
+//! Every queue has slots of its own, and so has every kind with limits of its own, so that no queue can block
+//! another.
 
 mod execute;
 mod pace;
@@ -37,29 +37,29 @@ use settle::Settler;
 use slots::Slots;
 pub use slots::{Busy, Status};
 
-/// How a worker works.
+/// Settings of a worker.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Who it is, for those who look.
+    /// Name of the worker, for operators.
     pub name: String,
-    /// For how long a job is claimed.
+    /// Length of the leases.
     pub lease: Duration,
-    /// How often leases are renewed: at least three times within one.
+    /// How often leases are renewed: at least three times within one lease.
     pub renew_every: Duration,
-    /// How often to look for jobs that nobody woke us for.
+    /// How often to look for jobs that the worker was not woken for.
     pub poll: Duration,
-    /// How many bytes of payloads may be in hand at once. At least one job is.
+    /// Highest length of all payloads in hand, in bytes. At least one job is in hand in any case.
     pub payload_bytes: usize,
-    /// Whether memory is nearly used up.
+    /// Says whether memory is nearly used up.
     pub pressure: Pressure,
 }
 
-/// A configuration that could not keep the promises.
+/// Error for a lease that does not hold three renewals.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("a lease must hold at least three renewals")]
 pub struct LeaseTooShort;
 
-/// Takes jobs from a store and runs them.
+/// Claims jobs from a store and runs them.
 #[derive(Debug)]
 pub struct Worker<Q> {
     queue: Q,
@@ -68,17 +68,17 @@ pub struct Worker<Q> {
     slots: Slots,
 }
 
-/// One queue, as the loop sees it.
+/// State of one queue in the loop of the worker.
 struct QueueWorker {
     lane: registry::QueueSlots,
     pace: Option<Pace>,
-    /// How long its jobs waited.
+    /// Histogram of how long its jobs waited.
     waits: Histogram,
     /// When to look for jobs next.
     look_at: Instant,
-    /// More waited than there was room for.
+    /// True if more jobs waited than there was room for.
     is_backed_up: bool,
-    /// There is something, as far as is known.
+    /// True if a job is expected before the next poll.
     is_promising: bool,
 }
 
@@ -90,11 +90,11 @@ impl QueueWorker {
     }
 }
 
-/// A store that is away fails every claim.
+/// Limits the log lines: a store that is away fails every claim.
 static NOT_CLAIMED: Seldom = Seldom::each_minute();
 
 impl<Q: Queue> Worker<Q> {
-    /// A worker for the queues that `registry` serves.
+    /// Creates a worker for the queues that `registry` serves.
     ///
     /// # Errors
     /// When the lease does not hold three renewals.
@@ -106,7 +106,7 @@ impl<Q: Queue> Worker<Q> {
         Ok(Self { queue, registry, config, slots })
     }
 
-    /// What it does, for those who look.
+    /// Returns the status of the worker, for operators.
     pub fn status(&self) -> Status {
         Status::new(self.slots.clone())
     }
@@ -127,7 +127,7 @@ impl<Q: Queue> Worker<Q> {
             for lane in &mut lanes {
                 self.look(lane, &settler, &mut jobs).await;
             }
-            // So that nobody is first for ever.
+            // The queues take turns in being the first.
             lanes.rotate_left(1);
             let next = lanes.iter().map(|lane| lane.look_at).min().unwrap_or_else(Instant::now);
             tokio::select! {
@@ -150,8 +150,8 @@ impl<Q: Queue> Worker<Q> {
         Ok(())
     }
 
-    /// A queue in which more waited is looked at again as soon as a good part of its slots is free: not for
-    /// each of them, since a claim costs the same for one job and for a hundred.
+    /// Looks again at queues in which more jobs waited, as soon as a quarter of their slots is free. It does
+    /// not look for each free slot, since a claim costs the same for one job and for a hundred.
     fn refill(&self, lanes: &mut [QueueWorker]) {
         for lane in lanes.iter_mut().filter(|lane| lane.is_backed_up) {
             if self.free(lane) * 4 >= lane.lane.slots {
@@ -160,8 +160,8 @@ impl<Q: Queue> Worker<Q> {
         }
     }
 
-    /// Asks with one question about all queues that are looked at only since it is time. Those that have nothing are looked at
-    /// again together: so that a process that has nothing to do hardly wakes up.
+    /// Asks with one query about all quiet queues whose time to look has come. Those without a job are looked
+    /// at again together, so that an idle process hardly wakes up.
     async fn probe(&self, lanes: &mut [QueueWorker]) {
         let now = Instant::now();
         let is_quiet = |lane: &QueueWorker| !lane.is_promising && !lane.is_backed_up && lane.pace.is_none();
@@ -172,7 +172,7 @@ impl<Q: Queue> Worker<Q> {
         let mut quiet: Vec<&mut QueueWorker> =
             lanes.iter_mut().filter(|lane| is_quiet(lane) && lane.look_at <= soon).collect();
         let names = quiet.iter().map(|lane| Arc::clone(&lane.lane.name)).collect();
-        // The claims that follow find out the same.
+        // Without an answer, the claims that follow find out the same.
         let Ok(Some(found)) = self.queue.probe(names).await else { return };
         let found: HashMap<Arc<str>, Duration> = found.into_iter().collect();
         let poll = self.poll();
@@ -183,12 +183,12 @@ impl<Q: Queue> Worker<Q> {
         }
     }
 
-    /// Until the next look. It is spread out, so that replicas do not look all at once.
+    /// Returns the wait until the next look. It is spread out, so that replicas do not look all at once.
     fn poll(&self) -> Duration {
         self.config.poll.mul_f64(0.75 + 0.5 * fastrand::f64())
     }
 
-    /// Claims what there is room for, if it is time to look.
+    /// Claims as many jobs as there is room for, if it is time to look.
     async fn look(&self, lane: &mut QueueWorker, settler: &Settler, jobs: &mut JoinSet<()>) {
         let now = Instant::now();
         if lane.look_at > now {
@@ -215,7 +215,7 @@ impl<Q: Queue> Worker<Q> {
         }
         let queue = Arc::clone(&lane.lane.name);
         let claim = Claim { queue, limit, worker: self.config.name.clone(), lease: self.config.lease };
-        // From before the question: the store's lease begins later, never earlier.
+        // Measured before the query: the lease in the store begins later, never earlier.
         let lease_end = BootTime::now().after(self.config.lease);
         let claims = match self.queue.claim(claim).await {
             Ok(claims) => claims,
@@ -244,13 +244,14 @@ impl<Q: Queue> Worker<Q> {
         }
     }
 
-    /// How many more jobs of a queue may be in hand.
+    /// Returns how many more jobs of a queue may be in hand.
     fn free(&self, lane: &QueueWorker) -> usize {
         lane.lane.slots.saturating_sub(self.slots.of_queue(&lane.lane.name))
     }
 
-    /// How many more payloads may be in hand, were they as long as they can be. Of memory that is nearly used up nothing
-    /// more is taken; but a process that does nothing would not get better by waiting.
+    /// Returns how many more jobs may be in hand if each payload has the maximum length. While memory is
+    /// nearly used up, no further job is claimed, unless none is in hand: waiting frees no memory in an idle
+    /// process.
     fn affordable(&self) -> usize {
         let in_hand = self.slots.payload_bytes();
         if self.config.pressure.is_high() {

@@ -1,10 +1,10 @@
-// Renders the description of the interface. The key that somebody enters stays in the page.
+// Renders the description of the interface. The key that a reader enters stays in the page.
 
 /* global SwaggerUIBundle */
 SwaggerUIBundle({
   url: "/openapi.json",
   dom_id: "#reference",
   deepLinking: true,
-  // Nothing is sent to a validator elsewhere.
+  // The description is not sent to a validator of another origin.
   validatorUrl: null,
 });

@@ -1,4 +1,4 @@
-//! Who may call: API keys, the page's token, the admin token, and what each of them may do.
+//! Access control: API keys, the token of the page, the admin token, and the rights of each.
 
 mod files;
 pub(crate) mod first;
@@ -38,17 +38,17 @@ use files::KeyFiles;
 use keys::{Grant, Hash, Hashes, hash};
 use limits::KeyLimits;
 
-/// What is known of keys in the store, the unknown ones too.
+/// Cache of the keys in the store. It also remembers unknown keys.
 pub(crate) const CACHE: cache::Config = cache::Config {
     name: "api_keys",
     bytes: 4 << 20,
-    // How long a key that was ended elsewhere is good, where there is no Redis that says so.
+    // A key that another process has ended stays valid here for this long if no Redis reports its end.
     ttl: Duration::from_secs(15),
     negative_ttl: Duration::from_secs(5),
-    // What does not need the store goes on for those who were known.
+    // While the store is away, requests that do not need it go on for known callers for this long.
     stale: Duration::from_secs(300),
 };
-/// The beginnings of the hashes of all API keys. They are read only while an address guesses keys.
+/// Cache of the first bytes of the hashes of all API keys. They are read only while an address guesses keys.
 const LISTED: cache::Config = cache::Config {
     name: "api_key_hashes",
     bytes: 4 << 20,
@@ -56,43 +56,44 @@ const LISTED: cache::Config = cache::Config {
     negative_ttl: Duration::from_secs(5),
     stale: Duration::from_secs(300),
 };
-/// The longest key, in bytes.
+/// Maximum length of a key, in bytes.
 const MAX_KEY: usize = 512;
-/// How often addresses are forgotten that have not shown wrong keys lately.
+/// Interval at which addresses without recent wrong keys are dropped.
 const FORGET_EVERY: Duration = Duration::from_secs(60);
 
-/// What a key may be used for, as a word. The host has two of its own, and modules bring theirs.
+/// A right of a key, as a word. The host has two scopes, and modules add their own.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Scope(Cow<'static, str>);
 
 impl Scope {
-    /// Read what is stored.
+    /// Right to read stored data.
     pub const READ: Self = Self::new("read");
-    /// Enqueue jobs.
+    /// Right to enqueue jobs.
     pub const JOBS: Self = Self::new("jobs");
 
-    /// The scope with this word: a-z and dashes.
+    /// Makes the scope with this word, which has only a-z and dashes.
     pub const fn new(word: &'static str) -> Self {
         Self(Cow::Borrowed(word))
     }
 
-    /// A word in the store. One of a newer version is kept, and is no right in this one, since nothing asks for it.
+    /// Makes a scope from a word in the store. A scope of a newer version is kept, but grants nothing in this version,
+    /// since no route asks for it.
     fn stored(word: &str) -> Self {
         Self(Cow::Owned(word.to_owned()))
     }
 
-    /// The word for it.
+    /// The word of the scope.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 }
 
-/// All scopes of a program: those that a key can be made with.
+/// All scopes of the program, which a new key can have.
 #[derive(Clone, Debug)]
 pub(crate) struct Scopes(Vec<Scope>);
 
 impl Scopes {
-    /// Those of the modules, and those of the host.
+    /// Collects the scopes of the modules and of the host.
     pub(crate) fn new(of_modules: impl Iterator<Item = Scope>) -> Self {
         Self(of_modules.chain([Scope::READ, Scope::JOBS]).collect())
     }
@@ -102,27 +103,27 @@ impl Scopes {
         self.0.iter().cloned().collect()
     }
 
-    /// The scope of a word, if there is one.
+    /// The scope with this word, if there is one.
     pub(crate) fn named(&self, word: &str) -> Option<Scope> {
         self.0.iter().find(|scope| scope.as_str() == word).cloned()
     }
 
-    /// Their words.
+    /// The words of all scopes, separated by commas.
     pub(crate) fn words(&self) -> String {
         self.0.iter().map(Scope::as_str).collect::<Vec<_>>().join(", ")
     }
 }
 
-/// Who calls, as far as a key says.
+/// A caller, as its key identifies it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Caller {
     /// The site that the key is for.
     pub site: SiteId,
-    /// What idempotency keys and limits belong to: the same for a key and for the one that takes its place.
+    /// Owner of idempotency keys and limits. It is the same for a key and for the key that replaces it.
     pub key: String,
     scopes: BTreeSet<Scope>,
     per_minute: Option<u32>,
-    /// In milliseconds since 1970.
+    /// End of the key, in milliseconds since 1970.
     ends_at: Option<i64>,
 }
 
@@ -132,10 +133,10 @@ impl Caller {
         Self { site, key, scopes, per_minute, ends_at }
     }
 
-    /// Whether the key may be used for this.
+    /// Checks that the key has this scope.
     ///
     /// # Errors
-    /// 403 if not.
+    /// 403 if it does not.
     pub fn may(&self, scope: &Scope) -> Result<(), Problem> {
         if self.scopes.contains(scope) {
             return Ok(());
@@ -155,7 +156,7 @@ impl Kept for Caller {
     }
 }
 
-/// The keys of this process. A cheap handle.
+/// The keys that this process accepts. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Access(Arc<AccessInner>);
 
@@ -178,8 +179,8 @@ struct IssuedToken {
 }
 
 impl Access {
-    /// The keys in the store, which `caches` keep for a while, and those in files. `redis`, with what its keys begin with,
-    /// is where replicas share the limits.
+    /// Makes the handle for keys in the store, which `caches` keep for a while, and for keys in files. Replicas share
+    /// the limits in `redis`, which comes with the prefix of its keys.
     pub(crate) fn new(
         store: Store,
         sites: Sites,
@@ -194,10 +195,10 @@ impl Access {
         Self(Arc::new(AccessInner { store, sites, stored, listed, files, tokens, limits, admin }))
     }
 
-    /// Follows what changes in files, until nothing new is taken.
+    /// Follows changes of the files, and drops addresses without recent wrong keys, until the drain is soft.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never: a task has to return a result.
     pub(crate) async fn tend(self, drain: Drain) -> anyhow::Result<()> {
         let forget = async {
             loop {
@@ -211,7 +212,8 @@ impl Access {
         }
     }
 
-    /// A token of this process called `name`, for `scopes` of the default site, that ends after `life`.
+    /// Makes a token that only this process accepts. It is called `name`, has `scopes` on the default site, and ends
+    /// after `life`.
     pub fn issue(&self, name: &str, scopes: &[Scope], life: Duration) -> SecretString {
         let token = random_key();
         let caller = Caller {
@@ -226,23 +228,23 @@ impl Access {
         token
     }
 
-    /// Who presents a key, if it is one that is known and has not ended. `address` is where it comes from: one that
-    /// shows too many wrong keys is not listened to for a while.
+    /// Returns the caller with this key, if the key is known and has not ended. `address` is the address of the client:
+    /// after too many wrong keys, it is refused for a while.
     ///
     /// # Errors
-    /// 429 then, and 503 when the store does not answer.
+    /// 429 for an address that is refused, and 503 when the store does not answer.
     pub async fn caller(&self, key: &str, address: Option<IpAddr>) -> Result<Option<Caller>, Problem> {
         if key.len() > MAX_KEY {
             return Ok(None);
         }
-        // Looking up a hash tells nothing about a key that is nearly right.
+        // A lookup by hash reveals nothing about a key that is nearly right.
         let hash = hash(key);
         if let Some(caller) = self.token(&hash).or_else(|| self.0.files.find(&hash)) {
             return Ok(Some(caller));
         }
         let name = hex(&hash);
-        // One address may send wrong keys and right ones. So while it sends wrong ones, the store is asked about a key only if
-        // the list of stored keys does not rule it out.
+        // One address may send wrong keys and right ones. So while it sends wrong ones, the store is asked about a key
+        // only if the list of stored keys does not rule it out.
         let guessing = self.0.limits.is_guessing(address);
         if let Some(problem) = &guessing
             && !self.0.stored.has(&name)
@@ -264,8 +266,8 @@ impl Access {
         Ok(found.filter(is_good))
     }
 
-    /// Whether a key may be in the store. While an address guesses keys, the hashes of all keys are read every few seconds; where
-    /// they are too many to be listed, a few keys a minute are looked up one by one.
+    /// Returns true when a key may be in the store. While an address guesses keys, the hashes of all keys are read
+    /// every few seconds; when there are too many to list, a few keys a second are looked up one by one.
     async fn may_be_there(&self, hash: &Hash) -> Result<bool, Problem> {
         let load = async { keys::hashes(&self.0.store).await.map(|hashes| hashes.map(Arc::new)) };
         let listed = self.0.listed.get("", load).await;
@@ -286,15 +288,16 @@ impl Access {
         &self.0.sites
     }
 
-    /// Whether this is the admin token.
+    /// Returns true when this is the admin token.
     pub fn is_admin(&self, token: &str) -> bool {
         verify_slices_are_equal(token.as_bytes(), self.0.admin.expose_secret().as_bytes()).is_ok()
     }
 
-    /// Who sends a request, counted against the limit of its key: nobody in particular without `Authorization`.
+    /// Returns the caller of a request, which counts against the limit of its key; `None` without `Authorization`.
     ///
     /// # Errors
-    /// 401 for a key that is not known, 403 from a page of another site, 429 for a key that is used too often.
+    /// 401 for a key that is not known or has ended, 403 from a page of another site, 429 for a key that is used too
+    /// often, and the errors of [`caller`](Self::caller).
     pub async fn optional(&self, parts: &Parts) -> Result<Option<Caller>, Problem> {
         let Some(key) = bearer(&parts.headers) else { return Ok(None) };
         let scope = parts.extensions.get::<RequestScope>();
@@ -318,7 +321,7 @@ impl Access {
     }
 }
 
-/// Bytes as text, two digits each.
+/// Formats bytes as hexadecimal text, two digits each.
 pub(crate) fn hex(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len() * 2);
     for byte in bytes {
@@ -339,7 +342,7 @@ pub trait Required: Send + Sync + 'static {
     const SCOPE: Scope;
 }
 
-/// See [`Scope::READ`].
+/// The scope [`Scope::READ`] as a type.
 #[derive(Clone, Copy, Debug)]
 pub struct ReadScope;
 
@@ -347,7 +350,7 @@ impl Required for ReadScope {
     const SCOPE: Scope = Scope::READ;
 }
 
-/// See [`Scope::JOBS`].
+/// The scope [`Scope::JOBS`] as a type.
 #[derive(Clone, Copy, Debug)]
 pub struct JobsScope;
 
@@ -355,10 +358,10 @@ impl Required for JobsScope {
     const SCOPE: Scope = Scope::JOBS;
 }
 
-/// A caller whose key may be used for `S`. A handler that takes one needs no other check.
+/// A caller whose key has the scope `S`. A handler that takes this value needs no other check.
 #[derive(Clone, Debug)]
 pub struct Authorized<S> {
-    /// Who it is.
+    /// The caller.
     pub caller: Caller,
     scope: PhantomData<S>,
 }
@@ -379,7 +382,7 @@ where
     }
 }
 
-/// A new key: 256 random bits.
+/// Makes a new key of 256 random bits.
 pub fn random_key() -> SecretString {
     let mut bytes = [0; 32];
     #[expect(clippy::expect_used, reason = "without randomness nothing here can go on")]

@@ -1,5 +1,5 @@
-//! Where the running server listens: `addresses.json` in the data directory, for scripts and for our own
-//! commands.
+//! Addresses of the running server: `addresses.json` in the data directory, for scripts and for commands of this
+//! program.
 
 use std::fs::File;
 use std::path::Path;
@@ -17,11 +17,11 @@ pub(crate) struct Addresses {
 }
 
 impl Addresses {
-    /// Those of the server that runs on this data directory.
+    /// Reads the addresses of the server that runs on this data directory.
     pub(crate) fn of_running(path: &Path) -> anyhow::Result<Self> {
         let file = path.join(ADDRESSES);
         data_dir::check_access(path)?;
-        // One that was killed leaves its file behind, and by now somebody else may listen there.
+        // A killed server leaves its file behind, and another program may listen at its addresses by now.
         if !data_dir::is_locked(path) {
             bail!("no server runs on {}", path.display());
         }
@@ -30,18 +30,18 @@ impl Addresses {
         serde_json::from_reader(opened).with_context(|| format!("{} is no JSON", file.display()))
     }
 
-    /// Where our own commands reach the admin listener.
+    /// URL with which commands of this program reach the admin listener.
     pub(crate) fn admin_url(&self) -> anyhow::Result<String> {
         url(&self.admin)
             .context("this command cannot use a Unix socket, and the server has no other admin address")
     }
 }
 
-/// The URL of the first of these addresses that a client on this machine can open; none for Unix sockets.
+/// The URL of the first of these addresses that a client on this machine can open; `None` if all are Unix sockets.
 pub(crate) fn url(addresses: &[String]) -> Option<String> {
     let address = addresses.iter().find(|address| !address.starts_with("unix:"))?;
     let url = if address.contains("://") { address.clone() } else { format!("http://{address}") };
-    // Nobody can open "any address"; on this machine it is this one.
+    // A client cannot connect to the unspecified address; on this machine, the loopback address reaches the listener.
     Some(url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:"))
 }
 

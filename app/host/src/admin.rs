@@ -1,32 +1,32 @@
-//! The admin listener: probes, metrics, and what somebody on call asks first.
+//! The admin listener: probes, metrics, and answers to the first questions of an operator on call.
 //!
-//! | route | who | what |
+//! | route | access | answer |
 //! |---|---|---|
 //! | `GET /livez` | open | whether the serving threads run tasks |
 //! | `GET /readyz` | open | whether requests should be sent here, and why not |
 //! | `GET /startupz` | open | whether boot has ended |
 //! | `GET /metrics` | open | Prometheus |
-//! | `GET /build` | token* | what this binary is |
-//! | `GET /process` | token* | what the process takes: processor time, memory, threads, open files |
-//! | `GET /settings` | token* | every setting in effect, masked, and where it came from |
-//! | `GET /requests` | token* | which requests run, what they wait for, since when |
-//! | `GET /connections` | token* | which connections are open, and what they do |
-//! | `GET /workers` | token* | what the workers are busy with |
-//! | `GET /pools` | token* | the pools of connections: how many, how many are free, who waits |
-//! | `GET /cache` | token* | the caches: what they hold, and how often it was asked for |
+//! | `GET /build` | token* | version, commit and features of this binary |
+//! | `GET /process` | token* | processor time, memory, threads and open files of the process |
+//! | `GET /settings` | token* | every setting in effect, masked, and its source |
+//! | `GET /requests` | token* | running requests, their age, and what they wait for |
+//! | `GET /connections` | token* | open connections, and what they do |
+//! | `GET /workers` | token* | jobs that the workers run |
+//! | `GET /pools` | token* | pools of connections: their size, free connections, waiting tasks |
+//! | `GET /cache` | token* | caches: their entries, and how often these were asked for |
 //! | `GET /keys` | token* | the API keys in the store, see [`keys`] |
-//! | `GET /modules` | token* | what each module says of itself |
+//! | `GET /modules` | token* | the status of each module |
 //! | `GET /queues`, `/jobs` | token* | the jobs, see [`jobs`] |
 //! | `GET /schedules` | token* | the schedules, see [`schedules`] |
-//! | `GET ..` | token* | what modules show, as `/origins` and `/notifications` |
+//! | `GET ..` | token* | routes of modules, such as `/origins` and `/notifications` |
 //! | `POST /backup` | token | copies the embedded store and the keys, see [`backup`](crate::backup) |
-//! | `POST ..` | token | whatever changes something; a page elsewhere may not (`Origin`) |
+//! | `POST ..` | token | all routes that change something; pages of other origins are refused (`Origin`) |
 //!
-//! \* or anybody, when the listener is bound to loopback. The `Host` header is checked on these, so that a
-//! web page cannot reach them by a name of its own (DNS rebinding).
+//! \* No token is needed when the listener is bound to loopback. The `Host` header is checked on these routes, so that
+//! a web page cannot reach them by a name of its own (DNS rebinding).
 //!
-//! It runs on the runtime that also stops the process: it answers to the very end, also when the runtime that
-//! serves does not run any more.
+//! The listener runs on the control runtime, which also stops the process: it answers to the very end, also when the
+//! serving runtime does not run any more.
 
 pub(crate) mod jobs;
 pub(crate) mod keys;
@@ -68,7 +68,7 @@ use process::ProcessView;
 /// The state of a pool, read when an operator asks.
 pub(crate) type PoolFn = Arc<dyn Fn() -> (&'static str, pool::PoolStatus) + Send + Sync>;
 
-/// What the admin listener knows. A cheap handle.
+/// State of the admin listener. A cheap handle.
 #[derive(Clone)]
 pub(crate) struct Admin(Arc<AdminInner>);
 
@@ -76,7 +76,7 @@ struct AdminInner {
     health: Health,
     metrics: Metrics,
     telemetry: Arc<Telemetry>,
-    /// Those in force: SIGHUP changes them.
+    /// Settings in effect; SIGHUP changes them.
     settings: Arc<Mutex<Settings>>,
     loopback: bool,
     connections: Connections,
@@ -91,7 +91,7 @@ impl AdminInner {
     }
 }
 
-/// What is known once boot has ended.
+/// State that is known after boot has ended.
 pub(crate) struct Booted {
     pub(crate) access: Access,
     pub(crate) workers: worker::Status,
@@ -100,9 +100,9 @@ pub(crate) struct Booted {
     pub(crate) connections: Connections,
     pub(crate) books: JobAdminState,
     pub(crate) keyring: Keyring,
-    /// Routes of modules that show something,
+    /// Routes of modules that show something.
     pub(crate) admin_read: Router,
-    /// and that change something.
+    /// Routes of modules that change something.
     pub(crate) admin_write: Router,
 }
 
@@ -131,7 +131,7 @@ impl Admin {
         }))
     }
 
-    /// Boot has ended.
+    /// Sets the state that is known after boot.
     pub(crate) fn booted(&self, booted: Booted) {
         let _ = self.0.booted.set(booted);
     }
@@ -184,7 +184,7 @@ async fn startupz(State(Admin(known)): State<Admin>) -> Response {
     probe(if started { Ok(Vec::new()) } else { Err(vec!["starting".to_owned()]) })
 }
 
-/// What is away while all is well is named beside it.
+/// Makes the answer of a probe. Dependencies that are away while the process is healthy are named in it.
 fn probe(result: Result<Vec<String>, Vec<String>>) -> Response {
     match result {
         Ok(away) if away.is_empty() => {
@@ -250,7 +250,7 @@ async fn modules(State(Admin(known)): State<Admin>) -> Response {
     axum::Json(status).into_response()
 }
 
-/// Hands over the jobs and the keys, once boot has ended.
+/// Gives a request the state of the jobs and of the keys. Until boot has ended, the answer is 503.
 async fn open_books(State(Admin(known)): State<Admin>, mut request: Request, next: Next) -> Response {
     let Some(booted) = known.booted.get() else {
         return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "starting").into_response();
@@ -260,7 +260,7 @@ async fn open_books(State(Admin(known)): State<Admin>, mut request: Request, nex
     next.run(request).await
 }
 
-/// Lets operators in, and nobody else.
+/// Lets only requests through that may read, see [`may_look`].
 async fn guard(
     State(Admin(known)): State<Admin>,
     scope: RequestScope,
@@ -273,7 +273,7 @@ async fn guard(
     }
 }
 
-/// Routes that modules have handed in.
+/// Calls the routes that modules have handed in.
 async fn of_modules(State(Admin(known)): State<Admin>, scope: RequestScope, request: Request) -> Response {
     let looks = request.method() == Method::GET;
     let allowed =
@@ -288,7 +288,8 @@ async fn of_modules(State(Admin(known)): State<Admin>, scope: RequestScope, requ
     }
 }
 
-/// Whether somebody may see what there is to see.
+/// Checks that a request may read: its `Host` names this machine, and it has the admin token, unless the listener is
+/// bound to loopback.
 fn may_look(known: &AdminInner, scope: &RequestScope, request: &Request) -> Result<(), Problem> {
     if !is_own_name(request.headers(), request.uri(), scope.connection().socket_peer) {
         let detail = "wanted a Host header that names this machine: an address, or localhost";
@@ -297,7 +298,8 @@ fn may_look(known: &AdminInner, scope: &RequestScope, request: &Request) -> Resu
     if known.loopback { Ok(()) } else { has_token(known, request) }
 }
 
-/// Whether somebody may change something: with the token, and not from pages of other origins.
+/// Checks that a request may change something: it has the admin token, its `Host` names this machine, and it does not
+/// come from a page of another origin.
 fn may_change(known: &AdminInner, scope: &RequestScope, request: &Request) -> Result<(), Problem> {
     let own = is_own_name(request.headers(), request.uri(), scope.connection().socket_peer);
     if !own || !is_own_origin(request.headers()) {
@@ -307,7 +309,7 @@ fn may_change(known: &AdminInner, scope: &RequestScope, request: &Request) -> Re
     has_token(known, request)
 }
 
-/// Lets operators in who show their token, and no pages of other origins.
+/// Lets only requests through that may change something, see [`may_change`].
 async fn guard_change(
     State(Admin(known)): State<Admin>,
     scope: RequestScope,
@@ -320,7 +322,7 @@ async fn guard_change(
     }
 }
 
-/// Whether no page sends this, or one of our own.
+/// Returns true when no page sends the request, or a page of the same host.
 fn is_own_origin(headers: &HeaderMap) -> bool {
     let Some(origin) = headers.get(header::ORIGIN) else { return true };
     let origin = origin.to_str().ok().and_then(|origin| origin.split_once("://")).map(|(_, host)| host);
@@ -337,8 +339,8 @@ fn has_token(known: &AdminInner, request: &Request) -> Result<(), Problem> {
     }
 }
 
-/// Whether a request came to us by an address or by localhost: a page elsewhere can make a name of its own
-/// point here, but it cannot make the browser send another one.
+/// Returns true when a request came by an address, by `localhost`, or by a Unix socket. A page of another origin can
+/// make its own name point to this machine, but it cannot make the browser send another `Host` than that name.
 fn is_own_name(headers: &HeaderMap, uri: &Uri, peer: Peer) -> bool {
     if peer == Peer::Unix {
         return true;

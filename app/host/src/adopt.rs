@@ -1,9 +1,9 @@
-//! Moving from the embedded store to a Postgres server: everything that is in the one is put into the other, in one
-//! transaction, with the numbers and keys that it has.
+//! Moves everything from the embedded store to a Postgres server, in one transaction, with the same numbers and keys.
 //!
-//! Tables have the same columns in both, so they are copied whatever they are. Jobs are not: they are enqueued again, in
-//! whatever store the settings name for them, and begin anew under their old ids. Dead jobs, pauses of queues and unique
-//! keys of jobs that have ended are left behind; where that store is Redis, pauses and the history of schedules too.
+//! Tables have the same columns in both stores, so that any table is copied. Jobs are not copied: they are enqueued
+//! again, in the store that the settings name for jobs, and begin anew under their old ids. Dead jobs, pauses of queues
+//! and unique keys of jobs that have ended are left behind; where that store is Redis, pauses and the history of
+//! schedules, too.
 
 use std::path::Path;
 
@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::access::{hex, secrets};
 
-/// What each store keeps for itself.
+/// Tables that each store keeps for itself, and that are not copied.
 const OWN: [&str; 8] = [
     "migrations",
     "migrations_served",
@@ -33,45 +33,45 @@ const OWN: [&str; 8] = [
     "paused_queues",
     "outbox",
 ];
-/// What may be in the other store already: what every boot writes down.
+/// Tables that may have rows in the other store already, since every boot writes them.
 const MADE_AT_BOOT: [&str; 3] = ["sites", "schedules", "schedule_runs"];
-/// What is kept where jobs are.
+/// Tables of schedules, which are kept in the store of jobs.
 const SCHEDULES: [&str; 2] = ["schedules", "schedule_runs"];
-/// How many rows go at once.
+/// Number of rows that are moved at once.
 const ROWS: usize = 500;
 
-/// How much was moved.
+/// Result of a move.
 #[derive(Debug, Default)]
 pub(crate) struct Moved {
-    /// Each table, and how many rows of it.
+    /// Copied tables, each with the number of its rows.
     pub(crate) tables: Vec<(String, usize)>,
     pub(crate) jobs: usize,
-    /// Schedules and queues that an operator had paused, and that are not paused there.
+    /// Schedules and queues that an operator had paused, and that are not paused in the other store.
     pub(crate) paused: Paused,
-    /// Tables that are not of this program, and were left behind.
+    /// Tables that do not belong to this program, and were left behind.
     pub(crate) unknown: Vec<String>,
 }
 
-/// What an operator had paused, by name.
+/// Names of the queues and schedules that an operator had paused.
 #[derive(Debug, Default)]
 pub(crate) struct Paused {
     pub(crate) queues: Vec<String>,
     pub(crate) schedules: Vec<String>,
 }
 
-/// An embedded store that nobody writes to.
+/// An embedded store that no process writes to.
 pub(crate) struct AdoptSource(Connection);
 
 impl AdoptSource {
-    /// Opens its file.
+    /// Opens the file of the store, for reading only.
     pub(crate) fn open(file: &Path) -> anyhow::Result<Self> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(file, flags);
         Ok(Self(connection.with_context(|| format!("{} cannot be opened", file.display()))?))
     }
 
-    /// Puts everything into a store in which there is nothing yet, and these keys, each under its name; `step` hears of
-    /// every row.
+    /// Moves everything into an empty store, and stores `keys` there, each under its name. `step` is called with the
+    /// name of a table and the number of rows that were moved.
     pub(crate) async fn move_to(
         &self,
         postgres: &Postgres,
@@ -98,7 +98,7 @@ impl AdoptSource {
         for table in MADE_AT_BOOT.iter().rev() {
             transaction.execute(&format!("DELETE FROM {table}"), &[]).await?;
         }
-        // Where jobs are in Redis, so are schedules: each begins anew there.
+        // Where jobs are in Redis, schedules are there, too: each begins anew.
         let is_elsewhere = matches!(jobs.store(), JobStore::Redis(_));
         let is_of_schedules = |table: &String| SCHEDULES.contains(&table.as_str());
         for table in tables.into_iter().filter(|table| !(is_elsewhere && is_of_schedules(table))) {
@@ -106,7 +106,7 @@ impl AdoptSource {
                 self.copy(&transaction, &table, &step).await.with_context(|| format!("table {table}"))?;
             moved.tables.push((table, rows));
         }
-        // Epochs are counted by the store of jobs: the other one begins anew.
+        // Epochs are counted by the store of jobs, and the other store begins anew.
         for sql in ["UPDATE batches SET epoch = 0", "UPDATE notifications SET fanout_epoch = 0"] {
             if moved.tables.iter().any(|(table, _)| sql.contains(&format!(" {table} "))) {
                 transaction.execute(sql, &[]).await?;
@@ -132,7 +132,7 @@ impl AdoptSource {
         Ok(names.collect::<rusqlite::Result<_>>()?)
     }
 
-    /// How many rows there are to copy.
+    /// Number of rows to move, jobs included.
     pub(crate) fn rows(&self) -> anyhow::Result<u64> {
         let count = |table: &str| {
             let sql = format!("SELECT count(*) FROM {}", quoted(table));
@@ -142,7 +142,7 @@ impl AdoptSource {
         Ok(tables.iter().map(String::as_str).chain(["jobs"]).map(count).sum::<Result<u64, _>>()?)
     }
 
-    /// Its tables, each after those that it refers to.
+    /// Names of the tables to copy, each after the tables that it refers to.
     fn tables(&self) -> anyhow::Result<Vec<String>> {
         let sql =
             "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";
@@ -225,7 +225,7 @@ impl AdoptSource {
         Ok(count)
     }
 
-    /// The next number is one that was never given to anybody, also not to somebody who is gone.
+    /// Sets the sequence of a column, so that its next number was never given to a row, not even to a deleted one.
     async fn go_on_counting(
         &self,
         transaction: &Transaction<'_>,
@@ -249,7 +249,7 @@ impl AdoptSource {
         Ok(())
     }
 
-    /// The jobs that have not ended. Those that were running when the server was killed are due again.
+    /// Reads the jobs that have not ended. Jobs that were running when the server was killed are due again.
     fn jobs(&self) -> anyhow::Result<Vec<NewJob>> {
         let sql = "SELECT id, kind, queue, priority, payload, state, run_at, recoveries, trace, key, scope, until
                    FROM jobs LEFT JOIN job_keys ON job_keys.job = jobs.id WHERE cancelled IS NULL ORDER BY id";
@@ -259,24 +259,24 @@ impl AdoptSource {
     }
 }
 
-/// A name as both stores read it, whatever is in it.
+/// Quotes a name for both stores, whatever characters it has.
 fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A text, of which what is no UTF-8 is replaced.
+/// Reads the first column as text, in which invalid UTF-8 is replaced.
 fn text(row: &Row<'_>) -> rusqlite::Result<String> {
     Ok(row.get_ref(0)?.as_bytes_or_null()?.map(String::from_utf8_lossy).unwrap_or_default().into_owned())
 }
 
-/// The tables that this program has made in the other store: no others are moved, whatever is in the file.
+/// Names of the tables that this program has made in the other store. Other tables of the file are not moved.
 async fn known_tables(transaction: &Transaction<'_>) -> anyhow::Result<Vec<String>> {
     let sql = "SELECT table_name::text FROM information_schema.tables
                WHERE table_schema = current_schema() AND table_type = 'BASE TABLE'";
     Ok(transaction.query(sql, &[]).await?.iter().map(|row| row.get(0)).collect())
 }
 
-/// Keeps the VAPID keys where all who use the store find them.
+/// Stores the VAPID keys in the table of secrets, where all processes that use the store find them.
 async fn share(transaction: &Transaction<'_>, keys: &[(String, String)]) -> anyhow::Result<()> {
     for (name, pem) in keys {
         let kept = secrets::share_in(transaction, name, pem).await?;
@@ -293,7 +293,7 @@ async fn share(transaction: &Transaction<'_>, keys: &[(String, String)]) -> anyh
 struct Column {
     name: String,
     kind: String,
-    /// Whether it numbers rows by itself.
+    /// Whether the column numbers rows by itself.
     counts: bool,
 }
 
@@ -304,7 +304,7 @@ async fn columns(transaction: &Transaction<'_>, table: &str) -> anyhow::Result<V
     Ok(rows.iter().map(|row| Column { name: row.get(0), kind: row.get(1), counts: row.get(2) }).collect())
 }
 
-/// A row as Postgres reads it from JSON.
+/// Converts a row into the JSON that Postgres reads.
 fn object(row: &Row<'_>, columns: &[Column]) -> anyhow::Result<Value> {
     let mut object = Map::with_capacity(columns.len());
     for (index, Column { name, kind, .. }) in columns.iter().enumerate() {
@@ -313,11 +313,11 @@ fn object(row: &Row<'_>, columns: &[Column]) -> anyhow::Result<Value> {
             (ValueRef::Integer(number), "boolean") => Value::Bool(number != 0),
             (ValueRef::Integer(number), _) => number.into(),
             (ValueRef::Real(number), _) => number.into(),
-            // Without a zone, it is UTC.
+            // A time without a zone is in UTC.
             (ValueRef::Text(text), kind) if kind.starts_with("timestamp") => {
                 format!("{}Z", std::str::from_utf8(text)?).into()
             }
-            // In a column of bytes, text is bytes, too.
+            // Text in a column of bytes is written as bytes, too.
             (ValueRef::Text(bytes) | ValueRef::Blob(bytes), "bytea") => format!("\\x{}", hex(bytes)).into(),
             (ValueRef::Text(text), _) => std::str::from_utf8(text)?.into(),
             (ValueRef::Blob(_), kind) => bail!("{name} has bytes, and wants {kind}"),

@@ -1,4 +1,4 @@
-//! What the HTTP interfaces of all modules share: reading JSON strictly, and the one place where an error
+//! Shared parts of the HTTP interfaces of all modules: JSON is read strictly, and there is one place where an error
 //! becomes a status.
 
 mod wanted;
@@ -24,20 +24,20 @@ use tracing::error;
 
 pub(crate) use wanted::wanted;
 
-/// How soon to come back to a queue that is full.
+/// `Retry-After` for a queue that is full.
 const FULL: Duration = Duration::from_secs(5);
 
 /// The result of a handler.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Why a handler did not do what it was asked.
+/// Error of a handler.
 #[derive(Debug)]
 pub enum Error {
-    /// Something that the client can act on.
+    /// A problem that the client can act on.
     Problem(Problem),
-    /// The store did not do its part.
+    /// An error of the store.
     Store(queue::Error),
-    /// A mistake of ours.
+    /// A mistake in the program.
     Bug(anyhow::Error),
 }
 
@@ -65,7 +65,7 @@ impl From<sql::Error> for Error {
     }
 }
 
-/// From a load that others have waited for, too.
+/// Converts the error of a cache load, for which other requests may have waited, too.
 impl From<Arc<sql::Error>> for Error {
     fn from(error: Arc<sql::Error>) -> Self {
         Self::Problem(store_failed(&*error, error.is_passing()))
@@ -104,7 +104,7 @@ impl IntoResponse for Error {
     }
 }
 
-/// What is answered when the store did not do its part: that it may well do so in a moment, or that something is wrong.
+/// Makes the answer for an error of the store, and logs the error: 503 with `Retry-After` if it is transient, else 500.
 pub fn store_failed(error: &(dyn StdError + 'static), is_passing: bool) -> Problem {
     if !is_passing {
         return failed(error);
@@ -119,10 +119,10 @@ fn failed(error: &(dyn StdError + 'static)) -> Problem {
     Problem::new(StatusCode::INTERNAL_SERVER_ERROR, "the request failed; the log has the reason")
 }
 
-/// How many to list: `limit`, or `usual` if there is none.
+/// Returns the number of entries to list: `limit`, or `usual` if there is none.
 ///
 /// # Errors
-/// 422 for nothing, and for more than `most`.
+/// 422 for 0, and for more than `most`.
 pub fn within_page(limit: Option<usize>, usual: usize, most: usize) -> std::result::Result<usize, Problem> {
     let limit = limit.unwrap_or(usual);
     if (1..=most).contains(&limit) {
@@ -131,19 +131,19 @@ pub fn within_page(limit: Option<usize>, usual: usize, most: usize) -> std::resu
     Err(FieldError::new("limit", format!("a whole number from 1 to {most}")).into())
 }
 
-/// What joins a job to the request that enqueued it: the caller's trace (`traceparent`), or the one that begins with the
-/// request, whose id has the digits of the request's.
+/// Returns the trace that joins a job to the request that enqueued it: the trace of the caller (`traceparent`), or a
+/// new one that begins with the request, whose id has the digits of the id of the request.
 pub fn trace(scope: &RequestScope) -> String {
     scope.trace().as_str().to_owned()
 }
 
-/// 404 for something with an id.
+/// Makes a 404 for a resource with an id; `what` is the name of its type.
 pub fn not_found(what: &str) -> Problem {
     Problem::new(StatusCode::NOT_FOUND, format!("there is no such {what}"))
 }
 
-/// A JSON body, in and out. What does not fit is refused with the field's name: also fields that are not
-/// known, since a misspelt one would silently do nothing.
+/// A JSON body of a request or of an answer. A value that does not fit is refused with the name of its field. Unknown
+/// fields are refused, too, since a misspelt field would silently do nothing.
 #[derive(Clone, Copy, Debug)]
 pub struct Json<T>(pub T);
 
@@ -177,7 +177,7 @@ where
     }
 }
 
-/// The query of a URL. What does not fit is refused with the parameter's name.
+/// The query of a URL. A value that does not fit is refused with the name of its parameter.
 #[derive(Clone, Copy, Debug)]
 pub struct Query<T>(pub T);
 
@@ -198,7 +198,7 @@ where
     }
 }
 
-/// What is wrong with a query: the library puts the parameter's name in front, or it is in the message.
+/// Makes the error for a query. The library puts the name of the parameter in front of its message, or into it.
 fn of_query(text: &str) -> FieldError {
     if let Some((name, reason)) = text.split_once(": ")
         && name.chars().all(|c| c.is_ascii_alphanumeric() || c == '_')
@@ -211,7 +211,7 @@ fn of_query(text: &str) -> FieldError {
     FieldError::new(name.unwrap_or("query"), wanted(text))
 }
 
-/// The parameters of a path. What does not fit, or is no UTF-8, names nothing.
+/// The parameters of a path. A path that does not fit, or is not UTF-8, is refused without the name of a parameter.
 #[derive(Clone, Copy, Debug)]
 pub struct Path<T>(pub T);
 
@@ -231,7 +231,7 @@ where
     }
 }
 
-/// Reads a field for which null is not the same as being missing: with `#[serde(default)]`.
+/// Reads a field for which null is not the same as a missing field. The field also needs `#[serde(default)]`.
 ///
 /// # Errors
 /// When the value is neither null nor a `T`.
@@ -251,7 +251,7 @@ async fn read(body: Body) -> std::result::Result<bytes::Bytes, Problem> {
     }
 }
 
-/// Whether a body was cut off at its limit.
+/// Returns true when a body was cut off at its limit.
 pub fn is_too_long(error: &(dyn StdError + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
@@ -272,10 +272,10 @@ fn parse<T: DeserializeOwned>(body: &[u8]) -> std::result::Result<T, Problem> {
     })
 }
 
-/// Reads one line of several.
+/// Parses one line of a body with several lines of JSON.
 ///
 /// # Errors
-/// Where it does not fit, and what was wanted.
+/// The path of the field that does not fit, and the value that was wanted.
 pub fn parse_line<T: DeserializeOwned>(line: &[u8]) -> std::result::Result<T, String> {
     parse_json(line).map_err(|(path, error)| {
         if error.classify() != Category::Data {
@@ -286,7 +286,7 @@ pub fn parse_line<T: DeserializeOwned>(line: &[u8]) -> std::result::Result<T, St
     })
 }
 
-/// Reads JSON; an error comes with its place, a dot for the whole.
+/// Parses JSON. An error comes with the path of its field; a dot is the whole value.
 fn parse_json<T: DeserializeOwned>(text: &[u8]) -> std::result::Result<T, (String, serde_json::Error)> {
     let mut json = serde_json::Deserializer::from_slice(text);
     let parsed = serde_path_to_error::deserialize(&mut json);

@@ -65,8 +65,8 @@ impl BackupSource {
         secrets.chain(own)
     }
 
-    /// Copies the store as of one moment, even while it is in use, and the keys. The directory appears with everything in
-    /// it, or not at all.
+    /// Copies the store as of one moment, even while it is in use, and the keys. The directory appears with everything
+    /// in it, or not at all.
     pub(crate) fn copy_to(&self, directory: &Path) -> anyhow::Result<Copied> {
         if directory.exists() {
             bail!("{} is there already: wanted a new directory", directory.display());

@@ -66,7 +66,8 @@ pub(crate) async fn boot(
     health: Health,
     drain: Drain,
 ) -> anyhow::Result<(App, Booted)> {
-    // The listener is the last part that wrong settings can break, so a predecessor is asked to leave only after it is open.
+    // The listener is opened first, so that a predecessor is asked to leave (in `Base::open`) only when no setting can
+    // turn out to be wrong any more.
     let early = if plan.inheritance.succeeds() { Some(plan.listen().await?) } else { None };
     let base = Base::open(&plan).await?;
     let tasks = Tasks::new(drain.clone());
@@ -132,8 +133,8 @@ fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
 }
 
 impl App {
-    /// Closes the remaining parts, and returns true when all of them closed in time. They do not when every thread of the
-    /// serving runtime is blocked.
+    /// Closes the remaining parts, and returns true when all of them closed in time. They do not when every thread of
+    /// the serving runtime is blocked.
     pub(crate) async fn close(self) -> bool {
         self.data_dir.remove(data_dir::ADDRESSES);
         let mut in_time = true;

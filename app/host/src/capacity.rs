@@ -1,7 +1,7 @@
-//! How many connections the process can bear, by the descriptors and the memory that it may have.
+//! Number of connections that the process can bear, by the descriptors and the memory that it may have.
 //!
-//! Every connection is an open file. When they run out, whoever comes last gets nothing, be it a probe, a store or a push
-//! service: so each of these has its share, and visitors have the rest.
+//! Every connection is an open file. When descriptors run out, the next connection fails, even if a probe, a store or a
+//! push service needs it. So each of these has its share, and visitors have the rest.
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
@@ -11,25 +11,26 @@ use rustix::process::{Resource, getrlimit};
 
 use crate::settings::Reader;
 
-/// What one connection takes beside the head of its request: buffers of both directions, the task, the kernel's part.
+/// Memory of one connection beside the head of its request, in bytes: the buffers of both directions, the task, and the
+/// part of the kernel.
 const OF_ONE: u64 = 16 << 10;
 
-/// What the process may have.
+/// Limits of the process.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Means {
-    /// How many files may be open.
+    /// Maximum number of open files.
     pub(crate) descriptors: u64,
-    /// How much memory, in bytes, if that is limited.
+    /// Maximum memory, in bytes; `None` is no limit.
     pub(crate) memory: Option<u64>,
 }
 
 impl Means {
-    /// As the system has it: the hard limit of descriptors, to which the soft one is raised at the start.
+    /// Reads the hard limit of descriptors, to which the soft limit is raised at the start.
     pub(crate) fn of_process(memory: Option<u64>) -> Self {
         Self { descriptors: getrlimit(Resource::Nofile).maximum.unwrap_or(u64::MAX), memory }
     }
 
-    /// How many connections visitors may have: what is left of the descriptors by the other shares and by files, and no more
+    /// Maximum number of connections of visitors: the descriptors that the other shares and files leave, and no more
     /// than fit into a third of the memory, each with a request head of `head` bytes.
     pub(crate) fn visitors(self, head: usize) -> u64 {
         let others = self.outgoing() + self.operators() + 64 + self.descriptors / 8;
@@ -38,18 +39,18 @@ impl Means {
         by_descriptors.min(by_memory).max(16)
     }
 
-    /// How many connections there may be to others, such as push services: a quarter.
+    /// Maximum number of connections to other servers, such as push services: a quarter of the descriptors, at least 8.
     pub(crate) fn outgoing(self) -> u64 {
         (self.descriptors / 4).max(8)
     }
 
-    /// How many connections operators and probes may have: a sixteenth.
+    /// Maximum number of connections of operators and probes: a sixteenth of the descriptors, from 8 to 256.
     pub(crate) fn operators(self) -> u64 {
         (self.descriptors / 16).clamp(8, 256)
     }
 }
 
-/// How many processors this process may keep busy.
+/// Number of processors that this process may keep busy.
 pub fn processors(settings: &mut Reader<'_>) -> NonZeroUsize {
     cgroup::processors(&cgroup_of(settings))
 }
@@ -58,17 +59,19 @@ pub(crate) fn cgroup_of(settings: &mut Reader<'_>) -> Cgroup {
     Cgroup::at(&settings.get::<PathBuf>("process.cgroup"))
 }
 
-/// What the process may have of descriptors and memory.
+/// Limits of the process for descriptors and memory.
 pub(crate) fn means(settings: &mut Reader<'_>) -> Means {
     Means::of_process(cgroup_of(settings).memory_limit())
 }
 
-/// A number of connections to others, as a setting wants it, and no more than their share of what the process can bear.
+/// Returns the number of connections to other servers that a setting wants, but no more than their share. A smaller
+/// number is noted for operators.
 pub fn outgoing_connections(settings: &mut Reader<'_>, key: &'static str, wanted: usize) -> usize {
     fit(settings, key, wanted, Means::outgoing)
 }
 
-/// A number of connections, and no more than the process can bear.
+/// Returns the wanted number of connections, but no more than `most` of the limits of the process. A smaller number is
+/// noted for operators.
 pub(crate) fn fit(
     settings: &mut Reader<'_>,
     key: &'static str,

@@ -45,7 +45,7 @@ struct Cli {
     command: Option<HostCommand>,
 }
 
-/// Where settings come from, for every command.
+/// Sources of settings, for every command.
 #[derive(Args, Clone, Debug)]
 struct SettingsArgs {
     /// A TOML file with settings
@@ -54,18 +54,18 @@ struct SettingsArgs {
     /// One setting; may be given several times
     #[arg(long, global = true, value_name = "SECTION.KEY=VALUE")]
     set: Vec<String>,
-    /// Answer in JSON, an object for each line of a list; errors too
+    /// Print answers and errors as JSON; a list has one object per line
     #[arg(long, global = true)]
     json: bool,
 }
 
 #[derive(Debug, Subcommand)]
 enum HostCommand {
-    /// Serve until SIGTERM or Ctrl-C (what happens without a command)
+    /// Serve until SIGTERM or Ctrl-C (the default command)
     Serve(serve::Serve),
-    /// Check the settings and print those in effect, and where each came from
+    /// Check the settings, and print the value and the source of each
     Check(check::Check),
-    /// The keys: VAPID and API
+    /// Make, show and change VAPID and API keys
     #[command(subcommand)]
     Keys(keys::KeysCommand),
     /// Bring the tables of the store up to date, and do nothing else
@@ -73,19 +73,19 @@ enum HostCommand {
     Migrate,
     /// Move everything from an embedded store to the Postgres server that the settings name
     Adopt(adopt::Adopt),
-    /// Let jobs and schedules run that rest: in a server that was started with --paused, or on a store that is a copy
+    /// Let paused jobs and schedules run: in a server that was started with --paused, or on a store that is a copy
     Resume(resume::ResumeArgs),
     /// Copy the embedded store and the keys, also while a server runs
     Backup(backup::Backup),
-    /// Ask the running server whether it is ready; the exit code says it
+    /// Ask the running server whether it is ready; the exit code is 0 if it is
     Health(health::HealthArgs),
-    /// Jobs: look at them, and act on those that have ended
+    /// List jobs, enqueue or cancel one, retry or discard ended ones, and pause queues
     #[command(subcommand)]
     Jobs(jobs::JobsCommand),
-    /// Schedules: look at them, run one now, pause and resume them
+    /// List schedules, run one now, pause and resume them
     #[command(subcommand)]
     Cron(cron::Cron),
-    /// Show what the running server does, each second anew
+    /// Show the activity of the running server, updated every second
     Top(top::Top),
     /// Print a completion script for a shell
     #[command(display_order = 1000)]
@@ -97,14 +97,14 @@ enum HostCommand {
 
 /// The command line: the host's commands, and those of the modules.
 fn definition(modules: &[Blueprint]) -> clap::Command {
-    let scopes = format!("What for: {}; all of them without this", module::scopes(modules).words());
+    let scopes = format!("Scopes of the key: {}; all of them by default", module::scopes(modules).words());
     let host = Cli::command().mut_subcommand("keys", |keys| {
         keys.mut_subcommand("add", |add| add.mut_arg("scopes", |argument| argument.help(scopes)))
     });
     modules.iter().fold(host, |command, module| (module.commands)().define(command))
 }
 
-/// Does what the command line says. Exit codes: 0 well done, 1 failed, 2 not understood or bad settings.
+/// Runs the command of the command line. Exit codes: 0 success, 1 failure, 2 wrong arguments or settings.
 pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     let matches = match definition(modules).try_get_matches() {
         Ok(matches) => matches,
@@ -154,7 +154,7 @@ fn context(json: bool, sources: &Sources, modules: &[Blueprint]) -> Result<Comma
     Ok(CommandContext { json, settings, config: config.into(), tables, files })
 }
 
-/// Prints an error for a person.
+/// Prints an error for a person, and returns the exit code.
 fn report(error: &anyhow::Error) -> ExitCode {
     if let Some(misused) = error.downcast_ref::<clap::Error>() {
         let _ = misused.print();
@@ -185,14 +185,14 @@ impl HostCommand {
     }
 }
 
-/// Routes about jobs and schedules, on the store.
+/// Makes the routes for jobs and schedules, on the store.
 async fn books(offline: Offline) -> anyhow::Result<Router> {
     let routes = admin::jobs::admin_read().merge(admin::jobs::admin_write());
     let routes = routes.merge(schedules::admin_read()).merge(schedules::admin_write());
     Ok(routes.layer(Extension(JobAdminState::alone(offline.jobs))))
 }
 
-/// Does what a boot does first, so that the boots of many replicas find it done.
+/// Runs the migrations, which a boot does first, so that the boots of many replicas find them done.
 fn migrate(context: &CommandContext) -> anyhow::Result<()> {
     block_on(async {
         let (_data_dir, store) = context.open_alone().await?;

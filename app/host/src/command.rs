@@ -199,8 +199,8 @@ pub struct CommandContext {
 }
 
 impl CommandContext {
-    /// Calls `ask` with the admin backend: the running server or, while none runs, the routes that `routes` makes on the
-    /// store.
+    /// Calls `ask` with the admin backend: the running server or, while none runs, the routes that `routes` makes on
+    /// the store.
     ///
     /// # Errors
     /// When no admin backend can be opened, and the errors of `ask`.

@@ -1,4 +1,4 @@
-//! The host's settings as the types that its components want.
+//! Settings of the host, as the types that its components want.
 
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
@@ -29,15 +29,15 @@ use crate::sites;
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
 const DAY: Duration = Duration::from_secs(24 * 3600);
-/// How often lapsed leases are looked for.
+/// Interval at which expired leases are looked for.
 const RESCUE_EVERY: Duration = Duration::from_secs(3);
 
-/// Everything that boot needs to know, besides what modules need.
+/// All settings that boot needs, without the settings of modules.
 #[derive(Debug)]
 pub(crate) struct Config {
-    /// What operators should know of the settings.
+    /// Notes about the settings, for operators.
     pub(crate) notes: BTreeSet<String>,
-    /// Whether jobs and schedules rest until an operator lets them go on. It is said on the command line alone.
+    /// Whether jobs and schedules are paused until an operator resumes them. Only the command line sets this.
     pub(crate) paused: bool,
     pub(crate) data_dir: PathBuf,
     pub(crate) threads: usize,
@@ -51,31 +51,33 @@ pub(crate) struct Config {
     pub(crate) health: health::Config,
     pub(crate) store: StoreConfig,
     pub(crate) queue: Option<RedisQueueConfig>,
-    /// What it means for readiness that one of them is away.
+    /// Effect on readiness when the store is away.
     pub(crate) store_policy: ReadinessPolicy,
+    /// Effect on readiness when the store of jobs is away.
     pub(crate) queue_policy: ReadinessPolicy,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
     pub(crate) cron: cron::Config,
-    /// For how long jobs that have ended are kept.
+    /// How long jobs that have ended are kept.
     pub(crate) retention: Duration,
-    /// How much may wait in one queue.
+    /// Limits of the jobs that wait in one queue.
     pub(crate) bounds: Bounds,
-    /// When the process has done enough.
+    /// Limits after which the process is recycled.
     pub(crate) limits: Limits,
-    /// How many jobs of the default queue run at once.
+    /// Number of jobs of the default queue that run at once.
     pub(crate) slots: usize,
     pub(crate) phases: Phases,
     pub(crate) telemetry: telemetry::Config,
-    /// What limits the process, and from how much of its memory on requests are shed, in hundredths.
+    /// The cgroup that limits the process.
     pub(crate) cgroup: Cgroup,
+    /// Share of the memory limit from which requests are shed, in percent.
     pub(crate) shed_at: u64,
 }
 
-/// Where everything is kept.
+/// Settings of the store.
 #[derive(Clone, Debug)]
 pub(crate) enum StoreConfig {
-    /// A file of our own.
+    /// The embedded store: a file that only this process uses.
     Sqlite {
         /// A relative path is inside the data directory.
         file: PathBuf,
@@ -83,30 +85,30 @@ pub(crate) enum StoreConfig {
         wait: Duration,
         statement_timeout: Duration,
     },
-    /// A server, shared with other processes.
+    /// A Postgres server, which is shared with other processes.
     Postgres(postgres::Config),
 }
 
-/// Where jobs are kept, if that is not the store.
+/// Settings of the store of jobs, if that is not the main store.
 #[derive(Clone, Debug)]
 pub(crate) struct RedisQueueConfig {
     pub(crate) redis: redis::Config,
-    /// What its keys begin with.
+    /// Prefix of the keys in Redis.
     pub(crate) prefix: String,
 }
 
-/// How long each phase of the stop may take.
+/// Time limits of the phases of the drain.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Phases {
-    /// Requests are served as before, while load balancers learn that this process leaves.
+    /// Notice: requests are served as before, while load balancers learn that this process stops.
     pub(crate) notice: Duration,
-    /// What runs may finish.
+    /// Soft: running requests and jobs may finish.
     pub(crate) soft: Duration,
-    /// The same while a successor waits.
+    /// Soft, while a successor waits.
     pub(crate) succession: Duration,
-    /// What was cancelled may hand back its work.
+    /// Hard: cancelled tasks may hand back their work.
     pub(crate) hard: Duration,
-    /// How long a connection is idle, in the notice or after it, before it is closed.
+    /// Time for which a connection may be idle, in the notice or after it, before it is closed.
     pub(crate) idle: Duration,
 }
 
@@ -165,13 +167,13 @@ pub(crate) fn telemetry(settings: &mut Reader<'_>) -> telemetry::Config {
         settings.parse("telemetry.log", "a level such as info, or info,perennial_workers=debug");
     if !filter.has_level_for_the_rest() {
         settings.note(
-            "telemetry.log: only errors are logged of what it does not name; with info in front it is the usual log besides".to_owned(),
+            "telemetry.log: targets that it does not name log only errors; put info in front, so that they log as usual".to_owned(),
         );
     }
     telemetry::Config { filter, format: settings.parse("telemetry.format", "auto, text or json") }
 }
 
-/// Says when others can read what is kept: keys are secrets, and so are endpoints.
+/// Notes when other users can read the data directory or the store: keys are secrets, and so are endpoints.
 fn note_exposed(settings: &mut Reader<'_>, data_dir: &Path, store: &StoreConfig) {
     if let Some(mode) = data_dir::exposed(data_dir) {
         settings.note(format!(
@@ -192,7 +194,7 @@ fn note_exposed(settings: &mut Reader<'_>, data_dir: &Path, store: &StoreConfig)
 
 fn threads(settings: &mut Reader<'_>) -> usize {
     match settings.number("server.threads", 0..=1024) {
-        // With one thread, a handler that forgets to wait stops everything.
+        // With one thread, a handler that blocks it would stop everything.
         0_usize => processors(settings).get().max(2),
         threads => threads,
     }
@@ -274,7 +276,7 @@ fn server(settings: &mut Reader<'_>) -> http::Config {
     }
 }
 
-/// Who may connect to Unix sockets.
+/// Reads the mode and the group of Unix sockets, which say who may connect.
 fn unix_access(settings: &mut Reader<'_>) -> UnixAccess {
     let mode =
         settings.read_with("server.socket_mode", "a mode in octal such as 0660, or nothing", |value| {
@@ -291,12 +293,13 @@ fn unix_access(settings: &mut Reader<'_>) -> UnixAccess {
     UnixAccess { mode, group }
 }
 
-/// The number of a group.
+/// Returns the number of a group.
 fn group(name: &str) -> Option<u32> {
     nix::unistd::Group::from_name(name).ok().flatten().map(|group| group.gid.as_raw())
 }
 
-/// Refuses a key that does not fit the certificate. Files that are not there need not be there while settings are only checked.
+/// Refuses a key that does not fit the certificate. A file that cannot be used is only noted, since files may be
+/// missing while settings are only checked.
 fn check_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
     match tls.map(tls::check) {
         None | Some(Ok(())) => {}
@@ -308,7 +311,7 @@ fn check_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
     }
 }
 
-/// Says when the certificate has ended, or ends soon.
+/// Notes when the certificate has expired, or expires within seven days.
 fn note_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
     let Some(end) = tls.and_then(|tls| tls::ends_at(&tls.cert_file)) else { return };
     let at = Timestamp::try_from(end).map_or_else(|_| String::new(), |at| format!(" ({at:.0})"));
@@ -324,7 +327,7 @@ fn note_certificate(settings: &mut Reader<'_>, tls: Option<&tls::Config>) {
     }
 }
 
-/// The longest request head. The library takes no less.
+/// Reads the maximum length of a request head. The HTTP library takes no less than 8 KiB.
 fn head_limit(settings: &mut Reader<'_>) -> usize {
     let limit = settings.get::<Size>("server.head_limit").0;
     if !(8 << 10..=1 << 20).contains(&limit) {
@@ -333,7 +336,7 @@ fn head_limit(settings: &mut Reader<'_>) -> usize {
     limit.max(8 << 10)
 }
 
-/// The admin listener needs no settings of its own for what it is asked: little, by few.
+/// Makes the settings of the admin listener. It gets few requests, so it needs few settings of its own.
 fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
     let listen = listen(settings, "admin.listen");
     if listen.iter().any(|listen| matches!(listen, Listen::Https(_))) {
@@ -349,16 +352,16 @@ fn admin(settings: &mut Reader<'_>, server: &http::Config) -> http::Config {
         max_connections: means(settings).operators().try_into().unwrap_or(256),
         max_per_address: 0,
         proxy_protocol: false,
-        // Probes are never sent away.
+        // Probes are never shed.
         pressure: Pressure::default(),
         ..server.net.clone()
     };
-    // A copy of the store takes as long as it takes.
+    // A copy of the store may take long.
     let request_timeout = Duration::from_secs(3600);
     http::Config { net, quiet: true, max_requests: usize::MAX, request_timeout, ..server.clone() }
 }
 
-/// Whether two listeners could not be open at once.
+/// Returns true when two listeners could not be open at once.
 fn collide(one: &Listen, other: &Listen) -> bool {
     let address = |listen: &Listen| match listen {
         Listen::Http(address) | Listen::Https(address) => address.parse::<SocketAddr>().ok(),
@@ -422,7 +425,7 @@ fn store(settings: &mut Reader<'_>) -> StoreConfig {
     }
 }
 
-/// How many connections a pool has: as many as the processors can keep busy, unless the settings say.
+/// Reads the number of connections of a pool. By default it is the number that the processors can keep busy.
 fn connections(settings: &mut Reader<'_>, key: &str) -> usize {
     match settings.number(key, 0..=1000) {
         0_usize => (6 + 2 * processors(settings).get()).min(64),
@@ -450,7 +453,7 @@ fn queue(settings: &mut Reader<'_>) -> Option<RedisQueueConfig> {
     (url.expose_secret() != "store").then_some(RedisQueueConfig { redis, prefix })
 }
 
-/// A URL, from a file where there is one, since it may hold a password.
+/// Reads a URL, from its file if there is one, since a URL may contain a password.
 fn url(settings: &mut Reader<'_>, key: &str, wanted: &str, schemes: &[&str]) -> SecretString {
     let text: String = settings.get(key);
     let file = settings.secret_file(&format!("{key}_file"));
@@ -467,7 +470,7 @@ fn url(settings: &mut Reader<'_>, key: &str, wanted: &str, schemes: &[&str]) -> 
     url
 }
 
-/// Nothing is enough where the setting is zero.
+/// Reads the limits after which the process is recycled. A setting of zero is no limit.
 fn limits(settings: &mut Reader<'_>) -> Limits {
     let age = settings.duration("process.max_age", Duration::ZERO..=400 * DAY);
     let memory = settings.get::<Size>("process.max_memory").0 as u64;

@@ -8,38 +8,38 @@ use std::path::{Path, PathBuf};
 use parking_lot::Mutex;
 use tracing::warn;
 
-/// The first API key.
+/// File with the first API key.
 pub const API_KEY: &str = "api.key";
-/// The token of the admin listener.
+/// File with the token of the admin listener.
 pub const ADMIN_TOKEN: &str = "admin.token";
-/// The addresses that the running server listens on.
+/// File with the addresses that the running server listens on.
 pub const ADDRESSES: &str = "addresses.json";
 const LOCK: &str = "perennial.lock";
 
-/// A file of a module without which its rows in the store are worth nothing.
+/// A secret file of a module, without which the rows of the module in the store are worth nothing.
 #[derive(Clone, Debug)]
 pub struct SecretFile {
-    /// What people call it.
+    /// Name of the secret, for people.
     pub label: String,
-    /// Where it is: a relative path is inside the data directory.
+    /// Path of the file; a relative path is inside the data directory.
     pub file: String,
-    /// What it is called in a copy, and in a store that replicas share.
+    /// Name of the file in a copy, and of the secret in a store that replicas share.
     pub name: String,
-    /// The part of its text that everybody may see, such as a public key.
+    /// Returns the public part of its text, such as a public key.
     pub public: fn(&str) -> Option<String>,
-    /// What an operator should know about its loss, in a sentence.
+    /// Consequences of its loss, in a sentence for operators.
     pub loss: &'static str,
 }
 
 /// Why the directory cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Another process has it.
+    /// Another process has the directory.
     #[error("{} is in use by another process{}; stop it, or set data_dir to another directory", .path.display(), holder(.pid))]
     InUse {
         /// The directory.
         path: PathBuf,
-        /// The process, if it left its number.
+        /// Number of the process; empty if it left none.
         pid: String,
     },
     /// Another process has the store, which need not be in the directory.
@@ -47,18 +47,18 @@ pub enum Error {
     StoreInUse {
         /// The file.
         path: PathBuf,
-        /// The process, if it left its number.
+        /// Number of the process; empty if it left none.
         pid: String,
     },
-    /// A secret that is nobody's.
+    /// A file that should have a secret is empty.
     #[error("{} is empty; remove it to have a new one made", .0.display())]
     Empty(PathBuf),
-    /// A file in it cannot be read or written.
+    /// A file in the directory cannot be read or written.
     #[error("cannot use {}", .path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// Error of the operating system.
         source: io::Error,
     },
 }
@@ -71,7 +71,7 @@ fn holder(pid: &str) -> String {
 #[derive(Debug)]
 pub struct DataDir {
     path: PathBuf,
-    /// The locks on stores. They go first: whoever waits for the directory finds them free.
+    /// The locks on stores. They are released first, so that a process that waits for the directory finds them free.
     stores: Mutex<Vec<(PathBuf, File)>>,
     _lock: File,
 }
@@ -80,13 +80,13 @@ impl DataDir {
     /// Makes the directory if it is missing, readable for its owner only, and locks it.
     ///
     /// # Errors
-    /// When another process has it, or it cannot be made.
+    /// When another process has the directory, or the directory cannot be made.
     pub fn lock(path: &Path) -> Result<Self, Error> {
         Self::make(path)?;
         let in_use = |pid| Error::InUse { path: path.to_owned(), pid };
         let lock = take(&path.join(LOCK), in_use)?;
         let data_dir = Self { path: path.to_owned(), stores: Mutex::default(), _lock: lock };
-        // Left behind by a process that was killed.
+        // A process that was killed has left this file behind.
         data_dir.remove(ADDRESSES);
         Ok(data_dir)
     }
@@ -94,18 +94,19 @@ impl DataDir {
     /// Makes the directory if it is missing, readable for its owner only.
     ///
     /// # Errors
-    /// When it cannot be made.
+    /// When the directory cannot be made.
     pub fn make(path: &Path) -> Result<(), Error> {
         DirBuilder::new().recursive(true).mode(0o700).create(path).map_err(at(path))
     }
 
-    /// Locks the file of a store for as long as this value lives, wherever it is: two directories may name the same one. The
-    /// lock is a file beside it, since closing the store's own anywhere in the process would end SQLite's locks on it.
+    /// Locks the file of a store, wherever it is, for as long as this value lives: two directories may name the same
+    /// store. The lock is a file beside it, since closing the file of the store anywhere in the process would end
+    /// SQLite's locks on it.
     ///
     /// # Errors
-    /// When another process has it, or the lock cannot be made.
+    /// When another process has the store, or the lock cannot be made.
     pub fn lock_store(&self, file: &Path) -> Result<(), Error> {
-        // Whatever links lead to it. One that is not there yet has its directory at most.
+        // Links are resolved. For a file that does not exist yet, only the links of its directory are.
         let file = fs::canonicalize(file).unwrap_or_else(|_| {
             let directory = file.parent().and_then(|parent| fs::canonicalize(parent).ok());
             match (directory, file.file_name()) {
@@ -124,15 +125,15 @@ impl DataDir {
         Ok(())
     }
 
-    /// The path of a file in it.
+    /// The path of a file in the directory.
     pub fn join(&self, name: impl AsRef<Path>) -> PathBuf {
         self.path.join(name)
     }
 
-    /// The text of a secret file; it is made from `make` when it is missing. True when it was.
+    /// Returns the text of a secret file, and true if the file was missing and has been made with `make`.
     ///
     /// # Errors
-    /// When it can be neither read nor written.
+    /// When the file is empty, or cannot be read or written.
     pub fn secret(&self, name: &str, make: impl FnOnce() -> String) -> Result<(String, bool), Error> {
         let path = self.join(name);
         match fs::read_to_string(&path) {
@@ -150,15 +151,15 @@ impl DataDir {
         }
     }
 
-    /// The text of a file, if it is there and can be read.
+    /// Returns the text of a file, if it exists and can be read.
     pub fn read(&self, name: &str) -> Option<String> {
         Some(fs::read_to_string(self.join(name)).ok()?.trim_end().to_owned())
     }
 
-    /// Writes a file, readable for its owner only, so that it is there whole or not at all.
+    /// Writes a file, readable for its owner only, so that it exists completely or not at all.
     ///
     /// # Errors
-    /// When it cannot be written.
+    /// When the file cannot be written.
     pub fn write(&self, name: &str, text: &str) -> Result<(), Error> {
         let path = self.join(name);
         let draft = self.join(format!("{name}.new"));
@@ -168,24 +169,24 @@ impl DataDir {
             file.write_all(text.as_bytes())?;
             file.sync_all()?;
             fs::rename(&draft, &path)?;
-            // The name is as much worth as the content.
+            // The entry in the directory must be as durable as the content.
             File::open(&self.path)?.sync_all()
         };
         write().map_err(|error| {
-            // It is a secret, and nobody's.
+            // The draft has a secret that is not in use.
             let _ = fs::remove_file(&draft);
             at(&path)(error)
         })
     }
 
-    /// Removes a file if it is there.
+    /// Removes a file if it exists.
     pub fn remove(&self, name: &str) {
         let _ = fs::remove_file(self.join(name));
     }
 }
 
-/// Takes a lock, and leaves our number in it: only for the message, since the lock itself is the kernel's and ends with the
-/// process.
+/// Takes a lock, and writes the number of this process into the file. The number is only for the error message: the
+/// lock itself belongs to the kernel, and ends with the process.
 fn take(path: &Path, in_use: impl FnOnce(String) -> Error) -> Result<File, Error> {
     let mut options = OpenOptions::new();
     options.create(true).truncate(false).read(true).write(true).mode(0o600);
@@ -204,7 +205,7 @@ fn take(path: &Path, in_use: impl FnOnce(String) -> Error) -> Result<File, Error
     Ok(lock)
 }
 
-/// Whether a process holds the lock on a data directory.
+/// Returns true when a process holds the lock on a data directory.
 pub fn is_locked(path: &Path) -> bool {
     let lock = File::open(path.join(LOCK));
     lock.is_ok_and(|lock| matches!(lock.try_lock_shared(), Err(TryLockError::WouldBlock)))
@@ -216,7 +217,8 @@ fn warn_if_others_can_read(path: &Path) {
     }
 }
 
-/// The mode of a file or a directory that others can read; none when they cannot, or when it is not there.
+/// Returns the mode of a file or a directory that other users can read; `None` when they cannot, or when it does not
+/// exist.
 pub(crate) fn exposed(path: &Path) -> Option<u32> {
     let file = fs::metadata(path).ok()?;
     let mode = file.permissions().mode() & 0o777;
@@ -226,10 +228,10 @@ pub(crate) fn exposed(path: &Path) -> Option<u32> {
     (mode & others != 0).then_some(mode)
 }
 
-/// Whether this user may look into the directory, if there is one.
+/// Checks that this user may read the directory, if it exists.
 ///
 /// # Errors
-/// When it belongs to another user: everything that is asked about it would say something else.
+/// When the directory belongs to another user: every other answer about it would be misleading.
 pub(crate) fn check_access(path: &Path) -> anyhow::Result<()> {
     match fs::read_dir(path) {
         Err(error) if error.kind() == io::ErrorKind::PermissionDenied => {

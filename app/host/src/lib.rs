@@ -1,7 +1,7 @@
-//! The host: it boots what serves, reads settings, knows sites and keys, answers operators, and stops everything.
+//! The host: it reads settings, boots, knows sites and keys, answers operators, and stops everything.
 //!
-//! An application is a [`module::Module`], and its `main` is three lines. ARCHITECTURE.md in the repository has the map,
-//! and the walks of a request and of one SIGTERM.
+//! An application is a [`module::Module`], and its `main` is three lines. ARCHITECTURE.md in the repository has the
+//! map, and the walks of a request and of one SIGTERM.
 
 pub mod access;
 mod addresses;
@@ -30,7 +30,7 @@ mod supervisor;
 
 use std::process::ExitCode;
 
-// What a module is written with, in the versions that the host has.
+// Crates for modules, in the versions that the host has.
 pub use perennial_runtime as runtime;
 pub use perennial_store as store;
 pub use perennial_workers as workers;
@@ -45,7 +45,7 @@ pub struct Perennial {
 }
 
 impl Perennial {
-    /// A host with nothing to host yet.
+    /// Makes a host that has no modules yet.
     pub fn new() -> Self {
         Self::default()
     }
@@ -57,7 +57,7 @@ impl Perennial {
         self
     }
 
-    /// Does what the command line says.
+    /// Runs the command of the command line, and returns the exit code of the program.
     pub fn main(self) -> ExitCode {
         cli::main(&self.modules)
     }

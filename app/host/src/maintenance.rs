@@ -1,4 +1,4 @@
-//! What the host does for itself by the clock, as jobs and schedules that anybody can see and change.
+//! Periodic maintenance of the host, as jobs and schedules that operators can see and change.
 
 use std::time::Duration;
 
@@ -13,12 +13,12 @@ use tracing::info;
 
 use crate::module::Host;
 
-/// Where such jobs wait: never behind an application's.
+/// Queue of maintenance jobs, so that they never wait behind jobs of an application.
 const QUEUE: &str = "maintenance";
-/// How many at once.
+/// Number of maintenance jobs that run at once.
 const SLOTS: usize = 2;
 
-/// How jobs of this kind are queued. One that fails is tried again for a while; then the next time comes.
+/// Options of maintenance jobs. A job that fails is tried again for a while; then the next time of its schedule comes.
 pub fn options() -> Options {
     Options {
         queue: QUEUE,
@@ -32,7 +32,7 @@ pub fn options() -> Options {
     }
 }
 
-/// Forgets some at a time until there are none left, and returns how many there were.
+/// Deletes in steps: calls `some`, which returns how many entries it has deleted, until it returns 0. Returns the sum.
 pub async fn until_none<F>(context: &Context, mut some: impl FnMut() -> F) -> anyhow::Result<u64>
 where
     F: Future<Output = anyhow::Result<u64>>,
@@ -84,7 +84,7 @@ impl Job for ForgetJobs {
     }
 }
 
-/// Brings up to date what SQLite's planner believes about the tables.
+/// Updates the statistics of the tables for the query planner of SQLite.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Optimize {}
@@ -98,7 +98,8 @@ impl Job for Optimize {
     }
 
     async fn run(&self, _context: Context, sqlite: Sqlite) -> anyhow::Result<JobOutcome> {
-        // As SQLite's manual advises: it looks only at tables that have changed, and at so many rows of each index.
+        // The manual of SQLite advises this: `optimize` analyzes only tables that have changed, and `analysis_limit`
+        // bounds the number of rows of each index.
         sqlite.write(|tx| tx.execute_batch("PRAGMA analysis_limit = 400; PRAGMA optimize;")).await?;
         Ok(JobOutcome::Done)
     }

@@ -1,5 +1,5 @@
-//! What an application is to the host: one type with three parts. Web push, which is hosted by default,
-//! comes in through the same door.
+//! The interface between the host and an application, which is one type that implements [`Module`]. Web push, which is
+//! hosted by default, uses the same interface.
 //!
 //! ```
 //! use perennial_host::module::{Host, Module};
@@ -54,34 +54,34 @@ use crate::sites::Sites;
 
 /// An application that Perennial hosts.
 pub trait Module: Sized + Send + 'static {
-    /// Its name, in the store and in logs.
+    /// Name of the module, in the store and in logs.
     const NAME: &'static str;
 
-    /// Its settings with their defaults, as commented TOML: they become part of the schema.
+    /// Settings of the module with their defaults, as commented TOML. They become part of the schema.
     const DEFAULTS: &'static str = "";
 
-    /// Its tables: SQL, the oldest step first. A step that was ever released is never changed.
+    /// Migrations of its tables in SQL, the oldest step first. A step that was released must never be changed.
     const MIGRATIONS: &'static [&'static str] = &[];
 
-    /// The same for Postgres. Without them, the module cannot be hosted on it.
+    /// Migrations of its tables for Postgres. Without them, the module cannot be hosted on Postgres.
     const POSTGRES_MIGRATIONS: &'static [&'static str] = &[];
 
-    /// What API keys may be used for in its routes.
+    /// Scopes of API keys that its routes ask for.
     const SCOPES: &'static [Scope] = &[];
 
-    /// Its commands on the command line.
+    /// Commands of the module on the command line.
     fn commands() -> Commands {
         Commands::default()
     }
 
-    /// Its files without which its rows in the store are worth nothing: they are shown by `perennial keys show`, and taken
-    /// along by `perennial backup` and `perennial adopt`.
+    /// Secret files of the module, without which its rows in the store are worth nothing. `perennial keys show` shows
+    /// them, and `perennial backup` and `perennial adopt` copy them.
     fn files(_settings: &Settings) -> Vec<SecretFile> {
         Vec::new()
     }
 
-    /// Makes the keys that it needs and that are missing: before the first start, or when one was lost. What
-    /// it returns is shown: each a label and something that is no secret.
+    /// Makes the missing keys of the module, before the first start or when one was lost. Returns a label and a public
+    /// value for each key, which are shown to the operator.
     fn keys(
         _settings: &Settings,
         _sites: &Sites,
@@ -91,28 +91,28 @@ pub trait Module: Sized + Send + 'static {
         async { Ok(Vec::new()) }
     }
 
-    /// Reads its settings. Nothing is touched yet; what does not fit is noted in `settings`.
+    /// Reads the settings of the module, and changes nothing yet. Values that do not fit are noted in `settings`.
     fn configure(settings: &mut Reader<'_>) -> Self;
 
-    /// Joins the host: hands in its routes, its jobs and its tasks, and warms up. The public listener opens
-    /// after every module has been mounted.
+    /// Mounts the module: it hands in its routes, jobs and tasks, and warms up. The public listener opens after every
+    /// module has been mounted.
     fn mount(self, host: &mut Host) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
 
-/// What a module reports about itself, computed when somebody looks.
+/// Status of a module, computed when an operator asks for it.
 pub type StatusFn = Arc<dyn Fn() -> Value + Send + Sync>;
 
-/// The host as a module sees it while it is mounted: what it may use, and where it hands in its parts.
+/// The host as a module sees it during its mount: the module uses the fields, and hands in its parts with the methods.
 pub struct Host {
     /// The store.
     pub store: Store,
     /// The jobs.
     pub jobs: Jobs,
-    /// Who may call.
+    /// Access control: the keys of callers.
     pub access: Access,
     /// The sites that are served.
     pub sites: Sites,
-    /// Caches, which all replicas forget together.
+    /// Caches, whose entries all replicas drop together.
     pub caches: Caches,
     /// The directory of keys and other files, locked by this process.
     pub data_dir: Arc<DataDir>,
@@ -140,21 +140,22 @@ impl fmt::Debug for Host {
 }
 
 impl Host {
-    /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter` whose handlers then
-    /// stand in `/openapi.json`.
+    /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter`, whose handlers are then described
+    /// in `/openapi.json`.
     pub fn routes(&mut self, routes: impl Into<OpenApiRouter>) {
         self.routes = std::mem::take(&mut self.routes).merge(routes.into());
     }
 
-    /// Runs jobs of this kind.
+    /// Registers a kind of job, which this process then runs with `tools`.
     pub fn job<J: Job>(&mut self, tools: J::Tools) {
         self.registry.register::<J>(tools);
     }
 
-    /// Enqueues a job by the clock. Settings may change everything about it but its name (`cron.schedules`).
+    /// Adds a schedule, which enqueues a job by the clock. Settings may change everything about it but its name
+    /// (`cron.schedules`).
     ///
     /// # Panics
-    /// When there is one of this name already: that is a mistake in the program.
+    /// When a schedule of this name exists already, which is a mistake in the program.
     pub fn schedule(&mut self, schedule: Schedule) {
         let twice = self.schedules.iter().any(|other| other.name == schedule.name);
         assert!(!twice, "the schedule {} is defined twice", schedule.name);
@@ -166,35 +167,35 @@ impl Host {
         self.registry.serve(queue, slots);
     }
 
-    /// A condition without which the process is not ready, unmet until it is said to be met.
+    /// Adds a condition without which the process is not ready. It is unmet until [`Condition::met`] is called.
     pub fn readiness(&self, name: &'static str, reason: &str) -> Condition {
         self.health.condition(name, reason)
     }
 
-    /// Something to be shown to whoever looks at the running process.
+    /// Adds a status of the module, which operators read with `GET /modules`.
     pub fn status(&mut self, name: &'static str, status: impl Fn() -> Value + Send + Sync + 'static) {
         self.status.push((name, Arc::new(status)));
     }
 
-    /// Adds routes to the admin listener that show something: to anybody while it listens on loopback, else with the admin
-    /// token.
+    /// Adds routes to the admin listener that show something. They need the admin token, unless the listener is bound
+    /// to loopback.
     pub fn admin_read(&mut self, routes: axum::Router) {
         self.admin_read = std::mem::take(&mut self.admin_read).merge(routes);
     }
 
-    /// Adds routes to the admin listener that change something: they take the admin token, and no page elsewhere may
-    /// use them.
+    /// Adds routes to the admin listener that change something. They need the admin token, and pages of other origins
+    /// may not use them.
     pub fn admin_write(&mut self, routes: axum::Router) {
         self.admin_write = std::mem::take(&mut self.admin_write).merge(routes);
     }
 
-    /// A line for whoever starts the program on a terminal, made from the address of the public listener.
+    /// Adds a line for a person who starts the program on a terminal. It is made from the URL of the public listener.
     pub fn announce(&mut self, line: impl Fn(&str) -> String + Send + 'static) {
         self.announcements.push(Box::new(line));
     }
 
-    /// Runs a task beside requests and jobs; it is started again when it fails, and must end when the drain
-    /// says so.
+    /// Runs a task beside requests and jobs. The task is started again when it fails, and must end when the drain says
+    /// so.
     pub fn task<M, F>(&self, name: &'static str, make: M)
     where
         M: FnMut() -> F + Send + 'static,
@@ -203,7 +204,7 @@ impl Host {
         self.tasks.contained(name, make);
     }
 
-    /// Runs at the very end, when nothing uses the module any more.
+    /// Adds a future that runs at the very end, when nothing uses the module any more.
     pub fn at_close<F>(&mut self, close: F)
     where
         F: Future<Output = ()> + Send + 'static,
@@ -216,7 +217,7 @@ type Mount = Box<
     dyn for<'a> FnOnce(&'a mut Host) -> Pin<Box<dyn Future<Output = anyhow::Result<()>> + Send + 'a>> + Send,
 >;
 
-/// A module with its type taken off: before its settings are read.
+/// A module whose type is erased, before its settings are read.
 #[derive(Clone, Copy)]
 pub(crate) struct Blueprint {
     pub(crate) name: &'static str,
@@ -266,14 +267,14 @@ pub(crate) struct Configured {
     pub(crate) mount: Mount,
 }
 
-/// Merges the sources over the defaults of the host and of every module. What is wrong with them is for [`read`] to say.
+/// Merges the sources over the defaults of the host and of every module. [`read`] reports their problems.
 pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
     let defaults: Vec<&str> =
         [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
     Settings::merge(&defaults, sources)
 }
 
-/// Reads all settings, those of the modules too.
+/// Reads all settings, also the settings of the modules.
 pub(crate) fn read(
     settings: &Settings,
     modules: &[Blueprint],
@@ -286,7 +287,7 @@ pub(crate) fn read(
     Ok((config, configured))
 }
 
-/// What API keys may be used for in this program.
+/// Collects all scopes of this program.
 pub(crate) fn scopes(modules: &[Blueprint]) -> Scopes {
     Scopes::new(modules.iter().flat_map(|module| module.scopes.iter().cloned()))
 }

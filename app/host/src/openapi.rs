@@ -1,4 +1,5 @@
-//! The description of the public interface, made from its handlers: `GET /openapi.json`, and for people `GET /reference`.
+//! The description of the public interface, made from its handlers: `GET /openapi.json`, and for people
+//! `GET /reference`.
 
 #[cfg(feature = "reference")]
 mod reference;
@@ -14,11 +15,11 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Info, License, OpenApi, Ref, RefOr, Response, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
-/// What handlers without a key say in their description: `security(())`, or `security((), ("key" = []))` where a key is
-/// possible. All others take one.
+/// Security scheme of API keys. A handler that needs no key declares `security(())`, or `security((), ("key" = []))` if
+/// a key is possible. All other handlers need a key.
 const KEY: &str = "key";
 
-/// These routes, and the ones that describe them.
+/// Returns these routes, and the routes that describe them.
 pub(crate) fn with_description(routes: OpenApiRouter) -> Router {
     let (router, openapi) = routes.split_for_parts();
     let openapi = described(openapi);
@@ -30,7 +31,7 @@ pub(crate) fn with_description(routes: OpenApiRouter) -> Router {
     router
 }
 
-/// What every description of the interface says: who may call, and what an error looks like.
+/// Completes the description: its title, the scheme of keys, and the form of errors.
 fn described(mut openapi: OpenApi) -> OpenApi {
     let mut info = Info::new("Perennial", env!("CARGO_PKG_VERSION"));
     info.description = Some("Web push: subscriptions, notifications, and what became of them.".to_owned());
@@ -52,7 +53,7 @@ fn described(mut openapi: OpenApi) -> OpenApi {
     openapi
 }
 
-/// Adds to one operation what holds for all of its kind.
+/// Adds to one operation the security and the errors that all operations of its kind have.
 fn describe(operation: &mut Operation) {
     let needs_key = operation.security.is_none();
     let key = || SecurityRequirement::new(KEY, std::iter::empty::<String>());
@@ -65,18 +66,18 @@ fn describe(operation: &mut Operation) {
     };
     let (of_path, of_query) = (has(&ParameterIn::Path), has(&ParameterIn::Query));
     let has_body = operation.request_body.is_some();
-    // Browsers may send what has no body with one.
+    // Whether the operation can have the error, the status of the error, and its description.
     let possible = [
-        (has_body || of_path || of_query, StatusCode::BAD_REQUEST, "It could not be read"),
-        (takes_key, StatusCode::UNAUTHORIZED, "The key is missing, or not good"),
-        (takes_key, StatusCode::FORBIDDEN, "The key, or the page, may not do this"),
-        (of_path, StatusCode::NOT_FOUND, "There is none"),
-        (needs_key && has_body, StatusCode::CONFLICT, "It contradicts what is there"),
+        (has_body || of_path || of_query, StatusCode::BAD_REQUEST, "The request cannot be read"),
+        (takes_key, StatusCode::UNAUTHORIZED, "The key is missing, or not valid"),
+        (takes_key, StatusCode::FORBIDDEN, "The key, or the page, has no right to do this"),
+        (of_path, StatusCode::NOT_FOUND, "The resource does not exist"),
+        (needs_key && has_body, StatusCode::CONFLICT, "The request conflicts with what is stored"),
         (has_body, StatusCode::PAYLOAD_TOO_LARGE, "The body is too long"),
         (has_body, StatusCode::UNSUPPORTED_MEDIA_TYPE, "The body is of another type"),
-        (has_body || of_path || of_query, StatusCode::UNPROCESSABLE_ENTITY, "A field is not as wanted"),
-        (true, StatusCode::TOO_MANY_REQUESTS, "Too many requests; Retry-After says when to come again"),
-        (true, StatusCode::SERVICE_UNAVAILABLE, "Not now; Retry-After says when to come again"),
+        (has_body || of_path || of_query, StatusCode::UNPROCESSABLE_ENTITY, "A field does not fit"),
+        (true, StatusCode::TOO_MANY_REQUESTS, "Too many requests; Retry-After says when to try again"),
+        (true, StatusCode::SERVICE_UNAVAILABLE, "Not available now; Retry-After says when to try again"),
     ];
     let responses = &mut operation.responses.responses;
     for (_, status, description) in possible.into_iter().filter(|(is_possible, ..)| *is_possible) {
@@ -88,7 +89,7 @@ fn describe(operation: &mut Operation) {
             *response = error;
         }
     }
-    responses.entry("default".to_owned()).or_insert_with(|| problem("What was wrong").into());
+    responses.entry("default".to_owned()).or_insert_with(|| problem("The error").into());
     for (status, response) in responses {
         if let RefOr::T(response) = response
             && response.description.is_empty()

@@ -1,10 +1,10 @@
-//! Jobs, schedules and what they send rest: in a process that was started with `serve --paused`, and on a store that is a
-//! copy of another until an operator says that it takes the other's place. Everything else goes on: requests are answered,
-//! and jobs are taken in.
+//! The pause of jobs, of schedules, and so of sending. It holds in a process that was started with `serve --paused`,
+//! and on a store that is a copy of another, until an operator says that the copy takes the place of the original.
+//! Everything else goes on: requests are answered, and jobs are accepted.
 //!
 //! | route | what |
 //! |---|---|
-//! | `POST /resume` | lets them go on; `{"resumed"}` says whether they rested |
+//! | `POST /resume` | ends the pause; `{"resumed"}` says whether there was one |
 
 use axum::routing::post;
 use axum::{Extension, Router};
@@ -15,17 +15,17 @@ use tracing::info;
 
 use crate::api::{Json, Result};
 
-/// Why they rest.
+/// Reason of a pause.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Why {
-    /// The process was started so.
+    /// The process was started with `--paused`.
     Asked,
     /// The store is a copy, and the original may be at work on the same jobs.
     Copy,
 }
 
 impl Why {
-    /// For operators.
+    /// The reason as a text for operators.
     pub(crate) fn reason(self) -> &'static str {
         match self {
             Self::Asked => "paused: started with --paused; `perennial resume` lets jobs and schedules run",
@@ -36,24 +36,24 @@ impl Why {
     }
 }
 
-/// Whether they rest, for all who start them. A cheap handle.
+/// The pause of a process, for the parts that start jobs and schedules. A cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Pause(watch::Sender<Option<Why>>);
 
 impl Pause {
-    /// They do, if there is a reason.
+    /// Makes a pause, which holds if there is a reason.
     pub(crate) fn new(why: Option<Why>) -> Self {
         Self(watch::Sender::new(why))
     }
 
-    /// Why they rest now.
+    /// Reason of the pause, as long as it holds.
     pub(crate) fn why(&self) -> Option<Why> {
         *self.0.borrow()
     }
 
-    /// Returns when they rest no more.
+    /// Returns when the pause has ended.
     pub(crate) async fn ended(&self) {
-        // We hold the sender.
+        // The sender is held here, so the wait cannot fail.
         let _ = self.0.subscribe().wait_for(Option::is_none).await;
     }
 
@@ -62,26 +62,26 @@ impl Pause {
     }
 }
 
-/// What lets them go on.
+/// State of the route.
 #[derive(Clone)]
 struct ResumeAnswer {
     pause: Pause,
     store: sql::Store,
 }
 
-/// What was done.
+/// Answer of the route.
 #[derive(Serialize)]
 struct Resumed {
     resumed: bool,
 }
 
-/// What operators may do about it.
+/// Route with which operators end the pause.
 pub(crate) fn admin_write(pause: Pause, store: sql::Store) -> Router {
     Router::new().route("/resume", post(resume)).layer(Extension(ResumeAnswer { pause, store }))
 }
 
 async fn resume(Extension(resume): Extension<ResumeAnswer>) -> Result<Json<Resumed>> {
-    // First in the store: what goes on now must not rest again at the next boot.
+    // The store comes first, so that jobs that go on now are not paused again at the next boot.
     let was_copy = resume.store.end_copy().await?;
     let rested = resume.pause.end();
     if rested || was_copy {

@@ -1,8 +1,7 @@
 //! Settings: layers of `key = value` over a commented default that is also the schema.
 //!
-//! Reading happens in two steps, and neither touches the world. [`Settings::load`] merges the layers and
-//! refuses keys that do not exist; [`Reader`] turns values into types. Both go on after an error: whoever
-//! starts the program learns of all of them at once.
+//! Reading has two steps, and both only read. [`Settings::load`] merges the layers and refuses keys that do not exist;
+//! [`Reader`] turns values into types. Both go on after an error, so that all errors are reported at once.
 
 mod mask;
 mod reader;
@@ -18,37 +17,36 @@ pub(crate) use mask::words as masked_words;
 pub use reader::parse_duration;
 pub use reader::{Network, Reader, Setting, Size};
 
-/// The host's settings, commented: the reference is the default.
+/// Commented default settings of the host, which are also their reference.
 pub const DEFAULTS: &str = include_str!("../../../config/default.toml");
 
-/// Sections with a part for each of something that the operator names: `[sites.shop]` has the keys and the defaults of
-/// `[sites.default]`.
+/// Open sections, whose parts the operator names: `[sites.shop]` has the keys and the defaults of `[sites.default]`.
 const OPEN: [&str; 1] = [SITES];
 /// The section with a part for each site.
 pub(crate) const SITES: &str = "sites";
-/// The part that is there without being named.
+/// The part of an open section that always exists.
 pub(crate) const FIRST: &str = "default";
 
-/// What the environment's variables begin with.
+/// Prefix of the environment variables.
 const PREFIX: &str = "PERENNIAL_";
 
-/// Where settings may come from besides the defaults.
+/// Sources of settings besides the defaults.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
     /// A TOML file.
     pub file: Option<PathBuf>,
-    /// The environment.
+    /// Variables of the environment, as names and values.
     pub environment: Vec<(String, String)>,
-    /// `section.key=value`, as on the command line.
+    /// Settings of the command line, as `section.key=value`.
     pub set: Vec<String>,
-    /// Settings that a flag of `serve` stands for, and that flag: a list is added to what is there.
+    /// A flag of `serve`, and the settings that it stands for. A list is appended to the current value.
     pub companion: Option<(&'static str, Vec<(String, Value)>)>,
 }
 
 impl Sources {
-    /// The environment of this process, and nothing else.
+    /// Makes sources with only the environment of this process.
     pub fn from_environment() -> Self {
-        // A variable that is no text cannot be one of ours.
+        // A variable that is not valid Unicode cannot be a setting.
         let environment = std::env::vars_os()
             .filter_map(|(name, value)| Some((name.into_string().ok()?, value.into_string().ok()?)))
             .collect();
@@ -56,18 +54,18 @@ impl Sources {
     }
 }
 
-/// Where a value was found.
+/// Source of a value.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// In the commented defaults.
+    /// The commented defaults.
     Default,
-    /// In the file.
+    /// The file with this path.
     File(PathBuf),
-    /// In this variable.
+    /// The environment variable with this name.
     Environment(String),
-    /// On the command line.
+    /// The command line.
     Flag,
-    /// By a flag of `serve` that stands for several settings, such as `--dev`.
+    /// A flag of `serve` that stands for several settings, such as `--dev`.
     Companion(&'static str),
 }
 
@@ -83,16 +81,16 @@ impl fmt::Display for Source {
     }
 }
 
-/// One thing that is wrong with the settings.
+/// One problem with the settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SettingProblem {
-    /// The key, or what was given for one.
+    /// The key, or the text that was given for one.
     pub key: String,
     /// The value as it was written, if it may be shown.
     pub value: Option<String>,
-    /// Where it was found.
+    /// Source of the value.
     pub source: Source,
-    /// What was wanted instead.
+    /// Value that was wanted instead; without a value, the whole message.
     pub wanted: String,
 }
 
@@ -105,7 +103,7 @@ impl fmt::Display for SettingProblem {
     }
 }
 
-/// Everything that is wrong with the settings.
+/// All problems with the settings.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Problems(pub Vec<SettingProblem>);
 
@@ -130,20 +128,20 @@ struct SettingEntry {
 #[derive(Clone, Debug, Default)]
 pub struct Settings {
     entries: BTreeMap<String, SettingEntry>,
-    /// What is wrong with the layers: [`Reader::finish`] reports it together with the values that do not fit.
+    /// Problems of the layers. [`Reader::finish`] reports them together with the values that do not fit.
     problems: Vec<SettingProblem>,
-    /// What an operator should know of the layers.
+    /// Notes about the layers, for operators.
     notes: BTreeSet<String>,
 }
 
-/// One setting as it may be shown to anybody.
+/// One setting, masked so that it may be shown.
 #[derive(Clone, Debug, Serialize)]
 pub struct Shown {
-    /// Its key.
+    /// Key of the setting.
     pub key: String,
-    /// Its value, with secrets masked.
+    /// Value of the setting, with secrets masked.
     pub value: Value,
-    /// Where it came from.
+    /// Source of the value.
     pub source: String,
     /// Whether the value differs from the default.
     pub changed: bool,
@@ -153,13 +151,14 @@ impl Settings {
     /// Merges the sources over the `defaults`, which are [`DEFAULTS`] and those of each module.
     ///
     /// # Errors
-    /// Everything that is no setting: unknown keys, a file that cannot be read, text that is no TOML.
+    /// All problems of the layers: unknown keys, a file that cannot be read, text that is not TOML.
     pub fn load(defaults: &[&'static str], sources: &Sources) -> Result<Self, Problems> {
         let settings = Self::merge(defaults, sources);
         if settings.problems.is_empty() { Ok(settings) } else { Err(Problems(settings.problems)) }
     }
 
-    /// The same, but what is no setting is reported by [`Reader::finish`], so that it does not hide values that do not fit.
+    /// Merges like [`load`](Self::load), but leaves the problems of the layers to [`Reader::finish`], so that they do
+    /// not hide values that do not fit.
     pub fn merge(defaults: &[&'static str], sources: &Sources) -> Self {
         let mut settings = Self::default();
         let mut problems = Vec::new();
@@ -184,7 +183,7 @@ impl Settings {
         settings
     }
 
-    /// A setting that something beside the server needs, besides what operators want.
+    /// Adds a setting that a companion needs to the settings of the operator.
     fn add_needed(&mut self, key: &str, value: &Value, source: Source, problems: &mut Vec<SettingProblem>) {
         let before = self.entries.get(key).map(|entry| entry.value.clone());
         let value = match (value, before) {
@@ -195,7 +194,7 @@ impl Settings {
         self.put(key.to_owned(), value, source, problems);
     }
 
-    /// Those of a module are as good as its author.
+    /// Adds the defaults of the host or of a module. Mistakes are reported, since modules may come from any author.
     fn add_defaults(&mut self, text: &str, problems: &mut Vec<SettingProblem>) {
         let wrong = |key: &str, wanted| SettingProblem {
             key: key.to_owned(),
@@ -242,8 +241,8 @@ impl Settings {
     fn add_variable(&mut self, name: &str, value: &str, problems: &mut Vec<SettingProblem>) {
         let Some(key) = name.strip_prefix(PREFIX) else { return };
         let key = key.to_lowercase().replace("__", ".");
-        // Kubernetes describes a service named "perennial" by PERENNIAL_SERVICE_HOST, PERENNIAL_PORT and so
-        // on: what has no section and is no key is not ours.
+        // Kubernetes describes a service named "perennial" by PERENNIAL_SERVICE_HOST, PERENNIAL_PORT and so on. So a
+        // variable that has no section and is no key is not a setting.
         if !key.contains('.') && !self.entries.contains_key(&key) {
             if let Some(meant) = self.entries.keys().find(|known| known.replace('.', "_") == key) {
                 let right = meant.to_uppercase().replace('.', "__");
@@ -268,7 +267,7 @@ impl Settings {
         }
     }
 
-    /// A value that is given as text has the type of its default.
+    /// Sets a value that is given as text. It gets the type of its default.
     fn put_text(&mut self, key: String, text: &str, source: Source, problems: &mut Vec<SettingProblem>) {
         self.open_part(&key);
         let trimmed = text.trim();
@@ -301,7 +300,8 @@ impl Settings {
         problems.push(SettingProblem { key: mask::key(key), value: None, source, wanted });
     }
 
-    /// Makes the part of an open section that a key is in, with all its defaults, unless it is there. Whether it is in one.
+    /// Makes the part of an open section that a key is in, with all its defaults, unless it exists. Returns true when
+    /// the key is in a part with a valid name.
     fn open_part(&mut self, key: &str) -> bool {
         let Some((section, rest)) = key.split_once('.').filter(|(section, _)| OPEN.contains(section)) else {
             return false;
@@ -319,7 +319,7 @@ impl Settings {
         is_name(name)
     }
 
-    /// The parts of an open section, the one that is always there first.
+    /// Names of the parts of an open section, [`FIRST`] first.
     fn names(&self, section: &str) -> Vec<String> {
         let parts = self
             .entries
@@ -329,7 +329,7 @@ impl Settings {
         [FIRST].into_iter().chain(names).map(str::to_owned).collect()
     }
 
-    /// Every setting in effect, as it may be shown.
+    /// Returns every setting in effect, masked so that it may be shown.
     pub fn show(&self) -> Vec<Shown> {
         let shown = self.entries.iter().map(|(key, entry)| Shown {
             key: key.clone(),
@@ -340,12 +340,12 @@ impl Settings {
         shown.collect()
     }
 
-    /// What an operator should know of the layers.
+    /// Returns the notes about the layers, for operators.
     pub(crate) fn notes(&self) -> impl Iterator<Item = &String> {
         self.notes.iter()
     }
 
-    /// Takes over the value of one key from settings that were read later, and where it came from.
+    /// Takes over the value of one key, and its source, from settings that were read later.
     pub(crate) fn take_over(&mut self, key: &str, later: &Self) {
         if let Some(entry) = later.entries.get(key) {
             self.entries.insert(key.to_owned(), entry.clone());
@@ -361,7 +361,7 @@ impl Settings {
     }
 }
 
-/// What is wrong, and where. The line itself is not repeated: it may have a password in it.
+/// Describes an error and its place. The line itself is not repeated, since it may contain a password.
 fn place_of(error: &toml::de::Error, text: &str) -> String {
     let before = error.span().and_then(|span| text.get(..span.start)).unwrap_or_default();
     let line = before.matches('\n').count() + 1;
@@ -369,13 +369,13 @@ fn place_of(error: &toml::de::Error, text: &str) -> String {
     format!("{} at line {line}, column {column}", error.message())
 }
 
-/// What a part of an open section may be called: it becomes part of file names and of variables.
+/// Returns true when a part of an open section may have this name, which becomes part of file names and of variables.
 fn is_name(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
     (1..=32).contains(&text.len()) && text.bytes().all(allowed)
 }
 
-/// Visits every value that is not itself a section, by its dotted key; and sections with nothing in them.
+/// Visits every value that is not itself a section, and every empty part of a section, by its dotted key.
 fn flatten(table: &Table, prefix: &str, visit: &mut impl FnMut(String, &Value)) {
     for (name, value) in table {
         let key = if prefix.is_empty() { name.clone() } else { format!("{prefix}.{name}") };
@@ -387,7 +387,7 @@ fn flatten(table: &Table, prefix: &str, visit: &mut impl FnMut(String, &Value)) 
     }
 }
 
-/// A list in one line of text: TOML when it looks like it, else separated by commas.
+/// Parses a list in one line of text: TOML if it begins with a bracket, else values separated by commas.
 fn list(text: &str) -> Option<Value> {
     if text.starts_with('[') {
         return format!("list = {text}").parse::<Table>().ok()?.remove("list");

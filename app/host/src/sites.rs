@@ -187,8 +187,8 @@ impl Sites {
         self.named(name.unwrap_or(DEFAULT)).ok_or_else(wanted)
     }
 
-    /// Returns the site that a page belongs to: the site that lists its origin, or the site of the `Host` if the page is
-    /// from that host or the request has no `Origin`. `None` for pages of any other origin.
+    /// Returns the site that a page belongs to: the site that lists its origin, or the site of the `Host` if the page
+    /// is from that host or the request has no `Origin`. `None` for pages of any other origin.
     pub fn of_page(&self, parts: &Parts) -> Option<&Site> {
         let own = host(parts);
         let Some(origin) = parts.headers.get(header::ORIGIN) else { return self.of_host(own) };

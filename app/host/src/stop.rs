@@ -1,4 +1,4 @@
-//! The stop, top to bottom: the one place that knows the order.
+//! The stop, from top to bottom: the one place that knows the order.
 
 use std::fmt;
 use std::process::ExitCode;
@@ -15,21 +15,21 @@ use crate::boot::App;
 use crate::config::Phases;
 use crate::supervisor;
 
-/// How often to say what is waited for.
+/// Interval at which the tasks and jobs that still run are logged.
 const TELL: Duration = Duration::from_secs(3);
-/// How soon after the first a second signal is the same one, sent twice.
+/// A signal this soon after the first is the same signal, sent twice.
 const ECHO: Duration = Duration::from_millis(300);
 
-/// Why the process leaves.
+/// Why the process stops.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Reason {
-    /// Somebody asked it to.
+    /// A signal asked the process to stop.
     ProcessSignal(ProcessSignal),
     /// A successor has the sockets and waits for the lock.
     Succession,
-    /// It has done enough (`process.max_*`).
+    /// A limit of the process has been reached (`process.max_*`).
     Limit(Reached),
-    /// It cannot go on.
+    /// A critical task died.
     Death(Death),
 }
 
@@ -48,7 +48,7 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Leaves, and says with which exit code: 0, or 1 when a critical task died, or something had to be aborted or
+/// Stops the process, and returns its exit code: 0, or 1 when a critical task died, a task had to be aborted, or a part
 /// did not close.
 pub(crate) async fn stop(
     app: App,
@@ -77,8 +77,8 @@ pub(crate) async fn stop(
     ) {
         trigger.linger(phases.idle.min(phases.soft / 2));
     }
-    // Nobody waits for load balancers when a developer presses Ctrl-C, when a successor has the sockets, or when
-    // nothing can be served any more.
+    // The notice is for load balancers. It is skipped when a developer presses Ctrl-C, when a successor has the
+    // sockets, or when nothing can be served any more.
     let notice = match reason {
         Reason::ProcessSignal(ProcessSignal::Terminate | ProcessSignal::Quit) | Reason::Limit(_) => {
             phases.notice
@@ -108,7 +108,7 @@ pub(crate) async fn stop(
     let finished = tokio::time::timeout(phases.hard, app.tasks.ended()).await.is_ok();
     let aborted = if finished { Vec::new() } else { abort(&app.tasks).await };
 
-    // Also one that died on the way.
+    // This includes a critical task that died during the drain.
     let death = app.tasks.death();
     let closed = app.close().await;
     if aborted.is_empty() && death.is_none() && closed {
@@ -120,9 +120,9 @@ pub(crate) async fn stop(
     }
 }
 
-/// A second signal does not wait for anybody.
+/// Returns when a second signal asks the process to stop without waiting any longer.
 async fn impatience(signals: &mut Signals, began: Instant) {
-    // Some senders signal the process and its group, which is the process again.
+    // Some senders signal the process and its group, which includes the process again.
     loop {
         let signal = signals.next().await;
         let stops =
@@ -134,7 +134,7 @@ async fn impatience(signals: &mut Signals, began: Instant) {
     warn!("a second signal: not waiting any longer");
 }
 
-/// Says what is still waited for, every few seconds. Never returns.
+/// Logs the tasks and jobs that still run, every few seconds. Never returns.
 async fn tell(app: &App) {
     loop {
         tokio::time::sleep(TELL).await;
@@ -146,7 +146,7 @@ async fn tell(app: &App) {
 
 async fn abort(tasks: &Tasks) -> Vec<&'static str> {
     let aborted = tasks.abort();
-    // A task that blocks its thread cannot even be aborted; the process ends all the same.
+    // A task that blocks its thread cannot be aborted; the process ends anyway.
     let _ = tokio::time::timeout(Duration::from_secs(1), tasks.ended()).await;
     aborted
 }

@@ -1,4 +1,4 @@
-//! Replacing the running process by a newer one without a refused connection: SIGUSR2.
+//! The handover (SIGUSR2): a newer process replaces the running one without a refused connection.
 //!
 //! ```text
 //! predecessor                                successor
@@ -10,8 +10,8 @@
 //! drains, closes the store, ends       ───►  gets the lock, boots on, accepts
 //! ```
 //!
-//! From the first arrow to the last nobody's connection is refused: those that come wait in the kernel's
-//! backlog. A successor that fails before it is at the lock changes nothing: its predecessor goes on.
+//! From the first arrow to the last, no connection is refused: new connections wait in the backlog of the kernel. A
+//! successor that fails before it is at the lock changes nothing: its predecessor goes on.
 
 use std::ffi::OsString;
 use std::io::Write;
@@ -31,19 +31,19 @@ use tracing::{info, warn};
 use crate::data_dir::{self, DataDir};
 use crate::supervisor;
 
-/// The name of the line to the predecessor among the inherited descriptors.
+/// Name of the socket to the predecessor among the inherited descriptors.
 const LINE: &str = "predecessor";
-/// Where inherited descriptors begin (`sd_listen_fds(3)`).
+/// Number of the first inherited descriptor (`sd_listen_fds(3)`).
 const FIRST: i32 = 3;
-/// How long a successor may take until it is at the lock.
+/// Time that a successor may take until it is at the lock.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// How often a successor tries the lock.
+/// Interval at which a successor tries the lock.
 const TRY_EVERY: Duration = Duration::from_millis(5);
 
 /// Starts a successor with these sockets, and returns when it waits for the lock.
 ///
 /// # Errors
-/// When it cannot be started, ends, or takes too long: then nothing has changed.
+/// When the successor cannot be started, ends, or takes too long. Then nothing has changed.
 pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
     // The end of process 1 is the end of its container, and of every successor in it.
     if std::process::id() == 1 {
@@ -74,12 +74,13 @@ pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
         .env("LISTEN_FDNAMES", names.join(":"))
         .env_remove("LISTEN_PID")
         .env_remove("LISTEN_FDS_FIRST_FD")
-        // The watchdog of a supervisor goes over to it.
+        // The watchdog of a supervisor goes over to the successor.
         .env_remove("WATCHDOG_PID")
         .fd_mappings(mappings)
         .context("the sockets cannot be shared")?;
     let successor = Successor(Some(command.spawn().context("the successor cannot be started")?));
-    // Its end of the line: with it open here, the successor's end would not be noticed.
+    // The command holds the other end of the socket. While that is open here, the death of the successor would not be
+    // noticed.
     drop(command);
     info!(program = %program.display(), "a successor is starting");
     at_the_lock(ours).await?;
@@ -90,7 +91,7 @@ pub(crate) async fn begin(sockets: &[Sockets]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The file that the program was started as: what stands there now may be a newer one.
+/// The path that the program was started from. The file there may be newer by now.
 fn program() -> anyhow::Result<PathBuf> {
     let named = std::env::args_os().next().map(PathBuf::from);
     if let Some(named) = named.filter(|named| named.components().count() > 1 && named.exists()) {
@@ -101,7 +102,7 @@ fn program() -> anyhow::Result<PathBuf> {
     Ok(replaced.unwrap_or(resolved))
 }
 
-/// A process that is not needed until it has said that it is at the lock.
+/// A successor, which is killed on drop until it is at the lock and has been released.
 struct Successor(Option<Child>);
 
 impl Successor {
@@ -130,7 +131,7 @@ async fn at_the_lock(line: UnixStream) -> anyhow::Result<()> {
     }
 }
 
-/// What a process begins with that was started by its predecessor, by systemd or by a person.
+/// The sockets that a process inherits from its predecessor or from systemd. A process that a person starts has none.
 #[derive(Debug)]
 pub(crate) struct Inheritance {
     pub(crate) sockets: Inherited,
@@ -138,7 +139,7 @@ pub(crate) struct Inheritance {
 }
 
 impl Inheritance {
-    /// Takes the descriptors that the environment tells of.
+    /// Takes the descriptors that the environment names.
     pub(crate) fn take() -> anyhow::Result<Self> {
         let sockets = Inherited::from_environment().context("LISTEN_FDS does not say what was inherited")?;
         let predecessor = Mutex::new(sockets.take_unix(LINE).map(line));
@@ -149,12 +150,12 @@ impl Inheritance {
         self.predecessor.lock()
     }
 
-    /// Whether there is a predecessor.
+    /// Returns true when there is a predecessor.
     pub(crate) fn succeeds(&self) -> bool {
         self.predecessor().is_some()
     }
 
-    /// Locks the data directory, for which a predecessor is asked to leave.
+    /// Locks the data directory. A predecessor, if there is one, is asked to leave first.
     pub(crate) async fn lock(&self, path: &Path, patience: Duration) -> anyhow::Result<DataDir> {
         let predecessor = self.predecessor().take();
         let Some(mut line) = predecessor else { return Ok(DataDir::lock(path)?) };
@@ -173,7 +174,7 @@ impl Inheritance {
         }
     }
 
-    /// Says which sockets nobody wanted.
+    /// Warns of inherited sockets that no listener has taken.
     pub(crate) fn warn_of_the_rest(&self) {
         for socket in self.sockets.left() {
             warn!(socket, "an inherited socket is not among server.listen and admin.listen, and is not used");
@@ -181,7 +182,7 @@ impl Inheritance {
     }
 }
 
-/// A descriptor that was taken for a listening socket; to the kernel it is a stream all the same.
+/// Converts a descriptor that has the type of a listening socket, but is a stream.
 fn line(socket: UnixListener) -> UnixStream {
     UnixStream::from(OwnedFd::from(socket))
 }

@@ -41,10 +41,11 @@ pub(crate) fn succeeded_by(process: u32) {
     tell(&[NotifyState::MainPid(process), NotifyState::Status("a successor takes over")]);
 }
 
-/// Tells the supervisor twice in each watchdog period that the process is alive, as long as the serving threads run tasks.
+/// Tells the supervisor that the process is alive, twice in each watchdog period, as long as the serving threads run
+/// tasks.
 ///
 /// # Errors
-/// Never: tasks return a result.
+/// Never: a task has to return a result.
 pub(crate) async fn watchdog(health: Health, drain: Drain) -> Result<(), Infallible> {
     let Some(every) = sd_notify::watchdog_enabled().map(|period| period / 2) else {
         drain.hard().await;

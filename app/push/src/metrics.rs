@@ -51,7 +51,7 @@ pub(crate) fn describe() {
     describe_counter!(LIMITED, Unit::Count, "requests without a key that were over a limit, by limit");
     describe_gauge!(SUBSCRIPTIONS, Unit::Count, "subscriptions that are stored, by site");
     counter!(NOTIFICATIONS).increment(0);
-    for outcome in Outcome::ALL {
+    for outcome in <Outcome as strum::VariantArray>::VARIANTS {
         counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(0);
     }
     for what in LIMITS {

@@ -143,7 +143,7 @@ fn timestamp(ms: i64) -> Timestamp {
 
 /// A job to be stored in a transaction of this store.
 pub(crate) fn job<J: Job>(job: &J) -> Result<NewJob> {
-    Ok(NewJob::new(job).map_err(|error| rusqlite::Error::ToSqlConversionFailure(Box::new(error)))?)
+    NewJob::new(job).map_err(|error| sql::Error::Unwritable(Box::new(error)))
 }
 
 /// Adds up a notification's outcomes.

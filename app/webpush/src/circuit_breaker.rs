@@ -30,7 +30,8 @@ const PROBES: usize = 3;
 const PROBE: Duration = Duration::from_secs(60);
 
 /// Reason why messages to a push service are held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::EnumString)]
+#[strum(serialize_all = "snake_case")]
 pub enum Cause {
     /// The service asked us to wait.
     Throttled,
@@ -43,18 +44,12 @@ pub enum Cause {
 impl Cause {
     /// The word for the cause.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Throttled => "throttled",
-            Self::Unreachable => "unreachable",
-            Self::Unauthorized => "unauthorized",
-        }
+        self.into()
     }
 
     /// The cause that a word stands for.
     pub fn parse(word: &str) -> Option<Self> {
-        [Self::Throttled, Self::Unreachable, Self::Unauthorized]
-            .into_iter()
-            .find(|cause| cause.as_str() == word)
+        word.parse().ok()
     }
 
     fn after(self) -> usize {

@@ -3,7 +3,6 @@
 use std::io;
 use std::net::{IpAddr, SocketAddr};
 use std::pin::Pin;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
@@ -30,14 +29,18 @@ const GATHER: usize = 32 * 1024;
 const MAX_DIALS: usize = 8;
 
 /// HTTP versions that are offered to push services.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, strum::IntoStaticStr, strum::EnumString)]
+#[strum(parse_err_ty = HttpVersionError, parse_err_fn = no_version)]
 pub enum HttpVersion {
     /// HTTP/2, or HTTP/1.1 where the service prefers it.
     #[default]
+    #[strum(serialize = "auto")]
     Auto,
     /// Only HTTP/1.1.
+    #[strum(serialize = "1")]
     One,
     /// Only HTTP/2.
+    #[strum(serialize = "2")]
     Two,
 }
 
@@ -46,25 +49,14 @@ pub enum HttpVersion {
 #[error("auto, 1 or 2")]
 pub struct HttpVersionError;
 
+fn no_version(_: &str) -> HttpVersionError {
+    HttpVersionError
+}
+
 impl HttpVersion {
     /// The word of the settings: `auto`, `1` or `2`.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::Auto => "auto",
-            Self::One => "1",
-            Self::Two => "2",
-        }
-    }
-}
-
-impl FromStr for HttpVersion {
-    type Err = HttpVersionError;
-
-    fn from_str(text: &str) -> Result<Self, HttpVersionError> {
-        [Self::Auto, Self::One, Self::Two]
-            .into_iter()
-            .find(|version| version.as_str() == text)
-            .ok_or(HttpVersionError)
+        self.into()
     }
 }
 

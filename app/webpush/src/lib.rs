@@ -36,6 +36,6 @@ pub use sender::{Config, ConfigError, Report, Sender, ServicePoolStatus};
 pub use sender_keys::SenderKey;
 pub use service::{Acceptance, ServiceStatus};
 pub use subscription::{Keys, KeysError, decode as decode_base64};
-pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, Policy, TargetError, not_public};
+pub use target::{DEFAULT_HOSTS, Endpoint, HostPattern, NoHostPattern, Policy, TargetError, not_public};
 pub use vapid::{Claims, Contact, ContactError, ImportError, Signer, VapidError, VapidKey, verify};
 pub use verdict::{MAX_RETRY_AFTER, Verdict, verdict};

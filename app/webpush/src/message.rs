@@ -55,7 +55,9 @@ impl Payload {
 }
 
 /// How soon a device should be woken for a message (RFC 8030, section 5.3).
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, strum::IntoStaticStr, strum::EnumString)]
+#[strum(serialize_all = "kebab-case")]
+#[strum(parse_err_ty = MessageError, parse_err_fn = no_urgency)]
 pub enum Urgency {
     /// For a device on power and Wi-Fi. Example: advertisements.
     VeryLow,
@@ -71,23 +73,7 @@ pub enum Urgency {
 impl Urgency {
     /// The value of the header `Urgency`.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::VeryLow => "very-low",
-            Self::Low => "low",
-            Self::Normal => "normal",
-            Self::High => "high",
-        }
-    }
-}
-
-impl FromStr for Urgency {
-    type Err = MessageError;
-
-    fn from_str(text: &str) -> Result<Self, MessageError> {
-        [Self::VeryLow, Self::Low, Self::Normal, Self::High]
-            .into_iter()
-            .find(|urgency| urgency.as_str() == text)
-            .ok_or(MessageError::Urgency)
+        self.into()
     }
 }
 
@@ -100,6 +86,10 @@ impl Topic {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+fn no_urgency(_: &str) -> MessageError {
+    MessageError::Urgency
 }
 
 impl FromStr for Topic {

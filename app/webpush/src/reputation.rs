@@ -80,7 +80,8 @@ pub(crate) enum Ticket {
 }
 
 /// The subscriptions that a hold is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum HeldFor {
     /// All subscriptions.
     All,
@@ -91,10 +92,7 @@ pub enum HeldFor {
 impl HeldFor {
     /// The word for these subscriptions.
     pub fn as_str(self) -> &'static str {
-        match self {
-            Self::All => "all",
-            Self::Unproven => "unproven",
-        }
+        self.into()
     }
 }
 

@@ -69,10 +69,15 @@ pub enum HostPattern {
     Below(String),
 }
 
-impl FromStr for HostPattern {
-    type Err = ();
+/// Error for a text that is no host pattern.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("wanted a host name, *. and a host name, or *")]
+pub struct NoHostPattern;
 
-    fn from_str(text: &str) -> Result<Self, ()> {
+impl FromStr for HostPattern {
+    type Err = NoHostPattern;
+
+    fn from_str(text: &str) -> Result<Self, NoHostPattern> {
         if text == "*" {
             return Ok(Self::Any);
         }
@@ -81,9 +86,9 @@ impl FromStr for HostPattern {
             None => (false, text),
         };
         if host.contains('*') {
-            return Err(());
+            return Err(NoHostPattern);
         }
-        let host = Host::parse(host).map_err(|_| ())?.to_string();
+        let host = Host::parse(host).map_err(|_| NoHostPattern)?.to_string();
         Ok(if below { Self::Below(host) } else { Self::Exact(host) })
     }
 }
@@ -612,7 +617,7 @@ mod tests {
             assert_eq!(text.parse::<HostPattern>().unwrap().to_string(), text);
         }
         for text in ["", "*.", "a b", "https://x", "x/y", "*x"] {
-            assert_eq!(text.parse::<HostPattern>(), Err(()), "{text}");
+            assert_eq!(text.parse::<HostPattern>(), Err(NoHostPattern), "{text}");
         }
     }
 }

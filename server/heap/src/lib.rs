@@ -10,7 +10,7 @@
 /// Returns free memory to the operating system.
 ///
 /// The call takes the locks of the arenas one after the other, for some milliseconds in all, so it must not run on a
-/// thread that others wait for. With a C library other than glibc it does nothing.
+/// thread that other threads wait for. With a C library other than glibc it does nothing.
 pub fn give_back() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
     #[expect(unsafe_code, reason = "no safe crate has it")]

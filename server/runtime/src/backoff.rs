@@ -1,4 +1,4 @@
-//! How long to wait before trying again: exponential, capped, jittered, pure.
+//! The wait before the next attempt: exponential, capped and jittered.
 
 use std::time::Duration;
 
@@ -19,8 +19,8 @@ impl Backoff {
 
     /// The wait after `failures` failures in a row (1 is the first), for a `random` number in `0.0..1.0`.
     ///
-    /// Half of the wait is fixed and half is random, so that a crowd that failed together does not come
-    /// back together, and nobody comes back at once.
+    /// Half of the wait is fixed and half is random, so that callers that failed together do not retry together, and
+    /// none retries at once.
     pub fn delay(&self, failures: u32, random: f64) -> Duration {
         let doublings = failures.saturating_sub(1).min(32);
         let full = self.base.saturating_mul(2u32.saturating_pow(doublings)).min(self.cap);

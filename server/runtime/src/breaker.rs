@@ -1,16 +1,16 @@
-//! A circuit breaker for each dependency that has a name: when it fails again and again, nobody asks it for a
-//! while, and then one at a time asks whether it is back.
+//! A circuit breaker for each named dependency: after repeated failures it blocks all calls for a while, and then lets
+//! one call at a time probe whether the dependency is back.
 //!
 //! ```text
 //!            failures in a row               time is up
 //!  Closed ─────────────────────► Open ─────────────────► Probing
-//!    ▲                             ▲      one asks, the     │ │
-//!    │                             └───── it fails ─────────┘ │
-//!    └──────────────────────────── it succeeds ──────────────┘
+//!    ▲                             ▲                        │ │
+//!    │                             └──── probe fails ───────┘ │
+//!    └─────────────────────────── probe succeeds ────────────┘
 //! ```
 //!
-//! It guards what a job or an endpoint does ([`Breaker::call`]). A job whose error has [`Open`] among its causes is snoozed,
-//! not failed; an endpoint answers 503 with `Retry-After`.
+//! Jobs and endpoints make their calls through [`Breaker::call`]. A job whose error has [`Open`] among its causes is
+//! snoozed, not failed; an endpoint answers 503 with `Retry-After`.
 
 use std::fmt;
 use std::future::Future;
@@ -25,12 +25,12 @@ use tracing::{info, warn};
 use crate::backoff::Backoff;
 use crate::metrics;
 
-/// When to open, and for how long.
+/// Settings of a circuit breaker.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// How many failures in a row open it.
+    /// Number of failures in a row that open the circuit breaker.
     pub failures: u32,
-    /// How long it stays open, by how often it was opened in a row.
+    /// Time that the circuit breaker stays open, by the number of times that it has opened in a row.
     pub pause: Backoff,
 }
 
@@ -40,41 +40,41 @@ impl Default for Config {
     }
 }
 
-/// The dependency is not asked for now.
+/// The call was not made because the circuit breaker is open.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{dependency} is not asked for now: it has failed too often")]
+#[error("the circuit breaker of {dependency} is open: too many failures in a row")]
 pub struct Open {
-    /// Which dependency.
+    /// Name of the dependency.
     pub dependency: &'static str,
-    /// When asking again makes sense.
+    /// Time until a new call makes sense.
     pub retry_after: Duration,
 }
 
-/// Why a call did not succeed.
+/// Error of [`Breaker::call`].
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CallError<E> {
-    /// It was not made.
+    /// The call was not made.
     #[error("not called")]
     Open(#[source] Open),
-    /// It failed.
+    /// The call was made and failed.
     #[error(transparent)]
     Failed(#[from] E),
 }
 
-/// Where a breaker stands, for those who look.
+/// State of a circuit breaker at one moment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct BreakerStatus {
-    /// Which dependency.
+    /// Name of the dependency.
     pub dependency: &'static str,
-    /// closed, open or probing.
+    /// `closed`, `open` or `probing`.
     pub state: &'static str,
-    /// Failures in a row.
+    /// Number of failures in a row.
     pub failures: u32,
-    /// For how long nobody asks.
+    /// Time until the next call is allowed, in milliseconds.
     pub open_for_ms: u64,
 }
 
-/// The breaker of one dependency. A cheap handle.
+/// The circuit breaker of one dependency. A cheap handle.
 #[derive(Clone)]
 pub struct Breaker(Arc<BreakerCell>);
 
@@ -98,7 +98,7 @@ impl fmt::Debug for Breaker {
 }
 
 impl Breaker {
-    /// A closed one.
+    /// Creates a closed circuit breaker.
     pub fn new(dependency: &'static str, config: Config) -> Self {
         Self(Arc::new(BreakerCell {
             dependency,
@@ -107,10 +107,10 @@ impl Breaker {
         }))
     }
 
-    /// Makes a call, unless the breaker is open; every error counts as a failure of the dependency.
+    /// Makes a call unless the circuit breaker is open. Every error counts as a failure of the dependency.
     ///
     /// # Errors
-    /// [`CallError::Open`] when the call was not made, else what it failed with.
+    /// [`CallError::Open`] when the call was not made, and [`CallError::Failed`] when it failed.
     pub async fn call<T, E>(&self, call: impl Future<Output = Result<T, E>>) -> Result<T, CallError<E>> {
         let permit = self.permit().map_err(CallError::Open)?;
         let result = call.await;
@@ -118,11 +118,11 @@ impl Breaker {
         Ok(result?)
     }
 
-    /// Leave to ask the dependency once. If what is returned drops unjudged, as when a caller goes away, it
-    /// counts neither way.
+    /// Returns a permit for one call to the dependency. A permit that drops without [`BreakerPermit::judge`], for
+    /// example because the caller goes away, counts neither as a success nor as a failure.
     ///
     /// # Errors
-    /// [`Open`] when it should not be asked.
+    /// [`Open`] when the dependency must not be called.
     pub fn permit(&self) -> Result<BreakerPermit, Open> {
         let mut state = self.lock();
         let now = Instant::now();
@@ -134,12 +134,12 @@ impl Breaker {
                 *state = CircuitState::Probing { opened };
                 Ok(BreakerPermit { breaker: self.clone(), probing: Some(opened) })
             }
-            // Somebody asks just now.
+            // Another call is the probe.
             CircuitState::Probing { .. } => refuse(self.0.config.pause.base),
         }
     }
 
-    /// Where it stands.
+    /// The current state.
     pub fn status(&self) -> BreakerStatus {
         let state = *self.lock();
         let (word, failures, open_for) = match state {
@@ -162,7 +162,7 @@ impl Breaker {
     fn succeeded(&self) {
         let mut state = self.lock();
         if matches!(*state, CircuitState::Probing { .. }) {
-            info!(dependency = self.0.dependency, "the breaker is closed: it answers again");
+            info!(dependency = self.0.dependency, "circuit breaker is closed: the dependency answers again");
             metrics::breaker_open(self.0.dependency, false);
         }
         if !matches!(*state, CircuitState::Open { .. }) {
@@ -179,27 +179,27 @@ impl Breaker {
             }
             CircuitState::Closed { .. } => 1,
             CircuitState::Probing { opened } => opened + 1,
-            // A call from before it was opened.
+            // The call began before the circuit breaker opened.
             CircuitState::Open { .. } => return,
         };
         let pause = self.0.config.pause.jittered(opened);
         *state = CircuitState::Open { until: Instant::now() + pause, opened };
-        warn!(dependency = self.0.dependency, ?pause, "the breaker is open: it has failed too often");
+        warn!(dependency = self.0.dependency, ?pause, "circuit breaker is open: too many failures in a row");
         metrics::breaker_open(self.0.dependency, true);
     }
 }
 
-/// Leave to ask a dependency once.
+/// A permit for one call to a dependency.
 #[derive(Debug)]
 #[must_use = "say how it went"]
 pub struct BreakerPermit {
     breaker: Breaker,
-    /// How often the breaker was opened, when this is the call that asks whether the dependency is back.
+    /// Number of times that the circuit breaker has opened in a row, if this call is the probe.
     probing: Option<u32>,
 }
 
 impl BreakerPermit {
-    /// How it went.
+    /// Records whether the call succeeded.
     pub fn judge(mut self, succeeded: bool) {
         self.probing = None;
         if succeeded { self.breaker.succeeded() } else { self.breaker.failed() }
@@ -208,7 +208,7 @@ impl BreakerPermit {
 
 impl Drop for BreakerPermit {
     fn drop(&mut self) {
-        // Nobody knows: the next one asks.
+        // The probe has no result: the next call is the probe.
         if let Some(opened) = self.probing {
             *self.breaker.lock() = CircuitState::Open { until: Instant::now(), opened };
         }
@@ -260,7 +260,7 @@ mod tests {
         let probe = breaker.permit().unwrap();
         breaker.permit().unwrap_err();
         drop(probe);
-        // Who went away has found out nothing: the next one may.
+        // The dropped probe has no result: the next call may probe.
         breaker.permit().unwrap().judge(false);
         let open = breaker.permit().unwrap_err();
         assert!(open.retry_after >= 10 * SECOND && open.retry_after <= 20 * SECOND, "{open:?}");

@@ -1,6 +1,6 @@
-//! What the cgroup of the process lets it have, both versions: the limits of a pod.
+//! CPU and memory limits that the cgroup of the process sets (versions 1 and 2), such as the limits of a pod.
 //!
-//! Where there is no limit, the machine is one.
+//! Without a quota, the processors of the machine are the limit.
 
 use std::convert::Infallible;
 use std::fs;
@@ -18,18 +18,19 @@ use crate::health::Condition;
 use crate::metrics;
 use crate::pulse::pulse;
 
-/// How often to look how much memory is used: the more often, the less is left,
+/// Bounds of the pause between two checks of the used memory. The less memory is left, the shorter the pause.
 const LOOK: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(1));
-/// so that this many bytes a second are noticed in time.
+/// Growth of the used memory that the checks notice in time, in bytes per second.
 const FASTEST: u64 = 256 << 20;
-/// Between two times that the allocator is asked to give back what is free.
+/// Bounds of the pause between two requests to the allocator to give back free memory.
 const TRIM: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(60));
-/// Between two requests that are begun all the same.
+/// Pause between two requests that are admitted under high pressure.
 const TRICKLE: Duration = Duration::from_millis(100);
-/// What `/readyz` says, and after how long.
+/// Reason in `/readyz` when high pressure lasts.
 const SHEDDING: &str = "shedding: memory is nearly used up";
+/// Time of high pressure after which `/readyz` reports it.
 const TOLD_AFTER: Duration = Duration::from_secs(5);
-/// How far below the mark it must fall again, in hundredths of the limit.
+/// How far below the mark the used memory must fall before the pressure ends, in hundredths of the limit.
 const RELIEF: u64 = 5;
 
 /// The files of one cgroup.
@@ -39,12 +40,12 @@ pub struct Cgroup {
 }
 
 impl Cgroup {
-    /// The cgroup of a container is mounted at `root`: `/sys/fs/cgroup` outside of tests.
+    /// The cgroup that is mounted at `root`, which is `/sys/fs/cgroup` outside of tests.
     pub fn at(root: &Path) -> Self {
         Self { root: root.to_owned() }
     }
 
-    /// How many processors it may keep busy: its quota, rounded up, if it has one.
+    /// Number of processors that the cgroup may keep busy: its quota, rounded up. `None` without a quota.
     pub fn processors(&self) -> Option<usize> {
         let (quota, period) = match self.read("cpu.max") {
             Some(text) => {
@@ -56,14 +57,14 @@ impl Cgroup {
         usize::try_from(quota.div_ceil(period.max(1))).ok().filter(|processors| *processors > 0)
     }
 
-    /// How much memory it may have, in bytes, if that is limited.
+    /// The memory limit in bytes. `None` without a limit.
     pub fn memory_limit(&self) -> Option<u64> {
         let limit = self.number("memory.max").or_else(|| self.number("memory/memory.limit_in_bytes"))?;
-        // What version 1 says for none.
+        // Version 1 reports a huge number when there is no limit.
         (limit < 1 << 60).then_some(limit)
     }
 
-    /// How much memory it has that cannot simply be taken away, in bytes: without the page cache.
+    /// Used memory that the kernel cannot simply reclaim, in bytes: without the page cache.
     pub fn memory_used(&self) -> Option<u64> {
         let (used, statistics, cache, shared) = match self.number("memory.current") {
             Some(used) => (used, self.read("memory.stat")?, "file", "shmem"),
@@ -76,7 +77,7 @@ impl Cgroup {
             let line = statistics.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
             line.and_then(|number| number.parse::<u64>().ok()).unwrap_or_default()
         };
-        // What is shared between processes counts as cache, and cannot be dropped.
+        // Shared memory counts as cache, but cannot be reclaimed.
         Some(used.saturating_sub(of(cache).saturating_sub(of(shared))))
     }
 
@@ -89,33 +90,34 @@ impl Cgroup {
     }
 }
 
-/// How many threads are worth having: as many as processors, of the machine or of the cgroup.
+/// Number of threads worth having: the processors of the machine, or the quota of the cgroup if that is lower.
 pub fn processors(cgroup: &Cgroup) -> NonZeroUsize {
     let machine = std::thread::available_parallelism().unwrap_or(NonZeroUsize::MIN);
     let quota = cgroup.processors().and_then(NonZeroUsize::new);
     quota.map_or(machine, |quota| quota.min(machine))
 }
 
-/// Whether memory is nearly used up. A cheap handle.
+/// Memory pressure, which is high while memory is nearly used up. A cheap handle.
 #[derive(Clone, Debug, Default)]
 pub struct Pressure(Arc<PressureState>);
 
 #[derive(Debug, Default)]
 struct PressureState {
     is_high: AtomicBool,
-    /// When a request was last begun all the same.
+    /// When a request was last admitted under high pressure.
     trickled: Mutex<Option<Instant>>,
-    /// What says in `/readyz` that it lasts.
+    /// The condition that reports in `/readyz` that the pressure lasts.
     condition: OnceLock<Condition>,
 }
 
 impl Pressure {
-    /// Whether nothing should be begun that takes more of it.
+    /// Returns true when no work that takes more memory should begin.
     pub fn is_high(&self) -> bool {
         self.0.is_high.load(Ordering::Relaxed)
     }
 
-    /// Whether a request may be begun. A few always may: what is never begun never shows that there is room again.
+    /// Returns true when a request may begin. A few may begin even under high pressure: without any, nothing would show
+    /// that there is room again.
     pub fn admits(&self) -> bool {
         !self.is_high() || self.trickles(Instant::now())
     }
@@ -129,17 +131,18 @@ impl Pressure {
         is_due
     }
 
-    /// Has `condition` say it when the pressure lasts.
+    /// Sets the condition that reports pressure that lasts.
     pub fn tell(&self, condition: Condition) {
         let _ = self.0.condition.set(condition);
     }
 
-    /// Looks at `cgroup` until nothing new is taken: pressure is high from `percent` of its limit on, and until a bit less than
-    /// that is used. Before that, what was freed is given back to the system: the allocator keeps it otherwise, and the pressure
-    /// would never end. Without a limit there is nothing to look at.
+    /// Watches the memory of `cgroup` until the soft phase of the drain. The pressure becomes high at `percent` of the
+    /// limit, and ends when a bit less than that is used. Shortly before the mark, the allocator is asked to give free
+    /// memory back to the system: it would keep that memory otherwise, and the pressure would never end. Without a
+    /// limit there is nothing to watch.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn watch(self, cgroup: Cgroup, percent: u64, drain: Drain) -> Result<(), Infallible> {
         let Some(limit) = cgroup.memory_limit() else {
             drain.soft().await;
@@ -160,7 +163,7 @@ impl Pressure {
             if let Some(used) = used {
                 metrics::memory(used, limit);
             }
-            // What is not known is not high.
+            // An unknown usage counts as 0.
             self.update(used.unwrap_or_default(), limit, percent);
             match (self.is_high(), high_since) {
                 (true, None) => high_since = Some(Instant::now()),
@@ -186,7 +189,7 @@ impl Pressure {
         self.0.is_high.store(is_high, Ordering::Relaxed);
         if is_high != was_high {
             metrics::shedding(is_high);
-            warn!(used, limit, shedding = is_high, "memory is nearly used up, or is not any more");
+            warn!(used, limit, shedding = is_high, "shedding under memory pressure has begun or ended");
         }
     }
 }
@@ -195,13 +198,14 @@ fn is_over(used: u64, limit: u64, percent: u64) -> bool {
     used / 100 >= limit / 10_000 * percent
 }
 
-/// Until the next look: the sooner the less there is left.
+/// Pause until the next check: the less memory is left, the shorter the pause.
 fn pause(used: u64, limit: u64, percent: u64) -> Duration {
     let left = (limit / 100).saturating_mul(percent).saturating_sub(used);
     Duration::from_millis(left.saturating_mul(1000) / FASTEST).clamp(LOOK.0, LOOK.1)
 }
 
-/// When the allocator is asked to give back what is free: at most once a second, and more rarely while that brings nothing.
+/// Schedule of the requests to the allocator to give back free memory: at most one per second, and fewer while they
+/// bring nothing.
 #[derive(Debug, Default)]
 struct Trims {
     next: Option<Instant>,

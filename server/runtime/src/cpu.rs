@@ -1,8 +1,8 @@
-//! Work for the processor, off the threads that serve.
+//! CPU-bound work, on threads of its own.
 //!
-//! A handler that computes for a second keeps every other request on its thread waiting for a second. Here it
-//! is done by threads of their own, which the system's scheduler puts behind those that serve; with a queue
-//! that has an end, and not at all for somebody who has stopped waiting.
+//! A handler that computes for a second makes every other request on its thread wait for a second. Here such work runs
+//! on separate threads, which the system's scheduler ranks behind the threads that serve. The queue is bounded, and
+//! work whose caller has stopped waiting is not begun.
 
 use std::any::Any;
 use std::num::NonZeroUsize;
@@ -17,33 +17,33 @@ use tracing::warn;
 
 use crate::metrics::{self, Counted};
 
-/// How far behind the threads that serve these stand (`setpriority(2)`): at 10 they get about a tenth of a
-/// processor that both want.
+/// Nice value of these threads (`setpriority(2)`): at 10 they get about a tenth of a processor that the threads that
+/// serve want too.
 const NICE: i32 = 10;
 
-/// How much is done at once.
+/// Size of the pool of threads and of its queue.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// How many threads.
+    /// Number of threads.
     pub threads: NonZeroUsize,
-    /// How much work may wait for one of them.
+    /// Number of work items that may wait for a thread.
     pub queue: usize,
 }
 
-/// Why there is no result.
+/// Error of [`Cpu::run`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum CpuError {
-    /// Too much other work is waiting.
+    /// The queue is full.
     #[error("too much work is waiting for the processor")]
     Full,
-    /// The deadline came first.
+    /// The deadline passed before the work was done.
     #[error("the work was not done in time")]
     Late,
 }
 
 type Work = Box<dyn FnOnce() + Send>;
 
-/// The threads. A cheap handle; they end when the last one is dropped and their work is done.
+/// The pool of threads. A cheap handle; the threads end when the last handle is dropped and their work is done.
 #[derive(Clone, Debug)]
 pub struct Cpu(SyncSender<Work>);
 
@@ -51,7 +51,7 @@ impl Cpu {
     /// Starts the threads.
     ///
     /// # Errors
-    /// When the system has no more.
+    /// When the system can start no more threads.
     pub fn start(config: Config) -> std::io::Result<Self> {
         let (sender, receiver) = sync_channel::<Work>(config.queue);
         let receiver = Arc::new(Mutex::new(receiver));
@@ -62,11 +62,11 @@ impl Cpu {
         Ok(Self(sender))
     }
 
-    /// Does `work` and returns its result; its panic is the caller's.
+    /// Runs `work` and returns its result. A panic of `work` continues in the caller.
     ///
     /// # Errors
-    /// When too much is waiting, and when `deadline` comes first. Work that has begun goes on to its end: nothing
-    /// can stop it.
+    /// [`CpuError::Full`] when the queue is full, and [`CpuError::Late`] when `deadline` passes first. Work that has
+    /// begun cannot be stopped and runs to its end.
     pub async fn run<T, F>(&self, deadline: Instant, work: F) -> Result<T, CpuError>
     where
         T: Send + 'static,
@@ -76,7 +76,7 @@ impl Cpu {
         let counted = Counted::new(metrics::cpu_waiting());
         let work = Box::new(move || {
             drop(counted);
-            // Nobody waits for it any more.
+            // The caller no longer waits for the result.
             if result.is_closed() || Instant::now() >= deadline {
                 return;
             }
@@ -101,10 +101,10 @@ impl Cpu {
 fn work_on(receiver: &Mutex<Receiver<Work>>) {
     let thread = rustix::thread::gettid();
     if let Err(error) = rustix::process::setpriority_process(Some(thread), NICE) {
-        warn!(%error, "work for the processor is not put behind requests");
+        warn!(%error, "the priority of a processor thread cannot be lowered: its work competes with requests");
     }
     loop {
-        // Whoever has the lock waits for work, the others for the lock.
+        // The thread that has the lock waits for work, the others wait for the lock.
         let work = receiver.lock().recv();
         match work {
             Ok(work) => work(),
@@ -156,7 +156,7 @@ mod tests {
         assert_eq!(late.await, Err(CpuError::Late));
         gate.wait();
         assert_eq!(running.await, Ok(()));
-        // What is late leaves the queue when its turn comes.
+        // Late work leaves the queue when a thread takes it.
         while cpu.run(soon(), || 1).await == Err(CpuError::Full) {
             tokio::task::yield_now().await;
         }

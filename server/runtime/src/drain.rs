@@ -1,17 +1,17 @@
 //! The stop signal, as a value that every component receives as an argument.
 //!
-//! A drain has phases that only go forward. What they mean to a component:
+//! A drain has phases that only go forward. They have this meaning for a component:
 //!
 //! ```text
 //! Running ──► Notice ──► Soft ──► Hard
-//!    │          │          │        └─ stop now: hand back what is not done; after `drain.hard` comes abort
-//!    │          │          └─ take nothing new at all, tell the peers, finish what runs
-//!    │          └─ not ready any more, claim no new work; HTTP goes on as before
-//!    └─ business as usual
+//!    │          │          │        └─ stop now: hand back unfinished work; tasks are aborted after `drain.hard`
+//!    │          │          └─ take no new work at all, tell the peers, finish running work
+//!    │          └─ not ready, claim no new work; HTTP goes on as before
+//!    └─ normal operation
 //! ```
 //!
-//! "Done" is not part of it: a component has stopped when its `run` returns, which its owner awaits
-//! (see [`crate::tasks`]).
+//! There is no phase for "done": a component has stopped when its `run` returns, which its owner awaits (see
+//! [`crate::tasks`]).
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -19,37 +19,37 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-/// How long a connection is idle before it is closed in a drain, unless the trigger says.
+/// Default of [`Trigger::linger`].
 const LINGER: Duration = Duration::from_millis(500);
 
-/// How far the stop has come.
+/// The phases of a drain, in their order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Phase {
-    /// Business as usual.
+    /// Normal operation.
     Running,
-    /// The process is about to leave: not ready, no new claims; requests are served as before.
+    /// The process is about to stop: it is not ready and claims no new work, but serves requests as before.
     Notice,
-    /// Nothing new is taken; what runs may finish.
+    /// No new work is taken; running work may finish.
     Soft,
-    /// What still runs is cancelled and hands back its work.
+    /// Running work is cancelled and handed back.
     Hard,
 }
 
-/// The side that says when: one per process, held by whoever stops it.
+/// The sending side of a drain. A process has one, held by the code that stops it.
 #[derive(Debug)]
 pub struct Trigger {
     phase: watch::Sender<Phase>,
     linger_ms: Arc<AtomicU64>,
 }
 
-/// The side that listens. Cheap to clone.
+/// The receiving side of a drain. Cheap to clone.
 #[derive(Clone, Debug)]
 pub struct Drain {
     phase: watch::Receiver<Phase>,
     linger_ms: Arc<AtomicU64>,
 }
 
-/// A trigger and its first listener.
+/// Creates a trigger and its first listener.
 pub fn channel() -> (Trigger, Drain) {
     let (sender, receiver) = watch::channel(Phase::Running);
     let linger_ms = Arc::new(AtomicU64::new(milliseconds(LINGER)));
@@ -61,7 +61,7 @@ fn milliseconds(duration: Duration) -> u64 {
 }
 
 impl Trigger {
-    /// Moves on to `phase`. Going back is not possible: an earlier phase changes nothing.
+    /// Moves on to `phase`. An earlier phase than the current one has no effect.
     pub fn advance(&self, phase: Phase) {
         self.phase.send_if_modified(|current| {
             let forward = phase > *current;
@@ -72,25 +72,25 @@ impl Trigger {
         });
     }
 
-    /// How long connections without a request are kept in the soft phase: their clients do not know yet, and a request may be
-    /// on its way. 500 ms unless it is said, before that phase.
+    /// Sets how long connections without a request stay open in the soft phase, since a request may be on its way from
+    /// a client that does not know of the stop yet. The default is 500 ms. Call this before that phase.
     pub fn linger(&self, linger: Duration) {
         self.linger_ms.store(milliseconds(linger), Ordering::Release);
     }
 
-    /// A new listener.
+    /// Creates another listener.
     pub fn listen(&self) -> Drain {
         Drain { phase: self.phase.subscribe(), linger_ms: Arc::clone(&self.linger_ms) }
     }
 }
 
 impl Drain {
-    /// The phase now.
+    /// The current phase.
     pub fn phase(&self) -> Phase {
         *self.phase.borrow()
     }
 
-    /// How long connections without a request are kept in the soft phase.
+    /// Time for which connections without a request stay open in the soft phase.
     pub fn linger(&self) -> Duration {
         Duration::from_millis(self.linger_ms.load(Ordering::Acquire))
     }
@@ -98,21 +98,21 @@ impl Drain {
     /// Waits until `phase` or a later one is reached. A trigger that was dropped counts as [`Phase::Hard`].
     pub async fn reached(&self, phase: Phase) {
         let mut receiver = self.phase.clone();
-        // The error says that the trigger is gone, and with it whoever could have said "go on".
+        // An error means that the trigger was dropped, which counts as the last phase.
         let _ = receiver.wait_for(|current| *current >= phase).await;
     }
 
-    /// Waits until the process is about to leave: claim no new work.
+    /// Waits for [`Phase::Notice`], after which no new work is claimed.
     pub async fn notice(&self) {
         self.reached(Phase::Notice).await;
     }
 
-    /// Waits until nothing new may be taken.
+    /// Waits for [`Phase::Soft`], after which no new work is taken.
     pub async fn soft(&self) {
         self.reached(Phase::Soft).await;
     }
 
-    /// Waits until what still runs must hand back and end.
+    /// Waits for [`Phase::Hard`], after which running work is handed back and ends.
     pub async fn hard(&self) {
         self.reached(Phase::Hard).await;
     }

@@ -1,12 +1,12 @@
-//! What the probes answer.
+//! Answers of the health probes.
 //!
 //! * **Live** means: the main runtime still runs tasks. It never depends on a store or on a peer.
 //! * **Ready** means: every condition that a component registered is met, the heartbeat is fresh, and no drain
 //!   has begun.
-//! * **Started** means: boot has ended once.
+//! * **Started** means: boot has ended.
 //!
-//! The heartbeat is a task on the main runtime; the probes are answered from another one, so that a main
-//! runtime whose every worker is blocked can still be found out.
+//! The heartbeat is a task on the main runtime; the probes are answered from another runtime, so that a main runtime
+//! with all workers blocked is still detected.
 
 use std::collections::BTreeMap;
 use std::convert::Infallible;
@@ -21,15 +21,15 @@ use tracing::{info, warn};
 use crate::drain::Drain;
 use crate::pulse::pulse;
 
-/// How often the heartbeat beats.
+/// Bounds of the interval between two beats of the heartbeat.
 const BEAT: (Duration, Duration) = (Duration::from_millis(50), Duration::from_secs(1));
 
-/// When a silent heartbeat counts as what.
+/// Time limits for a silent heartbeat.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// Not ready after this long without a beat.
+    /// Time without a beat after which the process is not ready.
     pub unready_after: Duration,
-    /// Not alive after this long without a beat.
+    /// Time without a beat after which the process is not live.
     pub stall_after: Duration,
 }
 
@@ -54,16 +54,16 @@ struct Unmet {
     policy: ReadinessPolicy,
 }
 
-/// What it means for readiness when something that a process depends on is away.
+/// Effect on readiness of a dependency that is not available.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReadinessPolicy {
-    /// Requests should not be sent here. What all replicas depend on takes all of them away.
+    /// The process is not ready. A dependency that all replicas share makes all of them unready.
     Required,
-    /// They may, and those that need it are refused. It is named all the same.
+    /// The process stays ready and refuses requests that need the dependency. The probe still names the dependency.
     Degraded,
 }
 
-/// A word that names no policy.
+/// The error for a text that names no [`ReadinessPolicy`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("wanted required or degraded")]
 pub struct NoPolicy;
@@ -81,7 +81,7 @@ impl FromStr for ReadinessPolicy {
 }
 
 impl Health {
-    /// Nothing started, no conditions.
+    /// Creates the state of a process that has not started and has no conditions.
     pub fn new(config: Config) -> Self {
         Self(Arc::new(HealthState {
             config,
@@ -93,45 +93,46 @@ impl Health {
         }))
     }
 
-    /// Registers a condition for readiness, unmet until it is said to be met.
+    /// Registers a required condition for readiness. It is unmet for `reason` until [`Condition::met`] is called.
     pub fn condition(&self, name: &'static str, reason: &str) -> Condition {
         let condition = Condition { health: self.clone(), name, policy: ReadinessPolicy::Required };
         condition.unmet(reason);
         condition
     }
 
-    /// Registers something that the process depends on, and that is there.
+    /// Registers a dependency of the process. It counts as available until [`Condition::unmet`] is called.
     pub fn dependency(&self, name: &'static str, policy: ReadinessPolicy) -> Condition {
         Condition { health: self.clone(), name, policy }
     }
 
-    /// Boot has ended.
+    /// Records that boot has ended.
     pub fn started(&self) {
         self.0.started.store(true, Ordering::Release);
     }
 
-    /// The process is about to leave: not ready from now on.
+    /// Records that the process is about to stop: it is not ready from now on.
     pub fn draining(&self) {
         self.0.draining.store(true, Ordering::Release);
     }
 
-    /// Whether boot has ended once.
+    /// Returns true when boot has ended.
     pub fn has_started(&self) -> bool {
         self.0.started.load(Ordering::Acquire)
     }
 
-    /// Whether the main runtime still runs tasks.
+    /// Checks that the main runtime still runs tasks.
     ///
     /// # Errors
-    /// The reason why it does not seem to.
+    /// The reason why the process is not live.
     pub fn live(&self) -> Result<(), String> {
         self.fresh_within(self.0.config.stall_after)
     }
 
-    /// Whether requests should be sent here; if so, what is away all the same.
+    /// Checks that requests should be sent to this process. Returns the unmet conditions with
+    /// [`ReadinessPolicy::Degraded`].
     ///
     /// # Errors
-    /// Every reason why not.
+    /// Every reason why the process is not ready.
     pub fn ready(&self) -> Result<Vec<String>, Vec<String>> {
         let mut reasons = Vec::new();
         if self.0.draining.load(Ordering::Acquire) {
@@ -151,7 +152,7 @@ impl Health {
     }
 
     fn fresh_within(&self, limit: Duration) -> Result<(), String> {
-        // Before the first beat there is a boot, which `started` reports.
+        // There may be no beat before the end of boot, which `has_started` reports.
         if !self.has_started() {
             return Ok(());
         }
@@ -163,12 +164,12 @@ impl Health {
         Err(format!("the main runtime has run no task for {:.1} s", age.as_secs_f64()))
     }
 
-    /// Beats on the runtime that it is spawned on, until the very end.
+    /// Records beats of the runtime that it is spawned on, until the hard phase of the drain.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn heartbeat(self, drain: Drain) -> Result<(), Infallible> {
-        // Several within the time after which one is missed.
+        // Several beats fit into the shorter limit, so that one late beat has no effect.
         let beat = (self.0.config.unready_after.min(self.0.config.stall_after) / 4).clamp(BEAT.0, BEAT.1);
         loop {
             let age = u64::try_from(self.0.born.elapsed().as_millis()).unwrap_or(u64::MAX);
@@ -181,7 +182,7 @@ impl Health {
     }
 }
 
-/// One condition for readiness, held by the component that knows.
+/// One condition for readiness, held by the component that observes it.
 #[derive(Clone, Debug)]
 pub struct Condition {
     health: Health,
@@ -190,7 +191,7 @@ pub struct Condition {
 }
 
 impl Condition {
-    /// It holds.
+    /// Records that the condition is met.
     pub fn met(&self) {
         let mut unmet = self.health.0.unmet.lock();
         if unmet.remove(self.name).is_some() {
@@ -198,12 +199,12 @@ impl Condition {
         }
     }
 
-    /// It does not hold, for this reason.
+    /// Records that the condition is not met, and the reason.
     pub fn unmet(&self, reason: &str) {
         let new = Unmet { reason: reason.to_owned(), policy: self.policy };
         let mut unmet = self.health.0.unmet.lock();
         let before = unmet.insert(self.name, new);
-        // What boot begins with is no news.
+        // Unmet conditions are normal during boot and not logged.
         if self.health.has_started() && before.is_none_or(|before| before.reason != reason) {
             warn!(condition = self.name, reason, "not met");
         }

@@ -1,18 +1,18 @@
-//! What a long-lived process is made of, whatever it serves: one file a noun.
+//! Building blocks of a long-lived process, independent of what it serves.
 //!
-//! | module | what it is |
+//! | module | contents |
 //! |---|---|
 //! | [`drain`] | the stop signal as a value: phases that every component receives as an argument |
-//! | [`tasks`] | the only way to start a long-lived task: a name, an owner, a stated death |
-//! | [`signal`] | SIGTERM, SIGINT, SIGHUP as a stream |
-//! | [`health`] | readiness conditions, the heartbeat and what the probes answer |
+//! | [`tasks`] | the only way to start a long-lived task, which has a name, an owner and a stated meaning of its end |
+//! | [`signal`] | SIGTERM, SIGQUIT, SIGINT, SIGHUP and SIGUSR2 as a stream |
+//! | [`health`] | readiness conditions, the heartbeat and the answers of the probes |
 //! | [`metrics`] | the recorder that Prometheus reads, and the metrics of the process |
 //! | [`telemetry`] | logs |
-//! | [`cpu`] | work for the processor, off the threads that serve |
-//! | [`cgroup`] | what a pod may have of processors and memory |
-//! | [`pulse`] | background waits that end together |
-//! | [`backoff`] | how long to wait before trying again |
-//! | [`breaker`] | not asking, for a while, a dependency that fails again and again |
+//! | [`cpu`] | CPU-bound work, on threads of its own |
+//! | [`cgroup`] | the CPU and memory limits of a pod, and the memory pressure |
+//! | [`pulse`] | periodic background waits that end together |
+//! | [`backoff`] | the wait before the next attempt |
+//! | [`breaker`] | a circuit breaker: no calls for a while to a dependency that keeps failing |
 
 pub mod backoff;
 pub mod breaker;

@@ -1,4 +1,4 @@
-//! The recorder that Prometheus reads, and the metrics of the process itself, each named once.
+//! The recorder that Prometheus reads, and the metrics of the process itself, with one constant for each name.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -8,13 +8,13 @@ use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, Promet
 
 use crate::drain::Drain;
 
-/// Gauge: 1 while requests are sent away since memory is nearly used up.
+/// Gauge: 1 while requests are refused because memory is nearly used up.
 pub const SHEDDING: &str = "perennial_memory_shedding";
-/// Gauge: work that waits for one of the threads of `server.cpu`.
+/// Gauge: work items that wait for a thread of `server.cpu`.
 pub const CPU_WAITING: &str = "perennial_cpu_waiting";
-/// Gauge: work that they do.
+/// Gauge: work items that run on a thread of `server.cpu`.
 pub const CPU_RUNNING: &str = "perennial_cpu_running";
-/// Counter: work that found the queue full.
+/// Counter: work items that were refused because the queue of `server.cpu` was full.
 pub const CPU_REFUSED: &str = "perennial_cpu_refused_total";
 /// Counter by `task`: contained tasks that failed and were started again.
 pub const TASK_FAILURES: &str = "perennial_task_failures_total";
@@ -22,25 +22,25 @@ pub const TASK_FAILURES: &str = "perennial_task_failures_total";
 pub const BREAKER_OPEN: &str = "perennial_breaker_open";
 /// Counter: log lines that were dropped because the log's reader was too slow.
 pub const LOG_LINES_DROPPED: &str = "perennial_log_lines_dropped_total";
-/// Gauge, bytes: memory of the cgroup without the page cache,
+/// Gauge, bytes: memory of the cgroup without the page cache.
 pub const MEMORY_USED: &str = "perennial_memory_used_bytes";
-/// and its limit, if it has one.
+/// Gauge, bytes: memory limit of the cgroup, if it has one.
 pub const MEMORY_LIMIT: &str = "perennial_memory_limit_bytes";
-/// Gauge by `version`, `commit`: 1.
+/// Gauge by `version`, `commit`: always 1.
 pub const BUILD_INFO: &str = "perennial_build_info";
 
 /// Upper bounds, in seconds, of the buckets of every histogram of durations.
 const SECONDS: [f64; 17] =
     [0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 30.0, 60.0];
 
-/// How often the recorder tidies up, so that histograms do not grow while nobody scrapes.
+/// Interval of the recorder's maintenance, without which histograms grow while no scraper reads them.
 const UPKEEP: Duration = Duration::from_secs(5);
 
-/// The process's metrics, as Prometheus text. A cheap handle.
+/// The metrics of the process, as Prometheus text. A cheap handle.
 #[derive(Clone)]
 pub struct Metrics {
     recorder: PrometheusHandle,
-    /// What every exporter says of its process: processor time, memory, descriptors, threads, its start.
+    /// The standard metrics of a process: processor time, memory, file descriptors, threads, start time.
     process: metrics_process::Collector,
 }
 
@@ -65,21 +65,21 @@ impl Metrics {
         Ok(Self { recorder: handle, process })
     }
 
-    /// Says what was built. `commit` is empty when nobody knows.
+    /// Sets [`BUILD_INFO`]. `commit` is empty when it is not known.
     pub fn built(&self, version: &'static str, commit: &'static str) {
         gauge!(BUILD_INFO, "version" => version, "commit" => commit).set(1.0);
     }
 
-    /// The text exposition format.
+    /// Renders all metrics in the text exposition format.
     pub fn render(&self) -> String {
         self.process.collect();
         self.recorder.render()
     }
 
-    /// Tidies up until the end.
+    /// Runs the recorder's maintenance until the hard phase of the drain.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn upkeep(self, drain: Drain) -> Result<(), Infallible> {
         loop {
             tokio::select! {
@@ -92,15 +92,15 @@ impl Metrics {
 
 fn describe() {
     describe_gauge!(BREAKER_OPEN, Unit::Count, "1 while the circuit breaker of a dependency is open");
-    describe_gauge!(SHEDDING, Unit::Count, "1 while requests are sent away for want of memory");
+    describe_gauge!(SHEDDING, Unit::Count, "1 while requests are refused because memory is nearly used up");
     describe_gauge!(CPU_WAITING, Unit::Count, "work that waits for a processor thread");
-    describe_gauge!(CPU_RUNNING, Unit::Count, "work that processor threads do");
-    describe_counter!(CPU_REFUSED, Unit::Count, "work that found the queue of the processor threads full");
+    describe_gauge!(CPU_RUNNING, Unit::Count, "work that runs on a processor thread");
+    describe_counter!(CPU_REFUSED, Unit::Count, "work refused because the processor queue was full");
     describe_counter!(TASK_FAILURES, Unit::Count, "contained tasks that failed and were started again");
     describe_counter!(LOG_LINES_DROPPED, Unit::Count, "log lines dropped because their reader was too slow");
     describe_gauge!(MEMORY_USED, Unit::Bytes, "memory of the cgroup without the page cache");
     describe_gauge!(MEMORY_LIMIT, Unit::Bytes, "the limit of the cgroup's memory");
-    describe_gauge!(BUILD_INFO, Unit::Count, "1, by the version and the commit that was built");
+    describe_gauge!(BUILD_INFO, Unit::Count, "always 1, with the version and the commit of the build");
     gauge!(SHEDDING).set(0.0);
     // A counter that is absent until something happens hides its first increment from every alert.
     for name in [CPU_REFUSED, LOG_LINES_DROPPED] {
@@ -108,7 +108,7 @@ fn describe() {
     }
 }
 
-/// A contained task that may fail.
+/// Registers the counter of failures of a contained task.
 pub(crate) fn task_may_fail(task: &'static str) {
     counter!(TASK_FAILURES, "task" => task).increment(0);
 }
@@ -123,43 +123,43 @@ pub(crate) fn cpu_running() -> Gauge {
     gauge!(CPU_RUNNING)
 }
 
-/// Work that found the queue full.
+/// Counts one work item that was refused because the queue was full.
 pub(crate) fn cpu_refused() {
     counter!(CPU_REFUSED).increment(1);
 }
 
-/// One failure of a contained task.
+/// Counts one failure of a contained task.
 pub(crate) fn task_failed(task: &'static str) {
     counter!(TASK_FAILURES, "task" => task).increment(1);
 }
 
-/// How long a write waited for its commit.
+/// Sets whether the circuit breaker of a dependency is open.
 pub(crate) fn breaker_open(dependency: &'static str, open: bool) {
     gauge!(BREAKER_OPEN, "dependency" => dependency).set(f64::from(u8::from(open)));
 }
 
-/// The number of log lines dropped so far.
+/// Sets the number of log lines dropped so far.
 pub(crate) fn log_lines_dropped(total: u64) {
     counter!(LOG_LINES_DROPPED).absolute(total);
 }
 
-/// Whether requests are sent away since memory is nearly used up.
+/// Sets whether requests are refused because memory is nearly used up.
 pub(crate) fn shedding(shedding: bool) {
     gauge!(SHEDDING).set(f64::from(u8::from(shedding)));
 }
 
-/// How much memory is used, of how much.
+/// Sets the used memory and its limit, in bytes.
 #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
 pub(crate) fn memory(used: u64, limit: u64) {
     gauge!(MEMORY_USED).set(used as f64);
     gauge!(MEMORY_LIMIT).set(limit as f64);
 }
 
-/// Something that is counted while it exists: the gauge falls when the value drops, by any path.
+/// A guard that is counted while it exists: the gauge falls when the guard drops.
 pub struct Counted(Gauge);
 
 impl Counted {
-    /// One more.
+    /// Raises the gauge by one.
     pub fn new(gauge: Gauge) -> Self {
         gauge.increment(1.0);
         Self(gauge)

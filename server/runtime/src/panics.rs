@@ -1,8 +1,8 @@
-//! What a panic says.
+//! The messages of panics.
 
 use std::any::Any;
 
-/// The text of a panic, as far as it has one.
+/// The message of a panic, or a placeholder if it has none.
 pub fn panic_message(panic: &(dyn Any + Send)) -> &str {
     panic
         .downcast_ref::<&'static str>()

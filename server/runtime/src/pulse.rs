@@ -1,11 +1,11 @@
-//! Waits that end together: what is done again and again in the background wakes the process once, and not each by itself.
+//! Waits that end together, so that periodic background tasks wake the process once and not one by one.
 
 use std::sync::OnceLock;
 use std::time::Duration;
 
 use tokio::time::{Instant, sleep_until};
 
-/// Waits until the next multiple of `period` since the first such wait: at most that long.
+/// Waits until the next multiple of `period` since the first call in the process, which is at most one `period`.
 pub async fn pulse(period: Duration) {
     static BEGAN: OnceLock<Instant> = OnceLock::new();
     let began = *BEGAN.get_or_init(Instant::now);

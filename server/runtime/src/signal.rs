@@ -1,29 +1,29 @@
 //! SIGTERM, SIGQUIT, SIGINT, SIGHUP and SIGUSR2 as a stream of values.
 //!
-//! Installed before anything slow happens: until then SIGTERM kills the process outright, and as PID 1 of a
-//! container it would be ignored altogether.
+//! The handlers are installed before any slow step of boot: until then SIGTERM kills the process at once, or is ignored
+//! when the process is PID 1 of a container.
 
 use std::io;
 
 use futures_util::StreamExt;
 use signal_hook::consts::{SIGHUP, SIGINT, SIGPIPE, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 
-/// What somebody outside asked of the process.
+/// A request to the process from outside.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessSignal {
-    /// SIGTERM: leave, in order.
+    /// SIGTERM: stop in order.
     Terminate,
-    /// SIGQUIT, which images of nginx and php-fpm are stopped with: the same.
+    /// SIGQUIT: stop in order. Images of nginx and php-fpm are stopped with this signal.
     Quit,
-    /// SIGINT (Ctrl-C): leave, in order, without the notice that load balancers need.
+    /// SIGINT (Ctrl-C): stop in order, without the notice phase that load balancers need.
     Interrupt,
-    /// SIGHUP: read again what can be read again.
+    /// SIGHUP: reload the settings and files that support it.
     Reload,
-    /// SIGUSR2: start a successor, and leave the sockets to it.
+    /// SIGUSR2: start a successor and hand the sockets over to it.
     Succeed,
 }
 
-/// The signals that reach this process from now on.
+/// A stream of the signals that reach the process after [`Signals::install`].
 pub struct Signals(signal_hook_tokio::Signals);
 
 impl std::fmt::Debug for Signals {
@@ -38,12 +38,13 @@ impl Signals {
     /// # Errors
     /// When the operating system refuses a handler or the wake-up socket.
     pub fn install() -> io::Result<Self> {
-        // SIGUSR1 reopens logs elsewhere, and SIGPIPE says that a reader has gone: neither is a reason to end.
+        // Other programs reopen their logs on SIGUSR1, and SIGPIPE means that a reader has gone: neither may end the
+        // process.
         let heard = [SIGTERM, SIGQUIT, SIGINT, SIGHUP, SIGUSR2, SIGUSR1, SIGPIPE];
         Ok(Self(signal_hook_tokio::Signals::new(heard)?))
     }
 
-    /// The next signal. Signals of one kind that arrive together are one.
+    /// Waits for the next signal. Signals of one kind that arrive together count as one.
     pub async fn next(&mut self) -> ProcessSignal {
         loop {
             match self.0.next().await {
@@ -53,7 +54,7 @@ impl Signals {
                 Some(SIGHUP) => return ProcessSignal::Reload,
                 Some(SIGUSR2) => return ProcessSignal::Succeed,
                 Some(_) => {}
-                // The stream ends only when its handle is closed, and nobody holds one.
+                // The stream ends only when its handle is closed, and no code holds a handle.
                 None => std::future::pending().await,
             }
         }

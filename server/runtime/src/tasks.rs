@@ -1,9 +1,10 @@
-//! The only way to start a long-lived task: a name, an owner who awaits it, and a stated death.
+//! The only way to start a long-lived task. A task has a name, an owner that awaits it, and a stated meaning of its
+//! end:
 //!
-//! * A **critical** task carries the process: when it ends before the drain has begun, [`Tasks::died`] says so
-//!   and the process leaves with exit code 1.
-//! * A **contained** task may fail: its end by an error or a panic is counted, logged, and followed by a new
-//!   start after a backoff.
+//! * The process cannot run without a **critical** task: when one fails, or ends before the drain has begun,
+//!   [`Tasks::died`] returns and the process stops with exit code 1.
+//! * A **contained** task may fail: an error or a panic is counted and logged, and the task starts again after a
+//!   backoff.
 //!
 //! Short-lived work (a connection, a job) lives in a `JoinSet` of the component that started it.
 
@@ -27,15 +28,15 @@ use crate::metrics;
 use crate::panics::panic_message;
 use crate::telemetry::Seldom;
 
-/// Between two starts of a contained task.
+/// Pause between two starts of a contained task.
 const RESTART: Backoff = Backoff::new(Duration::from_millis(200), Duration::from_secs(30));
 
-/// Why a critical task ended before its time.
+/// The unexpected end of a critical task.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Death {
-    /// The name that the task was given.
+    /// The name of the task.
     pub task: &'static str,
-    /// Its error, its panic message, or that it just returned.
+    /// The error, the panic message, or the statement that the task ended by itself.
     pub reason: String,
 }
 
@@ -58,7 +59,7 @@ struct Live {
 }
 
 impl Tasks {
-    /// No tasks yet. `drain` tells an expected end from a death.
+    /// Creates an empty set of tasks. `drain` tells an expected end from a death.
     pub fn new(drain: Drain) -> Self {
         Self(Arc::new(TaskTable {
             tracker: TaskTracker::new(),
@@ -91,8 +92,8 @@ impl Tasks {
         });
     }
 
-    /// Starts a task that may fail and is then started anew, after a backoff, until the drain begins.
-    /// It ends for good when it returns `Ok`.
+    /// Starts a task that is started again after a failure and a backoff, until the soft phase of the drain. It ends
+    /// for good when it returns `Ok`.
     pub fn contained<M, F, E>(&self, name: &'static str, mut make: M)
     where
         M: FnMut() -> F + Send + 'static,
@@ -102,7 +103,8 @@ impl Tasks {
         let drain = self.0.drain.clone();
         metrics::task_may_fail(name);
         self.start(name, async move {
-            // What a store that is away makes fail, fails every time for the same reason.
+            // While a store is unreachable, the task fails for the same reason every time, which is not logged every
+            // time.
             let (seldom, mut told) = (Seldom::each_minute(), String::new());
             for failures in 1u32.. {
                 let reason = match AssertUnwindSafe(make()).catch_unwind().await {
@@ -142,7 +144,7 @@ impl Tasks {
         let _ = named.send(key);
     }
 
-    /// Waits for the first critical task that dies. Never returns when none does.
+    /// Waits for the first critical task that dies. Never returns when no task dies.
     pub async fn died(&self) -> Death {
         let mut death = self.0.death.subscribe();
         match death.wait_for(Option::is_some).await {
@@ -167,7 +169,7 @@ impl Tasks {
         self.0.live.lock().values().map(|live| live.name).collect()
     }
 
-    /// Aborts what still runs and says what that was.
+    /// Aborts all running tasks and returns their names.
     pub fn abort(&self) -> Vec<&'static str> {
         let live = self.0.live.lock();
         live.values()
@@ -179,7 +181,7 @@ impl Tasks {
     }
 }
 
-/// The entry of a running task; gone when it drops.
+/// The entry of a running task. Dropping it removes the entry.
 struct ListedTask {
     shared: Arc<TaskTable>,
     key: u64,

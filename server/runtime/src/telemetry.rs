@@ -1,4 +1,4 @@
-//! Logs: one line an event, to standard error, without ever making a request wait for the log's reader.
+//! Logs: one line per event, on standard error. A request never waits for the reader of the log.
 
 mod joined;
 mod seldom;
@@ -20,10 +20,10 @@ use writer::{Lines, Writer};
 
 use crate::metrics;
 
-/// Why there is no log.
+/// Error of [`Telemetry::install`].
 #[derive(Debug, thiserror::Error)]
 pub enum InstallError {
-    /// The thread that writes cannot be started.
+    /// The thread that writes the log cannot be started.
     #[error("the log's thread cannot be started")]
     Thread(#[from] io::Error),
     /// A log is already installed.
@@ -31,53 +31,41 @@ pub enum InstallError {
     Installed(#[from] TryInitError),
 }
 
-/// What is logged and how it looks.
+/// Settings of the log.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// A filter such as `info` or `info,perennial_workers=debug`.
     pub filter: Filter,
-    /// How a line looks.
+    /// The format of a line.
     pub format: Format,
 }
 
-/// How a log line looks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// The format of a log line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Format {
     /// Text on a terminal, JSON elsewhere.
     Auto,
-    /// For people.
+    /// Text for people.
     Text,
-    /// For machines: one object a line.
+    /// JSON for machines, one object per line.
     Json,
-}
-
-impl FromStr for Format {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text {
-            "auto" => Ok(Self::Auto),
-            "text" => Ok(Self::Text),
-            "json" => Ok(Self::Json),
-            _ => Err(()),
-        }
-    }
 }
 
 /// A valid log filter: a level, or a level for each part of the program.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Filter(String);
 
-/// Why a text is no log filter.
+/// Error of parsing a [`Filter`].
 #[derive(Debug, thiserror::Error)]
 pub enum FilterError {
-    /// A word that is no level. The library would take it for the name of a part of the program, and log nothing else.
+    /// A word is not a level. `EnvFilter` would take it for the name of a part of the program, and log nothing else.
     #[error("{0:?} is no level: wanted off, error, warn, info, debug or trace")]
     NoLevel(String),
-    /// A level where the name of a part of the program belongs.
+    /// A level stands in the place of the name of a part of the program.
     #[error("{0:?} is a level, and no part of the program has that name: wanted a level, or name=level")]
     LevelAsName(String),
-    /// A part that the library cannot read.
+    /// `EnvFilter` cannot parse a directive.
     #[error(transparent)]
     Directive(#[from] ParseError),
 }
@@ -95,7 +83,7 @@ impl FromStr for Filter {
                 Some((_, level)) => level,
                 None => part,
             };
-            // A filter of spans ends with its bracket, and may stand without a level.
+            // A span filter ends with `]` and may have no level.
             let is_level = |word: &str| !word.is_empty() && word.parse::<LevelFilter>().is_ok();
             if !is_level(level) && !part.ends_with(']') {
                 return Err(FilterError::NoLevel(level.to_owned()));
@@ -113,18 +101,19 @@ impl FromStr for Filter {
 
 impl Filter {
     fn directives(&self) -> EnvFilter {
-        // A filter with nothing but names, of which one may be misspelt, would keep even errors from the log. And the level info
-        // of that library is about its own making.
+        // Without a default level, a filter that only has names, perhaps a misspelt one, would hide even errors. At
+        // level info, tokio_cron_scheduler logs its own internals.
         EnvFilter::new(format!("error,tokio_cron_scheduler=warn,{}", self.0))
     }
 
-    /// Whether it says what is logged of the parts that it does not name. Of these errors alone are logged without.
+    /// Returns true when the filter has a level for the parts that it does not name. Without one, only their errors are
+    /// logged.
     pub fn has_level_for_the_rest(&self) -> bool {
         self.0.split(',').any(|part| part.parse::<LevelFilter>().is_ok())
     }
 }
 
-/// The installed log. What was logged is written out when it drops.
+/// The installed log. Dropping it writes out the pending lines.
 pub struct Telemetry {
     filter: reload::Handle<EnvFilter, Registry>,
     lines: Lines,
@@ -161,25 +150,26 @@ impl Telemetry {
         Ok(Self { filter: handle, lines, json, _writer: writer })
     }
 
-    /// Where lines of JSON may be written directly, if that is what the log is made of.
+    /// A direct writer of JSON lines; `None` when the log is text.
     pub fn json_lines(&self) -> Option<JsonLines> {
         self.json.clone()
     }
 
-    /// Replaces the filter while running.
+    /// Replaces the filter of the running log.
     pub fn set_filter(&self, filter: &Filter) {
         if let Err(error) = self.filter.reload(filter.directives()) {
             error!(%error, "the log filter could not be replaced");
         }
     }
 
-    /// Publishes how many lines were dropped so far.
+    /// Publishes the number of lines dropped so far as a metric.
     pub fn publish(&self) {
         metrics::log_lines_dropped(self.lines.dropped());
     }
 }
 
-/// Whether colours are wanted: see <https://no-color.org>; a dumb terminal has none.
+/// Returns true when the environment allows colours: `NO_COLOR` is unset or empty (<https://no-color.org>), and `TERM`
+/// is not `dumb`.
 pub fn has_colours() -> bool {
     let is_set = |name| std::env::var_os(name).is_some_and(|value| !value.is_empty());
     !is_set("NO_COLOR") && std::env::var_os("TERM").is_none_or(|term| term != "dumb")

@@ -1,4 +1,4 @@
-//! Errors as `application/problem+json` (RFC 9457): what was wrong, with which field, and what was wanted.
+//! Errors as `application/problem+json` (RFC 9457): the error, the fields that caused it, and the wanted values.
 
 use std::time::Duration;
 

@@ -115,7 +115,7 @@ impl RequestScope {
         }))
     }
 
-    /// Returns the request id, which is also in the log, in the response and, if it is trusted, in the request.
+    /// Returns the id of the request. The log and the response have it, and a trusted request header may set it.
     pub fn id(&self) -> &RequestId {
         &self.0.begun.id
     }

@@ -260,8 +260,7 @@ fn body_too_long(limit: usize) -> Response {
         .into_response()
 }
 
-/// Turns an error response without a body into a problem: a router answers so to a path or a method that it does not
-/// have.
+/// Turns an error response without a body into a problem, such as the router's answer to an unknown path or method.
 fn explained(response: Response) -> Response {
     let status = response.status();
     let silent = response.body().is_end_stream() && !response.headers().contains_key(header::CONTENT_TYPE);

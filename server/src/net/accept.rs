@@ -1,7 +1,6 @@
 //! The accept loop: one task per connection, the limits, and the kernel's backlog at shutdown.
 
 use std::io;
-use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,24 +41,13 @@ const ROOM: Duration = Duration::from_millis(100);
 const TRICKLE: Duration = Duration::from_millis(200);
 
 /// How a connection over the limit is handled.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString)]
+#[strum(serialize_all = "kebab-case")]
 pub enum AtLimit {
     /// It waits in the kernel's queue until another one ends.
     Queue,
     /// It is sent a refusal, and closed.
     Reject,
-}
-
-impl FromStr for AtLimit {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text {
-            "queue" => Ok(Self::Queue),
-            "reject" => Ok(Self::Reject),
-            _ => Err(()),
-        }
-    }
 }
 
 /// The state that all listeners of a server share.

@@ -30,22 +30,27 @@ impl Listen {
     }
 }
 
-impl FromStr for Listen {
-    type Err = ();
+/// Error for a text that names no place to listen at.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("wanted HOST:PORT, http://HOST:PORT, https://HOST:PORT or unix:PATH")]
+pub struct NoListen;
 
-    fn from_str(text: &str) -> Result<Self, ()> {
+impl FromStr for Listen {
+    type Err = NoListen;
+
+    fn from_str(text: &str) -> Result<Self, NoListen> {
         if let Some(path) = text.strip_prefix("unix:") {
-            return if path.is_empty() { Err(()) } else { Ok(Self::Unix(path.into())) };
+            return if path.is_empty() { Err(NoListen) } else { Ok(Self::Unix(path.into())) };
         }
         let (tls, address) = match text.strip_prefix("https://") {
             Some(address) => (true, address),
             None => (false, text.strip_prefix("http://").unwrap_or(text)),
         };
-        let (host, port) = address.rsplit_once(':').ok_or(())?;
-        port.parse::<u16>().map_err(|_| ())?;
+        let (host, port) = address.rsplit_once(':').ok_or(NoListen)?;
+        port.parse::<u16>().map_err(|_| NoListen)?;
         let bracketed = host.starts_with('[') && host.ends_with(']');
         if host.is_empty() || (host.contains(':') && !bracketed) {
-            return Err(());
+            return Err(NoListen);
         }
         Ok(if tls { Self::Https(address.to_owned()) } else { Self::Http(address.to_owned()) })
     }
@@ -75,7 +80,7 @@ mod tests {
     #[test]
     fn anything_else_is_refused() {
         for text in ["", "8080", ":80", "127.0.0.1", "host:99999", "::1:80", "unix:", "ftp://h:1"] {
-            assert_eq!(text.parse::<Listen>(), Err(()), "{text}");
+            assert_eq!(text.parse::<Listen>(), Err(NoListen), "{text}");
         }
     }
 }

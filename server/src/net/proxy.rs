@@ -4,7 +4,6 @@
 
 use std::io;
 use std::net::{IpAddr, SocketAddr};
-use std::str::FromStr;
 
 use http::{HeaderMap, HeaderName, header};
 use ipnet::IpNet;
@@ -25,8 +24,8 @@ const LOCAL: u8 = 0;
 /// The crate `http` has no constant for this header.
 const X_FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 
-/// Returns true when a peer is believed about its client. A peer on a Unix socket was let in by the mode of the file,
-/// so it is believed as soon as any proxy is trusted.
+/// Returns true when the statements of a peer about its client are believed. A peer on a Unix socket was let in by the
+/// mode of the file, so it is believed as soon as any proxy is trusted.
 pub(crate) fn is_trusted(trusted: &[IpNet], peer: Peer) -> bool {
     match peer.ip() {
         Some(address) => contains(trusted, address),
@@ -70,24 +69,13 @@ pub(super) async fn read_header<S: Peek>(socket: &mut Socket<S>) -> io::Result<O
 /// The header in which trusted proxies name their clients.
 ///
 /// Only one header counts: a proxy that writes one of them passes the other on as the client wrote it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString)]
+#[strum(serialize_all = "kebab-case")]
 pub enum ForwardedHeader {
     /// `X-Forwarded-For`.
     XForwardedFor,
     /// `Forwarded` (RFC 7239).
     Forwarded,
-}
-
-impl FromStr for ForwardedHeader {
-    type Err = ();
-
-    fn from_str(text: &str) -> Result<Self, ()> {
-        match text {
-            "x-forwarded-for" => Ok(Self::XForwardedFor),
-            "forwarded" => Ok(Self::Forwarded),
-            _ => Err(()),
-        }
-    }
 }
 
 /// Returns the client that trusted proxies name in their headers: the last address that is not a trusted proxy.

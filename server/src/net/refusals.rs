@@ -13,8 +13,8 @@ use perennial_runtime::telemetry::Seldom;
 /// Minimum interval between two log messages with the same reason.
 const TELL_EVERY: Duration = Duration::from_secs(10);
 
-static TOLD: [Seldom; ConnectionRefusal::ALL.len()] =
-    [const { Seldom::every(TELL_EVERY) }; ConnectionRefusal::ALL.len()];
+static TOLD: [Seldom; <ConnectionRefusal as strum::VariantArray>::VARIANTS.len()] =
+    [const { Seldom::every(TELL_EVERY) }; <ConnectionRefusal as strum::VariantArray>::VARIANTS.len()];
 
 /// Counts a refusal, and logs it unless its reason was logged less than [`TELL_EVERY`] ago.
 pub(crate) fn refused(
@@ -36,8 +36,8 @@ mod tests {
 
     #[test]
     fn each_reason_has_its_place() {
-        for (index, refusal) in ConnectionRefusal::ALL.into_iter().enumerate() {
-            assert_eq!(refusal as usize, index);
+        for (index, refusal) in <ConnectionRefusal as strum::VariantArray>::VARIANTS.iter().enumerate() {
+            assert_eq!(*refusal as usize, index);
         }
     }
 }

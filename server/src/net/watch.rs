@@ -268,7 +268,7 @@ impl Connections {
         false
     }
 
-    /// Returns the number of connections, without those that are closing.
+    /// Returns the number of connections, without the closing ones.
     pub fn count(&self) -> usize {
         self.all().iter().filter(|connection| connection.phase() != ConnectionPhase::Closing).count()
     }

@@ -1,17 +1,18 @@
-//! Caches in front of a store: one load at a time for each key, entries that end, answers that there is nothing among
-//! them, and a bound in bytes.
+//! Caches in front of a store: one load at a time for each key, entries that expire, negative answers, and a bound in
+//! bytes.
 //!
 //! ```text
-//!  get(key, load) ── there ──────────────────────────────► the entry
-//!        └─ not there ─ one load, everybody waits for it ─► kept for `ttl`, or for `negative_ttl` when there is nothing
+//!  get(key, load) ── hit ────────────────────────────────► the entry
+//!        └─ miss ─ one load, and all callers wait for it ─► kept for `ttl`, or for `negative_ttl` if there is no value
 //!
-//!                                                           a load that fails ─► what was there before, for `stale`
+//!                                                           a load that fails ─► the previous value, for `stale`
 //!
 //!  forget(key) ─► dropped here ─► published ─► dropped by every process that listens
 //! ```
 //!
-//! What is forgotten while it is loaded is not kept. Between processes a word may be lost, with a connection or with
-//! Redis: so a process that has just begun to listen loads everything anew, and `ttl` bounds what is left.
+//! An entry that is forgotten while it is loaded is not kept. Between processes a message may be lost, with a
+//! connection or with Redis: so a process that begins to listen loads everything again, and `ttl` bounds the age of an
+//! entry whose message was lost.
 
 mod bus;
 pub(crate) mod status;
@@ -36,34 +37,35 @@ use perennial_runtime::drain::Drain;
 use perennial_runtime::pulse::pulse;
 pub use status::CacheStatus;
 
-/// How often entries that have ended are removed, and sizes are counted. Nobody else does while nobody asks.
+/// Interval at which expired entries are removed and sizes are counted. moka evicts only on access, so a timer runs its
+/// pending tasks.
 const TIDY: Duration = Duration::from_secs(1);
-/// Of answers that had ended, and were given all the same, one in so many is logged.
+/// One in this many stale answers is logged.
 const STALE_TOLD: u64 = 1000;
-/// What an entry takes besides its key and value, in bytes.
+/// Size of an entry besides its key and value, in bytes.
 const OVERHEAD: usize = 128;
 
-/// How much a cache keeps, and for how long.
+/// Settings of a cache.
 #[derive(Clone, Copy, Debug)]
 pub struct Config {
-    /// What it is called: in metrics, in `/cache`, and between processes.
+    /// Name of the cache in metrics, in `/cache`, and between processes.
     pub name: &'static str,
-    /// The most bytes of keys and values.
+    /// Maximum size of keys and values, in bytes.
     pub bytes: u64,
-    /// How long an answer is good,
+    /// Time to live of an answer with a value.
     pub ttl: Duration,
-    /// and how long one that there is nothing.
+    /// Time to live of a negative answer, which says that there is no value.
     pub negative_ttl: Duration,
-    /// For how long an answer that has ended is given all the same, while nobody can say what is true now.
+    /// Time for which an expired answer is still returned while loads fail.
     pub stale: Duration,
 }
 
-/// What can be kept.
+/// A value that a cache can keep.
 pub trait Kept: Send + Sync + 'static {
-    /// About how many bytes of memory it holds.
+    /// Approximate size of the value in memory, in bytes.
     fn bytes(&self) -> usize;
 
-    /// Whether it is good for more than those who wait for it.
+    /// Returns false when the value is only for the callers that wait for it now, and must not be kept.
     fn is_kept(&self) -> bool {
         true
     }
@@ -79,7 +81,7 @@ impl<T: Kept> Kept for Arc<T> {
     }
 }
 
-/// A cache of `V`s by text. A cheap handle.
+/// A cache of values `V` with text keys. A cheap handle.
 pub struct Cache<V>(Arc<CacheInner<V>>);
 
 impl<V> Clone for Cache<V> {
@@ -91,9 +93,9 @@ impl<V> Clone for Cache<V> {
 struct CacheInner<V> {
     config: Config,
     entries: moka::future::Cache<String, Option<V>>,
-    /// What was there, for when a load fails.
+    /// Previous values, which are returned when a load fails.
     older: moka::sync::Cache<String, V>,
-    /// Rises whenever something is forgotten, so that what was loaded before is not kept after.
+    /// Rises with every invalidation, so that a value whose load began before it is not kept.
     forgotten: AtomicU64,
     counts: Arc<Counts>,
 }
@@ -119,7 +121,7 @@ fn weight<V: Kept>(key: &str, value: Option<&V>) -> u32 {
     u32::try_from(OVERHEAD + key.len() + value.map_or(0, Kept::bytes)).unwrap_or(u32::MAX)
 }
 
-/// Which of the two times an entry gets.
+/// Chooses the time to live of an entry.
 struct Lives(Config);
 
 impl<V: Kept> Expiry<String, Option<V>> for Lives {
@@ -133,7 +135,7 @@ impl<V: Kept> Expiry<String, Option<V>> for Lives {
 }
 
 impl<V: Kept + Clone> Cache<V> {
-    /// An empty one.
+    /// Creates an empty cache.
     pub fn new(config: Config) -> Self {
         let counts = Arc::new(Counts::default());
         let removed = Arc::clone(&counts);
@@ -160,11 +162,11 @@ impl<V: Kept + Clone> Cache<V> {
         Self(Arc::new(CacheInner { config, entries, older, forgotten: AtomicU64::new(0), counts }))
     }
 
-    /// What is kept for `key`, or what `load` brings: nothing is an answer, too. However many ask at once, one of
-    /// them loads, and the others wait for it. When that one leaves, the next goes on.
+    /// Returns the kept answer for `key`, or the answer of `load`. `None` is an answer too. When several callers ask at
+    /// once, one of them loads and the others wait for it. When that caller goes away, the next one loads.
     ///
     /// # Errors
-    /// What the load said, to all who waited for it; it is not kept.
+    /// The error of the load, if there is no previous value, for all callers that waited for it. Errors are not kept.
     pub async fn get<E>(
         &self,
         key: &str,
@@ -174,7 +176,7 @@ impl<V: Kept + Clone> Cache<V> {
         E: Send + Sync + 'static,
     {
         let CacheInner { config, entries, older, forgotten, counts } = &*self.0;
-        // What is there costs no more than a look: the library's load is a future of many kilobytes.
+        // A hit needs only a lookup: moka's load is a future of many kilobytes.
         if let Some(value) = entries.get(key).await {
             counts.hits.fetch_add(1, Ordering::Relaxed);
             return Ok(value);
@@ -198,7 +200,7 @@ impl<V: Kept + Clone> Cache<V> {
             }
             Ok(_) => older.invalidate(key),
         }
-        // After it was kept: whoever forgets it later finds it.
+        // Checked after the entry was kept: a later invalidation finds the entry.
         if forgotten.load(Ordering::Acquire) != before.into_inner() {
             older.invalidate(key);
             Box::pin(entries.invalidate(key)).await;
@@ -206,37 +208,35 @@ impl<V: Kept + Clone> Cache<V> {
         self.or_older(key, got)
     }
 
-    /// Whether something was found for `key` lately, or nothing a moment ago.
+    /// Returns true when the cache has an answer for `key`: a value, a stale value or a negative answer.
     pub fn has(&self, key: &str) -> bool {
         self.0.entries.contains_key(key) || self.0.older.contains_key(key)
     }
 
-    /// What was there before, where a load has failed.
+    /// Replaces the error of a failed load by the previous value, if there is one.
     fn or_older<E>(&self, key: &str, got: Result<Option<V>, Arc<E>>) -> Result<Option<V>, Arc<E>> {
         let Err(error) = got else { return got };
         let older = self.0.older.get(key).ok_or(error)?;
-        // Once a second says it as well as once a request.
+        // One line for many requests is enough.
         if self.0.counts.stale.fetch_add(1, Ordering::Relaxed).is_multiple_of(STALE_TOLD) {
-            warn!(
-                cache = self.0.config.name,
-                "what was known before is given, since nobody can say what is true now"
-            );
+            warn!(cache = self.0.config.name, "a load has failed: the previous value is returned");
         }
         Ok(Some(older))
     }
 
-    /// What was loaded and may still be given, without a look at whether it has changed.
+    /// The loaded values that may still be returned, without a check whether they have changed.
     pub fn known(&self) -> Vec<(String, V)> {
         self.0.older.iter().map(|(key, value)| (String::clone(&key), value)).collect()
     }
 
-    /// Has everything loaded anew when it is asked for. What was there stays good for as long as that fails.
+    /// Makes every key load again on its next use. The previous values stay available while loads fail.
     fn renew(&self) {
         self.0.forgotten.fetch_add(1, Ordering::AcqRel);
         self.0.entries.invalidate_all();
     }
 
-    /// Something has changed, as this process alone has found out: [`Caches::forget`] tells others.
+    /// Drops the entry of `key`, or all entries if it is `None`, in this process only. [`Caches::forget`] tells the
+    /// others.
     pub async fn forget(&self, key: Option<&str>) {
         self.0.forgotten.fetch_add(1, Ordering::AcqRel);
         match key {
@@ -269,7 +269,7 @@ impl<V: Kept + Clone> Cache<V> {
     }
 }
 
-/// A cache with its type taken off.
+/// A cache whose value type is erased.
 trait AnyCache: Send + Sync {
     fn name(&self) -> &'static str;
     fn status(&self) -> CacheStatus;
@@ -301,7 +301,7 @@ impl<V: Kept + Clone> AnyCache for Cache<V> {
     }
 }
 
-/// All caches of a process, and the other processes that keep the same. A cheap handle.
+/// All caches of a process, and the bus to the other processes that have the same caches. A cheap handle.
 #[derive(Clone, Default)]
 pub struct Caches(Arc<All>);
 
@@ -318,20 +318,20 @@ impl fmt::Debug for Caches {
 }
 
 impl Caches {
-    /// None yet; what is forgotten is told to those on the bus, if there is one.
+    /// Creates an empty set of caches. Invalidations are published on `bus`, if there is one.
     pub fn new(bus: Option<Bus>) -> Self {
         Self(Arc::new(All { caches: RwLock::default(), bus }))
     }
 
-    /// One more.
+    /// Creates a cache and adds it to the set.
     pub fn make<V: Kept + Clone>(&self, config: Config) -> Cache<V> {
         let cache = Cache::new(config);
         self.0.caches.write().push(Arc::new(cache.clone()));
         cache
     }
 
-    /// Something has changed in the store: what the cache `name` has of it is dropped, here and by whoever listens. All
-    /// of it when no key is named.
+    /// Drops the entry of `key`, or all entries if it is `None`, from the cache `name` after a change in the store, in
+    /// this process and in every process that listens.
     pub async fn forget(&self, name: &str, key: Option<&str>) {
         self.forget_here(name, key).await;
         if let Some(bus) = &self.0.bus {
@@ -339,15 +339,15 @@ impl Caches {
         }
     }
 
-    /// How each stands.
+    /// The name and the status of each cache.
     pub fn status(&self) -> Vec<(&'static str, CacheStatus)> {
         self.all().iter().map(|cache| (cache.name(), cache.status())).collect()
     }
 
-    /// Removes what has ended, again and again, until nothing new is taken.
+    /// Removes expired entries again and again, until the soft phase of the drain.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn tidy(self, drain: Drain) -> Result<(), Infallible> {
         loop {
             join_all(self.all().iter().map(|cache| cache.tidy())).await;
@@ -361,15 +361,15 @@ impl Caches {
         }
     }
 
-    /// Listens to what others have changed, until nothing new is taken.
+    /// Applies the invalidations of other processes, until the soft phase of the drain.
     ///
     /// # Errors
-    /// When the connection ends; to be run again.
+    /// When the connection ends. The caller runs it again.
     pub async fn listen(self, drain: Drain) -> Result<(), bus::Error> {
         let Some(bus) = &self.0.bus else { return Ok(()) };
         let listen = async {
             let mut ear = bus.ear().await?;
-            // What was said before is lost.
+            // Messages from before the subscription are lost.
             self.all().iter().for_each(|cache| cache.renew());
             loop {
                 let (name, key) = ear.next().await?;
@@ -382,7 +382,7 @@ impl Caches {
         }
     }
 
-    /// Whether others may be told.
+    /// Returns true when invalidations reach other processes.
     pub fn is_shared(&self) -> bool {
         self.0.bus.is_some()
     }

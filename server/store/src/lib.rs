@@ -1,10 +1,10 @@
-//! Stores behind bounded waits, and what need not be asked of them again.
+//! Stores in which every wait is bounded, and caches in front of them.
 //!
-//! | module | what it is |
+//! | module | contents |
 //! |---|---|
-//! | [`pool`] | SQLite, Postgres and Redis: pools, statements that are the same on both, migrations |
-//! | [`cache`] | answers that are kept, with one load at a time, and forgotten by all replicas |
-//! | [`metrics`] | every metric of these |
+//! | [`pool`] | SQLite, Postgres and Redis: pools, one API for statements on both SQL stores, migrations |
+//! | [`cache`] | caches with one load at a time for each key, and invalidation on all replicas |
+//! | [`metrics`] | the metrics of pools, stores and caches |
 
 pub mod cache;
 pub mod metrics;

@@ -1,4 +1,4 @@
-//! Stores behind bounded waits.
+//! Stores in which every wait is bounded.
 
 mod bounded;
 mod causes;

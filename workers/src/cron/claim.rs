@@ -1,4 +1,4 @@
-//! What is to be done now about a schedule, as a pure function.
+//! The decision what to do about a schedule now, as a pure function.
 
 use std::time::Duration;
 
@@ -11,22 +11,22 @@ use super::{
 
 /// How far a clock may be set back without times being claimed a second time. Vixie's cron has the same bound.
 pub const WAIT_OUT: Duration = Duration::from_secs(3 * 3600);
-/// How many that were passed over are counted.
+/// Number up to which passed occurrences are counted.
 const COUNTED: usize = 1000;
 
-/// What is to be done.
+/// Decision what to do about a schedule.
 #[derive(Clone, Debug, Default)]
 pub struct Decision {
-    /// How the schedule goes on; none if it stands where it should.
+    /// New state of the schedule; `None` if the state does not change.
     pub claim: Option<ScheduleClaim>,
     /// Jobs that must not go on.
     pub cancel: Vec<Uuid>,
-    /// By how much the clock was set back, if the schedule begins anew for that.
+    /// How far the clock was set back, if the schedule begins anew because of that.
     pub set_back: Option<Duration>,
 }
 
-/// When something is to be done about a schedule that stands so: at `now` if that is already; none if never. `next` is
-/// the next time after [`ScheduleState::last_fire`].
+/// When the schedule next needs attention: `now` if due, `None` if never. `next` is the next time after
+/// [`ScheduleState::last_fire`].
 pub fn due_at(
     schedule: &Schedule,
     standing: &ScheduleState,
@@ -40,8 +40,8 @@ pub fn due_at(
     if at_once { Some(now) } else { next.map(|next| next.max(now)) }
 }
 
-/// What is to be done about `schedule`, which stands so, at `now` by the store's clock, while the jobs `unfinished` of
-/// it have not ended.
+/// Decides what to do about `schedule` in the state `standing`, at `now` by the store's clock. `unfinished`
+/// are its jobs that have not ended.
 pub fn decide(
     schedule: &Schedule,
     standing: &ScheduleState,
@@ -76,7 +76,8 @@ pub fn decide(
     firing.finish(standing)
 }
 
-/// A run that somebody asks for at `now`, and its job; none if the policy for overlaps refuses it.
+/// Returns the claim of a run that an operator asks for at `now`, with its job; `None` if the policy for
+/// overlaps refuses the run.
 pub fn by_hand(
     schedule: &Schedule,
     standing: &ScheduleState,
@@ -91,15 +92,16 @@ pub fn by_hand(
     Some((firing.claim.jobs.first()?.id, firing.claim))
 }
 
-/// Whether it is not paused, and defined as this process has it: another version may have it differently.
+/// Returns true if the schedule is not paused, and the store has the definition of this process. The
+/// definition of another version may differ.
 fn may_claim(schedule: &Schedule, standing: &ScheduleState) -> bool {
     !standing.is_paused() && standing.definition == schedule.definition()
 }
 
-/// By how much the clock was set back, if that is too much to wait until it is where it was.
+/// Returns how far the clock was set back, if that is too far to wait until it has caught up.
 fn set_back(schedule: &Schedule, standing: &ScheduleState, now: Timestamp) -> Option<Duration> {
     let back = Duration::try_from(standing.last_fire.duration_since(now)).ok()?;
-    // What is about time that has passed has nothing to wait for.
+    // A schedule by elapsed time has nothing to wait for.
     let waited_out = if schedule.expression.is_elapsed() { Duration::ZERO } else { WAIT_OUT };
     (back > waited_out).then_some(back)
 }
@@ -115,13 +117,13 @@ fn stays(standing: &ScheduleState) -> ScheduleClaim {
     }
 }
 
-/// What was due since the last claim.
+/// The occurrences since the last claim.
 struct Missed {
-    /// The newest of all.
+    /// The newest of these occurrences.
     newest: Option<Timestamp>,
-    /// Those that the policy wants to run, the oldest first.
+    /// Occurrences that the policy wants to run, the oldest first.
     due: Vec<Timestamp>,
-    /// How many others there were.
+    /// Number of the other occurrences.
     passed: usize,
 }
 
@@ -147,12 +149,12 @@ fn missed(schedule: &Schedule, last: Timestamp, now: Timestamp) -> Missed {
     Missed { newest, passed: all.saturating_sub(due.len()), due }
 }
 
-/// A claim in the making.
+/// A claim while it is built.
 struct Firing<'a> {
     schedule: &'a Schedule,
     unfinished: &'a [Uuid],
     now: Timestamp,
-    /// Whether nothing of the schedule is under way.
+    /// True if no job of the schedule is under way.
     is_free: bool,
     claim: ScheduleClaim,
 }
@@ -164,7 +166,7 @@ impl<'a> Firing<'a> {
         Self { schedule, unfinished, now, is_free, claim }
     }
 
-    /// An occurrence that is due, and the policy for overlaps.
+    /// Applies the policy for overlaps to an occurrence that is due.
     fn meet(&mut self, occurrence: Timestamp, passed: usize) {
         match self.schedule.overlap {
             Overlap::Allow => self.run(occurrence, RunCause::Due, passed),
@@ -179,7 +181,7 @@ impl<'a> Firing<'a> {
         }
     }
 
-    /// Has it run.
+    /// Adds a run with its job.
     fn run(&mut self, occurrence: Timestamp, cause: RunCause, passed: usize) {
         let job = self.schedule.job(occurrence, cause == RunCause::Manual);
         self.is_free = false;
@@ -189,7 +191,7 @@ impl<'a> Firing<'a> {
         self.claim.jobs.push(job);
     }
 
-    /// Writes down why it does not run.
+    /// Adds a run without a job, with the reason why there is none.
     fn note(&mut self, occurrence: Timestamp, passed: usize, outcome: RunOutcome) {
         self.claim.runs.push(Run {
             id: Uuid::now_v7(),
@@ -244,7 +246,7 @@ mod tests {
         }
     }
 
-    /// What runs and what is written down, of a schedule that was last due at `last`, at `now`.
+    /// Returns the runs that are claimed at `now`, of a schedule that was last due at `last`.
     fn runs(schedule: &Schedule, last: &str, now: &str) -> Vec<(Timestamp, u32, Option<RunOutcome>)> {
         let decision = decide(schedule, &standing(schedule, last), &[], at(now));
         let runs = decision.claim.map(|claim| claim.runs).unwrap_or_default();
@@ -283,7 +285,7 @@ mod tests {
             [(at("10:04:00"), 3, None), (at("10:05:00"), 0, None)]
         );
         assert_eq!(runs(&catch_up(9, 1000), last, now), [(at("10:05:00"), 4, Some(RunOutcome::Missed))]);
-        // For years of every second nobody counts further than this.
+        // In years of seconds, no more than `COUNTED` are counted.
         let years = "2020-01-01T00:00:00Z".parse().unwrap();
         let seconds = schedule("* * * * * *");
         let standing = ScheduleState { last_fire: years, ..standing(&seconds, last) };
@@ -312,7 +314,7 @@ mod tests {
         assert_eq!(decide(Overlap::Skip, None, &other), (vec![], None, vec![], 1));
         assert_eq!(decide(Overlap::QueueOne, None, &other), (vec![], Some(now), vec![], 0));
         assert_eq!(decide(Overlap::QueueOne, Some("10:00:00"), &other), (vec![], Some(before), vec![], 1));
-        // The other has ended: the one that waited runs, and the next waits for it.
+        // The earlier job has ended: the occurrence that waited runs, and the next one waits for it.
         assert_eq!(decide(Overlap::QueueOne, Some("10:00:00"), &[]), (vec![before], Some(now), vec![], 0));
         assert_eq!(decide(Overlap::CancelOther, None, &other), (vec![], Some(now), other.to_vec(), 0));
         let replaced = decide(Overlap::CancelOther, Some("10:00:00"), &other);

@@ -1,4 +1,4 @@
-//! The schedules of a process, as operators have them in hand.
+//! The handle through which operators use the schedules of a process.
 
 use std::sync::Arc;
 
@@ -18,10 +18,10 @@ use crate::schedules::{ABANDONED, Schedules};
 use crate::state::State;
 use crate::store::JobStore;
 
-/// How often a run by hand is tried again when somebody else changes the schedule at the same moment.
+/// How often a run by hand is tried while other processes change the schedule at the same moment.
 const ATTEMPTS: usize = 20;
 
-/// Looks at schedules, and acts on them. A cheap handle.
+/// Lists schedules, runs them and pauses them. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Crontab {
     store: JobStore,
@@ -34,87 +34,88 @@ pub struct Crontab {
 /// A schedule as operators see it.
 #[derive(Clone, Debug, Serialize)]
 pub struct ScheduleView {
-    /// What it is, and whether it is paused now.
+    /// Definition of the schedule; `paused` says whether it is paused now.
     #[serde(flatten)]
     pub schedule: Schedule,
-    /// Whether anything may come of it.
+    /// Says whether the schedule fires.
     pub state: ScheduleActivity,
-    /// When it is due next.
+    /// Next time at which the schedule is due.
     pub next: Option<Moment>,
-    /// For how long a time has been due that nobody could claim, in milliseconds.
+    /// Time for which an occurrence has been due without being claimed, in milliseconds.
     pub overdue_ms: Option<i128>,
-    /// A time that waits for the job of an earlier one.
+    /// Occurrence that waits for the job of an earlier one.
     pub queued: Option<Moment>,
-    /// Its newest run.
+    /// Newest run of the schedule.
     pub last: Option<RunView>,
 }
 
-/// Whether anything may come of a schedule.
+/// Says whether a schedule fires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ScheduleActivity {
-    /// It is fired when it is due.
+    /// The schedule is fired when it is due.
     Active,
-    /// It is fired when it is resumed.
+    /// The schedule is fired again when it is resumed.
     Paused,
-    /// It is never due, or not any more.
+    /// The schedule is never due, or not any more.
     Never,
-    /// No process has said within the last minute that it defines it.
+    /// No process has said within the last minute that it defines the schedule.
     Undefined,
 }
 
-/// A time, for people in two places.
+/// A time, in UTC and in the zone of a schedule.
 #[derive(Clone, Debug, Serialize)]
 pub struct Moment {
-    /// By UTC.
+    /// Time in UTC.
     pub utc: Timestamp,
-    /// On the wall clock of the schedule's zone.
+    /// Time on the wall clock of the schedule's zone.
     pub local: String,
 }
 
-/// What became of one occurrence, as operators see it.
+/// Record of one occurrence, as operators see it.
 #[derive(Clone, Debug, Serialize)]
 pub struct RunView {
-    /// When it was due.
+    /// Time at which the occurrence was due.
     pub occurrence: Moment,
-    /// Why it ran.
+    /// Cause of the run.
     pub cause: RunCause,
-    /// How much later than due it was claimed, in milliseconds.
+    /// Time from when the occurrence was due to its claim, in milliseconds.
     pub lag_ms: i128,
-    /// How many times before it have no run of their own.
+    /// Number of earlier occurrences that have no run of their own.
     pub passed: u32,
-    /// Its job, if it has one.
+    /// Id of the job, if there is one.
     pub job: Option<Uuid>,
-    /// How it ended, or where its job stands: unknown if neither was written down.
+    /// How the run ended, or the state of its job; `unknown` if neither was recorded.
     pub outcome: String,
-    /// Why it ended so.
+    /// Reason of the outcome.
     pub reason: Option<String>,
-    /// From when it should have begun, or was claimed if that was later, to its end, in milliseconds.
+    /// Time from the start of the run to its end, in milliseconds. The run starts at its due time with the
+    /// delay, or at its claim if that was later.
     pub took_ms: Option<i128>,
 }
 
-/// What came of asking for a run.
+/// Result of asking for a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Asked {
-    /// Its job is enqueued.
+    /// The job with this id is enqueued.
     Enqueued(Uuid),
-    /// These of it have not ended, and its policy lets no others run beside them.
+    /// These jobs of the schedule have not ended, and its policy lets no others run beside them.
     Unfinished(Vec<Uuid>),
-    /// Somebody else changes it all the time.
+    /// Other processes changed the schedule during every attempt.
     Busy,
     /// There is no such schedule.
     Unknown,
 }
 
 impl Crontab {
-    /// The schedules that this process defines, in a store of jobs.
+    /// Creates a handle to the schedules that this process defines, in a store of jobs.
     pub fn new(store: JobStore, admission: Admission, schedules: Vec<Schedule>) -> Self {
         let schedules = schedules.into_iter().map(Arc::new).collect();
         Self { store, admission, schedules, wake: Arc::default(), beat: Arc::default() }
     }
 
-    /// Makes the schedules known to the store, in place of what other processes define; warns of those that are never
-    /// due.
+    /// Makes the schedules known to the store, in place of the definitions of other processes, and warns of
+    /// schedules that are never due.
     ///
     /// # Errors
     /// When the store fails.
@@ -132,7 +133,7 @@ impl Crontab {
         self.store.sync(self.schedules.to_vec(), TakeOver::Always).await
     }
 
-    /// What this process defines.
+    /// Returns the schedules that this process defines.
     pub(super) fn schedules(&self) -> &[Arc<Schedule>] {
         &self.schedules
     }
@@ -145,12 +146,12 @@ impl Crontab {
         &self.admission
     }
 
-    /// There may be something to fire.
+    /// Wakes the timer, because a schedule may be due.
     pub fn wake(&self) {
         self.wake.notify_one();
     }
 
-    /// A beat of the tick: whoever looks too late looks now.
+    /// Passes on a beat of the tick, on which a timer that is late looks at once.
     pub(super) fn beat(&self) {
         self.beat.notify_one();
     }
@@ -163,7 +164,8 @@ impl Crontab {
         self.wake.notified().await;
     }
 
-    /// Every schedule that the store knows. One that cannot be read, since another version defined it, is left out.
+    /// Returns every schedule that the store knows. A schedule that cannot be read, since another version
+    /// defined it, is left out.
     ///
     /// # Errors
     /// When the store fails.
@@ -202,7 +204,7 @@ impl Crontab {
         Ok(views)
     }
 
-    /// The newest runs of a schedule, the newest first; none if there is no such schedule.
+    /// Returns the newest runs of a schedule, the newest first; `None` if there is no such schedule.
     ///
     /// # Errors
     /// When the store fails.
@@ -215,7 +217,7 @@ impl Crontab {
         Ok(Some(views))
     }
 
-    /// Runs a schedule's job now, also while it is paused.
+    /// Runs the job of a schedule now, also while the schedule is paused.
     ///
     /// # Errors
     /// When its queue is full, or the store fails.
@@ -237,7 +239,8 @@ impl Crontab {
         Ok(Asked::Busy)
     }
 
-    /// Pauses a schedule, or lets it go on from now, in every process; false when there is none.
+    /// Pauses a schedule in every process, or resumes it from now on. Returns false when there is no such
+    /// schedule.
     ///
     /// # Errors
     /// When the store fails.
@@ -247,7 +250,7 @@ impl Crontab {
         Ok(is_there)
     }
 
-    /// A schedule, where it stands, and what time it is.
+    /// Returns a schedule and its state, with the time of the store's clock.
     async fn find(&self, name: &str) -> Result<Option<(Timestamp, ScheduleState, Schedule)>> {
         let ScheduleStates { now, all, .. } = self.store.due().await?;
         let found = all.into_iter().find(|standing| standing.name == name);
@@ -256,7 +259,7 @@ impl Crontab {
 
     async fn view(&self, schedule: &Schedule, run: Run) -> Result<RunView> {
         let job = match &run.ending {
-            // One that was given up may have been given another life.
+            // A job that was given up may have been revived.
             None | Some(Ending { outcome: RunOutcome::Dead | RunOutcome::Cancelled, .. }) => {
                 self.store.show(run.id).await?
             }
@@ -290,7 +293,7 @@ impl Moment {
 }
 
 impl RunOutcome {
-    /// The word for it; for the ends of jobs, that of [`State`].
+    /// Returns the word for the outcome; for ends of jobs, the word of [`State`].
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Done => "done",

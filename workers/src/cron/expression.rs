@@ -1,13 +1,14 @@
-//! When something is due: an expression, in a time zone.
+//! Cron expressions in a time zone: when a schedule is due.
 //!
-//! The expressions are those of croner (OCPS 1.4: Vixie's, with seconds, `L`, `W` and `#`). What happens when clocks
-//! change is decided here, by what a person means:
+//! The syntax is that of croner (OCPS 1.4: Vixie's, with seconds, `L`, `W` and `#`). This module decides what happens
+//! when clocks change, as a person would expect it:
 //!
-//! * A **fixed time**, without a wildcard or a step in its seconds, minutes or hours (`30 2 * * *`,
-//!   `0 6,18 * * MON`), is due once for each time on the wall clock. One that a clock skips is due at the first
-//!   instant after the gap; of one that comes twice, the first counts.
-//! * An **interval**, with one of them (`*/10 * * * *`), is due whenever the wall clock shows it: nothing is made up
-//!   for in a gap, and a repeated hour has all of it twice. So the time between two of them stays the same.
+//! * A **fixed time** has no wildcard and no step in its seconds, minutes or hours (`30 2 * * *`, `0 6,18 * * MON`). It
+//!   is due once for each such time on the wall clock. A time that a clock change skips is due at the first instant
+//!   after the gap; of a time that comes twice, the first one counts.
+//! * An **interval** has a wildcard or a step there (`*/10 * * * *`). It is due whenever the wall clock shows it:
+//!   nothing is made up for in a gap, and a repeated hour has all its times twice. So the time between two of them
+//!   stays the same.
 //! * **`@every 90s`** does not look at the wall clock at all.
 
 use std::fmt;
@@ -23,7 +24,7 @@ use serde::{Deserialize, Serialize};
 
 /// The shortest interval.
 const SHORTEST: Duration = Duration::from_secs(1);
-/// The longest interval: what is rarer than once in ten years is a mistake.
+/// The longest interval: an interval of more than ten years is a mistake.
 const LONGEST: Duration = Duration::from_secs(3650 * 24 * 3600);
 /// The names that stand for expressions.
 const NICKNAMES: [(&str, &str); 7] = [
@@ -47,7 +48,7 @@ pub struct CronExpression {
     form: Form,
 }
 
-/// As it is written down.
+/// The expression and the zone, as they are written.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Written {
     expression: String,
@@ -61,10 +62,10 @@ enum Form {
     Every(SignedDuration),
 }
 
-/// What is wrong with an expression or a zone.
+/// Error for an expression or a zone that cannot be used.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unreadable {
-    /// It is no expression.
+    /// The text is no expression.
     #[error("{0}")]
     Expression(String),
     /// There is no such zone.
@@ -88,28 +89,28 @@ impl CronExpression {
         Ok(Self { written, zone, form })
     }
 
-    /// As it was written, without the zone.
+    /// Returns the expression as it was written, without the zone.
     pub fn as_str(&self) -> &str {
         &self.written.expression
     }
 
-    /// The name of its zone.
+    /// Returns the name of the zone.
     pub fn zone_name(&self) -> &str {
         &self.written.zone
     }
 
-    /// Its zone.
+    /// Returns the zone.
     pub fn zone(&self) -> &TimeZone {
         &self.zone
     }
 
-    /// Whether it is about time that has passed, and not about the wall clock.
+    /// Returns true if the expression is about elapsed time, and not about the wall clock.
     pub fn is_elapsed(&self) -> bool {
         matches!(self.form, Form::Every(_))
     }
 
-    /// The first time after `after`, which for `@every` is the last time that it was due; none when there will never
-    /// be one.
+    /// Returns the first time after `after`; `None` when there will never be one. For `@every`, `after` is
+    /// the last time that was due.
     pub fn next_after(&self, after: Timestamp) -> Option<Timestamp> {
         match &self.form {
             Form::Every(interval) => after.checked_add(*interval).ok(),
@@ -119,7 +120,7 @@ impl CronExpression {
             }
             Form::Fixed(cron) => {
                 let mut time = self.zone.to_datetime(after);
-                // In an hour that comes again, what its first half had is over.
+                // In an hour that comes again, the times of its first pass are over.
                 loop {
                     time = cron.find_next_occurrence(&time, false).ok()?;
                     let instant = self.instant(time)?;
@@ -131,12 +132,14 @@ impl CronExpression {
         }
     }
 
-    /// The newest times after `after` and not after `until`, at most so many, the oldest first.
+    /// Returns the newest times after `after` and not after `until`, at most `most` of them, the oldest
+    /// first.
     pub fn newest(&self, after: Timestamp, until: Timestamp, most: usize) -> Vec<Timestamp> {
         if let Form::Every(interval) = self.form {
             return newest_of_interval(interval, after, until, most);
         }
-        // The latest beginning that has as many: years of every second are not gone through.
+        // The search is for the latest beginning with enough times, so that years of seconds are not gone
+        // through.
         let has_all = |begin| self.between(begin, until).take(most).count() == most;
         let (mut begin, mut end) = (after, until);
         while has_all(begin) && end.duration_since(begin) > SignedDuration::from_secs(1) {
@@ -148,7 +151,7 @@ impl CronExpression {
         found
     }
 
-    /// How many times there are after `after` and not after `until`, counting no further than `most`.
+    /// Returns how many times there are after `after` and not after `until`, counted up to `most`.
     pub fn count(&self, after: Timestamp, until: Timestamp, most: usize) -> usize {
         self.between(after, until).take(most).count()
     }
@@ -158,14 +161,14 @@ impl CronExpression {
         times.take_while(move |time| *time <= until)
     }
 
-    /// When the wall clock shows this time first; when it never does, the first instant after it should have.
+    /// Returns when the wall clock first shows this time; if it never does, the first instant after the gap.
     fn instant(&self, time: DateTime) -> Option<Timestamp> {
         match self.zone.to_ambiguous_timestamp(time).offset() {
             AmbiguousOffset::Unambiguous { offset } | AmbiguousOffset::Fold { before: offset, .. } => {
                 offset.to_timestamp(time).ok()
             }
             AmbiguousOffset::Gap { before, .. } => {
-                // Had the clock not been changed, it would be this late: the change is the last one before.
+                // This is the instant if the clock had not changed; the change is the last one before it.
                 let unchanged = before.to_timestamp(time).ok()?;
                 let second = SignedDuration::from_secs(1);
                 Some(self.zone.preceding(unchanged.checked_add(second).ok()?).next()?.timestamp())
@@ -186,14 +189,14 @@ impl fmt::Debug for CronExpression {
     }
 }
 
-/// With its zone.
+/// Formats the expression with its zone.
 impl fmt::Display for CronExpression {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{} {}", self.written.expression, self.written.zone)
     }
 }
 
-/// In UTC.
+/// Reads an expression in UTC.
 impl FromStr for CronExpression {
     type Err = Unreadable;
 
@@ -216,7 +219,7 @@ impl From<CronExpression> for Written {
     }
 }
 
-/// Those of a row of times that are all as far apart.
+/// Returns the newest times of an interval, whose times are all equally far apart.
 fn newest_of_interval(
     interval: SignedDuration,
     after: Timestamp,
@@ -238,7 +241,7 @@ fn every(interval: &str) -> Result<SignedDuration, Unreadable> {
         || Unreadable::Expression("@every takes an interval of 1s to 3650d, such as 30s or 1h".to_owned());
     let interval: SignedDuration = interval.trim().parse().map_err(|_| wanted())?;
     let unsigned = Duration::try_from(interval).map_err(|_| wanted())?;
-    // Times are kept in milliseconds.
+    // Times are stored in milliseconds.
     if !(SHORTEST..=LONGEST).contains(&unsigned) || unsigned.subsec_nanos() % 1_000_000 != 0 {
         return Err(wanted());
     }
@@ -257,19 +260,19 @@ fn wall_clock(expression: &str) -> Result<Form, Unreadable> {
     if !matches!(split.len(), 5 | 6) {
         return refuse(format!("it has {} fields, and not 5, or 6 with seconds", split.len()));
     }
-    // croner takes nothing for a value, which is never due.
+    // croner accepts an empty text as a value, which is never due.
     if let Some(field) = split.iter().find(|field| field.split(',').any(str::is_empty)) {
         return refuse(format!("{field} lists nothing between two commas or at its end"));
     }
     let parser = CronParser::builder().seconds(Seconds::Optional).year(Year::Disallowed).build();
     let Ok(cron) = parser.parse(fields) else { return refuse(wrong_field(&parser, &split)) };
-    // Of 5 fields, the first two; of 6, the first three.
+    // The fields of the time of day are the first two of 5, and the first three of 6.
     let of_day = &split[..split.len() - 3];
     let is_interval = of_day.iter().any(|field| field.contains(['*', '?', '/']));
     Ok(if is_interval { Form::Interval(cron) } else { Form::Fixed(cron) })
 }
 
-/// Which field cannot be read: the one that cannot even among wildcards.
+/// Returns which field cannot be read: the one that cannot even among wildcards.
 fn wrong_field(parser: &CronParser, fields: &[&str]) -> String {
     let names = &FIELDS[FIELDS.len() - fields.len()..];
     for (index, (name, field)) in names.iter().zip(fields).enumerate() {

@@ -1,17 +1,17 @@
 //! One steady beat from tokio-cron-scheduler, which wakes the timer and decides nothing.
 //!
-//! Its own jobs are lost, doubled or shifted when a process stalls, when there are several, or when clocks change; a
-//! beat may be all of that. The timer also wakes by itself, and nothing depends on this one.
+//! The jobs of that scheduler are lost, doubled or shifted when a process stalls, when there are several processes, or
+//! when clocks change. A beat may be all of that: the timer also wakes by itself, and nothing depends on the beat.
 
 use perennial_runtime::drain::Drain;
 use tokio_cron_scheduler::{Job, JobScheduler};
 
 use super::Crontab;
 
-/// Every second: its scheduler looks twice as often.
+/// The beat comes every second; the scheduler itself looks twice as often.
 const BEAT: &str = "* * * * * *";
 
-/// Wakes the timer of `crontab` every second, until nothing more is to be fired.
+/// Wakes the timer of `crontab` every second, until no more schedules are to be fired.
 ///
 /// # Errors
 /// When the scheduler cannot be started or stopped.

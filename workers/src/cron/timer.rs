@@ -1,4 +1,4 @@
-//! The task that fires what is due.
+//! The task that fires schedules when they are due.
 
 use std::collections::{HashMap, HashSet};
 use std::convert::Infallible;
@@ -19,46 +19,47 @@ use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};
 use crate::worker;
 
-/// Between the moment that is due and the look, so that a timer of whole milliseconds is not early.
+/// Wait from a due time to the look, so that a timer of whole milliseconds is not early.
 const AFTER: Duration = Duration::from_millis(1);
-/// What a job is told that another of its schedule replaces.
+/// Reason for the cancellation of a job that a later run of its schedule replaces.
 const GIVES_WAY: &str = "the next run of its schedule is due";
-/// How far this machine's clock may be from the store's.
+/// How far this machine's clock may be from the store's without a warning.
 const SKEW: Duration = Duration::from_secs(30);
 
-/// Fires what is due, until the drain begins.
+/// Fires the schedules that are due, until the drain begins.
 #[derive(Debug)]
 pub struct Timer {
     crontab: Crontab,
-    /// How often to look, whatever wakes us.
+    /// Longest time between two looks, if nothing wakes the timer.
     poll: Duration,
-    /// The jobs in hand here, which are told at once when they must not go on.
+    /// Status of the worker in this process: its jobs are told at once when they must not go on.
     workers: worker::Status,
     drain: Drain,
-    /// The next time of each schedule after its last: what is asked again and again.
+    /// Cache of the next time of each schedule after its last time, since it is asked for again and again.
     next: HashMap<String, (Timestamp, Option<Timestamp>)>,
     /// Schedules whose queue is full.
     held_up: HashSet<String>,
     uphold_at: Instant,
-    /// Since when the store answers: before that, nobody could uphold anything.
+    /// Time since when the store answers: before that, no process could uphold its definitions.
     answers_since: Instant,
     is_skewed: bool,
 }
 
-/// What came of claiming.
+/// Result of a claim.
 enum ClaimedSchedule {
     Won,
-    /// Somebody else was faster.
+    /// Another process was faster.
     Lost,
-    /// There is no room, or the drain has begun.
+    /// The queue has no room, or the drain has begun.
     HeldUp,
 }
 
-/// A store that is away fails every look.
+/// Limits the log lines: a store that is away fails every look.
 static NOT_LOOKED_AT: Seldom = Seldom::each_minute();
 
 impl Timer {
-    /// Fires the schedules of `crontab` until `drain` begins, looking at least every `poll`.
+    /// Creates a timer for the schedules of `crontab`, which fires until `drain` begins and looks at least
+    /// every `poll`.
     pub fn new(crontab: Crontab, poll: Duration, workers: worker::Status, drain: Drain) -> Self {
         let now = Instant::now();
         Self {
@@ -96,7 +97,7 @@ impl Timer {
                 }
             };
             let until = Instant::now() + wait;
-            // A beat before its time has nothing to say.
+            // A beat before the end of the wait is ignored.
             let is_late = async {
                 loop {
                     self.crontab.beats().await;
@@ -115,8 +116,8 @@ impl Timer {
         Ok(())
     }
 
-    /// Fires what is due now, and returns how long until something else is. What waits for a job to end, or for room in
-    /// its queue, is for the next poll.
+    /// Fires the schedules that are due now, and returns the time until the next one is. An occurrence that
+    /// waits for a job to end, or for room in its queue, is left to the next poll.
     async fn look(&mut self) -> Result<Option<Duration>> {
         let crontab = self.crontab.clone();
         let schedules = crontab.schedules();
@@ -132,9 +133,13 @@ impl Timer {
             if due_at(schedule, standing, next, now) == Some(now) {
                 match self.fire(schedule, standing, now).await {
                     Ok(fired) => last_fire = fired,
-                    // The others are due, too.
+                    // The other schedules must not wait for this one.
                     Err(error) => {
-                        warn!(schedule = schedule.name, error = error.in_one_line(), "it could not be fired");
+                        warn!(
+                            schedule = schedule.name,
+                            error = error.in_one_line(),
+                            "the schedule could not be fired"
+                        );
                     }
                 }
             }
@@ -150,7 +155,8 @@ impl Timer {
         Ok(soonest)
     }
 
-    /// Where schedules stand. From time to time, and when a store has lost some, it is told which there are.
+    /// Returns the states of all schedules. From time to time, and when the store has lost some, it tells the
+    /// store which schedules there are.
     async fn standings(&mut self) -> Result<ScheduleStates> {
         let (store, schedules) = (self.crontab.store().clone(), self.crontab.schedules());
         let mut standings = store.due().await?;
@@ -160,7 +166,7 @@ impl Timer {
         };
         let now = Instant::now();
         if now >= self.uphold_at || !schedules.iter().all(is_known) {
-            // After an outage, others must have had the time to uphold theirs.
+            // After an outage, other processes must first have had the time to uphold their definitions.
             let answered = now.saturating_duration_since(self.answers_since);
             let take_over = if answered > ABANDONED { TakeOver::IfAbandoned } else { TakeOver::Never };
             store.sync(schedules.to_vec(), take_over).await?;
@@ -171,7 +177,7 @@ impl Timer {
         Ok(standings)
     }
 
-    /// Does what is to be done about one schedule, and returns its last time as it is then.
+    /// Carries out the decision about one schedule, and returns its last time after that.
     async fn fire(
         &mut self,
         schedule: &Schedule,
@@ -189,13 +195,13 @@ impl Timer {
             let (claimed, runs) = (claim.last_fire, claim.runs.clone());
             match self.claim(claim).await? {
                 ClaimedSchedule::Won => tell(schedule, &runs, now, set_back),
-                // Somebody else has done the same, or something that the next look will show.
+                // Another process has done the same, or something that the next look will show.
                 ClaimedSchedule::Lost => return Ok(claimed),
                 ClaimedSchedule::HeldUp => return Ok(last_fire),
             }
             last_fire = claimed;
         } else if !cancel.is_empty() {
-            // Jobs of a claim that came after what was read here must go on.
+            // Jobs of a claim that came after this state was read must go on.
             let standings = store.due().await?;
             if standings.all.iter().all(|one| one.name != standing.name || one.version != standing.version) {
                 return Ok(last_fire);
@@ -208,11 +214,12 @@ impl Timer {
         Ok(last_fire)
     }
 
-    /// Writes down a claim, if there is room for its jobs, nobody was faster, and the drain has not begun.
+    /// Writes a claim, if there is room for its jobs, no other process was faster, and the drain has not
+    /// begun.
     async fn claim(&mut self, claim: ScheduleClaim) -> Result<ClaimedSchedule> {
         let schedule = claim.schedule.clone();
         if let Err(error) = self.crontab.admission().admit(&claim.jobs) {
-            // It is due until there is room; then what was missed is for its policy.
+            // The schedule stays due until there is room; then its policy for missed occurrences applies.
             if self.held_up.insert(schedule.clone()) {
                 warn!(schedule, error = error.in_one_line(), "the schedule waits for room");
             }
@@ -238,7 +245,7 @@ impl Timer {
         }
     }
 
-    /// Says once when this machine's clock and the store's have come apart.
+    /// Warns once when this machine's clock and the store's have come apart.
     fn compare_clocks(&mut self, store: Timestamp) {
         let apart = Timestamp::now().duration_since(store);
         let is_skewed = apart.unsigned_abs() > SKEW;
@@ -252,7 +259,7 @@ impl Timer {
     }
 }
 
-/// Counts and logs what became of times that were claimed at `now`.
+/// Counts and logs the runs that were claimed at `now`.
 fn tell(schedule: &Schedule, runs: &[Run], now: Timestamp, set_back: Option<Duration>) {
     let name = &schedule.name;
     if let Some(by) = set_back {

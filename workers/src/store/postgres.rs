@@ -1,8 +1,8 @@
 //! Jobs in Postgres, for several replicas at once.
 //!
-//! Claims skip rows that others have locked; claiming and settling take arrays, so that a hundred jobs cost as
-//! much as one. Each question is one statement, without names and without anything of a session: it works
-//! through a PgBouncer that pools transactions, by polling then.
+//! Claims skip rows that other sessions have locked. Claiming and settling take arrays, so that a hundred jobs
+//! cost as much as one. Each query is one statement, without a name and without state in a session, so it works
+//! through a PgBouncer that pools transactions; jobs are found by polling then.
 //!
 //! Another program may enqueue with one statement:
 //!
@@ -12,9 +12,9 @@
 //! SELECT pg_notify('perennial_jobs', 'default');
 //! ```
 //!
-//! That skips what the program does for its own: the payload is checked only when the job runs, there is no
-//! unique key, and no bound on how much may wait. A kind with limits of its own waits in its lane,
-//! `queue/kind`.
+//! Such a job lacks what the program does for its own jobs: the payload is checked only when the job runs, there
+//! is no unique key, and no bound on how much may wait. A kind with limits of its own waits in a queue of its
+//! own, `queue/kind`.
 
 mod claim;
 mod ledger;
@@ -135,9 +135,9 @@ pub const MIGRATIONS: Migrations = Migrations {
     ],
 };
 
-/// Where new jobs are announced: the payload is the queue.
+/// Channel on which new jobs are announced. The payload of an announcement is the queue.
 const CHANNEL: &str = "perennial_jobs";
-/// How long announcements are gathered.
+/// Time for which announcements are gathered.
 const DEBOUNCE: Duration = Duration::from_millis(4);
 
 /// The queue in a Postgres server. A cheap handle.
@@ -145,23 +145,24 @@ const DEBOUNCE: Duration = Duration::from_millis(4);
 pub struct PostgresQueue {
     postgres: Postgres,
     wake: Wake,
-    /// What other processes are to be told.
+    /// Queues that are to be announced to other processes.
     announce: Wake,
     cursors: Cursors,
 }
 
 impl PostgresQueue {
-    /// The queue in `postgres`, where [`MIGRATIONS`] have been applied.
+    /// Creates the queue in `postgres`, where [`MIGRATIONS`] have been applied.
     pub fn new(postgres: Postgres) -> Self {
         Self { postgres, wake: Wake::default(), announce: Wake::default(), cursors: Cursors::default() }
     }
 
-    /// Where it is kept.
+    /// Returns the store that has the tables.
     pub(super) fn store(&self) -> sql::Store {
         sql::Store::Postgres(self.postgres.clone())
     }
 
-    /// To be called after the commit of a transaction that used [`insert_jobs`].
+    /// Wakes these queues, here and in other processes. Call it after the commit of a transaction that used
+    /// [`insert_jobs`].
     pub fn woken<'a>(&self, queues: impl IntoIterator<Item = &'a str> + Clone) {
         self.wake.queues(queues.clone());
         if !self.postgres.is_behind_pgbouncer() {
@@ -170,13 +171,13 @@ impl PostgresQueue {
     }
 }
 
-/// Adds jobs within a transaction of the caller's, so that they exist if and only if the rows do that they
-/// are about, and returns their ids as [`Queue::enqueue`] does. Wake their queues after the commit.
+/// Adds jobs within a transaction of the caller, so that the jobs exist if and only if the rows of that
+/// transaction do, and returns their ids as [`Queue::enqueue`] does. Wake their queues after the commit.
 ///
 /// # Errors
 /// When Postgres refuses, or cannot be reached.
 pub async fn insert_jobs(session: &impl Session, jobs: &[NewJob]) -> postgres::Result<Vec<Uuid>> {
-    // In the order of their keys: two that enqueue the same ones never wait for each other.
+    // The keys are taken in their order, so that two transactions with the same keys never deadlock.
     let mut in_order: Vec<&NewJob> = jobs.iter().filter(|job| job.unique.is_some()).collect();
     in_order.sort_by_key(|job| job.unique_key());
     let mut taken = HashMap::new();
@@ -231,7 +232,7 @@ async fn insert(session: &impl Session, jobs: &[&NewJob]) -> postgres::Result<()
     Ok(())
 }
 
-/// Takes the job's unique key for it, or returns the job that has it.
+/// Takes the unique key for the job, or returns the job that has the key.
 async fn take_key(session: &impl Session, job: &NewJob) -> postgres::Result<Option<Uuid>> {
     let (Some(unique), Some(key)) = (&job.unique, job.unique_key()) else { return Ok(None) };
     let (scope, window) = match unique.until {
@@ -239,8 +240,9 @@ async fn take_key(session: &impl Session, job: &NewJob) -> postgres::Result<Opti
         UniqueUntil::Ended => ("ended", None),
         UniqueUntil::Window(window) => ("window", Some(seconds(window))),
     };
-    // A key that was not given back, since its job was deleted by hand or its giver died, is nobody's: unless its
-    // job is being enqueued just now, and cannot be seen yet.
+    // A key that was not given back, since its job was deleted by hand or its process died first, is free. A
+    // key that is younger than a minute is not free: its job may be in a transaction that has not committed
+    // yet.
     let sql = "
         INSERT INTO job_keys AS held (key, job, scope, until)
         VALUES ($1, $2, $3, now() + make_interval(secs => $4))
@@ -255,10 +257,13 @@ async fn take_key(session: &impl Session, job: &NewJob) -> postgres::Result<Opti
     if !session.query(sql, &parameters).await?.is_empty() {
         return Ok(None);
     }
-    let sql = "SELECT job FROM job_keys WHERE key = $1";
-    let held = session.query(sql, &[(&key, Type::TEXT)]).await?;
-    // Given back between the two questions: whoever asks a third time gets it.
-    Ok(Some(held.first().map_or(job.id, |row| row.get(0))))
+    // ON CONFLICT has locked the row although it did not update it (INSERT, PostgreSQL's documentation): the key is not
+    // given back before this transaction ends.
+    let holder = "SELECT job FROM job_keys WHERE key = $1";
+    if let Some(held) = session.query(holder, &[(&key, Type::TEXT)]).await?.first() {
+        return Ok(Some(held.get(0)));
+    }
+    Err(postgres::Error::Busy)
 }
 
 impl Queue for PostgresQueue {
@@ -402,7 +407,7 @@ async fn finish(session: &impl Session, settlements: &[&Settlement]) -> Result<V
         return Ok(Vec::new());
     }
     let (ids, epochs) = split(settlements.iter().map(|settlement| settlement.job.held()));
-    // By the primary key, whatever the planner believes about the length of arrays.
+    // `ANY` makes the planner use the primary key, whatever it estimates for the length of the arrays.
     let sql = "
         DELETE FROM jobs USING unnest($1::uuid[], $2::int8[]) AS held (id, epoch)
         WHERE jobs.id = ANY ($1) AND jobs.id = held.id AND jobs.epoch = held.epoch AND state = 'running'
@@ -449,7 +454,7 @@ async fn run_again(session: &impl Session, settlements: &[&Settlement]) -> Resul
     Ok(session.query(sql, &parameters).await?.iter().map(held).collect())
 }
 
-/// Moves jobs that are over to those that are kept, and returns the claims that were held.
+/// Moves jobs to the table of ended jobs, and returns the claims that were held.
 async fn end(session: &impl Session, settlements: &[&Settlement]) -> Result<Vec<Held>> {
     if settlements.is_empty() {
         return Ok(Vec::new());
@@ -461,7 +466,7 @@ async fn end(session: &impl Session, settlements: &[&Settlement]) -> Result<Vec<
     for settlement in settlements {
         if let Transition::Ended { state, reason, spent } = &settlement.transition {
             states.push(state.as_str());
-            // Postgres has no zero byte in texts.
+            // A text in Postgres cannot have a zero byte.
             reasons.push(reason.replace('\0', " "));
             failures.push(count(spent.failures));
             recoveries.push(count(spent.recoveries));
@@ -498,17 +503,17 @@ async fn end(session: &impl Session, settlements: &[&Settlement]) -> Result<Vec<
     Ok(session.query(sql, &parameters).await?.iter().map(held).collect())
 }
 
-/// Which keys are given back when their jobs begin,
+/// Condition for the keys that are given back when their jobs begin.
 const WHEN_STARTED: &str = "scope = 'started'";
-/// and which when they have ended.
+/// Condition for the keys that are given back when their jobs have ended.
 const WHEN_ENDED: &str = "scope <> 'window'";
 
-/// The unique key of a job.
+/// Returns the unique key of a job, with the id of the job.
 fn key_of(job: &Claimed) -> Option<(&str, Uuid)> {
     Some((job.unique.as_deref()?, job.id))
 }
 
-/// Gives back those unique keys of jobs that are for no longer.
+/// Gives back the unique keys of jobs for which the condition `which` holds.
 async fn give_back<'a>(
     session: &impl Session,
     keys: impl Iterator<Item = (&'a str, Uuid)>,
@@ -543,7 +548,7 @@ fn count(number: u32) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// In seconds, and never beyond what a timestamp can be.
+/// Returns a wait in seconds, but no longer than a timestamp can bear.
 fn seconds(wait: Duration) -> f64 {
     const MILLENNIUM: f64 = 1000.0 * 365.25 * 24.0 * 3600.0;
     wait.as_secs_f64().min(MILLENNIUM)

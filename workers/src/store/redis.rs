@@ -1,22 +1,22 @@
 //! Jobs in Redis.
 //!
-//! A queue is a handful of hashes and sorted sets with one hash tag; what changes them is a few scripts, each of
-//! which takes a bounded number of jobs. Nothing is ever trimmed: what bounds a queue is who may enqueue.
+//! A queue is a handful of hashes and sorted sets with one hash tag. A few scripts change them, each for a bounded
+//! number of jobs. Nothing is ever trimmed: admission bounds a queue.
 //!
-//! "Enqueued" means what the server's persistence means: on the disk with `appendfsync always`, in memory
-//! otherwise. A server that has lost its last writes hands out no epoch twice, since epochs are never below its
-//! clock.
+//! A job that was enqueued is as safe as the persistence of the server: on the disk with `appendfsync always`, in
+//! memory otherwise. A server that has lost its last writes hands out no epoch twice, since epochs are never below
+//! its clock.
 //!
-//! Another program may enqueue with one command: the stream is an inbox, from where workers take jobs over with
+//! Another program may enqueue with one command: the stream is an inbox, from which workers take jobs over with
 //! their next poll.
 //!
 //! ```text
 //! XADD perennial:{default}:inbox * kind mail.send payload '{"to": "ada@example.org"}' [delay 30] [priority -5]
 //! ```
 //!
-//! That skips what the program does for its own: the payload is checked only when the job runs, there is no
-//! unique key, no immediate wake-up, and no bound on how much may wait. A kind with limits of its own waits in its
-//! lane: `{queue/kind}`.
+//! Such a job lacks what the program does for its own jobs: the payload is checked only when the job runs, there
+//! is no unique key, no immediate wake-up, and no bound on how much may wait. A kind with limits of its own waits
+//! in a queue of its own, `{queue/kind}`.
 
 mod ledger;
 mod schedules;
@@ -46,18 +46,18 @@ use crate::queue::{
 use crate::state::{Attempts, State, Transition};
 use crate::wake::Wake;
 
-/// How many jobs a script takes at most.
+/// Highest number of jobs that one script takes.
 const AT_ONCE: usize = 500;
-/// How many jobs are taken over from an inbox with one claim: their ids differ in one byte.
+/// Highest number of jobs that one claim takes over from an inbox: their ids differ in one byte.
 const INBOX: usize = 50;
-/// How many of the next jobs are looked at for the one that has waited longest.
+/// Number of the next jobs among which the job that has waited longest is looked for.
 const OLDEST_AMONG: isize = 100;
-/// How far the priority is from the time in the score of a job: 2^42 milliseconds.
+/// Weight of a priority in the score of a job: 2^42 milliseconds.
 const PRIORITY: f64 = 4_398_046_511_104.0;
 
-/// What every script begins with, and the script.
+/// Creates a script, which begins with the prelude.
 ///
-/// Those that only take away or lead to that may go on while the memory is full.
+/// Scripts that free memory, or lead to that, are flagged `allow-oom`.
 macro_rules! script {
     ($name:literal) => {
         Script::new(concat!(
@@ -69,7 +69,7 @@ macro_rules! script {
     };
 }
 
-/// What `measure.lua` returns.
+/// Answer of `measure.lua`.
 type Measured = (Option<i64>, u64, u64, u64, u64, Vec<(String, f64)>);
 
 #[derive(Debug)]
@@ -135,20 +135,20 @@ struct RedisQueueInner {
     prefix: String,
     scripts: Scripts,
     wake: Wake,
-    /// Queues that the server knows of.
+    /// Queues that were added to the server's set of queues.
     known: Mutex<BTreeSet<String>>,
-    /// Where jobs come from that were added in transactions of another store.
+    /// Outbox of jobs that were added in transactions of another store.
     outbox: Option<Outbox>,
 }
 
-/// What has become of a job.
+/// Where a job was found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FoundJob {
-    /// It is not here, or has settled.
+    /// The job is not here, or has settled.
     Nowhere,
-    /// It waits or runs.
+    /// The job waits or runs.
     Waiting,
-    /// It has ended, and is kept.
+    /// The job has ended, and is kept.
     Ended,
 }
 
@@ -163,7 +163,7 @@ struct Header {
     unique: Option<String>,
 }
 
-/// A job as it is kept: its priority, the header, and the payload on a line of its own.
+/// A job as it is stored: its priority, the header, and the payload on a line of its own.
 struct JobRecord {
     priority: i16,
     header: Header,
@@ -187,14 +187,14 @@ impl JobRecord {
     }
 }
 
-/// A job as the script that enqueues wants it.
+/// A job as an argument of `enqueue.lua`.
 struct JobEntry {
     id: Uuid,
     record: JobRecord,
     due: Due,
-    /// What [`write_state`] wrote; nothing for a job that has gone through nothing yet.
+    /// Text of [`write_state`]; empty for a job without failures and crashes.
     state: String,
-    /// For how long its unique key is taken, if it has one.
+    /// How long its unique key is taken, if it has one.
     until: UniqueUntil,
     last_epoch: Option<i64>,
 }
@@ -226,7 +226,7 @@ impl JobEntry {
     }
 }
 
-/// What has gone wrong with a job: failures, recoveries, since when, and the errors.
+/// Writes what has gone wrong with a job: failures, recoveries, the time of the first crash, and the errors.
 fn write_state(spent: Attempts, errors: &[Failure]) -> String {
     let since = spent.since.map_or(0, Timestamp::as_millisecond);
     let errors = if errors.is_empty() { String::new() } else { json(&errors) };
@@ -246,12 +246,12 @@ fn read_state(text: &str) -> (Attempts, Vec<Failure>) {
 }
 
 impl RedisQueue {
-    /// The queues in `redis` whose keys begin with `prefix`.
+    /// Creates the queues in `redis` whose keys begin with `prefix`.
     pub fn new(redis: Redis, prefix: &str) -> Self {
         Self::with(redis, prefix, None)
     }
 
-    /// The same for a process whose other data are in a store with this outbox.
+    /// Creates the same queues for a process whose other data are in a store with this outbox.
     pub fn with_outbox(redis: Redis, prefix: &str, outbox: Outbox) -> Self {
         Self::with(redis, prefix, Some(outbox))
     }
@@ -267,19 +267,19 @@ impl RedisQueue {
         }))
     }
 
-    /// The server.
+    /// Returns the server.
     pub fn redis(&self) -> &Redis {
         &self.0.redis
     }
 
-    /// To be called after the commit of a transaction that put jobs into the outbox.
+    /// Wakes the outbox. Call it after the commit of a transaction that put jobs into the outbox.
     pub fn committed(&self) {
         if let Some(outbox) = &self.0.outbox {
             outbox.wake();
         }
     }
 
-    /// What has become of these jobs of a queue.
+    /// Returns where each of these jobs of a queue is.
     ///
     /// # Errors
     /// When Redis cannot be asked.
@@ -288,7 +288,7 @@ impl RedisQueue {
             return Ok(Vec::new());
         }
         let mut places = vec![FoundJob::Nowhere; ids.len()];
-        // In the order in which a job goes through them: none is missed on its way.
+        // A job goes through the parts in this order, so that none is missed on its way.
         for (command, part) in
             [("ZMSCORE", "scheduled"), ("ZMSCORE", "ready"), ("HMGET", "epochs"), ("ZMSCORE", "ended_at")]
         {
@@ -308,7 +308,7 @@ impl RedisQueue {
         Ok(places)
     }
 
-    /// These jobs have ended: nobody has to pass them on again.
+    /// Deletes the outbox entries of these jobs, which have ended.
     async fn passed(&self, ids: Vec<Uuid>) {
         if let Some(outbox) = &self.0.outbox {
             outbox.settled(ids).await;
@@ -327,7 +327,7 @@ impl RedisQueue {
         format!("{}:queues", self.0.prefix)
     }
 
-    /// A script on the keys of a queue, in the order of the prelude.
+    /// Prepares a script with the keys of a queue, in the order of the prelude.
     fn on<'a>(&self, script: &'a Script, queue: &str) -> ScriptInvocation<'a> {
         const PARTS: [&str; 17] = [
             "jobs",
@@ -359,7 +359,7 @@ impl RedisQueue {
         Ok(self.0.redis.invoke(invocation).await?)
     }
 
-    /// Notes a queue, for those who look after all of them.
+    /// Adds a queue to the set of all queues, which operations on all jobs go through.
     async fn note(&self, queue: &str) -> Result<()> {
         if self.0.known.lock().contains(queue) {
             return Ok(());
@@ -380,14 +380,14 @@ impl RedisQueue {
         Ok(queues)
     }
 
-    /// Reads jobs that were claimed. One that cannot be read, since somebody else wrote it, must not keep the others:
-    /// it ends as dead.
+    /// Reads jobs that were claimed. A job that cannot be read, since another program wrote it, must not
+    /// block the others: it ends as dead.
     async fn read(&self, taken: Vec<Taken>, queue: &Arc<str>, now: i64) -> Result<Vec<Claimed>> {
         let mut jobs = Vec::with_capacity(taken.len());
         for taken in taken {
             let (id, epoch) = (taken.0.clone(), taken.1.clone());
             let record = String::from_utf8_lossy(&taken.4).into_owned();
-            // As it was counted when it was added.
+            // The size is computed as it was when the job was added.
             let size = taken.4.iter().position(|byte| *byte == b'\n').map_or(0, |at| taken.4.len() - at - 1);
             let error = match claimed(taken, queue, now) {
                 Ok(job) => {
@@ -412,12 +412,12 @@ impl RedisQueue {
             };
             let mut script = self.on(&self.0.scripts.settle, queue);
             script.arg(self.channel()).arg(&**queue).arg("e").arg(id).arg(epoch).arg(size).arg("");
-            // It lapses otherwise, and is looked at again.
+            // If this fails, the lease expires and the job is looked at again.
             if let Err(error) = self.invoke::<()>(script.arg(0).arg(0).arg(now).arg(json(&kept))).await {
                 warn!(
                     queue = &**queue,
                     error = error.in_one_line(),
-                    "a job that cannot be read is not dead yet"
+                    "a job that cannot be read could not be ended yet"
                 );
             }
         }
@@ -433,7 +433,7 @@ impl RedisQueue {
     }
 }
 
-/// Says which jobs are new, as the script that enqueues wants it.
+/// Adds new jobs to the arguments of `enqueue.lua`.
 fn push_new(script: &mut ScriptInvocation<'_>, jobs: &[&NewJob]) {
     let now = Timestamp::now();
     for job in jobs {
@@ -457,10 +457,10 @@ fn push_new(script: &mut ScriptInvocation<'_>, jobs: &[&NewJob]) {
 }
 
 /// A job as a script returns it: id, epoch, whether it is the first claim, score, record, state, checkpoint.
-/// The latter three are whatever others may have written.
+/// Other programs may have written the last three.
 type Taken = (Vec<u8>, String, String, String, Vec<u8>, Vec<u8>, Option<Vec<u8>>);
 
-/// What the script for lapsed leases returns: the time, the jobs, and why each must not go on, if so.
+/// Answer of `lapsed.lua`: the time, the jobs, and for each job why it was cancelled, if it was.
 type Lapsing = (i64, Vec<Taken>, Vec<Option<Vec<u8>>>);
 
 fn id_of(bytes: &[u8]) -> Result<Uuid> {
@@ -497,7 +497,7 @@ fn claimed(taken: Taken, queue: &Arc<str>, now: i64) -> Result<Claimed> {
     })
 }
 
-/// When a job was due, of its score among those that are ready.
+/// Returns when a ready job was due, from its score.
 #[expect(clippy::cast_possible_truncation, reason = "milliseconds since 1970")]
 fn due_of(score: &str, priority: i16) -> Option<i64> {
     Some((score.parse::<f64>().ok()? - f64::from(priority) * PRIORITY) as i64)
@@ -606,9 +606,9 @@ impl Queue for RedisQueue {
             let found: Result<Lapsing> = self.invoke(&script).await;
             let (now, taken, reasons) = match found {
                 Ok(found) => found,
-                // The other queues have lapsed jobs, too.
+                // The other queues have jobs with expired leases, too.
                 Err(error) if !error.is_passing() => {
-                    warn!(queue, error = error.in_one_line(), "lapsed leases could not be looked for");
+                    warn!(queue, error = error.in_one_line(), "expired leases could not be looked for");
                     continue;
                 }
                 Err(error) => return Err(error),
@@ -627,13 +627,13 @@ impl Queue for RedisQueue {
     }
 
     async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
-        // At one moment: jobs go from one place to the next, and back.
+        // One script counts at one moment, since jobs go from one place to the next and back.
         let mut script = self.on(&self.0.scripts.measure, &queue);
         script.arg(OLDEST_AMONG);
         let (bytes, ready, inbox, scheduled, running, oldest): Measured = self.invoke(&script).await?;
         let now = Timestamp::now().as_millisecond();
         let waits = oldest.iter().filter_map(|(_, score)| {
-            // The priority is what is left when the time is taken away: times are from 0 to 2^42.
+            // The remainder is the due time: times are from 0 to 2^42.
             let due = score.rem_euclid(PRIORITY);
             u64::try_from(now.saturating_sub(whole(due))).ok()
         });
@@ -666,7 +666,7 @@ impl Queue for RedisQueue {
     }
 }
 
-/// What belongs to each queue, with its place among all: a script is about one queue.
+/// Groups items by their queues, with the index of each among all: a script is about one queue.
 fn by_queue<'a, T>(all: &'a [T], queue: impl Fn(&'a T) -> &'a str) -> BTreeMap<&'a str, Vec<(usize, &'a T)>> {
     let mut by_queue = BTreeMap::<_, Vec<_>>::new();
     for (index, one) in all.iter().enumerate() {
@@ -675,7 +675,7 @@ fn by_queue<'a, T>(all: &'a [T], queue: impl Fn(&'a T) -> &'a str) -> BTreeMap<&
     by_queue
 }
 
-/// Says what becomes of a job, as the script wants it.
+/// Adds a settlement to the arguments of `settle.lua`.
 fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
     let job = &settlement.job;
     let (fate, wait, text) = match &settlement.transition {
@@ -710,7 +710,7 @@ fn settled(script: &mut ScriptInvocation<'_>, settlement: &Settlement) {
         .arg(text);
 }
 
-/// A job that has ended.
+/// A job that has ended and is kept.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct KeptJob {
     state: State,

@@ -1,4 +1,4 @@
-//! Schedules in SQLite and Postgres, beside the jobs: statements that are the same on both.
+//! Schedules in SQLite and Postgres, beside the jobs, by statements that are the same on both.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -14,13 +14,13 @@ use crate::queue::Result;
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED};
 use crate::store::millis;
 
-/// The schedules of a store, to be asked one thing.
+/// The schedules of a store, for one call.
 pub(super) struct SqlSchedules<'a> {
     jobs: &'a JobStore,
     sql: sql::Store,
 }
 
-/// One schedule as it is written down.
+/// One schedule as it is stored.
 struct Definition {
     name: String,
     json: String,
@@ -41,7 +41,7 @@ impl<'a> SqlSchedules<'a> {
             paused: schedule.paused,
         });
         let mut definitions: Vec<Definition> = definitions.collect();
-        // Two that do this at once never wait for each other.
+        // The order lets two processes that sync at once never deadlock.
         definitions.sort_by(|a, b| a.name.cmp(&b.name));
         Ok(transact!(&self.sql, tx => define(tx, &definitions, take_over))?)
     }
@@ -82,7 +82,7 @@ impl<'a> SqlSchedules<'a> {
     pub(super) async fn unfinished(&self, schedule: &str, _queue: &str) -> Result<Vec<Uuid>> {
         let is_there = match self.sql.dialect() {
             Dialect::Sqlite => "jobs.id = schedule_runs.id",
-            // Uuids of statements for both stores are bytes; those of the jobs are of the type.
+            // Statements for both stores write UUIDs as bytes; the table of jobs has the type uuid.
             Dialect::Postgres => {
                 "jobs.id = CASE WHEN octet_length(schedule_runs.id) = 16
                                 THEN encode(schedule_runs.id, 'hex')::uuid END"
@@ -149,7 +149,7 @@ async fn fire<T: Tx>(tx: &T, claim: &ScheduleClaim) -> sql::Result<bool> {
     if let Some(transaction) = tx.postgres() {
         postgres::insert_jobs(transaction, &claim.jobs).await?;
     }
-    // A time that was claimed before the clock was set back may come again.
+    // An occurrence that was claimed before the clock was set back may come again.
     let sql = "
         INSERT INTO schedule_runs (id, schedule, has_job, occurrence, claimed_at, cause, passed, ending)
         VALUES (?, ?, ?, ?, ?, ?, ?, ?)
@@ -170,7 +170,7 @@ async fn fire<T: Tx>(tx: &T, claim: &ScheduleClaim) -> sql::Result<bool> {
         tx.execute(sql, &parameters).await?;
     }
     if !claim.runs.is_empty() {
-        // What has not ended is what overlaps are found by.
+        // Runs that have not ended are kept for longer, since overlaps are found by them.
         let sql = "
             DELETE FROM schedule_runs WHERE schedule = ?1 AND (
                 claimed_at < (SELECT claimed_at FROM schedule_runs WHERE schedule = ?1
@@ -191,7 +191,7 @@ async fn end<T: Tx>(tx: &T, endings: &[(String, Uuid, Ending)]) -> sql::Result<(
     Ok(())
 }
 
-/// The store's clock, in milliseconds since 1970.
+/// Returns SQL for the time of the store's clock, in milliseconds since 1970.
 fn now_ms(dialect: Dialect) -> String {
     format!("{} / 1000", dialect.now_us())
 }

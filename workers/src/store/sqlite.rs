@@ -1,7 +1,7 @@
 //! Jobs in the embedded store.
 //!
-//! A job is a row from its enqueueing to its end. Every change of it goes through the store's single writer,
-//! and so many of them share one commit. Jobs that were given up or cancelled move to a table of their own.
+//! A job is a row from its enqueueing to its end. Every change of it goes through the store's single writer, so
+//! that many changes share one commit. Jobs that were given up or cancelled move to a table of their own.
 //!
 //! Another program may enqueue with one statement, also while a server runs (it sees the job with its next
 //! poll):
@@ -10,9 +10,9 @@
 //! INSERT INTO jobs (kind, queue, payload) VALUES ('mail.send', 'default', '{"to": "ada@example.org"}');
 //! ```
 //!
-//! That skips what the program does for its own: the payload is checked only when the job runs, there is no
-//! unique key, and no bound on how much may wait. A kind with limits of its own waits in its lane,
-//! `queue/kind`.
+//! Such a job lacks what the program does for its own jobs: the payload is checked only when the job runs, there
+//! is no unique key, and no bound on how much may wait. A kind with limits of its own waits in a queue of its
+//! own, `queue/kind`.
 
 mod kept;
 mod ledger;
@@ -127,8 +127,8 @@ pub const MIGRATIONS: Migrations = Migrations {
         ending     TEXT
     ) WITHOUT ROWID;
     CREATE INDEX schedule_runs_of ON schedule_runs (schedule, claimed_at);",
-        // Defaults run in the library of whoever inserts: this is what SQLite 3.31 can do, which has no tables that are STRICT
-        // and no parts of seconds in unixepoch.
+        // Defaults run in the SQLite library of the program that inserts. This step needs only SQLite 3.31, which has
+        // no STRICT tables and no fractions of seconds in unixepoch.
         "ALTER TABLE jobs RENAME TO old_jobs;
     CREATE TABLE jobs (
         id           BLOB PRIMARY KEY DEFAULT (randomblob(16)) CHECK (typeof(id) = 'blob' AND length(id) = 16),
@@ -178,18 +178,18 @@ pub const MIGRATIONS: Migrations = Migrations {
 pub struct SqliteQueue {
     store: Sqlite,
     wake: Wake,
-    /// When each queue has a job to claim,
+    /// Cache of when each queue has a job to claim.
     next: Arc<KeptStatement<BTreeMap<Arc<str>, Option<i64>>>>,
-    /// how many jobs there are in each,
+    /// Cache of how many jobs there are in each queue.
     depths: Arc<KeptStatement<BTreeMap<Arc<str>, Depth>>>,
-    /// how many have ended and are kept,
+    /// Cache of how many ended jobs each queue keeps.
     ended: Arc<KeptStatement<Vec<(String, u64)>>>,
-    /// and how schedules stand.
+    /// Cache of the states of schedules.
     standings: Arc<KeptStatement<ScheduleStates>>,
 }
 
 impl SqliteQueue {
-    /// The queue in `store`, whose [`MIGRATIONS`] have been applied.
+    /// Creates the queue in `store`, whose [`MIGRATIONS`] have been applied.
     pub fn new(store: Sqlite) -> Self {
         Self {
             store,
@@ -201,7 +201,7 @@ impl SqliteQueue {
         }
     }
 
-    /// How schedules stand, as `read` says if it has to be asked.
+    /// Returns the states of schedules, from the cache or from `read`.
     pub(super) async fn standings(
         &self,
         read: impl Future<Output = Result<ScheduleStates>>,
@@ -213,13 +213,14 @@ impl SqliteQueue {
         }
     }
 
-    /// Where it is kept.
+    /// Returns the store that has the tables.
     pub(super) fn store(&self) -> sql::Store {
         sql::Store::Sqlite(self.store.clone())
     }
 
-    /// Ends every lease, at boot: the lock on the store says that no other process can hold one, so nobody has
-    /// to wait for them to lapse. It does not matter then that the clock of leases begins anew with the machine.
+    /// Ends every lease, at boot: the lock on the store says that no other process can hold one, so no worker
+    /// has to wait until they expire. It does not matter then that the clock of leases begins anew with the
+    /// machine.
     ///
     /// # Errors
     /// When the store fails.
@@ -229,8 +230,8 @@ impl SqliteQueue {
     }
 }
 
-/// Adds jobs within a transaction of the caller's, so that they exist if and only if the rows do that they
-/// are about, and returns their ids as [`Queue::enqueue`] does. Wake their queues after the commit.
+/// Adds jobs within a transaction of the caller, so that the jobs exist if and only if the rows of that
+/// transaction do, and returns their ids as [`Queue::enqueue`] does. Wake their queues after the commit.
 ///
 /// # Errors
 /// When SQLite refuses.
@@ -266,7 +267,7 @@ fn insert(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Uuid> {
     Ok(job.id)
 }
 
-/// Takes the job's unique key for it, or returns the job that has it.
+/// Takes the unique key for the job, or returns the job that has the key.
 fn take_key(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Option<Uuid>> {
     let (Some(unique), Some(key)) = (&job.unique, job.unique_key()) else { return Ok(None) };
     let (scope, until) = match unique.until {
@@ -274,7 +275,7 @@ fn take_key(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Option<
         UniqueUntil::Ended => ("ended", None),
         UniqueUntil::Window(window) => ("window", Some(later(now, window))),
     };
-    // A key that was not given back, since its job was deleted by hand, is nobody's.
+    // A key that was not given back, since its job was deleted by hand, is free.
     let taken = tx
         .prepare_cached(
             "INSERT INTO job_keys (key, job, scope, until) VALUES (:key, :job, :scope, :until)
@@ -393,7 +394,7 @@ impl Queue for SqliteQueue {
         let stamp = self.store.stamp();
         if let Some(depths) = self.depths.get(stamp)
             && let Some(depths) = queues.iter().map(|queue| depths.get(queue).copied()).collect::<Option<Vec<_>>>()
-            // How long they wait goes on.
+            // The time for which ready jobs wait grows without a write.
             && depths.iter().all(|depth| depth.ready == 0)
         {
             return queues.into_iter().zip(depths.into_iter().map(Ok)).collect();
@@ -426,7 +427,7 @@ impl Queue for SqliteQueue {
         &self.wake
     }
 
-    /// No other process has jobs here that would not be found by a poll.
+    /// Waits for the drain: the poll finds the jobs that other processes add.
     async fn listen(&self, drain: Drain) -> anyhow::Result<()> {
         drain.notice().await;
         Ok(())
@@ -437,7 +438,7 @@ impl Queue for SqliteQueue {
 const CLAIMED: &str = "id, kind, queue, priority, payload, epoch, failures, recoveries, recovered_at, errors,
     checkpoint, trace, unique_key, cancelled, created_at, run_at";
 
-/// When each of these queues has a job to claim, in milliseconds since 1970.
+/// Returns when each of these queues has a job to claim, in milliseconds since 1970.
 fn next_of(tx: &Connection, queues: Vec<Arc<str>>) -> rusqlite::Result<BTreeMap<Arc<str>, Option<i64>>> {
     let mut next = tx.prepare_cached(
         "SELECT coalesce((SELECT 0 FROM jobs WHERE state = 'ready' AND queue = ?1 LIMIT 1),
@@ -474,7 +475,8 @@ fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
     if tx.prepare_cached(paused)?.query_row([&claim.queue], |row| row.get(0))? {
         return Ok(Claims::default());
     }
-    // What has become due is made ready first, so that a crowd that is not due yet is never looked through.
+    // Jobs that have become due are made ready first, so that a crowd of jobs that are not due yet is never
+    // searched.
     tx.prepare_cached(
         "UPDATE jobs SET state = 'ready' WHERE id IN
              (SELECT id FROM jobs WHERE state = 'scheduled' AND queue = ? AND run_at <= ?
@@ -495,7 +497,7 @@ fn take(tx: &Connection, claim: &Claim, now: i64) -> rusqlite::Result<Claims> {
         };
         let taken = readable(tx, &sql, parameters, now)?;
         jobs.extend(taken.jobs);
-        // Those that were set apart took the places of others.
+        // Jobs that were set apart took the places of others.
         if taken.buried == 0 || jobs.len() >= claim.limit {
             break;
         }
@@ -520,8 +522,8 @@ struct Taken {
     buried: usize,
 }
 
-/// Runs a statement that claims jobs. One that cannot be read, since another program wrote it, must not keep the others: it
-/// becomes dead, with its bytes as they are.
+/// Runs a statement that claims jobs. A job that cannot be read, since another program wrote it, must not
+/// block the others: it becomes dead, with its bytes as they are.
 fn readable(
     tx: &Connection,
     sql: &str,
@@ -568,7 +570,8 @@ fn bury(tx: &Connection, id: [u8; 16], epoch: i64, reason: &str, now: i64) -> ru
         .map(drop)
 }
 
-/// A text that is only shown, or compared with others of its kind: what is no UTF-8 in it is replaced.
+/// Reads a text that is only shown, or compared with others of its kind. Bytes that are no UTF-8 are
+/// replaced.
 fn lossy(row: &Row<'_>, column: &str) -> rusqlite::Result<Option<String>> {
     let bytes = row.get_ref(column)?.as_bytes_or_null()?;
     Ok(bytes.map(|bytes| String::from_utf8_lossy(bytes).into_owned()))
@@ -644,7 +647,7 @@ fn settle(tx: &Connection, settlement: &Settlement, now: i64) -> rusqlite::Resul
     Ok(changed == 1)
 }
 
-/// What waits for a while, and not for a time, waits anew when the clock has been set back.
+/// Lets jobs that wait for a duration, and not until a time, wait anew when the clock has been set back.
 fn mend_waits(tx: &Connection, now: i64) -> rusqlite::Result<()> {
     tx.prepare_cached(
         "UPDATE jobs SET run_at = run_at - (scheduled_at - :now), scheduled_at = :now
@@ -654,7 +657,7 @@ fn mend_waits(tx: &Connection, now: i64) -> rusqlite::Result<()> {
     .map(drop)
 }
 
-/// Deletes a job that has ended, and gives back its key.
+/// Deletes a job that has ended, and gives back its unique key.
 fn remove(tx: &Connection, job: &Claimed) -> rusqlite::Result<bool> {
     let mut delete =
         tx.prepare_cached("DELETE FROM jobs WHERE id = ? AND epoch = ? AND state = 'running'")?;
@@ -671,13 +674,13 @@ fn give_back(tx: &Connection, key: &str, job: Uuid) -> rusqlite::Result<()> {
     tx.prepare_cached(sql)?.execute((key, job.as_bytes())).map(drop)
 }
 
-/// When a lease that begins now ends. By the clock that leases are measured by everywhere: a step of the wall
-/// clock takes no job from a worker.
+/// Returns when a lease that begins now ends, by the clock that measures leases everywhere: a step of the
+/// wall clock takes no job from a worker.
 fn lease_end(lease: Duration) -> i64 {
     BootTime::now().after(lease).millis()
 }
 
-/// From `earlier` to `later`, both in milliseconds; nothing when they are the other way round.
+/// Returns the time from `earlier` to `later`, both in milliseconds; zero when `later` comes first.
 fn since(earlier: i64, later: i64) -> Duration {
     Duration::from_millis(u64::try_from(later.saturating_sub(earlier)).unwrap_or_default())
 }

@@ -23,12 +23,13 @@ use crate::queue::{Claimed, Failure, Held, KEPT_ERRORS, MAX_PAYLOAD, Queue, Sett
 use crate::registry::{JobKind, Runnable};
 use crate::state::{Attempts, Event, State, Transition, next, spent_by_crashes};
 
-/// A job of a kind that this process does not know belongs to another version of it: left alone for so long.
+/// Wait of a job whose kind this process does not know: the kind belongs to another version of the program.
 const UNKNOWN_KIND: Duration = Duration::from_secs(60);
-/// How long giving up a job may take: less than a lease, which is not renewed after the job's deadline.
+/// Longest time that giving up a job may take: less than a lease, which is not renewed after the job's
+/// deadline.
 const GIVE_UP: Duration = Duration::from_secs(5);
 
-/// A job, or why its payload cannot be read.
+/// A job, or the error that its payload cannot be read.
 type Readable = Result<Arc<dyn Runnable>, serde_json::Error>;
 
 /// Writes checkpoints into a store.
@@ -41,7 +42,7 @@ impl<Q: Queue> Recorder for StoreRecorder<Q> {
     }
 }
 
-/// Begins to run a job that was claimed.
+/// Starts the run of a claimed job.
 pub(super) fn start<Q: Queue>(
     worker: &Worker<Q>,
     settler: &Settler,
@@ -51,7 +52,7 @@ pub(super) fn start<Q: Queue>(
 ) {
     let settler = settler.clone();
     let Some(kind) = worker.registry.kind(&claimed.kind) else {
-        warn!(job = %claimed.id, kind = claimed.kind, "a job of a kind that is not known here");
+        warn!(job = %claimed.id, kind = claimed.kind, "a job of a kind that is not known here is put back");
         let transition = Transition::Again { wait: UNKNOWN_KIND, spent: claimed.spent };
         jobs.spawn(async move {
             settler.settle(Settlement::of(Arc::new(claimed), transition), lease).await;
@@ -89,13 +90,13 @@ pub(super) fn start<Q: Queue>(
     jobs.spawn(run.execute().instrument(span));
 }
 
-/// The id in a `traceparent` (W3C Trace Context, section 3.2).
+/// Returns the trace id of a `traceparent` (W3C Trace Context, section 3.2).
 fn trace_id(trace: &str) -> Option<&str> {
     let mut parts = trace.split('-').skip(1);
     parts.next().filter(|id| id.len() == 32 && id.bytes().all(|byte| byte.is_ascii_hexdigit()))
 }
 
-/// The id of the request that a trace began with: of a trace of somebody else's there is none.
+/// Returns the id of the request that a trace began with; `None` for a trace that another program began.
 fn request_id(trace_id: &str) -> Option<String> {
     let id = Uuid::try_parse(trace_id).ok()?;
     (id.get_version_num() == 7).then(|| id.hyphenated().to_string())
@@ -115,7 +116,7 @@ impl RunningJob {
     async fn execute(self) {
         let began = Instant::now();
         let Attempts { failures, recoveries, .. } = self.claimed.spent;
-        // A run after a snooze is the same piece of work going on.
+        // A run after a snooze goes on with the same work, so it is not logged as a start.
         if self.claimed.first || failures > 0 || recoveries > 0 {
             info!(attempt = self.context.attempt(), failures, recoveries, "job started");
         }
@@ -152,7 +153,7 @@ impl RunningJob {
         drop(self.in_hand);
     }
 
-    /// Runs the job: how it ended, and the word for it.
+    /// Runs the job, and returns how the run ended and its label.
     async fn attempt(&self) -> (Event, OutcomeLabel) {
         if let Some(reason) = &self.claimed.cancelled {
             return (Event::Cancelled(reason.clone()), OutcomeLabel::Cancelled);
@@ -160,7 +161,7 @@ impl RunningJob {
         if let Some(reason) = spent_by_crashes(&self.kind.options.budget, self.claimed.spent) {
             return (Event::Hopeless(reason), OutcomeLabel::Dead);
         }
-        // Other programs enqueue what ours would not.
+        // Other programs may enqueue a payload that this program would refuse.
         let length = self.claimed.payload.len();
         if length > MAX_PAYLOAD {
             let reason = format!("its payload has {length} bytes, at most {MAX_PAYLOAD} are possible");
@@ -203,11 +204,11 @@ impl RunningJob {
     }
 
     fn erred(&self, error: &anyhow::Error) -> (Event, OutcomeLabel) {
-        // Asked to stop, and it stopped: no failure of the job.
+        // The run was asked to stop and stopped: that is no failure of the job.
         if error.downcast_ref() == Some(&Stopped::Cancelled) {
             return self.unless_cancelled(Event::HandedBack, OutcomeLabel::HandedBack);
         }
-        // What it depends on is away: it waits for that, and has not failed.
+        // A dependency of the job is away: the job waits for it, and has not failed.
         if let Some(open) = error.chain().find_map(|cause| cause.downcast_ref::<breaker::Open>()) {
             debug!(dependency = open.dependency, "the breaker is open");
             return self.unless_cancelled(Event::Snoozed(open.retry_after), OutcomeLabel::Snoozed);
@@ -216,7 +217,7 @@ impl RunningJob {
         self.unless_cancelled(Event::Failed { error, after: None }, OutcomeLabel::Failed)
     }
 
-    /// What would run again does not when somebody has cancelled it meanwhile.
+    /// Returns the event and its label; the cancellation instead, if the job was cancelled meanwhile.
     fn unless_cancelled(&self, event: Event, outcome: OutcomeLabel) -> (Event, OutcomeLabel) {
         match self.in_hand.cancelled() {
             Some(reason) => (Event::Cancelled(reason), OutcomeLabel::Cancelled),
@@ -224,9 +225,9 @@ impl RunningJob {
         }
     }
 
-    /// Lets the job know that it is given up. False when that failed, too.
+    /// Tells the job that it is given up. Returns false when that failed, too.
     async fn gave_up(&self, reason: &str) -> bool {
-        // A payload that cannot be read has nobody to tell.
+        // Without a readable payload there is no job to tell.
         let Ok(job) = &self.job else { return true };
         let told = Arc::clone(job).give_up(self.context.clone(), reason.to_owned());
         match tokio::time::timeout(GIVE_UP, AssertUnwindSafe(told).catch_unwind()).await {
@@ -238,7 +239,7 @@ impl RunningJob {
         false
     }
 
-    /// The last errors, with this one.
+    /// Returns the last errors of the job, with this failure added.
     fn errors(&self, failure: Option<String>) -> Vec<Failure> {
         let attempt = self.context.attempt();
         let failure = failure.map(|error| Failure { at: Timestamp::now(), attempt, error });

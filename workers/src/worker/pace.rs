@@ -1,4 +1,4 @@
-//! How many jobs of a kind may start now.
+//! The rate at which jobs of a kind start.
 
 use std::time::Duration;
 
@@ -6,12 +6,12 @@ use tokio::time::Instant;
 
 use crate::job::Rate;
 
-/// How much of what was not used may be made up for: so that a worker that looks every few milliseconds still
+/// Longest unused time that may be made up for, so that a worker that looks every few milliseconds still
 /// keeps a rate of thousands.
 const CATCH_UP: Duration = Duration::from_millis(100);
 
-/// The virtual scheduling form of the generic cell rate algorithm (ITU-T I.371): starts are as far apart as the
-/// rate says, save that a little of what was missed may be made up for.
+/// The virtual scheduling form of the generic cell rate algorithm (ITU-T I.371): starts are as far apart as
+/// the rate says, except that a little unused time may be made up for.
 #[derive(Clone, Debug)]
 pub(super) struct Pace {
     interval: Duration,
@@ -23,7 +23,7 @@ impl Pace {
         Self { interval: rate.per / rate.jobs.max(1), next: Instant::now() }
     }
 
-    /// How many may start now, or when one may.
+    /// Returns how many jobs may start now; as an error, when the next one may.
     pub(super) fn available(&self, now: Instant) -> Result<usize, Instant> {
         if self.next > now {
             return Err(self.next);
@@ -33,7 +33,7 @@ impl Pace {
         Ok(1 + usize::try_from(missed.as_nanos() / interval).unwrap_or(usize::MAX - 1))
     }
 
-    /// So many have started.
+    /// Counts the start of `jobs` jobs.
     pub(super) fn take(&mut self, jobs: usize, now: Instant) {
         if jobs == 0 {
             return;
@@ -60,7 +60,7 @@ mod tests {
         assert_eq!(pace.available(start + 35 * MILLISECOND), Ok(3));
         pace.take(3, start + 35 * MILLISECOND);
         assert_eq!(pace.available(start + 35 * MILLISECOND), Err(start + 40 * MILLISECOND));
-        // Not the whole hour.
+        // The whole hour is not made up for.
         let later = start + Duration::from_secs(3600);
         assert_eq!(pace.available(later), Ok(11));
         pace.take(11, later);

@@ -1,4 +1,4 @@
-//! Renewing leases, on a task of its own, so that no busy handler can keep it from running.
+//! Renewing leases on a task of its own, so that no busy handler can hold it up.
 
 use std::time::Instant;
 
@@ -10,10 +10,10 @@ use crate::lease::BootTime;
 use crate::metrics;
 use crate::queue::{Queue, Renewal};
 
-/// How many leases are renewed in one question.
+/// Highest number of leases that one query renews.
 const BATCH: usize = 500;
 
-/// Renews all leases, and tells the jobs that have lost theirs, and those that somebody has cancelled.
+/// Renews all leases, and cancels the runs that have lost their lease or whose job was cancelled.
 pub(super) async fn run<Q: Queue>(queue: Q, slots: Slots, config: Config) {
     let mut due = tokio::time::Instant::now() + config.renew_every;
     loop {
@@ -31,8 +31,8 @@ pub(super) async fn run<Q: Queue>(queue: Q, slots: Slots, config: Config) {
     }
 }
 
-/// What is to be renewed. A job past its deadline is not: if it hangs, its lease lapses and another worker
-/// gets it.
+/// Returns the leases to renew. The lease of a job past its deadline is left out: if the job hangs, the lease
+/// expires and another worker gets the job.
 fn renewals(slots: &Slots) -> Vec<Renewal> {
     let now = Instant::now();
     let mut renewals = Vec::new();
@@ -46,7 +46,7 @@ fn renewals(slots: &Slots) -> Vec<Renewal> {
 
 async fn renew<Q: Queue>(queue: &Q, slots: &Slots, renewals: &[Renewal], config: &Config) {
     let lease_end = BootTime::now().after(config.lease);
-    // Not longer: the next try, on another connection, may still come in time.
+    // It waits no longer than that: the next attempt, on another connection, may still come in time.
     let renewing = queue.renew(renewals.to_vec(), config.lease);
     let renewed = match tokio::time::timeout(config.renew_every, renewing).await {
         Ok(Ok(renewed)) => renewed,

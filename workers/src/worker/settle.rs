@@ -1,5 +1,4 @@
-//! Writing down what becomes of jobs: many in one question, since stores answer for a hundred as fast as for
-//! one.
+//! Settling: many jobs in one query, since stores answer for a hundred as fast as for one.
 
 use std::time::Duration;
 
@@ -10,15 +9,15 @@ use tracing::{error, warn};
 use crate::lease::Lease;
 use crate::queue::{Queue, Settlement};
 
-/// How many are settled at once at most.
+/// Highest number of jobs that are settled at once.
 const BATCH: usize = 500;
-/// Between two attempts while the store is away.
+/// Wait between two attempts while the store is away.
 const AGAIN: Backoff = Backoff::new(Duration::from_millis(100), Duration::from_secs(2));
 
-/// What became of a settlement.
+/// Result of a settlement.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Settled {
-    /// It is written down.
+    /// The transition is stored.
     Kept,
     /// The claim was not held any more: nothing has changed.
     Stale,
@@ -26,7 +25,7 @@ pub(super) enum Settled {
     Lost,
 }
 
-/// Takes settlements. A cheap handle.
+/// Passes settlements to the task that stores them. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Settler(mpsc::Sender<PendingSettlement>);
 
@@ -38,7 +37,7 @@ struct PendingSettlement {
 }
 
 impl Settler {
-    /// Returns when it is written down, or cannot be any more.
+    /// Settles a job. Returns when its transition is stored, or cannot be any more.
     pub(super) async fn settle(&self, settlement: Settlement, lease: Lease) -> Settled {
         let (answer, settled) = oneshot::channel();
         if self.0.send(PendingSettlement { settlement, lease, answer }).await.is_err() {
@@ -48,7 +47,7 @@ impl Settler {
     }
 }
 
-/// A settler, and what it does: to be run until nobody has the settler any more.
+/// Returns a settler, and the future that does its work: it is to be run until every settler is dropped.
 pub(super) fn channel<Q: Queue>(queue: Q) -> (Settler, impl Future<Output = ()> + Send) {
     let (sender, receiver) = mpsc::channel(BATCH);
     (Settler(sender), run(queue, receiver))
@@ -61,7 +60,7 @@ async fn run<Q: Queue>(queue: Q, mut waiting: mpsc::Receiver<PendingSettlement>)
     }
 }
 
-/// Settles a batch: again and again while the store is away, and those whose leases are held.
+/// Settles a batch. While the store is away it tries again, for the jobs whose leases are held.
 async fn settle<Q: Queue>(queue: &Q, mut batch: Vec<PendingSettlement>) {
     for failures in 1.. {
         let settlements = batch.iter().map(|waiting| waiting.settlement.clone()).collect();
@@ -73,7 +72,7 @@ async fn settle<Q: Queue>(queue: &Q, mut batch: Vec<PendingSettlement>) {
                 return;
             }
             Err(error) if !error.is_passing() && batch.len() > 1 => {
-                // One of them cannot be written: the others must not wait for it.
+                // One settlement cannot be stored, and must not block the others.
                 let rest = batch.split_off(batch.len() / 2);
                 Box::pin(settle(queue, batch)).await;
                 return Box::pin(settle(queue, rest)).await;

@@ -1,4 +1,4 @@
-//! The jobs in hand, and what others may see of them.
+//! The jobs in hand, and their status for operators.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -46,7 +46,7 @@ pub(super) struct Slot {
     pub(super) deadline: Instant,
     pub(super) lease: Lease,
     pub(super) cancel: CancellationToken,
-    /// Why somebody has cancelled it.
+    /// Reason why the job was cancelled, if it was.
     cancelled: Option<String>,
     advance: Arc<Advance>,
 }
@@ -56,49 +56,49 @@ impl Slot {
         self.advance.progress()
     }
 
-    /// Somebody has cancelled the job.
+    /// Cancels the run, because the job was cancelled for this reason.
     pub(super) fn cancel_for(&mut self, reason: String) {
         self.cancelled.get_or_insert(reason);
         self.cancel.cancel();
     }
 }
 
-/// What one slot of the worker is busy with.
+/// A job that the worker runs now.
 #[derive(Clone, Debug, Serialize)]
 pub struct Busy {
-    /// The job.
+    /// Id of the job.
     pub id: Uuid,
-    /// Its kind.
+    /// Name of the kind.
     pub kind: &'static str,
-    /// Its queue.
+    /// Queue of the job.
     pub queue: String,
-    /// What it is about.
+    /// Subject of the job, such as the id of a notification.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub subject: Option<String>,
-    /// What joins it to whatever enqueued it.
+    /// Trace that joins the job to its origin.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub trace: Option<String>,
-    /// The claim's number.
+    /// Epoch of the claim.
     pub epoch: i64,
-    /// How far it has come, as it says.
+    /// Progress that the job reports.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub progress: Option<Progress>,
-    /// For how long.
+    /// Time since the run began, in milliseconds.
     pub for_ms: u64,
 }
 
-/// How many slots a queue has, and how many of them are idle.
+/// The slots of a queue.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Serving {
-    /// The queue.
+    /// Name of the queue.
     pub queue: String,
-    /// How many of its jobs run at once,
+    /// Number of its jobs that may run at once.
     pub slots: usize,
-    /// and how many do now.
+    /// Number of its jobs that run now.
     pub busy: usize,
 }
 
-/// A worker as others see it. A cheap handle.
+/// Status of a worker. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Status(Slots);
 
@@ -107,7 +107,7 @@ impl Status {
         Self(slots)
     }
 
-    /// What it is busy with now.
+    /// Returns the jobs that run now.
     pub fn busy(&self) -> Vec<Busy> {
         let jobs = self.0.lock();
         let busy = jobs.by_claim.iter().map(|(held, slot)| Busy {
@@ -123,7 +123,7 @@ impl Status {
         busy.collect()
     }
 
-    /// The queues that it serves.
+    /// Returns the queues that the worker serves.
     pub fn serving(&self) -> Vec<Serving> {
         let lanes = self.0.0.lanes.iter();
         lanes
@@ -135,7 +135,7 @@ impl Status {
             .collect()
     }
 
-    /// How many jobs have ended here, however they did.
+    /// Returns the number of jobs that have ended here, with any outcome.
     pub fn ended(&self) -> u64 {
         self.0.0.ended.load(Ordering::Relaxed)
     }
@@ -166,7 +166,7 @@ impl Slots {
         self.lock().payload_bytes
     }
 
-    /// Takes a job in hand until what is returned drops.
+    /// Takes a job in hand, until the returned guard is dropped.
     pub(super) fn take(
         &self,
         claimed: &Claimed,
@@ -213,7 +213,7 @@ impl Slots {
     }
 }
 
-/// A job in hand; out of it when this drops.
+/// Guard of a job in hand, which leaves its slot when this is dropped.
 pub(super) struct InHand {
     slots: Slots,
     held: Held,
@@ -221,7 +221,7 @@ pub(super) struct InHand {
 }
 
 impl InHand {
-    /// Why somebody has cancelled the job.
+    /// Returns why the job was cancelled, if it was.
     pub(super) fn cancelled(&self) -> Option<String> {
         self.slots.lock().by_claim.get(&self.held)?.cancelled.clone()
     }

@@ -1,5 +1,5 @@
-//! API keys in files: Secrets of Kubernetes, for one. A file has one key a line, so that the old and the new one can both
-//! be good for a while; files are read again when they change.
+//! API keys in files, such as Secrets of Kubernetes. A file has one key per line, so that an old and a new key can both
+//! be valid for a while. Files are read again when they change.
 
 use std::collections::{BTreeSet, HashMap};
 use std::fs;
@@ -17,11 +17,11 @@ use super::{Caller, Scope, Scopes};
 use crate::settings::Reader;
 use crate::sites::{self, Sites};
 
-/// How often files are looked at.
+/// Interval at which files are read again.
 const LOOK: Duration = Duration::from_secs(2);
-/// The setting that names them.
+/// Setting that names the files.
 const KEY: &str = "access.keys";
-/// The shortest key: anything less can be guessed.
+/// Minimum length of a key, in bytes; a shorter key could be guessed.
 const MIN_KEY: usize = 24;
 
 /// A file of keys, from the settings.
@@ -35,7 +35,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// Reads which files there are.
+    /// Reads the list of files, and checks that each has keys.
     pub(crate) fn read(settings: &mut Reader<'_>, scopes: &Scopes) -> Vec<Self> {
         let sites = settings.names(sites::SECTION);
         let wanted = "a list of { name, file, site = \"default\", scopes = [..], per_minute = 600 }";
@@ -70,7 +70,7 @@ impl Config {
             }
             let reason = match read(&config.file) {
                 Ok(keys) if keys.is_empty() => {
-                    "a file with a key a line; this one is empty, or not there".to_owned()
+                    "a file with one key per line; this one is empty or missing".to_owned()
                 }
                 Ok(_) => continue,
                 Err(reason) => reason,
@@ -81,7 +81,7 @@ impl Config {
     }
 }
 
-/// An entry; or the field that does not fit, and what was wanted.
+/// Reads an entry. The error has the field that does not fit, and the value that was wanted.
 fn entry(value: &toml::Value, known_scopes: &Scopes) -> Result<Config, (String, String)> {
     let refused = |part: &str, wanted: &str| (part.to_owned(), wanted.to_owned());
     let table = value.as_table().ok_or_else(|| refused("", "a table { name, file, scopes }"))?;
@@ -105,7 +105,7 @@ fn entry(value: &toml::Value, known_scopes: &Scopes) -> Result<Config, (String, 
     };
     Ok(Config {
         name: text("name").ok_or_else(|| refused("name", "what the key is called"))?,
-        file: text("file").ok_or_else(|| refused("file", "a file with a key a line"))?.into(),
+        file: text("file").ok_or_else(|| refused("file", "a file with one key per line"))?.into(),
         site: if table.contains_key("site") {
             text("site").unwrap_or_default()
         } else {
@@ -117,7 +117,7 @@ fn entry(value: &toml::Value, known_scopes: &Scopes) -> Result<Config, (String, 
     })
 }
 
-/// The keys of a file. One that is gone or empty has none.
+/// Reads the hashes of the keys of a file. A missing or empty file has none.
 fn read(file: &Path) -> Result<Vec<Hash>, String> {
     let text = match fs::read_to_string(file) {
         Ok(text) => text,
@@ -131,19 +131,19 @@ fn read(file: &Path) -> Result<Vec<Hash>, String> {
     Ok(lines.into_iter().map(keys::hash).collect())
 }
 
-/// The keys in files as of the last look. A cheap handle.
+/// The keys in files, as of the last reading. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct KeyFiles(Arc<WatchedFiles>);
 
 #[derive(Debug)]
 struct WatchedFiles {
-    /// Each file, who shows its keys, and the keys that it had when it could last be read.
+    /// Each file, the caller of its keys, and the hashes of its keys when it could last be read.
     files: Mutex<Vec<(Config, Caller, Vec<Hash>)>>,
     keys: RwLock<HashMap<Hash, Caller>>,
 }
 
 impl KeyFiles {
-    /// Reads them for the first time. The settings have said that they can be read.
+    /// Reads the files for the first time. The settings have checked that they can be read.
     pub(super) fn open(configs: Vec<Config>, sites: &Sites) -> Self {
         let caller = |config: Config| {
             let grant = Grant {
@@ -166,7 +166,7 @@ impl KeyFiles {
         self.0.keys.read().get(hash).cloned()
     }
 
-    /// Reads files again and again, until nothing new is taken.
+    /// Reads the files again and again, until the drain is soft.
     pub(super) async fn follow(&self, drain: Drain) {
         if self.0.files.lock().is_empty() {
             return drain.soft().await;
@@ -179,7 +179,7 @@ impl KeyFiles {
         }
     }
 
-    /// Reads what files say now. One that cannot be used changes nothing.
+    /// Reads the files. A file that cannot be used changes nothing.
     fn look(&self) {
         let mut files = self.0.files.lock();
         let mut changed = false;
@@ -189,7 +189,7 @@ impl KeyFiles {
                 Ok(hashes) if hashes == *known => {}
                 Ok(hashes) => {
                     match hashes.len() {
-                        0 => error!(key, %file, "the file is empty, or gone: its keys are good no more"),
+                        0 => error!(key, %file, "the file is empty or missing: its keys are no longer valid"),
                         keys => info!(key, keys, %file, "read API keys"),
                     }
                     (*known, changed) = (hashes, true);

@@ -9,8 +9,8 @@ use super::{Scopes, keys, random_key};
 use crate::data_dir::{self, DataDir};
 use crate::sites::SiteId;
 
-/// Makes the keys that a first boot needs, and returns the admin token. Says once where they are. No API key is needed
-/// where there are others.
+/// Makes the keys that a first boot needs, logs their files once, and returns the admin token. No API key is made if
+/// there are others in files (`has_others`).
 pub(crate) async fn make(
     data_dir: &DataDir,
     store: &sql::Store,
@@ -33,7 +33,7 @@ pub(crate) async fn make(
     Ok(token.into())
 }
 
-/// Makes an API key with every scope, or takes the one whose file is there already.
+/// Makes an API key with every scope, or takes the key of an existing file, and stores its hash.
 pub(crate) async fn make_api_key(
     data_dir: &DataDir,
     store: &sql::Store,

@@ -1,4 +1,4 @@
-//! API keys in the store: only their hashes.
+//! API keys in the store, which has only their hashes.
 
 use std::collections::{BTreeSet, HashSet};
 
@@ -59,59 +59,59 @@ pub const TABLES: Tables = Tables {
     ],
 };
 
-/// The most requests a minute that a limit may allow.
+/// Highest limit that a key can have, in requests per minute.
 pub(crate) const MAX_PER_MINUTE: u32 = 1_000_000;
-/// The longest name of a key.
+/// Maximum length of the name of a key, in bytes.
 const MAX_NAME: usize = 64;
 
 /// The SHA-256 of a key.
 pub(crate) type Hash = [u8; 32];
 
-/// What may be done with a key, and how often.
+/// Rights and limit of a key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Grant {
-    /// Of which site.
+    /// Site of the key.
     pub site: SiteId,
-    /// What people call it: a-z, 0-9, dots, dashes and underscores.
+    /// Name of the key: a-z, 0-9, dots, dashes and underscores.
     pub name: String,
-    /// What for.
+    /// Scopes of the key.
     pub scopes: BTreeSet<Scope>,
-    /// How many requests a minute, and how many of them at once.
+    /// Maximum number of requests per minute, and of requests at once; `None` is no limit.
     pub per_minute: Option<u32>,
-    /// Until when, in milliseconds since 1970.
+    /// End of the key, in milliseconds since 1970; `None` is no end.
     pub ends_at: Option<i64>,
 }
 
-/// A key as it may be shown.
+/// A key as it may be shown: without the key itself.
 #[derive(Clone, Debug, Serialize, Deserialize, ToSchema)]
 pub struct ApiKeyView {
-    /// Its number. A key that was replaced and the one in its place have the same name.
+    /// Number of the key. A replaced key and its replacement have the same name, but different numbers.
     pub id: i64,
-    /// The name of its site.
+    /// Name of the site of the key.
     pub site: String,
-    /// What people call it.
+    /// Name of the key.
     pub name: String,
-    /// What it may be used for.
+    /// Scopes of the key.
     pub scopes: Vec<String>,
-    /// How many requests a minute.
+    /// Maximum number of requests per minute.
     pub per_minute: Option<u32>,
-    /// When it ends, or has ended.
+    /// Time at which the key ends or has ended.
     #[schema(value_type = Option<String>)]
     pub ends_at: Option<Timestamp>,
-    /// Whether it has.
+    /// Whether the key has ended.
     pub has_ended: bool,
 }
 
-/// What the name of a key looks like, in words.
+/// Form of the name of a key, in words.
 pub(crate) const NAME_WANTED: &str = "1 to 64 of a-z, 0-9, dots, dashes and underscores";
 
-/// Whether a name can be that of a key.
+/// Returns true when a text can be the name of a key.
 pub fn is_name(text: &str) -> bool {
     let allowed = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b".-_".contains(&byte);
     (1..=MAX_NAME).contains(&text.len()) && text.bytes().all(allowed)
 }
 
-/// Whether there is an API key at all.
+/// Returns true when the store has an API key.
 ///
 /// # Errors
 /// When the store cannot be read.
@@ -122,7 +122,7 @@ pub async fn exist(store: &Store) -> sql::Result<bool> {
 /// The columns of a [`Grant`].
 const GRANT: &str = "site, name, scopes, per_minute, ends_at";
 
-/// Stores the hash of a key. One that is there already stays as it is.
+/// Stores the hash of a key. A hash that is stored already stays as it is.
 ///
 /// # Errors
 /// When the store refuses.
@@ -140,7 +140,8 @@ async fn put<T: Tx>(tx: &T, grant: &Grant, hash: Hash) -> sql::Result<()> {
     tx.execute(sql, &parameters).await.map(drop)
 }
 
-/// Stores the hash of a key with a name that no other has which is good at `now`. False if one has.
+/// Stores the hash of a key. Returns false, and stores nothing, when another key with this name is valid at `now`, in
+/// milliseconds since 1970.
 ///
 /// # Errors
 /// When the store refuses.
@@ -158,16 +159,16 @@ async fn add_in<T: Tx>(tx: &T, grant: &Grant, hash: Hash, now: i64) -> sql::Resu
     Ok(true)
 }
 
-/// When keys end that take turns, in milliseconds since 1970.
+/// Ends of a replaced key and of its replacement, in milliseconds since 1970.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Ends {
     pub(crate) old: i64,
-    /// With the old one if there is none.
+    /// `None` keeps the end that the old key had.
     pub(crate) new: Option<i64>,
 }
 
-/// Puts another key in the place of those with this name. What the new one may be used for, and the
-/// hashes of the old ones; none if there is no key that is good at `now`.
+/// Replaces the keys with this name by a new key. Returns the grant of the new key and the hashes of the old ones;
+/// `None` if no key is valid at `now`.
 ///
 /// # Errors
 /// When the store refuses.
@@ -198,7 +199,7 @@ async fn replace_in<T: Tx>(
     Ok(Some((grant, ended)))
 }
 
-/// Ends every key with this name now, and returns the hashes of those that had not.
+/// Ends every key with this name at `now`, and returns the hashes of the keys that had not ended before.
 ///
 /// # Errors
 /// When the store refuses.
@@ -211,7 +212,7 @@ async fn revoke_in<T: Tx>(tx: &T, site: SiteId, name: &str, now: i64) -> sql::Re
     end(tx, site, name, now).await
 }
 
-/// Of two who change keys with the same name, the second sees what the first has done.
+/// Locks the name of a key: of two processes that change keys with one name, the second sees the changes of the first.
 async fn lock<T: Tx>(tx: &T, site: SiteId, name: &str) -> sql::Result<()> {
     tx.lock(format!("api key {} {name}", site.0).as_bytes()).await
 }
@@ -227,7 +228,7 @@ async fn newest<T: Tx>(tx: &T, site: SiteId, name: &str, now: i64) -> sql::Resul
 async fn end<T: Tx>(tx: &T, site: SiteId, name: &str, at: i64) -> sql::Result<Vec<Hash>> {
     let sql = "UPDATE api_keys SET ends_at = ?1
                WHERE site = ?2 AND name = ?3 AND (ends_at IS NULL OR ends_at > ?1) RETURNING hash";
-    // One of another length opens nothing anyway.
+    // A hash of another length matches no key anyway.
     Ok(tx
         .query(sql, &values![at, site.0, name])
         .await?
@@ -236,9 +237,9 @@ async fn end<T: Tx>(tx: &T, site: SiteId, name: &str, at: i64) -> sql::Result<Ve
         .collect())
 }
 
-/// What a key is for, whether or not it has ended.
+/// Finds the caller of a key, whether or not the key has ended.
 pub(super) async fn find(store: &Store, hash: Hash) -> sql::Result<Option<Caller>> {
-    // Keys with one name are one caller: what it has sent under one it may ask for under the next.
+    // Keys with one name are one caller: with a new key it may ask for what it has sent with the old one.
     let sql = "SELECT found.site, found.name, found.scopes, found.per_minute, found.ends_at,
                       (SELECT min(id) FROM api_keys AS same WHERE same.site = found.site AND same.name = found.name)
                           AS first
@@ -251,12 +252,12 @@ pub(super) async fn find(store: &Store, hash: Hash) -> sql::Result<Option<Caller
     row.as_ref().map(read).transpose()
 }
 
-/// The beginnings of the hashes of all keys, ended ones too.
+/// The first eight bytes of the hashes of all keys, also of ended ones.
 #[derive(Debug)]
 pub(super) struct Hashes(HashSet<[u8; 8]>);
 
 impl Hashes {
-    /// Whether a key may be one of them.
+    /// Returns true when the key with this hash may be one of them.
     pub(super) fn may_have(&self, hash: &Hash) -> bool {
         beginning(hash).is_some_and(|beginning| self.0.contains(&beginning))
     }
@@ -272,14 +273,14 @@ fn beginning(hash: &[u8]) -> Option<[u8; 8]> {
     hash.first_chunk().copied()
 }
 
-/// Which keys there are; none when they are too many to be listed.
+/// Reads the hashes of all keys; `None` when there are more than [`MOST_LISTED`].
 pub(super) async fn hashes(store: &Store) -> sql::Result<Option<Hashes>> {
     let rows = store.query("SELECT hash FROM api_keys LIMIT ?", values![MOST_LISTED + 1]).await?;
     let hashes = rows.iter().filter_map(|row| beginning(&row.first::<Vec<u8>>().ok()?));
     Ok((rows.len() <= MOST_LISTED).then(|| Hashes(hashes.collect())))
 }
 
-/// All of them.
+/// Lists all keys.
 ///
 /// # Errors
 /// When the store cannot be read.
@@ -319,10 +320,10 @@ fn words(scopes: &BTreeSet<Scope>) -> String {
     scopes.iter().map(Scope::as_str).collect::<Vec<_>>().join(" ")
 }
 
-/// The most keys in the list that a key is compared with while wrong keys come in.
+/// Maximum number of keys in the list that keys are compared with while wrong keys come in.
 const MOST_LISTED: usize = 100_000;
 
-/// What is stored of a key.
+/// Returns the hash of a key, which is stored in its place.
 pub(crate) fn hash(key: &str) -> Hash {
     let digest = digest::digest(&digest::SHA256, key.as_bytes());
     let mut hash = [0; 32];

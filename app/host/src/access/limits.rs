@@ -1,7 +1,7 @@
-//! How often a key may call: a bucket of as many requests as it has a minute, which fills evenly.
+//! Rate limits of keys: a bucket that holds the requests of a minute, and fills evenly.
 //!
-//! With Redis all replicas share it. When Redis does not answer, each counts for itself: a limit is no reason to refuse
-//! what is allowed.
+//! With Redis, all replicas share the bucket. When Redis does not answer, each replica counts for itself: an outage
+//! must not refuse requests that are allowed.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -26,21 +26,24 @@ use super::keys::MAX_PER_MINUTE;
 
 /// The window of every limit, in seconds.
 const WINDOW: u32 = 60;
-/// How long Redis may take.
+/// Time limit for an answer of Redis.
 const PATIENCE: Duration = Duration::from_millis(250);
-/// How many wrong keys an address may show a minute, and all together a second. After that the store is not asked about each,
-/// for a while.
+/// Maximum number of wrong keys per second from all addresses together. After more, the store is not asked about each
+/// key for a while.
 const WRONG_PER_SECOND: NonZeroU32 = NonZeroU32::new(200).unwrap();
-/// How many keys are looked for a second then, where there are too many to be listed.
+/// Number of keys that are then looked up per second, if there are too many keys to list.
 const LOOKUPS: NonZeroU32 = NonZeroU32::new(20).unwrap();
+/// Maximum number of wrong keys per minute from one address. After more, the store is not asked about each key for a
+/// while.
 const WRONG_PER_MINUTE: NonZeroU32 = NonZeroU32::new(600).unwrap();
+/// How long the store is not asked about each key.
 const GUESSING: Duration = Duration::from_secs(5);
-/// How many addresses are remembered that have shown wrong ones.
+/// Maximum number of addresses with wrong keys that are remembered.
 const ADDRESSES: usize = 100_000;
 
-/// The generic cell rate algorithm (ITU-T I.371, annex A) by the server's clock. ARGV: microseconds from one request to
-/// the next, how many at once. Returns how many are left, the microseconds until one more is allowed if none is, and
-/// until all are.
+/// The generic cell rate algorithm (ITU-T I.371, annex A) by the clock of the Redis server. ARGV: the microseconds from
+/// one request to the next, and the number of requests at once. Returns the number of requests left, the microseconds
+/// until the next request is allowed (0 if it is allowed now), and the microseconds until all are.
 const SCRIPT: &str = "
     local time = redis.call('TIME')
     local now = time[1] * 1000000 + time[2]
@@ -57,17 +60,17 @@ const SCRIPT: &str = "
 
 type Local = RateLimiter<NotKeyed, InMemoryState, DefaultClock, StateInformationMiddleware>;
 
-/// What was called lately.
+/// Limits of keys, and of wrong keys.
 pub(super) struct KeyLimits {
     shared: Option<SharedLimits>,
-    /// By key: as many as there are keys with a limit.
+    /// Limits that this process counts, by key, with the requests per minute of each; one for each key with a limit.
     local: Mutex<HashMap<String, (u32, Arc<Local>)>>,
-    /// By key: where those stand that are used up, and since when. Nobody need be asked about them.
+    /// Limits that are used up, by key, with the time of their state. Redis need not be asked about them.
     used_up: Mutex<HashMap<String, (Instant, RateLimitState)>>,
     wrong: DefaultKeyedRateLimiter<IpAddr>,
     wrong_in_all: DefaultDirectRateLimiter,
     lookups: DefaultDirectRateLimiter,
-    /// Until when, by address, and for all.
+    /// End of the time in which the store is not asked about each key, by address, and for all addresses.
     guessing: Mutex<(HashMap<IpAddr, Instant>, Option<Instant>)>,
     clock: DefaultClock,
 }
@@ -85,19 +88,19 @@ impl std::fmt::Debug for KeyLimits {
     }
 }
 
-/// Where a key stands.
+/// State of the limit of a key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct RateLimitState {
     per_minute: u32,
     remaining: u32,
-    /// How long until it is allowed again, if it is not now.
+    /// Time until the next request is allowed; zero if it is allowed now.
     wait: Duration,
-    /// How long until all of it is.
+    /// Time until the whole limit is available again.
     full_in: Duration,
 }
 
 impl RateLimitState {
-    /// `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
+    /// Makes the headers `RateLimit-Policy` and `RateLimit` (draft-ietf-httpapi-ratelimit-headers-10).
     pub(super) fn headers(self) -> HeaderMap {
         let Self { per_minute, remaining, full_in, .. } = self;
         let seconds = full_in.as_secs_f64().ceil();
@@ -118,7 +121,7 @@ impl RateLimitState {
 }
 
 impl KeyLimits {
-    /// Nothing was called yet. What `redis` has begins with a prefix.
+    /// Makes limits without any requests. `redis` comes with the prefix of its keys.
     pub(super) fn new(redis: Option<(Redis, String)>) -> Self {
         let shared = redis.map(|(redis, prefix)| {
             let pause = Backoff::new(Duration::from_secs(1), Duration::from_secs(10));
@@ -137,7 +140,7 @@ impl KeyLimits {
         }
     }
 
-    /// Counts one call; where the key stands then, if it has a limit.
+    /// Counts one request, and returns the state of the limit, if the key has one.
     pub(super) async fn count(&self, caller: &Caller) -> Option<RateLimitState> {
         let per_minute = NonZeroU32::new(caller.per_minute?.min(MAX_PER_MINUTE))?;
         if let Some(standing) = self.still_used_up(&caller.key, per_minute) {
@@ -188,7 +191,7 @@ impl KeyLimits {
         RateLimitState { per_minute: per_minute.get(), remaining, wait, full_in }
     }
 
-    /// What a wrong key is answered that comes from this address, if too many have come from there, or in all.
+    /// Returns the answer to a wrong key if too many wrong keys have come from this address, or from all addresses.
     pub(super) fn is_guessing(&self, address: Option<IpAddr>) -> Option<Problem> {
         let now = Instant::now();
         let guessing = self.guessing.lock();
@@ -202,7 +205,8 @@ impl KeyLimits {
     /// Counts a wrong key.
     pub(super) fn guessed(&self, address: Option<IpAddr>) {
         let until = Instant::now() + GUESSING;
-        // The limit of all addresses together counts wrong keys from addresses beyond the table, and from many addresses at once.
+        // The limit of all addresses also counts wrong keys from addresses beyond the table, and from many addresses at
+        // once.
         if self.wrong_in_all.check().is_err() {
             self.guessing.lock().1 = Some(until);
         }
@@ -212,12 +216,12 @@ impl KeyLimits {
         }
     }
 
-    /// Whether the store may be asked about one more key while wrong keys come in.
+    /// Returns true when the store may be asked about one more key while wrong keys come in.
     pub(super) fn may_look(&self) -> bool {
         self.lookups.check().is_ok()
     }
 
-    /// Forgets the addresses that have not shown wrong keys lately.
+    /// Drops addresses without recent wrong keys, and limits that are no longer used up.
     pub(super) fn forget(&self) {
         self.wrong.retain_recent();
         self.wrong.shrink_to_fit();
@@ -233,7 +237,7 @@ fn limiter(per_minute: NonZeroU32) -> Arc<Local> {
 }
 
 impl SharedLimits {
-    /// None when Redis does not answer.
+    /// Counts one request in Redis; `None` when Redis does not answer.
     async fn count(&self, key: &str, per_minute: NonZeroU32) -> Option<RateLimitState> {
         let interval = WINDOW * 1_000_000 / per_minute;
         let mut script = self.script.key(format!("{}:limit:{key}", self.prefix));

@@ -1,10 +1,10 @@
-//! Secrets that all replicas need, on a store that they share. A file in `data_dir` wins over what is here.
+//! Secrets that all replicas need, in a store that they share. A file in `data_dir` takes precedence over them.
 
 use perennial_store::pool::sql::{self, Dialect, Store, Tx};
 use perennial_store::{transact, values};
 use secrecy::SecretString;
 
-/// A secret that all replicas need, on a store that they share.
+/// Reads a secret that all replicas need from a store that they share; always `None` for the embedded store.
 ///
 /// # Errors
 /// When the store cannot be read.
@@ -17,7 +17,7 @@ pub async fn shared(store: &Store, name: &str) -> sql::Result<Option<SecretStrin
     Ok(secret.map(SecretString::from))
 }
 
-/// Keeps a secret that all replicas need, unless there is one, and returns the one that is kept.
+/// Stores a secret that all replicas need, unless the store has it already, and returns the stored value.
 ///
 /// # Errors
 /// When the store refuses.
@@ -26,7 +26,7 @@ pub async fn share(store: &Store, name: &str, value: &str) -> sql::Result<Secret
     transact!(store, tx => share_in(tx, &name, &value))
 }
 
-/// The same in a transaction of the caller's.
+/// Does the same as [`share`] in a transaction of the caller.
 pub(crate) async fn share_in<T: Tx>(tx: &T, name: &str, value: &str) -> sql::Result<SecretString> {
     let sql = "INSERT INTO secrets (name, value) VALUES (?, ?) ON CONFLICT (name) DO NOTHING";
     tx.execute(sql, &values![name, value]).await?;
@@ -35,13 +35,13 @@ pub(crate) async fn share_in<T: Tx>(tx: &T, name: &str, value: &str) -> sql::Res
     Ok(kept.unwrap_or_else(|| value.to_owned()).into())
 }
 
-/// Puts another value in the place of a shared secret, if nobody else has.
+/// Replaces the value of a shared secret, if it is still `before`.
 ///
 /// # Errors
-/// When the store refuses.
+/// When the store refuses, or another process has changed the secret.
 pub async fn replace(store: &Store, name: &str, before: &str, value: &str) -> anyhow::Result<()> {
     let sql = "UPDATE secrets SET value = ? WHERE name = ? AND value = ?";
     let changed = store.execute(sql, values![value, name, before]).await?;
-    anyhow::ensure!(changed == 1, "somebody else has just changed {name}");
+    anyhow::ensure!(changed == 1, "another process has just changed {name}");
     Ok(())
 }

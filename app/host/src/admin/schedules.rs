@@ -65,7 +65,7 @@ async fn run(Extension(books): Extension<JobAdminState>, Path(name): Path<String
             Err(Problem::new(StatusCode::CONFLICT, detail).into())
         }
         Asked::Busy => {
-            let detail = "others change the schedule all the time; try again";
+            let detail = "other processes keep changing the schedule; try again";
             Err(Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).into())
         }
         Asked::Unknown => Err(not_found("schedule").into()),

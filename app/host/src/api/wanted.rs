@@ -1,4 +1,4 @@
-//! What was wanted, in words of the interface: the errors of the deserializer speak of types of the program.
+//! Translates errors of the deserializer into words of the interface, since they name types of the program.
 
 /// How a time is written (RFC 3339).
 const TIME: &str = "a time such as 2027-01-31T12:00:00Z";
@@ -35,7 +35,7 @@ pub(crate) fn wanted(message: &str) -> String {
     found.or_else(|| of_text(message)).unwrap_or_else(|| message.to_owned())
 }
 
-/// A type of the program as what a caller writes.
+/// Translates a type of the program into the value that a caller writes.
 fn kind(expected: &str) -> Option<String> {
     let words = match expected {
         "f64" | "f32" => "a number",
@@ -57,14 +57,14 @@ fn kind(expected: &str) -> Option<String> {
         "a UUID" | "a formatted UUID string" => ID,
         _ if expected.starts_with("struct ") || expected.contains("enum ") => "an object",
         _ if expected.starts_with("a tuple") || expected.starts_with("tuple ") => "a list",
-        // Somebody's own words.
+        // The message comes from a custom deserializer.
         _ if expected.starts_with("a ") || expected.starts_with("an ") => expected,
         _ => return None,
     };
     Some(words.to_owned())
 }
 
-/// What was given, as a caller would write it.
+/// Translates a given value into the form in which a caller would write it.
 fn value(given: &str) -> String {
     let words = match given {
         "map" => "an object",
@@ -80,7 +80,7 @@ fn value(given: &str) -> String {
     words.to_owned()
 }
 
-/// What parsers of texts say, as of parameters in a query.
+/// Translates messages of text parsers, which read parameters of a query, for example.
 fn of_text(message: &str) -> Option<String> {
     let words = match message {
         "invalid digit found in string" | "cannot parse integer from empty string" => "a whole number",
@@ -105,7 +105,7 @@ fn of_text(message: &str) -> Option<String> {
     Some(words.to_owned())
 }
 
-/// The names of fields, such as "one of `to`, `title`".
+/// Translates the list of known fields, such as "one of `to`, `title`".
 fn fields(known: &str) -> String {
     match known.strip_prefix("one of ") {
         Some(several) => format!("one of the fields {}", several.replace('`', "")),

@@ -1,4 +1,4 @@
-//! The first stage: the data directory, the store, and what hangs on them.
+//! The first stage: the data directory, the store, and the parts that need only them.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,10 +18,10 @@ use crate::admin::keys::Keyring;
 use crate::data_dir::{API_KEY, DataDir};
 use crate::sites::Sites;
 
-/// How long a predecessor may take, besides its drain, until it has closed everything.
+/// Time that a predecessor may take to close everything, besides its drain.
 const CLOSING: Duration = Duration::from_secs(30);
 
-/// What everything else is made from.
+/// The parts that everything else is made from.
 pub(super) struct Base {
     pub(super) data_dir: Arc<DataDir>,
     pub(super) store: sql::Store,
@@ -62,7 +62,7 @@ impl Base {
         Ok(base)
     }
 
-    /// Says when the first API key is of no use: its file may be that of another store.
+    /// Warns when the first API key is not valid: its file may belong to another store.
     async fn check_first_key(&self) {
         if let Some(key) = self.data_dir.read(API_KEY)
             && self.access.caller(&key, None).await.is_ok_and(|caller| caller.is_none())
@@ -72,7 +72,7 @@ impl Base {
         }
     }
 
-    /// What operators change API keys with.
+    /// Makes the state of the routes with which operators change API keys.
     pub(super) fn keyring(&self, plan: &BootPlan) -> Keyring {
         Keyring {
             store: self.store.clone(),

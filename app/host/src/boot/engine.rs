@@ -1,4 +1,4 @@
-//! The third stage: what runs jobs and schedules, not started yet.
+//! The third stage: the worker and the schedules are made, but not started yet.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,16 +14,16 @@ use super::mount::Mounted;
 use crate::admin::jobs::JobAdminState;
 use crate::config::Config;
 
-/// What runs jobs and schedules.
+/// The worker and the schedules.
 pub(super) struct Engine {
     pub(super) worker: Worker<store::JobStore>,
     pub(super) crontab: Crontab,
-    /// What operators are shown of it.
+    /// State of the routes for operators.
     pub(super) books: JobAdminState,
 }
 
 impl Engine {
-    /// Takes over the jobs of a process that died, and writes the schedules down.
+    /// Takes over the jobs of a process that died, and stores the schedules.
     pub(super) async fn prepare(config: &Config, base: &Base, mounted: &mut Mounted) -> anyhow::Result<Self> {
         let registry = &mounted.registry;
         if mounted.pause.why().is_none() {
@@ -45,8 +45,8 @@ impl Engine {
     }
 }
 
-/// In a store of our own, the lock says that no other process works on it: what was running, was running in one
-/// that died.
+/// Takes over the jobs that a dead process was running. This is done for the embedded store only: its lock proves that
+/// no other process works on it, so a running job belongs to a process that died.
 pub(super) async fn take_over(
     queue: &store::JobStore,
     registry: &Registry,

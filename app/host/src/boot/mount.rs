@@ -18,7 +18,7 @@ use crate::module::{Announcement, Closer, Configured, Host, StatusFn};
 use crate::pause::{self, Pause, Why};
 use crate::{backup, jobs, maintenance};
 
-/// What the modules have handed in.
+/// The parts that the modules have handed in.
 pub(super) struct Mounted {
     /// Routes of the public listener.
     pub(super) routes: OpenApiRouter,
@@ -33,7 +33,7 @@ pub(super) struct Mounted {
 }
 
 impl Mounted {
-    /// Has each module hand in its parts, and adds those of the host.
+    /// Lets each module hand in its parts, and adds the parts of the host.
     pub(super) async fn mount(
         mut host: Host,
         modules: Vec<Configured>,
@@ -71,7 +71,7 @@ impl Mounted {
     }
 }
 
-/// The host as modules see it, with nothing handed in yet.
+/// Makes the host as modules see it, without any parts of modules yet.
 pub(super) fn host(plan: &BootPlan, base: &Base, tasks: &Tasks, health: &Health, drain: &Drain) -> Host {
     let mut registry = Registry::new();
     registry.serve(DEFAULT_QUEUE, plan.config.slots);
@@ -96,7 +96,7 @@ pub(super) fn host(plan: &BootPlan, base: &Base, tasks: &Tasks, health: &Health,
     }
 }
 
-/// Whether jobs and schedules rest, and the route that ends it.
+/// Makes the pause of jobs and schedules, and adds the route that ends it.
 async fn pause(plan: &BootPlan, base: &Base, host: &mut Host) -> anyhow::Result<Pause> {
     let why =
         if plan.config.paused { Some(Why::Asked) } else { base.store.is_copy().await?.then_some(Why::Copy) };

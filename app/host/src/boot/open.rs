@@ -1,4 +1,4 @@
-//! The stores, and what hangs on them alone: for boot, and for commands that run while no server does.
+//! The stores, and the parts that need only them, for boot and for commands that run while no server does.
 
 use std::time::Duration;
 
@@ -20,10 +20,10 @@ use crate::data_dir::DataDir;
 
 /// How many writes may wait for the store's writer.
 const WRITE_QUEUE: usize = 4096;
-/// How long a caller waits for a commit: a disk that takes longer is out of order.
+/// How long a caller waits for a commit. A disk that takes longer is out of order.
 const COMMIT_WAIT: Duration = Duration::from_secs(60);
 
-/// The tables of everything: those of the host, then those of each module.
+/// All tables: first the tables of the host, then the tables of each module.
 pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
     [access::keys::TABLES, workers::TABLES, outbox::TABLES].into_iter().chain(modules).collect()
 }
@@ -53,12 +53,12 @@ pub(crate) async fn store(data_dir: &DataDir, store: &config::StoreConfig) -> an
     opened.context("the store cannot be opened")
 }
 
-/// Why a server cannot be used: one sentence that says which, where and why.
+/// Makes the error for a server that cannot be used: one sentence with its setting, its address and the cause.
 fn not_usable(server: &str, url: &Url, error: &(dyn std::error::Error + 'static)) -> anyhow::Error {
     anyhow::anyhow!("{server} at {} cannot be used: {}", url.place(), with_causes(error))
 }
 
-/// Opens the store of jobs; and the outbox, if that is another one than the store.
+/// Opens the store of jobs, and the outbox if jobs are not in the main store.
 pub(crate) async fn queue(
     config: &Config,
     store: &sql::Store,
@@ -77,12 +77,12 @@ pub(crate) async fn queue(
     Ok((queue, None))
 }
 
-/// The caches, which replicas forget together where they share a Redis.
+/// Makes the caches. Replicas that share a Redis drop entries together.
 pub(crate) fn caches(queue: &workers::JobStore, config: &Config) -> Caches {
     Caches::new(shared_redis(queue, config).map(|(redis, prefix)| Bus::new(redis, &prefix)))
 }
 
-/// The Redis that replicas share, if they do, and what its keys begin with.
+/// Returns the Redis that replicas share, if there is one, and the prefix of its keys.
 pub(super) fn shared_redis(queue: &workers::JobStore, config: &Config) -> Option<(Redis, String)> {
     match (queue, &config.queue) {
         (workers::JobStore::Redis(queue), Some(shared)) => {

@@ -1,4 +1,4 @@
-//! What boot works from.
+//! The input of boot.
 
 use std::io;
 
@@ -10,14 +10,14 @@ use crate::config::Config;
 use crate::data_dir::SecretFile;
 use crate::succession::Inheritance;
 
-/// What boot works from: everything that was read, and nothing that was touched.
+/// The input of boot: everything that was read before anything is changed.
 pub(crate) struct BootPlan {
     pub(crate) config: Config,
     pub(crate) tables: Vec<Tables>,
     /// The secret files of the modules.
     pub(crate) files: Vec<SecretFile>,
     pub(crate) inheritance: Inheritance,
-    /// Where the admin listener is.
+    /// Addresses of the admin listener.
     pub(crate) admin_addresses: Vec<String>,
 }
 
@@ -25,14 +25,14 @@ impl BootPlan {
     /// Opens the public listener.
     pub(super) async fn listen(&self) -> anyhow::Result<Server> {
         Server::bind(self.config.server.clone(), &self.inheritance.sockets).await.map_err(|error| {
-            // One that is not taken over may be why.
+            // An inherited socket that is not taken over may be the cause.
             self.inheritance.warn_of_the_rest();
             not_opened(error, "server.listen")
         })
     }
 }
 
-/// Why a listener could not be opened, with the setting that says where it is to be.
+/// Makes the error for a listener that could not be opened, with the setting that has its address.
 pub(crate) fn not_opened(error: BindError, setting: &'static str) -> anyhow::Error {
     let is_taken =
         matches!(&error, BindError::Address { source, .. } if source.kind() == io::ErrorKind::AddrInUse);

@@ -1,5 +1,5 @@
-//! The tasks that work beside the public listener, once everything is made. Each has a name, an owner, and a stated death:
-//! one that is critical takes the process with it, one that is contained is started again.
+//! The tasks that run beside the public listener, after all parts are made. Each has a name, an owner, and a stated
+//! death: a critical task ends the process, a contained task is started again.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,7 +22,7 @@ use crate::admin::PoolFn;
 use crate::config::Config;
 use crate::pause::Pause;
 
-/// What they work with.
+/// The parts that the tasks work with.
 pub(super) struct TaskParts<'a> {
     pub(super) config: &'a Config,
     pub(super) base: &'a Base,
@@ -32,7 +32,7 @@ pub(super) struct TaskParts<'a> {
 }
 
 impl TaskParts<'_> {
-    /// Starts all of them, and returns the pools for operators.
+    /// Starts all tasks, and returns the pools for operators.
     pub(super) fn start(&self, engine: Engine, mounted: &Mounted) -> Vec<PoolFn> {
         let pools = self.start_pools();
         self.start_caches();
@@ -52,7 +52,7 @@ impl TaskParts<'_> {
         pools
     }
 
-    /// What runs jobs and schedules, for a task of its own.
+    /// Makes the tasks that run jobs and schedules, without starting them.
     fn work(&self, engine: Engine, registry: &Arc<Registry>) -> JobTasks {
         let Engine { worker, crontab, .. } = engine;
         let Self { config, base, tasks, drain, .. } = *self;
@@ -71,7 +71,7 @@ impl TaskParts<'_> {
         }
     }
 
-    /// What looks after connections.
+    /// Starts the tasks that maintain connections, and returns the pools for operators.
     fn start_pools(&self) -> Vec<PoolFn> {
         let Self { config, tasks, health, drain, .. } = *self;
         let mut pools: Vec<PoolFn> = vec![Arc::new({
@@ -100,7 +100,7 @@ impl TaskParts<'_> {
         pools
     }
 
-    /// What keeps caches, and the keys in them, as they should be.
+    /// Starts the tasks that maintain the caches and the API keys.
     fn start_caches(&self) {
         let Self { tasks, drain, base: Base { caches, access, .. }, .. } = *self;
         tasks.contained("API keys", {
@@ -115,12 +115,12 @@ impl TaskParts<'_> {
     }
 }
 
-/// What runs jobs and schedules, and by that sends.
+/// The tasks that run jobs and schedules, and thereby send.
 struct JobTasks {
     lease: Duration,
     upkeep: upkeep::Config,
     timer: Timer,
-    /// Where the tick writes down what is due, if it does.
+    /// Handle with which the tick wakes the timer, if the tick is on.
     ticked: Option<Crontab>,
     tasks: Tasks,
     drain: Drain,
@@ -132,7 +132,7 @@ struct JobTasks {
 }
 
 impl JobTasks {
-    /// Starts all of it when the pause has ended.
+    /// Starts all of them when the pause has ended.
     async fn start_after(self, pause: Pause, condition: Condition) -> anyhow::Result<()> {
         let drain = self.drain.clone();
         tokio::select! {

@@ -19,12 +19,12 @@ use crate::command::{CommandContext, block_on, print};
 use crate::config::StoreConfig;
 use crate::data_dir::{DataDir, SecretFile};
 
-/// How long the embedded store may take for a step of its tables.
+/// Time limit for a migration step of the embedded store.
 const PATIENCE: Duration = Duration::from_secs(600);
 
 #[derive(Args, Debug)]
 pub(super) struct Adopt {
-    /// The file of the embedded store, which no server may use: its keys stand beside it
+    /// File of the embedded store, with its keys beside it; no server may use it now
     file: PathBuf,
 }
 
@@ -44,7 +44,7 @@ impl Adopt {
         let directory = directory.unwrap_or_else(|| Path::new("."));
         let directory =
             directory.canonicalize().with_context(|| format!("{} is not there", directory.display()))?;
-        // Nobody else uses either, and the file is as new as the program.
+        // The locks keep other processes away from both, and the migration brings the file up to date.
         let is_ours = config.data_dir.canonicalize().is_ok_and(|ours| ours == directory);
         let from = DataDir::lock(&directory)?;
         bring_up_to_date(context, &from, &self.file).await?;
@@ -60,7 +60,7 @@ impl Adopt {
     }
 }
 
-/// Has the embedded store have the tables that this program knows.
+/// Brings the tables of the embedded store up to date.
 async fn bring_up_to_date(context: &CommandContext, data_dir: &DataDir, file: &Path) -> anyhow::Result<()> {
     let file = file.canonicalize().with_context(|| format!("{} is not there", file.display()))?;
     let embedded = StoreConfig::Sqlite { file, readers: 1, wait: PATIENCE, statement_timeout: PATIENCE };
@@ -112,14 +112,14 @@ async fn move_all(
     ))
 }
 
-/// The texts of the modules' secret files, each with its name in a store that is shared.
+/// Reads the secret files of the modules, and returns the name of each in a shared store with its text.
 fn keys(files: &[SecretFile], directory: &Path) -> anyhow::Result<Vec<(String, String)>> {
     let mut keys = Vec::new();
     for SecretFile { file, name, .. } in files {
         let file = directory.join(file);
         match std::fs::read_to_string(&file) {
             Ok(pem) => keys.push((name.clone(), pem.trim_end().to_owned())),
-            // A site that was never served.
+            // A site that was never served has no file.
             Err(error) if error.kind() == ErrorKind::NotFound => {}
             Err(error) => return Err(error).with_context(|| format!("{} cannot be read", file.display())),
         }

@@ -13,12 +13,12 @@ use crate::data_dir;
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  perennial backup /var/backups/perennial-$(date +%F)")]
 pub(super) struct Backup {
-    /// A directory that is not there yet
+    /// Directory for the copy, which must not exist yet
     directory: PathBuf,
 }
 
 impl Backup {
-    /// Reads the store itself, also while a server runs: a long copy keeps nobody waiting.
+    /// Copies the store in this process, also while a server runs, so that a long copy delays no request.
     pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
         data_dir::check_access(context.data_dir())?;
         let files = context.files.clone();

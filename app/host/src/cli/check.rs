@@ -13,13 +13,13 @@ use crate::settings::{Problems, Shown, Sources};
 
 #[derive(Args, Debug)]
 pub(super) struct Check {
-    /// Only what differs from the defaults
+    /// Print only settings that differ from their defaults
     #[arg(long)]
     changed: bool,
 }
 
 impl Check {
-    /// Prints settings and where they came from, and a summary. With errors the exit code is 2; warnings leave it at 0.
+    /// Prints the settings with their sources, and a summary. The exit code is 2 with errors, and 0 with warnings only.
     pub(super) fn run(&self, json: bool, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
         let settings = load(sources, modules);
         let (errors, warnings): (Vec<String>, Vec<String>) = match read(&settings, modules) {

@@ -8,7 +8,7 @@ use crate::command::arguments::whole;
 use crate::command::output::{self, NONE, json_lines, table, text};
 use crate::command::{AdminBackend, CommandContext, block_on, print};
 
-/// What is due for less than this, in milliseconds, is just being claimed.
+/// A schedule that is due for less than this, in milliseconds, is just being claimed.
 const OVERDUE_MS: i64 = 3000;
 
 #[derive(Debug, Subcommand)]
@@ -17,30 +17,30 @@ const OVERDUE_MS: i64 = 3000;
   perennial cron history push.retention --limit 5
   perennial cron run nightly-report")]
 pub(super) enum Cron {
-    /// List schedules: the next time and the newest run of each, by UTC and on the wall clock of its zone
+    /// List schedules with the next time and the newest run of each, in UTC and in the zone of the schedule
     List,
     /// Show the newest runs of a schedule
     #[command(after_help = "Example:\n  perennial cron history push.retention --limit 5")]
     History {
-        /// Its name
+        /// Name of the schedule
         name: String,
-        /// At most so many
+        /// Maximum number of runs
         #[arg(long, default_value_t = 20, value_parser = whole::<usize>)]
         limit: usize,
     },
     /// Run a schedule's job now, and print the job's id
     Run {
-        /// Its name
+        /// Name of the schedule
         name: String,
     },
-    /// Let nothing of a schedule begin, in any process, until it is resumed
+    /// Pause a schedule in every process, until it is resumed
     Pause {
-        /// Its name
+        /// Name of the schedule
         name: String,
     },
-    /// Let a schedule go on from now: what was due meanwhile is not made up for
+    /// Resume a schedule from now on; missed times are not made up for
     Resume {
-        /// Its name
+        /// Name of the schedule
         name: String,
     },
 }
@@ -86,14 +86,14 @@ impl Cron {
             }
             _ if json => format!("{answer}\n"),
             Self::Run { .. } => format!("{}\n", text(&answer["id"])),
-            Self::Pause { name } => format!("{name} rests until it is resumed\n"),
+            Self::Pause { name } => format!("{name} is paused until it is resumed\n"),
             Self::Resume { name } => format!("{name} goes on\n"),
         };
         print(&text)
     }
 }
 
-/// The path of something about a schedule.
+/// Path of a route of a schedule.
 fn of(name: &str, what: &str) -> String {
     let name: String = url::form_urlencoded::byte_serialize(name.as_bytes()).collect();
     format!("/schedules/{name}/{what}")

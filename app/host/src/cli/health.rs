@@ -9,12 +9,12 @@ use http::Method;
 use crate::addresses::Addresses;
 use crate::command::{Client, CommandContext, block_on, print};
 
-/// Probes are answered at once, or the process is in trouble.
+/// Time limit for an answer: a process without trouble answers probes at once.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 #[derive(Args, Debug)]
 pub(super) struct HealthArgs {
-    /// Ask whether it is alive, instead of ready
+    /// Ask whether the server is alive, instead of ready
     #[arg(long)]
     live: bool,
 }
@@ -32,7 +32,7 @@ impl HealthArgs {
         let reasons = answer.body["reasons"].as_array().into_iter().flatten();
         let reasons: Vec<_> = reasons.filter_map(|reason| reason.as_str()).collect();
         if answer.status.is_success() {
-            // What is away while all is well is said beside it.
+            // A ready server may be degraded: then the reasons are printed, too.
             let but = if reasons.is_empty() {
                 String::new()
             } else {

@@ -19,28 +19,28 @@ use crate::command::{AdminBackend, CommandContext, block_on, print};
   perennial jobs retry --all
   perennial jobs pause push")]
 pub(super) enum JobsCommand {
-    /// List jobs, in the order in which they were made
+    /// List jobs, the oldest first
     #[command(
         after_help = "Examples:\n  perennial jobs list --state dead --kind mail.send\n  perennial jobs list --reason timeout --limit 10"
     )]
     List {
         #[command(flatten)]
         which: WhichJobs,
-        /// After the one with this id
+        /// Begin after the job with this id
         #[arg(long, value_parser = job_id)]
         cursor: Option<Uuid>,
-        /// At most so many
+        /// Maximum number of jobs
         #[arg(long, default_value_t = 100, value_parser = whole::<usize>)]
         limit: usize,
     },
     /// Show one job, with its payload and its last errors
     #[command(after_help = "Example:\n  perennial jobs show 01890a5d-ac96-774b-bcce-b302099a8057")]
     Show {
-        /// Its id
+        /// Id of the job
         #[arg(value_parser = job_id)]
         id: Uuid,
     },
-    /// Let jobs that have ended run again
+    /// Run jobs that have ended again
     #[command(
         after_help = "Examples:\n  perennial jobs retry --kind mail.send --reason timeout\n  perennial jobs retry --all"
     )]
@@ -48,9 +48,9 @@ pub(super) enum JobsCommand {
     /// Delete jobs that have ended
     #[command(after_help = "Example:\n  perennial jobs discard --state cancelled")]
     Discard(ChosenJobs),
-    /// End a job that has not ended
+    /// Cancel a job that has not ended
     Cancel {
-        /// Its id
+        /// Id of the job
         #[arg(value_parser = job_id)]
         id: Uuid,
     },
@@ -59,59 +59,59 @@ pub(super) enum JobsCommand {
         after_help = "Example:\n  perennial jobs enqueue mail.send '{\"to\": \"a@example.com\"}' --delay 30s"
     )]
     Enqueue {
-        /// Its kind
+        /// Kind of the job
         kind: String,
-        /// What the kind wants, in JSON
+        /// Payload of the job, in JSON
         payload: String,
-        /// How long to wait: 30s, 1h
+        /// Time to wait before the job is due, such as 30s or 1h
         #[arg(long)]
         delay: Option<String>,
-        /// A key that no two of this kind have until one has ended
+        /// Unique key: no second job of this kind has it until the first has ended
         #[arg(long)]
         unique: Option<String>,
-        /// Lower goes first
+        /// Priority; jobs with a lower number go first
         #[arg(long, allow_hyphen_values = true, value_parser = whole::<i16>)]
         priority: Option<i16>,
     },
-    /// Say how much waits and runs in each queue
+    /// Show how many jobs wait and run in each queue
     Queues,
-    /// Let no more jobs of a queue begin
+    /// Pause a queue, so that no more of its jobs begin
     #[command(after_help = "Example:\n  perennial jobs pause push")]
     Pause {
-        /// The queue
+        /// Name of the queue
         queue: String,
     },
-    /// Let jobs of a queue begin again
+    /// Resume a queue, so that its jobs begin again
     Resume {
-        /// The queue
+        /// Name of the queue
         queue: String,
     },
 }
 
-/// Which jobs. What is not given is not asked for.
+/// Filter of jobs; a field that is not given matches every job.
 #[derive(Args, Debug)]
 pub(super) struct WhichJobs {
-    /// Of this kind
+    /// Only jobs of this kind
     #[arg(long)]
     kind: Option<String>,
-    /// In this queue
+    /// Only jobs in this queue
     #[arg(long)]
     queue: Option<String>,
-    /// In this state: scheduled, ready, running, dead or cancelled
+    /// Only jobs in this state: scheduled, ready, running, dead or cancelled
     #[arg(long)]
     state: Option<String>,
-    /// Whose reason for having ended contains this text
+    /// Only jobs that ended for a reason that contains this text
     #[arg(long)]
     reason: Option<String>,
 }
 
-/// Which jobs that have ended.
+/// Selection of jobs that have ended.
 #[derive(Args, Debug)]
 pub(super) struct ChosenJobs {
-    /// These
+    /// Ids of the jobs
     #[arg(value_parser = job_id)]
     ids: Vec<Uuid>,
-    /// All of them
+    /// All jobs that have ended
     #[arg(long)]
     all: bool,
     #[command(flatten)]
@@ -136,7 +136,7 @@ impl WhichJobs {
 }
 
 impl ChosenJobs {
-    /// Nothing is chosen by saying nothing.
+    /// Refuses a command that selects no jobs, so that all jobs are selected only by `--all`.
     fn check(&self, command: &str) -> Result<(), clap::Error> {
         if self.ids.is_empty() && !self.all && self.which.fields().is_empty() {
             let text = "say which jobs: their ids, or --kind, --queue, --state or --reason, or --all";
@@ -164,7 +164,7 @@ impl JobsCommand {
     }
 
     fn shown(&self, answer: &Value, json: bool) -> String {
-        // Programs that read on have read JSON from the beginning.
+        // Output that does not go to a terminal is for programs, which read JSON.
         let is_read_on = json || !output::is_terminal();
         let list = answer.as_array().or_else(|| answer["jobs"].as_array());
         match (self, list) {
@@ -215,7 +215,7 @@ impl JobsCommand {
     }
 }
 
-/// Asks once for each id, or once for all that fit, and adds up the answers.
+/// Sends one request per id, or one request for all jobs that fit, and adds up the answers.
 async fn each(some: &ChosenJobs, ask: impl AsyncFn(Value) -> anyhow::Result<Value>) -> anyhow::Result<Value> {
     let fields = some.which.fields();
     if some.ids.is_empty() {
@@ -233,7 +233,7 @@ async fn each(some: &ChosenJobs, ask: impl AsyncFn(Value) -> anyhow::Result<Valu
     }
     if sums.values().all(|sum| *sum == 0) {
         bail!(
-            "none of these jobs has ended, if they are known at all: `perennial jobs show ID` says it of one"
+            "none of these jobs has ended, or none of them exists: `perennial jobs show ID` shows the state of one"
         );
     }
     Ok(Value::Object(sums))
@@ -266,7 +266,7 @@ fn queue(queue: &Value) -> [String; 7] {
     ]
 }
 
-/// What was done, in words: `2 retried`.
+/// Formats the counts of an answer in words, such as `2 retried`.
 fn counts(answer: &Value) -> String {
     let counts = answer.as_object().into_iter().flatten();
     let counts: Vec<String> = counts.map(|(what, count)| format!("{count} {what}")).collect();

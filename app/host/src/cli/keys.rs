@@ -26,19 +26,19 @@ use crate::sites;
   perennial keys add backend --scopes notify,read --per-minute 600
   perennial keys list")]
 pub(super) enum KeysCommand {
-    /// Make the keys that are missing: what a first start would do, and a new API key if its file is lost
+    /// Make the missing keys, as a first start does, and a new API key if its file is lost
     Generate,
-    /// Say where the keys are, and show the public halves of those that have one
+    /// Show where the keys are, and the public part of each key that has one
     Show,
-    /// API keys in the store, and what they may be used for
+    /// List the API keys in the store, and their scopes
     #[command(after_help = "Example:\n  perennial keys list --json")]
     List,
-    /// Make an API key, and print it: it is stored nowhere
+    /// Make an API key, and print it; only its hash is stored
     #[command(
         after_help = "Examples:\n  perennial keys add backend --scopes notify,read --per-minute 600\n  perennial keys add partner --site shop --scopes notify --expires-in 720h"
     )]
     Add(Add),
-    /// Make another API key in the place of one, and print it; the old one goes on being good for a while
+    /// Replace an API key by a new one, and print it; the old key stays valid for a while
     #[command(after_help = "Example:\n  perennial keys replace backend --overlap 1h")]
     Replace(ReplaceArgs),
     /// End an API key now
@@ -48,9 +48,9 @@ pub(super) enum KeysCommand {
 
 #[derive(Debug, clap::Args)]
 pub(super) struct Named {
-    /// What it is called
+    /// Name of the key
     name: String,
-    /// Of which site
+    /// Site of the key
     #[arg(long, default_value = sites::DEFAULT)]
     site: String,
 }
@@ -59,13 +59,13 @@ pub(super) struct Named {
 pub(super) struct Add {
     #[command(flatten)]
     named: Named,
-    /// What for; everything without this
+    /// Scopes of the key; all of them by default
     #[arg(long, value_delimiter = ',')]
     scopes: Option<Vec<String>>,
-    /// How many requests a minute
+    /// Maximum number of requests per minute
     #[arg(long, value_name = "NUMBER", value_parser = whole::<u32>)]
     per_minute: Option<u32>,
-    /// When it ends, such as 720h; never without this
+    /// Time for which the key is valid, such as 720h; without end by default
     #[arg(long, value_name = "DURATION")]
     expires_in: Option<String>,
 }
@@ -74,10 +74,10 @@ pub(super) struct Add {
 pub(super) struct ReplaceArgs {
     #[command(flatten)]
     named: Named,
-    /// How long the old one is good
+    /// Time for which the old key stays valid
     #[arg(long, default_value = "24h", value_name = "DURATION")]
     overlap: String,
-    /// When the new one ends, such as 720h; with the old one's end, if it has one, without this
+    /// Time for which the new key is valid, such as 720h; by default it keeps the end of the old key, if that has one
     #[arg(long, value_name = "DURATION")]
     expires_in: Option<String>,
 }
@@ -125,7 +125,7 @@ impl KeysCommand {
                 }
                 let answer = backend.call(Method::POST, "/keys", Some(&body)).await?;
                 let Err(error) = made(json, &answer) else { return Ok(()) };
-                // It is stored nowhere, so that nobody could ever use it, or end it by itself.
+                // The lost key is stored nowhere, so it can never be used, and is revoked here.
                 let path = format!("/keys/{name}/revoke");
                 backend.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
                 Err(error.context("the key could not be printed, and was withdrawn"))
@@ -137,13 +137,13 @@ impl KeysCommand {
                 }
                 let answer =
                     backend.call(Method::POST, &format!("/keys/{name}/replace"), Some(&body)).await?;
-                made(json, &answer).with_context(|| format!("the new key of {name} could not be printed, so that it is in no hands; the old one is good for {overlap}: replace it again before"))
+                made(json, &answer).with_context(|| format!("the new key of {name} could not be printed, and is lost; the old key stays valid for {overlap}: replace it again before it ends"))
             }
             Self::Revoke(Named { name, site }) => {
                 let path = format!("/keys/{name}/revoke");
                 backend.call(Method::POST, &path, Some(&json!({ "site": site }))).await?;
                 let words = format!(
-                    "{name} has ended. Where replicas share no Redis, one that has just seen it takes it for 15 s more.\n"
+                    "{name} has ended. Without a shared Redis, a replica that has just seen it accepts it for 15 s more.\n"
                 );
                 done(json, &json!({ "name": name, "site": site, "revoked": true }), &words)
             }
@@ -152,7 +152,7 @@ impl KeysCommand {
     }
 }
 
-/// Nothing but the key goes to standard output, so that it can be put where it belongs.
+/// Prints a new key. Only the key goes to standard output, so that it can be redirected.
 fn made(json: bool, answer: &Value) -> anyhow::Result<()> {
     let text = if json {
         format!("{answer}\n")
@@ -164,7 +164,7 @@ fn made(json: bool, answer: &Value) -> anyhow::Result<()> {
         eprintln!("This key is shown once, is stored nowhere{ends}:");
         format!("{}\n", answer["key"].as_str().unwrap_or_default())
     };
-    // A pipe that nobody reads is no place for a key that is shown once.
+    // A closed pipe is an error here, since the key is shown only once.
     let mut out = std::io::stdout().lock();
     Ok(out.write_all(text.as_bytes()).and_then(|()| out.flush())?)
 }
@@ -189,7 +189,7 @@ fn list(json: bool, keys: &Value) -> anyhow::Result<()> {
     print(&table(["SITE", "NAME", "SCOPES", "PER MINUTE", "ENDS"], keys.iter().map(row)))
 }
 
-/// Routes about API keys, on the store.
+/// Makes the routes for API keys, on the store.
 async fn keyring(offline: Offline) -> anyhow::Result<Router> {
     let (sites, caches) = (offline.sites().await?, offline.caches());
     let keyring = Keyring { scopes: offline.scopes().clone(), store: offline.store, sites, caches };
@@ -199,7 +199,7 @@ async fn keyring(offline: Offline) -> anyhow::Result<Router> {
 async fn generate(context: &CommandContext, modules: &[Blueprint]) -> anyhow::Result<()> {
     let config = &context.config;
     let (data_dir, store) = context.open_alone().await?;
-    // Who has keys in files needs none in the store.
+    // With keys in files, none is needed in the store.
     let needs_one = !access::keys::exist(&store).await? || !data_dir.join(API_KEY).exists();
     if config.key_files.is_empty() && needs_one {
         first::make_api_key(&data_dir, &store, &config.scopes).await?;
@@ -219,18 +219,18 @@ async fn generate(context: &CommandContext, modules: &[Blueprint]) -> anyhow::Re
     show(context)
 }
 
-/// A file that keys are in.
+/// A file with a key.
 struct KeyFile {
     label: String,
     path: PathBuf,
     public: fn(&str) -> Option<String>,
-    /// Whether the store has the key unless the file is there.
+    /// Whether the store has the key if the file does not exist.
     is_in_store: bool,
     loss: Option<&'static str>,
 }
 
 impl KeyFile {
-    /// The part of it that everybody may see.
+    /// The public part of the key, if it has one and the file can be read.
     fn public(&self) -> Option<String> {
         (self.public)(&std::fs::read_to_string(&self.path).ok()?)
     }
@@ -247,7 +247,7 @@ impl KeyFile {
         shown
     }
 
-    /// Lines of what it is and where: never the secrets themselves.
+    /// Lines with a label and the public part or the place of the key, never the secret itself.
     fn lines(&self) -> Vec<(String, String)> {
         let Self { label, path, is_in_store, .. } = self;
         let place = match (path.exists(), is_in_store) {
@@ -260,7 +260,7 @@ impl KeyFile {
     }
 }
 
-/// The files of the modules, and those of the host.
+/// The key files of the modules and of the host.
 fn key_files(context: &CommandContext) -> Vec<KeyFile> {
     let is_in_store = matches!(context.config.store, StoreConfig::Postgres(_));
     let of_modules = context.files.iter().cloned().map(|file| KeyFile {

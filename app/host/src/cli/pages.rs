@@ -14,7 +14,7 @@ use crate::command::print;
   perennial completions zsh > \"${fpath[1]}/_perennial\"
   perennial completions fish > ~/.config/fish/completions/perennial.fish")]
 pub(super) struct Completions {
-    /// For which shell
+    /// Shell that the script is for
     shell: Shell,
 }
 
@@ -23,7 +23,7 @@ pub(super) struct Completions {
   perennial man | man -l -
   perennial man /usr/local/share/man/man1")]
 pub(super) struct Man {
-    /// Write a page for each command into this directory, instead of the first one to standard output
+    /// Directory for a page per command; by default only the first page is printed, to standard output
     directory: Option<PathBuf>,
 }
 

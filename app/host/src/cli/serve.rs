@@ -1,8 +1,8 @@
-//! `perennial serve`: two runtimes, and who does what on them.
+//! `perennial serve`: two runtimes, and their tasks.
 //!
-//! The *control* runtime is this thread. It handles signals, answers the admin listener, and stops the
-//! process: it goes on when every thread of the other one is blocked. The *serving* runtime has all the
-//! others: it boots, and then runs requests and jobs.
+//! The *control* runtime is this thread. It handles signals, serves the admin listener, and stops the process: it goes
+//! on when every thread of the other runtime is blocked. The *serving* runtime has all other threads: it boots, and
+//! then runs requests and jobs.
 
 use std::io::{IsTerminal, Write};
 use std::pin::pin;
@@ -36,7 +36,7 @@ use crate::stop::{Reason, stop};
 use crate::succession::{self, Inheritance};
 use crate::supervisor;
 
-/// How long the threads of the serving runtime may take to end after everything on them has.
+/// Time limit for the threads of the serving runtime to end, after all tasks on them have ended.
 const THREADS: Duration = Duration::from_secs(1);
 
 #[derive(Args, Debug, Default)]
@@ -47,14 +47,14 @@ pub(super) struct Serve {
 }
 
 impl Serve {
-    /// Serves; `matches` are those of the whole command line.
+    /// Serves; `matches` has the whole command line.
     pub(super) fn run(&self, matches: &ArgMatches, sources: &Sources, modules: &[Blueprint]) -> ExitCode {
         let control = match Builder::new_current_thread().enable_all().build() {
             Ok(control) => control,
             Err(error) => return report(&error.into()),
         };
         let served = control.block_on(async {
-            // Until the handlers are there, SIGTERM is sudden death.
+            // Until the handlers are installed, SIGTERM kills the process at once.
             let signals = Signals::install().context("the signal handlers cannot be installed")?;
             match self.open_companion(matches, sources, modules).await? {
                 Some((sources, beside)) => self.serve_beside(&sources, modules, beside, signals).await,
@@ -72,7 +72,7 @@ impl Serve {
         }
     }
 
-    /// Opens what a flag wants beside the server, and returns the sources with the settings that the server needs for it.
+    /// Opens the companion that a flag asks for, and returns it with the sources, which then have its settings.
     async fn open_companion(
         &self,
         matches: &ArgMatches,
@@ -111,10 +111,10 @@ impl Serve {
     }
 }
 
-/// How it went, and the runtime that served: it must not be dropped on another one.
+/// The exit code, and the serving runtime, which must not be dropped on another runtime.
 type ServeResult = (ExitCode, Option<Runtime>);
 
-/// Everything that must be right before anything is touched.
+/// Everything that must be valid before anything is changed.
 struct Prepared {
     sources: Sources,
     modules: Vec<Blueprint>,
@@ -151,12 +151,12 @@ fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow:
 }
 
 impl Prepared {
-    /// Serves until somebody says stop.
+    /// Serves until there is a reason to stop.
     async fn run(self, mut signals: Signals) -> ServeResult {
         let Self { sources, modules, settings, config, configured, telemetry, metrics, serving } = self;
         let health = Health::new(config.health);
         let running = Arc::new(Mutex::new(settings));
-        // What must go on while everything else stops.
+        // Tasks with this drain go on while everything else stops.
         let (last, at_last) = drain::channel();
         let control = Control {
             background: Tasks::new(at_last.clone()),
@@ -214,19 +214,19 @@ impl Prepared {
     }
 }
 
-/// What runs on the control runtime, from before boot until after the stop.
+/// The parts of the control runtime, which run from before boot until after the stop.
 struct Control {
     background: Tasks,
-    /// Hard when everything else has ended.
+    /// Drain that is hard when everything else has ended.
     drain: Drain,
     health: Health,
     metrics: Metrics,
     telemetry: Arc<Telemetry>,
-    /// The settings in force.
+    /// The settings in effect.
     running: Arc<Mutex<Settings>>,
 }
 
-/// The admin listener, which is open.
+/// The open admin listener.
 struct OpenAdmin {
     known: Admin,
     sockets: Sockets,
@@ -234,7 +234,7 @@ struct OpenAdmin {
 }
 
 impl Control {
-    /// Opens the admin listener, and starts what looks after the process.
+    /// Opens the admin listener, and starts the tasks that watch the process.
     async fn open_admin(
         &self,
         config: &Config,
@@ -270,7 +270,7 @@ impl Control {
     }
 }
 
-/// Waits until boot has ended. A signal before that, or an error, ends the process with this exit code.
+/// Waits until boot has ended. A signal before that, or an error, ends the process with the returned exit code.
 async fn booted(
     mut booting: JoinHandle<anyhow::Result<(App, Booted)>>,
     signals: &mut Signals,
@@ -289,7 +289,7 @@ async fn booted(
     }
 }
 
-/// Boot could not be finished. A filter that lets no errors through must not hide that.
+/// Reports that boot failed, even if the filter of the log lets no errors through.
 fn failed(error: &anyhow::Error) -> ExitCode {
     if !tracing::enabled!(tracing::Level::ERROR) {
         eprintln!("perennial: boot failed: {error:#}");
@@ -298,7 +298,7 @@ fn failed(error: &anyhow::Error) -> ExitCode {
     ExitCode::FAILURE
 }
 
-/// Waits for a reason to leave.
+/// Waits for a reason to stop.
 async fn serve_until(
     app: &App,
     background: &Tasks,
@@ -314,11 +314,11 @@ async fn serve_until(
             death = background.died() => return Reason::Death(death),
             reached = &mut reached => return Reason::Limit(reached),
             signal = signals.next() => match signal {
-                // The terminal that it was started on has been closed.
+                // The terminal that the process was started on has been closed.
                 ProcessSignal::Reload if terminal.has_gone() => return Reason::ProcessSignal(ProcessSignal::Interrupt),
                 ProcessSignal::Reload => reload(),
                 ProcessSignal::Succeed => {
-                    // Whoever wants it to stop does not wait for a successor, which then ends, too.
+                    // A signal to stop does not wait for the successor, which then ends, too.
                     let begun = tokio::select! {
                         begun = succession::begin(sockets) => begun,
                         signal = first_stop(signals) => return Reason::ProcessSignal(signal),
@@ -336,7 +336,7 @@ async fn serve_until(
     }
 }
 
-/// Whether there is a person at standard error.
+/// Whether standard error was a terminal at the start.
 #[derive(Clone, Copy, Debug)]
 struct Terminal(bool);
 
@@ -345,7 +345,7 @@ impl Terminal {
         Self(std::io::stderr().is_terminal())
     }
 
-    /// Whether there was one and is none any more: a terminal that is closed sends SIGHUP, too.
+    /// Returns true when standard error was a terminal and no longer is: a terminal that is closed sends SIGHUP, too.
     fn has_gone(self) -> bool {
         self.0 && !std::io::stderr().is_terminal()
     }
@@ -362,7 +362,7 @@ async fn first_stop(signals: &mut Signals) -> ProcessSignal {
     }
 }
 
-/// SIGHUP: reads the settings again, applies what can be applied, and says what could not.
+/// Handles SIGHUP: reads the settings again, applies the ones that can be applied, and logs the others.
 fn reload(sources: &Sources, modules: &[Blueprint], running: &Mutex<Settings>, telemetry: &Telemetry) {
     let settings = load(sources, modules);
     let mut reader = Reader::new(&settings);
@@ -379,7 +379,7 @@ fn reload(sources: &Sources, modules: &[Blueprint], running: &Mutex<Settings>, t
     info!(needs_a_restart = ?settings.changed_from(&running), "reloaded telemetry.log");
 }
 
-/// Tells a person at a terminal where to go. Whatever is said here is not in any log.
+/// Prints the announcements if standard output is a terminal. They are in no log.
 fn greet(app: &App) {
     let mut out = std::io::stdout();
     if out.is_terminal() {
@@ -389,7 +389,8 @@ fn greet(app: &App) {
     }
 }
 
-/// Every connection is an open file, and the usual limit of 1024 is for programs that are not servers.
+/// Raises the limit of open files: every connection is an open file, and the usual limit of 1024 is too low for a
+/// server.
 fn raise_file_limit() {
     use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
     let limit = getrlimit(Resource::Nofile);

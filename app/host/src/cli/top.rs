@@ -1,4 +1,4 @@
-//! `perennial top`: what a running server does, each second anew.
+//! `perennial top`: the activity of a running server, updated every second.
 
 mod terminal;
 
@@ -14,12 +14,12 @@ use crate::command::output::clipped;
 use crate::command::{Client, CommandContext, admin_client, block_on, print};
 use terminal::KeyPresses;
 
-/// How long one look may take.
+/// Time limit for one answer.
 const TIMEOUT: Duration = Duration::from_secs(3);
 /// How many lines of each list are shown.
 const LINES: usize = 8;
 
-/// What is asked for one frame, each answer under its path.
+/// Paths that are asked for one frame.
 const PATHS: [&str; 11] = [
     "/build",
     "/process",
@@ -30,7 +30,7 @@ const PATHS: [&str; 11] = [
     "/cache",
     "/queues",
     "/workers",
-    // Of a host that hosts no web push, there are none of these.
+    // A host without web push does not have these.
     "/notifications",
     "/origins",
 ];
@@ -40,10 +40,10 @@ const PATHS: [&str; 11] = [
   perennial top
   perennial top --once --json")]
 pub(super) struct Top {
-    /// Look once, and print it
+    /// Print one frame, and end
     #[arg(long)]
     once: bool,
-    /// How many seconds there are between two looks
+    /// Seconds between two frames
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=3600))]
     every: u64,
 }
@@ -63,7 +63,7 @@ impl Top {
         })?
     }
 
-    /// Shows one frame after the other, until somebody presses q.
+    /// Shows one frame after the other, until q is pressed.
     async fn follow(&self, client: &Client, first: Look) -> anyhow::Result<()> {
         let mut keys = KeyPresses::listen();
         let mut before: Option<Look> = None;
@@ -71,7 +71,8 @@ impl Top {
         loop {
             let width = terminal::width();
             let frame = now.frame(before.as_ref());
-            // From the top left corner, and nothing of what was there before. A line that is too long would become two.
+            // A frame overwrites the one before, from the top left corner. A line that is too long is clipped, since it
+            // would become two.
             let lines = frame.lines().map(|line| format!("{}\x1b[K\n", clipped(line, width)));
             let frame: String = lines.collect();
             let mut out = std::io::stdout().lock();
@@ -89,7 +90,7 @@ impl Top {
     }
 }
 
-/// What the server said at one moment.
+/// Answers of the server at one moment.
 struct Look {
     at: Instant,
     answers: Map<String, Value>,
@@ -116,7 +117,7 @@ impl Look {
         self.answers.get(name).unwrap_or(&Value::Null)
     }
 
-    /// As lines; rates are from the look before.
+    /// Formats the answers as lines. Rates are computed from the look before.
     fn frame(&self, before: Option<&Self>) -> String {
         let mut frame = self.head(before);
         requests(&mut frame, self.of("requests"), self.of("connections"));
@@ -242,7 +243,7 @@ fn notifications(frame: &mut String, notifications: &Value) {
     }
 }
 
-/// Push services that nothing is sent to now, and why.
+/// Adds the push services that are sent nothing now, and the cause.
 fn services(frame: &mut String, origins: &Value) {
     let held: Vec<&Value> = list(origins).filter(|origin| !origin["held"].is_null()).collect();
     if held.is_empty() {
@@ -275,7 +276,7 @@ fn text<'a>(value: &'a Value, field: &str) -> &'a str {
     value[field].as_str().unwrap_or_default()
 }
 
-/// A number, never the negative zero that sums of nothing are.
+/// Reads a number. It is never negative zero, which is the sum of an empty list.
 fn number(value: &Value, field: &str) -> f64 {
     value[field].as_f64().unwrap_or_default() + 0.0
 }

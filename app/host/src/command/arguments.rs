@@ -1,22 +1,22 @@
-//! Values of the command line, with errors in words of the interface.
+//! Parsers for values of the command line, with errors in words of the interface.
 
 use std::net::SocketAddr;
 use std::str::FromStr;
 
 use uuid::Uuid;
 
-/// A whole number of the type that the command stores it in.
+/// Parses a whole number of the type that the command stores it in.
 ///
 /// # Errors
-/// What was wanted.
+/// The form that was wanted.
 pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
     text.parse().map_err(|_| "wanted a whole number that is not so large".to_owned())
 }
 
-/// A number, such as 0.5.
+/// Parses a finite number, such as 0.5.
 ///
 /// # Errors
-/// What was wanted.
+/// The form that was wanted.
 pub fn number(text: &str) -> Result<f64, String> {
     text.parse()
         .ok()
@@ -24,28 +24,28 @@ pub fn number(text: &str) -> Result<f64, String> {
         .ok_or_else(|| "wanted a number, such as 0.5".to_owned())
 }
 
-/// How many seconds, as a number or with a unit.
+/// Parses a number of seconds, alone or with a unit.
 ///
 /// # Errors
-/// What was wanted.
+/// The form that was wanted.
 pub fn seconds(text: &str) -> Result<u32, String> {
     let with_unit =
         || crate::settings::parse_duration(text).and_then(|duration| u32::try_from(duration.as_secs()).ok());
     text.parse().ok().or_else(with_unit).ok_or_else(|| "wanted seconds, such as 3600, or 1h".to_owned())
 }
 
-/// The id of a job.
+/// Parses the id of a job.
 ///
 /// # Errors
-/// What was wanted.
+/// The form that was wanted.
 pub fn job_id(text: &str) -> Result<Uuid, String> {
     text.parse().map_err(|_| "wanted the id of a job; `perennial jobs list` shows them".to_owned())
 }
 
-/// An address and a port.
+/// Parses an IP address and a port.
 ///
 /// # Errors
-/// What was wanted.
+/// The form that was wanted.
 pub fn address(text: &str) -> Result<SocketAddr, String> {
     text.parse().map_err(|_| "wanted an IP address and a port, such as 127.0.0.1:8443".to_owned())
 }

@@ -1,4 +1,5 @@
-//! Where commands for operators are answered: by the running server, or by the same routes on its store while none runs.
+//! The admin backend, which answers commands of operators: the running server, or the same routes on its store while no
+//! server runs.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -25,10 +26,10 @@ use crate::config::{Config, StoreConfig};
 use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
 use crate::sites::Sites;
 
-/// Retrying a million dead jobs takes a while.
+/// Time limit for an answer: retrying a million dead jobs takes a while.
 const TIMEOUT: Duration = Duration::from_secs(120);
 
-/// The server that runs, or the store while none does.
+/// The running server, or the store while no server runs.
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "there is one, for a moment")]
 pub enum AdminBackend {
@@ -38,12 +39,12 @@ pub enum AdminBackend {
     Own(Own),
 }
 
-/// What the host has made of the settings for a command that runs while no server does.
+/// The parts of the host for a command that runs while no server does.
 #[derive(Debug)]
 pub struct Offline {
     /// The data directory, locked.
     pub data_dir: Arc<DataDir>,
-    /// The store, its tables up to date.
+    /// The store, with its tables up to date.
     pub store: sql::Store,
     /// The jobs.
     pub jobs: Jobs,
@@ -64,7 +65,7 @@ impl Offline {
         self.store.close().await;
     }
 
-    /// The sites, written down in the store.
+    /// Registers the sites in the store, and returns them.
     ///
     /// # Errors
     /// When the store refuses.
@@ -72,12 +73,12 @@ impl Offline {
         self.config.sites.clone().open(&self.store).await
     }
 
-    /// Caches, which running replicas forget together with this process.
+    /// Makes caches; running replicas drop entries together with this process.
     pub fn caches(&self) -> Caches {
         open::caches(self.jobs.store(), &self.config)
     }
 
-    /// What a key may be used for.
+    /// The scopes that a key can have.
     pub(crate) fn scopes(&self) -> &Scopes {
         &self.config.scopes
     }
@@ -92,7 +93,7 @@ pub struct Own {
 }
 
 impl AdminBackend {
-    /// Finds the server, or opens the store; `routes` makes what is asked then.
+    /// Finds the running server, or opens the store; `routes` makes the routes that are called then.
     pub(super) async fn open(
         context: &CommandContext,
         routes: impl AsyncFnOnce(Offline) -> anyhow::Result<Router>,
@@ -115,10 +116,10 @@ impl AdminBackend {
         Ok(Self::Own(Own { store, router, _lock: lock }))
     }
 
-    /// Asks with JSON.
+    /// Sends a request, with a JSON body if there is one, and returns the body of the answer.
     ///
     /// # Errors
-    /// What was answered instead of success.
+    /// When the answer is not a success, or the server does not answer.
     pub async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
         match self {
             Self::Server(client) => client.call(method, path, body).await,
@@ -128,10 +129,10 @@ impl AdminBackend {
         }
     }
 
-    /// Posts lines of JSON.
+    /// Posts lines of JSON, and returns the body of the answer.
     ///
     /// # Errors
-    /// What was answered instead of success.
+    /// When the answer is not a success, or the server does not answer.
     pub async fn post_lines(&self, path: &str, lines: Bytes) -> anyhow::Result<Value> {
         match self {
             Self::Server(client) => client.post_lines(path, lines).await?.success(),

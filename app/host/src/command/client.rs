@@ -1,4 +1,4 @@
-//! The running server, as commands talk to it.
+//! The client with which commands call the running server.
 
 use std::time::Duration;
 
@@ -13,7 +13,7 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
 
-/// The longest answer.
+/// Maximum length of an answer, in bytes.
 const MAX_ANSWER: usize = 16 << 20;
 
 /// A client of one server.
@@ -25,22 +25,22 @@ pub struct Client {
     http: HttpClient<HttpsConnector<HttpConnector>, Full<Bytes>>,
 }
 
-/// What was asked is wrong, and will be.
+/// The server refused the request (4xx), and would refuse it again.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Refused(String);
 
-/// An answer, whatever its status.
+/// An answer of the server, with any status.
 #[derive(Debug)]
 pub struct ServerAnswer {
     /// The status.
     pub status: StatusCode,
-    /// The body, or null where it is no JSON.
+    /// The body; null if it is not JSON.
     pub body: Value,
 }
 
 impl Client {
-    /// A client of the server at `base`, such as `http://127.0.0.1:8080`, which has `timeout` for each answer.
+    /// Makes a client of the server at `base`, such as `http://127.0.0.1:8080`; `timeout` is the limit for each answer.
     pub fn new(base: &str, key: Option<String>, timeout: Duration) -> anyhow::Result<Self> {
         let provider = rustls::crypto::aws_lc_rs::default_provider();
         let tls = HttpsConnectorBuilder::new().with_provider_and_native_roots(provider);
@@ -49,7 +49,7 @@ impl Client {
         Ok(Self { timeout, base: base.trim_end_matches('/').to_owned(), key, http })
     }
 
-    /// Asks, and takes any answer.
+    /// Sends a request, with a JSON body if there is one, and returns the answer with any status.
     pub async fn ask(
         &self,
         method: Method,
@@ -67,7 +67,7 @@ impl Client {
         self.send(request, Bytes::from(body.map(Value::to_string).unwrap_or_default())).await
     }
 
-    /// Posts lines of JSON, and takes any answer.
+    /// Posts lines of JSON, and returns the answer with any status.
     pub async fn post_lines(&self, path: &str, lines: Bytes) -> anyhow::Result<ServerAnswer> {
         let request = self.request(Method::POST, path)?;
         self.send(request.header(header::CONTENT_TYPE, "application/x-ndjson"), lines).await
@@ -98,12 +98,12 @@ impl Client {
         Ok(ServerAnswer { status, body: serde_json::from_slice(&body).unwrap_or_default() })
     }
 
-    /// Asks, and takes nothing but success.
+    /// Sends a request, and returns the body of a successful answer; any other status is an error.
     pub async fn call(&self, method: Method, path: &str, body: Option<&Value>) -> anyhow::Result<Value> {
         self.call_with(method, path, body, None).await
     }
 
-    /// The same with one more header.
+    /// Does the same as [`call`](Self::call), with one more header.
     pub async fn call_with(
         &self,
         method: Method,
@@ -116,7 +116,7 @@ impl Client {
 }
 
 impl ServerAnswer {
-    /// What was answered, if it was success.
+    /// Returns the body of a successful answer; any other status is an error.
     pub fn success(self) -> anyhow::Result<Value> {
         let Self { status, body } = self;
         if status.is_success() {

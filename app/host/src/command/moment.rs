@@ -6,13 +6,13 @@ use jiff::{Timestamp, ToSpan, Zoned};
 
 use crate::settings::parse_duration;
 
-/// What is understood, in words.
+/// The forms of a time that are understood, in words.
 pub const WANTED: &str = "a time such as 2027-01-31T12:00:00Z, \"2027-01-31 12:00\", \"tomorrow 9:00\", \"today 18:30\", 18:30 or \"in 2h\" (without a zone, that of this machine)";
 
-/// Reads a time; `now` says what day it is, and in which zone.
+/// Parses a time; `now` gives the current day and the time zone.
 ///
 /// # Errors
-/// What was wanted.
+/// The form that was wanted, or that the time is past.
 pub fn parse(text: &str, now: &Zoned) -> Result<Timestamp, String> {
     let text = text.trim();
     let exact = text.parse::<Timestamp>().ok();
@@ -24,7 +24,7 @@ pub fn parse(text: &str, now: &Zoned) -> Result<Timestamp, String> {
     Ok(at)
 }
 
-/// `in 2h`, `now`.
+/// Parses `in 2h` and `now`.
 fn relative(text: &str, now: &Zoned) -> Option<Timestamp> {
     if text.eq_ignore_ascii_case("now") {
         return Some(now.timestamp());
@@ -33,9 +33,10 @@ fn relative(text: &str, now: &Zoned) -> Option<Timestamp> {
     now.timestamp().checked_add(wait).ok()
 }
 
-/// A day and a time of day, either of which may be left out: midnight, and the day on which that time comes next.
+/// Parses a day and a time of day. Without a time it is midnight; without a day it is the day on which that time comes
+/// next.
 fn on_a_day(text: &str, now: &Zoned) -> Option<Timestamp> {
-    // A T stands between them only where a date is in front of it.
+    // A `T` separates day and time only after a date.
     let words = text.split_once(' ').or_else(|| text.split_once('T').filter(|(first, _)| first.len() == 10));
     let (first, rest) = words.map_or((text, None), |(first, rest)| (first, Some(rest.trim())));
     let (day, time) = match day(first, now) {
@@ -58,7 +59,7 @@ fn day(word: &str, now: &Zoned) -> Option<Date> {
     }
 }
 
-/// `9:00`, `09:00:30`, `9am`, `9:30 pm`.
+/// Parses a time of day such as `9:00`, `09:00:30`, `9am` or `9:30 pm`.
 fn time_of_day(text: &str) -> Option<Time> {
     let text = text.to_ascii_lowercase();
     let text = text.strip_prefix("at ").unwrap_or(&text).trim().to_owned();
@@ -71,7 +72,7 @@ fn time_of_day(text: &str) -> Option<Time> {
     let hour = parts.next()?.ok()?;
     let minute = match parts.next() {
         Some(minute) => minute.ok()?,
-        // Nine o'clock needs a half of the day with it.
+        // An hour without minutes needs `am` or `pm`.
         None if half.is_some() => 0,
         None => return None,
     };

@@ -1,4 +1,4 @@
-//! How commands show what they were answered: tables for people, JSON for programs, times in one form.
+//! Output of commands: tables for people, JSON for programs, and one form of times.
 
 use std::fmt;
 use std::io::{IsTerminal, Write};
@@ -8,22 +8,22 @@ use jiff::Timestamp;
 use rustix::fs::FileType;
 use serde_json::Value;
 
-/// Prints a line, for as long as somebody reads: a pipe that is closed is no reason to fail.
+/// Prints a line. A closed pipe is not an error.
 #[macro_export]
 macro_rules! say {
     ($($text:tt)*) => { $crate::command::output::line(format_args!($($text)*)) };
 }
 pub use say;
 
-/// See [`say`].
+/// Prints a line for [`say`].
 pub fn line(text: fmt::Arguments<'_>) {
     let _ = writeln!(std::io::stdout(), "{text}");
 }
 
-/// What stands for nothing in a table.
+/// Text of an empty cell of a table.
 pub const NONE: &str = "-";
 
-/// Columns as wide as what is in them.
+/// Formats a table whose columns are as wide as their widest cell.
 pub fn table<const N: usize>(titles: [&str; N], rows: impl IntoIterator<Item = [String; N]>) -> String {
     let rows: Vec<[String; N]> = std::iter::once(titles.map(str::to_owned)).chain(rows).collect();
     let widths: [usize; N] =
@@ -38,40 +38,40 @@ pub fn table<const N: usize>(titles: [&str; N], rows: impl IntoIterator<Item = [
     rows.iter().map(line).collect()
 }
 
-/// A line of JSON for each of a list, so that other programs can read on.
+/// Formats a list as one line of JSON per entry, for other programs.
 pub fn json_lines(list: &[Value]) -> String {
     list.iter().map(|entry| format!("{entry}\n")).collect()
 }
 
-/// Prints what was done: an object for programs, words for people.
+/// Prints a result: the object `answer` for programs, or `words` for people.
 pub fn done(json: bool, answer: &Value, words: &str) -> anyhow::Result<()> {
     super::print(&if json { format!("{answer}\n") } else { words.to_owned() })
 }
 
-/// Whether standard output leads nowhere, as when it was closed before the start.
+/// Returns true when standard output is `/dev/null`, as it is when it was closed before the start.
 pub fn leads_nowhere() -> bool {
     let null = std::fs::metadata("/dev/null").map(|null| null.rdev());
     let out = rustix::fs::fstat(std::io::stdout());
     matches!((null, out), (Ok(null), Ok(out)) if out.st_rdev == null && FileType::from_raw_mode(out.st_mode).is_char_device())
 }
 
-/// Whether a person looks.
+/// Returns true when standard output is a terminal.
 pub fn is_terminal() -> bool {
     std::io::stdout().is_terminal()
 }
 
-/// A time of the interface as it is shown everywhere: UTC, to the second.
+/// Formats a time of the interface as it is shown everywhere: in UTC, to the second.
 pub fn utc(value: &Value) -> String {
     let time: Option<Timestamp> = value.as_str().and_then(|text| text.parse().ok());
     time.map_or_else(|| NONE.to_owned(), |time| time.strftime("%F %TZ").to_string())
 }
 
-/// A text, without what a terminal would obey.
+/// Returns a text without the control characters that a terminal would obey.
 pub fn text(value: &Value) -> String {
     value.as_str().map_or_else(|| NONE.to_owned(), |text| text.chars().filter(|c| !c.is_control()).collect())
 }
 
-/// The first characters of a text, in one line.
+/// Shortens a text to `most` characters in one line.
 pub fn clipped(text: &str, most: usize) -> String {
     let plain: String = text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect();
     if plain.chars().count() <= most {

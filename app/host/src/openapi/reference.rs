@@ -1,7 +1,7 @@
 //! `GET /reference`: the description of the interface for people, rendered by Swagger UI, which is part of the binary.
 //!
-//! The page that the library brings has its script inline; ours has it in a file, so that the policy that forbids inline
-//! scripts holds for it, too.
+//! The page of the library has an inline script. This page has the script in a file, so that its content security
+//! policy can forbid inline scripts.
 
 use axum::Router;
 use axum::extract::Path;
@@ -14,7 +14,7 @@ use http::{HeaderName, Request, StatusCode};
 use swagger_ui_dist::{ApiDefinition, OpenApiSource};
 use tower::ServiceExt;
 
-/// Where the page is.
+/// Path of the page.
 const PLACE: &str = "/reference";
 /// The files of the library that the page loads, and their types.
 const FILES: [(&str, &str); 2] = [
@@ -25,7 +25,8 @@ const FILES: [(&str, &str); 2] = [
 const PAGE: &str = include_str!("../../reference/reference.html");
 const SCRIPT: &str = include_str!("../../reference/reference.js");
 
-/// Nothing from elsewhere and nothing inline; pictures of the library are in its style sheet.
+/// Content security policy: nothing from other origins, and nothing inline. The style sheet of the library has its
+/// images as `data:` URLs.
 const POLICY: &str =
     "default-src 'self'; img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 
@@ -43,7 +44,8 @@ pub(super) fn routes() -> Router {
             return StatusCode::NOT_FOUND.into_response();
         };
         let answer = library.oneshot(request).await.into_response();
-        // A new binary has new ones; the library is large, and the page is not looked at often.
+        // Browsers keep the large files for an hour. A new binary has new files, so they are not kept for longer: the
+        // page is rarely opened.
         (headers(media_type, "max-age=3600"), answer.into_body()).into_response()
     };
     Router::new()

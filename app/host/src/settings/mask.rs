@@ -1,24 +1,24 @@
-//! What of a setting may be shown: of a URL only the parts that are known to be harmless, which are its scheme, host and
-//! port, the name of a database, and options that are words of the protocol. Everything else may be a secret: a user
-//! and a password, in front of the host or in the query, or the path of a webhook.
+//! Masks the parts of settings that may be secret. Of a URL, only harmless parts are shown: its scheme, host and port,
+//! the name of a database, and options that are words of the protocol. Everything else may be a secret: a user and a
+//! password, in front of the host or in the query, or the path of a webhook.
 
 use toml::Value;
 
-/// What stands for a part that is not shown.
+/// Replacement for a part that is not shown.
 const HIDDEN: &str = "***";
-/// Settings whose value is a URL, whatever it looks like.
+/// Settings whose value is always treated as a URL.
 const URLS: [&str; 3] = ["store.url", "queue.url", "push.proxy"];
-/// Values of these that are no URL.
+/// Values of these settings that are not URLs.
 const WORDS: [&str; 2] = ["", "store"];
-/// Options of a database's URL that say nothing secret.
+/// Options of the URL of a database that are not secret.
 const OPTIONS: [&str; 7] =
     ["application_name", "connect_timeout", "db", "host", "protocol", "sslmode", "target_session_attrs"];
 
-/// Settings that are lists of tables: where there is a text instead, it may be anything.
+/// Settings that are lists of tables. A text instead of a list may be anything.
 const LISTS: [&str; 3] = [KEYS, "cron.schedules", ".webhooks"];
-/// Of these the one that a key may be given for itself.
+/// The list in whose place a key itself may be given.
 const KEYS: &str = "access.keys";
-/// What may be shown of such a table.
+/// Fields of these tables that may be shown.
 const FIELDS: [&str; 20] = [
     "catch_up",
     "catch_up_within",
@@ -42,13 +42,13 @@ const FIELDS: [&str; 20] = [
     "zone",
 ];
 
-/// What was given for a key, if it looks like one: it may be a whole setting, or a URL.
+/// Masks a text that was given for a key, unless it looks like a key: it may be a whole setting, or a URL.
 pub(super) fn key(given: String) -> String {
     let is_of_key = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
     if given.len() <= 100 && given.chars().all(is_of_key) { given } else { HIDDEN.to_owned() }
 }
 
-/// A text of the command line, without what may be secret in it.
+/// Masks the words of a text of the command line that may be secret.
 pub(crate) fn words(text: &str) -> String {
     let is_end = |c: char| c.is_whitespace() || "'\"`".contains(c);
     text.split_inclusive(is_end)
@@ -59,7 +59,7 @@ pub(crate) fn words(text: &str) -> String {
         .collect()
 }
 
-/// A part of the value of a setting as it may be shown; `part` is where in it, such as `[0].name`.
+/// Masks a part of the value of a setting; `part` is its place in the value, such as `[0].name`.
 pub(super) fn part(key: &str, part: &str, value: &Value) -> Value {
     match part.rsplit_once('.') {
         Some((_, field)) if is_list(key) && !FIELDS.contains(&field) => Value::String(HIDDEN.to_owned()),
@@ -72,7 +72,7 @@ fn is_list(key: &str) -> bool {
     LISTS.iter().any(|list| key.ends_with(list))
 }
 
-/// The value of a setting as it may be shown.
+/// Masks the value of a setting.
 pub(super) fn value(key: &str, value: &Value) -> Value {
     let is_list = is_list(key);
     match value {
@@ -81,7 +81,7 @@ pub(super) fn value(key: &str, value: &Value) -> Value {
         }
         Value::String(text) => Value::String(match URLS.contains(&key) {
             true => of_url(text),
-            // What pages send to everybody is no secret.
+            // An origin is not a secret: the browser of a page sends it to every server.
             false if key.ends_with(".origins") && !text.contains('@') => text.clone(),
             false if key.ends_with("file") => of_file(text),
             false => of_text(text),
@@ -101,7 +101,7 @@ pub(super) fn value(key: &str, value: &Value) -> Value {
     }
 }
 
-/// The path of a file. What does not look like one may be what was to be in it.
+/// Masks a text that does not look like the path of a file: it may be the content of the file.
 fn of_file(text: &str) -> String {
     let is_path = ["/", "./", "../"].iter().any(|start| text.starts_with(start)) || text.contains('.');
     let is_shown = text.is_empty()
@@ -109,7 +109,7 @@ fn of_file(text: &str) -> String {
     if is_shown { text.to_owned() } else { HIDDEN.to_owned() }
 }
 
-/// A text that need not be a URL.
+/// Masks a text that may be a URL.
 fn of_text(text: &str) -> String {
     let lower = text.to_ascii_lowercase();
     if lower.contains("password") && lower.contains('=') {
@@ -118,7 +118,7 @@ fn of_text(text: &str) -> String {
     if text.contains("://") { of_url(text) } else { text.to_owned() }
 }
 
-/// A text that should be a URL.
+/// Masks a text that should be a URL.
 fn of_url(text: &str) -> String {
     if WORDS.contains(&text) {
         return text.to_owned();
@@ -133,13 +133,14 @@ fn of_url(text: &str) -> String {
     }
 }
 
-/// RFC 3986, section 3.1. What is none may be anything, as in `host=db password=PASSWORD://`.
+/// Returns true when a text may be a scheme (RFC 3986, section 3.1). Any other text may be a secret, as in
+/// `host=db password=PASSWORD://`.
 fn is_scheme(text: &str) -> bool {
     text.chars().all(|c| c.is_ascii_alphanumeric() || "+-.".contains(c))
 }
 
-/// What comes after the scheme. A password may have characters in it that would have to be encoded: where a mark could be
-/// part of one, nothing is shown.
+/// Masks the part of a URL after its scheme. A password may contain characters that should be encoded: where a
+/// delimiter could be part of a password, nothing is shown.
 fn of_rest(scheme: &str, rest: &str) -> String {
     let (base, query) = rest.find(['?', '#']).map_or((rest, ""), |at| rest.split_at(at));
     if query.contains('@') {
@@ -152,7 +153,7 @@ fn of_rest(scheme: &str, rest: &str) -> String {
         return HIDDEN.to_owned();
     }
     let path = match scheme {
-        // Who knows the path of a webhook may call it.
+        // The path of a webhook is all that is needed to call it.
         "http" | "https" if path.len() > 1 => "/***",
         // The name of a database, its number, or the path of a socket.
         _ if path.chars().all(|c| c.is_ascii_alphanumeric() || "/_.-%".contains(c)) => path,
@@ -164,7 +165,7 @@ fn of_rest(scheme: &str, rest: &str) -> String {
     format!("{user}{hosts}{path}{query}")
 }
 
-/// The name of a user, if it is told apart from the password.
+/// Masks a user and a password. The name is shown only if a colon separates it from the password.
 fn of_user(user: &str) -> String {
     let is_of_name = |c: char| c.is_ascii_alphanumeric() || "_.-".contains(c);
     match user.split_once(':') {
@@ -173,7 +174,7 @@ fn of_user(user: &str) -> String {
     }
 }
 
-/// A name or an address, with a port that is a number. `*.example.com` is a pattern of origins.
+/// Returns true for a name or an address with an optional numeric port. `*.example.com` is a pattern of origins.
 fn is_host(text: &str) -> bool {
     let (name, port) = match text.rsplit_once(':') {
         Some((name, port)) if !port.contains(']') => (name, port),

@@ -1,4 +1,4 @@
-//! From values to types, noting everything that does not fit.
+//! Converts the values of settings into types, and notes every value that does not fit.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -26,30 +26,30 @@ pub struct Reader<'a> {
 
 /// A type that a setting can have.
 pub trait Setting: Sized {
-    /// What a value should have been, in words.
+    /// Description of a valid value, in words.
     const WANTED: &'static str;
 
-    /// The value, if it fits.
+    /// Converts the value, if it fits.
     fn read(value: &Value) -> Option<Self>;
 }
 
 impl<'a> Reader<'a> {
-    /// Nothing read yet.
+    /// Makes a reader that has read nothing yet.
     pub fn new(settings: &'a Settings) -> Self {
         Self { settings, problems: settings.problems.clone(), notes: settings.notes.clone() }
     }
 
-    /// A setting of a type that is known here.
+    /// Reads a setting of a type that implements [`Setting`].
     pub fn get<T: Setting>(&mut self, key: &str) -> T {
         self.read(key, T::WANTED, T::read)
     }
 
-    /// The parts of a section whose parts the operator names, `default` first.
+    /// Names of the parts of a section whose parts the operator names, `default` first.
     pub fn names(&self, section: &str) -> Vec<String> {
         self.settings.names(section)
     }
 
-    /// A whole number within bounds.
+    /// Reads a whole number within bounds.
     pub fn number<T>(&mut self, key: &str, bounds: RangeInclusive<T>) -> T
     where
         T: TryFrom<i64> + PartialOrd + fmt::Display + Copy,
@@ -61,18 +61,18 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A duration within bounds.
+    /// Reads a duration within bounds.
     pub fn duration(&mut self, key: &str, bounds: RangeInclusive<Duration>) -> Duration {
         let wanted = format!("a duration from {:?} to {:?}", bounds.start(), bounds.end());
         self.read(key, &wanted, |value| Duration::read(value).filter(|duration| bounds.contains(duration)))
     }
 
-    /// Text of a certain form.
+    /// Reads and parses a text; `wanted` describes its form.
     pub fn parse<T: FromStr>(&mut self, key: &str, wanted: &str) -> T {
         self.read(key, wanted, |value| value.as_str()?.parse().ok())
     }
 
-    /// A list of texts of a certain form. One text is a list of one.
+    /// Reads and parses a list of texts; `wanted` describes their form. A single text is a list of one.
     pub fn parse_list<T: FromStr>(&mut self, key: &str, wanted: &str) -> Vec<T> {
         let wanted = format!("a list of {wanted}");
         self.read(key, &wanted, |value| match value {
@@ -81,12 +81,12 @@ impl<'a> Reader<'a> {
         })
     }
 
-    /// A value that is read by a function of the caller's.
+    /// Reads a value with a function of the caller.
     pub fn read_with<T>(&mut self, key: &str, wanted: &str, read: impl Fn(&Value) -> Option<T>) -> T {
         self.read(key, wanted, read)
     }
 
-    /// A file that is there and can be read; none when none is named.
+    /// Reads the path of a file that must be readable; `None` when no file is named.
     pub fn file(&mut self, key: &str) -> Option<PathBuf> {
         let file: PathBuf = self.get::<Option<PathBuf>>(key)?;
         match std::fs::File::open(&file) {
@@ -95,7 +95,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// The secret in the file that a setting names, without the line break at its end; none when no file is
+    /// Reads the secret in the file that a setting names, without the line break at its end; `None` when no file is
     /// named.
     pub fn secret_file(&mut self, key: &str) -> Option<SecretString> {
         let file: PathBuf = self.get::<Option<PathBuf>>(key)?;
@@ -106,7 +106,7 @@ impl<'a> Reader<'a> {
         }
     }
 
-    /// Notes that the value of `key` does not fit for a reason that its type does not show.
+    /// Notes that the value of `key` does not fit for a reason that its type does not show. Returns `None`.
     pub fn refuse<T>(&mut self, key: &str, wanted: &str) -> Option<T> {
         let entry = self.entry(key);
         let (value, source) = (super::mask::value(key, &entry.value).to_string(), entry.source.clone());
@@ -116,7 +116,7 @@ impl<'a> Reader<'a> {
         None
     }
 
-    /// Notes the same of a part of the value: `part` is where in it, such as `[0].name`.
+    /// Notes that a part of the value of `key` does not fit; `part` is its place in the value, such as `[0].name`.
     pub fn refuse_part(&mut self, key: &str, part: &str, value: Option<&Value>, wanted: &str) {
         let problem = SettingProblem {
             key: format!("{key}{part}"),
@@ -127,20 +127,20 @@ impl<'a> Reader<'a> {
         self.problems.push(problem);
     }
 
-    /// Notes what an operator should know of a value that can be used.
+    /// Adds a note for operators about a value that can be used.
     pub fn note(&mut self, note: String) {
         self.notes.insert(note);
     }
 
-    /// What was noted so far.
+    /// Takes the notes that were added so far.
     pub fn take_notes(&mut self) -> BTreeSet<String> {
         std::mem::take(&mut self.notes)
     }
 
-    /// The end of reading.
+    /// Ends the reading.
     ///
     /// # Errors
-    /// Everything that did not fit.
+    /// All values that did not fit.
     pub fn finish(self) -> Result<(), Problems> {
         if self.problems.is_empty() { Ok(()) } else { Err(Problems(self.problems)) }
     }
@@ -207,7 +207,7 @@ impl Setting for Option<PathBuf> {
     }
 }
 
-/// A duration such as `30s`, as settings and requests write it.
+/// Parses a duration such as `30s`, as settings and requests write it.
 pub fn parse_duration(text: &str) -> Option<Duration> {
     // The library also reads ISO 8601 and clock times, which would be a surprise here.
     let friendly = text.starts_with(|c: char| c.is_ascii_digit()) && !text.contains(':');

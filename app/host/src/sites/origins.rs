@@ -1,7 +1,7 @@
 //! Origins of pages as settings list them: exact ones, and those of all subdomains.
 //!
-//! A browser writes an origin in one way only (RFC 6454, section 6.2; WHATWG URL, section 4.7): in lower case, without a
-//! default port and without a path. A listed origin that is written differently would never match, so it is refused.
+//! A browser writes an origin in one way only (RFC 6454, section 6.2; WHATWG URL, section 4.7): in lower case, without
+//! a default port and without a path. A listed origin that is written differently would never match, so it is refused.
 
 use url::Url;
 
@@ -22,7 +22,7 @@ impl Pattern {
     /// Reads one origin of the settings.
     ///
     /// # Errors
-    /// What was wanted instead.
+    /// The form that was wanted instead.
     pub(super) fn read(text: &str) -> Result<Self, String> {
         if text.contains('*') {
             return Self::read_wildcard(text);
@@ -50,7 +50,7 @@ impl Pattern {
         };
         let (before, after) = text.split_once('*').ok_or_else(refused)?;
         let name = after.strip_prefix('.').ok_or_else(refused)?;
-        // A pattern for everything below a top-level domain is one for strangers.
+        // A pattern for everything below a top-level domain would match the sites of strangers.
         if !matches!(before, "http://" | "https://") || !name.contains('.') {
             return Err(refused());
         }
@@ -72,7 +72,7 @@ impl Pattern {
         }
     }
 
-    /// How exact the pattern is: of two that match, the higher one counts.
+    /// Exactness of the pattern: of two patterns that match, the one with the higher rank counts.
     pub(super) fn rank(&self) -> usize {
         match self {
             Self::Exact(_) => usize::MAX,

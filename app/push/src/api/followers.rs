@@ -93,7 +93,7 @@ impl Followers {
         let of_key = known.by_key.entry(key.to_owned()).or_default();
         if *of_key >= self.0.per_key {
             let detail = format!(
-                "{} requests follow notifications with this API key already, which is the limit (push.followers_per_key)",
+                "{} requests follow notifications with this API key, the limit (push.followers_per_key)",
                 self.0.per_key
             );
             return Err(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(LATER));
@@ -121,7 +121,7 @@ impl Followers {
                 for page in ids.chunks(PAGE) {
                     // A store outage passes, so the task goes on.
                     if let Err(error) = self.look(&api, page).await {
-                        warn!(%error, "the followed notifications cannot be read from the store; their followers wait for the next read");
+                        warn!(%error, "followed notifications cannot be read; followers wait for the next read");
                         break;
                     }
                 }

@@ -259,7 +259,7 @@ pub(crate) async fn notify(
         let (count, watermark) = api.audiences.estimate(caller.site, &audience).await?;
         if !count.is_exact {
             warnings
-                .push("the audience takes too long to count: the number that is shown is an upper bound".into());
+                .push("the audience takes too long to count, so the number shown is an upper bound".into());
         }
         (count.members, watermark)
     };

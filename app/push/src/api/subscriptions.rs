@@ -133,7 +133,7 @@ pub(crate) struct Subscribed {
 
 /// The key to subscribe with
 ///
-/// For pages of the allowed origins.
+/// Pages of the allowed origins may read it.
 #[utoipa::path(get, path = "/push/key", operation_id = "getPushKey", security((), ("key" = [])), responses((status = OK, body = KeyView)))]
 pub(crate) async fn key(visitor: Visitor, State(api): State<ApiState>) -> Result<Response> {
     visitor.may(&SUBSCRIBE)?;
@@ -143,8 +143,8 @@ pub(crate) async fn key(visitor: Visitor, State(api): State<ApiState>) -> Result
 
 /// Stores a browser's subscription
 ///
-/// For pages of the allowed origins, within rate limits, or with a key of the scope `subscribe`. A request for a stored
-/// endpoint updates its subscription; without an API key, this takes the same `auth`.
+/// Pages of the allowed origins may call this within rate limits, and backends with a key of the scope `subscribe`. A
+/// request for a stored endpoint updates its subscription; without an API key, this takes the same `auth`.
 #[utoipa::path(
     post, path = "/subscriptions", operation_id = "storeSubscription", security((), ("key" = [])), request_body = SubscribeRequest,
     responses((status = CREATED, body = Subscribed), (status = OK, body = Subscribed, description = "Updated"))

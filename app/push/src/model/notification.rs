@@ -12,7 +12,8 @@ use uuid::Uuid;
 use crate::store::now_ms;
 
 /// The states of a notification.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::EnumString, strum::VariantArray)]
+#[strum(serialize_all = "snake_case")]
 pub(crate) enum Stage {
     Scheduled,
     Queued,
@@ -24,16 +25,6 @@ pub(crate) enum Stage {
 }
 
 impl Stage {
-    const ALL: [Self; 7] = [
-        Self::Scheduled,
-        Self::Queued,
-        Self::Sending,
-        Self::Paused,
-        Self::Done,
-        Self::Cancelled,
-        Self::Expired,
-    ];
-
     /// The first state of a notification that is due at `due_at`.
     pub(crate) fn first(due_at: Option<i64>) -> Self {
         if due_at.is_some() { Self::Scheduled } else { Self::Queued }
@@ -41,19 +32,11 @@ impl Stage {
 
     /// The word for the state, in the store and in answers.
     pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Scheduled => "scheduled",
-            Self::Queued => "queued",
-            Self::Sending => "sending",
-            Self::Paused => "paused",
-            Self::Done => "done",
-            Self::Cancelled => "cancelled",
-            Self::Expired => "expired",
-        }
+        self.into()
     }
 
     pub(crate) fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|state| state.as_str() == word)
+        word.parse().ok()
     }
 }
 

@@ -3,7 +3,20 @@
 use perennial_webpush::Verdict;
 
 /// The outcomes by which deliveries are counted. Their counts add up to the audience.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    strum::IntoStaticStr,
+    strum::EnumString,
+    strum::VariantArray,
+)]
+#[strum(serialize_all = "snake_case")]
 pub(crate) enum Outcome {
     /// The push service took it.
     Delivered,
@@ -32,38 +45,12 @@ pub(crate) enum Outcome {
 impl Outcome {
     /// The word for the outcome, in the store and in answers.
     pub(crate) fn as_str(self) -> &'static str {
-        match self {
-            Self::Delivered => "delivered",
-            Self::Gone => "gone",
-            Self::Rejected => "rejected",
-            Self::Unauthorized => "unauthorized",
-            Self::TooLarge => "too_large",
-            Self::Forbidden => "forbidden",
-            Self::Unreachable => "unreachable",
-            Self::Expired => "expired",
-            Self::Incomplete => "incomplete",
-            Self::Cancelled => "cancelled",
-            Self::Failed => "failed",
-        }
+        self.into()
     }
-
-    pub(crate) const ALL: [Self; 11] = [
-        Self::Delivered,
-        Self::Gone,
-        Self::Rejected,
-        Self::Unauthorized,
-        Self::TooLarge,
-        Self::Forbidden,
-        Self::Unreachable,
-        Self::Expired,
-        Self::Incomplete,
-        Self::Cancelled,
-        Self::Failed,
-    ];
 
     /// The outcome that a word stands for.
     pub(crate) fn parse(word: &str) -> Option<Self> {
-        Self::ALL.into_iter().find(|outcome| outcome.as_str() == word)
+        word.parse().ok()
     }
 
     /// The outcome of a final verdict; `None` when the message is to be tried again.

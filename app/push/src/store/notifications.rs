@@ -22,7 +22,7 @@ use crate::model::queues::FAN_OUT_QUEUE;
 
 /// How long counting an audience may take: the request waits for it, and the connection is shared.
 const COUNTING: Duration = Duration::from_secs(2);
-/// For how long an idempotency key is kept, in milliseconds.
+/// How long an idempotency key is kept, in milliseconds.
 const IDEMPOTENCY_MS: i64 = 24 * 3600 * 1000;
 
 /// A notification that is about to be accepted.

@@ -1,5 +1,5 @@
-//! Lines that join: the ids of the request and of the trace stand beside the message, in whatever span it was said, as they
-//! do in the access log. A search for one of them finds everything that belongs to it.
+//! JSON log lines with the ids of the request and of the trace beside the message, as in the access log, whatever the
+//! span of the event. A search for one id finds all lines that belong to it.
 
 use std::fmt;
 
@@ -8,10 +8,10 @@ use tracing_subscriber::fmt::format::{JsonFields, Writer};
 use tracing_subscriber::fmt::{FmtContext, FormatEvent, FormattedFields};
 use tracing_subscriber::registry::LookupSpan;
 
-/// The fields that are taken from spans. Their values are digits, letters and hyphens.
+/// Fields that are copied from spans. Their values are digits, letters and hyphens.
 const FIELDS: [&str; 2] = ["request_id", "trace_id"];
 
-/// A format of JSON lines, with the ids of the spans around each.
+/// The format `F` of JSON lines, extended by the ids of the spans around each event.
 #[derive(Debug)]
 pub(super) struct Joined<F>(pub(super) F);
 
@@ -36,7 +36,7 @@ where
     }
 }
 
-/// What is appended to a line: `,"request_id":"..","trace_id":".."`, each from the innermost span that has it.
+/// The text appended to a line: `,"request_id":"..","trace_id":".."`, with each id from the innermost span that has it.
 fn ids<S>(context: &FmtContext<'_, S, JsonFields>) -> String
 where
     S: Subscriber + for<'a> LookupSpan<'a>,
@@ -55,7 +55,7 @@ where
     found.into_iter().flatten().collect()
 }
 
-/// The value of a field in an object whose values need no escaping.
+/// The value of a text field in a JSON object; `None` for a value with characters that may need escaping.
 fn field<'a>(object: &'a str, name: &str) -> Option<&'a str> {
     let at = object.find(&format!("\"{name}\":\""))? + name.len() + 4;
     let value = &object[at..at + object[at..].find('"')?];

@@ -1,10 +1,10 @@
-//! Lines of the log that come again and again for as long as something lasts: told once in a while.
+//! A rate limit for log lines that repeat for as long as a failure lasts.
 
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
 
-/// Lets a line through once in a period, and counts those that were left out in between. One for each place that logs.
+/// Lets one line through per period and counts the lines left out in between. Each place that logs has its own.
 #[derive(Debug)]
 pub struct Seldom {
     period: Duration,
@@ -18,17 +18,18 @@ struct SeldomState {
 }
 
 impl Seldom {
-    /// One line in so long.
+    /// Lets one line through per `period`.
     pub const fn every(period: Duration) -> Self {
         Self { period, told: Mutex::new(SeldomState { at: None, left_out: 0 }) }
     }
 
-    /// One line a minute: for what a store that is away makes fail, which a condition of readiness tells of by itself.
+    /// Lets one line through per minute. For failures caused by an unreachable store, which a readiness condition
+    /// reports anyway.
     pub const fn each_minute() -> Self {
         Self::every(Duration::from_secs(60))
     }
 
-    /// How many lines were left out since the last one; none when this one is left out, too.
+    /// Returns the number of lines left out since the last one, or `None` when this line must be left out too.
     pub fn tell(&self) -> Option<u64> {
         self.told.lock().tell(self.period, Instant::now())
     }

@@ -1,7 +1,8 @@
-//! Lines on their way to standard error: gathered, and written by a thread of their own.
+//! Log lines on their way to standard error: they are gathered, and written by a thread of their own.
 //!
-//! A request never waits for whoever reads the log. What waits is bounded in bytes; one line more is dropped, and
-//! counted, and so is a line that a full disk did not take. Gathering for some milliseconds makes one system call of thousands of lines.
+//! A request never waits for the reader of the log. The waiting lines are bounded in bytes; a line beyond the bound is
+//! dropped and counted, and so is a line that a full disk did not take. Gathering lines for some milliseconds turns
+//! thousands of them into one system call.
 
 use std::io::{self, Write};
 use std::sync::Arc;
@@ -13,14 +14,14 @@ use parking_lot::{Condvar, Mutex, MutexGuard};
 use serde::Serialize;
 use tracing_subscriber::fmt::MakeWriter;
 
-/// How many bytes may wait for the reader of standard error.
+/// Maximum number of bytes that wait for the reader of standard error.
 const MOST: usize = 8 << 20;
-/// For how long lines are gathered.
+/// Time for which lines are gathered before a write.
 const GATHER: Duration = Duration::from_millis(10);
-/// How long the last lines may take at the end.
+/// Time limit for writing the last lines at the end.
 const LAST: Duration = Duration::from_secs(1);
 
-/// Where lines go. A cheap handle.
+/// The queue of lines for the writer. A cheap handle.
 #[derive(Clone, Debug)]
 pub(super) struct Lines(Arc<WriterQueue>);
 
@@ -37,8 +38,7 @@ struct WriterState {
     closed: bool,
 }
 
-/// Lines of JSON, written directly: a line that always has the same fields costs a tenth of what an event costs that could be
-/// anything. A cheap handle.
+/// A direct writer of JSON lines. A line with fixed fields costs a tenth of a general tracing event. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct JsonLines(Lines);
 
@@ -47,7 +47,7 @@ impl JsonLines {
         Self(lines)
     }
 
-    /// Writes one object.
+    /// Writes one object as a line.
     pub fn write(&self, line: &impl Serialize) {
         self.0.append(|waiting| {
             let begin = waiting.len();
@@ -59,7 +59,7 @@ impl JsonLines {
     }
 }
 
-/// The thread that writes: what was logged before this drops is written out.
+/// The thread that writes the lines. Dropping this value writes out the lines logged before.
 #[derive(Debug)]
 pub(super) struct Writer {
     lines: Lines,
@@ -67,7 +67,7 @@ pub(super) struct Writer {
 }
 
 impl Lines {
-    /// Starts the thread.
+    /// Starts the thread that writes to `out`.
     pub(super) fn start(out: impl Write + Send + 'static) -> io::Result<(Self, Writer)> {
         let lines = Self(Arc::default());
         let (end, ended) = sync_channel(1);
@@ -79,8 +79,8 @@ impl Lines {
         Ok((lines.clone(), Writer { lines, ended: Mutex::new(ended) }))
     }
 
-    /// Appends a line, if there is room for it. Control characters that whoever writes lines lets through are escaped: terminals
-    /// obey them.
+    /// Appends a line if there is room for it. Escapes the control characters that the formatters let through, since
+    /// terminals obey them.
     pub(super) fn append(&self, write: impl FnOnce(&mut Vec<u8>)) {
         let mut state = self.state();
         if state.waiting.len() >= MOST {
@@ -96,7 +96,7 @@ impl Lines {
         }
     }
 
-    /// How many lines found no room.
+    /// Number of lines dropped so far.
     pub(super) fn dropped(&self) -> u64 {
         self.0.dropped.load(Ordering::Relaxed)
     }
@@ -129,7 +129,7 @@ impl Lines {
     }
 }
 
-/// Writes lines as far as they can be written, and never joins two of them.
+/// A writer that never joins two lines, even when a write stops in the middle of a line.
 #[derive(Debug)]
 struct Whole<W> {
     out: W,
@@ -138,8 +138,8 @@ struct Whole<W> {
 }
 
 impl<W: Write> Whole<W> {
-    /// Writes lines, and returns how many of them were lost, the one that was cut off among them. A pipe that is full is
-    /// waited for, unless the process ends; a full disk is not.
+    /// Writes lines and returns the number of lost ones, including a line that was cut off. Waits for a full pipe,
+    /// unless the process is ending, but not for a full disk.
     fn write(&mut self, lines: &[u8], is_ending: impl Fn() -> bool) -> u64 {
         if self.is_cut && self.write_part(b"\n", &is_ending) == 1 {
             self.is_cut = false;
@@ -152,7 +152,7 @@ impl<W: Write> Whole<W> {
         rest.iter().filter(|byte| **byte == b'\n').count() as u64
     }
 
-    /// Returns how many bytes were written.
+    /// Writes as much of `bytes` as possible and returns the number of bytes written.
     fn write_part(&mut self, bytes: &[u8], is_ending: impl Fn() -> bool) -> usize {
         let mut written = 0;
         while written < bytes.len() {
@@ -171,7 +171,8 @@ impl<W: Write> Whole<W> {
     }
 }
 
-/// Escapes U+0080 to U+009F, as JSON does and text can: for one of them, CSI, a terminal takes what follows for a command.
+/// Escapes the control characters U+0080 to U+009F in the notation of JSON, also in text lines. After one of them, CSI,
+/// a terminal takes the next characters for a command.
 fn escape_c1(bytes: &mut Vec<u8>, from: usize) {
     let is_c1 = |pair: &[u8]| pair[0] == 0xc2 && (0x80..=0x9f).contains(&pair[1]);
     if !bytes[from..].windows(2).any(is_c1) {
@@ -191,7 +192,7 @@ impl Drop for Writer {
     fn drop(&mut self) {
         self.lines.state().closed = true;
         self.lines.0.came.notify_one();
-        // A reader that has stopped reading does not keep the process.
+        // A reader that has stopped reading must not keep the process from ending.
         let _ = self.ended.get_mut().recv_timeout(LAST);
     }
 }
@@ -204,7 +205,7 @@ impl<'a> MakeWriter<'a> for Lines {
     }
 }
 
-/// What the subscriber writes one event to: it does so in one piece.
+/// The writer for one event. The subscriber writes each event in one piece.
 #[derive(Debug)]
 pub(super) struct LogLine<'a>(&'a Lines);
 
@@ -235,7 +236,7 @@ mod tests {
         assert_eq!(line, "naïve \\u0080\\u009b31m café \u{a0}");
     }
 
-    /// Standard error, read by somebody who has to be told to.
+    /// A standard error whose first write blocks until the test passes the barrier.
     #[derive(Clone, Default)]
     struct Out {
         written: Arc<Mutex<Vec<u8>>>,
@@ -256,7 +257,7 @@ mod tests {
         }
     }
 
-    /// Takes so many bytes, and then says what is wrong; again and again.
+    /// Takes `room` bytes, then fails with the next of `steps`, which also sets the next `room`.
     struct Short {
         written: Arc<Mutex<Vec<u8>>>,
         room: usize,
@@ -326,7 +327,7 @@ mod tests {
         let out = Out { gate: Some(Arc::clone(&gate)), ..Out::default() };
         let (lines, writer) = Lines::start(out.clone()).unwrap();
         let line = vec![b'x'; 1 << 10];
-        // What is being written, what waits, and more.
+        // One part is being written, one part waits, and the rest finds no room.
         for _ in 0..(3 * MOST / line.len()) {
             lines.append(|waiting| waiting.extend(&line));
         }

@@ -1,4 +1,4 @@
-//! Telling other processes through Redis what they must forget.
+//! Cache invalidation between processes, through Redis.
 
 use std::time::Duration;
 
@@ -9,40 +9,41 @@ use tracing::{debug, warn};
 
 use crate::pool::redis::{self, Redis, client};
 
-/// How often a listener tells itself that it is there. A connection whose packets are swallowed says nothing.
+/// Interval at which a listener sends a message to itself, which shows whether the packets of its connection are lost.
 const BEAT: Duration = Duration::from_secs(5);
-/// How long nothing may be heard.
+/// Maximum time without any message.
 const SILENCE: Duration = Duration::from_secs(16);
 
-/// A channel of Redis on which processes tell each other what has changed.
+/// A channel of Redis on which processes publish cache invalidations.
 #[derive(Clone, Debug)]
 pub struct Bus {
     redis: Redis,
     channel: String,
 }
 
-/// Why nothing is heard any more.
+/// Error of the bus.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// Redis did not do what it should.
+    /// A request to Redis failed.
     #[error(transparent)]
     Redis(#[from] redis::Error),
-    /// The connection has ended, or is as good as ended.
-    #[error("nothing is heard from Redis")]
+    /// The connection has ended, or no message has arrived in time.
+    #[error("no message from Redis arrives")]
     Silent,
 }
 
 impl Bus {
-    /// The bus of all processes whose keys begin with `prefix`.
+    /// Creates the bus of all processes whose keys begin with `prefix`.
     pub fn new(redis: Redis, prefix: &str) -> Self {
         Self { redis, channel: format!("{prefix}:cache") }
     }
 
-    /// Publishes that something has changed. When that fails, others find out by themselves when their entries end.
+    /// Publishes an invalidation of `key`, or of all keys if it is `None`, in the cache `name`. When that fails, the
+    /// entries of other processes stay until they expire.
     pub(super) async fn tell(&self, name: &str, key: Option<&str>) {
         let message = [Some(name), key].into_iter().flatten().collect::<Vec<_>>().join("\n");
         if let Err(error) = self.publish(&message).await {
-            warn!(cache = name, %error, "other processes are not told what has changed, and notice when their entries end");
+            warn!(cache = name, %error, "a change cannot be published: other processes see it when entries expire");
         }
     }
 
@@ -50,16 +51,16 @@ impl Bus {
         self.redis.query(client::cmd("PUBLISH").arg(&self.channel).arg(message)).await
     }
 
-    /// Begins to listen.
+    /// Subscribes to the channel.
     pub(super) async fn ear(&self) -> Result<Ear<'_>, Error> {
         let messages = self.redis.subscribe(&self.channel).await?.into_on_message();
-        debug!(channel = self.channel, "listening to what other processes change");
+        debug!(channel = self.channel, "listening for changes by other processes");
         let now = Instant::now();
         Ok(Ear { bus: self, messages, heard_at: now, beat_at: now })
     }
 }
 
-/// A connection that listens.
+/// A connection that listens on the channel of a bus.
 pub(super) struct Ear<'a> {
     bus: &'a Bus,
     messages: PubSubStream,
@@ -68,7 +69,7 @@ pub(super) struct Ear<'a> {
 }
 
 impl Ear<'_> {
-    /// The name of a cache in which something has changed, and the key of it if it is one thing.
+    /// Waits for the next invalidation. Returns the name of the cache, and the key unless all keys are invalid.
     pub(super) async fn next(&mut self) -> Result<(String, Option<String>), Error> {
         loop {
             tokio::select! {
@@ -80,7 +81,7 @@ impl Ear<'_> {
                             Some((name, key)) => (name.to_owned(), Some(key.to_owned())),
                             None => (text, None),
                         }),
-                        // A beat, or nothing of ours.
+                        // The message is a beat, or not from this program.
                         _ => {}
                     }
                 }

@@ -1,28 +1,28 @@
-//! What a cache has done.
+//! The status of a cache.
 
 use serde::Serialize;
 
-/// How a cache stands, and what it has done since the start.
+/// The status of a cache, with counts since the start of the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 pub struct CacheStatus {
-    /// How many entries there are,
+    /// Number of entries.
     pub entries: u64,
-    /// and how many bytes they take, of how many.
+    /// Size of the entries, in bytes.
     pub bytes: u64,
-    /// The most bytes.
+    /// Maximum size of the entries, in bytes.
     pub max_bytes: u64,
-    /// How often what was asked for was there, or about to be.
+    /// Number of lookups that found an entry, or a load under way.
     pub hits: u64,
-    /// How often it was not.
+    /// Number of lookups that loaded.
     pub misses: u64,
-    /// How many of these loads failed,
+    /// Number of loads that failed.
     pub failed: u64,
-    /// and how often what was there before was given instead.
+    /// Number of previous values that were returned because a load failed.
     pub stale: u64,
-    /// How many entries were removed for want of room,
+    /// Number of entries removed because of the size limit.
     pub evicted: u64,
-    /// since their time was over,
+    /// Number of entries removed because they had expired.
     pub expired: u64,
-    /// and because somebody said that they had changed.
+    /// Number of entries removed because they were forgotten.
     pub forgotten: u64,
 }

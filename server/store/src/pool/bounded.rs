@@ -1,4 +1,4 @@
-//! A pool of connections in which every wait has its end.
+//! A pool of connections in which every wait is bounded.
 
 use std::fmt;
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -13,28 +13,28 @@ use futures_util::future::join_all;
 use super::status::PoolStatus;
 use crate::metrics;
 
-/// How many connections are made at boot.
+/// Number of connections that are made at boot.
 const WARM: usize = 2;
 
-/// How many connections there may be, and how long to wait.
+/// Limits of a pool.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct BoundedLimits {
-    /// The most connections.
+    /// Maximum number of connections.
     pub(super) size: usize,
-    /// How long a caller waits for a free one.
+    /// Time that a caller waits for a free connection.
     pub(super) wait: Duration,
-    /// How long making one may take, or a sign of life of an old one.
+    /// Time limit for making a connection, and for checking an old one.
     pub(super) connect_timeout: Duration,
-    /// How old one may grow.
+    /// Maximum age of a connection.
     pub(super) max_age: Duration,
 }
 
-/// See the module.
+/// A pool of connections in which every wait is bounded.
 pub(super) struct Bounded<M: Manager, W: From<Object<M>> = Object<M>> {
     name: &'static str,
     pool: Pool<M, W>,
     max_age: Duration,
-    /// How long getting one may take over all: dead ones are found out one after the other.
+    /// Time limit for getting a connection in total: dead connections are detected one after the other.
     patience: Duration,
     oldest_ms: AtomicU64,
     waits: Histogram,
@@ -47,7 +47,7 @@ impl<M: Manager, W: From<Object<M>>> fmt::Debug for Bounded<M, W> {
 }
 
 impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
-    /// No connection yet. `name` is for those who look.
+    /// Creates a pool without connections. `name` is its name in metrics and logs.
     pub(super) fn new(
         name: &'static str,
         builder: PoolBuilder<M, W>,
@@ -65,26 +65,26 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
         Ok(Self { name, pool, max_age: limits.max_age, patience, oldest_ms, waits })
     }
 
-    /// A connection.
+    /// Returns a connection.
     pub(super) async fn get(&self) -> Result<W, PoolError<M::Error>> {
         let began = Instant::now();
         let got = tokio::time::timeout(self.patience, self.pool.get()).await;
         self.waits.record(began.elapsed());
         got.unwrap_or_else(|_elapsed| {
-            // The server has gone without a word: the others will not answer either.
+            // The server is gone without closing its connections: the other connections will not answer either.
             self.pool.retain(|_, _| false);
             Err(PoolError::Timeout(TimeoutType::Recycle))
         })
     }
 
-    /// Makes the first connections, all at once: a server that is slow to accept them is noticed here.
+    /// Makes the first connections, all at once, so that a server that is slow to accept them is noticed here.
     pub(super) async fn warm(&self) -> Result<(), PoolError<M::Error>> {
-        // They are given back when the last is there.
+        // The connections are given back when the last one is made.
         let warmed = join_all((0..WARM.min(self.pool.status().max_size)).map(|_| self.get())).await;
         warmed.into_iter().collect::<Result<Vec<_>, _>>().map(drop)
     }
 
-    /// How it stands.
+    /// The status of the pool.
     pub(super) fn status(&self) -> PoolStatus {
         let status = self.pool.status();
         PoolStatus {
@@ -96,14 +96,14 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
         }
     }
 
-    /// Ends connections that nobody uses and that are dead or old enough.
+    /// Closes idle connections that are dead or have reached their maximum age.
     pub(super) fn retire(&self, is_dead: impl Fn(&M::Type) -> bool) {
         self.look_through(|connection, metrics| {
             !is_dead(connection) && metrics.age() < self.lifetime(metrics)
         });
     }
 
-    /// Makes known how it stands.
+    /// Publishes the status of the pool as metrics.
     pub(super) fn publish(&self) {
         self.look_through(|_, _| true);
     }
@@ -121,13 +121,13 @@ impl<M: Manager, W: From<Object<M>>> Bounded<M, W> {
         metrics::pool(self.name, self.status());
     }
 
-    /// Takes no more callers, and closes every connection when it comes back.
+    /// Refuses new callers, and closes every connection when it comes back.
     pub(super) fn close(&self) {
         self.pool.close();
     }
 
-    /// How old a connection may grow: a bit less than the most, each by an amount of its own, so that those that were
-    /// made together do not end together.
+    /// Maximum age of this connection: a bit less than `max_age`, by an amount that differs between connections, so
+    /// that connections that were made together do not end together.
     fn lifetime(&self, metrics: &Metrics) -> Duration {
         let mut hasher = DefaultHasher::new();
         metrics.created.hash(&mut hasher);

@@ -7,7 +7,7 @@ pub fn with_causes(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {
-        // Many say what their cause says.
+        // Many errors repeat the text of their cause.
         let next = error.to_string();
         if !text.ends_with(&next) {
             text = format!("{text}: {next}");

@@ -1,5 +1,5 @@
-//! Who holds a connection. A task that takes a second one while it holds the first is fast for as long as few do so; and
-//! when as many do as there are connections, all of them wait for each other.
+//! Nested-acquire detector: finds tasks that take a second connection while they hold one. That works as long as few
+//! tasks do so; when as many do so as there are connections, all of them wait for each other.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use tracing::warn;
 
 use crate::metrics;
 
-/// The tasks that hold connections of one pool, and how many.
+/// The tasks that hold connections of one pool, each with its number of connections.
 #[derive(Debug)]
 pub(super) struct Holders {
     pool: &'static str,
@@ -19,7 +19,7 @@ pub(super) struct Holders {
     warned: AtomicBool,
 }
 
-/// One connection that a task holds. It may be dropped by another.
+/// One connection that a task holds. Another task may drop it.
 #[derive(Debug)]
 pub(super) struct HeldConnection {
     holders: Arc<Holders>,
@@ -31,7 +31,8 @@ impl Holders {
         Arc::new(Self { pool, by_task: Mutex::default(), warned: AtomicBool::new(false) })
     }
 
-    /// Looks at who asks for a connection, before it waits for one. Says so once, and counts it each time.
+    /// Checks whether the current task, which is about to wait for a connection, already holds one. Counts every such
+    /// case and logs the first.
     pub(super) fn asked(&self) {
         let holds = task::try_id().is_some_and(|task| self.lock().contains_key(&task));
         if !holds {
@@ -41,7 +42,7 @@ impl Holders {
         if !self.warned.swap(true, Ordering::Relaxed) {
             warn!(
                 pool = self.pool,
-                "a second connection is taken by what holds one: when all do so at once, all wait for each other"
+                "a task takes a second connection while it holds one: when all do so at once, all wait for each other"
             );
         }
     }

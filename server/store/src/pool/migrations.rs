@@ -1,18 +1,18 @@
-//! The tables of a module, in the steps in which they came to be.
+//! Migrations: the steps that create and change the tables of a module.
 
-/// A write that changes nothing, and needs room all the same.
+/// A write that changes nothing but needs room on the disk.
 pub(super) const WRITE_PROBE: &str = "UPDATE migrations_served SET oldest = oldest";
 
-/// The tables of one part of the program, in the steps in which they came to be.
+/// The steps that create and change the tables of one module.
 #[derive(Clone, Copy, Debug)]
 pub struct Migrations {
-    /// Whose tables these are.
+    /// Name of the module.
     pub module: &'static str,
-    /// SQL, the oldest first. A step that was ever released is never changed.
+    /// SQL of the steps, the oldest first. A released step is never changed.
     ///
-    /// While a new version is rolled out, and after it was rolled back, programs that know fewer steps work on the same
-    /// tables: so a step only adds what they can do without. A later one may take away what no program uses any more; it
-    /// begins with a line `-- serves 3`, which says how many steps a program must know from then on.
+    /// During a rollout, and after a rollback, programs that know fewer steps work on the same tables: so a step only
+    /// adds parts that such programs do not need. A later step may remove parts that no program uses any more. It
+    /// begins with a line such as `-- serves 3`, the number of steps that a program must know from then on.
     pub steps: &'static [&'static str],
 }
 
@@ -23,28 +23,29 @@ pub struct Migrations {
      this one knows {known}"
 )]
 pub struct Newer {
-    /// Whose migrations.
+    /// Name of the module.
     pub module: &'static str,
     /// The version in the store.
     pub found: usize,
-    /// The oldest version that it serves.
+    /// The oldest version of a program that the store serves.
     pub serves: usize,
     /// The newest version that this program knows.
     pub known: usize,
 }
 
-/// Where the tables of a module stand, as a store has written it down.
+/// The recorded status of the tables of a module.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct MigrationStatus {
-    /// How many steps were done.
+    /// Number of steps done.
     pub(super) version: usize,
-    /// How many of them a program must know. Stores from before this was written down serve none that is older.
+    /// Number of steps that a program must know. `None` in a store from before this was recorded, which serves no older
+    /// program.
     pub(super) serves: Option<usize>,
 }
 
 impl Migrations {
-    /// The steps that a store has not seen, each with the version that it makes; and how many of them a program must know
-    /// when they are done.
+    /// Returns the steps that a store lacks, each with the version that it makes, and the number of steps that a
+    /// program must know when they are done.
     pub(super) fn missing(
         self,
         status: MigrationStatus,
@@ -56,14 +57,14 @@ impl Migrations {
             return Err(Newer { module, found, serves, known: steps.len() });
         }
         let missing = (1..).zip(steps.iter().copied()).skip(found);
-        // The first step is what there is nothing older than.
+        // Every program knows the first step.
         let serves =
             missing.clone().filter_map(|(_, step)| serves_from(step)).fold(serves.max(1), usize::max);
         Ok((missing, serves))
     }
 }
 
-/// What a step says of programs that are older.
+/// The number in the `-- serves` line of a step, if it has one.
 fn serves_from(step: &str) -> Option<usize> {
     step.trim_start().lines().next()?.strip_prefix("-- serves ")?.trim().parse().ok()
 }
@@ -93,7 +94,7 @@ mod tests {
         let newer = Newer { module: "zoo", found: 3, serves: 2, known: 1 };
         assert_eq!(missing(&["CREATE"], 3, Some(2)), Err(newer));
         assert_eq!(missing(&["CREATE", "ADD"], 3, Some(2)), Ok((0, 2)));
-        // Nobody has said what a store from before serves.
+        // A store without a recorded number serves no older program.
         assert!(missing(&["CREATE"], 2, None).is_err());
         assert_eq!(missing(&["CREATE", "ADD", "MORE"], 2, None), Ok((1, 2)));
     }

@@ -1,11 +1,10 @@
-//! A Postgres server, behind a pool of connections.
+//! A Postgres server behind a pool of connections.
 //!
-//! Every wait has its end: for a free connection, for a new one, for an answer. A statement that does not end in
-//! time is ended by the server (`statement_timeout`) and given up here a moment later, and its connection with it.
+//! Every wait is bounded: for a free connection, for a new one, for an answer. The server ends a statement that takes
+//! too long (`statement_timeout`); a moment later it is given up here, together with its connection.
 //!
-//! Statements are parsed, bound and run in one round trip and have no names, and nothing of a session is relied
-//! on: all of it works through a PgBouncer that pools transactions. Only [`Postgres::listen`] needs a connection
-//! of its own.
+//! Statements are parsed, bound and run in one round trip, have no names, and do not rely on the state of a session: so
+//! they work through a PgBouncer that pools transactions. Only [`Postgres::listen`] needs a connection of its own.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -44,20 +43,21 @@ use super::{Url, tls};
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
 
-/// How much longer than the server's own limit an answer is waited for.
+/// Time that an answer may take beyond the server's own limit.
 const GRACE: Duration = Duration::from_secs(1);
-/// How long bringing the tables up to date may take, for each step.
+/// Time limit for each migration step.
 const MIGRATION: Duration = Duration::from_secs(600);
-/// What parallel boots wait for each other on while they do so.
+/// Key of the lock on which parallel boots wait for each other during migrations.
 const MIGRATION_LOCK: i64 = 0x7065_7265_6e6e_6961;
-/// A clock that is off by more than this is worth a warning.
+/// Difference of the clocks above which a warning is logged.
 const SKEW: Duration = Duration::from_secs(30);
-/// How often the server is asked how it is, and connections are looked through.
+/// Interval at which the server and the connections are checked.
 const LOOK: Duration = Duration::from_secs(2);
-/// What a role or a database may have other defaults for, and what decides whether statements of ours are right: they are
-/// pinned for each connection. Behind a PgBouncer, which passes none of them on, they are looked at at the start.
+/// Settings that decide whether the statements are correct, and for which a role or a database may have other defaults.
+/// They are pinned for each connection. PgBouncer does not pass them on, so they are also checked at the start.
 const PINNED: [(&str, &str); 6] = [
-    // Each statement sees what was committed before it; what has to hold together is locked, or compared and swapped.
+    // Each statement sees all earlier commits. Consistency between statements comes from locks, or from compare and
+    // swap.
     ("default_transaction_isolation", "read committed"),
     ("default_transaction_deferrable", "off"),
     ("lock_timeout", "0"),
@@ -65,41 +65,42 @@ const PINNED: [(&str, &str); 6] = [
     ("transform_null_equals", "off"),
     ("bytea_output", "hex"),
 ];
-/// What was answered is on the disk; the options of a URL may ask for more than that.
+/// An answered commit is on the disk. The options of a URL come later, and may ask for more than that.
 const DURABLE: &str = "-c synchronous_commit=on";
-/// How many notifications may wait for whoever listens.
+/// Number of notifications that may wait for the listener.
 const NOTIFICATIONS: usize = 1024;
 
-/// Where the server is, and how long to wait for it.
+/// Address of the server, and limits for its connections.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// `postgres://user:password@host:5432/database`. With `sslmode=require`, TLS, and the server's certificate and name
-    /// are checked; otherwise none. With several hosts and `target_session_attrs=read-write`, the one that takes writes.
+    /// `postgres://user:password@host:5432/database`. `sslmode=require` means TLS with a check of the server's
+    /// certificate and name, otherwise there is no TLS. With several hosts and `target_session_attrs=read-write`, the
+    /// host that takes writes is used.
     pub url: Url,
-    /// The authority that has signed the server's certificate, a PEM file, if the system does not know it.
+    /// PEM file of the authority that has signed the server's certificate, if the system does not know that authority.
     pub ca_file: Option<PathBuf>,
-    /// The most connections.
+    /// Maximum number of connections.
     pub size: usize,
-    /// How long a caller waits for a free one.
+    /// Time that a caller waits for a free connection.
     pub wait: Duration,
-    /// How long making one may take.
+    /// Time limit for making a connection.
     pub connect_timeout: Duration,
-    /// How long one statement may take.
+    /// Time limit for one statement.
     pub statement_timeout: Duration,
-    /// How old a connection may grow.
+    /// Maximum age of a connection.
     pub max_age: Duration,
-    /// Whether a PgBouncer that pools transactions may stand in between: then nothing is set for a session, and
+    /// Whether a PgBouncer that pools transactions may be in between. If so, nothing is set for a session, and
     /// `statement_timeout` should be set on the role.
     pub pgbouncer: bool,
 }
 
-/// Why a statement did not do what it should.
+/// Error of a statement or a connection.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The URL cannot be read.
+    /// The URL cannot be parsed.
     #[error("wanted postgres://user:password@host:port/database")]
     Url,
-    /// Nobody had time within the wait.
+    /// No connection became free in time.
     #[error("no connection to Postgres is free")]
     Busy,
     /// No connection can be made.
@@ -108,19 +109,19 @@ pub enum Error {
     /// The answer did not come in time. A write may have happened.
     #[error("Postgres has not answered within the time allowed; a write may have happened")]
     Slow,
-    /// Texts of the database are not UTF-8: what other programs write there could not be read.
+    /// The texts of the database are not UTF-8, so the rows of other programs could not be read.
     #[error(
         "the database has the encoding {0}, and UTF8 is wanted: CREATE DATABASE .. ENCODING 'UTF8' TEMPLATE template0"
     )]
     Encoding(String),
-    /// A setting that decides whether statements are right cannot be set from here.
+    /// A setting that decides whether statements are correct has another value and cannot be set from here.
     #[error("{setting} is {found}, and {wanted} is wanted: ALTER ROLE .. SET {setting} = '{wanted}'")]
     Setting {
-        /// The setting.
+        /// Name of the setting.
         setting: String,
         /// Its value.
         found: String,
-        /// What it has to be.
+        /// The wanted value.
         wanted: String,
     },
     /// The server refused, or the connection broke off.
@@ -135,7 +136,7 @@ impl From<PoolError> for Error {
     fn from(error: PoolError) -> Self {
         match error {
             PoolError::Timeout(TimeoutType::Wait) => Self::Busy,
-            // What the pool says of it is about the pool.
+            // The cause says more than the error of the pool around it.
             PoolError::Backend(error) => Self::Away(error.into()),
             error => Self::Away(error.into()),
         }
@@ -143,27 +144,28 @@ impl From<PoolError> for Error {
 }
 
 impl Error {
-    /// Whether the server says that it has undone the transaction, for another's sake: class 40, deadlocks among them.
+    /// Returns true when the server has rolled the transaction back in favour of another one: class 40, which includes
+    /// deadlocks.
     pub fn is_rollback(&self) -> bool {
         matches!(self, Self::Sql(error) if error.code().is_some_and(|code| code.code().starts_with("40")))
     }
 
-    /// Whether the server has no room on its disk.
+    /// True when the disk of the server is full.
     fn is_full(&self) -> bool {
         matches!(self, Self::Sql(error) if error.code() == Some(&SqlState::DISK_FULL))
     }
 
-    /// Whether the server only reads.
+    /// Returns true when the server is read-only.
     fn is_read_only(&self) -> bool {
         matches!(self, Self::Sql(error) if error.code() == Some(&SqlState::READ_ONLY_SQL_TRANSACTION))
     }
 
-    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    /// Returns true when the error is transient: the request is valid and may succeed in a moment.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Busy | Self::Away(_) | Self::Slow => true,
             Self::Sql(error) => match error.code() {
-                // Without a code, the connection broke off; or what came is not what was asked for, and never will be.
+                // Without a code, the connection broke, or the answer has the wrong type and will have it every time.
                 None => is_broken(error),
                 Some(code) => is_passing(code),
             },
@@ -177,8 +179,9 @@ fn is_broken(error: &tokio_postgres::Error) -> bool {
     error.is_closed() || error.source().is_some_and(<dyn Error>::is::<std::io::Error>)
 }
 
-/// Classes of errors (PostgreSQL, appendix A) that are about the moment: 08 connection, 40 rollback, 53 resources,
-/// 57 intervention (shutdown, timeout), 58 system; and a server that only reads, since it is no longer the primary.
+/// Returns true for the transient classes of errors (PostgreSQL, appendix A): 08 connection, 40 rollback, 53 resources,
+/// 57 intervention (shutdown, timeout), 58 system; and for a server that is read-only because it is no longer the
+/// primary.
 fn is_passing(code: &SqlState) -> bool {
     let class = code.code().get(..2).unwrap_or_default();
     matches!(class, "08" | "40" | "53" | "57" | "58") || *code == SqlState::READ_ONLY_SQL_TRANSACTION
@@ -198,14 +201,14 @@ struct PostgresInner {
     config: Config,
     reach: RwLock<Arc<Reach>>,
     holders: Arc<Holders>,
-    /// How often the way to the server has changed.
+    /// Number of times that the URL of the server has changed.
     changed: watch::Sender<u64>,
-    /// How many steps of tables there were at boot.
+    /// Number of migration steps that the store had at boot.
     steps: AtomicI64,
-    /// Connections on which a statement may still run that nobody waits for, to whoever tends.
+    /// Queue to the maintenance task, for connections on which an abandoned statement may still run.
     abandoned: Abandoned,
     to_be_cancelled: Mutex<mpsc::Receiver<Doomed>>,
-    /// Whether a write has failed for want of room, and none has succeeded at a look since.
+    /// True after a write failed on a full disk, until a check finds that writes succeed again.
     is_full: Arc<AtomicBool>,
 }
 
@@ -215,18 +218,18 @@ impl fmt::Debug for Postgres {
     }
 }
 
-/// The server as it is reached with the URL that holds now.
+/// The connections to the server with the current URL.
 struct Reach {
     url: Url,
     pool: Bounded<Manager>,
-    /// For connections that are nobody else's.
+    /// Configuration of connections outside the pool.
     dedicated: tokio_postgres::Config,
     tls: Option<MakeRustlsConnect>,
 }
 
 impl Reach {
     fn new(config: &Config, url: Url) -> Result<Self> {
-        // What is required is verified: there is no less.
+        // TLS is always verified, so `verify-full` and `require` mean the same.
         let text = url.text.expose_secret().replace("sslmode=verify-full", "sslmode=require");
         let mut wanted = tokio_postgres::Config::from_str(&text).map_err(|_| Error::Url)?;
         let tls = match wanted.get_ssl_mode() {
@@ -242,7 +245,7 @@ impl Reach {
         wanted
             .application_name("perennial")
             .connect_timeout(config.connect_timeout)
-            // Packets that are swallowed silently end a connection, too.
+            // A connection also ends when its packets are silently lost.
             .tcp_user_timeout(config.statement_timeout + GRACE)
             .keepalives_idle(Duration::from_secs(30));
         if !config.pgbouncer {
@@ -276,10 +279,10 @@ impl Reach {
 }
 
 impl Postgres {
-    /// Connects, so that a server that cannot be used is noticed here.
+    /// Connects, so that an unusable server is noticed here.
     ///
     /// # Errors
-    /// When the URL cannot be read, and when the server cannot be reached.
+    /// When the URL cannot be parsed, when the server cannot be reached, and when its encoding or a setting is wrong.
     pub async fn open(config: Config) -> Result<Self> {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
         let (abandoned, to_be_cancelled) = mpsc::channel(config.size);
@@ -308,16 +311,16 @@ impl Postgres {
         Arc::clone(&self.0.reach.read())
     }
 
-    /// How its pool stands.
+    /// The status of the pool.
     pub fn status(&self) -> PoolStatus {
         self.reach().pool.status()
     }
 
-    /// Looks after connections until nothing new is taken: retires those that are dead or old, has the server cancel what
-    /// nobody waits for any more, and says in `condition` whether it is there and takes writes.
+    /// Maintains the connections until the soft phase of the drain: closes dead and old ones, has the server cancel
+    /// abandoned statements, and reports in `condition` whether the server is reachable and takes writes.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
         let mut to_be_cancelled = self.0.to_be_cancelled.lock().await;
         self.0.abandoned.is_tended.store(true, Ordering::Release);
@@ -326,7 +329,7 @@ impl Postgres {
             never = self.keep_cancelling(&mut to_be_cancelled) => match never {},
             () = drain.soft() => {}
         }
-        // From now on they are closed by whoever abandons them.
+        // From now on an abandoned connection is closed when it drops.
         to_be_cancelled.close();
         while to_be_cancelled.try_recv().is_ok() {}
         Ok(())
@@ -339,7 +342,7 @@ impl Postgres {
         }
     }
 
-    /// Not one after the other: a server that is slow to answer has the more of them.
+    /// Cancels statements in parallel, since a server that is slow to answer has many of them.
     async fn keep_cancelling(&self, to_be_cancelled: &mut mpsc::Receiver<Doomed>) -> Infallible {
         let mut under_way = FuturesUnordered::new();
         loop {
@@ -350,8 +353,8 @@ impl Postgres {
         }
     }
 
-    /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
-    /// who uses the old pool, or waits for it, is done.
+    /// Changes to the URL in the file, if it is a different one. The existing connections end when the last caller that
+    /// uses the old pool, or waits for it, is done.
     async fn follow_url(&self) {
         let Some(candidate) = self.reach().url.changed() else { return };
         let reached = match Reach::new(&self.0.config, candidate.url.clone()) {
@@ -360,12 +363,12 @@ impl Postgres {
         };
         if let Some(reach) = candidate.judge("Postgres", reached) {
             *self.0.reach.write() = Arc::new(reach);
-            // Who listens by the old way is to listen by the new one.
+            // Listeners on the old server must listen on the new one.
             self.0.changed.send_modify(|changes| *changes += 1);
         }
     }
 
-    /// Whether tables are there as they were at boot.
+    /// Checks that the server has at least as many migration steps as the store had at boot.
     async fn is_same_store(&self, reach: &Reach) -> Result<()> {
         let object = reach.pool.get().await?;
         let timeout = self.0.config.statement_timeout + GRACE;
@@ -389,18 +392,19 @@ impl Postgres {
                 Some(failure) => condition.unmet(&format!("it takes no writes: {}", with_causes(&failure))),
             },
             Ok(true) => {
-                // It is not the primary any more: the next connection finds the new one, if the URL names several.
+                // The server is no longer the primary: the next connection finds the new one, if the URL names several
+                // hosts.
                 self.reach().pool.retire(|_| true);
                 condition.unmet("it only reads");
             }
-            // That says something about us.
+            // A busy pool says nothing about the server.
             Err(Error::Busy) => {}
             Err(error) => condition.unmet(&with_causes(&error)),
         }
     }
 
-    /// Why a write failed lately for want of room, if one would fail now. A write that changes nothing needs room in the
-    /// log.
+    /// Returns the error of a test write, if a write has failed lately on a full disk and still fails. Even a write
+    /// that changes nothing needs room in the write-ahead log.
     async fn write_failure(&self) -> Option<Error> {
         self.0.is_full.load(Ordering::Acquire).then_some(())?;
         match self.execute(super::migrations::WRITE_PROBE, &[]).await {
@@ -412,8 +416,9 @@ impl Postgres {
         }
     }
 
-    /// Cancels what runs on a connection, and ends it then: nobody else may get what the cancelling hits. It has its place
-    /// in the pool until then: what runs on the server is never more than that holds.
+    /// Cancels the statement on a connection and then closes the connection, so that the cancellation cannot hit a
+    /// later caller. The connection keeps its place in the pool until then, so that the server never runs more
+    /// statements than the pool has places.
     async fn cancel(&self, connection: Doomed) {
         let Some(token) = connection.0.as_ref().map(|object| object.cancel_token()) else { return };
         let cancel = async {
@@ -423,12 +428,12 @@ impl Postgres {
             }
         };
         if let Ok(Err(error)) = tokio::time::timeout(self.0.config.connect_timeout, cancel).await {
-            debug!(%error, "a statement that nobody waits for could not be cancelled");
+            debug!(%error, "an abandoned statement cannot be cancelled");
         }
         drop(connection);
     }
 
-    /// Looks at the server for what would go wrong later.
+    /// Checks encoding, settings and clock of the server, to find problems before they cause failures.
     async fn check(&self) -> Result<()> {
         let connection = self.get().await?;
         let sql =
@@ -442,7 +447,7 @@ impl Postgres {
         self.check_pinned(&connection).await?;
         let durable = connection.query("SELECT current_setting('synchronous_commit') <> 'off'", &[]).await?;
         if !durable.first().is_some_and(|row| row.get(0)) {
-            warn!("synchronous_commit is off: what was answered may be lost when the server crashes");
+            warn!("synchronous_commit is off: answered writes may be lost when the server crashes");
         }
         let skew = now.duration_since(Timestamp::now()).unsigned_abs();
         if skew > SKEW {
@@ -459,7 +464,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// Warns of settings that are not as the statements want them: they could not be pinned.
+    /// Warns of settings that could not be pinned to their values. A wrong isolation level is an error.
     async fn check_pinned(&self, connection: &PostgresConnection) -> Result<()> {
         let (names, wanted): (Vec<&str>, Vec<&str>) = PINNED.into_iter().unzip();
         let sql = "SELECT name, current_setting(name), wanted FROM unnest($1::text[], $2::text[]) AS pinned (name, wanted)
@@ -467,7 +472,7 @@ impl Postgres {
         let rows = connection.query(sql, &[(&names, Type::TEXT_ARRAY), (&wanted, Type::TEXT_ARRAY)]).await?;
         for row in rows {
             let (setting, found, wanted): (String, String, String) = (row.get(0), row.get(1), row.get(2));
-            // Transactions would be rolled back for nothing.
+            // With another isolation level, transactions would be rolled back without need.
             if setting == "default_transaction_isolation" {
                 return Err(Error::Setting { setting, found, wanted });
             }
@@ -481,12 +486,12 @@ impl Postgres {
         Ok(())
     }
 
-    /// Whether only what works through a PgBouncer may be used.
+    /// Returns true when only features that work through a PgBouncer may be used.
     pub fn is_behind_pgbouncer(&self) -> bool {
         self.0.config.pgbouncer
     }
 
-    /// A connection.
+    /// Returns a connection from the pool.
     ///
     /// # Errors
     /// [`Error::Busy`] when none is free in time, [`Error::Away`] when none can be made.
@@ -501,7 +506,7 @@ impl Postgres {
         })
     }
 
-    /// Runs one statement on a connection.
+    /// Runs one statement on a connection of the pool.
     ///
     /// # Errors
     /// See [`Error`].
@@ -509,7 +514,7 @@ impl Postgres {
         self.get().await?.query(sql, parameters).await
     }
 
-    /// Runs one statement on a connection, and returns how many rows it is about.
+    /// Runs one statement on a connection of the pool and returns the number of rows that it affects.
     ///
     /// # Errors
     /// See [`Error`].
@@ -517,10 +522,10 @@ impl Postgres {
         self.get().await?.execute(sql, parameters).await
     }
 
-    /// Applies what is missing of each part's migrations, all in one transaction; parallel boots wait for it.
+    /// Applies the missing migration steps of each module, all in one transaction. Parallel boots wait for it.
     ///
     /// # Errors
-    /// When a step fails, or the store is newer than the program: nothing has changed.
+    /// When a step fails, or the store is newer than the program. Nothing has changed then.
     pub async fn migrate(&self, all: &[Migrations]) -> Result<()> {
         let mut connection = self.get().await?;
         connection.timeout = MIGRATION;
@@ -572,7 +577,7 @@ impl Postgres {
         Ok(())
     }
 
-    /// A connection of its own that listens on a channel.
+    /// Opens a separate connection that listens on a channel.
     ///
     /// # Errors
     /// When it cannot be made.
@@ -599,13 +604,13 @@ impl Postgres {
         Ok(listener)
     }
 
-    /// Takes no more callers, and closes every connection when it comes back.
+    /// Refuses new callers, and closes every connection when it comes back.
     pub fn close(&self) {
         self.reach().pool.close();
     }
 }
 
-/// Passes on notifications until the connection ends, or nobody listens any more.
+/// Passes on notifications until the connection ends or the listener is dropped.
 async fn drive<S>(mut connection: tokio_postgres::Connection<Socket, S>, sender: mpsc::Sender<String>)
 where
     S: AsyncRead + AsyncWrite + Unpin,
@@ -641,18 +646,18 @@ impl fmt::Debug for PostgresConnection {
     }
 }
 
-/// What runs statements: a connection, each by itself; or a transaction, all or none.
+/// A session that runs statements: a connection runs each by itself, a transaction all or none.
 pub trait Session {
     /// Runs a statement.
     fn query(&self, sql: &str, parameters: &[Parameter<'_>])
     -> impl Future<Output = Result<Vec<Row>>> + Send;
 
-    /// Runs a statement, and returns how many rows it is about.
+    /// Runs a statement and returns the number of rows that it affects.
     fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> impl Future<Output = Result<u64>> + Send;
 }
 
-/// Runs one statement, and counts it as unanswered until it has been answered: also when the caller
-/// goes away, what is still to come belongs to nobody.
+/// Runs one statement, and counts it as unanswered until its answer has come. If the caller goes away before that, the
+/// count stays, and the connection is not used again.
 async fn asked<T>(
     answers: &Answers,
     timeout: Duration,
@@ -660,7 +665,7 @@ async fn asked<T>(
 ) -> Result<T> {
     answers.missing.fetch_add(1, Ordering::Relaxed);
     let answered = within(timeout, answer).await;
-    // Nor is one used again that leads to a server which is the primary no more.
+    // A connection to a server that is no longer the primary is not used again either.
     if !answered.as_ref().is_err_and(|error| matches!(error, Error::Slow) || error.is_read_only()) {
         answers.missing.fetch_sub(1, Ordering::Relaxed);
     }
@@ -670,11 +675,11 @@ async fn asked<T>(
     answered
 }
 
-/// What the answers on a connection have shown.
+/// Facts from the answers on a connection.
 struct Answers {
-    /// How many statements were not answered.
+    /// Number of unanswered statements.
     missing: AtomicUsize,
-    /// Whether the server has no room on its disk.
+    /// True when the disk of the server is full.
     is_full: Arc<AtomicBool>,
 }
 
@@ -715,7 +720,7 @@ impl Drop for PostgresConnection {
     }
 }
 
-/// Connections with statements that nobody waits for any more, on their way to be cancelled.
+/// The queue of connections with abandoned statements, which the maintenance task cancels.
 #[derive(Clone)]
 struct Abandoned {
     connections: mpsc::Sender<Doomed>,
@@ -725,14 +730,14 @@ struct Abandoned {
 impl Abandoned {
     fn hand_over(&self, connection: Object) {
         let connection = Doomed(Some(connection));
-        // Without anybody who tends, the server ends the statement by its own limit.
+        // Without a maintenance task, the server ends the statement by its own time limit.
         if self.is_tended.load(Ordering::Acquire) {
             let _ = self.connections.try_send(connection);
         }
     }
 }
 
-/// A connection that nobody gets any more: it is closed when this drops, and has its place in the pool until then.
+/// A connection that is not used again. It is closed when this drops, and keeps its place in the pool until then.
 struct Doomed(Option<Object>);
 
 impl Drop for Doomed {
@@ -741,7 +746,7 @@ impl Drop for Doomed {
     }
 }
 
-/// A transaction on a connection. Rolled back when it drops without [`Transaction::commit`].
+/// A transaction on a connection. It is rolled back when it drops without [`Transaction::commit`].
 pub struct Transaction<'a> {
     inner: deadpool_postgres::Transaction<'a>,
     answers: &'a Answers,
@@ -755,10 +760,10 @@ impl fmt::Debug for Transaction<'_> {
 }
 
 impl Transaction<'_> {
-    /// Makes what was done last.
+    /// Commits the transaction.
     ///
     /// # Errors
-    /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a connection that broke off.
+    /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a broken connection.
     pub async fn commit(self) -> Result<()> {
         asked(self.answers, self.timeout, self.inner.commit()).await
     }
@@ -782,13 +787,13 @@ impl Session for Transaction<'_> {
     }
 }
 
-/// A connection that listens. It ends when this drops.
+/// A connection that listens on a channel. It ends when this drops.
 pub struct NotifyListener {
     client: tokio_postgres::Client,
     notifications: mpsc::Receiver<String>,
     channel: &'static str,
     timeout: Duration,
-    /// Changes when another way leads to the server.
+    /// Changes when the URL of the server changes.
     changed: watch::Receiver<u64>,
     _driver: JoinSet<()>,
 }
@@ -800,7 +805,7 @@ impl fmt::Debug for NotifyListener {
 }
 
 impl NotifyListener {
-    /// The next notification; none when the connection has ended, or another is to take its place.
+    /// Waits for the next notification. Returns `None` when the connection has ended or must be replaced.
     pub async fn next(&mut self) -> Option<String> {
         tokio::select! {
             notification = self.notifications.recv() => notification,
@@ -808,7 +813,7 @@ impl NotifyListener {
         }
     }
 
-    /// Tells all who listen, ourselves too.
+    /// Sends the payloads to all listeners on the channel, including this one.
     ///
     /// # Errors
     /// When the connection has ended.

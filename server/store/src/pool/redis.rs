@@ -1,7 +1,7 @@
-//! A Redis server, behind a pool of connections. Every wait has its end: for a free connection, for a new one, for
-//! an answer.
+//! A Redis server behind a pool of connections. Every wait is bounded: for a free connection, for a new one, for an
+//! answer.
 //!
-//! What is kept in Redis here must not vanish: a server that evicts keys is refused.
+//! The data in Redis must not vanish: a server that evicts keys is refused.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -27,44 +27,44 @@ use perennial_runtime::health::Condition;
 
 pub use ::redis as client;
 
-/// The oldest server whose commands are enough.
+/// The oldest version of Redis that has all the commands in use.
 const OLDEST: (u32, u32) = (7, 0);
 
-/// How often the server is asked how it is, and connections are looked through.
+/// Interval at which the server and the connections are checked.
 const LOOK: Duration = Duration::from_secs(2);
 
-/// Where the server is, and how long to wait for it.
+/// Address of the server, and limits for its connections.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// `redis://user:password@host:6379/0`, `rediss://..` with TLS, or `redis+unix:///path`.
     pub url: Url,
-    /// The authority that has signed the server's certificate, a PEM file, if the system does not know it.
+    /// PEM file of the authority that has signed the server's certificate, if the system does not know that authority.
     pub ca_file: Option<PathBuf>,
-    /// The most connections.
+    /// Maximum number of connections.
     pub size: usize,
-    /// How long a caller waits for a free one.
+    /// Time that a caller waits for a free connection.
     pub wait: Duration,
-    /// How long making one may take.
+    /// Time limit for making a connection.
     pub connect_timeout: Duration,
-    /// How long an answer may take.
+    /// Time limit for an answer.
     pub response_timeout: Duration,
-    /// How old a connection may grow.
+    /// Maximum age of a connection.
     pub max_age: Duration,
 }
 
-/// Why Redis did not do what it should.
+/// Error of a request to Redis.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The URL cannot be read.
+    /// The URL cannot be parsed.
     #[error("wanted redis://user:password@host:port/database")]
     Url,
-    /// Nobody had time within the wait.
+    /// No connection became free in time.
     #[error("no connection to Redis is free")]
     Busy,
     /// No connection can be made.
     #[error("Redis cannot be reached")]
     Away(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// The server is not fit to keep anything.
+    /// The server is not fit to keep data.
     #[error("this Redis cannot be used: {0}")]
     Unfit(String),
     /// The server refused, or the connection broke off. A write may have happened.
@@ -82,7 +82,7 @@ impl From<PoolError> for Error {
     fn from(error: PoolError) -> Self {
         match error {
             PoolError::Timeout(TimeoutType::Wait) => Self::Busy,
-            // What the pool says of it is about the pool.
+            // The cause says more than the error of the pool around it.
             PoolError::Backend(error) => Self::Away(error.into()),
             error => Self::Away(error.into()),
         }
@@ -90,7 +90,7 @@ impl From<PoolError> for Error {
 }
 
 impl Error {
-    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    /// Returns true when the error is transient: the request is valid and may succeed in a moment.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Busy | Self::Away(_) => true,
@@ -100,12 +100,12 @@ impl Error {
     }
 }
 
-/// Whether it is the primary no more.
+/// Returns true when the server is no longer the primary.
 fn is_read_only(error: &RedisError) -> bool {
     error.kind() == ErrorKind::Server(ServerErrorKind::ReadOnly)
 }
 
-/// Whether the server has no room in its memory, or cannot save.
+/// Returns true when the server has no room in its memory, or cannot save.
 fn takes_no_writes(error: &RedisError) -> bool {
     matches!(error.code(), Some("OOM" | "MISCONF"))
 }
@@ -115,7 +115,7 @@ fn is_passing(error: &RedisError) -> bool {
     match error.kind() {
         ErrorKind::Io => true,
         ErrorKind::Server(kind) => matches!(kind, BusyLoading | MasterDown | ReadOnly | TryAgain),
-        // Full memory, a script that runs for too long, a disk that cannot be written to.
+        // The memory is full, a script runs for too long, or the disk cannot be written to.
         _ => matches!(error.code(), Some("OOM" | "BUSY" | "MISCONF")),
     }
 }
@@ -123,7 +123,7 @@ fn is_passing(error: &RedisError) -> bool {
 /// The result of a command.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Whether a text is the URL of a Redis that this program understands.
+/// Returns true when `text` is a Redis URL that this program understands.
 pub fn is_url(text: &str) -> bool {
     text.into_connection_info().is_ok()
 }
@@ -135,19 +135,20 @@ pub struct Redis(Arc<RedisInner>);
 struct RedisInner {
     config: Config,
     reach: RwLock<Arc<Reach>>,
-    /// Whether a write was refused, and none has been taken at a look since.
+    /// True after a refused write, until a check finds that the server takes writes again.
     cannot_write: AtomicBool,
 }
 
-/// The server as it is reached with the URL that holds now.
+/// The connections to the server with the current URL.
 struct Reach {
     url: Url,
     client: Client,
-    /// For scripts, which may take their time: one has a connection to itself.
+    /// Connections for scripts. A script may take long, so each has a connection to itself.
     pool: Bounded<Manager, Connection>,
-    /// For single commands: they share one connection, which is made again when it breaks,
+    /// The connection that single commands share. It is made again when it breaks.
     plain: RwLock<ConnectionManager>,
-    /// and has a number, since it is not made again by itself when it only says nothing.
+    /// Number of the shared connection. A connection that only stops answering is not made again by itself:
+    /// `replace_plain` replaces the one with this number.
     number: AtomicU64,
 }
 
@@ -156,7 +157,7 @@ impl Reach {
         let info = url.text.expose_secret().into_connection_info().map_err(|_| Error::Url)?;
         let connection = AsyncConnectionConfig::new()
             .set_connection_timeout(Some(config.connect_timeout))
-            // The library's own is half a second, and one slow answer would end a connection.
+            // The default of the library is half a second, and one slow answer would end a connection.
             .set_response_timeout(Some(config.response_timeout));
         let client = match &config.ca_file {
             Some(file) => {
@@ -179,12 +180,12 @@ impl Reach {
         Ok(Self { url, client, pool, plain, number: AtomicU64::new(0) })
     }
 
-    /// Looks at the server for what would go wrong later.
+    /// Checks version, mode, role and settings of the server, to find problems before they cause failures.
     async fn check(&self) -> Result<()> {
         let info: String = match self.ask(::redis::cmd("INFO").arg("everything")).await {
             Err(Error::Redis(error)) if error.code() == Some("NOPERM") => {
                 warn!(
-                    "Redis does not let this user ask INFO: nobody knows whether it evicts keys, is a replica, or is too old"
+                    "Redis does not let this user ask INFO: its version, role and eviction policy are not checked"
                 );
                 return Ok(());
             }
@@ -229,7 +230,8 @@ impl Reach {
         Ok(())
     }
 
-    /// Whether every write is on the disk before it is answered. Servers that do not say are believed not to.
+    /// Returns true when every write is on the disk before it is answered. The answer is false for a server that does
+    /// not tell.
     async fn fsyncs_always(&self) -> bool {
         let asked = self.ask::<Vec<String>>(::redis::cmd("CONFIG").arg("GET").arg("appendfsync")).await;
         asked.is_ok_and(|answer| answer.get(1).is_some_and(|policy| policy == "always"))
@@ -239,13 +241,13 @@ impl Reach {
         command.query_async(&mut self.plain().0).await.map_err(on_plain)
     }
 
-    /// The shared connection, and its number.
+    /// The shared connection and its number.
     fn plain(&self) -> (ConnectionManager, u64) {
         let plain = self.plain.read();
         (plain.clone(), self.number.load(Ordering::Acquire))
     }
 
-    /// Makes another in the place of the shared connection with this number, which has not answered.
+    /// Replaces the shared connection with the number `silent`, which has not answered.
     fn replace_plain(&self, config: &Config, silent: u64) {
         let mut current = self.plain.write();
         if self.number.load(Ordering::Acquire) != silent {
@@ -258,7 +260,7 @@ impl Reach {
     }
 }
 
-/// What is asked of the shared connection.
+/// A request on the shared connection.
 #[derive(Clone, Copy)]
 enum Ask<'a> {
     Command(&'a Cmd),
@@ -277,15 +279,15 @@ impl Ask<'_> {
     }
 }
 
-/// The shared connection is made when somebody asks: that it cannot be is found out then.
+/// Converts an error of the shared connection. It is made on first use, so an I/O error means that it cannot be made.
 fn on_plain(error: RedisError) -> Error {
     if error.is_io_error() { Error::Away(error.into()) } else { Error::Redis(error) }
 }
 
-/// A connection that is made when it is needed.
+/// Creates a connection that is made on first use.
 fn plain(config: &Config, client: &Client) -> Result<ConnectionManager> {
     let plain = ConnectionManagerConfig::new()
-        // Whoever asks has no time for more.
+        // The caller has no time for retries.
         .set_number_of_retries(0)
         .set_connection_timeout(Some(config.connect_timeout))
         .set_response_timeout(Some(config.response_timeout));
@@ -299,10 +301,10 @@ impl fmt::Debug for Redis {
 }
 
 impl Redis {
-    /// Connects once, and refuses a server that would lose what it keeps.
+    /// Connects, and refuses a server that would lose data.
     ///
     /// # Errors
-    /// When the URL cannot be read, when the server cannot be reached, and when it is not fit.
+    /// When the URL cannot be parsed, when the server cannot be reached, and when it is not fit.
     pub async fn open(config: Config) -> Result<Self> {
         let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
         let redis = Self(Arc::new(RedisInner { config, reach, cannot_write: AtomicBool::new(false) }));
@@ -315,16 +317,16 @@ impl Redis {
         Arc::clone(&self.0.reach.read())
     }
 
-    /// How its pool stands.
+    /// The status of the pool.
     pub fn status(&self) -> PoolStatus {
         self.reach().pool.status()
     }
 
-    /// Looks after connections until nothing new is taken: retires those that are old, and says in `condition` whether the
-    /// server is there and takes writes.
+    /// Maintains the connections until the soft phase of the drain: closes old ones, and reports in `condition` whether
+    /// the server is reachable and takes writes.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
         let keep = async {
             loop {
@@ -340,8 +342,8 @@ impl Redis {
         }
     }
 
-    /// Connects with another URL from now on, if the file has another. The connections that there are end when the last
-    /// who uses the old pool, or waits for it, is done.
+    /// Changes to the URL in the file, if it is a different one. The existing connections end when the last caller that
+    /// uses the old pool, or waits for it, is done.
     async fn follow_url(&self) {
         let Some(candidate) = self.reach().url.changed() else { return };
         let reached = match Reach::new(&self.0.config, candidate.url.clone()) {
@@ -367,17 +369,18 @@ impl Redis {
                 reach.replace_plain(&self.0.config, reach.plain().1);
                 condition.unmet("it is a replica");
             }
-            // That says something about us.
+            // A busy pool says nothing about the server.
             Err(Error::Busy) => {}
             Err(error) => {
-                // Connections to a server that has gone without a word are found out one by one, each after its time.
+                // Without this, connections to a server that is gone are detected one by one, each after a timeout.
                 self.reach().pool.retire(|_| true);
                 condition.unmet(&with_causes(&error));
             }
         }
     }
 
-    /// Why a write failed lately, if one would fail now: its memory is full, or it cannot save.
+    /// Returns the reason why a write has failed lately, if writes still fail: the memory is full, or the server cannot
+    /// save.
     async fn write_failure(&self) -> Option<String> {
         self.0.cannot_write.load(Ordering::Acquire).then_some(())?;
         let mut probe = ::redis::cmd("SET");
@@ -393,15 +396,14 @@ impl Redis {
         }
     }
 
-    /// Notes what a command says about writes.
+    /// Records when an answer shows that the server takes no writes.
     fn note<T>(&self, answer: &RedisResult<T>) {
         if answer.as_ref().is_err_and(takes_no_writes) {
             self.0.cannot_write.store(true, Ordering::Release);
         }
     }
 
-    /// Runs one command that takes no time, beside those of others on one connection. It may run twice, when that
-    /// connection breaks off.
+    /// Runs one quick command on the shared connection. The command may run twice when that connection breaks.
     ///
     /// # Errors
     /// See [`Error`].
@@ -409,7 +411,7 @@ impl Redis {
         self.share(Ask::Command(command)).await
     }
 
-    /// Runs a script that takes no time in the same way: it may run twice.
+    /// Runs a quick script on the shared connection. The script may run twice when that connection breaks.
     ///
     /// # Errors
     /// See [`Error`].
@@ -422,8 +424,8 @@ impl Redis {
         let (mut plain, number) = reach.plain();
         let mut answer = ask.of(&mut plain).await;
         if answer.as_ref().is_err_and(RedisError::is_connection_dropped) {
-            // Nobody looks at it while it rests: that the server closed it is found out by whoever asks next, and by that
-            // it is made again.
+            // An idle connection is not polled: the next request finds that the server has closed it, and so causes it
+            // to be made again.
             answer = ask.of(&mut plain).await;
         }
         if answer.as_ref().is_err_and(|error| error.is_timeout() || is_read_only(error)) {
@@ -433,7 +435,7 @@ impl Redis {
         answer.map_err(on_plain)
     }
 
-    /// Runs a script, which the server may have to be told first.
+    /// Runs a script on a connection of the pool, and loads it into the server first if necessary.
     ///
     /// # Errors
     /// See [`Error`].
@@ -442,13 +444,13 @@ impl Redis {
         let answer = script.invoke_async(&mut connection).await;
         self.note(&answer);
         if answer.as_ref().is_err_and(is_read_only) {
-            // It leads to what is the primary no more: the next one may find that which is.
+            // The connection leads to a server that is no longer the primary: the next one may find the primary.
             drop(Connection::take(connection));
         }
         Ok(answer?)
     }
 
-    /// A connection of its own that listens on a channel.
+    /// Opens a separate connection that listens on a channel.
     ///
     /// # Errors
     /// When it cannot be made in time.
@@ -465,7 +467,7 @@ impl Redis {
         }
     }
 
-    /// Takes no more callers, and closes every connection when it comes back.
+    /// Refuses new callers, and closes every connection when it comes back.
     pub fn close(&self) {
         self.reach().pool.close();
     }

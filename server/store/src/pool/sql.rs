@@ -1,7 +1,7 @@
-//! One way to ask either SQL store, for those whose statements are the same on both.
+//! One API for both SQL stores, for code whose statements are the same on both.
 //!
-//! Statements are written with `?` or `?1` (see `sql/placeholders.rs`). What the two do not share is in [`Dialect`], and
-//! little enough; whoever needs more of one store asks [`sqlite`] or [`postgres`] itself.
+//! Statements have the placeholders `?` or `?1` (see `sql/placeholders.rs`). [`Dialect`] has the few expressions that
+//! differ; code that needs more of one store uses [`sqlite`] or [`postgres`] itself.
 //!
 //! A transaction is an `async fn` over [`Tx`], run by [`transact!`](crate::transact): on Postgres it waits for the
 //! server between two statements; on SQLite it runs to its end in the writer's thread, in a savepoint of the next
@@ -30,68 +30,81 @@ use perennial_runtime::backoff::Backoff;
 #[doc(hidden)]
 pub use rusqlite::Connection;
 
-/// Why a statement did not do what it should.
+/// Error of a statement.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// SQLite.
     #[error(transparent)]
-    Sqlite(#[from] sqlite::Error),
+    Sqlite(sqlite::Error),
     /// Postgres.
     #[error(transparent)]
     Postgres(#[from] postgres::Error),
-    /// A value of a row is not what the program wants. Another program wrote it, or the disk is damaged.
+    /// A value cannot be stored.
+    #[error("a value cannot be stored")]
+    Unwritable(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// An `async fn` in a transaction on SQLite awaited something other than its statements, which would block the
+    /// writer for all other callers. This is a mistake of the program.
+    #[error("a transaction on SQLite awaited something else than its statements")]
+    Awaited,
+    /// A value of a row has the wrong type. Another program wrote it, or the disk is damaged.
     #[error("the column {column} is {found}, and {wanted} is wanted")]
     Unreadable {
-        /// The column, or its number.
+        /// Name or number of the column.
         column: String,
-        /// What it has to be.
+        /// Description of the wanted type.
         wanted: &'static str,
-        /// What it is.
+        /// Description of the value.
         found: String,
     },
 }
 
-/// Between two times that a transaction is done.
+/// Pause between two attempts of a transaction.
 const AGAIN: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
 
 impl Error {
-    /// Whether the server says that it has undone the transaction, for another's sake.
+    /// Returns true when the server has rolled the transaction back in favour of another one.
     pub fn is_rollback(&self) -> bool {
         matches!(self, Self::Postgres(error) if error.is_rollback())
     }
 
-    /// Whether a statement was broken off after the time that it had.
+    /// Returns true when a statement was interrupted by its time limit.
     pub fn is_late(&self) -> bool {
         matches!(self, Self::Sqlite(sqlite::Error::Late) | Self::Postgres(postgres::Error::Slow))
     }
 
-    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    /// Returns true when the error is transient: the request is valid and may succeed in a moment.
     pub fn is_passing(&self) -> bool {
         match self {
             Self::Sqlite(error) => error.is_passing(),
             Self::Postgres(error) => error.is_passing(),
-            Self::Unreadable { .. } => false,
+            Self::Unreadable { .. } | Self::Unwritable(_) | Self::Awaited => false,
         }
     }
 
-    /// What a closure of SQLite's writer may fail with.
-    pub fn into_sqlite(self) -> rusqlite::Error {
+    /// Converts the error for a closure of the SQLite writer. [`Error::from`] converts it back.
+    pub(super) fn into_sqlite(self) -> sqlite::Error {
         match self {
-            Self::Sqlite(sqlite::Error::Sql(error)) => error,
-            other => rusqlite::Error::ToSqlConversionFailure(Box::new(other)),
+            Self::Sqlite(error) => error,
+            other => sqlite::Error::Caller(Box::new(other)),
         }
     }
 }
 
 impl From<rusqlite::Error> for Error {
     fn from(error: rusqlite::Error) -> Self {
-        // One of ours, on its way out of a closure.
+        Self::Sqlite(error.into())
+    }
+}
+
+impl From<sqlite::Error> for Error {
+    fn from(error: sqlite::Error) -> Self {
         match error {
-            rusqlite::Error::ToSqlConversionFailure(inner) => match inner.downcast::<Self>() {
+            // An error of this type, on its way out of a closure.
+            sqlite::Error::Caller(inner) => match inner.downcast::<Self>() {
                 Ok(own) => *own,
-                Err(inner) => Self::Sqlite(rusqlite::Error::ToSqlConversionFailure(inner).into()),
+                Err(inner) => Self::Sqlite(sqlite::Error::Caller(inner)),
             },
-            error => Self::Sqlite(error.into()),
+            error => Self::Sqlite(error),
         }
     }
 }
@@ -99,27 +112,27 @@ impl From<rusqlite::Error> for Error {
 /// The result of a statement.
 pub type Result<T> = std::result::Result<T, Error>;
 
-/// Either store. A cheap handle.
+/// One of the two SQL stores. A cheap handle.
 #[derive(Clone, Debug)]
 pub enum Store {
-    /// A file of our own.
+    /// A local file.
     Sqlite(Sqlite),
     /// A server, shared with other processes.
     Postgres(Postgres),
 }
 
-/// The tables of one part of the program, for either store.
+/// The migration steps of one module, for both stores.
 #[derive(Clone, Copy, Debug)]
 pub struct Tables {
-    /// Whose tables these are.
+    /// Name of the module.
     pub module: &'static str,
-    /// For SQLite, the oldest step first. A step that was ever released is never changed.
+    /// Steps for SQLite, the oldest first. A released step is never changed.
     pub sqlite: &'static [&'static str],
-    /// For Postgres.
+    /// Steps for Postgres, by the same rules.
     pub postgres: &'static [&'static str],
 }
 
-/// What the two have each in their own words.
+/// The SQL dialect of a store, for expressions that differ between the stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Dialect {
     /// SQLite.
@@ -153,8 +166,8 @@ impl Dialect {
         }
     }
 
-    /// Whether a column's bytes are among those in a JSON list of hexadecimal texts, as a condition that an index on
-    /// the column serves.
+    /// A condition that the bytes of a column are in a JSON list of hexadecimal texts. It can use an index on the
+    /// column.
     pub fn is_among(self, column: &str, list: &str) -> String {
         match self {
             Self::Sqlite => format!("{column} IN (SELECT unhex(value) FROM json_each({list}))"),
@@ -166,7 +179,7 @@ impl Dialect {
         }
     }
 
-    /// A JSON list of a column's values in a group, in their order.
+    /// A sorted JSON list of a column's values in a group.
     pub fn list_of(self, column: &str) -> String {
         match self {
             Self::Sqlite => format!("json_group_array({column} ORDER BY {column})"),
@@ -182,7 +195,7 @@ impl Dialect {
         }
     }
 
-    /// The statement with parameters as the store writes them.
+    /// The statement with placeholders in the notation of the store.
     fn statement(self, sql: &str) -> Cow<'_, str> {
         if self == Self::Sqlite || !sql.contains('?') {
             return Cow::Borrowed(sql);
@@ -202,9 +215,9 @@ pub enum Value {
     Blob(Option<Vec<u8>>),
     /// True or false; a number on SQLite.
     Bool(Option<bool>),
-    /// What no row of ours has: a text that is no UTF-8, or a value of a type that is not read.
+    /// A value that no row of this program has: a text that is not UTF-8, or a value of a type that is not read.
     Foreign {
-        /// Its type.
+        /// Description of its type.
         kind: &'static str,
         /// Its bytes, as far as they are known.
         bytes: Vec<u8>,
@@ -277,12 +290,12 @@ impl Value {
     }
 }
 
-/// What a row's value can be read as.
+/// A type that a value of a row can be read as.
 pub trait FromValue: Sized {
-    /// What is wanted, in words.
+    /// Description of the type, for errors.
     const WANTED: &'static str;
 
-    /// The value, if it is of this kind.
+    /// Converts the value; `None` when it is of another type.
     fn from_value(value: &Value) -> Option<Self>;
 }
 
@@ -345,7 +358,7 @@ impl<T: FromValue> FromValue for Option<T> {
 /// A row that a statement returned.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// Those of the columns, once for all rows.
+    /// Names of the columns, shared by all rows.
     names: Arc<[String]>,
     values: Vec<Value>,
 }
@@ -375,12 +388,12 @@ impl Row {
         })
     }
 
-    /// The value of a column, whatever it is; none when there is no such column.
+    /// The value of a column as it is; `None` when there is no such column.
     pub fn value(&self, column: &str) -> Option<&Value> {
         self.values.get(self.names.iter().position(|name| name == column)?)
     }
 
-    /// What a row is called in the log: the value of its column `id`, as it can be shown.
+    /// The name of the row in the log: the value of its column `id`, in printable form.
     pub fn name(&self, id: &str) -> String {
         match self.value(id) {
             Some(Value::Integer(Some(number))) => number.to_string(),
@@ -395,7 +408,7 @@ impl Row {
         }
     }
 
-    /// How many bytes its texts and blobs have.
+    /// Approximate size of the values, in bytes.
     pub fn bytes(&self) -> usize {
         let of = |value: &Value| match value {
             Value::Text(Some(text)) => text.len(),
@@ -407,7 +420,7 @@ impl Row {
 }
 
 impl Value {
-    /// What it is, in words.
+    /// Description of the value, for errors.
     fn describe(&self) -> String {
         match self {
             Self::Integer(None) | Self::Text(None) | Self::Blob(None) | Self::Bool(None) => "NULL".to_owned(),
@@ -420,7 +433,7 @@ impl Value {
     }
 }
 
-/// Reads rows one by one: one that cannot be read is set apart under its `id`, and the others go on.
+/// Reads rows one by one. A row that cannot be read is left out and reported under its `id`.
 pub fn each<T>(rows: &[Row], what: &'static str, id: &str, read: impl Fn(&Row) -> Result<T>) -> Vec<T> {
     let read = |row: &Row| read(row).inspect_err(|error| set_apart(what, &row.name(id), error)).ok();
     rows.iter().filter_map(read).collect()
@@ -428,27 +441,27 @@ pub fn each<T>(rows: &[Row], what: &'static str, id: &str, read: impl Fn(&Row) -
 
 /// A transaction on either store.
 pub trait Tx {
-    /// Which store's words it takes.
+    /// The SQL dialect of the store.
     fn dialect(&self) -> Dialect;
 
     /// Runs a statement and returns its rows.
     fn query(&self, sql: &str, parameters: &[Value]) -> impl Future<Output = Result<Vec<Row>>>;
 
-    /// Runs a statement, and returns how many rows it is about.
+    /// Runs a statement and returns the number of rows that it affects.
     fn execute(&self, sql: &str, parameters: &[Value]) -> impl Future<Output = Result<u64>>;
 
-    /// Lets nobody else who names the same thing go on before this transaction has ended. On SQLite nobody does
-    /// anyway.
+    /// Blocks other transactions that lock the same name until this one has ended. SQLite needs no lock, since it has
+    /// one writer at a time.
     fn lock(&self, name: &[u8]) -> impl Future<Output = Result<()>>;
 
-    /// SQLite itself, if it is that.
+    /// The connection of SQLite, if the store is SQLite.
     fn sqlite(&self) -> Option<&Connection>;
 
-    /// Postgres itself, if it is that.
+    /// The transaction of Postgres, if the store is Postgres.
     fn postgres(&self) -> Option<&Transaction<'_>>;
 }
 
-/// A statement with at most one row.
+/// Runs a statement and returns its first row, if there is one.
 ///
 /// # Errors
 /// See [`Error`].
@@ -501,7 +514,7 @@ impl Tx for Transaction<'_> {
     }
 
     async fn lock(&self, name: &[u8]) -> Result<()> {
-        // Two names with one hash wait for each other without need; that is all.
+        // Two names with the same hash wait for each other without need, which does no other harm.
         let sql = "SELECT pg_advisory_xact_lock(hashtextextended(encode($1, 'hex'), 0))";
         Session::query(self, sql, &[(&name, Type::BYTEA)]).await?;
         Ok(())
@@ -516,11 +529,11 @@ impl Tx for Transaction<'_> {
     }
 }
 
-/// The statement for a reader of SQLite.
+/// Creates the closure that runs a statement on a reader of SQLite.
 fn rows_of(
     sql: Cow<'static, str>,
     parameters: Vec<Value>,
-) -> impl FnOnce(&Connection) -> rusqlite::Result<Vec<Row>> {
+) -> impl FnOnce(&Connection) -> sqlite::Result<Vec<Row>> {
     move |connection| query_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
 }
 
@@ -532,7 +545,7 @@ fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Res
             Ok(match row.get_ref(index)? {
                 ValueRef::Null => Value::Integer(None),
                 ValueRef::Integer(value) => Value::Integer(Some(value)),
-                // No table here has any.
+                // No table of this program has such a value.
                 ValueRef::Real(value) => {
                     Value::Foreign { kind: "a number with a fraction", bytes: value.to_string().into_bytes() }
                 }
@@ -592,7 +605,7 @@ fn foreign(kind: &Type) -> Value {
 }
 
 impl Store {
-    /// Which store's words it takes.
+    /// The SQL dialect of the store.
     pub fn dialect(&self) -> Dialect {
         match self {
             Self::Sqlite(_) => Dialect::Sqlite,
@@ -600,7 +613,8 @@ impl Store {
         }
     }
 
-    /// Whether it says that it is a copy of another. A Postgres server's copies cannot be told from the original.
+    /// Returns true when the store is marked as a copy of another store. Copies of a Postgres server cannot be told
+    /// from the original, so the answer is false for Postgres.
     ///
     /// # Errors
     /// See [`Error`].
@@ -611,7 +625,8 @@ impl Store {
         }
     }
 
-    /// It takes the place of what it is a copy of. False when it is none.
+    /// Removes the mark of a copy, which takes the place of its original from now on. Returns false when the store is
+    /// not a copy.
     ///
     /// # Errors
     /// See [`Error`].
@@ -622,7 +637,7 @@ impl Store {
         }
     }
 
-    /// How its pool stands, and what that is called. Of SQLite, it is the readers'.
+    /// The name and the status of the pool. For SQLite it is the pool of readers.
     pub fn pool(&self) -> (&'static str, PoolStatus) {
         match self {
             Self::Sqlite(sqlite) => ("sqlite", sqlite.status()),
@@ -630,7 +645,7 @@ impl Store {
         }
     }
 
-    /// Runs a statement that changes nothing, and returns its rows.
+    /// Runs a read-only statement and returns its rows.
     ///
     /// # Errors
     /// See [`Error`].
@@ -641,15 +656,17 @@ impl Store {
     ) -> Result<Vec<Row>> {
         let (sql, parameters) = (sql.into(), parameters.into());
         match self {
-            Self::Sqlite(sqlite) => Ok(sqlite.read(rows_of(sql, parameters)).await?),
+            Self::Sqlite(sqlite) => {
+                Ok(sqlite.read_within(sqlite.statement_timeout(), rows_of(sql, parameters)).await?)
+            }
             Self::Postgres(postgres) => query_postgres(&postgres.get().await?, &sql, &parameters).await,
         }
     }
 
-    /// The same for a statement that is broken off after this long.
+    /// Like [`Store::query`], for a statement that is interrupted after `timeout`.
     ///
     /// # Errors
-    /// See [`Error`]; [`Error::is_late`] says whether it was.
+    /// See [`Error`]; [`Error::is_late`] is true when the statement was interrupted.
     pub async fn query_within(
         &self,
         timeout: Duration,
@@ -661,14 +678,14 @@ impl Store {
             Self::Sqlite(sqlite) => Ok(sqlite.read_within(timeout, rows_of(sql, parameters)).await?),
             Self::Postgres(postgres) => {
                 let connection = postgres.get().await?;
-                // What nobody waits for any more is cancelled on the server.
+                // A query that is dropped is cancelled on the server.
                 let query = query_postgres(&connection, &sql, &parameters);
                 tokio::time::timeout(timeout, query).await.unwrap_or(Err(postgres::Error::Slow.into()))
             }
         }
     }
 
-    /// The same for at most one row.
+    /// Like [`Store::query`], for the first row only.
     ///
     /// # Errors
     /// See [`Error`].
@@ -680,7 +697,7 @@ impl Store {
         Ok(self.query(sql, parameters).await?.into_iter().next())
     }
 
-    /// The same for the one value of one row; the default if there is none.
+    /// Like [`Store::query`], for the first value of the first row, or the default value without a row.
     ///
     /// # Errors
     /// See [`Error`].
@@ -692,7 +709,7 @@ impl Store {
         self.first(sql, parameters).await?.map_or_else(|| Ok(T::default()), |row| row.first())
     }
 
-    /// Runs a statement by itself, and returns how many rows it is about.
+    /// Runs a statement in a transaction of its own and returns the number of rows that it affects.
     ///
     /// # Errors
     /// See [`Error`].
@@ -716,7 +733,7 @@ impl Store {
         }
     }
 
-    /// Applies what is missing of each part's tables.
+    /// Applies the missing migration steps of each module.
     ///
     /// # Errors
     /// When a step fails, or the store is newer than the program.
@@ -733,7 +750,7 @@ impl Store {
         Ok(())
     }
 
-    /// Closes every connection, after what was taken has been done.
+    /// Closes every connection, after the accepted work is done.
     pub async fn close(&self) {
         match self {
             Self::Sqlite(sqlite) => sqlite.close().await,
@@ -753,7 +770,7 @@ macro_rules! transact {
                     let $tx = &$crate::pool::sql::SqliteTx(connection);
                     $crate::pool::sql::at_once($work)
                 };
-                sqlite.write(work).await.map_err($crate::pool::sql::Error::from)
+                sqlite.transact(work).await.map_err($crate::pool::sql::Error::from)
             }
             $crate::pool::sql::Store::Postgres(postgres) => {
                 let mut failures = 0;
@@ -767,7 +784,7 @@ macro_rules! transact {
                         Ok::<_, $crate::pool::sql::Error>(done)
                     }
                     .await;
-                    // The server has undone all of it for another's sake: the same may be done again.
+                    // The server has rolled all of it back in favour of another transaction: it can be done again.
                     match done {
                         Err(error) if error.is_rollback() && failures < $crate::pool::sql::ROLLBACKS => {
                             failures += 1;
@@ -781,27 +798,24 @@ macro_rules! transact {
     };
 }
 
-/// How often a transaction is done again that the server has rolled back for another's sake.
+/// Number of retries of a transaction that the server has rolled back in favour of another one.
 #[doc(hidden)]
 pub const ROLLBACKS: u32 = 5;
 
-/// The pause before that.
+/// Waits before the next attempt of a transaction that was rolled back.
 #[doc(hidden)]
 pub async fn after_rollback(failures: u32) {
     tokio::time::sleep(AGAIN.jittered(failures)).await;
 }
 
-/// What never waits is done when it is asked for the first time.
+/// Runs a future that never waits, which is done after the first poll.
 #[doc(hidden)]
-pub fn at_once<T>(work: impl Future<Output = Result<T>>) -> rusqlite::Result<T> {
+pub fn at_once<T>(work: impl Future<Output = Result<T>>) -> sqlite::Result<T> {
     let mut work = std::pin::pin!(work);
     let mut context = std::task::Context::from_waker(std::task::Waker::noop());
     match work.as_mut().poll(&mut context) {
         std::task::Poll::Ready(result) => result.map_err(Error::into_sqlite),
-        std::task::Poll::Pending => {
-            let mistake = "a transaction on SQLite waited for something else than its store";
-            Err(rusqlite::Error::ToSqlConversionFailure(mistake.into()))
-        }
+        std::task::Poll::Pending => Err(Error::Awaited.into_sqlite()),
     }
 }
 

@@ -1,11 +1,11 @@
 //! One SQLite file: one writer, a pool of readers.
 //!
-//! SQLite has one writer at a time whatever one does, so there is one on purpose: a thread that owns its
-//! connection and takes closures from a bounded queue. Everything that waits when it begins a transaction
-//! becomes part of it (group commit), each closure in a savepoint of its own, and each caller is answered
-//! after the commit: with `synchronous=FULL`, what was answered is on the disk.
+//! SQLite allows one writer at a time, so there is exactly one: a thread that owns its connection and takes closures
+//! from a bounded queue. All closures that wait when it begins a transaction become part of it (group commit), each in
+//! a savepoint of its own, and each caller is answered after the commit: with `synchronous=FULL`, an answered write is
+//! on the disk.
 //!
-//! Readers are separate connections in a pool; in WAL mode they wait for nobody.
+//! Readers are separate connections in a pool; in WAL mode they do not wait for the writer.
 
 use std::convert::Infallible;
 use std::fs::OpenOptions;
@@ -33,76 +33,79 @@ use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
 use perennial_runtime::panics::panic_message;
 
-/// How long bringing the tables up to date may take, for each step.
+/// Time limit for each migration step.
 const MIGRATION: Duration = Duration::from_secs(600);
-/// The number in the file's header that is the application's to set: 0 in every store that is not a copy,
+/// Pragma of a number in the file's header that the application may set. It is 0 in every store that is not a copy.
 const USER_VERSION: &str = "user_version";
-/// and this in one that is.
+/// The value of [`USER_VERSION`] in a copy.
 const COPY: i64 = 1;
-/// After how long a read is broken off unless somebody says otherwise, in milliseconds,
+/// Default time limit of a read, in milliseconds.
 const STATEMENT_MS: u64 = 10_000;
-/// and how often it looks at the clock, in steps of SQLite's machine.
+/// Number of steps of SQLite's virtual machine between two checks of the time limit.
 const STEPS: std::ffi::c_int = 4096;
-/// How soon a write is tried again after one that has failed.
+/// Pause before a new attempt after a failed write.
 const LOOK: Duration = Duration::from_secs(2);
-/// How many writes share one commit at most: it bounds how long the first of them waits for the last.
+/// Maximum number of writes in one commit. It bounds how long the first write waits for the last.
 const GROUP: usize = 256;
 
-/// How many prepared statements a connection keeps.
+/// Number of prepared statements that a connection keeps.
 const STATEMENTS: usize = 128;
 
-/// Where the file is, and how long to wait for a turn.
+/// The location of the file, and limits for reads and writes.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// The database file. Made, with mode 0600, when it is missing.
+    /// The database file. It is created with mode 0600 when it is missing.
     pub path: PathBuf,
-    /// How many connections read at once.
+    /// Number of connections that read.
     pub readers: usize,
-    /// How many writes may wait for the writer.
+    /// Number of writes that may wait for the writer.
     pub write_queue: usize,
-    /// How long a caller waits for a reader, or for room in the write queue.
+    /// Time that a caller waits for a reader, or for room in the write queue.
     pub wait: Duration,
-    /// How long a caller waits for the commit of a write that was taken, and after how long of running a write is broken off.
+    /// Time that a caller waits for the commit of an accepted write. A write that runs longer than this is interrupted.
     pub commit_wait: Duration,
 }
 
-/// Why a read or a write did not happen.
+/// Error of a read or a write.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// The file cannot be opened or made.
+    /// The file cannot be opened or created.
     #[error("cannot open {}", .path.display())]
     Open {
         /// The file.
         path: PathBuf,
-        /// What the operating system said.
+        /// Error of the operating system.
         source: io::Error,
     },
-    /// The file is there and is no store, or a damaged one.
+    /// The file exists, but is not a store, or is damaged.
     #[error("{} cannot be used as a store; if it was damaged, restore a backup", .path.display())]
     NoStore {
         /// The file.
         path: PathBuf,
-        /// What SQLite said.
+        /// Error of SQLite.
         source: rusqlite::Error,
     },
-    /// Nobody had time within the wait.
+    /// No reader, or no room in the write queue, became free in time.
     #[error("the store is busy: no {0} within the time allowed")]
     Busy(&'static str),
     /// The commit did not come in time. The write may still happen.
     #[error("the store has not committed within the time allowed; the write may still happen")]
     Slow,
-    /// A read or a write has not come to its end in time, and was broken off. What it did is undone.
+    /// A read or a write has not ended in time and was interrupted. Its changes are undone.
     #[error("a query of the store has not ended within the time allowed")]
     Late,
-    /// SQLite refused. What this closure did is undone.
+    /// SQLite returned an error. The changes of this closure are undone.
     #[error("sqlite")]
     Sql(#[from] rusqlite::Error),
-    /// Another write of the same commit broke the transaction, or the commit failed. Nothing of it happened.
+    /// Another write of the same commit broke the transaction, or the commit failed. All its changes are undone.
     #[error("the transaction was lost: {0}")]
     Lost(String),
-    /// The closure panicked. What it did is undone.
+    /// The closure panicked. Its changes are undone.
     #[error("a statement's code panicked: {0}")]
     Panicked(String),
+    /// The closure failed with an error of its own type. Its changes are undone.
+    #[error(transparent)]
+    Caller(Box<dyn std::error::Error + Send + Sync>),
     /// The store is closed.
     #[error("the store is closed")]
     Closed,
@@ -112,7 +115,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// Whether the same request may well succeed in a moment: nothing is wrong with what was asked.
+    /// Returns true when the error is transient: the request is valid and may succeed in a moment.
     pub fn is_passing(&self) -> bool {
         use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked, DiskFull, SystemIoFailure};
         match self {
@@ -139,22 +142,22 @@ struct SqliteInner {
     writes: Mutex<Option<mpsc::Sender<Box<dyn Write>>>>,
     writer: Mutex<Option<thread::JoinHandle<()>>>,
     readers: Bounded<Readers>,
-    /// After how long a read is broken off, in milliseconds.
+    /// Time limit of a read, in milliseconds.
     statement_timeout: AtomicU64,
     health: Arc<WriteHealth>,
     written: Arc<AtomicU64>,
 }
 
-/// Where a store stands.
+/// A version of the content of a store, which can be compared with another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stamp {
-    /// How many rows this process has written.
+    /// Number of rows that this process has written.
     written: u64,
-    /// How long the write-ahead log is, and when it was last written to.
+    /// Size of the write-ahead log, and the seconds and nanoseconds of the time when it was last written to.
     log: Option<(u64, i64, i64)>,
 }
 
-/// Whether writes reach the disk, as the last of them showed.
+/// Whether writes reach the disk, by the result of the last one.
 #[derive(Debug, Default)]
 struct WriteHealth {
     failure: Mutex<Option<String>>,
@@ -176,11 +179,11 @@ impl WriteHealth {
 }
 
 impl Sqlite {
-    /// Opens the file, or makes it, and starts the writer. One reader is opened too, so that a store that
-    /// cannot be read fails here.
+    /// Opens or creates the file, and starts the writer. One reader is opened too, so that a store that cannot be read
+    /// fails here.
     ///
     /// # Errors
-    /// When the file cannot be had or is no database.
+    /// When the file cannot be opened or is not a database.
     pub async fn open(config: Config) -> Result<Self> {
         let path = config.path.clone();
         let deadline = Deadline::default();
@@ -221,10 +224,10 @@ impl Sqlite {
         Ok(sqlite)
     }
 
-    /// Runs `work` in the next transaction and returns after its commit. When `work` fails, what it did is
-    /// undone and nothing else is.
+    /// Runs `work` in the next transaction and returns after its commit. When `work` fails, only its own changes are
+    /// undone.
     ///
-    /// A caller that goes away does not stop a write that was taken.
+    /// An accepted write goes on when its caller goes away.
     ///
     /// # Errors
     /// See [`Error`].
@@ -233,13 +236,25 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     {
+        self.transact(move |connection| Ok(work(connection)?)).await
+    }
+
+    /// Like [`Sqlite::write`], for `work` that may fail with errors of other types.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn transact<T, F>(&self, work: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+    {
         self.write_within(self.0.config.commit_wait, work).await
     }
 
     async fn write_within<T, F>(&self, commit_wait: Duration, work: F) -> Result<T>
     where
         T: Send + 'static,
-        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
@@ -266,17 +281,23 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     {
-        self.read_within(Duration::from_millis(self.0.statement_timeout.load(Ordering::Relaxed)), query).await
+        let query = move |connection: &Connection| Ok(query(connection)?);
+        self.read_within(self.statement_timeout(), query).await
     }
 
-    /// The same for a query that is broken off after this long, once it has a reader.
+    /// Time limit of a read that sets no other limit.
+    pub(super) fn statement_timeout(&self) -> Duration {
+        Duration::from_millis(self.0.statement_timeout.load(Ordering::Relaxed))
+    }
+
+    /// Like [`Sqlite::read`], for a query that is interrupted when it runs longer than `timeout`.
     ///
     /// # Errors
     /// See [`Error`].
     pub async fn read_within<T, F>(&self, timeout: Duration, query: F) -> Result<T>
     where
         T: Send + 'static,
-        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
         let mut reader = match self.0.readers.get().await {
             Ok(reader) => reader,
@@ -285,7 +306,7 @@ impl Sqlite {
             Err(_) => return Err(Error::Closed),
         };
         blocking(move || {
-            // The caller may have gone, and all requests share the reader.
+            // The query must end even when its caller has gone, since all requests share the readers.
             let deadline = Instant::now() + timeout;
             reader.progress_handler(STEPS, Some(move || Instant::now() > deadline))?;
             let found = query(&reader);
@@ -295,7 +316,7 @@ impl Sqlite {
         .await
     }
 
-    /// Breaks reads off after this long, from now on.
+    /// Sets the time limit of reads from now on.
     #[must_use]
     pub fn with_statement_timeout(self, timeout: Duration) -> Self {
         let milliseconds = u64::try_from(timeout.as_millis()).unwrap_or(u64::MAX);
@@ -303,7 +324,7 @@ impl Sqlite {
         self
     }
 
-    /// Applies what is missing of each part's migrations, each step in a transaction of its own.
+    /// Applies the missing migration steps of each module, each step in a transaction of its own.
     ///
     /// # Errors
     /// When a step fails, or the store is newer than the program.
@@ -348,7 +369,8 @@ impl Sqlite {
                 connection.execute(sql, (module, version))?;
                 let sql = "INSERT INTO migrations_served (module, oldest) VALUES (?1, ?2)
                            ON CONFLICT (module) DO UPDATE SET oldest = ?2";
-                connection.execute(sql, (module, serves)).map(drop)
+                connection.execute(sql, (module, serves))?;
+                Ok(())
             })
             .await?;
             info!(module, version, "migrated");
@@ -356,11 +378,11 @@ impl Sqlite {
         Ok(())
     }
 
-    /// Says in `condition` whether writes reach the disk, until nothing new is taken. While they do not, one is tried again and
-    /// again: whether there is room cannot be found out in another way.
+    /// Reports in `condition` whether writes reach the disk, until the soft phase of the drain. While they do not, a
+    /// write is tried again and again, since nothing else shows whether there is room.
     ///
     /// # Errors
-    /// Never: the type is that of a task.
+    /// Never; every task returns a `Result`.
     pub async fn tend(self, condition: Condition, drain: Drain) -> std::result::Result<(), Infallible> {
         let keep = async {
             loop {
@@ -383,17 +405,18 @@ impl Sqlite {
         }
     }
 
-    /// Where it stands: what was read after this was asked holds as long as it is the same. What another process writes shows by
-    /// the write-ahead log, except within the few milliseconds that the times of files are coarse.
+    /// The current version of the content: an answer that was read after this call is valid while the stamp stays the
+    /// same. A write of another process shows in the write-ahead log, except within the resolution of file times, which
+    /// is a few milliseconds.
     pub fn stamp(&self) -> Stamp {
         let mut log = self.0.config.path.clone().into_os_string();
         log.push("-wal");
-        // A look into the kernel's memory, not at the disk.
+        // The kernel has these metadata in memory, so this does not read the disk.
         let log = std::fs::metadata(log).ok().map(|log| (log.len(), log.mtime(), log.mtime_nsec()));
         Stamp { written: self.0.written.load(Ordering::Acquire), log }
     }
 
-    /// Whether [`copy`] made it, and nobody has said since that it takes the original's place.
+    /// Returns true when [`copy`] made the store, and [`Sqlite::end_copy`] was not called since.
     ///
     /// # Errors
     /// See [`Error`].
@@ -403,7 +426,8 @@ impl Sqlite {
             .map(|version| version == COPY)
     }
 
-    /// It takes the original's place. False when it is no copy.
+    /// Removes the mark of a copy, which takes the place of its original from now on. Returns false when the store is
+    /// not a copy.
     ///
     /// # Errors
     /// See [`Error`].
@@ -415,13 +439,13 @@ impl Sqlite {
         Ok(was_copy)
     }
 
-    /// How the pool of readers stands.
+    /// Publishes and returns the status of the pool of readers.
     pub fn status(&self) -> PoolStatus {
         self.0.readers.publish();
         self.0.readers.status()
     }
 
-    /// Takes no more writes, commits those that were taken, and closes every connection.
+    /// Refuses new writes, commits the accepted ones, and closes every connection.
     pub async fn close(&self) {
         drop(self.0.writes.lock().take());
         let writer = self.0.writer.lock().take();
@@ -432,10 +456,12 @@ impl Sqlite {
     }
 }
 
-fn interrupted_is_late(error: rusqlite::Error) -> Error {
-    match error.sqlite_error_code() {
-        Some(rusqlite::ErrorCode::OperationInterrupted) => Error::Late,
-        _ => error.into(),
+fn interrupted_is_late(error: Error) -> Error {
+    match error {
+        Error::Sql(error) if error.sqlite_error_code() == Some(rusqlite::ErrorCode::OperationInterrupted) => {
+            Error::Late
+        }
+        error => error,
     }
 }
 
@@ -453,25 +479,25 @@ where
     }
 }
 
-/// Copies a store as it is at one moment, also while another process uses it, into a file that is not there yet. What
-/// was deleted takes no room in it.
+/// Copies a store as it is at one moment into a new file, also while another process uses the store. Deleted data takes
+/// no room in the copy.
 ///
 /// # Errors
-/// When the one cannot be read or the other not be written.
+/// When `from` cannot be read, or `to` exists or cannot be written.
 pub fn copy(from: &Path, to: &Path) -> Result<()> {
     let at = |source| Error::Open { path: to.to_owned(), source };
     let file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(to).map_err(at)?;
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(from, flags)?;
     connection.busy_timeout(Duration::from_secs(5))?;
-    // Into a file that is there and empty: so it has our mode.
+    // The target exists already and is empty, so that it has mode 0600.
     connection.execute("VACUUM INTO ?", [to.to_string_lossy()])?;
     Connection::open(to)?.pragma_update(None, USER_VERSION, COPY)?;
     file.sync_all().map_err(at)
 }
 
 fn open_writer(path: &Path, deadline: Deadline) -> Result<Connection> {
-    // SQLite would make the file readable by others; its -wal and -shm take over this one's mode.
+    // SQLite would make the file readable by others. The -wal and -shm files take over the mode of this file.
     OpenOptions::new()
         .create(true)
         .append(true)
@@ -486,12 +512,12 @@ fn open_writer(path: &Path, deadline: Deadline) -> Result<Connection> {
     connection.pragma_update(None, "synchronous", "full")?;
     connection.pragma_update(None, "foreign_keys", true)?;
     connection.pragma_update(None, "temp_store", "memory")?;
-    // A write-ahead log that a burst made long is cut back when it is next begun anew.
+    // A write-ahead log that grew in a burst is truncated when it next starts from the beginning.
     connection.pragma_update(None, "journal_size_limit", 64 << 20)?;
     Ok(connection)
 }
 
-/// When the statement that the writer runs is broken off. SQLite asks for it while a statement runs.
+/// The time at which the statement of the writer is interrupted. SQLite checks it while a statement runs.
 #[derive(Clone, Debug, Default)]
 struct Deadline(Arc<Mutex<Option<Instant>>>);
 
@@ -508,17 +534,17 @@ impl Deadline {
 
 /// One queued write: applied in a savepoint, answered after the commit.
 trait Write: Send {
-    /// Runs the closure. False when what it did must be undone.
+    /// Runs the closure. Returns false when its changes must be undone.
     fn apply(&mut self, connection: &Connection, deadline: &Deadline) -> bool;
-    /// Why it did not reach the disk, if it is the disk's fault.
+    /// The error that kept the write from the disk, if the disk caused it.
     fn disk_failure(&self) -> Option<String>;
-    /// Tells the caller, and why everything was lost if it was.
+    /// Answers the caller. `lost` is the reason if the whole transaction was lost.
     fn answer(self: Box<Self>, lost: Option<&str>);
 }
 
 struct Pending<F, T> {
     work: Option<F>,
-    /// After how long of running it is broken off: every other write waits for it.
+    /// Time limit of the closure, since every other write waits for it.
     timeout: Duration,
     result: Option<Result<T>>,
     reply: oneshot::Sender<Result<T>>,
@@ -527,7 +553,7 @@ struct Pending<F, T> {
 impl<F, T> Write for Pending<F, T>
 where
     T: Send,
-    F: FnOnce(&Connection) -> rusqlite::Result<T> + Send,
+    F: FnOnce(&Connection) -> Result<T> + Send,
 {
     fn apply(&mut self, connection: &Connection, deadline: &Deadline) -> bool {
         let Some(work) = self.work.take() else { return false };
@@ -550,17 +576,17 @@ where
 
     fn answer(self: Box<Self>, lost: Option<&str>) {
         let result = match (self.result, lost) {
-            // A closure's own failure says more than that of its transaction.
+            // The error of the closure says more than the error of its transaction.
             (Some(Err(own)), _) => Err(own),
             (Some(result), None) => result,
             (_, lost) => Err(Error::Lost(lost.unwrap_or("it was never begun").to_owned())),
         };
-        // A caller that has gone away does not need to know.
+        // A caller that has gone away needs no answer.
         let _ = self.reply.send(result);
     }
 }
 
-/// Whether SQLite says that the disk is full, broken, or only reads.
+/// Returns true when the disk is full, broken or read-only.
 fn is_disk_failure(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{CannotOpen, DatabaseCorrupt, DiskFull, ReadOnly, SystemIoFailure};
     matches!(
@@ -579,12 +605,12 @@ fn write_loop(
     while let Some(first) = writes.blocking_recv() {
         let mut group = vec![first];
         let lost = commit(&mut connection, deadline, &mut writes, &mut group).err();
-        // Before anybody is told.
+        // This comes before the answers, so that a caller finds the new count.
         written.store(connection.total_changes(), Ordering::Release);
         let own = group.iter().find_map(|write| write.disk_failure());
         health.set(lost.clone().filter(|_| own.is_none()).or(own));
         if lost.is_some() {
-            // Why, each caller is told.
+            // The answer to each caller has the reason.
             metrics::sqlite_lost();
         }
         for write in group {
@@ -593,7 +619,7 @@ fn write_loop(
     }
 }
 
-/// Applies `group`, and what joins it meanwhile, in one transaction.
+/// Applies `group`, and the writes that join it meanwhile, in one transaction.
 fn commit(
     connection: &mut Connection,
     deadline: &Deadline,
@@ -626,7 +652,7 @@ fn commit(
     Ok(())
 }
 
-/// Makes the pool's reading connections.
+/// The manager of the pool of readers, which opens read-only connections.
 #[derive(Debug)]
 struct Readers {
     path: PathBuf,
@@ -652,7 +678,7 @@ impl managed::Manager for Readers {
         if connection.is_autocommit() {
             return Ok(());
         }
-        // An open snapshot would keep the write-ahead log from ever being cut back.
+        // An open snapshot would keep the write-ahead log from ever being truncated.
         Err(RecycleError::message("a read left its transaction open"))
     }
 }
@@ -711,7 +737,8 @@ mod tests {
             tx.execute(
                 "WITH RECURSIVE every (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM every) INSERT INTO numbers SELECT n FROM every",
                 [],
-            )
+            )?;
+            Ok(())
         };
         let broken_off = store.write_within(Duration::from_millis(50), endless).await;
         assert!(matches!(broken_off, Err(Error::Late | Error::Slow)), "{broken_off:?}");
@@ -725,7 +752,7 @@ mod tests {
         let store = store(&directory).await;
         let (started, gate) = std::sync::mpsc::channel();
         let blocker = store.write(move |_| gate.recv().map_err(|_| rusqlite::Error::InvalidQuery));
-        // What ROLLBACK does here, SQLite does by itself when the disk is full.
+        // The explicit ROLLBACK has the effect of a full disk, on which SQLite rolls back by itself.
         let lose = store.write(|tx| tx.execute_batch("ROLLBACK"));
         let open = async {
             tokio::task::yield_now().await;

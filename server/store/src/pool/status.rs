@@ -1,18 +1,18 @@
-//! How full a pool is.
+//! The status of a pool.
 
 use serde::Serialize;
 
 /// The connections of a pool at one moment.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct PoolStatus {
-    /// The most connections.
+    /// Maximum number of connections.
     pub max: usize,
-    /// How many there are.
+    /// Number of connections.
     pub size: usize,
-    /// How many of them nobody uses.
+    /// Number of idle connections.
     pub available: usize,
-    /// How many callers wait for one.
+    /// Number of callers that wait for a connection.
     pub waiting: usize,
-    /// How old the oldest is that nobody used at the last look, in milliseconds.
+    /// Age of the oldest idle connection at the last check, in milliseconds.
     pub oldest_ms: u64,
 }

@@ -1,4 +1,4 @@
-//! TLS to the servers that stores are kept on.
+//! TLS to the servers of stores.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -8,8 +8,8 @@ use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 use tracing::warn;
 
-/// What is believed of servers: those whose certificates an authority in `ca_file` has signed, a PEM file; or one that
-/// the system knows, without such a file. Names are always checked.
+/// Creates the TLS configuration. The certificate of a server must be signed by an authority in the PEM file `ca_file`,
+/// or, without such a file, by an authority that the system knows. The name of the server is always checked.
 ///
 /// # Errors
 /// When the file cannot be read, or holds no certificate.

@@ -1,7 +1,7 @@
-//! Rows that cannot be read: set apart, so that the others go on.
+//! Rows that cannot be read are left out, so that the other rows are still processed.
 //!
-//! Other programs write into the stores too, and disks are damaged. One row with a text that is no UTF-8, or a number where a
-//! text should be, must not stop everything that is read together with it.
+//! Other programs write into the stores too, and disks get damaged. One row with a text that is not UTF-8, or with a
+//! number in the place of a text, must not block the rows that are read with it.
 
 use std::collections::HashSet;
 use std::fmt::Display;
@@ -12,11 +12,12 @@ use tracing::{debug, warn};
 
 use crate::metrics;
 
-/// How many rows are remembered as told; then all are told again.
+/// Number of rows that are remembered as logged. When it is reached, every row is logged again.
 const MAX_TOLD: usize = 1024;
 
-/// Notes that the row `name` of `what` is left out, since it cannot be read: once aloud, since the same rows are read again and
-/// again, then for debugging only. `perennial_unreadable_rows_total` counts every time.
+/// Reports that the row `name` of `what` is left out because it cannot be read. The same rows are read again and again,
+/// so only the first report is a warning, and later ones are for debugging. `perennial_unreadable_rows_total` counts
+/// every report.
 pub fn set_apart(what: &'static str, name: &str, why: &dyn Display) {
     static TOLD: LazyLock<Mutex<HashSet<(&'static str, String)>>> = LazyLock::new(Mutex::default);
     metrics::unreadable(what);
@@ -25,7 +26,7 @@ pub fn set_apart(what: &'static str, name: &str, why: &dyn Display) {
         told.clear();
     }
     if told.insert((what, name.to_owned())) {
-        warn!(what, row = name, why = %why, "a row cannot be read; it is set apart, and the others go on");
+        warn!(what, row = name, why = %why, "a row cannot be read: it is left out, and the other rows are processed");
     } else {
         debug!(what, row = name, why = %why, "a row cannot be read");
     }

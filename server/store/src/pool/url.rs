@@ -1,4 +1,4 @@
-//! Where a server is: said once, or in a file that somebody changes when the password does.
+//! The URL of a server: fixed, or read from a file that changes when the password does.
 
 use std::error::Error;
 use std::path::PathBuf;
@@ -13,31 +13,31 @@ use super::causes::with_causes;
 /// The URL of a server. It may hold a password.
 #[derive(Clone, Debug)]
 pub struct Url {
-    /// The URL, or what the file said when it was read for the first time.
+    /// The URL, or the content of the file when it was read for the first time.
     pub text: SecretString,
-    /// A file with it.
+    /// The file that has the URL, if there is one.
     pub file: Option<PathBuf>,
-    /// Another that was in the file at the last look: it may not have been written to its end.
-    /// Whether it was tried since.
+    /// A different URL that the file had at the last check, and whether it was tried since. It may have been incomplete
+    /// then.
     seen: Arc<Mutex<Option<(SecretString, bool)>>>,
 }
 
-/// A URL that may take the place of another.
+/// A URL that may replace the current one.
 pub(super) struct Candidate {
     pub(super) url: Url,
-    /// Whether somebody has tried it before, and said why it was not taken.
+    /// Whether this URL was tried before, so that the reason of its failure is logged already.
     was_tried: bool,
 }
 
 impl Candidate {
-    /// What was reached by it, if that can be used. Says so, or why not, once.
+    /// Returns the server that was reached with this URL, if it can be used. Logs the change, or the failure once.
     pub(super) fn judge<R>(&self, server: &str, reached: Result<R, impl Error>) -> Option<R> {
         match &reached {
             Ok(_) => info!("the URL of {server} has changed: connecting anew"),
             Err(_) if self.was_tried => {}
             Err(error) => warn!(
                 error = with_causes(error),
-                "the URL of {server} has changed, and cannot be used: going on with the one before"
+                "the URL of {server} has changed, and cannot be used: the previous one stays in use"
             ),
         }
         reached.ok()
@@ -51,12 +51,12 @@ impl From<&str> for Url {
 }
 
 impl Url {
-    /// One that is known, and may change with a file.
+    /// Creates a URL that may change with the content of `file`.
     pub fn new(text: SecretString, file: Option<PathBuf>) -> Self {
         Self { text, file, seen: Arc::default() }
     }
 
-    /// Where the server is, without anything that may be secret: its hosts and ports, or the directory of its socket.
+    /// The place of the server without secrets: its hosts and ports, or the directory of its socket.
     pub fn place(&self) -> String {
         let text = self.text.expose_secret();
         let rest = text.split_once("://").map_or("", |(_, rest)| rest);
@@ -71,7 +71,7 @@ impl Url {
         host.unwrap_or_else(|| more.split('?').next().unwrap_or_default()).to_owned()
     }
 
-    /// What it is now, if that is another than this and has been so for two looks.
+    /// Returns the URL in the file, if it differs from this one and was the same at two checks in a row.
     pub(super) fn changed(&self) -> Option<Candidate> {
         let text = std::fs::read_to_string(self.file.as_ref()?).ok()?;
         let text = text.trim_end_matches(['\r', '\n']);
@@ -87,7 +87,8 @@ impl Url {
     }
 }
 
-/// A host with its port, if that is a number: what else stands there may be a password in the wrong place.
+/// A host with its port, if the port is a number. Any other text in its place may be a misplaced password and is cut
+/// off.
 fn without_odd_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, port)) if !port.contains(']') && port.parse::<u16>().is_err() => name,

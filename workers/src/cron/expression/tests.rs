@@ -1,5 +1,5 @@
-//! Against a model that walks through time minute by minute and knows nothing of croner, and against the vectors of
-//! croner's own tests.
+//! Tests against a model that walks through time minute by minute and knows nothing of croner, and against the vectors
+//! of croner's own tests.
 
 use std::collections::BTreeSet;
 
@@ -18,7 +18,7 @@ fn at(text: &str) -> Timestamp {
     text.parse().unwrap()
 }
 
-/// The next times after a time, in the zone's own wall clock with its offset.
+/// Returns the next times after a time, on the wall clock of the zone with its offset.
 fn next(expression: &str, zone: &str, after: &str, most: usize) -> Vec<String> {
     let expression = parse(expression, zone);
     let times = std::iter::successors(expression.next_after(at(after)), |last| expression.next_after(*last));
@@ -32,16 +32,16 @@ fn next(expression: &str, zone: &str, after: &str, most: usize) -> Vec<String> {
 fn a_fixed_time_in_a_gap_is_due_at_its_end_and_only_once() {
     let night = next("30 2 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2);
     assert_eq!(night, ["2026-03-29 03:00:00 +02:00", "2026-03-30 02:30:00 +02:00"]);
-    // Two of a list are one.
+    // Two times of a list become one.
     let list = next("0,30 2 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2);
     assert_eq!(list, ["2026-03-29 03:00:00 +02:00", "2026-03-30 02:00:00 +02:00"]);
-    // One in the gap, one at its end.
+    // One time is in the gap, and one at its end.
     let end = next("0 2,3 * * *", "Europe/Berlin", "2026-03-28T12:00:00Z", 2);
     assert_eq!(end, ["2026-03-29 03:00:00 +02:00", "2026-03-30 02:00:00 +02:00"]);
-    // A gap of a whole day.
+    // The gap is a whole day.
     let day = next("0 12 * * *", "Pacific/Apia", "2011-12-30T00:00:00Z", 2);
     assert_eq!(day, ["2011-12-31 00:00:00 +14:00", "2011-12-31 12:00:00 +14:00"]);
-    // At midnight.
+    // The gap is at midnight.
     let midnight = next("@daily", "Africa/Cairo", "2025-04-24T12:00:00Z", 2);
     assert_eq!(midnight, ["2025-04-25 01:00:00 +03:00", "2025-04-26 00:00:00 +03:00"]);
 }
@@ -55,7 +55,7 @@ fn a_fixed_time_in_a_fold_is_due_the_first_time() {
         list,
         ["2026-10-25 02:00:00 +02:00", "2026-10-25 14:00:00 +01:00", "2026-10-26 02:00:00 +01:00"]
     );
-    // From within the second half.
+    // The search begins within the second pass of the hour.
     let within = next("45 2 * * *", "Europe/Berlin", "2026-10-25T01:10:00Z", 1);
     assert_eq!(within, ["2026-10-26 02:45:00 +01:00"]);
 }
@@ -77,7 +77,7 @@ fn an_interval_keeps_the_time_between_two() {
         gap,
         ["2026-03-29 01:30:00 +01:00", "2026-03-29 03:00:00 +02:00", "2026-03-29 03:30:00 +02:00"]
     );
-    // Half an hour only.
+    // The clock changes by half an hour only.
     let howe = next("*/15 * * * *", "Australia/Lord_Howe", "2026-04-04T14:20:00Z", 5);
     let times: Vec<&str> = howe.iter().map(|time| &time[11..]).collect();
     assert_eq!(
@@ -89,8 +89,8 @@ fn an_interval_keeps_the_time_between_two() {
     assert_eq!(every, expected);
 }
 
-/// What croner's tests say of its own (tests/ocps.rs, dst_gap_hour_before.rs, dst_overlap.rs, weekly_alias.rs and those
-/// in lib.rs of version 4.0.3), with the times as the wall clock of the zone shows them.
+/// Vectors of croner's own tests (tests/ocps.rs, dst_gap_hour_before.rs, dst_overlap.rs, weekly_alias.rs and
+/// the tests in lib.rs of version 4.0.3), with the times as the wall clock of the zone shows them.
 #[test]
 fn croners_own_vectors_hold() {
     let vectors = [
@@ -165,13 +165,13 @@ fn the_newest_are_found_without_going_through_all() {
     let years = parse("@yearly", "UTC").newest(after, until, 100);
     assert_eq!((years.len(), years[0]), (36, at("1991-01-01T00:00:00Z")));
     assert_eq!(parse("* * * * * *", "UTC").count(after, until, 1000), 1000);
-    // A month of every second, long ago.
+    // A month of seconds lies long before `until`.
     let january =
         parse("* * * * 1 *", "UTC").newest(at("2026-01-10T00:00:00Z"), at("2026-03-01T00:00:00Z"), 2);
     assert_eq!(january, ["2026-01-31T23:59:58Z", "2026-01-31T23:59:59Z"].map(at));
 }
 
-/// One field: the values that it means, and how it is written.
+/// One field: the values that it means, and its text.
 #[derive(Clone, Debug)]
 struct Field {
     values: BTreeSet<i8>,
@@ -223,12 +223,13 @@ impl Model {
         on_day && self.minutes.values.contains(&time.minute()) && self.hours.values.contains(&time.hour())
     }
 
-    /// Every time from `from` on, for so many days, as whoever looks at the wall clock each minute sees them.
+    /// Returns every due time for `days` days from `from` on, as a look at the wall clock each minute finds
+    /// them.
     fn walk(&self, zone: &TimeZone, from: Timestamp, days: i64) -> Vec<Timestamp> {
         let is_interval = self.minutes.is_interval || self.hours.is_interval;
         let minute = SignedDuration::from_mins(1);
         let (mut found, mut last) = (Vec::new(), zone.to_datetime(from));
-        // The latest that the wall clock has shown.
+        // The latest time that the wall clock has shown.
         let mut latest = last;
         for number in 1..=days * 24 * 60 {
             let now = from + SignedDuration::from_mins(number);
@@ -236,7 +237,7 @@ impl Model {
             let is_due = if is_interval {
                 self.is_on(time)
             } else {
-                // All that it should have shown since the last look, and did not show before.
+                // Every time that the clock should have shown since the last look, and did not show before.
                 let mut skipped = last + minute;
                 let mut is_due = false;
                 while skipped <= time {
@@ -293,7 +294,7 @@ proptest! {
     ) {
         let model = Model { minutes, hours, days, weekdays };
         let zone = TimeZone::get(zone).unwrap();
-        // Around a change of the clock, if there is one in that year.
+        // The range is around a change of the clock, if there is one in that year.
         let begin = Offset::UTC.to_timestamp(date(year, 1, 1).at(0, 0, 0, 0)).unwrap();
         let changes: Vec<Timestamp> =
             zone.following(begin).take(2).map(|change| change.timestamp()).collect();
@@ -305,7 +306,7 @@ proptest! {
         let until = from + SignedDuration::from_hours(5 * 24);
         let found: Vec<Timestamp> = expression.between(from, until).collect();
         prop_assert_eq!(&found, &walked, "{} in {:?} from {}", model.text(), zone, from);
-        // From anywhere the next is the same.
+        // The next time is the same from any start.
         let start = from + SignedDuration::from_mins(which as i64 * 317);
         prop_assert_eq!(expression.next_after(start).filter(|next| *next <= until), walked.iter().copied().find(|next| *next > start));
         let most = which + 1;

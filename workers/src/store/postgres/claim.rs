@@ -1,10 +1,10 @@
-//! Claiming, fast also when the dead are many.
+//! Claiming, which stays fast when an index has many dead entries.
 //!
-//! A row that was claimed leaves a dead entry in the index of those that are ready, at its head, where the next
-//! claim begins to look. Usually they are cleared away in passing; but while anybody holds an old snapshot (a
-//! long report, a backup) they have to stay, and every claim would walk over all of them. So when looking from
-//! the head has become slow, most claims begin where the last one ended (a *cursor* for each priority), and the
-//! head is looked at again from time to time, so that it takes a small part of the time: for what was enqueued
+//! A row that was claimed leaves a dead entry in the index of ready jobs, at its head, where the next claim begins
+//! to look. Usually these entries are cleared away in passing. But while another session holds an old snapshot (a
+//! long report, a backup) they have to stay, and every claim would walk over all of them. So when looking from the
+//! head has become slow, most claims begin where the last one ended (a *cursor* for each priority). The head is
+//! looked at again from time to time, seldom enough to take a small part of the time: for jobs that were enqueued
 //! with an older due time, and for priorities that have no cursor yet.
 
 use std::collections::{BTreeMap, HashMap};
@@ -22,15 +22,15 @@ use uuid::Uuid;
 use super::{CLAIMED, WHEN_STARTED, claimed, give_back, key_of, seconds};
 use crate::queue::{Claim, Claimed, Claims, Lapsed, Result};
 
-/// A look from the head that takes longer than this is slow,
+/// Time from which on a look from the head is slow.
 const SLOW: Duration = Duration::from_millis(10);
-/// and is then done again only after so many times as long,
+/// Factor for the pause after a slow look from the head: this many times as long as the look took.
 const SELDOM: u32 = 20;
-/// but not less often than this.
+/// Longest pause between two looks from the head.
 const AT_LEAST: Duration = Duration::from_secs(5);
-/// How often to look for what has become due, while nothing is known to be.
+/// How often to look for jobs that have become due, while no due time is known.
 const PROMOTE: Duration = Duration::from_millis(250);
-/// How many become due in one question.
+/// Highest number of jobs that one query makes ready.
 const PROMOTED: i64 = 1000;
 
 /// Where the last claims of each queue ended. A cheap handle.
@@ -39,11 +39,11 @@ pub(super) struct Cursors(Arc<Mutex<HashMap<Arc<str>, Cursor>>>);
 
 #[derive(Clone, Debug)]
 struct Cursor {
-    /// The last that was claimed, of each priority.
+    /// The last job that was claimed, of each priority.
     last: BTreeMap<i16, (Timestamp, Uuid)>,
     /// When to look from the head again.
     head_at: Instant,
-    /// When to look again for what has become due.
+    /// When to look again for jobs that have become due.
     promote_at: Instant,
 }
 
@@ -55,7 +55,7 @@ impl Cursors {
         cursors.entry(Arc::clone(queue)).or_insert_with(new).clone()
     }
 
-    /// Something becomes due after this long: whoever put it there knows before the next look.
+    /// Notes that a job becomes due after this wait, so that the next look is not too late for it.
     pub(super) fn due_in(&self, queue: &str, wait: Duration) {
         let mut cursors = self.0.lock();
         if let (Some(cursor), Some(at)) = (cursors.get_mut(queue), Instant::now().checked_add(wait)) {
@@ -84,13 +84,13 @@ pub(super) async fn claim(postgres: &Postgres, cursors: &Cursors, claim: Claim) 
     let is_from_head = cursor.head_at <= Instant::now() || cursor.last.is_empty();
     let rows = if is_from_head {
         let began = Instant::now();
-        // If it takes so long that it is ended, the next ones do without.
+        // If this query takes so long that it is cancelled, the next claims begin at the cursor.
         if !cursor.last.is_empty() {
             cursors.change(&claim.queue, |cursor| cursor.head_at = began + AT_LEAST);
         }
         let rows = from_head(&connection, &claim).await?;
         let took = began.elapsed();
-        // A claim of many rows takes a while because of them.
+        // A claim of many rows takes a while because of the rows.
         let slow = took > SLOW + Duration::from_micros(50) * u32::try_from(rows.len()).unwrap_or(u32::MAX);
         let pause = if slow { (took * SELDOM).min(AT_LEAST) } else { Duration::ZERO };
         cursors.change(&claim.queue, |cursor| cursor.head_at = Instant::now() + pause);
@@ -122,7 +122,7 @@ async fn from_head(connection: &PostgresConnection, claim: &Claim) -> Result<Vec
     take(connection, claim, &found, &[]).await
 }
 
-/// The same from where the last claims ended, by priority.
+/// Claims jobs after the cursor of each priority.
 async fn from_cursor(
     connection: &PostgresConnection,
     claim: &Claim,
@@ -130,7 +130,8 @@ async fn from_cursor(
 ) -> Result<Vec<Row>> {
     let priorities: Vec<i16> = last.keys().copied().collect();
     let (times, ids): (Vec<Timestamp>, Vec<Uuid>) = last.values().copied().unzip();
-    // The rows of a priority are locked as they are found, so that no more of them are than can be claimed.
+    // The rows of a priority are locked as they are found, so that no more of them are locked than can be
+    // claimed.
     let found = format!(
         "SELECT found.id FROM unnest($5::int2[], $6::timestamptz[], $7::uuid[]) AS last (priority, at, id)
          CROSS JOIN LATERAL (
@@ -144,7 +145,8 @@ async fn from_cursor(
     take(connection, claim, &found, &last).await
 }
 
-/// Claims what `found` selects, which may use the queue as `$1`, the limit as `$2`, and `more` from `$5` on.
+/// Claims the jobs that `found` selects. It may use the queue as `$1`, the limit as `$2`, and `more` from
+/// `$5` on.
 async fn take(
     connection: &PostgresConnection,
     claim: &Claim,
@@ -164,7 +166,7 @@ async fn take(
     Ok(connection.query(&sql, &parameters).await?)
 }
 
-/// Makes ready what has become due, and returns how long until the next is.
+/// Makes jobs ready that have become due, and returns the time until the next one is due.
 async fn promote(connection: &PostgresConnection, queue: &Arc<str>) -> Result<Option<Duration>> {
     let sql = "
         WITH due AS (
@@ -181,11 +183,11 @@ async fn promote(connection: &PostgresConnection, queue: &Arc<str>) -> Result<Op
         return Ok(Some(Duration::ZERO));
     }
     let wait: Option<i64> = row.get(0);
-    // Rounded up to what the store can tell apart.
+    // The wait is rounded up to a time that the store can tell apart.
     Ok(wait.map(|wait| Duration::from_micros(wait.max(0).unsigned_abs() + 1000)))
 }
 
-/// Claims jobs whose leases have lapsed, or last for longer than any can.
+/// Claims jobs whose leases have expired, or last for longer than any lease can.
 pub(super) async fn lapsed(
     postgres: &Postgres,
     limit: usize,

@@ -1,4 +1,4 @@
-//! The books of Postgres.
+//! The job admin of Postgres.
 
 use std::time::Duration;
 
@@ -13,15 +13,16 @@ use crate::queue::Result;
 use crate::state::State;
 use crate::store::{from_json, read_json};
 
-/// The columns of [`JobView`] but the payload, of jobs that have not ended and of those that have.
+/// The columns of a [`JobView`] without the payload, of jobs that have not ended.
 const LIVE: &str =
     "id, kind, queue, state, priority, epoch, failures, recoveries, run_at, worker, progress, trace,
     created_at, NULL::timestamptz AS ended_at, cancelled AS reason, errors";
+/// The same columns of jobs that have ended.
 const ENDED: &str =
     "id, kind, queue, state, priority, epoch, failures, recoveries, NULL::timestamptz AS run_at,
     NULL AS worker, NULL AS progress, trace, created_at, ended_at, reason, errors";
 
-/// What [`JobFilter`] asks for.
+/// Condition for rows that match a [`JobFilter`].
 const FITS: &str = "($1::uuid IS NULL OR id = $1) AND ($2::text IS NULL OR kind = $2)
     AND ($3::text IS NULL OR queue = $3) AND ($4::text IS NULL OR state = $4)
     AND ($5::text IS NULL OR strpos(reason, $5) > 0)";
@@ -30,7 +31,7 @@ const STEP_ROWS: i64 = STEP as i64;
 
 impl JobAdmin for PostgresQueue {
     async fn list(&self, filter: JobFilter, cursor: Option<Uuid>, limit: usize) -> Result<Vec<JobView>> {
-        // Each half by its own index, and never more of it than is wanted.
+        // Each half is read by its own index, and never has more rows than the limit.
         let half = |columns: &str, table: &str, reason: &str| {
             let fits = FITS.replace("reason", reason);
             format!(
@@ -107,7 +108,7 @@ impl JobAdmin for PostgresQueue {
              SELECT unique_key FROM gone";
         let gone = connection.query(sql, &parameters).await?;
         let Some(row) = gone.first() else {
-            // It may have been claimed between the two questions.
+            // The job may have been claimed between the two queries.
             let marked = connection.execute(mark, &parameters).await? == 1;
             return Ok(if marked { Cancelled::Soon } else { Cancelled::Never });
         };
@@ -154,7 +155,7 @@ impl JobAdmin for PostgresQueue {
 }
 
 impl PostgresQueue {
-    /// Runs a statement on some jobs that have ended and fit.
+    /// Runs a statement on some ended jobs that match the filter.
     async fn of_ended(&self, sql: &str, filter: &JobFilter) -> Result<Vec<Row>> {
         let state = filter.state.map(State::as_str);
         let parameters: [Parameter<'_>; 6] = [

@@ -1,4 +1,4 @@
--- ARGV: id, reason, size of its payload, unique key, the record that is kept. Returns now, soon or never.
+-- Cancels a job. ARGV: id, reason, size of the payload, unique key, the record to keep. Returns now, soon or never.
 local id = ARGV[1]
 if redis.call('ZSCORE', leases, id) then
   redis.call('HSETNX', cancelled, id, ARGV[2])

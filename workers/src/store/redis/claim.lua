@@ -1,11 +1,12 @@
--- ARGV: how many, for how many milliseconds, who, how many jobs to take over from the inbox, and the id that theirs
--- are made of. Returns the time, when the next job is due (or nothing), and the jobs.
+-- Claims jobs. ARGV: highest number of jobs, lease in milliseconds, worker, highest number of jobs to take over from
+-- the inbox, and the id that their ids are made of. Returns the time, when the next job is due ('' if none is
+-- scheduled), and the jobs.
 local limit, lease, worker = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 if redis.call('EXISTS', paused) == 1 then
   return { tostring(now), '', {} }
 end
 
--- A number between two others, whatever was said.
+-- Returns the number in a text, cut to least and most; 0 if the text is no number.
 local function number_of(text, least, most)
   local number = tonumber(text)
   if not number or number ~= number then
@@ -14,7 +15,7 @@ local function number_of(text, least, most)
   return math.max(least, math.min(most, number))
 end
 
--- What other programs have put there becomes jobs like any others.
+-- Entries of other programs become jobs like any others.
 if redis.call('XLEN', inbox) > 0 then
   for i, entry in ipairs(redis.call('XRANGE', inbox, '-', '+', 'COUNT', ARGV[4])) do
     local fields = {}
@@ -22,7 +23,7 @@ if redis.call('XLEN', inbox) > 0 then
       fields[entry[2][f]] = entry[2][f + 1]
     end
     local id, payload = fields.id or '', fields.payload or 'null'
-    -- Whatever they say, it must be something that can be read again.
+    -- An id that is no UUID could not be read again, and is replaced.
     if not string.match(id, '^%x%x%x%x%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%-%x%x%x%x%x%x%x%x%x%x%x%x$') then
       id = string.sub(ARGV[5], 1, 34) .. string.format('%02x', i)
     end
@@ -43,7 +44,7 @@ if redis.call('XLEN', inbox) > 0 then
   end
 end
 
--- What has become due, a slice of it.
+-- A slice of the jobs that have become due is made ready.
 local due = redis.call('ZRANGEBYSCORE', scheduled, '-inf', now, 'WITHSCORES', 'LIMIT', 0, 500)
 if #due > 0 then
   local ids, new_ready = {}, {}

@@ -1,5 +1,5 @@
--- Says what a process defines. KEYS: the schedule, all schedules. ARGV: its name, its definition, its timing, whether
--- it is paused (1 or 0), and for how many milliseconds after the last word for it another definition stands.
+-- Upholds the definition of a process. KEYS: the schedule, all schedules. ARGV: name, definition, timing, whether the
+-- schedule is paused (1 or 0), and for how many milliseconds after it was last upheld another definition stays.
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 local known = redis.call('HMGET', KEYS[1], 'definition', 'timing', 'paused', 'held', 'seen_at')

@@ -1,5 +1,5 @@
--- ARGV: whether their checkpoints are wanted no more (1), then ids of jobs that have ended. Returns how many there
--- were.
+-- Deletes jobs that have ended. ARGV: 1 to delete their checkpoints, too, then the ids. Returns how many jobs it
+-- deleted.
 local ids = { unpack(ARGV, 2) }
 redis.call('ZREM', ended_at, unpack(ids))
 if ARGV[1] == '1' then

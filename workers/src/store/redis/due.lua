@@ -1,5 +1,5 @@
--- Where all schedules stand. KEYS: all schedules. ARGV: what the key of a schedule begins with. Returns the time in
--- milliseconds, and of each schedule its name and its fields.
+-- Reads the states of all schedules. KEYS: all schedules. ARGV: the prefix of the key of a schedule. Returns the time
+-- in milliseconds, and of each schedule its name and its fields.
 local time = redis.call('TIME')
 local found = {}
 for _, name in ipairs(redis.call('SMEMBERS', KEYS[1])) do

@@ -1,5 +1,6 @@
--- ARGV: the channel, the queue, then for each job: id, record, size, priority, kind of wait (now, in, at), its
--- milliseconds, state, unique key, its scope, its milliseconds, last epoch. Returns the ids that the jobs have.
+-- Adds jobs. ARGV: the channel, the queue, then for each job: id, record, size, priority, kind of wait (now, in, at),
+-- its milliseconds, state, unique key, its scope, its milliseconds, last epoch. Returns the id of each job, or that of
+-- the job that has its unique key.
 local ids = {}
 for i = 3, #ARGV, 11 do
   ids[#ids + 1] = ARGV[i]
@@ -16,7 +17,7 @@ for n, id in ipairs(ids) do
     if held then
       local job, _, till = string.match(held, '^(%S+) (%S+) (%S+)')
       till = tonumber(till)
-      -- A key whose job is gone was not given back, since somebody deleted the job by hand.
+      -- A key whose job is gone was not given back, since the job was deleted by hand.
       local lives = added[job] or redis.call('HEXISTS', jobs, job) == 1
       if job ~= id and ((till > 0 and till > now) or (till == 0 and lives)) then
         taken = job

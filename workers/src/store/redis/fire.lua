@@ -1,8 +1,8 @@
--- What comes before enqueueing when a schedule is due. KEYS, after those of the prelude: the schedule; the ids of its
--- runs, its runs, their endings. ARGV: first a JSON object of the version that the schedule must have, last_fire and
--- queued as they are from now on (queued is '' for nothing), the runs (each id, claimed_at, run and ending, '' for
--- none), and how many are kept that have ended, and in all. The rest is what enqueueing wants. Returns nothing when
--- somebody was faster.
+-- Claims a schedule that is due; enqueue.lua follows. KEYS, after those of the prelude: the schedule, the ids of its
+-- runs, its runs, their endings. ARGV: first a JSON object of the version that the schedule must have, the new
+-- last_fire and queued (queued is '' for nothing), the runs (each with id, claimed_at, run and ending, '' for none),
+-- and how many runs are kept that have ended, and in all. The other arguments are those of enqueue.lua. Returns
+-- nothing when another process was faster.
 local claim = cjson.decode(ARGV[1])
 table.remove(ARGV, 1)
 local schedule, run_ids, runs, endings = KEYS[18], KEYS[19], KEYS[20], KEYS[21]
@@ -25,7 +25,7 @@ for _, run in ipairs(claim.runs) do
     redis.call('HSET', endings, run.id, run.ending)
   end
 end
--- What has not ended is what overlaps are found by.
+-- Runs that have not ended are kept for longer, since overlaps are found by them.
 local count = redis.call('ZCARD', run_ids)
 local too_many = count > claim.kept and redis.call('ZRANGE', run_ids, 0, count - claim.kept - 1) or {}
 for place, id in ipairs(too_many) do

@@ -1,7 +1,8 @@
--- ARGV: how many, for how many milliseconds, who. Returns the time, the jobs, and why each of them was cancelled.
+-- Claims jobs whose leases have expired. ARGV: highest number of jobs, lease in milliseconds, worker. Returns the time,
+-- the jobs, and why each of them was cancelled.
 local limit, lease, worker = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3]
 
--- What waits for a while, and not for a time, waits anew when the clock has been set back.
+-- Jobs that wait for a duration, and not until a time, wait anew when the clock has been set back.
 for _, id in ipairs(redis.call('ZRANGEBYSCORE', waits, now + 1000, '+inf', 'LIMIT', 0, 500)) do
   local due, since = redis.call('ZSCORE', scheduled, id), redis.call('ZSCORE', waits, id)
   if due then
@@ -12,7 +13,7 @@ for _, id in ipairs(redis.call('ZRANGEBYSCORE', waits, now + 1000, '+inf', 'LIMI
   end
 end
 
--- Leases that have ended, and those that last for longer than any can: the clock was set back then.
+-- Leases that have ended, and leases that last for longer than any can: the clock was set back then.
 local ids = redis.call('ZRANGEBYSCORE', leases, '-inf', '(' .. now, 'LIMIT', 0, limit)
 if #ids < limit then
   local odd = redis.call('ZRANGEBYSCORE', leases, now + 3 * lease, '+inf', 'LIMIT', 0, limit - #ids)

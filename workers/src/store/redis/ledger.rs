@@ -1,4 +1,4 @@
-//! The books of Redis.
+//! The job admin of Redis.
 
 use std::time::Duration;
 
@@ -12,11 +12,11 @@ use crate::queue::{Due, Result};
 use crate::state::{Attempts, State};
 use crate::store::{from_json, json, millis, read_json, timestamp};
 
-/// How many ids are looked at in one question.
+/// Number of ids that one query looks at.
 const SCAN: usize = 1000;
 
-/// What a script says of a job: where it is, its score, its record, what has gone wrong, epoch, worker, progress, and
-/// why it was cancelled.
+/// A job as `view.lua` returns it: where it is, its score, its record, its failures and errors, epoch,
+/// worker, progress, and why it was cancelled.
 type Seen =
     (String, String, String, Option<String>, Option<String>, Option<String>, Option<String>, Option<String>);
 
@@ -211,7 +211,7 @@ impl RedisQueue {
         Ok(queues)
     }
 
-    /// The ids in a sorted set, in slices, so that nobody else waits for it.
+    /// Reads the ids in a sorted set, in slices, so that other clients do not wait for it.
     async fn scan(&self, queue: &str, part: &str) -> Result<Vec<Uuid>> {
         let (mut ids, mut cursor) = (Vec::new(), "0".to_owned());
         loop {
@@ -248,7 +248,7 @@ impl RedisQueue {
         views.collect()
     }
 
-    /// Some jobs of a queue that have ended and fit.
+    /// Returns up to `limit` ended jobs of a queue that match the filter.
     async fn ended_of(&self, queue: &str, filter: &JobFilter, limit: usize) -> Result<Vec<(Uuid, KeptJob)>> {
         let mut found = Vec::new();
         let mut ids = self.scan(queue, "ended_at").await?;

@@ -1,5 +1,5 @@
--- ARGV: how many of the first to look at. Returns, as it is at one moment, how many bytes wait, how many jobs are ready,
--- in the inbox, scheduled and in somebody's hands; and the scores of the first.
+-- Counts the jobs of a queue at one moment. ARGV: the last rank whose score is returned. Returns the length of all
+-- payloads, how many jobs are ready, in the inbox, scheduled and claimed, and the scores of the first ready jobs.
 return {
   redis.call('GET', bytes),
   redis.call('ZCARD', ready),

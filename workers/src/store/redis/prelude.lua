@@ -1,7 +1,7 @@
--- What every script begins with. All keys of a queue share one hash tag; their order is that of Keys in redis.rs.
+-- Every script begins with this. All keys of a queue share one hash tag; their order is that of PARTS in redis.rs.
 --
--- Commands take many fields at once wherever there are many jobs: a call from Lua costs more than what it does.
--- Callers bound how many: at 8,000 arguments unpack() fails.
+-- Commands take many fields at once wherever there are many jobs: a call from Lua costs more than its work.
+-- Callers bound the number of fields: at 8,000 arguments unpack() fails.
 local jobs, state, epochs = KEYS[1], KEYS[2], KEYS[3]
 local ready, scheduled, waits, leases = KEYS[4], KEYS[5], KEYS[6], KEYS[7]
 local workers, progress, checkpoints, cancelled = KEYS[8], KEYS[9], KEYS[10], KEYS[11]
@@ -11,25 +11,25 @@ local inbox, paused = KEYS[16], KEYS[17]
 local time = redis.call('TIME')
 local now = time[1] * 1000 + math.floor(time[2] / 1000)
 
--- Lower goes first, and then what has been due for longer. Beyond a priority of 2,000 a score tells times apart
--- by some milliseconds only.
+-- A lower priority goes first, and then the job that has been due for longer. Beyond a priority of 2,000 a
+-- score tells times apart by some milliseconds only.
 local function score(priority, due)
   return string.format('%.0f', priority * 4398046511104 + due)
 end
 
 local function priority_of(record)
-  -- Others may have written it: then it is read, and dead, when its turn comes.
+  -- Another program may have written the record. Then it is read, and the job is dead, when its turn comes.
   return tonumber(string.match(record, '^-?%d+')) or 0
 end
 
--- Adds what is in a list to a sorted set or a hash, if there is anything.
+-- Adds the entries of a list to a sorted set or a hash, if there are any.
 local function put(command, key, list)
   if #list > 0 then
     redis.call(command, key, unpack(list))
   end
 end
 
--- Removes jobs that are over from among those that are not. Checkpoints of those that are kept are kept, too.
+-- Removes jobs that are over from the jobs that are not. Checkpoints of jobs that are kept are kept, too.
 local function forget(ids, size)
   if #ids == 0 then
     return
@@ -43,7 +43,7 @@ local function forget(ids, size)
   end
 end
 
--- Gives back a unique key, unless it is for a window or somebody else has it.
+-- Gives back a unique key, unless it is for a window or another job has it.
 local function give_back(key, id, only_started)
   local held = redis.call('HGET', unique, key)
   if not held then
@@ -55,8 +55,8 @@ local function give_back(key, id, only_started)
   end
 end
 
--- Puts jobs into a worker's hands: their epochs rise, and never below the clock, so that a server that has lost
--- its last writes hands out none a second time. Returns what a claim brings, six values a job.
+-- Claims jobs: their epochs rise, and never below the clock, so that a server that has lost its last writes
+-- hands out none a second time. Returns seven values for each job.
 local function take(ids, scores, worker, lease)
   local found = {}
   if #ids == 0 then

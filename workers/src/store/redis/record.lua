@@ -1,4 +1,4 @@
--- ARGV: id, epoch, checkpoint. Returns 1 if the claim is held.
+-- Writes the checkpoint of a run. ARGV: id, epoch, checkpoint. Returns 1 if the claim is held.
 local id = ARGV[1]
 if redis.call('HGET', epochs, id) ~= ARGV[2] or not redis.call('ZSCORE', leases, id) then
   return 0

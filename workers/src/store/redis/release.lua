@@ -1,4 +1,4 @@
--- ARGV: for each job that begins: unique key, id. Gives back those keys that were taken until now.
+-- Gives back the unique keys that are taken until their jobs begin. ARGV: for each job that begins: unique key, id.
 for i = 1, #ARGV, 2 do
   give_back(ARGV[i], ARGV[i + 1], true)
 end

@@ -1,5 +1,5 @@
--- ARGV: for how many milliseconds, then for each claim: id, epoch, progress. Returns for each whether it is held,
--- and why it was cancelled if it was.
+-- Extends leases. ARGV: lease in milliseconds, then for each claim: id, epoch, progress. Returns for each claim whether
+-- it is held, and why its job was cancelled, if it was.
 local ids = {}
 for i = 2, #ARGV, 3 do
   ids[#ids + 1] = ARGV[i]

@@ -1,6 +1,7 @@
 //! Schedules in Redis: a hash for each, and its runs.
 //!
-//! They are no queue's, and their keys have no hash tag: a job that moves to another queue has the same schedule.
+//! Schedules belong to no queue, and their keys have no hash tag: a job that moves to another queue has the same
+//! schedule.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -20,7 +21,8 @@ use crate::store::{json as to_json, read_json, stands_for, timestamp};
 /// A schedule as a script returns it: name, definition, timing, last_fire, queued, paused, held, version, seen_at.
 type Fields = (String, String, String, i64, Option<i64>, String, Option<String>, i64, i64);
 
-/// A run, and the queue that its job was put into; none for one that an earlier version has written.
+/// A run, and the queue that its job was put into; the queue is empty if an earlier version has written the
+/// run.
 #[derive(Serialize, Deserialize)]
 struct Placed {
     #[serde(flatten)]
@@ -29,7 +31,7 @@ struct Placed {
     queue: String,
 }
 
-/// What the keys of a schedule end with: itself, the ids of its runs, its runs, their endings.
+/// Suffixes of the keys of a schedule: itself, the ids of its runs, its runs, their endings.
 const PARTS: [&str; 4] = ["", ":ids", ":runs", ":endings"];
 
 impl Schedules for RedisQueue {
@@ -111,7 +113,7 @@ impl Schedules for RedisQueue {
 
     async fn unfinished(&self, schedule: &str, queue: &str) -> Result<Vec<Uuid>> {
         let ids = self.run_ids(schedule, 0, -1).await?;
-        // Its kind may have waited elsewhere in earlier times: each job is looked for where it was put.
+        // The queue of the kind may have changed: each job is looked for where it was put.
         let mut places = BTreeMap::<String, Vec<Uuid>>::new();
         for some in ids.chunks(AT_ONCE) {
             let runs = self.of_runs(schedule, "runs", some).await?;
@@ -132,7 +134,7 @@ impl Schedules for RedisQueue {
                 unfinished.extend(waiting.map(|(id, _)| *id));
             }
         }
-        // The oldest first.
+        // The ids keep their order, the oldest first.
         Ok(ids.into_iter().filter(|id| unfinished.contains(id)).collect())
     }
 
@@ -175,7 +177,7 @@ impl RedisQueue {
         format!("{}:schedules", self.0.prefix)
     }
 
-    /// Forgets what no process has upheld for long.
+    /// Deletes the schedules that no process has upheld for [`FORGOTTEN`].
     async fn forget_schedules(&self) -> Result<()> {
         let ScheduleStates { now, all, .. } = self.due().await?;
         for standing in all.iter().filter(|one| now.duration_since(one.seen_at).unsigned_abs() > FORGOTTEN) {
@@ -189,7 +191,7 @@ impl RedisQueue {
         Ok(())
     }
 
-    /// What is kept of these runs, or of their endings.
+    /// Returns the stored texts of these runs, or of their endings.
     async fn of_runs(&self, schedule: &str, part: &str, ids: &[Uuid]) -> Result<Vec<Option<String>>> {
         let mut get = cmd("HMGET");
         get.arg(format!("{}:{part}", self.schedule(schedule)));
@@ -199,7 +201,7 @@ impl RedisQueue {
         Ok(self.0.redis.query(&get).await?)
     }
 
-    /// The ids of runs by their places, the oldest first.
+    /// Returns the ids of the runs with these ranks, the oldest first.
     async fn run_ids(&self, schedule: &str, first: isize, last: isize) -> Result<Vec<Uuid>> {
         let mut range = cmd("ZRANGE");
         range.arg(format!("{}:ids", self.schedule(schedule))).arg(first).arg(last);

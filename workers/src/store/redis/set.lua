@@ -1,5 +1,5 @@
--- Pauses a schedule, or lets it go on from now. KEYS: the schedule. ARGV: 1 to pause it, 0 to let it go on. Returns
--- whether there is one.
+-- Pauses a schedule, or resumes it from now on. KEYS: the schedule. ARGV: 1 to pause it, 0 to resume it. Returns 1 if
+-- there is such a schedule, and 0 otherwise.
 local known = redis.call('HMGET', KEYS[1], 'paused', 'held')
 if not known[1] then
   return 0

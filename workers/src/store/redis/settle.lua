@@ -1,7 +1,6 @@
--- ARGV: the channel, the queue, then for each claim: what becomes of it (f finished, a again, e ended), id, epoch,
--- size of its payload, unique key, wait in milliseconds, priority, when it was due, and its state (a) or the record that
--- is kept (e).
--- Returns 1 for each that was held.
+-- Settles jobs. ARGV: the channel, the queue, then for each claim: its transition (f finished, a again, e ended), id,
+-- epoch, size of the payload, unique key, wait in milliseconds, priority, when the job was due, and its state (a) or
+-- the record to keep (e). Returns 1 for each claim that was held, and 0 for the others.
 local ids = {}
 for i = 3, #ARGV, 9 do
   ids[#ids + 1] = ARGV[i + 1]

@@ -1,5 +1,6 @@
--- ARGV: ids. Returns what is known of each: state, score, record, spent, epoch, worker, progress, checkpoint,
--- cancelled; or the record of one that has ended.
+-- Reads jobs for operators. ARGV: ids. Returns for each job: where it is, score, record, state (failures, crashes and
+-- errors), epoch, worker, progress, and why it was cancelled; for a job that has ended: 'ended', when it ended, and the
+-- record that is kept; false for a job that is not there.
 local answer = {}
 for i, id in ipairs(ARGV) do
   local record = redis.call('HGET', jobs, id)

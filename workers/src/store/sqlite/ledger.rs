@@ -1,4 +1,4 @@
-//! The books of the embedded store.
+//! The job admin of the embedded store.
 
 use std::time::Duration;
 
@@ -12,15 +12,16 @@ use crate::queue::Result;
 use crate::state::State;
 use crate::store::{from_json, now_ms, read_json, timestamp};
 
-/// The columns of [`JobView`] but the payload, of jobs that have not ended and of those that have.
+/// The columns of a [`JobView`] without the payload, of jobs that have not ended.
 const LIVE: &str =
     "id, kind, queue, state, priority, epoch, failures, recoveries, run_at, worker, progress, trace,
     created_at, NULL AS ended_at, cancelled AS reason, errors";
+/// The same columns of jobs that have ended.
 const ENDED: &str =
     "id, kind, queue, state, priority, epoch, failures, recoveries, NULL AS run_at, NULL AS worker,
     NULL AS progress, trace, created_at, ended_at, reason, errors";
 
-/// What [`JobFilter`] asks for, of a row with the columns of a [`JobView`].
+/// Condition for rows with the columns of a [`JobView`] that match a [`JobFilter`].
 const FITS: &str = "(:id IS NULL OR id = :id) AND (:kind IS NULL OR kind = :kind)
     AND (:queue IS NULL OR queue = :queue) AND (:state IS NULL OR state = :state)
     AND (:reason IS NULL OR instr(reason, :reason) > 0)";
@@ -90,7 +91,7 @@ impl JobAdmin for SqliteQueue {
                         revived.push(id);
                         queues.push(queue.unwrap_or_default());
                     }
-                    // What a live job may not be stays among the dead, and keeps no other.
+                    // A job that breaks a constraint of live jobs stays dead, and does not block the others.
                     Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
                         set_apart("ended_jobs", &Uuid::from_bytes(id).to_string(), &error);
                     }
@@ -194,7 +195,7 @@ impl JobAdmin for SqliteQueue {
     }
 }
 
-/// Some jobs that have ended and fit.
+/// Returns some ended jobs that match the filter.
 fn ended(tx: &Connection, filter: &JobFilter) -> rusqlite::Result<Vec<[u8; 16]>> {
     let sql = format!(
         "SELECT id FROM ended_jobs WHERE {FITS} AND typeof(id) = 'blob' AND length(id) = 16 LIMIT :limit"
@@ -214,7 +215,7 @@ fn delete(tx: &Connection, ids: &[[u8; 16]]) -> rusqlite::Result<usize> {
     Ok(ids.len())
 }
 
-/// What is shown of a job. Texts that are no UTF-8 are shown all the same.
+/// Reads a row as a [`JobView`]. Texts that are no UTF-8 are shown, too.
 fn view(row: &Row<'_>) -> rusqlite::Result<JobView> {
     let text = |column: &str| -> rusqlite::Result<_> { Ok(lossy(row, column)?.unwrap_or_default()) };
     let moment =

@@ -1,20 +1,20 @@
-//! The terminal that `perennial top` is shown on: how wide it is, and the key that ends it.
+//! The terminal of `perennial top`: its width, and the key that ends the command.
 
 use std::io::Read;
 
 use rustix::termios::{LocalModes, OptionalActions, SpecialCodeIndex, Termios};
 use tokio::sync::mpsc;
 
-/// The width where the terminal does not tell it.
+/// Width if the terminal does not tell its own.
 const USUAL: usize = 100;
 
-/// How many characters fit into a line.
+/// Number of characters that fit into a line.
 pub(super) fn width() -> usize {
     let size = rustix::termios::tcgetwinsize(std::io::stdout()).ok();
     size.map(|size| usize::from(size.ws_col)).filter(|width| *width > 0).unwrap_or(USUAL)
 }
 
-/// Keys as they are pressed, without Enter. The terminal is as it was when this drops.
+/// Keys as they are pressed, without Enter. The terminal is restored on drop.
 pub(super) struct KeyPresses {
     pressed: mpsc::Receiver<u8>,
     before: Option<Termios>,
@@ -45,7 +45,7 @@ impl KeyPresses {
         Self { pressed, before }
     }
 
-    /// Waits for q. Without a terminal to read from it never comes.
+    /// Waits for q. Without a terminal to read from, this never returns.
     pub(super) async fn quit(&mut self) {
         loop {
             match self.pressed.recv().await {

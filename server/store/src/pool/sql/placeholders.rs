@@ -1,7 +1,8 @@
-//! Placeholders of a statement: `?` and `?1` as both stores' statements have them, `$1` as Postgres wants them.
+//! Conversion of the placeholders of a statement: from `?` and `?1`, which both stores share, to `$1` for Postgres.
 //!
-//! A question mark in a string, a quoted name, a comment or a dollar quote is text (PostgreSQL, 4.1: lexical structure). One
-//! that stands between two operands is an operator of Postgres, as in `tags ? 'news'`; so are `?|`, `?&` and `@?`.
+//! A question mark in a string, a quoted name, a comment or a dollar quote is text (PostgreSQL, 4.1: lexical
+//! structure). A question mark between two operands is an operator of Postgres, as in `tags ? 'news'`; so are `?|`,
+//! `?&` and `@?`.
 
 /// Words after which an expression begins, and no operator can stand.
 const BEFORE_OPERAND: [&str; 45] = [
@@ -52,12 +53,12 @@ const BEFORE_OPERAND: [&str; 45] = [
     "ZONE",
 ];
 
-/// What came before, as far as it decides what a question mark is.
+/// The kind of the previous token, which decides what a question mark is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Before {
-    /// Something that an operator may follow: a name, a value, a closing bracket.
+    /// A token that an operator may follow: a name, a value, a closing bracket.
     Operand,
-    /// Anything else.
+    /// Any other token.
     Other,
 }
 
@@ -91,7 +92,7 @@ struct Scanner<'a> {
 }
 
 impl Scanner<'_> {
-    /// Goes behind the next token. True when it is a placeholder.
+    /// Moves past the next token. Returns true when it is a placeholder.
     fn next(&mut self) -> bool {
         let rest = &self.sql[self.at..];
         let first = rest.chars().next().unwrap_or(' ');
@@ -138,7 +139,8 @@ impl Scanner<'_> {
     }
 }
 
-/// The length of a text or a name in quotes; a doubled quote is one in it. In a text of the form `E'..'` a backslash quotes.
+/// The length of a text or a name in quotes. A doubled quote stands for one quote in it. In a text of the form `E'..'`,
+/// a backslash escapes the next character.
 fn quoted(text: &str, quote: char, escapes: bool) -> usize {
     let mut characters = text.char_indices().skip(1).peekable();
     while let Some((at, c)) = characters.next() {
@@ -151,7 +153,7 @@ fn quoted(text: &str, quote: char, escapes: bool) -> usize {
     text.len()
 }
 
-/// The length of a comment, which may have others in it.
+/// The length of a comment, which may contain other comments.
 fn comment(text: &str) -> usize {
     let (mut depth, mut at) = (0_usize, 0);
     while at < text.len() {
@@ -172,7 +174,7 @@ fn comment(text: &str) -> usize {
     text.len()
 }
 
-/// The length of `$$..$$` or `$tag$..$tag$`, if it is that.
+/// The length of a dollar quote (`$$..$$` or `$tag$..$tag$`), if the text begins with one.
 fn dollar_quoted(text: &str) -> Option<usize> {
     let tag = text[1..].find('$')? + 1;
     let name = &text[1..tag];
@@ -247,7 +249,7 @@ mod tests {
         }
     }
 
-    /// Parts of statements, each followed by a place for a placeholder, or not.
+    /// Parts of statements: texts, names, comments and placeholders.
     fn part() -> impl Strategy<Value = String> {
         let text = "[a-z?' \\$/*-]{0,12}";
         prop_oneof![
@@ -263,7 +265,8 @@ mod tests {
     }
 
     proptest! {
-        /// A parser sees the same texts, names and comments before and after, and a placeholder for each that was put in.
+        /// A parser sees the same texts, names and comments before and after, and a placeholder for each `?` that was
+        /// put in.
         #[test]
         fn a_parser_sees_the_same_statement(parts in prop::collection::vec(part(), 1..12)) {
             let sql = format!("SELECT {}", parts.join(" + "));
