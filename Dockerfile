@@ -8,14 +8,21 @@ RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev &
 # cargo-auditable writes the list of dependencies into the binary, for `cargo audit bin` and image scanners.
 RUN --mount=type=cache,target=/usr/local/cargo/registry cargo install --locked cargo-auditable
 WORKDIR /src
+RUN mkdir /symbols
 COPY . .
 # The build context has no .git directory: docker build --build-arg GIT_COMMIT=$(git rev-parse --short=12 HEAD)
 ARG GIT_COMMIT=
 ENV GIT_COMMIT=${GIT_COMMIT}
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
-    cargo auditable build --release --locked --bin perennial \
-    && install -D --strip target/release/perennial /out/perennial \
+    cargo auditable build --profile dist --locked --bin perennial \
+    && install -D target/dist/perennial /out/perennial \
+    && objcopy --only-keep-debug /out/perennial /symbols/perennial.debug \
+    && objcopy --strip-all --add-gnu-debuglink=/symbols/perennial.debug /out/perennial \
     && install -d /out/data
+
+# The symbols of the binary, for debuggers and profilers: docker build --target symbols --output . .
+FROM scratch AS symbols
+COPY --from=build /symbols/perennial.debug /
 
 # The base image has the C library and the certificates of authorities, but no shell and no package manager.
 FROM gcr.io/distroless/cc-debian13:nonroot

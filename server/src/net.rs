@@ -8,7 +8,7 @@
 //!   tls.rs          handshake, ALPN, certificate renewal
 //!   connection.rs   one connection: its phase, since when, and its end
 //!   socket.rs       the bytes of a connection
-//!   watch.rs        all connections: one task that checks every deadline
+//!   reaper.rs       all connections: one task that checks every deadline
 //!   refusals.rs     connections that could not be served: counted and logged
 //! ```
 //!
@@ -19,11 +19,11 @@ mod bind;
 pub(crate) mod connection;
 mod listen;
 pub(crate) mod proxy;
+pub(crate) mod reaper;
 pub(crate) mod refusal;
 pub(crate) mod refusals;
 pub(crate) mod socket;
 pub mod tls;
-pub(crate) mod watch;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -42,9 +42,9 @@ pub(crate) use bind::{Bound, bind};
 pub use connection::{Connection, Peer};
 pub use listen::{Listen, NoListen};
 pub use proxy::ForwardedHeader;
+pub use reaper::{ConnectionView, Connections, network};
 pub use refusal::ConnectionRefusal;
 use socket::{Peek, Socket};
-pub use watch::{ConnectionView, Connections, network};
 
 /// Settings of a listener: addresses, access, limits and deadlines.
 #[derive(Clone, Debug)]

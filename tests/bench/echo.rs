@@ -1,7 +1,7 @@
 //! The echo daemon in four designs: a process for each connection, xinetd, one loop around poll, and ours.
 //!
-//! One conversation: connect, a first exchange, a second one. Many at once: so many connections that each send
-//! one message and wait for its echo.
+//! Two measurements. A conversation is a connect, a first exchange and a second one. "At once" means many open
+//! connections, each of which sends one message and waits for its echo.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails should stop")]
 
@@ -20,7 +20,7 @@ const CONVERSATIONS: usize = 200;
 const MESSAGE: &[u8] = b"hello, world\n";
 
 fn main() {
-    // Only `cargo bench` asks for the figures.
+    // The figures are printed only by `cargo bench`.
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
@@ -65,7 +65,7 @@ impl Drop for Server {
     }
 }
 
-/// Those that can be had.
+/// Starts all servers that are available.
 fn servers(directory: &Path) -> Vec<Server> {
     let compiled = |name: &str| -> PathBuf {
         let program = directory.join(name);
@@ -125,7 +125,7 @@ fn exchange(stream: &mut TcpStream) -> f64 {
     began.elapsed().as_secs_f64()
 }
 
-/// The medians of connecting, of the first exchange and of the second, one conversation after the other.
+/// Median times of the connect, the first exchange and the second one, over conversations one after the other.
 fn conversations(address: &str) -> [f64; 3] {
     let (mut connects, mut firsts, mut seconds) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..CONVERSATIONS {
@@ -139,7 +139,7 @@ fn conversations(address: &str) -> [f64; 3] {
     [median(&connects), median(&firsts), median(&seconds)]
 }
 
-/// How long it takes until all of so many connections have their echo.
+/// Seconds until `count` open connections all have their echo.
 fn at_once(address: &str, count: usize) -> f64 {
     let began = Instant::now();
     let mut open: Vec<TcpStream> = (0..count).map(|_| TcpStream::connect(address).unwrap()).collect();

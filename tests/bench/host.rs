@@ -1,5 +1,5 @@
-//! What the host costs, beside its peers in one interleaved run: each line of a table was measured in turn with
-//! the others, round after round.
+//! Cost of the host beside its peers in one interleaved run: each round measures all lines of a
+//! table, one after the other.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails should stop")]
 #![allow(clippy::cast_precision_loss, reason = "counts are small")]
@@ -20,7 +20,7 @@ const SECONDS: u64 = 3;
 const IDLE: usize = 10_000;
 
 fn main() {
-    // Only `cargo bench` asks for the figures.
+    // The figures are printed only by `cargo bench`.
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
@@ -39,7 +39,7 @@ struct Peer {
 
 impl Drop for Peer {
     fn drop(&mut self) {
-        // nginx and php-fpm take their children along only when they are asked.
+        // nginx and php-fpm end their children only when they get SIGTERM.
         let pid = i32::try_from(self.child.id()).unwrap();
         let _ = nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM);
         let began = Instant::now();
@@ -64,7 +64,7 @@ impl Peer {
         Self { child, address: address.trim().to_owned(), _directory: None }
     }
 
-    /// nginx in front of php-fpm with opcache, both of Debian's, talking through a Unix socket that is kept open.
+    /// An nginx in front of php-fpm with opcache, both from Debian, connected by a Unix socket that is kept open.
     fn fpm() -> Option<[Self; 2]> {
         let fpm = std::fs::read_dir("/usr/sbin")
             .ok()?
@@ -123,7 +123,7 @@ impl Peer {
         ])
     }
 
-    /// The processes: this one and its children.
+    /// Ids of this process and its children.
     fn pids(&self) -> Vec<u32> {
         let own = self.child.id();
         let children =
@@ -140,7 +140,7 @@ impl Peer {
     }
 }
 
-/// What wrk measured.
+/// Result of wrk.
 struct Load {
     requests: f64,
     p99: Duration,
@@ -166,7 +166,7 @@ fn wrk(address: &str, path: &str, connections: usize, seconds: u64) -> Load {
     Load { requests, p99: Duration::from_secs_f64(seconds) }
 }
 
-/// HTTP/1.1, 64 connections, one thread that serves.
+/// HTTP/1.1 with 64 connections, served by one thread.
 fn requests() {
     println!(
         "\nprocessor time a request, us: GET over HTTP/1.1, wrk -c64, one serving thread, {ROUNDS} interleaved rounds"
@@ -227,7 +227,7 @@ fn idle_connections() {
     }
 }
 
-/// The seed talk's mix: those that wait, those that compute, and the light ones between them.
+/// The mix of the seed talk: requests that wait, requests that compute, and light ones between them.
 fn mixed() {
     let peer = Peer::start("host", 2);
     println!("\n10,000 requests that sleep for a second, at once");
@@ -265,7 +265,7 @@ fn mixed() {
     line("beside 4 x fib(30) in the handler itself", inline, "ms");
 }
 
-/// Two processes on one port, of which one leaves: `SO_REUSEPORT` has already given it connections.
+/// Two processes share a port by `SO_REUSEPORT`, and one stops while the kernel has already given it connections.
 fn shared_port() {
     const STOPS: usize = 10;
     const CLIENTS: usize = 8;
@@ -300,7 +300,7 @@ fn shared_port() {
     line(&format!("each time, of {} requests", asked / STOPS), lost, "");
 }
 
-/// A server that shares its port, and is told to leave when this drops.
+/// A server that shares its port and is stopped when this is dropped.
 struct Sharing {
     child: Child,
     _directory: TempDir,

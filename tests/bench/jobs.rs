@@ -1,5 +1,5 @@
-//! What jobs cost on each store, beside apalis 1.0 in the same run; and what must not get worse with a crowd: claims,
-//! the wait of a job that comes when nobody is busy, and memory.
+//! Cost of jobs on each store, beside apalis 1.0 in the same run, and the figures that must not get worse with many
+//! jobs: claims, the wait of a job that comes when all workers are idle, and memory.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails should stop")]
 #![allow(clippy::cast_precision_loss, reason = "counts are small")]
@@ -28,12 +28,12 @@ use uuid::Uuid;
 
 const ROUNDS: usize = 3;
 const COUNT: usize = 50_000;
-/// How many jobs run at once, and how many a peer fetches at once.
+/// Number of jobs that run at once, and that a peer fetches at once.
 const SLOTS: usize = 500;
 
 static RUN: AtomicUsize = AtomicUsize::new(0);
 
-/// Does nothing.
+/// A job that does nothing.
 #[derive(Serialize, Deserialize)]
 struct Noop(u32);
 
@@ -51,7 +51,7 @@ impl Job for Noop {
     }
 }
 
-/// Says when it begins.
+/// A job that reports the time of its start.
 #[derive(Serialize, Deserialize)]
 struct Ping;
 
@@ -70,12 +70,12 @@ impl Job for Ping {
 }
 
 fn main() {
-    // Only `cargo bench` asks for the figures.
+    // The figures are printed only by `cargo bench`.
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
-    // Only some of the tables: JOBS_BENCH=claims,memory
+    // `JOBS_BENCH=claims,memory` chooses tables.
     let only = std::env::var("JOBS_BENCH").unwrap_or_default();
     let wanted = |table: &str| only.is_empty() || only.split(',').any(|name| name == table);
     runtime.block_on(async {
@@ -94,7 +94,7 @@ fn main() {
     });
 }
 
-/// The servers of a bench, with their durable defaults; Redis without persistence.
+/// The servers of the bench: Postgres with its durable defaults, Redis without persistence.
 struct Servers {
     directory: TempDir,
     postgres: postgres::Server,
@@ -112,7 +112,7 @@ impl Servers {
         }
     }
 
-    /// A store with nothing in it.
+    /// Name of an empty store.
     async fn fresh(&self, kind: &str) -> String {
         match kind {
             "sqlite" => {
@@ -138,7 +138,7 @@ fn registry(began: Option<mpsc::UnboundedSender<Instant>>) -> Arc<Registry> {
     Arc::new(registry)
 }
 
-/// A worker at work.
+/// A running worker.
 struct Working {
     trigger: drain::Trigger,
     tasks: Tasks,
@@ -188,7 +188,7 @@ async fn ran(count: usize) {
     }
 }
 
-/// Jobs a second, enqueued and run.
+/// Jobs enqueued a second, and jobs run a second.
 async fn ours(store: &str, count: usize) -> (f64, f64) {
     let queue = backend::open(store).await;
     let enqueued = enqueue(&queue, count).await;
@@ -196,13 +196,13 @@ async fn ours(store: &str, count: usize) -> (f64, f64) {
     let began = Instant::now();
     let working = Working::begin(&queue, registry(None));
     ran(count).await;
-    // The last of them are not settled before this.
+    // The last jobs are settled only when the worker has ended.
     working.end().await;
     (count as f64 / enqueued.as_secs_f64(), count as f64 / began.elapsed().as_secs_f64())
 }
 
 fn theirs(kind: &str, store: &str, batch: usize) -> Option<(f64, f64)> {
-    // Its SQLite store runs fewer than a thousand a second.
+    // The SQLite store of apalis runs fewer than a thousand jobs a second.
     let count = if kind == "sqlite" { COUNT / 25 } else { COUNT };
     let program = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench/peers/target/release/perennial-peers");
     let output =
@@ -254,7 +254,7 @@ async fn speed() {
     }
 }
 
-/// From enqueueing a job to its start, while nothing else is to be done.
+/// Time from enqueueing a job to its start, while nothing else runs.
 async fn latency() {
     println!("\nFrom enqueueing to start, when idle, 300 jobs one by one");
     let servers = Servers::start().await;
@@ -262,7 +262,7 @@ async fn latency() {
         let store = servers.fresh(kind).await;
         let (began, mut begun) = mpsc::unbounded_channel();
         let queue = backend::open(&store).await;
-        // Enqueued by another process, as far as a server can tell; a file belongs to one.
+        // As far as a server can tell, another process has enqueued the jobs; a SQLite file belongs to one process.
         let workers = if kind == "sqlite" { queue.clone() } else { backend::open(&store).await };
         let working = Working::begin(&workers, registry(Some(began)));
         let announcing = (queue.clone(), working.trigger.listen());
@@ -284,7 +284,7 @@ async fn latency() {
     }
 }
 
-/// Claims of a hundred, among few and among many; and while somebody holds an old snapshot.
+/// Claims of a hundred jobs, with few and with many waiting, and while another transaction holds an old snapshot.
 async fn claims() {
     println!("\nPostgres: jobs claimed and settled a second, by the hundred");
     let servers = Servers::start().await;
@@ -323,7 +323,7 @@ async fn claims() {
             let settlements =
                 jobs.into_iter().map(|job| Settlement::of(Arc::new(job), Transition::Finished)).collect();
             queue.settle(settlements).await.unwrap();
-            // As many come as go.
+            // As many jobs are enqueued as were settled.
             let new = (0..few).map(|_| NewJob {
                 due: Due::Now,
                 id: Uuid::now_v7(),

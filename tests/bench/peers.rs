@@ -1,12 +1,12 @@
-//! The servers that `tests/bench/host.rs` measures beside each other, all in one binary with one allocator and
-//! one build: `peers NAME`, which prints its address.
+//! The servers that `tests/bench/host.rs` compares, all in one binary with one allocator and one build:
+//! `peers NAME` prints its address.
 //!
-//! | name | what |
+//! | name | server |
 //! |---|---|
 //! | `hyper` | hyper's HTTP/1.1 connection on an accept loop, a fixed answer and nothing else |
 //! | `axum` | `axum::serve` with one route |
 //! | `host` | Perennial's host with everything, its access log for debugging only |
-//! | `host-log` | the same with the access log, JSON to standard error |
+//! | `host-log` | Perennial's host with the access log, JSON to standard error |
 
 #![allow(clippy::unwrap_used, reason = "a peer that fails should stop")]
 

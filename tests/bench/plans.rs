@@ -1,9 +1,10 @@
-//! What Postgres does for each question about subscriptions when there are very many: the plans of the statements that the
-//! program really sends, from the server's own log.
+//! Plans that Postgres chooses for each query about subscriptions when there are very many: those of the statements
+//! that the program really sends, from the log of the server.
 //!
-//! `tests/bench/run plans` fills a server of its own with 10,000,000 subscriptions (`PLAN_ROWS` for another number), asks
-//! through the interface, and prints for each statement the nodes that read tables, how many blocks of 8 KiB all of it
-//! looked at, and how long it took. What costs more with more subscriptions stands out: it is the count of everybody.
+//! `tests/bench/run plans` fills a server of its own with 10,000,000 subscriptions (`PLAN_ROWS` sets another
+//! number) and sends requests to the interface. For each statement it prints the nodes that read tables, the number
+//! of blocks of 8 KiB that the whole plan looked at, and the time. One statement costs more with more
+//! subscriptions: the count of all of them.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails should stop")]
 
@@ -14,11 +15,11 @@ use support::double::Double;
 use support::postgres::{Server, client};
 use support::process::Setup;
 
-/// One in so many has the tag `rare`, and is sent to.
+/// One subscription in this many has the tag `rare` and is sent to.
 const RARE: u64 = 10_000;
 
 fn main() {
-    // Only `cargo bench` asks for the figures.
+    // The figures are printed only by `cargo bench`.
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
@@ -95,7 +96,7 @@ async fn plans(rows: u64) {
     show("its members", &server, mark, "p256dh").await;
 }
 
-/// As many subscriptions as there are to be: half with the tag `news`, and one in [`RARE`] with `rare`.
+/// Stores `rows` subscriptions: half with the tag `news`, and one in [`RARE`] with `rare`.
 async fn fill(url: &str, double: &Double, rows: u64) {
     let subscription = double.mint();
     let endpoint = subscription["endpoint"].as_str().unwrap();
@@ -121,14 +122,14 @@ async fn fill(url: &str, double: &Double, rows: u64) {
     }
 }
 
-/// Prints the plans of the statements with these words that the server has logged since `mark`.
+/// Prints the plan of a statement with these words that the server has logged since `mark`.
 async fn show(what: &str, server: &Server, mark: usize, words: &str) {
-    // The log is written by another process.
+    // Another process writes the log.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let log = server.log();
     let plans =
         log[mark..].split("duration: ").filter(|entry| entry.contains("plan:") && entry.contains(words));
-    // One of several that are the same but for their numbers.
+    // Several plans may differ only in their numbers; one of them is shown.
     let Some(plan) = plans.max_by_key(|plan| plan.len()) else {
         return println!("{what}: no plan is in the log");
     };

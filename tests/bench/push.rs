@@ -1,8 +1,8 @@
-//! What web push costs, beside whatever else sends it: one table.
+//! Cost of web push beside other senders, in one table.
 //!
-//! `tests/bench/run push` builds the release and prints it. Rounds are interleaved, since machines are noisy: compare
-//! lines of one run, not of two. `PUSH_BENCH=boot,cost,peers,million,import,pace,ramp,spread` chooses parts; `CHARTS=DIR`
-//! writes the charts of the last three, `PUSH_SET="push.window=250 .."` tries other settings.
+//! `tests/bench/run push` builds the release and prints the table. Rounds are interleaved, since machines are noisy:
+//! compare lines of one run, not of two. `PUSH_BENCH=boot,cost,peers,million,import,pace,ramp,spread` chooses parts;
+//! `CHARTS=DIR` writes the charts of the last three; `PUSH_SET="push.window=250 .."` tries other settings.
 
 #![allow(clippy::unwrap_used, reason = "a bench that fails should stop")]
 #![allow(
@@ -29,7 +29,7 @@ const SUBSCRIPTIONS: usize = 20_000;
 const ROUNDS: usize = 5;
 
 fn main() {
-    // Only `cargo bench` asks for the figures.
+    // The figures are printed only by `cargo bench`.
     if !std::env::args().any(|argument| argument == "--bench") {
         return;
     }
@@ -80,7 +80,7 @@ async fn boot() {
     line("memory when idle (VmRSS)", memory, "MiB");
 }
 
-/// A service that takes everything, and whom it takes it for.
+/// A push service that accepts everything, and the keys of its receiver.
 struct Service {
     double: Double,
     nginx: Nginx,
@@ -94,7 +94,7 @@ impl Service {
         Self { double, nginx, receiver: ReceiverKeys::generate().unwrap().keys() }
     }
 
-    /// Subscriptions with keys of their own, or all with the same where nobody looks.
+    /// Subscriptions with keys of their own, or all with the same keys where no receiver decrypts.
     fn subscriptions(&self, count: usize, distinct: bool) -> impl Iterator<Item = Value> + use<'_> {
         (0..count).map(move |number| {
             let own;
@@ -118,7 +118,7 @@ impl Service {
     }
 }
 
-/// What one run of somebody cost.
+/// Rate and processor time of each run of a sender.
 #[derive(Default)]
 struct Costs {
     rate: Vec<f64>,
@@ -156,7 +156,7 @@ async fn cost(with_peers: bool) {
         let ours = [(&fresh, &mut of_fresh), (&rotating, &mut of_warm), (&http1, &mut of_http1)];
         for (perennial, costs) in ours {
             let (seconds, cpu) = broadcast(perennial, &text, SUBSCRIPTIONS).await;
-            // The first round opens the connections, and agrees on secrets.
+            // The first round opens the connections and agrees on secrets.
             if round > 0 {
                 costs.add(SUBSCRIPTIONS, seconds, cpu);
             } else if std::ptr::eq(perennial, &rotating) {
@@ -192,7 +192,7 @@ async fn cost(with_peers: bool) {
     line("peak memory of the process (VmHWM)", vec![memory], "MiB");
 }
 
-/// Sends to all, and returns the seconds and the processor seconds that it took.
+/// Sends to all. Returns the seconds and the processor seconds that this took.
 async fn broadcast(perennial: &Perennial, text: &str, count: usize) -> (f64, f64) {
     let (began, used) = (Instant::now(), perennial.cpu_seconds());
     let id = perennial.notify(&json!({ "to": {"all": true}, "payload": text })).await;
@@ -204,7 +204,7 @@ async fn broadcast(perennial: &Perennial, text: &str, count: usize) -> (f64, f64
 
 const H2LOAD: usize = 100_000;
 
-/// Requests with the headers and the body of a push, made by nghttp2's load generator.
+/// Sends requests with the headers and the body of a push, by nghttp2's load generator.
 fn h2load(port: u16) -> (f64, f64) {
     let body = tempfile::NamedTempFile::new().unwrap();
     std::fs::write(body.path(), [7; 303]).unwrap();
@@ -228,7 +228,7 @@ fn h2load(port: u16) -> (f64, f64) {
     (took, children() - before)
 }
 
-/// The processor seconds of all children that have ended.
+/// Processor seconds of all children that have ended.
 fn children() -> f64 {
     let usage = getrusage(UsageWho::RUSAGE_CHILDREN).unwrap();
     let seconds = |time: nix::sys::time::TimeVal| time.tv_sec() as f64 + time.tv_usec() as f64 / 1e6;
@@ -243,7 +243,7 @@ struct Peer {
 }
 
 impl Peer {
-    /// Those that are installed.
+    /// All senders that are installed.
     fn all() -> Vec<(Self, Costs)> {
         let here = Path::new(env!("CARGO_MANIFEST_DIR")).join("bench");
         let peer = |name, program: &[&str], count| {
@@ -264,7 +264,7 @@ impl Peer {
         .collect()
     }
 
-    /// One run: how many were sent, the seconds, and the processor seconds. None when it is not installed.
+    /// One run: number of messages, seconds, and processor seconds; `None` when the sender is not installed.
     fn run(&self, service: &Service) -> Option<(usize, f64, f64)> {
         let keys = &service.receiver;
         let output = Command::new(&self.program[0])
@@ -346,7 +346,7 @@ async fn import() {
     line("import, rows that are known", rates.1, "/s");
 }
 
-/// When messages came, in seconds since the first.
+/// Arrival times of all messages, in seconds since the first.
 async fn arrivals(rate: f64, ramp: Option<&str>, count: usize) -> Vec<f64> {
     let double = Double::start().await;
     let nginx = Nginx::start_timed(double.ca_file().parent().unwrap()).await;
@@ -364,14 +364,14 @@ async fn arrivals(rate: f64, ramp: Option<&str>, count: usize) -> Vec<f64> {
     times.iter().map(|time| time - times[0]).collect()
 }
 
-/// 5,000 a second, in windows of 100 ms.
+/// 5,000 messages a second, counted in windows of 100 ms.
 async fn pace() {
     const RATE: f64 = 5000.0;
     let (mut low, mut high, mut mean, mut all) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for _ in 0..ROUNDS {
         let times = arrivals(RATE, None, 50_000).await;
         let mut windows = vec![0.0; 98];
-        // The first and the last are not whole.
+        // The first and the last window are not whole.
         for time in &times {
             let window = (time * 10.0) as usize;
             if (1..=98).contains(&window) {
@@ -401,7 +401,7 @@ async fn pace() {
     });
 }
 
-/// A ramp of 10 seconds to 2,000 a second.
+/// A ramp of 10 seconds to 2,000 messages a second.
 async fn ramp() {
     let times = arrivals(2000.0, Some("10s"), 20_000).await;
     let mut seconds = vec![0.0; 30];
@@ -428,7 +428,7 @@ async fn ramp() {
     });
 }
 
-/// One name on four addresses.
+/// A name with four addresses.
 async fn spread() {
     const COUNT: usize = 40_000;
     let double = Double::start().await;
@@ -472,7 +472,7 @@ const WANTED: RGBColor = RGBColor(190, 190, 190);
 
 type Drawn = Result<(), DrawingAreaErrorKind<std::io::Error>>;
 
-/// Writes a chart, if somebody wants it.
+/// Writes a chart if `CHARTS` names a directory.
 fn chart(name: &str, draw: impl FnOnce(DrawingArea<SVGBackend<'_>, plotters::coord::Shift>) -> Drawn) {
     let Some(directory) = std::env::var_os("CHARTS") else { return };
     std::fs::create_dir_all(&directory).unwrap();

@@ -1,8 +1,8 @@
-//! A worker as a process of its own, to be killed: runs jobs of the kind `grind` from the store that it is given,
-//! and writes down each run in a file as it begins (`S`) and as it ends (`E`): the number of the job, the epoch, and
+//! A worker that is a process of its own, to be killed. It runs jobs of the kind `grind` from the given store, and
+//! writes a line to a file when a run begins (`S`) and when it ends (`E`): the number of the job, the epoch, and
 //! the time in milliseconds.
 //!
-//! `mill STORE FILE`, where STORE is what [`support::backend::open`] takes.
+//! Usage: `mill STORE FILE`, where STORE is a name that [`support::backend::open`] takes.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 
@@ -22,7 +22,7 @@ use perennial_workers::worker::Config;
 use perennial_workers::{Context, Job, JobOutcome, Options, Queue, Registry, Worker, upkeep};
 use serde::{Deserialize, Serialize};
 
-/// A job that takes a moment, and is written down.
+/// A job that takes a moment and is written down.
 #[derive(Serialize, Deserialize)]
 struct Grind {
     number: u32,
@@ -33,7 +33,7 @@ impl Job for Grind {
     type Tools = Arc<File>;
 
     fn options() -> Options {
-        // Whatever happens here is not the job's fault: it is never given up.
+        // The job causes no failure here, so the budget is never used up.
         let backoff = Backoff::new(Duration::from_millis(50), Duration::from_secs(1));
         let budget = Budget { failures: 1000, recoveries: 1000, window: Duration::from_secs(3600), backoff };
         Options { queue: "chaos", timeout: Duration::from_secs(30), budget, ..Options::default() }
@@ -47,7 +47,7 @@ impl Job for Grind {
         };
         note('S')?;
         tokio::time::sleep(Duration::from_micros(fastrand::u64(0..50_000))).await;
-        // Not if somebody else may have it by now.
+        // The end is not written when the lease may be lost, since another worker may then have the job.
         context.check()?;
         note('E')?;
         Ok(JobOutcome::Done)

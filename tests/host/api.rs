@@ -1,5 +1,5 @@
-//! What the HTTP interface answers to input that is not as wanted: a problem that names the field, and
-//! nothing stored.
+//! Answers of the HTTP interface to invalid input: each is a problem document that names the field,
+//! and nothing is stored.
 
 use aws_lc_rs::digest::{SHA256, digest};
 use bytes::Bytes;
@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use support::double::Double;
 use support::process::{Perennial, Setup};
 
-/// How much is stored.
+/// Numbers of stored subscriptions and notifications.
 async fn stored(perennial: &Perennial) -> (usize, usize) {
     let count = |answer: Value, list: &str| answer[list].as_array().unwrap().len();
     let subscriptions = perennial.client().get("/subscriptions").await.json();
@@ -171,7 +171,7 @@ async fn keys_open_what_their_scopes_say() {
     assert_eq!(anybody.post("/notify", &notification).await.status, 401);
     assert_eq!(anybody.delete(&format!("/subscriptions/{id}"), None).await.status, 401);
 
-    // A key with one scope, as an operator would add it.
+    // A key with one scope, as an operator would create it.
     let store = rusqlite::Connection::open(perennial.setup.data_dir().join("perennial.db")).unwrap();
     store
         .execute(

@@ -1,4 +1,4 @@
-//! Boot: what it makes, what it keeps to itself, and what it refuses.
+//! Boot: the files that it creates, the secrets that it keeps, and the conditions under which it refuses to start.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
@@ -169,7 +169,7 @@ async fn probes_metrics_and_pages_for_operators() {
     assert_eq!(admin.get("/workers").await.json(), serde_json::json!([]));
     assert!(admin.get("/modules").await.json()["push"]["vapid_keys"]["default"].is_string());
 
-    // A page elsewhere that points a name of its own here is not let in (DNS rebinding).
+    // A page elsewhere whose own host name points here is refused (DNS rebinding).
     let rebound = admin.with_header("host", "attacker.example");
     assert_eq!(rebound.get("/settings").await.status, 421);
     assert_eq!(rebound.get("/readyz").await.status, 200, "probes say nothing to anybody");
@@ -224,7 +224,7 @@ async fn a_boot_that_fails_has_begun_no_job() {
     perennial.setup = perennial.setup.set("server.listen=127.0.0.1:0");
     let perennial = perennial.start_again().await;
     assert_eq!(perennial.done(&id).await["outcomes"], serde_json::json!({ "delivered": 3 }));
-    // The first line may have died with its process.
+    // The first "job started" line may have been lost with its process.
     eventually("one crash is one recovery", || async {
         let lines = perennial.log_lines();
         let last = lines.iter().rfind(|line| line["message"] == "job started")?;
@@ -239,7 +239,7 @@ async fn a_pod_near_its_limit_of_memory_sheds_before_it_is_killed() {
     let write = |file: &str, text: &str| std::fs::write(cgroup.path().join(file), text).unwrap();
     write("cpu.max", "50000 100000\n");
     write("memory.max", "100000000\n");
-    // Most of it is page cache.
+    // Most of the memory is page cache.
     write("memory.stat", "anon 10000000\nfile 60000000\nshmem 0\n");
     write("memory.current", "95000000\n");
     let perennial = Setup::new().set(&format!("process.cgroup={}", cgroup.path().display())).start().await;
@@ -256,7 +256,7 @@ async fn a_pod_near_its_limit_of_memory_sheds_before_it_is_killed() {
     eventually("it serves again", || async { (status().await == 200).then_some(()) }).await;
 }
 
-/// Nothing to do is hardly any work: 19 wake-ups a second where this was measured.
+/// An idle process does hardly any work: 19 wake-ups a second where this was measured.
 #[tokio::test]
 async fn an_idle_process_is_idle() {
     let perennial = Setup::new().start().await;
@@ -279,7 +279,7 @@ async fn an_idle_process_is_idle() {
     assert!(rate < 60, "{rate} wake-ups a second");
 }
 
-/// A hard limit of 1,024 descriptors, and more idle clients than that: probes and requests are answered all the same.
+/// With a hard limit of 1,024 descriptors and more idle clients than that, probes and requests are still answered.
 #[tokio::test]
 async fn descriptors_that_are_few_are_shared_out() {
     let setup = Setup::new();

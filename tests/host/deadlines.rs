@@ -1,4 +1,4 @@
-//! Every wait for a client has an end, is counted by its reason, and costs nobody else anything.
+//! Every wait for a client has a deadline, is counted by its reason, and affects no other client.
 
 use std::convert::Infallible;
 use std::time::{Duration, Instant};
@@ -24,7 +24,7 @@ use support::{eventually, soon};
 
 const SHORT: Duration = Duration::from_millis(300);
 const LONG: Duration = Duration::from_secs(60);
-/// What a deadline of [`SHORT`] may take on a busy machine.
+/// Maximum time that a deadline of [`SHORT`] may take on a busy machine.
 const SOON: Duration = Duration::from_secs(10);
 
 fn router() -> Router {
@@ -44,7 +44,7 @@ fn endless() -> impl futures_util::Stream<Item = Result<Bytes, Infallible>> {
     futures_util::stream::repeat(Bytes::from(vec![b'x'; 16 << 10])).map(Ok)
 }
 
-/// Every deadline far away, but for one.
+/// Settings whose deadlines are all far away; `change` sets the one under test.
 fn only(change: impl FnOnce(&mut Config)) -> Config {
     let mut config = net(|net| {
         net.timeouts.handshake = LONG;
@@ -70,7 +70,7 @@ async fn silence_and_half_a_preface_are_cut_off() {
         assert_eq!(answer, "", "{beginning:?}");
         is_short(took);
     }
-    // Byte by byte it is a preface all the same, or the beginning of a method that is none of HTTP's own.
+    // Sent byte by byte, the text is either still a preface, or the beginning of a method that HTTP does not define.
     for (text, answer) in
         [("PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", None), ("PRIVATE /id HTTP/1.1\r\nhost: x\r\n\r\n", Some("405"))]
     {
@@ -107,7 +107,7 @@ async fn a_slow_handshake_delays_nobody_else_and_has_an_end() {
         stream.write_all(beginning.as_bytes()).await.unwrap();
         slow.push(stream);
     }
-    // A handshake that ends, and then an HTTP/2 preface that never comes.
+    // This client finishes its handshake, and then never sends its HTTP/2 preface.
     slow.push(TcpStream::connect(&address).await.unwrap());
     let silent = support::http::tls_connect(slow.pop().unwrap(), double.ca_file(), &["h2"]).await;
     for mut stream in slow {
@@ -128,7 +128,7 @@ async fn a_request_head_has_a_deadline_from_its_first_byte() {
         if !before.is_empty() {
             stream.write_all(before).await.unwrap();
             assert!(soon("an answer", stream.read(&mut [0; 1024])).await.unwrap() > 0);
-            // Between two requests it may be idle for long.
+            // The connection may be idle between two requests for longer than the deadline of a head.
             tokio::time::sleep(SHORT * 2).await;
         }
         let began = Instant::now();
@@ -196,7 +196,7 @@ async fn a_body_has_a_deadline_for_each_part_and_for_the_whole() {
     is_short(began.elapsed());
     total.stop().await;
 
-    // The same over HTTP/2, where one slow stream is nobody else's matter.
+    // The same over HTTP/2, where one slow stream does not affect the others.
     let host = Host::start(only(|config| config.body_idle_timeout = SHORT), router()).await;
     let io = TokioIo::new(host.connect().await);
     let (mut send, connection) =
@@ -223,10 +223,10 @@ async fn a_client_that_takes_nothing_is_cut_off() {
     let host = Host::start(only(|config| config.net.timeouts.write = SHORT), router()).await;
     let mut stream = host.connect().await;
     stream.write_all(b"GET /much HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
-    // It reads nothing: the kernel's buffers fill up, and then it is the host that waits.
+    // The client reads nothing: the buffers of the kernel fill up, and then the host waits.
     eventually("it is cut", || async { (host.connections.count() == 0).then_some(()) }).await;
 
-    // HTTP/2: the socket takes everything, the window nothing.
+    // Over HTTP/2 the socket takes everything, while the stream's window is used up.
     let io = TokioIo::new(host.connect().await);
     let (mut send, connection) = hyper::client::conn::http2::Builder::new(TokioExecutor::new())
         .initial_stream_window_size(1000)
@@ -236,7 +236,7 @@ async fn a_client_that_takes_nothing_is_cut_off() {
     let request = Request::get("http://x/much").body(Empty::<Bytes>::new()).unwrap();
     let asked = async {
         let response = send.send_request(request).await.unwrap();
-        // Held, and never read.
+        // The response is held and never read.
         std::future::pending::<()>().await;
         drop(response);
     };
@@ -246,7 +246,7 @@ async fn a_client_that_takes_nothing_is_cut_off() {
     }
     host.open(0).await;
 
-    // Whoever reads, however long the answer, is not cut.
+    // A client that goes on reading is not cut off, however long the answer is.
     let mut stream = host.connect().await;
     stream.write_all(b"GET /much HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let (began, mut buffer) = (Instant::now(), vec![0; 64 << 10]);
@@ -359,7 +359,7 @@ async fn a_client_that_is_sent_away_again_and_again_keeps_its_connection() {
     host.stop().await;
 }
 
-/// An owner of an upgraded connection that only writes, and a client that never reads.
+/// The owner of the upgraded connection only writes, and the client never reads.
 #[tokio::test]
 async fn whoever_writes_to_an_upgraded_connection_is_told_of_its_end() {
     let (ended, mut end) = tokio::sync::mpsc::unbounded_channel();
@@ -390,7 +390,7 @@ async fn whoever_writes_to_an_upgraded_connection_is_told_of_its_end() {
     host.stop().await;
 }
 
-/// Slower than every deadline, but never idle.
+/// The download is slower than every deadline, but never idle.
 #[tokio::test]
 async fn a_slow_download_is_neither_idle_nor_cut_off_by_the_drain() {
     const LENGTH: usize = 200_000;
@@ -420,7 +420,7 @@ async fn a_slow_download_is_neither_idle_nor_cut_off_by_the_drain() {
         }
         received
     };
-    // The client's future ends with GOAWAY; the bytes go on.
+    // The connection future of the client ends with GOAWAY, while the bytes go on.
     let (received, _end) = soon("all of it", futures_util::future::join(downloading, connection)).await;
     assert_eq!(received, LENGTH);
     soon("the server ends", host.tasks.ended()).await;

@@ -1,4 +1,4 @@
-//! SIGTERM: in order, on time, and without a failed request while anybody is listening.
+//! SIGTERM: the drain runs in order and on time, and no request fails while a listener is open.
 
 use std::convert::Infallible;
 use std::sync::Arc;
@@ -29,7 +29,7 @@ use support::host::{Host, net};
 use support::http::{Client, crossed_goaway};
 use support::process::Setup;
 
-/// Clients that ask without a pause, until one of them finds nobody listening any more.
+/// Clients that send requests without a pause, until one of them cannot connect any more.
 struct Load {
     answered: Arc<AtomicUsize>,
     closed: Arc<AtomicBool>,
@@ -52,7 +52,8 @@ impl Load {
                         Ok(answer) => failures.push(answer.status.to_string()),
                         Err(error) if crossed_goaway(&error) => {}
                         Err(error) => {
-                            // No connection: the listener is closed, in order. A cut one is a failure.
+                            // A failed connect is in order: the listener is closed. A connection that
+                            // is cut off is a failure.
                             if error.downcast_ref().is_some_and(hyper_util::client::legacy::Error::is_connect)
                             {
                                 closed.store(true, Ordering::SeqCst);
@@ -115,7 +116,7 @@ async fn a_second_signal_waits_for_nobody() {
     let mut perennial = Setup::new().set("drain.notice=60s").start().await;
     perennial.signal(Signal::SIGTERM);
     perennial.logged("draining").await;
-    // At once it would be the first one, sent twice.
+    // A second signal that comes at once would count as a repetition of the first.
     tokio::time::sleep(Duration::from_millis(500)).await;
     perennial.signal(Signal::SIGTERM);
     assert_eq!(perennial.ended().await.code(), Some(0));
@@ -132,7 +133,7 @@ async fn a_broadcast_is_handed_back_and_goes_on_after_the_restart() {
         .start()
         .await;
     perennial.subscribe(&double, 60).await;
-    // Slow enough that the drain comes in the middle.
+    // The push service is so slow that the drain comes in the middle.
     let gate = Arc::new(AtomicUsize::new(0));
     let asked = Arc::clone(&gate);
     double.script(move |_| {
@@ -182,7 +183,7 @@ async fn what_is_in_flight_at_the_end_of_the_drain_is_recorded_and_not_repeated(
     assert_eq!(double.reached_and_repeats(), (4000, 0));
 }
 
-/// What a client may have left standing when the signal comes.
+/// States in which a client may have left a connection when the signal comes.
 const STANDING: [(&str, &str); 4] = [
     ("silent", ""),
     ("idle", "GET /push/key HTTP/1.1\r\nhost: x\r\n\r\n"),
@@ -205,7 +206,7 @@ async fn nothing_that_a_client_leaves_standing_holds_the_drain_and_admin_answers
         stream.write_all(bytes.as_bytes()).await.unwrap();
         standing.push((what, stream));
     }
-    // HTTP/2 with a stream that stays open: its body never comes.
+    // An HTTP/2 stream that stays open, since its body never comes.
     let io = TokioIo::new(TcpStream::connect(&address).await.unwrap());
     let (mut send, http2) = hyper::client::conn::http2::handshake(TokioExecutor::new(), io).await.unwrap();
     let stalled = StreamBody::new(futures_util::stream::pending::<Result<Frame<Bytes>, Infallible>>());

@@ -1,4 +1,4 @@
-//! The host by itself: connections, protocols, scopes, panics, limits, and a watchdog that barks.
+//! The host alone: connections, protocols, scopes, panics, limits, and the watchdog.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -81,7 +81,7 @@ async fn tls_connections_agree_on_a_protocol_by_alpn() {
         };
         assert_eq!(response.status(), 200);
     }
-    // Somebody who says nothing does not keep others from their handshakes.
+    // A client that sends nothing does not delay the handshakes of others.
     let _silent = TcpStream::connect(&address).await.unwrap();
     tls_connect(TcpStream::connect(&address).await.unwrap(), double.ca_file(), &["h2"]).await;
     host.stop().await;
@@ -96,7 +96,7 @@ fn drive(connection: impl Future<Output = hyper::Result<()>> + Send + 'static) {
 async fn a_unix_socket_is_a_listener_too() {
     let directory = tempfile::tempdir().unwrap();
     let path = directory.path().join("p.sock");
-    // Of a process that was killed: in nobody's way.
+    // The socket file of a process that was killed must not prevent the bind.
     drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
     let listen = Listen::Unix(path.clone());
     let host = Host::start(net(|net| net.listen = vec![listen]), echo_id()).await;
@@ -193,7 +193,8 @@ async fn more_connections_than_allowed_wait_their_turn() {
     host.stop().await;
 }
 
-/// HTTP/1.1 and HTTP/2, idle between requests or in the middle of a head: none of them keeps a new client waiting.
+/// Connections over HTTP/1.1 and HTTP/2 that are idle between requests or stuck in a head do not
+/// keep a new client waiting.
 #[tokio::test]
 async fn connections_that_do_nothing_make_room_for_a_new_client_at_the_limit() {
     let host = Host::start(net(|net| net.max_connections = 30), echo_id()).await;
@@ -211,7 +212,7 @@ async fn connections_that_do_nothing_make_room_for_a_new_client_at_the_limit() {
         }
         idle.push(stream);
     }
-    // Each takes the place of one of them.
+    // Each new connection takes the place of an idle one.
     for _ in 0..40 {
         let mut stream = TcpStream::connect(&host.addresses[0]).await.unwrap();
         stream.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
@@ -228,7 +229,7 @@ async fn connections_that_do_nothing_make_room_for_a_new_client_at_the_limit() {
     host.stop().await;
 }
 
-/// RFC 9112, section 3.2, with real bytes.
+/// RFC 9112, section 3.2, with the bytes of real requests.
 #[tokio::test]
 async fn a_request_has_one_host_and_it_is_a_host() {
     let router = Router::new().route(
@@ -285,7 +286,7 @@ async fn what_is_in_the_backlog_when_the_listener_closes_is_served() {
     host.stop().await;
 }
 
-/// The watchdog: with every worker of the serving runtime blocked, probes on another runtime find out.
+/// The watchdog: when every worker of the serving runtime is blocked, probes on another runtime notice it.
 #[test]
 fn blocking_every_worker_turns_the_probes_and_unblocking_turns_them_back() {
     let serving = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build().unwrap();
@@ -340,7 +341,7 @@ fn blocking_every_worker_turns_the_probes_and_unblocking_turns_them_back() {
     serving.shutdown_background();
 }
 
-/// A gate that threads block on, and what opens it.
+/// A barrier on which threads block, and a function that opens it.
 fn gate(threads: usize) -> (impl FnOnce(), Arc<std::sync::Barrier>) {
     let barrier = Arc::new(std::sync::Barrier::new(threads + 1));
     let opener = Arc::clone(&barrier);
@@ -372,7 +373,7 @@ async fn a_connection_may_be_closed_or_aborted_by_its_handler() {
     host.stop().await;
 }
 
-/// One that has been idle for a while keeps nothing but its socket; nobody can tell.
+/// A connection that has been idle for a while is parked: it keeps only its socket, and its client does not notice.
 #[tokio::test]
 async fn a_connection_that_has_rested_goes_on_as_before() {
     const REST: Duration = Duration::from_millis(1500);
@@ -382,7 +383,7 @@ async fn a_connection_that_has_rested_goes_on_as_before() {
     let body = "POST /count HTTP/1.1\r\nhost: x\r\ncontent-length: 5\r\n\r\n12345";
     let too_long =
         format!("POST /count HTTP/1.1\r\nhost: x\r\ncontent-length: 2000\r\n\r\n{}", "x".repeat(2000));
-    // What comes after the rest, in which parts, and how often it is answered.
+    // Parts of the requests that come after the connection was parked, and the number of answers.
     let cases: [(&[&str], usize); 5] = [
         (&[request], 1),
         (&["GET /id HT", "TP/1.1\r\nhost: x\r\n\r\n"], 1),
@@ -414,7 +415,7 @@ async fn a_connection_that_has_rested_goes_on_as_before() {
         }
     }
     assert_eq!(host.connections.count(), cases.len());
-    // At rest they leave with the drain, and one that ends is noticed.
+    // Parked connections leave with the drain, and the end of one is noticed.
     tokio::time::sleep(REST).await;
     drop(streams.pop());
     host.open(cases.len() - 1).await;
@@ -425,7 +426,7 @@ async fn a_connection_that_has_rested_goes_on_as_before() {
     soon("the end", host.tasks.ended()).await;
 }
 
-/// A handler may have given the body to somebody who still has it when the request has been answered.
+/// A handler may have given the body away, and another task may still hold it after the request has been answered.
 #[tokio::test]
 async fn a_body_that_is_still_to_come_is_never_the_next_request() {
     let kept = Arc::new(std::sync::Mutex::new(Vec::new()));
@@ -439,7 +440,7 @@ async fn a_body_that_is_still_to_come_is_never_the_next_request() {
     let mut buffer = [0; 1024];
     let count = soon("an answer", stream.read(&mut buffer)).await.unwrap();
     assert!(buffer[..count].starts_with(b"HTTP/1.1 200"));
-    // Long enough for it to rest, if it were idle.
+    // This is long enough for the connection to be parked, if it were idle.
     tokio::time::sleep(Duration::from_millis(1500)).await;
     stream.write_all(b"GET /id HTTP/1.1\r\nhost: smuggled\r\n\r\n").await.unwrap();
     let more = tokio::time::timeout(Duration::from_millis(500), stream.read(&mut buffer)).await;

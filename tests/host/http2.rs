@@ -1,4 +1,4 @@
-//! HTTP/2 as attackers speak it: the attack ends its own connection, and nobody else notices.
+//! HTTP/2 as attackers speak it: an attack ends its own connection and affects no other.
 
 use std::time::{Duration, Instant};
 
@@ -29,7 +29,7 @@ fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
     frame
 }
 
-/// `GET path` in HPACK: static table entries, and literals that are not indexed.
+/// `GET path` in HPACK, made of static table entries and of literals that are not indexed.
 fn get_request(path: &str) -> Vec<u8> {
     let mut block = vec![0x82, 0x86, 0x04, u8::try_from(path.len()).unwrap()];
     block.extend(path.as_bytes());
@@ -51,7 +51,7 @@ fn router() -> Router {
         .route("/much", get(|| async { vec![b'x'; 1 << 20] }))
 }
 
-/// Sends `frames` again and again until the connection ends.
+/// Sends `frames` again and again until the connection ends. Returns the time until then.
 async fn flood(host: &Host, mut frames: impl FnMut(u32) -> Vec<u8>) -> Duration {
     let (mut reader, mut writer) = open(host).await.into_split();
     let began = Instant::now();
@@ -76,7 +76,7 @@ async fn flood(host: &Host, mut frames: impl FnMut(u32) -> Vec<u8>) -> Duration 
     began.elapsed()
 }
 
-/// While something goes on, somebody else is served.
+/// Checks that other clients are served while an attack goes on.
 async fn is_served(host: &Host) {
     assert_eq!(host.client().get("/id").await.status, 200);
     assert_eq!(support::http::Client::http2(host.client().base()).get("/id").await.status, 200);
@@ -110,7 +110,7 @@ async fn resets_that_are_slow_enough_to_be_served_end_it_too() {
             if stream.write_all(&frames).await.is_err() {
                 return number;
             }
-            // The request is running by now: its handler has been started for nothing.
+            // The request runs by now: its handler has been started for nothing.
             tokio::task::yield_now().await;
             if stream.write_all(&frame(RST_STREAM, 0, number, &8_u32.to_be_bytes())).await.is_err() {
                 return number;
@@ -128,7 +128,7 @@ async fn floods_of_frames_that_ask_for_nothing_end_their_connection() {
     let host = Host::start(net(|_| {}), router()).await;
     flood(&host, |_| frame(PING, 0, 0, &[0; 8]).repeat(100)).await;
     flood(&host, |_| frame(SETTINGS, 0, 0, &[0, 3, 0, 0, 0, 100]).repeat(100)).await;
-    // A head that never ends.
+    // A request head that never ends.
     flood(&host, |round| match round {
         0 => frame(HEADERS, END_STREAM, 1, &get_request("/id")),
         _ => frame(CONTINUATION, 0, 1, &[0x00, 1, b'x', 1, b'y'].repeat(100)),
@@ -181,7 +181,7 @@ async fn a_window_of_zero_holds_no_more_than_its_share_and_ends() {
     for _ in 0..10 {
         let mut stream = host.connect().await;
         stream.write_all(PREFACE).await.unwrap();
-        // INITIAL_WINDOW_SIZE 0: nothing may be sent.
+        // With INITIAL_WINDOW_SIZE 0 the server may not send any body.
         stream.write_all(&frame(SETTINGS, 0, 0, &[0, 4, 0, 0, 0, 0])).await.unwrap();
         for number in (1..).step_by(2).take(100) {
             stream
@@ -205,7 +205,7 @@ async fn a_client_that_does_not_answer_pings_is_given_up() {
     config.http2.ping_timeout = Duration::from_millis(200);
     let host = Host::start(config, router()).await;
     let mut stream = open(&host).await;
-    // It waits for an answer, and so the connection is not idle.
+    // The request waits for an answer, so the connection is not idle.
     stream.write_all(&frame(HEADERS, END_HEADERS | END_STREAM, 1, &get_request("/never"))).await.unwrap();
     let (began, mut pings, mut buffer) = (Instant::now(), 0, vec![0; 4096]);
     while let Ok(count) = soon("pings, and then the end", stream.read(&mut buffer)).await

@@ -1,4 +1,4 @@
-//! The host as its users meet it: connections, requests, boot and stop. A file per promise.
+//! The host as its users see it: connections, requests, boot and stop. There is a file for each promise.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 

@@ -1,4 +1,4 @@
-//! A module that is not ours: the example, as a process.
+//! A module of another application: the example, as a process.
 
 use serde_json::json;
 

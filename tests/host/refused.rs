@@ -1,4 +1,4 @@
-//! Connections that cannot be served leave a trace: a counter, and a line of the log with their address.
+//! Connections that cannot be served leave a trace: a counter, and a line in the log with their address.
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -7,7 +7,7 @@ use support::certificates::Certificates;
 use support::eventually;
 use support::process::{Perennial, Setup};
 
-/// Says something to a port, and returns what is answered until the end.
+/// Sends bytes to a port, and returns all that is answered until the end.
 async fn say(address: &str, bytes: &[u8]) -> String {
     let mut stream = TcpStream::connect(address.trim_start_matches("http://").trim_start_matches("https://"))
         .await
@@ -18,7 +18,7 @@ async fn say(address: &str, bytes: &[u8]) -> String {
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// Whether an answer is a problem document of the length that it names.
+/// Returns true when an answer is a problem document that has the length in its head.
 fn is_problem(answer: &str) -> bool {
     let Some((head, body)) = answer.split_once("\r\n\r\n") else { return false };
     head.contains("content-type: application/problem+json")
@@ -63,7 +63,7 @@ async fn what_is_no_http_is_counted_by_reason_and_told_with_its_address() {
     counted(&perennial, "head_too_large").await;
     let answer = say(&address, long.as_bytes()).await;
     assert!(answer.starts_with("HTTP/1.1 414") || answer.starts_with("HTTP/1.1 431"), "{answer}");
-    // A browser that was told https.
+    // A browser opens the port with https.
     assert_eq!(say(&address, b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03").await, "");
     counted(&perennial, "tls_on_plain_port").await;
 }
@@ -103,7 +103,7 @@ async fn a_proxy_that_does_not_say_whom_it_speaks_for_is_refused_with_a_trace() 
     counted(&perennial, "bad_proxy_header").await;
 }
 
-/// What is refused by its head is refused before the client is asked for a body of any length.
+/// A request that is refused by its head is refused before the client is asked for its body.
 #[tokio::test]
 async fn a_body_that_is_kept_back_is_not_asked_for_in_vain() {
     let perennial = Setup::new().start().await;

@@ -1,4 +1,4 @@
-//! What lives for one request: its own id, its own deadline, its own time.
+//! State of one request: its own id, its own deadline, its own timings.
 
 use std::num::NonZeroUsize;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use support::http::Client;
 use support::process::Setup;
 use support::{eventually, soon};
 
-/// Says who it is, waits, and says it again, some times; then whether it was always the same.
+/// Compares the identity of the request with that at its start, several times with waits between, and returns it.
 async fn interleaved(scope: RequestScope, headers: HeaderMap) -> String {
     let first = (scope.id().to_string(), scope.connection().id, scope.connection().peer());
     let user = headers["x-user"].to_str().unwrap().to_owned();
@@ -87,7 +87,7 @@ async fn a_client_that_leaves_ends_its_request_unless_the_route_says_otherwise()
     }
     host.open(0).await;
     gate.add_permits(10);
-    // The drain waits for work that goes on without its client.
+    // The drain waits for work that goes on after its client has left.
     host.stop().await;
     assert_eq!(ended.load(Ordering::SeqCst), 1, "the order, and not the page");
 }
@@ -198,7 +198,7 @@ async fn a_handler_that_keeps_its_thread_is_named() {
         let log = log.clone();
         move || log.clone()
     });
-    // For this thread, which is the only one of the test's runtime.
+    // The subscriber applies to this thread, which is the only one of the test's runtime.
     let _logging = tracing::subscriber::set_default(subscriber.finish());
     let router = Router::new()
         .route("/blocking", get(|| async { std::thread::sleep(Duration::from_millis(30)) }))
@@ -216,7 +216,7 @@ async fn a_handler_that_keeps_its_thread_is_named() {
     assert_eq!(kept[0]["fields"]["route"], "/blocking");
 }
 
-/// What was logged.
+/// The log of a test.
 #[derive(Clone, Default)]
 struct Log(Arc<std::sync::Mutex<Vec<u8>>>);
 

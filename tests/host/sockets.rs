@@ -1,4 +1,4 @@
-//! Listening sockets: several, shared, inherited, renewed; and proxies that are believed or not.
+//! Listening sockets: several, shared, inherited, renewed; and proxies that are trusted or not.
 
 use std::io::Write;
 use std::net::TcpListener;
@@ -103,7 +103,7 @@ async fn a_certificate_that_was_renewed_is_used_for_new_connections() {
         assert_eq!(shown, CertificateDer::from_pem_file(file).unwrap());
     };
     serves(&first).await;
-    // Half of a renewal, and nonsense: the old one stays.
+    // A renewal that is half done and not readable is ignored: the old certificate stays.
     std::fs::write(directory.path().join("cert.pem"), "nonsense").unwrap();
     host.sockets.renew_certificate();
     serves(&first).await;
@@ -113,7 +113,7 @@ async fn a_certificate_that_was_renewed_is_used_for_new_connections() {
     host.stop().await;
 }
 
-/// A PROXY header, version 2, for a TCP connection over IPv4.
+/// Builds a PROXY header, version 2, for a TCP connection over IPv4.
 fn proxy_header(client: [u8; 4]) -> Vec<u8> {
     let mut header = b"\r\n\r\n\0\r\nQUIT\n\x21\x11\x00\x0c".to_vec();
     header.extend(client);
@@ -137,7 +137,7 @@ async fn the_proxy_protocol_is_believed_of_trusted_networks() {
     let with_header = [proxy_header([192, 0, 2, 7]), REQUEST.to_vec()].concat();
     let (answer, _) = until_closed(&mut host.connect().await, &with_header).await;
     assert!(answer.ends_with("192.0.2.7:4711 192.0.2.7"), "{answer}");
-    // In two parts, and with an HTTP/2 preface behind it.
+    // The header comes in two parts.
     let mut stream = host.connect().await;
     stream.write_all(&with_header[..9]).await.unwrap();
     tokio::task::yield_now().await;
@@ -171,7 +171,7 @@ async fn headers_of_proxies_are_believed_of_trusted_networks() {
         let ask = async |host: &Host| host.client().with_header(name, value).get("/who").await.text();
         assert!(ask(&trusting).await.ends_with(" 192.0.2.7"), "{name}");
         assert!(ask(&anybody).await.ends_with(" 127.0.0.1"), "{name}");
-        // The other header is whatever the client wrote.
+        // The other header is whatever the client has sent.
         let other = headers.iter().find(|(other, _)| *other != name).unwrap();
         let spoofed = trusting.client().with_header(other.0, other.1).get("/who").await.text();
         assert!(spoofed.ends_with(" 127.0.0.1"), "{name}");
@@ -197,7 +197,7 @@ async fn the_limit_of_one_address_is_that_of_the_client_in_the_proxy_header() {
         let (answer, _) = until_closed(&mut host.connect().await, &request).await;
         assert_eq!(answer.starts_with("HTTP/1.1 200"), served, "{client:?}: {answer}");
     }
-    // A proxy that says that it speaks for somebody, but not for whom.
+    // A PROXY header that announces a client, but has no address of it.
     let mut nobody = b"\r\n\r\n\0\r\nQUIT\n\x21\x00\x00\x00".to_vec();
     nobody.extend(REQUEST);
     assert_eq!(until_closed(&mut host.connect().await, &nobody).await.0, "");
@@ -223,7 +223,7 @@ async fn sockets_of_systemd_are_taken_over_by_their_address() {
     let (public, admin) =
         (TcpListener::bind("127.0.0.1:0").unwrap(), TcpListener::bind("127.0.0.1:0").unwrap());
     let (public_at, admin_at) = (public.local_addr().unwrap(), admin.local_addr().unwrap());
-    // Somebody connects before there is a process at all.
+    // A client connects before there is a process at all.
     let early = std::net::TcpStream::connect(public_at).unwrap();
     let descriptors: Vec<OwnedFd> = vec![public.into(), admin.into()];
     let setup = setup.set(&format!("server.listen={public_at}")).set(&format!("admin.listen={admin_at}"));

@@ -1,4 +1,4 @@
-//! SIGUSR2: one process after the other on the same sockets, and nobody is refused.
+//! Handover by SIGUSR2: one process follows another on the same sockets, and no connection is refused.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -15,20 +15,20 @@ use support::eventually;
 use support::http::{Client, crossed_goaway};
 use support::process::Setup;
 
-/// The process that has the lock now.
+/// Id of the process that holds the lock now.
 fn holder(setup: &Setup) -> Option<i32> {
     let text = std::fs::read_to_string(setup.data_dir().join("perennial.lock")).ok()?;
     text.trim().parse().ok()
 }
 
-/// What browsers and proxies send again by themselves: the connection, which had been used before, ended before
-/// any byte of an answer came back.
+/// Returns true for errors after which browsers and proxies send the request again by themselves: the connection
+/// had been used before, and ended before any byte of an answer came back.
 fn may_be_sent_again(error: &anyhow::Error) -> bool {
     crossed_goaway(error)
         || error.chain().any(|why| why.to_string().contains("closed before message completed"))
 }
 
-/// Asks without a pause until it is told to stop; returns what failed.
+/// Sends requests without a pause until `stop` is set. Returns the failures.
 async fn load(
     client: Client,
     stop: Arc<AtomicBool>,
@@ -107,7 +107,7 @@ async fn successors_take_over_without_a_refused_connection() {
 }
 
 fn perennial_is_gone(pid: i32) -> bool {
-    // It is nobody's child any more, or a zombie of the test's own.
+    // The process is gone, or it is a zombie child of the test.
     std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
@@ -150,7 +150,7 @@ async fn a_client_that_is_slow_holds_up_a_successor_for_a_bounded_time() {
     .await;
     let before = perennial.pid();
     perennial.signal(Signal::SIGUSR2);
-    // It connects at once, and waits in the backlog.
+    // The client connects at once and waits in the backlog.
     let began = Instant::now();
     eventually("the successor has the lock", || async {
         holder(&perennial.setup).is_some_and(|now| now != i32::try_from(before).unwrap()).then_some(())

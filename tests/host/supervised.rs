@@ -1,4 +1,4 @@
-//! Under a supervisor: what systemd is told, the sockets that it opens, and its unit file.
+//! Under a supervisor: messages to systemd, the sockets that systemd opens, and the unit file.
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::fs::PermissionsExt;
@@ -14,7 +14,7 @@ use support::process::Setup;
 use support::soon;
 use support::tools::{must_pass, tool};
 
-/// The next message that has this line.
+/// Returns the next message that contains this line.
 async fn told(socket: &UnixDatagram, line: &str) -> String {
     soon(line, async {
         loop {
@@ -36,7 +36,7 @@ async fn a_supervisor_is_told_when_it_is_ready_alive_reloads_and_stops() {
     supervise(setup, UnixDatagram::bind(&path).unwrap(), &path).await;
 }
 
-/// The abstract namespace: what some supervisors in containers use.
+/// Some supervisors in containers use the abstract namespace of sockets.
 #[tokio::test]
 async fn a_supervisor_may_have_a_socket_without_a_path() {
     let name = format!("perennial-notify-{}", std::process::id());
@@ -74,7 +74,7 @@ async fn signals_of_other_servers_drain_or_do_nothing() {
     assert!(perennial.log().contains(r#""reason":"SIGQUIT""#), "{}", perennial.log());
 }
 
-/// A successor of process 1 would end with it.
+/// A successor of process 1 would end with it, so there is no handover.
 #[tokio::test]
 async fn process_1_of_a_container_goes_on_and_says_why() {
     if !nix::unistd::geteuid().is_root() {
@@ -127,7 +127,7 @@ async fn unix_sockets_have_a_mode_and_a_group() {
     assert!(said.contains("a mode in octal") && said.contains("a group of this machine"), "{said}");
 }
 
-/// A socket that a supervisor has opened is the supervisor's, also when the process ends.
+/// A socket that a supervisor has opened belongs to the supervisor, even when the process ends.
 #[tokio::test]
 async fn an_inherited_unix_socket_stays() {
     let setup = Setup::listening_as_configured();

@@ -1,4 +1,4 @@
-//! Protocols beside HTTP, by the example: the echo daemon as a process.
+//! Protocols beside HTTP, among them the example: the echo daemon as a process.
 
 use std::time::Duration;
 
@@ -40,7 +40,7 @@ async fn myecho_echoes_and_leaves_in_order() {
     assert_eq!(stream.read(&mut [0; 1]).await.unwrap_or(0), 0);
 }
 
-/// Speaks first, and then listens for as long as the client likes.
+/// A handler that sends a greeting first, and then reads for as long as the client sends.
 struct Greeter;
 
 impl TcpHandler for Greeter {
@@ -86,7 +86,7 @@ async fn a_server_may_speak_first_and_silence_has_an_end() {
     assert_eq!(connections.count(), 0);
 }
 
-/// Loses its mind.
+/// A handler that panics.
 struct Panics;
 
 impl TcpHandler for Panics {
@@ -111,7 +111,7 @@ async fn a_panic_ends_its_own_connection_and_is_counted_off() {
     assert_eq!(connections.count(), 0);
 }
 
-/// Wants ten bytes, however they come.
+/// A handler that reads ten bytes, in whatever parts they come.
 struct Exactly;
 
 impl TcpHandler for Exactly {

@@ -1,4 +1,4 @@
-//! Schedules of the whole program: from settings, across replicas, restarts and stops, and in operators' hands.
+//! Schedules in the whole program: from settings, across replicas, restarts and stops, and under operators' control.
 
 use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
@@ -15,10 +15,10 @@ use support::schedules::{ended, runs, second};
 use support::stores::{on_postgres, with_redis};
 use support::{eventually, eventually_within, full};
 
-/// Whether the beat wakes up whoever looks: nothing may depend on it.
+/// The tests run with the tick and without it, since no promise may depend on it.
 const TICKS: [bool; 2] = [true, false];
 
-/// A schedule on every second, of which none may be left out.
+/// A schedule for every second, none of which may be skipped.
 const EVERY_SECOND: &str = "{ name = 'second', expression = '* * * * * *', job = 'jobs.retention',
                               misfire = 'catch_up', catch_up = 500, catch_up_within = '1h' }";
 
@@ -32,7 +32,7 @@ async fn of_schedule(perennial: &Perennial, name: &str) -> Value {
     all.as_array().unwrap().iter().find(|one| one["name"] == name).unwrap().clone()
 }
 
-/// Three replicas, of which one is killed and started again, at random.
+/// Runs three replicas and kills and restarts a random one again and again.
 async fn each_second_is_claimed_once(redis: bool, ticks: bool) {
     let (database, prefix) = (Database::new().await, Prefix::new().await);
     let make = async || {
@@ -55,7 +55,7 @@ async fn each_second_is_claimed_once(redis: bool, ticks: bool) {
         kills += 1;
         seen.extend(runs(&replicas[0], "second").await.iter().map(second));
     }
-    // What a dead one had in hand is done by others.
+    // The other replicas run the jobs of a killed one.
     let newest = eventually("all have ended", || async {
         let runs = runs(&replicas[0], "second").await;
         runs.iter().skip(2).all(|run| run["outcome"] == "done").then_some(runs)
@@ -70,7 +70,7 @@ async fn each_second_is_claimed_once(redis: bool, ticks: bool) {
     done.sort();
     let all = done.len();
     done.dedup();
-    // A job that was done just before its worker was killed may be done again; a time is claimed once.
+    // A job that ended just before its worker was killed may run again, but each occurrence is claimed once.
     assert!(all - done.len() <= kills, "{all} runs of {} times, with {kills} kills", done.len());
     println!(
         "{} seconds, each claimed once; {kills} kills, {} jobs done again",
@@ -220,11 +220,11 @@ async fn operators_see_schedules_and_act_on_them() {
         assert!(code == Some(1) && error.contains("there is no such schedule"), "{error}");
     }
 
-    // Without its token nobody changes anything.
+    // Without the token, no request may change anything.
     assert_eq!(perennial.admin().post("/schedules/nightly/run", &json!({})).await.status, 401);
     assert_eq!(perennial.admin().get("/schedules").await.status, 200, "on loopback, anybody may look");
 
-    // The same without a server.
+    // The same commands work without a server.
     let mut perennial = perennial;
     assert_eq!(perennial.stop().await, Some(0));
     let output = perennial.setup.run(&["cron", "run", "nightly"]).await;

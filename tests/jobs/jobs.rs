@@ -1,4 +1,4 @@
-//! What the job engine promises, on every store: at least once, fenced by epochs, on short renewed leases.
+//! Promises of the job engine, on every store: at least once, fenced by epochs, on short renewed leases.
 //!
 //! Each promise is one function; [`promises`] makes a test of it for each store.
 
@@ -13,7 +13,7 @@ use perennial_runtime::drain::{self, Phase, Trigger};
 use perennial_runtime::tasks::Tasks;
 use perennial_workers::admission::{Admission, Bounds};
 use perennial_workers::job::{Rate, Stopped, Unique, UniqueUntil};
-use perennial_workers::ledger::{Cancelled, JobFilter, JobView};
+use perennial_workers::job_admin::{Cancelled, JobFilter, JobView};
 use perennial_workers::queue::{Claim, Claimed, Due, Error, Held, Renewal, Renewed, Settlement};
 use perennial_workers::state::{Attempts, Budget, State, Transition};
 use perennial_workers::store::JobStore;
@@ -81,13 +81,13 @@ promises! {
     a_clock_that_jumps_loses_nothing
 }
 
-/// What a job does, as the test says.
+/// Behaviour of a job, which the test chooses.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 enum Act {
     Done,
     Fail,
     Panic,
-    /// Longer than it may.
+    /// Runs longer than its timeout.
     Hang,
     Snooze,
     Skip,
@@ -95,11 +95,11 @@ enum Act {
     Cancel,
     Dead,
     Breaker,
-    /// Writes a checkpoint, and waits.
+    /// Writes a checkpoint and waits.
     Save,
-    /// Waits for a permit of [`Tools::gate`], or for being told to stop.
+    /// Waits for a permit of [`Tools::gate`], or until the job is cancelled.
     Wait,
-    /// Works on without asking, and then asks whether it still may.
+    /// Waits for a permit without heeding the cancellation, and then checks whether the run may go on.
     Check,
 }
 
@@ -186,7 +186,7 @@ impl Job for Test {
     }
 }
 
-/// One at a time, of the same queue.
+/// A job of the same queue, with a limit of one run at a time.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Narrow(String);
 
@@ -203,7 +203,7 @@ impl Job for Narrow {
     }
 }
 
-/// Twenty a second.
+/// A job with a rate of twenty a second.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Slow(String);
 
@@ -221,7 +221,7 @@ impl Job for Slow {
     }
 }
 
-/// Under a key.
+/// A job with a unique key.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Only {
     key: String,
@@ -278,7 +278,7 @@ fn config(lease: Duration) -> Config {
 }
 
 impl Engine {
-    /// With no worker yet.
+    /// Creates an engine without a worker.
     async fn idle(kind: Kind) -> Self {
         let backend = Backend::new(kind).await;
         let (ran, ran_receiver) = mpsc::unbounded_channel();
@@ -316,7 +316,7 @@ impl Engine {
         engine
     }
 
-    /// With a worker, and somebody who looks after all jobs.
+    /// Starts a worker and the maintenance of all jobs.
     fn work(&mut self, slots: usize, lease: Duration) {
         self.work_alone(slots, lease);
         let upkeep = upkeep::Config { rescue_every: Duration::from_millis(100), lease: LEASE };
@@ -325,7 +325,7 @@ impl Engine {
         self.tasks.critical("upkeep", upkeep::run(queue, self.registry(slots), admission, upkeep, drain));
     }
 
-    /// With a worker.
+    /// Starts a worker alone.
     fn work_alone(&mut self, slots: usize, lease: Duration) {
         let config = Config { pressure: self.pressure.clone(), ..config(lease) };
         let worker = Worker::new(self.queue.clone(), self.registry(slots), config).unwrap();
@@ -349,7 +349,7 @@ impl Engine {
         Arc::new(registry)
     }
 
-    /// Ends the worker, so that another can be started.
+    /// Stops the worker, so that another can be started.
     async fn stop(&mut self) {
         self.trigger.advance(Phase::Hard);
         soon("the worker ends", self.tasks.ended()).await;
@@ -393,7 +393,8 @@ impl Engine {
         self.queue.claim(claim).await.unwrap().jobs
     }
 
-    /// A claim may begin behind what has become ready again, so it is asked for until it is found.
+    /// Claims one job. A claim may start behind a job that has become ready again, so it is
+    /// repeated until it finds one.
     async fn claim_one(&self) -> Claimed {
         eventually("a job is claimed", async || self.claim(1, LEASE).await.pop()).await
     }
@@ -503,7 +504,7 @@ async fn an_open_breaker_snoozes(kind: Kind) {
     let mut engine = Engine::start(kind).await;
     engine.enqueue("depends", Act::Breaker).await;
     let failures = async |engine: &mut Engine| engine.next_run().await.1.spent.failures;
-    // The first call fails and opens it; while it is open the job comes back and is not counted.
+    // The first call fails and opens the breaker. While it is open, the job comes back and the run is not counted.
     assert_eq!(failures(&mut engine).await, 0);
     assert_eq!(failures(&mut engine).await, 1);
     assert_eq!(failures(&mut engine).await, 1);
@@ -549,7 +550,7 @@ async fn a_rate_is_kept(kind: Kind) {
     for _ in 1..10 {
         engine.next_run().await;
     }
-    // Nine of them after the first, save the two that a pause of 100 ms may make up for.
+    // Nine intervals follow the first run, minus two that a pause of 100 ms may make up for.
     assert!(began.elapsed() >= Duration::from_millis(340), "{:?}", began.elapsed());
     engine.is_empty().await;
 }
@@ -581,7 +582,7 @@ async fn a_unique_key_that_is_given_back_just_then_loses_no_job(kind: Kind) {
             stored
         });
     }
-    // Each job that is said to be stored is there, and has its turn.
+    // Each job that is reported as stored exists, and runs.
     let (mut stored, mut ran) = (HashSet::new(), HashSet::new());
     while !rivals.is_empty() || ran.len() < stored.len() {
         for claimed in engine.claim(9, LEASE).await {
@@ -605,7 +606,7 @@ async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {
     let queue = engine.queue.clone();
     let enqueue = async |new: NewJob| queue.enqueue(vec![new]).await.unwrap().remove(0);
 
-    // Until it is claimed.
+    // The key is taken until the job is claimed.
     let first = enqueue(only("started", 0)).await;
     assert_eq!(enqueue(only("started", 0)).await, first);
     assert_ne!(enqueue(only("another", 0)).await, first);
@@ -614,7 +615,7 @@ async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {
     assert_ne!(second, first);
     assert_eq!(enqueue(only("started", 0)).await, second);
 
-    // Until it has ended, however it does.
+    // The key is taken until the job has ended, in whatever way.
     let first = enqueue(only("ended", 1)).await;
     let claimed = engine.claim(9, LEASE).await;
     let claimed = claimed.iter().find(|job| job.id == first).unwrap();
@@ -633,7 +634,7 @@ async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {
     assert_eq!(queue.cancel(third, "as the test wants".to_owned()).await.unwrap(), Cancelled::Now);
     assert_ne!(enqueue(only("ended", 1)).await, third, "nor do the cancelled");
 
-    // For a while.
+    // The key is taken for a time.
     let first = enqueue(only("window", 2)).await;
     let claimed = engine.claim(9, LEASE).await;
     let claimed = claimed.iter().find(|job| job.id == first).unwrap();
@@ -642,7 +643,7 @@ async fn a_unique_key_is_taken_until_it_is_given_back(kind: Kind) {
     tokio::time::sleep(Duration::from_millis(750)).await;
     assert_ne!(enqueue(only("window", 2)).await, first);
 
-    // Two that come together.
+    // Two jobs with the same key come in one call.
     let both = queue.enqueue(vec![only("both", 1), only("both", 1)]).await.unwrap();
     assert_eq!(both[0], both[1]);
     engine.work(4, LEASE);
@@ -702,7 +703,7 @@ async fn rivals_never_claim_the_same_job(kind: Kind) {
             if jobs.is_empty() {
                 return mine;
             }
-            // Some are settled, while others claim.
+            // Some jobs are settled while others are claimed.
             for job in jobs.iter().step_by(2) {
                 assert!(engine.settle(job, Transition::Finished).await);
             }
@@ -720,7 +721,7 @@ async fn a_crash_is_noticed_within_two_leases(kind: Kind) {
     let mut engine = Engine::idle(kind).await;
     engine.enqueue("survivor", Act::Done).await;
     let lease = Duration::from_millis(500);
-    // Claimed by a worker that is never heard of again.
+    // The worker that claims the job never reports again.
     let crashed = Instant::now();
     engine.claim(1, lease).await;
     engine.work(1, LEASE);
@@ -773,7 +774,7 @@ async fn a_checkpoint_is_kept_and_forgives_crashes(kind: Kind) {
     assert_eq!(context.spent.recoveries, 1, "counted anew since the checkpoint");
     assert_eq!(context.saved::<u32>().unwrap(), Some(7));
     engine.stop().await;
-    // It did not heed the drain, and ran into its timeout.
+    // The job did not heed the drain, and ran into its timeout.
     let claimed = eventually("it waits again", || async { engine.claim(1, LEASE).await.pop() }).await;
     assert_eq!(claimed.checkpoint.as_deref(), Some("8"), "the next run goes on from there");
 }
@@ -783,7 +784,7 @@ async fn who_lost_the_lease_finds_out_before_the_next_side_effect(kind: Kind) {
     engine.work_alone(1, Duration::from_millis(400));
     engine.enqueue("asleep", Act::Check).await;
     let (_, context) = engine.next_run().await;
-    // Another process takes it: a stop of ours that was longer than the lease looks like this.
+    // Another process takes the job, as if this process had been stopped for longer than the lease.
     let rival = eventually("a rival has it", || async {
         engine.backend.end_leases().await;
         let lapsed = engine.queue.lapsed(1, "rival".to_owned(), Duration::from_secs(60)).await.unwrap();
@@ -813,7 +814,7 @@ async fn a_drain_hands_back_what_does_not_finish(kind: Kind) {
     }
     engine.trigger.advance(Phase::Notice);
     engine.enqueue("new", Act::Done).await;
-    // Half of them are short.
+    // Half of the jobs are short.
     engine.tools.gate.add_permits(32);
     engine.until(State::Running, 32).await;
     assert_eq!(engine.count(State::Ready).await, 1, "nothing new is claimed");
@@ -869,7 +870,7 @@ async fn a_paused_queue_waits(kind: Kind) {
     engine.queue.pause("tests".to_owned(), true).await.unwrap();
     assert_eq!(engine.queue.paused().await.unwrap(), ["tests"]);
     engine.enqueue("patient", Act::Done).await;
-    // Longer than the poll, and than any wake-up.
+    // The wait is longer than the poll interval and than any wake-up.
     tokio::time::sleep(Duration::from_millis(400)).await;
     assert!(engine.ran.try_recv().is_err());
     engine.queue.pause("tests".to_owned(), false).await.unwrap();
@@ -893,7 +894,7 @@ async fn what_waits_and_what_runs_can_be_cancelled(kind: Kind) {
         let shown = engine.queue.show(id).await.unwrap().unwrap();
         assert_eq!(shown.reason.as_deref(), Some("by the test"));
     }
-    // One whose worker died after it was asked to stop does not run again.
+    // A job whose worker died after the cancellation does not run again.
     engine.stop().await;
     let crashed = engine.enqueue("crashed", Act::Done).await;
     engine.claim(1, LEASE).await;
@@ -956,7 +957,7 @@ async fn what_comes_again_after_its_end_can_end_again(kind: Kind) {
     let engine = Engine::idle(kind).await;
     let again = job("again", Act::Done);
     for reason in ["first", "second"] {
-        // The same id, as when an answer was lost and the caller asks again.
+        // The id is the same, as when an answer was lost and the caller repeats the call.
         engine.queue.enqueue(vec![again.clone()]).await.unwrap();
         let claimed = engine.claim_one().await;
         assert!(engine.settle(&claimed, dead(reason)).await);
@@ -999,7 +1000,7 @@ async fn progress_is_written_down(kind: Kind) {
 
 async fn a_worker_finds_what_nobody_woke_it_for(kind: Kind) {
     let mut engine = Engine::start(kind).await;
-    // Another process, whose wake-ups are its own.
+    // The other handle is like another process: its wake-ups do not reach this one.
     let other = engine.backend.queue().await;
     other.enqueue(vec![job("quiet", Act::Done)]).await.unwrap();
     assert_eq!(engine.next_run().await.0, "quiet");
@@ -1045,7 +1046,7 @@ async fn of_memory_that_is_nearly_used_up_no_more_is_taken() {
     }
     engine.work(4, LEASE);
     engine.next_run().await;
-    // Several looks of a worker that has free slots.
+    // The worker has free slots, and looks for jobs several times.
     tokio::time::sleep(Duration::from_secs(1)).await;
     assert_eq!(engine.status.as_ref().unwrap().busy().len(), 1, "one at a time");
     write("memory.current", "100000");

@@ -1,4 +1,4 @@
-//! Jobs and schedules on three stores. A file per promise.
+//! Jobs and schedules on three stores. There is a file for each promise.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 

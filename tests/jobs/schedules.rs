@@ -1,6 +1,7 @@
-//! What the engine promises of schedules, on every store: every time once, whatever replicas, restarts and clocks do.
+//! Promises of the engine about schedules, on every store: each occurrence is claimed once, across replicas,
+//! restarts and changes of the clock.
 //!
-//! Each promise is one function; [`promises`] makes tests of it for each store, with the tick and with the tick stopped.
+//! Each promise is one function; [`promises`] makes tests of it for each store, with the tick and without it.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -28,7 +29,7 @@ use uuid::Uuid;
 use support::backend::{Backend, Kind};
 use support::{eventually, soon};
 
-/// Makes tests of each promise: for each store, with and without the tick.
+/// Makes tests of each promise, for each store, with and without the tick.
 macro_rules! promises {
     ($($promise:ident)*) => {
         promises! { @ sqlite sqlite_without_tick Sqlite: $($promise)* }
@@ -62,7 +63,7 @@ promises! {
     nothing_is_fired_from_the_moment_of_the_signal
 }
 
-/// Says when it runs, and for which time; then it ends, fails for good, or waits.
+/// A job that reports its id and its occurrence. Then it ends, fails for good, or waits.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 struct Note {
     act: Act,
@@ -72,7 +73,7 @@ struct Note {
 enum Act {
     End,
     Die,
-    /// For a permit, or for being told to stop.
+    /// Waits for a permit, or until the job is cancelled.
     Wait,
 }
 
@@ -106,7 +107,7 @@ impl Job for Note {
     }
 }
 
-/// A process of its own, as far as schedules are concerned, and the jobs that it ran.
+/// A replica, as far as schedules are concerned: it behaves as a process of its own, and reports the jobs that it ran.
 struct Replica {
     queue: JobStore,
     crontab: Crontab,
@@ -117,7 +118,7 @@ struct Replica {
 }
 
 impl Replica {
-    /// Defines schedules, and fires nothing yet.
+    /// Defines schedules, but fires nothing yet.
     async fn idle(backend: &Backend, schedules: Vec<Schedule>) -> (Self, Timer) {
         let queue = backend.queue().await;
         let crontab = crontab(&queue, schedules, 1000);
@@ -163,12 +164,12 @@ impl Replica {
         soon("the replica ends", self.tasks.ended()).await;
     }
 
-    /// The time that the next job runs for.
+    /// Time of the occurrence that the next job runs for.
     async fn next_run(&mut self) -> Timestamp {
         soon("a run", self.ran.recv()).await.unwrap().1.unwrap().time
     }
 
-    /// Whether nothing runs for a while.
+    /// Returns true when no job runs for a while.
     async fn is_quiet(&mut self) -> bool {
         tokio::time::timeout(Duration::from_millis(400), self.ran.recv()).await.is_err()
     }
@@ -181,7 +182,7 @@ impl Replica {
         self.crontab.runs("test", 100).await.unwrap().unwrap()
     }
 
-    /// The outcomes of the newest runs, the newest first, when there are as many and the newest has this one.
+    /// Waits until the newest runs have these outcomes, newest first.
     async fn outcomes(&self, expected: &[&str]) {
         eventually(&format!("outcomes {expected:?}"), || async {
             let found: Vec<String> =
@@ -200,13 +201,13 @@ fn schedule(expression: &str, act: Act) -> Schedule {
     Schedule::new("test", expression, &Note { act }).unwrap()
 }
 
-/// One that comes only when the clock is made to jump.
+/// A schedule that becomes due only when the clock is made to jump.
 fn hourly(act: Act) -> Schedule {
     schedule("@every 1h", act)
 }
 
 const HOUR: i64 = 3600;
-/// A jump to the next time of [`hourly`], and a bit more: jobs of the same time would be the same.
+/// A jump past the next occurrence of [`hourly`]: two jobs of the same time would be the same job.
 const JUMP: i64 = HOUR + 60;
 
 async fn rivals_claim_each_second_once(kind: Kind, ticks: bool) {
@@ -258,7 +259,7 @@ async fn a_claim_is_for_one_and_comes_with_its_job(kind: Kind, _ticks: bool) {
     assert_eq!(replica.queue.measure("tests".into()).await.unwrap().ready, 1);
 }
 
-/// A stop, a store that was away and a clock that was set forward are the same: what was due is past.
+/// A stopped process, an unreachable store and a clock that was set forward look the same: occurrences are overdue.
 async fn what_was_missed_is_for_the_policy(kind: Kind, ticks: bool) {
     let every = |misfire| vec![hourly(Act::End).misfire(misfire)];
     for (misfire, expected) in [
@@ -297,14 +298,14 @@ async fn a_clock_that_was_set_back_doubles_nothing(kind: Kind, ticks: bool) {
     let backend = Backend::new(kind).await;
     let mut replica = Replica::start(&backend, vec![schedule("* * * * * *", Act::End)], ticks).await;
     replica.next_run().await;
-    // By two hours: what was claimed is not claimed again.
+    // After a step back of two hours, no occurrence is claimed twice.
     backend.jump(-2 * HOUR).await;
     while replica.ran.try_recv().is_ok() {}
     let before = replica.standing().await;
     tokio::time::sleep(Duration::from_millis(1500)).await;
     assert!(replica.ran.try_recv().is_err());
     assert_eq!(replica.standing().await.last_fire, before.last_fire);
-    // By two more: the clock was wrong before, and nobody waits for that.
+    // After a further step of two hours, the clock must have been wrong before: the schedule does not wait until then.
     backend.jump(-2 * HOUR).await;
     let time = replica.next_run().await;
     assert!(Timestamp::now().duration_since(time).abs() < SignedDuration::from_secs(30), "{time}");
@@ -374,7 +375,7 @@ async fn a_pause_holds_and_is_not_made_up_for(kind: Kind, ticks: bool) {
     assert!(replica.is_quiet().await);
     assert!(matches!(replica.crontab.run("test").await.unwrap(), Asked::Enqueued(_)), "but by hand");
     replica.next_run().await;
-    // Through a restart, too.
+    // The pause outlasts a restart.
     replica.stop().await;
     let mut replica = Replica::start(&backend, vec![hourly(Act::End)], ticks).await;
     assert!(replica.is_quiet().await);
@@ -382,7 +383,7 @@ async fn a_pause_holds_and_is_not_made_up_for(kind: Kind, ticks: bool) {
     assert!(replica.is_quiet().await, "it goes on from now");
     backend.jump(HOUR).await;
     replica.next_run().await;
-    // As defined, unless an operator says otherwise.
+    // A schedule starts paused if it is defined so, until an operator resumes it.
     replica.stop().await;
     let paused = || vec![Schedule { paused: true, ..hourly(Act::End) }];
     let mut replica = Replica::start(&backend, paused(), ticks).await;
@@ -397,7 +398,7 @@ async fn a_pause_holds_and_is_not_made_up_for(kind: Kind, ticks: bool) {
     replica.stop().await;
 }
 
-/// Of several that would cancel it, none cancels what another has just begun.
+/// When several replicas cancel the running job, none of them cancels a job that another has just started.
 async fn rivals_cancel_only_what_came_before(kind: Kind, ticks: bool) {
     let backend = Backend::new(kind).await;
     let mut replicas = Vec::new();
@@ -425,7 +426,7 @@ async fn a_definition_stands_until_nobody_upholds_it(kind: Kind, ticks: bool) {
     let backend = Backend::new(kind).await;
     let mut old = Replica::start(&backend, vec![schedule("@every 1s", Act::End)], ticks).await;
     old.next_run().await;
-    // A new version of the program boots beside it: its word counts, from now on.
+    // A new version of the program boots beside the old one: from now on its definition counts.
     let changed = vec![schedule("0 0 1 1 *", Act::End)];
     let new = Replica::start(&backend, changed, ticks).await;
     let standing = new.standing().await;
@@ -475,7 +476,7 @@ async fn the_history_says_how_each_run_ended(kind: Kind, ticks: bool) {
     assert!(next.utc > Timestamp::now() && next.local.contains(":00:00 +05:45"), "{next:?}");
     assert!(next.utc.duration_since(Timestamp::now()) <= SignedDuration::from_hours(1));
     assert_eq!(listed.state, ScheduleActivity::Active);
-    // It is bounded; and what has not ended stays, since overlaps are found by it.
+    // The history is bounded, but a run that has not ended stays, since overlaps are detected by it.
     replica.crontab.run("test").await.unwrap();
     replica.outcomes(&["running"]).await;
     for _ in 0..150 {
@@ -558,7 +559,7 @@ async fn nothing_is_fired_from_the_moment_of_the_signal(kind: Kind, ticks: bool)
     let last = replica.standing().await.last_fire;
     tokio::time::sleep(Duration::from_millis(1500)).await;
     assert_eq!(replica.standing().await.last_fire, last);
-    // What runs may finish, or is handed back to another process.
+    // A running job may finish, or is handed back for another process.
     replica.stop().await;
     let mut other = Replica::start(&backend, vec![schedule("@every 1s", Act::End)], ticks).await;
     let resumed = soon("the job that was handed back", other.ran.recv()).await.unwrap();
@@ -566,7 +567,7 @@ async fn nothing_is_fired_from_the_moment_of_the_signal(kind: Kind, ticks: bool)
     other.stop().await;
 }
 
-/// A handler that keeps the only thread is what a process that was stopped is.
+/// A handler that blocks the only thread has the same effect as a process that was stopped.
 #[tokio::test]
 async fn a_stalled_runtime_loses_nothing() {
     for ticks in [true, false] {

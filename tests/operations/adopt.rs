@@ -1,4 +1,4 @@
-//! From the embedded store to Postgres: nobody notices but the operator.
+//! The move from the embedded store to Postgres, which only the operator notices.
 
 use std::path::PathBuf;
 
@@ -10,7 +10,7 @@ use support::postgres::Database;
 use support::process::{Perennial, Setup};
 use support::redis::Prefix;
 
-/// The same directory with other settings.
+/// Returns the same setup with further settings.
 fn on(setup: Setup, settings: &[String]) -> Setup {
     settings.iter().fold(setup, |setup, setting| setup.set(setting))
 }
@@ -19,7 +19,7 @@ async fn adopted(queue: Option<&Prefix>) {
     let (double, database) = (Double::start().await, Database::new().await);
     let setup = Setup::new().sending_to(&double).set("sites.shop.origins=https://shop.example");
     let mut before = setup.start().await;
-    // A site that comes later, and first in the alphabet: numbers are not those that a new store would give.
+    // This site comes later and is first in the alphabet, so its number is not the one that a new store would give it.
     assert_eq!(before.stop().await, Some(0));
     let mut before = before.setup.set("sites.news.origins=https://news.example").start().await;
     let of_news = add_key(&before.setup, "backend", &["--site", "news"]).await;
@@ -36,7 +36,7 @@ async fn adopted(queue: Option<&Prefix>) {
         before.notify_and_wait(&json!({ "to": { "tags": "news" }, "payload": "one", "log": "all" })).await;
     let once = before.client().with_header("idempotency-key", "once");
     let request = json!({ "to": { "all": true }, "payload": "waits" });
-    // These are accepted, and not sent: one since its queue is paused, one since it is for later.
+    // These notifications are accepted and not sent: one since its queue is paused, one since it is for later.
     assert!(before.setup.run(&["jobs", "pause", "push-small"]).await.status.success());
     assert!(before.setup.run(&["cron", "pause", "store.optimize"]).await.status.success());
     let waiting = once.post("/notify", &request).await.json()["id"].clone();
@@ -51,7 +51,7 @@ async fn adopted(queue: Option<&Prefix>) {
     }
     let file = before.setup.data_dir().join("perennial.db").display().to_string();
 
-    // Not under a running server.
+    // A store is not adopted while a server runs on it.
     let mut settings = vec![format!("store.url={}", database.url())];
     if let Some(prefix) = queue {
         settings.extend([format!("queue.url={}", prefix.url()), format!("queue.prefix={}", prefix.name())]);
@@ -61,10 +61,10 @@ async fn adopted(queue: Option<&Prefix>) {
     let refused = before.setup.run(&adopt).await;
     assert!(String::from_utf8_lossy(&refused.stderr).contains("in use by another process"));
     assert_eq!(before.stop().await, Some(0));
-    // Somebody was in a hurry: that has numbered the sites.
+    // A command that ran too early has already numbered the sites in the new store.
     let hurried = before.setup.run(&[&["keys", "list"], flags.as_slice()].concat()).await;
     assert!(hurried.status.success(), "{}", String::from_utf8_lossy(&hurried.stderr));
-    // Names of somebody else's choice.
+    // These names would break SQL that does not quote them.
     let hostile = rusqlite::Connection::open(&file).unwrap();
     hostile
         .execute_batch(
@@ -80,7 +80,7 @@ async fn adopted(queue: Option<&Prefix>) {
     assert!(out.contains("3  subscriptions\n") && out.contains("2  jobs, to be done"), "{out}");
     assert!(out.contains("The queue push-small was paused"), "{out}");
     assert_eq!(out.contains("The schedule store.optimize was paused"), queue.is_some(), "{out}");
-    // Once is enough.
+    // A second adoption is refused.
     let again = before.setup.run(&adopt).await;
     let err = String::from_utf8_lossy(&again.stderr).into_owned();
     assert!(!again.status.success() && err.contains("wanted a store with nothing in it"), "{err}");
@@ -107,7 +107,7 @@ async fn adopted(queue: Option<&Prefix>) {
     assert_eq!(after.done(waiting.as_str().unwrap()).await["outcomes"], json!({ "delivered": 3 }));
     let scheduled = after.client().get(&format!("/notifications/{later}")).await.json();
     assert_eq!(scheduled["state"], "scheduled");
-    // No number comes twice, not even that of somebody who has left.
+    // No id comes twice, not even that of a deleted subscription.
     let new = after.subscribe(&double, 1).await[0];
     assert!(new > gone, "{new} after {gone}");
     assert!(double.refused().is_empty());

@@ -1,4 +1,4 @@
-//! Kills, stops, cuts and a full disk, while jobs flow: none is lost, none is given up, and a crash is made good
+//! Kills, stops, cuts and a full disk while jobs run: no job is lost or given up, and a crash is recovered from
 //! within two leases. The long versions (`--full`) print their figures.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -9,7 +9,7 @@ use std::time::{Duration, Instant, SystemTime};
 
 use nix::sys::signal::Signal;
 use nix::unistd::Pid;
-use perennial_workers::ledger::JobFilter;
+use perennial_workers::job_admin::JobFilter;
 use perennial_workers::queue::NewJob;
 use perennial_workers::state::State;
 use perennial_workers::store::JobStore;
@@ -24,17 +24,17 @@ use support::double::Double;
 use support::process::Setup;
 use support::{backend, eventually, full, postgres, process, redis};
 
-/// The lease of the mill.
+/// Lease of the jobs in a mill.
 const LEASE: Duration = Duration::from_secs(3);
 
-/// Jobs that flow, and mills that grind them.
+/// A stream of jobs, and the mills that run them.
 struct Chaos {
     store: String,
     queue: JobStore,
     directory: TempDir,
     mills: Vec<Child>,
     enqueued: u32,
-    /// When what was broken, in milliseconds since 1970.
+    /// Times of all disturbances, in milliseconds since 1970.
     broken_at: Vec<u128>,
 }
 
@@ -79,7 +79,7 @@ impl Chaos {
         child
     }
 
-    /// Adds jobs, however long that takes while the store is away.
+    /// Adds jobs, and retries while the store is unreachable.
     async fn enqueue(&mut self, count: u32) {
         let jobs = |numbers: std::ops::Range<u32>| -> Vec<NewJob> { numbers.map(job).collect() };
         for from in (self.enqueued..self.enqueued + count).step_by(250) {
@@ -108,7 +108,7 @@ impl Chaos {
         self.mills[index] = self.mill().await;
     }
 
-    /// Waits until every job has settled, and says what has become of them.
+    /// Waits until every job has settled, prints the figures, and checks that no job was lost or given up.
     async fn settle(&mut self, what: &str) {
         let began = Instant::now();
         loop {
@@ -154,7 +154,7 @@ impl Chaos {
         assert_eq!((lost, unfinished, dead), (0, 0, 0), "{what}");
     }
 
-    /// For each run that was cut off: how long after that its job began again.
+    /// Times from the disturbance of each interrupted run to the next run of its job, in milliseconds.
     fn recoveries(&self, runs: &BTreeMap<u32, Vec<Run>>) -> Vec<u128> {
         let again = runs.values().flat_map(|runs| runs.windows(2)).filter(|pair| pair[0].ended.is_none());
         again
@@ -166,7 +166,7 @@ impl Chaos {
             .collect()
     }
 
-    /// How many settlements were refused, as the mills have logged.
+    /// Number of settlements that were refused, according to the logs of the mills.
     fn stale(&self) -> usize {
         let log = std::fs::read_to_string(self.directory.path().join("mill.log")).unwrap_or_default();
         log.lines().filter(|line| line.contains("settled=false")).count()
@@ -181,7 +181,7 @@ struct Run {
     ended: Option<u128>,
 }
 
-/// What the mills have written down, by job.
+/// All runs that the mills have written down, by job.
 fn runs(log: &std::path::Path) -> BTreeMap<u32, Vec<Run>> {
     let mut runs = BTreeMap::<u32, Vec<Run>>::new();
     for line in std::io::BufReader::new(std::fs::File::open(log).unwrap()).lines() {
@@ -220,7 +220,7 @@ fn job(number: u32) -> NewJob {
     }
 }
 
-/// How many jobs flow between two kills, and how many kills there are.
+/// Number of jobs between two kills, and number of kills.
 fn amount() -> (u32, u32) {
     if full() { (200, 100) } else { (200, 4) }
 }
@@ -256,7 +256,7 @@ async fn killed_on_redis() {
     kills(&mut chaos, "redis, kill -9").await;
 }
 
-/// A process that sleeps for longer than its leases finds them lapsed before it does anything else.
+/// A process that is stopped for longer than its leases notices that they have expired before it does anything else.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_worker_is_stopped_for_longer_than_its_leases() {
     let (postgres, redis) = (postgres::Server::start(&[]).await, redis::Server::durable().await);
@@ -290,7 +290,7 @@ async fn postgres_is_restarted_stopped_and_cut_off() {
         chaos.broke();
         server.restart().await;
         chaos.enqueue(jobs).await;
-        // Longer than a lease: whoever had one has lost it.
+        // The stop is longer than a lease, so every lease is lost.
         chaos.broke();
         server.signal_all(Signal::SIGSTOP);
         tokio::time::sleep(if full() { Duration::from_secs(10) } else { LEASE + LEASE / 3 }).await;
@@ -335,11 +335,11 @@ async fn redis_is_killed_stopped_and_cut_off() {
     chaos.settle("redis, killed, stopped, cut off").await;
 }
 
-/// A file system that is soon full. It is unmounted when this drops.
+/// A small file system that is soon full. It is unmounted when this is dropped.
 struct SmallDisk(TempDir);
 
 impl SmallDisk {
-    /// None where nothing may be mounted.
+    /// Mounts the file system. Returns `None` where mounting is not permitted.
     fn mount(size: &str) -> Option<Self> {
         let disk = Self(TempDir::new().unwrap());
         let mounted = std::process::Command::new("mount")
@@ -359,7 +359,7 @@ impl Drop for SmallDisk {
     }
 }
 
-/// Needs the right to mount: skipped, and said so, where there is none.
+/// The test needs the right to mount. Without it, the test is skipped with a message.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn sqlite_meets_a_full_disk() {
     let Some(disk) = SmallDisk::mount("6m") else {
@@ -371,7 +371,7 @@ async fn sqlite_meets_a_full_disk() {
     for _ in 0..if full() { 5 } else { 1 } {
         chaos.enqueue(300).await;
         chaos.broke();
-        // All that is left, whatever it is.
+        // The file takes all the space that is left.
         let _ = std::fs::write(&ballast, vec![0_u8; 8 << 20]);
         let refused = chaos
             .queue
@@ -390,7 +390,7 @@ async fn sqlite_meets_a_full_disk() {
     drop(chaos);
 }
 
-/// `/readyz` says that nothing can be written, for as long as that is so.
+/// `/readyz` says that the store cannot write for as long as this lasts.
 #[tokio::test]
 async fn a_full_disk_is_named_until_there_is_room() {
     let Some(disk) = SmallDisk::mount("8m") else {

@@ -1,4 +1,4 @@
-//! The commands.
+//! The commands of the program.
 
 use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
@@ -77,7 +77,7 @@ async fn keys_are_made_before_the_first_boot_and_shown_without_their_secrets() {
     assert_eq!(while_running.status.code(), Some(1), "{}", text(&while_running.stderr));
     perennial.stop().await;
 
-    // A lost API key is made anew; a lost VAPID key would orphan every subscriber.
+    // A lost API key is replaced by a new one, but a new VAPID key would orphan every subscription.
     assert_eq!(perennial.setup.run(&["keys", "generate"]).await.status.code(), Some(0));
     let mut perennial = perennial.start_again().await;
     assert_eq!(perennial.client().get("/notifications").await.status, 200, "the new API key opens");
@@ -159,11 +159,11 @@ async fn a_backup_that_is_started_sends_nothing_until_an_operator_says_so() {
     eventually("it says so", || async { drill.log().contains("the store is a copy").then_some(()) }).await;
     let ready = drill.admin().get("/readyz").await;
     assert!(ready.status == 200 && ready.text().contains("the store is a copy"), "{}", ready.text());
-    // It answers, and takes jobs in.
+    // The copy answers requests and accepts jobs.
     let own = drill.notify(&json!({ "to": { "all": true }, "payload": "of the copy" })).await;
     tokio::time::sleep(Duration::from_secs(3)).await;
     assert_eq!(double.taken().len(), 3, "it sends nothing, although its job has long been due");
-    // Also after a restart.
+    // The copy is still paused after a restart.
     let mut drill = drill;
     assert_eq!(drill.stop().await, Some(0));
     let drill = drill.start_again().await;
@@ -183,7 +183,7 @@ async fn a_backup_that_is_started_sends_nothing_until_an_operator_says_so() {
     drill.notify_and_wait(&json!({ "to": { "all": true }, "payload": "again" })).await;
 }
 
-/// Any store, as long as it is wanted.
+/// Any store can be served paused, if the operator asks for it.
 #[tokio::test]
 async fn a_process_may_be_started_paused() {
     let double = Double::start().await;
@@ -200,7 +200,7 @@ async fn a_process_may_be_started_paused() {
     assert_eq!(perennial.done(&id).await["outcomes"], json!({ "delivered": 1 }));
 }
 
-/// The lock is on the file of the store, whatever directory names it, and by whatever name.
+/// The lock is on the file of the store, whichever directory and name lead to it.
 #[tokio::test]
 async fn two_data_directories_do_not_serve_one_store() {
     let first = Setup::new().start().await;
@@ -234,7 +234,7 @@ async fn a_backup_is_a_data_directory() {
     let error = String::from_utf8_lossy(&again.stderr).into_owned();
     assert!(!again.status.success() && error.contains("wanted a new directory"), "{error}");
 
-    // One that fails leaves nothing behind that the next would stumble over.
+    // A failed backup leaves nothing behind that would hinder the next one.
     let token = perennial.setup.data_dir().join("admin.token");
     let (broken, mended) = (perennial.setup.file("broken"), perennial.setup.file("token"));
     std::fs::rename(&token, &mended).unwrap();
@@ -248,7 +248,7 @@ async fn a_backup_is_a_data_directory() {
     std::fs::remove_dir(&token).unwrap();
     std::fs::rename(&mended, &token).unwrap();
 
-    // The same through the running server, for whoever has its token.
+    // The running server does the same for clients that have the admin token.
     let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
     let admin = perennial.admin().with_key(token.trim());
     let other = perennial.setup.file("other");
@@ -309,7 +309,8 @@ async fn top_shows_what_goes_on() {
     assert_eq!(nobody.status.code(), Some(1));
 }
 
-/// Every command answers programs in lines of JSON, also when it fails; and people in words of the interface.
+/// With `--json` every command prints lines of JSON, also when it fails; without it, messages use the
+/// words of the interface.
 #[tokio::test]
 async fn commands_answer_in_one_family() {
     let perennial = Setup::new().start().await;
@@ -364,7 +365,7 @@ async fn commands_answer_in_one_family() {
     assert!(code == Some(1) && error["error"].is_string(), "{error}");
 }
 
-/// A key is shown once: where it leads nowhere, none is made.
+/// A key is shown once, so no key is created where the output is discarded.
 #[tokio::test]
 async fn no_key_is_made_that_nobody_could_see() {
     let perennial = Setup::new().start().await;
@@ -378,7 +379,7 @@ async fn no_key_is_made_that_nobody_could_see() {
     assert!(!String::from_utf8_lossy(&list.stdout).contains("lost"));
 }
 
-/// Whatever is mistyped, and wherever: a password is not repeated.
+/// A password in a mistyped setting is not repeated, wherever the mistake is.
 #[tokio::test]
 async fn mistyped_settings_do_not_repeat_what_may_be_secret() {
     let setup = Setup::new();

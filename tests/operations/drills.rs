@@ -1,5 +1,5 @@
-//! Failure drills: every way in which a server can be away, with real servers. What needs it is answered with 503 in time,
-//! what does not goes on, `/readyz` names it, and when it is back all is well again without a restart.
+//! Failure drills with real servers: every way in which a server can be unreachable. Requests that need it are answered
+//! with 503 in time, the others go on, `/readyz` names it, and when it is back all recovers without a restart.
 
 use std::fs::File;
 use std::io::Write;
@@ -24,22 +24,22 @@ use support::redis;
 use support::stores::on_postgres;
 use support::wire::{Proxy, Wire};
 
-/// How many are sent to while it happens, and how many of them a second.
+/// Number of subscriptions that are sent to during a drill, and messages a second.
 const AUDIENCE: usize = 40;
 const RATE: u32 = 20;
-/// What every wait of these settings adds up to, several times.
+/// Maximum time of an answer: several times the sum of all waits of these settings.
 const IN_TIME: Duration = Duration::from_secs(15);
-/// How long after a server's return all is well.
+/// Maximum time from the return of a server to full recovery.
 const SOON_AFTER: Duration = Duration::from_secs(30);
 
-/// Everything that a drill needs.
+/// State of a drill.
 struct Drill {
     perennial: Perennial,
     double: Double,
     sending: String,
 }
 
-/// A program whose waits are short, on these servers, in the middle of sending.
+/// Starts a process with short waits on these servers, in the middle of sending.
 async fn drill(store: &str, queue: &str) -> Drill {
     drill_with(Setup::new(), store, queue).await
 }
@@ -63,7 +63,7 @@ async fn drill_with(setup: Setup, store: &str, queue: &str) -> Drill {
 }
 
 impl Drill {
-    /// Several requests at once that need the store: how they were answered.
+    /// Sends several requests at once that need the store, and returns their status codes.
     async fn ask(&self) -> Vec<u16> {
         let ask = async || {
             let began = Instant::now();
@@ -76,7 +76,7 @@ impl Drill {
         join_all((0..12).map(|_| ask())).await
     }
 
-    /// Postgres is away: what needs it says so, the rest goes on.
+    /// Checks the process while Postgres is unreachable: requests that need it get 503, the others go on.
     async fn without_postgres(&self) {
         let answers = self.ask().await;
         assert!(answers.iter().all(|status| *status == 503), "{answers:?}");
@@ -84,7 +84,7 @@ impl Drill {
         self.goes_on().await;
     }
 
-    /// Redis is away: notifications are accepted, and wait.
+    /// Checks the process while Redis is unreachable: notifications are accepted, and wait.
     async fn without_redis(&self) -> String {
         until_ready_says(&self.perennial, 200, "redis: ").await;
         assert!(self.ask().await.iter().all(|status| *status == 200));
@@ -99,7 +99,7 @@ impl Drill {
         assert!(began.elapsed() < IN_TIME);
     }
 
-    /// The servers are back: so is everything, what was accepted is done, and nobody holds a connection.
+    /// Checks that all has recovered: accepted notifications are done, and no connection is held.
     async fn recovered(&self, accepted: &[&str]) {
         let perennial = &self.perennial;
         until_ready_says(perennial, 200, "").await;
@@ -134,12 +134,12 @@ impl Drill {
     }
 }
 
-/// The port of a URL of this machine.
+/// Port of a URL of this machine.
 fn port(url: &str) -> u16 {
     url.split("127.0.0.1:").nth(1).unwrap().split('/').next().unwrap().parse().unwrap()
 }
 
-/// The same URL by way of a proxy.
+/// The same URL, but through a proxy.
 fn by_way_of(proxy: &Proxy, url: &str) -> String {
     url.replace(&format!("127.0.0.1:{}", port(url)), &proxy.address.to_string())
 }
@@ -255,7 +255,7 @@ async fn passwords_that_are_changed() {
     drill.stop().await;
 }
 
-/// Gives a database to a user who is nobody special.
+/// Gives a database to a user without special rights.
 async fn owned_by_app(server: &Postgres, password: &str) {
     let database: String = server.query("SELECT current_database()::text", &[]).await.unwrap()[0].get(0);
     for sql in [
@@ -275,7 +275,7 @@ async fn servers_that_take_no_more_connections() {
     let server = postgres::connect(&url).await;
     owned_by_app(&server, "any").await;
     let drill = drill(&url.replace("postgres@", "app:any@"), &redis.url()).await;
-    // Others take all that is left, and what the program has ends.
+    // Other clients take all free connections, and the connections of the process are terminated.
     let mut others = Vec::new();
     let end_all = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE usename = 'app'";
     let one_each = Config { size: 1, ..postgres::config(&url) };
@@ -304,11 +304,11 @@ async fn servers_that_take_no_more_connections() {
     drill.stop().await;
 }
 
-/// A small disk. It is gone when this drops.
+/// A small disk. It is unmounted when this is dropped.
 struct Disk<'a>(&'a Path);
 
 impl<'a> Disk<'a> {
-    /// None for those who may not mount anything: they hear of it, and CI runs as root.
+    /// Mounts the disk. Returns `None` with a message where the test may not mount; CI runs as root.
     fn at(path: &'a Path, size: &str) -> Option<Self> {
         if !nix::unistd::geteuid().is_root() {
             eprintln!("not tested: a full disk takes root, who may mount a small one");
@@ -320,7 +320,7 @@ impl<'a> Disk<'a> {
         Some(Self(path))
     }
 
-    /// Fills it to the last byte.
+    /// Fills the disk to the last byte.
     fn fill(&self) {
         let mut file = File::create(self.0.join("filler")).unwrap();
         while file.write_all(&[1; 4096]).is_ok() {}
@@ -333,12 +333,12 @@ impl<'a> Disk<'a> {
 
 impl Drop for Disk<'_> {
     fn drop(&mut self) {
-        // Whoever has files on it may still be on the way out.
+        // The detached mount stays usable for processes that still have open files on it.
         let _ = umount2(self.0, MntFlags::MNT_DETACH);
     }
 }
 
-/// More than fits into the pages that there are.
+/// Stores more than fits into the pages that are already allocated, until a request is refused.
 async fn until_nothing_is_written(perennial: &Perennial, double: &Double) {
     eventually_within(SOON_AFTER, "nothing more is written", || async {
         let metadata = json!({ "filler": "x".repeat(4000) });
@@ -367,7 +367,7 @@ async fn a_disk_of_postgres_that_is_full() {
     drill.perennial.done(&drill.sending).await;
     disk.fill();
     until_nothing_is_written(&drill.perennial, &drill.double).await;
-    // What is there is still read.
+    // Stored data can still be read.
     assert!(drill.ask().await.iter().all(|status| *status == 200));
     drill.goes_on().await;
     disk.clear();
@@ -389,7 +389,7 @@ async fn a_disk_of_redis_that_is_full() {
     let directory = TempDir::new().unwrap();
     let Some(disk) = Disk::at(directory.path(), "4m") else { return };
     let directory = directory.path().to_str().unwrap();
-    // With appendfsync always, it ends when it cannot write.
+    // With `appendfsync always`, Redis would exit when it cannot write.
     let options =
         ["--appendonly", "yes", "--appendfsync", "everysec", "--appenddirname", "log", "--dir", directory];
     let (postgres, redis) = (postgres::Server::start(&[]).await, redis::Server::start(&options).await);
@@ -432,7 +432,7 @@ async fn our_own_disk_that_is_full() {
     assert_eq!(perennial.stop().await, Some(0));
 }
 
-/// Of a primary and its standby, the standby takes over: the program finds it by the list of hosts.
+/// The standby of a primary takes over, and the process finds it by the list of hosts.
 #[tokio::test]
 async fn a_standby_that_takes_over() {
     let (mut primary, redis) = (postgres::Server::start(&[]).await, redis::Server::durable().await);

@@ -1,4 +1,4 @@
-//! The manifests and the image: that they fit the program, each other, and what Kubernetes wants.
+//! The manifests and the image fit the program, each other, and the rules of Kubernetes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -13,13 +13,13 @@ use support::postgres::Database;
 use support::process::{Setup, binary};
 use support::redis::Prefix;
 
-/// The schemas that manifests are held against: the oldest that is asked for, and a new one.
+/// Schemas against which the manifests are checked: the oldest supported version, and a new one.
 const VERSIONS: [&str; 2] = ["1.32", "1.34"];
 const OVERLAYS: [&str; 2] = ["embedded", "production"];
-/// What may happen between the end of the drain and the end of the process: closing pools, flushing the log.
+/// Maximum time from the end of the drain to the end of the process: closing pools, flushing the log.
 const CLOSING: Duration = Duration::from_secs(5);
 
-/// The seconds of a setting such as "10s".
+/// Seconds of a setting such as "10s".
 fn seconds(settings: &toml::Table, section: &str, key: &str) -> u64 {
     settings[section][key].as_str().unwrap().strip_suffix('s').unwrap().parse().unwrap()
 }
@@ -29,7 +29,7 @@ fn manifests_fit_the_schemas_of_kubernetes() {
     let validate = root().join("target/tools/kubernetes-validate/bin/kubernetes-validate");
     for name in OVERLAYS {
         for resource in overlay(name) {
-            // A resource of the Prometheus operator, which Kubernetes has no schema of.
+            // This resource belongs to the Prometheus operator, and Kubernetes has no schema of it.
             if resource["kind"] == "ServiceMonitor" {
                 continue;
             }
@@ -73,7 +73,8 @@ fn probes_ports_and_periods_are_those_of_the_program() {
             assert_eq!(container[probe]["httpGet"]["path"], path);
             assert_eq!(container[probe]["httpGet"]["port"], "admin");
         }
-        // Until load balancers have noticed, the pod serves: readiness must have been asked, and failed, by then.
+        // The pod serves until load balancers have noticed the drain: readiness must have been
+        // probed, and failed, by then.
         let readiness = container["readinessProbe"]["periodSeconds"].as_u64().unwrap();
         let notice = seconds(&settings, "drain", "notice");
         assert!(readiness < notice);
@@ -120,7 +121,7 @@ fn all_pods_together_do_not_use_up_the_connections_of_postgres() {
     let connections = settings["store"]["connections"].as_integer().unwrap();
     let most = one(&resources, "HorizontalPodAutoscaler")["spec"]["maxReplicas"].as_i64().unwrap();
     let rolled = one(&resources, "Deployment")["spec"]["strategy"]["rollingUpdate"]["maxSurge"].as_i64();
-    // One listens; three are kept for administrators.
+    // Each pod has one connection more, which listens; three are reserved for administrators.
     let used = (most + rolled.unwrap()) * (connections + 1);
     assert!(used <= 97, "{used}");
 }
@@ -180,7 +181,7 @@ fn resources_name_each_other_as_they_are_called() {
     }
 }
 
-/// Pod Security Standards, restricted; and a root that cannot be written to.
+/// The rules are the restricted Pod Security Standard and a read-only root file system.
 #[test]
 fn pods_keep_to_the_restricted_standard() {
     for name in OVERLAYS {
@@ -210,8 +211,8 @@ fn pods_keep_to_the_restricted_standard() {
     }
 }
 
-/// The production overlay as processes: keys by its Job, pods as they are written, with directories in place of
-/// volumes.
+/// Runs the production overlay as processes: its Job creates the keys, its pods start as their manifests say, and
+/// directories stand in for volumes.
 #[tokio::test]
 async fn pods_start_as_the_manifests_say() {
     let (database, prefix) = (Database::new().await, Prefix::new().await);
@@ -275,12 +276,12 @@ fn the_image_is_small_and_nobodys() {
             assert_eq!(container(pod)["image"], format!("perennial:{version}"));
         }
     }
-    // Everything that the build reads is let through to it.
+    // Docker ignores all files that are not listed here, so everything that the build reads must be listed.
     let ignored = std::fs::read_to_string(root().join(".dockerignore")).unwrap();
     for needed in ["Cargo.toml", "Cargo.lock", "app", "server", "workers", "tests", "config"] {
         assert!(ignored.lines().any(|line| line == format!("!{needed}")), "{needed}");
     }
-    // What the base image has: the C library and what the compiler adds.
+    // The binary may link only to libraries of the base image: the C library and those that the compiler adds.
     let linked = Command::new("ldd").arg(binary()).output().unwrap();
     let linked = String::from_utf8_lossy(&linked.stdout).into_owned();
     for library in linked.lines().filter_map(|line| line.split_whitespace().next()) {

@@ -1,4 +1,5 @@
-//! Operating it: the command line, moving in and on, servers that fail, and what the documents say. A file per promise.
+//! Operation: the command line, moving in, upgrades, failing servers, and the documents. There is a
+//! file for each promise.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 

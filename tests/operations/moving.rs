@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 use support::double::Double;
 use support::process::Setup;
 
-/// Where the services of the dumps are, so that nobody is asked.
+/// Addresses of the push services in the dumps, so that no name is resolved.
 pub(crate) const SERVICES: &str = r#"[{ host = "fcm.googleapis.com", addresses = ["142.250.1.1"] }, { host = "updates.push.services.mozilla.com", addresses = ["34.107.1.1"] }, { host = "web.push.apple.com", addresses = ["17.188.1.1"] }, { host = "wns2-par02p.notify.windows.com", addresses = ["40.77.1.1"] }]"#;
 
 fn fixture(name: &str) -> String {
@@ -34,7 +34,7 @@ async fn a_key_of_elsewhere_is_taken_over_before_the_first_start_and_while_it_ru
     let perennial = setup.start().await;
     assert_eq!(perennial.client().get("/push/key").await.json()["key"], public_key());
 
-    // A site that has one goes on with it for the subscriptions that are there.
+    // A site that already has a key keeps it for its existing subscriptions.
     let perennial = Setup::new().start().await;
     let before = perennial.client().get("/push/key").await.json()["key"].clone();
     let imported =
@@ -44,7 +44,7 @@ async fn a_key_of_elsewhere_is_taken_over_before_the_first_start_and_while_it_ru
     let pem = std::fs::read_to_string(perennial.setup.data_dir().join("vapid.pem")).unwrap();
     assert_eq!(pem.matches("BEGIN").count(), 2, "the old one stays");
     assert_ne!(before, public_key());
-    // Again changes nothing.
+    // A second import of the same key changes nothing.
     let again = perennial.setup.run(&["keys", "import", &fixture("keys/jwk-node.json")]).await;
     assert!(again.status.success(), "{}", said(&again.stderr));
     let pem = std::fs::read_to_string(perennial.setup.data_dir().join("vapid.pem")).unwrap();
@@ -61,7 +61,7 @@ async fn subscriptions_made_with_an_imported_key_are_sent_to_at_once() {
     let perennial = Setup::new().sending_to(&double).start().await;
     let imported = perennial.setup.run(&["keys", "import", &fixture("keys/raw-base64url.txt")]).await;
     assert!(imported.status.success(), "{}", said(&imported.stderr));
-    // As a dump of web-push-php has them: bare, or with flat keys.
+    // A dump of web-push-php has subscriptions as browsers write them, or with flat keys.
     let (one, other) = (double.mint(), double.mint());
     let flat = json!({ "endpoint": other["endpoint"], "publicKey": other["keys"]["p256dh"], "authToken": other["keys"]["auth"] });
     let file = perennial.setup.file("dump.json");
@@ -111,7 +111,7 @@ async fn dumps_of_other_senders_say_by_line_what_was_left_out() {
     let default = fixture("dumps/onesignal-default-columns.csv");
     let output = perennial.setup.run(&["subscriptions", "import", "--from", "onesignal", &default]).await;
     assert!(said(&output.stderr).contains("web_p256"), "{}", said(&output.stderr));
-    // The page has a recipe for each, with the commands that stand here.
+    // The page has a recipe for each sender, with the commands that are tried here.
     let page = include_str!("../../docs/moving-in.md");
     for sender in ["web-push-php", "laravel", "django", "pywebpush", "onesignal", "json"] {
         assert!(page.contains(&format!("--from {sender}")), "{sender}");

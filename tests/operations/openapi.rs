@@ -1,5 +1,5 @@
-//! What others make of the description of the interface, and of the metrics: validators, generators of clients, and a
-//! tester that tries what no client would.
+//! External tools read the description of the interface and the metrics: validators, generators of clients, and a
+//! tester that sends requests which no client would send.
 
 use serde_json::Value;
 use tempfile::TempDir;
@@ -7,7 +7,7 @@ use tempfile::TempDir;
 use support::process::{Perennial, Setup};
 use support::tools::{must_pass, run, tool};
 
-/// A server that counts nobody's requests, and its description in a file.
+/// Starts a server whose rate limits are out of reach, and writes its description to a file.
 async fn described() -> (Perennial, TempDir) {
     let limits = ["address_burst", "site_burst"].map(|limit| format!("push.{limit}=1000000"));
     let setup = limits.iter().fold(Setup::new(), |setup, limit| setup.set(limit));
@@ -26,7 +26,7 @@ async fn the_description_is_valid_and_every_operation_has_a_name_of_its_own() {
     let (_perennial, directory) = described().await;
     must_pass(&validator, &["openapi.json"], directory.path()).await;
     let Some(redocly) = tool("redocly") else { return };
-    // Where it is served is where it was asked for.
+    // The description lists no servers: its server is the one that serves it.
     let rules = ["--extends=recommended", "--skip-rule=no-empty-servers"];
     must_pass(&redocly, &[&["lint", "openapi.json"], &rules[..]].concat(), directory.path()).await;
     let text = std::fs::read_to_string(directory.path().join("openapi.json")).unwrap();
@@ -89,7 +89,7 @@ async fn whatever_is_tried_is_answered_as_described() {
     let key = std::fs::read_to_string(perennial.setup.data_dir().join("api.key")).unwrap();
     let url = format!("{}/openapi.json", perennial.client().base());
     let header = format!("Authorization: Bearer {}", key.trim());
-    // The quick version tries the same each time.
+    // The quick version sends the same requests each time.
     let (examples, seed) =
         if support::full() { ("200", fastrand::u32(..).to_string()) } else { ("10", "1".to_owned()) };
     let arguments = [
@@ -105,7 +105,7 @@ async fn whatever_is_tried_is_answered_as_described() {
         "1",
         "--seed",
         &seed,
-        // Not everything that is wanted can be said in a schema: a point of a curve, a name that is found, a time to come.
+        // A schema cannot express every rule: a point on the curve, a name that resolves, a time in the future.
         "--exclude-checks",
         "positive_data_acceptance",
     ];
@@ -145,7 +145,7 @@ async fn metrics_are_as_prometheus_wants_them_and_begin_at_zero() {
     ] {
         assert!(metrics.lines().any(|line| line.starts_with(name)), "{name} is not in\n{metrics}");
     }
-    // What alerts name is there before it happens.
+    // Every metric that an alert names exists before its event happens.
     let alerts = include_str!("../../docs/operations.md");
     let named = alerts.split('`').filter(|word| word.starts_with("perennial_"));
     for name in named.map(|word| word.split(['{', ' ']).next().unwrap()) {

@@ -1,4 +1,4 @@
-//! What operators and other programs do with jobs: enqueue, look, retry, discard, pause, cancel.
+//! Jobs as operators and other programs handle them: enqueue, list, show, retry, discard, pause, cancel.
 
 use serde_json::{Value, json};
 
@@ -6,7 +6,7 @@ use support::eventually;
 use support::http::Client;
 use support::process::{Perennial, Setup, example};
 
-/// Our example, whose kind `hello.count` is public.
+/// Starts our example, whose kind `hello.count` is public.
 async fn hello() -> Perennial {
     Setup::new().program(example("hello")).start().await
 }
@@ -31,7 +31,7 @@ async fn greeted(hello: &Perennial, name: &str, times: i64) {
     .await;
 }
 
-/// Runs `perennial jobs ..`: its exit code, the lines of its output as JSON, and what it complains of.
+/// Runs `perennial jobs ..`. Returns the exit code, the lines of its output as JSON, and its error output.
 async fn jobs(setup: &Setup, arguments: &[&str]) -> (Option<i32>, Vec<Value>, String) {
     let ended = setup.run(&[&["jobs"], arguments].concat()).await;
     let out = String::from_utf8(ended.stdout).unwrap();
@@ -103,7 +103,7 @@ async fn a_full_queue_answers_503_and_takes_more_when_it_has_room() {
 #[tokio::test]
 async fn dead_jobs_are_listed_shown_retried_and_discarded() {
     let mut hello = hello().await;
-    // What another program does with one statement.
+    // Another program enqueues jobs with one statement.
     let insert = r#"INSERT INTO jobs (kind, payload) VALUES ('hello.count', '{"name": "psql"}'),
                                                             ('hello.count', '{"nme": "misspelt"}')"#;
     store(&hello).execute(insert, []).unwrap();

@@ -1,4 +1,4 @@
-//! What becomes of the program when the servers that it depends on are away, and of them when it asks too much.
+//! The program while the servers that it depends on are unreachable, and the load that it puts on them.
 
 use std::process::Stdio;
 use std::time::Duration;
@@ -77,7 +77,7 @@ async fn a_primary_that_only_reads_is_none() {
     let server = postgres::connect(&url).await;
     let only_reads = async |word: &str| {
         let sql = format!("ALTER SYSTEM SET default_transaction_read_only = {word}");
-        // What only reads may still be told this.
+        // A session that only reads may still execute this.
         server.execute(&sql, &[]).await.unwrap();
         server.query("SELECT pg_reload_conf()", &[]).await.unwrap();
     };
@@ -104,7 +104,7 @@ async fn what_a_client_has_left_is_cancelled_on_the_server() {
     let asked = perennial.client().get("/subscriptions");
     let left = tokio::time::timeout(Duration::from_secs(1), asked).await;
     assert!(left.is_err(), "it waits for the lock");
-    // Long before its statement would have ended by itself.
+    // The statement ends long before its own timeout.
     eventually("nobody waits any more", || async { (waits().await == 0).then_some(()) }).await;
     lock.commit().await.unwrap();
     let listed = perennial.client().get("/subscriptions").await;
@@ -113,7 +113,8 @@ async fn what_a_client_has_left_is_cancelled_on_the_server() {
     assert_eq!(pool["waiting"], 0, "{pool}");
 }
 
-/// However many give up, and however slow the server is: what runs there is never more than the pool holds.
+/// However many clients give up and however slow the server is, the server runs no more statements than
+/// the pool has connections.
 #[tokio::test]
 async fn those_who_leave_free_no_place_before_their_statements_end() {
     let database = Database::new().await;
@@ -196,7 +197,7 @@ async fn connections_are_encrypted_and_servers_checked() {
     perennial.subscribe(&double, 2).await;
     let progress = perennial.notify_and_wait(&json!({ "to": { "all": true }, "payload": "hello" })).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 2 }));
-    // Jobs in Postgres, too: then one connection listens.
+    // With jobs in Postgres, one more connection listens.
     let listening = Setup::new().set(&format!("store.ca_file={}", file(certificates.authority())));
     let listening = listening.set(&format!("store.url={url}")).start().await;
     let plain =
@@ -211,7 +212,7 @@ async fn connections_are_encrypted_and_servers_checked() {
     .await;
     drop(listening);
 
-    // A server that nobody has vouched for is none.
+    // A server whose certificate is not trusted is refused.
     let mut refused = setup().set(&format!("store.url={url}")).spawn();
     assert_eq!(refused.ended().await.code(), Some(1));
     assert!(refused.log().contains("certificate"), "{}", refused.log());
@@ -236,7 +237,7 @@ async fn a_redis_that_became_a_replica_is_away_until_it_is_the_primary_again() {
     until_ready_says(&perennial, 200, "").await;
 }
 
-/// The shared connection is not looked at while it rests: whoever asks next must not pay for that.
+/// The shared connection is not checked while it is idle, but the next command must not fail because Redis closed it.
 #[tokio::test]
 async fn a_connection_that_redis_has_closed_costs_no_command() {
     let server = redis::Server::start(&[]).await;
@@ -274,7 +275,7 @@ async fn a_sentinel_is_refused_by_its_name() {
     assert!(refused.log().contains("it is a Sentinel"), "{}", refused.log());
 }
 
-/// A full memory, and a disk that nothing can be saved to: it is there, and takes no writes.
+/// Redis is reachable but takes no writes, as when its memory is full or nothing can be saved to its disk.
 #[tokio::test]
 async fn a_redis_that_takes_no_writes_is_named_until_it_does() {
     let server = support::redis::Server::start(&[]).await;
@@ -295,7 +296,7 @@ async fn a_redis_that_takes_no_writes_is_named_until_it_does() {
     until_ready_says(&perennial, 200, "").await;
 }
 
-/// A user who may do what the documentation says, and nothing else.
+/// The Redis user has exactly the rights that the documentation lists.
 #[tokio::test]
 async fn a_redis_user_needs_no_more_than_is_documented() {
     let documented = include_str!("../../docs/operations.md")
@@ -332,7 +333,7 @@ async fn a_redis_user_needs_no_more_than_is_documented() {
     }
 }
 
-/// While a store is away the log says so once, and not for everything that asks it in vain.
+/// While a store is unreachable the log says so once, and not for every request that needs it.
 #[tokio::test]
 async fn a_store_that_is_away_is_told_once() {
     let postgres = postgres::Server::start(&[]).await;

@@ -1,5 +1,5 @@
-//! Every snippet of README.md and of docs/ does what it says: shell in a fresh directory, JavaScript in a real browser,
-//! SQL with the libraries of other programs, TOML as settings.
+//! Every snippet of README.md and of docs/ works as described: shell in a fresh directory, JavaScript in a real
+//! browser, SQL with the libraries of other programs, TOML as settings.
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -22,7 +22,7 @@ const YOUR_OWN_SITE: &str = include_str!("../../docs/your-own-site.md");
 const JOBS: &str = include_str!("../../docs/jobs.md");
 const MOVING_IN: &str = include_str!("../../docs/moving-in.md");
 
-/// The name and the text of README.md and of every page under docs/.
+/// Name and text of README.md and of every page under docs/.
 fn pages() -> Vec<(String, String)> {
     let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
     let mut files = vec![root.join("README.md")];
@@ -45,7 +45,7 @@ fn pages() -> Vec<(String, String)> {
     files.into_iter().map(page).collect()
 }
 
-/// The snippets of a page: their languages, and their lines.
+/// Languages and texts of the snippets of a page.
 fn snippets(page: &str) -> Vec<(String, String)> {
     let mut found = Vec::new();
     let mut open: Option<(String, String)> = None;
@@ -60,7 +60,7 @@ fn snippets(page: &str) -> Vec<(String, String)> {
     found
 }
 
-/// The snippet of a page that has this text in it.
+/// The only snippet of a page in this language that contains `part`.
 fn snippet(page: &str, language: &str, part: &str) -> String {
     let mut fitting = snippets(page).into_iter().filter(|(of, text)| of == language && text.contains(part));
     let (_, text) = fitting.next().unwrap_or_else(|| panic!("no {language} has {part}"));
@@ -93,9 +93,9 @@ fn said(output: &Output) -> String {
 #[test]
 fn every_snippet_is_one_that_is_tried() {
     let known = [
-        // What this test itself is part of.
+        // This test is itself part of such a run.
         "cargo run --release",
-        // Here.
+        // Tried by the tests in this file.
         "curl -i http://127.0.0.1:8080/notify",
         "const server = \"https://push.example.com\"",
         "self.addEventListener(\"push\"",
@@ -111,11 +111,11 @@ fn every_snippet_is_one_that_is_tried() {
         "npx web-push generate-vapid-keys --json",
         "gunzip users.csv.gz",
         "{\"endpoint\": \"https://..\"",
-        // By the tests of stores and of adoption.
+        // Tried by the tests of the stores and of adoption.
         "perennial keys generate --set store.url",
-        // By rustdoc.
+        // Tried by rustdoc.
         "impl Module for Hello",
-        // A picture.
+        // A drawing, which cannot be tried.
         "the usual parts",
     ];
     let mut unused = known.to_vec();
@@ -172,11 +172,11 @@ async fn the_backends_example_is_accepted() {
     assert!(said(&output).contains("202 Accepted"), "{}", said(&output));
 }
 
-/// A site of its own, with the page and the service worker of docs/your-own-site.md.
+/// Serves a site with the page and the service worker of docs/your-own-site.md. Returns its origin.
 async fn site(server: &str) -> (String, JoinSet<std::io::Result<()>>) {
     let page = snippet(YOUR_OWN_SITE, "js", "const server = ").replace("https://push.example.com", server);
     let logout = snippet(YOUR_OWN_SITE, "js", "user: null");
-    // What the page's code leaves out: it is run in a module, and says when it is done.
+    // The snippet leaves this out: the script runs in a module, and reports in the title when it is done.
     let script = format!(
         "try {{\n{page}\nwindow.logout = async () => {{\n{}\n}};\ndocument.title = 'subscribed';\n}} catch (error) {{ document.title = `failed: ${{error}}`; }}",
         logout.replace("const subscription", "const mine").replace("subscription,", "subscription: mine,")
@@ -209,7 +209,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
         return;
     }
     let double = Double::start().await;
-    // The port is known only once it is there, and the site names the server.
+    // The site names the server, so the port must be known before the server starts.
     let port = support::free_port();
     let server = format!("http://127.0.0.1:{port}");
     let (origin, _serving) = site(&server).await;
@@ -221,7 +221,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
         .start()
         .await;
     let firefox = Firefox::start(double.browsers()).await;
-    // Its push service may not have woken up yet.
+    // The push service of the browser may not have woken up yet.
     for attempt in 0..4 {
         firefox.open(&format!("{origin}/?{attempt}")).await;
         let title = eventually("the page has done its part", || async {
@@ -237,7 +237,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
     let stored = perennial.client().get("/subscriptions").await.json();
     assert_eq!(stored["subscriptions"][0]["metadata"]["name"], "Ada", "{stored}");
 
-    // What the backend's example sends is shown, with the address that a click opens.
+    // The notification of the backend's example is shown, with the URL that a click opens.
     let example = snippet(YOUR_OWN_SITE, "sh", "curl -i https://push.example.com/notify");
     let body = example.split_once("-d '").unwrap().1.rsplit_once('\'').unwrap().0;
     let mut request: Value = serde_json::from_str(body).unwrap();
@@ -255,7 +255,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
     .await;
     assert_eq!(declared["data"]["url"], "https://www.example.com/d");
 
-    // The logout.
+    // The snippet for the logout detaches the user.
     let subscription = "navigator.serviceWorker.ready.then((worker) => worker.pushManager.getSubscription()).then((mine) => JSON.stringify(mine))";
     let subscription: Value = serde_json::from_str(&firefox.evaluate(subscription).await).unwrap();
     let owned = json!({ "subscription": subscription, "user": "ada" });
@@ -265,7 +265,7 @@ async fn a_site_of_its_own_subscribes_shows_and_forgets() {
     assert_eq!(after["subscriptions"][0]["user"], Value::Null, "{after}");
 }
 
-/// The row of the only job that another program has enqueued.
+/// The only job that another program has enqueued.
 async fn enqueued(perennial: &Perennial) -> Value {
     let jobs = perennial.admin().get("/jobs?kind=mail.send").await.json();
     assert_eq!(jobs["jobs"].as_array().map(Vec::len), Some(1), "{jobs}");
@@ -294,7 +294,7 @@ async fn other_programs_enqueue_with_their_own_sqlite() {
         let made: jiff::Timestamp = job["created_at"].as_str().unwrap().parse().unwrap();
         let age = jiff::Timestamp::now().duration_since(made);
         assert!(age.as_secs().abs() < 60, "{program}: by its own clock, to the millisecond: {job}");
-        // What an old library can read at all.
+        // An old library cannot read a schema that uses these words.
         let schema = rusqlite::Connection::open(&file).unwrap();
         let strict: i64 = schema
             .query_row(
@@ -348,7 +348,7 @@ async fn a_user_token_of_php_names_a_user() {
     );
 }
 
-/// Files of the names that the page's commands have, of the shapes that their senders write.
+/// Copies fixtures to the file names of the page's commands, in the formats that the senders write.
 fn as_moved_in(directory: &Path) {
     let fixtures = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("fixtures");
     for (from, to) in [
@@ -370,7 +370,7 @@ fn as_moved_in(directory: &Path) {
 async fn every_recipe_for_moving_in_is_followed() {
     let mut tried = 0;
     for (language, text) in snippets(MOVING_IN) {
-        // Commands of the other senders' programs are theirs; a placeholder is none.
+        // Commands of other senders' programs are not tried here, nor is one with a placeholder.
         let is_ours =
             |line: &&str| line.contains("perennial ") && !line.contains("SENDER") && !line.contains("npx");
         let commands: Vec<&str> = text.lines().filter(is_ours).collect();
@@ -382,7 +382,7 @@ async fn every_recipe_for_moving_in_is_followed() {
         for command in commands {
             let output = shell(directory.path(), &format!("{command}\n")).await;
             let said = said(&output);
-            // The dumps have bad lines, which is told by the exit code.
+            // The dumps have bad lines, which the exit code reports.
             let is_import = command.contains("subscriptions import");
             assert!(output.status.success() || (is_import && said.contains(" refused")), "{command}: {said}");
             assert!(!is_import || said.contains("\"created\":"), "{command}: {said}");

@@ -1,4 +1,4 @@
-//! A new version under load: a test that plays the kubelet and the endpoint controller, from the manifests as they are.
+//! A rollout under load: the test plays the kubelet and the endpoint controller, from the manifests as they are.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -21,26 +21,26 @@ use support::redis::Prefix;
 use support::schedules::{ended, runs, second};
 use support::{eventually, full};
 
-/// Versions that are rolled out, one after the other.
+/// A version that is rolled out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Version {
-    /// This one,
+    /// This version.
     This,
-    /// and one that has another step for the tables.
+    /// A version with one more migration step.
     Next,
 }
 
 const REPLICAS: usize = 3;
-/// How many clients ask at once.
+/// Number of clients that send requests at the same time.
 const CLIENTS: usize = 4;
 
-/// A pod that runs, and its place behind the load balancer.
+/// A running pod, and its slot in the load balancer.
 struct Pod {
     process: Perennial,
     slot: usize,
 }
 
-/// What the control plane does, with what it needs for that.
+/// Control plane of the test, with the servers that its pods use.
 struct ControlPlane {
     cluster: Cluster,
     haproxy: Arc<Haproxy>,
@@ -54,7 +54,7 @@ impl ControlPlane {
         &one(&self.cluster.resources, "Deployment")["spec"]["template"]
     }
 
-    /// What no manifest says: where the push service of the test is, and a schedule to watch.
+    /// Adds settings that no manifest has: the push service of the test, and a schedule to watch.
     fn setup(&self, setup: Setup) -> Setup {
         setup
             .sending_to(&self.double)
@@ -62,7 +62,7 @@ impl ControlPlane {
             .set("cron.schedules=[{ name = 'second', expression = '* * * * * *', job = 'jobs.retention', misfire = 'catch_up' }]")
     }
 
-    /// Starts a pod, probes it as it is written, and gives it to the load balancer once it is ready.
+    /// Starts a pod, probes it as its manifest says, and adds it to the load balancer when it is ready.
     async fn start(&mut self, version: Version) -> Pod {
         let (setup, command) = self.cluster.pod(self.template());
         assert!(command.is_empty());
@@ -87,8 +87,8 @@ impl ControlPlane {
         Pod { process, slot: self.slots }
     }
 
-    /// Deletes a pod: SIGTERM at once, its endpoint a moment later, SIGKILL when its grace period is over. Returns its
-    /// log.
+    /// Deletes a pod: SIGTERM at once, removal of its endpoint a moment later, and a failure of the test when the
+    /// grace period is over. The task returns the log of the pod.
     fn delete(&self, mut pod: Pod, deleted: &mut JoinSet<String>) {
         let grace = self.template()["spec"]["terminationGracePeriodSeconds"].as_u64().unwrap();
         let haproxy = Arc::clone(&self.haproxy);
@@ -104,7 +104,7 @@ impl ControlPlane {
     }
 }
 
-/// What clients saw.
+/// Results of the requests of a client.
 #[derive(Debug, Default)]
 struct Seen {
     requests: usize,
@@ -112,7 +112,7 @@ struct Seen {
     accepted: Vec<String>,
 }
 
-/// Sends and looks, one request after the other, until it is told to stop.
+/// Sends notifications and lists them, one request after the other, until `stop` is set.
 async fn client(base: String, key: String, stop: Arc<AtomicBool>) -> Seen {
     let client = Client::new(&base).with_key(&key);
     let mut seen = Seen::default();
@@ -142,7 +142,8 @@ async fn client(base: String, key: String, stop: Arc<AtomicBool>) -> Seen {
 #[tokio::test(flavor = "multi_thread")]
 async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
     use Version::{Next, This};
-    // To a version that changes the tables; in full also back, and between versions that do not.
+    // The rollout goes to a version that changes the tables. The long version of the test also goes back, and
+    // between versions with the same tables.
     let rollouts: &[Version] = if full() { &[This, Next, Next, This, This] } else { &[Next] };
     let (double, database, prefix) = (Double::start().await, Database::new().await, Prefix::new().await);
     let mut plane = ControlPlane {
@@ -179,7 +180,7 @@ async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
     let (began, mut deleted) = (Instant::now(), JoinSet::new());
     for version in rollouts {
         for _ in 0..REPLICAS {
-            // One more than there should be, and then one less of the old ones.
+            // There is one pod more than wanted, until an old one is deleted.
             let new = plane.start(*version).await;
             tokio::time::sleep(min_ready).await;
             pods.push(new);
@@ -220,7 +221,7 @@ async fn a_rollout_under_load_fails_no_request_and_loses_nothing() {
     );
 }
 
-/// How a notification went.
+/// Final progress of a notification.
 async fn ended_notification(pod: &Perennial, key: &str, id: &str) -> Value {
     let client = pod.client().with_key(key);
     eventually("it is done", || async {

@@ -1,4 +1,4 @@
-//! Settings: four layers, one schema, every error at once, no secret shown.
+//! Settings: four layers, one schema, all errors at once, no secret shown.
 
 use std::path::Path;
 
@@ -131,7 +131,7 @@ async fn sighup_reads_the_log_filter_again_and_says_what_takes_a_restart() {
     let file = setup.file("p.toml");
     std::fs::write(&file, "[telemetry]\nlog = \"info\"\n").unwrap();
     let setup = setup.environment("PERENNIAL_SERVER__IDLE_TIMEOUT", "60s");
-    // The file is a layer below --set, and so the tests' own settings stay as they are.
+    // The file is a layer below `--set`, so the settings of the tests themselves stay in force.
     let log = setup.file("log");
     let mut child = setup
         .command(&["serve", "--config", file.to_str().unwrap()])
@@ -211,7 +211,7 @@ async fn a_misspelt_log_level_is_refused_and_silence_hides_no_failure() {
         assert_eq!(refused.status.code(), Some(2), "{level}");
         assert!(text(&refused.stderr).contains("telemetry.log"), "{}", text(&refused.stderr));
     }
-    // With a line break, as a file has it.
+    // The value has a line break, as when it is read from a file.
     let perennial = Setup::new().set("telemetry.log= info\n").start().await;
     perennial.logged("ready").await;
     let silent = Setup::new().set("telemetry.log=off").set("store.url=postgres://nobody@127.0.0.1:9/none");

@@ -1,4 +1,4 @@
-//! The program on the stores that several processes share: Postgres, and Redis for jobs. What is promised is the same.
+//! The program on shared stores: Postgres, and Redis for jobs. The promises are the same.
 
 use std::process::Stdio;
 use std::sync::Arc;
@@ -23,7 +23,7 @@ use support::process::{Perennial, Setup, example};
 use support::redis::Prefix;
 use support::stores::{on_postgres, with_redis};
 
-/// Subscribes, sends to all in every way, and looks at what has become of it.
+/// Subscribes, sends to all in every way, and checks the outcomes.
 async fn sends_to_everybody(perennial: &Perennial, double: &Double) {
     let user = json!({ "subscription": double.mint(), "user": "ada", "tags": ["news", "de"] });
     let answer = perennial.client().post("/subscriptions", &user).await;
@@ -58,7 +58,7 @@ async fn sends_to_everybody(perennial: &Perennial, double: &Double) {
     assert_eq!(unsubscribed.status, 204);
 }
 
-/// A big audience, of which some fail at first: fan-out, retries, prunes.
+/// Sends to a big audience, some of which fail at first: fan-out, retries, prunes.
 async fn reaches_a_crowd(perennial: &Perennial, double: &Double) {
     for _ in 0..60 {
         perennial.subscribe(double, 1).await;
@@ -136,14 +136,14 @@ async fn of_two_replicas_one_goes_on_where_the_other_died() {
         let key = async |perennial: &Perennial| perennial.client().get("/push/key").await.json();
         assert_eq!(key(&first).await, key(&second).await, "they have one VAPID key");
         first.subscribe(&double, 30).await;
-        // Whoever has a batch stands still in the middle of it; one of them dies.
+        // Each replica stalls in the middle of its batches; then one replica dies.
         double.script(|_| perennial::sink::Answer::Stall);
         let id = first.notify(&json!({ "to": { "all": true }, "payload": "to all" })).await;
         eventually("both batches are begun", || async { (double.asked() >= 30).then_some(()) }).await;
         first.signal(Signal::SIGKILL);
         first.ended().await;
         double.script(|_| perennial::sink::Answer::Take);
-        // What the second had begun ends by its own timeout, and is tried again.
+        // The sends that the second replica had begun end by their timeout and are retried.
         let progress = second.done_within(&id, 3 * support::SOON).await;
         assert_eq!(progress["outcomes"], json!({ "delivered": 30 }), "redis: {redis}");
     }
@@ -158,7 +158,7 @@ async fn a_shared_store_wants_its_keys_made_once() {
     assert!(refused.log().contains("perennial keys generate"), "{}", refused.log());
 }
 
-/// What other programs do with one statement, as the documents say.
+/// Other programs enqueue with one statement, as the documents say.
 #[tokio::test]
 async fn psql_and_redis_cli_can_enqueue() {
     let run = async |program: &str, arguments: &[&str]| {
@@ -201,7 +201,7 @@ async fn psql_and_redis_cli_can_enqueue() {
     greeted("redis-cli").await;
 }
 
-/// Whatever another program puts there, it keeps nobody else waiting, and it can be looked at.
+/// Whatever jobs another program enqueues, they delay no other job, and they can be listed.
 #[tokio::test]
 async fn odd_jobs_of_others_keep_nobody_waiting() {
     let prefix = Prefix::new().await;
@@ -231,7 +231,7 @@ async fn odd_jobs_of_others_keep_nobody_waiting() {
     let mut xadd = cmd("XADD");
     xadd.arg(&inbox).arg("*").arg("kind").arg("hello.count").arg("payload").arg(bytes);
     redis.query::<()>(&xadd).await.unwrap();
-    // What was damaged by hand.
+    // This job was damaged by hand.
     let hash = |part: &str| format!("{}:{{default}}:{part}", prefix.name());
     let id = "01a1fe2b-5854-7538-8125-17204ca24500";
     redis.query::<()>(cmd("HSET").arg(hash("jobs")).arg(id).arg("rubbish")).await.unwrap();
@@ -250,7 +250,7 @@ async fn odd_jobs_of_others_keep_nobody_waiting() {
     .await;
 }
 
-/// A row that could not be read again would keep its queue waiting for ever.
+/// A row that cannot be read again would block its queue for ever.
 #[tokio::test]
 async fn rows_that_could_not_be_read_again_are_refused() {
     let database = Database::new().await;
@@ -289,7 +289,7 @@ async fn rows_that_could_not_be_read_again_are_refused() {
     }
 }
 
-/// Another program has written Latin-1 where text is wanted: in a payload, a kind, a trace.
+/// Another program has written Latin-1 into columns of text: a payload, a kind, a trace.
 #[tokio::test]
 async fn a_job_that_cannot_be_read_is_set_apart_and_the_others_run() {
     let hello = Setup::new().program(example("hello")).start().await;
@@ -332,7 +332,7 @@ async fn a_job_that_cannot_be_read_is_set_apart_and_the_others_run() {
     assert!(listed.status.success(), "{}", String::from_utf8_lossy(&listed.stderr));
 }
 
-/// A role, or a database, may have any defaults.
+/// A role or a database may have any defaults.
 #[tokio::test]
 async fn defaults_of_the_database_decide_nothing() {
     let (double, database) = (Double::start().await, Database::new().await);
@@ -363,7 +363,7 @@ async fn defaults_of_the_database_decide_nothing() {
     assert_eq!(progress["outcomes"], json!({ "delivered": 100 }));
 }
 
-/// Text that is not UTF-8 could come from it at any time.
+/// Such a database could return text that is not UTF-8 at any time.
 #[tokio::test]
 async fn a_database_with_another_encoding_is_refused() {
     let database = Database::new().await;
@@ -380,7 +380,7 @@ async fn a_database_with_another_encoding_is_refused() {
     assert!(!refused.status.success() && said.contains("the encoding SQL_ASCII"), "{said}");
 }
 
-/// SQL of modules is read as SQL.
+/// Placeholders are replaced only where SQL allows them.
 #[tokio::test]
 async fn question_marks_that_are_no_places_stay() {
     use perennial_store::pool::sql::{Store, Value};
@@ -400,7 +400,7 @@ async fn question_marks_that_are_no_places_stay() {
     assert!(wrong.contains("wanted") && wrong.contains("the column"), "{wrong}");
 }
 
-/// What the outbox is for: jobs that Redis has lost come again, and under epochs that are not used up.
+/// The outbox publishes jobs again that Redis has lost, and under epochs that were not used before.
 #[tokio::test]
 async fn a_redis_that_lost_everything_gets_its_jobs_again() {
     let (double, server) = (Double::start().await, support::redis::Server::start(&[]).await);
@@ -416,7 +416,7 @@ async fn a_redis_that_lost_everything_gets_its_jobs_again() {
         (ready == 1).then_some(())
     })
     .await;
-    // The job is gone, and so is the pause. The audit comes every five seconds, and looks at what was published
+    // The job is gone, and so is the pause. The audit runs every five seconds, and checks what was published
     // fifteen seconds ago.
     redis.query::<()>(&cmd("FLUSHALL")).await.unwrap();
     let progress = perennial.done_within(&id, Duration::from_secs(60)).await;
@@ -455,7 +455,7 @@ fn any_job() -> NewJob {
     }
 }
 
-/// A server whose memory is full takes no more jobs, and lets go of those that it has.
+/// A server whose memory is full accepts no more jobs, but lets its jobs be claimed and settled.
 #[tokio::test]
 async fn a_full_redis_can_be_drained() {
     let server = support::redis::Server::start(&[]).await;

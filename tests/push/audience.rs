@@ -1,4 +1,4 @@
-//! Whom a notification reaches and what each of them gets: imports, users, texts of their own, logs, webhooks.
+//! The audience of a notification and the message of each member: imports, users, personal texts, logs, webhooks.
 
 use std::collections::BTreeSet;
 use std::sync::{Arc, Mutex};
@@ -61,7 +61,7 @@ async fn a_text_takes_what_each_subscription_brings() {
     assert_eq!(progress["outcomes"], json!({ "delivered": 3 }));
 }
 
-/// Who is in it is decided when it is sent, however few it was for when it was accepted.
+/// The audience is determined when the notification is sent, however small it was when the notification was accepted.
 #[tokio::test]
 async fn an_audience_that_has_grown_is_sent_to_batch_by_batch() {
     let (double, perennial) = start_with(|setup| setup.set("push.batch=7")).await;
@@ -199,7 +199,7 @@ async fn subscriptions_come_in_and_go_out_as_lines() {
     };
     let exported = export(&perennial).await;
     assert_eq!(exported.lines().count(), 51);
-    // While no server runs, the command works on the store itself; into another server, nothing is lost.
+    // While no server runs, the command works on the store itself. An import into another server loses nothing.
     assert_eq!(perennial.stop().await, Some(0));
     assert_eq!(export(&perennial).await, exported);
     assert_eq!(import(&perennial, &file).await.1, json!({ "created": 0, "updated": 51, "refused": 0 }));
@@ -207,7 +207,7 @@ async fn subscriptions_come_in_and_go_out_as_lines() {
     assert_eq!((&line["user"], &line["metadata"]["number"]), (&json!("user 0"), &json!(0)));
 }
 
-/// Whoever is told by webhooks.
+/// A backend that receives webhooks.
 struct Backend {
     url: String,
     told: Arc<Mutex<Vec<(HeaderMap, Bytes)>>>,
@@ -215,7 +215,7 @@ struct Backend {
 }
 
 impl Backend {
-    /// It fails the first time.
+    /// Starts the backend. It fails the first request.
     async fn start() -> Self {
         let told: Arc<Mutex<Vec<(HeaderMap, Bytes)>>> = Arc::default();
         let heard = Arc::clone(&told);

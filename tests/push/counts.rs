@@ -1,4 +1,4 @@
-//! Whatever ends a connection, it is counted off, and the limits go on admitting exactly their number.
+//! A connection is counted off whatever ends it, and the limits go on admitting exactly their number.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
@@ -28,17 +28,17 @@ fn router() -> Router {
         .route("/never", get(|| async { std::future::pending::<()>().await }))
 }
 
-/// A connection from one of the loopback addresses.
+/// Opens a connection from one of the loopback addresses.
 async fn connect_from(number: usize, to: SocketAddr) -> std::io::Result<TcpStream> {
     let [_, b, c, d] = u32::try_from(number % 60_000 + 2).unwrap().to_be_bytes();
     let socket = TcpSocket::new_v4()?;
-    // The port is chosen when it connects: there are more connections than ports.
+    // The port is chosen when the socket connects, since there are more connections than ports.
     socket.set_reuseaddr(true)?;
     socket.bind(SocketAddr::from((Ipv4Addr::new(127, b, c, d), 0)))?;
     socket.connect(to).await
 }
 
-/// How a connection ends: as `number` says.
+/// Opens a connection and ends it in a way that depends on `number`.
 async fn cut_somewhere(number: usize, plain: SocketAddr, tls: SocketAddr) -> std::io::Result<()> {
     let (to, bytes): (_, &[u8]) = match number % 10 {
         0 => (plain, b""),
@@ -55,7 +55,7 @@ async fn cut_somewhere(number: usize, plain: SocketAddr, tls: SocketAddr) -> std
     let mut stream = connect_from(number, to).await?;
     stream.write_all(bytes).await?;
     match number % 7 {
-        // A reset, an end in order, an end after the answer.
+        // The connection ends with a reset, with an orderly end, or after the answer.
         0 | 1 => rustix_linger(&stream),
         2 | 3 => stream.shutdown().await?,
         4 => drop(tokio::time::timeout(Duration::from_millis(20), stream.read(&mut [0; 64])).await),
@@ -64,7 +64,7 @@ async fn cut_somewhere(number: usize, plain: SocketAddr, tls: SocketAddr) -> std
     Ok(())
 }
 
-/// Closing it is a reset.
+/// Makes the close of the connection a reset.
 fn rustix_linger(stream: &TcpStream) {
     rustix::net::sockopt::set_socket_linger(stream, Some(Duration::ZERO)).unwrap();
 }
@@ -91,7 +91,7 @@ async fn after_many_connections_cut_anywhere_every_count_is_zero_and_the_limit_i
         }
     }
     while running.join_next().await.is_some() {}
-    // Connections are accepted in their order: behind one that is answered, or closed, none is left in the backlog.
+    // A listener accepts connections in their order: when the last one is answered or closed, the backlog is empty.
     for (number, listener) in [plain, tls].into_iter().enumerate() {
         let mut last = connect_from(number, listener).await.unwrap();
         last.write_all(b"GET /id HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n").await.unwrap();
@@ -100,7 +100,7 @@ async fn after_many_connections_cut_anywhere_every_count_is_zero_and_the_limit_i
     host.open(0).await;
     assert!(host.connections.requests().is_empty());
 
-    // Exactly as many as before get in, and none of them is idle: one more waits.
+    // Exactly as many connections as before get in. None of them is idle, so one more has to wait.
     let mut open = Vec::new();
     for number in 0..LIMIT {
         let mut stream = connect_from(number, plain).await.unwrap();
@@ -185,7 +185,7 @@ async fn too_many_requests_are_sent_away_at_once_and_the_rest_go_on() {
     let shed = client.get("/id").await;
     assert_eq!((shed.status.as_u16(), shed.header("retry-after")), (503, Some("1")));
     assert_eq!(shed.header("content-type"), Some("application/problem+json"));
-    // Also one with a body that nobody will read, on a connection that goes on.
+    // A request with a body that no handler will read is shed too, and its connection goes on.
     let body = Bytes::from(vec![b'x'; 900]);
     assert_eq!(client.send_bytes(http::Method::POST, "/count", None, body).await.status, 503);
     stuck.pop();

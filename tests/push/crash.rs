@@ -1,4 +1,4 @@
-//! kill -9: everybody is reached, repeats stay within the checkpoint's bound, and the sums are right.
+//! After kill -9, every member is reached, repeats stay within the bound of the checkpoint, and the sums are right.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -28,7 +28,8 @@ async fn a_kill_in_the_middle_of_a_broadcast_loses_nobody() {
     let (reached, repeats) = double.reached_and_repeats();
     println!("{audience} subscribers, {kills} kills: {reached} reached, {repeats} repeats");
     assert_eq!(reached, audience, "everybody got it");
-    // push.batches batches were in flight at each kill, each with at most push.checkpoint.sends not recorded.
+    // At each kill, `push.batches` batches were in flight, each with at most
+    // `push.checkpoint.sends` sends not recorded.
     assert!(repeats <= kills * 4 * 50, "{repeats} repeats");
     assert_eq!(progress["outcomes"], json!({ "delivered": audience }));
     assert_eq!(progress["audience"].as_u64(), Some(audience as u64));
@@ -69,7 +70,7 @@ async fn a_notification_that_kills_its_process_every_time_ends_some_time() {
     assert!(kills >= 4, "a crash may be somebody else's: {kills}");
 }
 
-/// What cannot be sent without a crash, whatever that is, is found and left out; the others get theirs.
+/// A member that crashes the process is found and left out, whatever the cause is, and the others get their messages.
 #[tokio::test]
 async fn the_one_member_that_kills_its_process_is_found() {
     let double = Double::start().await;
@@ -101,7 +102,8 @@ async fn the_one_member_that_kills_its_process_is_found() {
     assert_eq!(double.reached_and_repeats().0, 6);
 }
 
-/// Sends to all, and kills the process whenever it stands still with a send; how often, and how it ended.
+/// Sends to all, and kills the process whenever it stalls in a send. Returns the number of kills
+/// and the final progress.
 async fn kill_whenever_it_stalls(
     mut perennial: Perennial,
     double: &Double,

@@ -1,4 +1,4 @@
-//! Delivery over real connections: HTTP/2 and HTTP/1.1, GOAWAY, cuts, stalls, strangers.
+//! Delivery over real connections: HTTP/2 and HTTP/1.1, GOAWAY, cuts, stalls, addresses that are not allowed.
 
 use std::time::{Duration, Instant};
 
@@ -30,7 +30,7 @@ async fn goaway_from_nginx_loses_and_doubles_nothing() {
         .set("push.attempts=1")
         .start()
         .await;
-    // 1,500 subscriptions at nginx, which closes each connection after 100 requests while others are on it.
+    // nginx serves 1,500 subscriptions, and closes each connection after 100 requests while others are in flight on it.
     let mut push = Vec::new();
     for number in 0..1500 {
         let mut subscription = double.mint();
@@ -128,7 +128,8 @@ async fn a_certificate_that_nobody_vouches_for_is_no_push_service() {
 
 #[tokio::test]
 async fn an_address_that_becomes_private_is_not_sent_to() {
-    // Subscribed while the name led to an allowed address; by dispatch it leads elsewhere (DNS rebinding).
+    // The browser subscribes while the name leads to an allowed address; when the message is sent, it leads
+    // elsewhere (DNS rebinding).
     let double = Double::start().await;
     let port = double.origin().rsplit(':').next().unwrap().to_owned();
     let resolve =

@@ -1,4 +1,4 @@
-//! API keys: made, replaced and revoked while everything runs; what each may do, and how often.
+//! API keys: created, replaced and revoked while servers run, with their scopes and rate limits.
 
 use std::time::Duration;
 
@@ -35,14 +35,14 @@ async fn keys_are_made_replaced_and_revoked_while_it_runs() {
     let first = add_key(setup, "backend", &["--scopes", "read,notify", "--expires-in", "720h"]).await;
     let with = |key: &str| perennial.client().with_key(key);
     assert_eq!(status(&with(&first)).await, 200);
-    // What it may not do.
+    // The key lacks the scope for this request.
     let refused = with(&first).post("/jobs/x", &json!({ "payload": {} })).await;
     assert_eq!(refused.status, 403);
     assert!(refused.text().contains("the scope jobs"), "{}", refused.text());
     let twice = setup.run(&["keys", "add", "backend"]).await;
     assert!(String::from_utf8_lossy(&twice.stderr).contains("replace it"));
 
-    // Of two who change it at once, one is too late.
+    // When two commands change the key at once, one of them is too late.
     for _ in 0..5 {
         let (one, other) = tokio::join!(
             setup.run(&["keys", "replace", "backend", "--overlap", "1h"]),
@@ -50,7 +50,7 @@ async fn keys_are_made_replaced_and_revoked_while_it_runs() {
         );
         assert!(other.status.success());
         if one.status.success() {
-            // Either it was replaced and then revoked, or the other way round, and there was nothing to replace.
+            // Either the key was replaced and then revoked, or it was revoked first and there was nothing to replace.
             let key = String::from_utf8(one.stdout).unwrap();
             assert_eq!(status(&with(key.trim())).await, 401);
         }
@@ -59,7 +59,7 @@ async fn keys_are_made_replaced_and_revoked_while_it_runs() {
     command(setup, &["keys", "revoke", "backend"]).await;
     let first = add_key(setup, "backend", &["--scopes", "read,notify", "--expires-in", "720h"]).await;
 
-    // Both are good for a while, and are one caller: a request is not done twice because a key was replaced.
+    // Both keys are valid for a while and count as one caller: a request is not done twice because a key was replaced.
     let second = command(setup, &["keys", "replace", "backend", "--overlap", "1h"]).await.trim().to_owned();
     let request = json!({ "to": { "all": true }, "payload": "x" });
     let send = async |key: &str| {
@@ -85,7 +85,7 @@ async fn keys_are_made_replaced_and_revoked_while_it_runs() {
     ] {
         assert_eq!(setup.run(bad).await.status.code(), Some(1), "{bad:?}");
     }
-    // They are nowhere but in the hands of who has them.
+    // The keys themselves are stored neither in the data directory nor in the log.
     for key in [&first, &second, &third] {
         for entry in std::fs::read_dir(setup.data_dir()).unwrap() {
             let bytes = std::fs::read(entry.unwrap().path()).unwrap_or_default();
@@ -102,7 +102,7 @@ async fn a_key_ends_when_it_was_said_to() {
     let key = add_key(&perennial.setup, "brief", &["--expires-in", "1s"]).await;
     let brief = perennial.client().with_key(&key);
     eventually("it ends", || async { (status(&brief).await == 401).then_some(()) }).await;
-    // Its name is free again.
+    // The name of an expired key is free again.
     add_key(&perennial.setup, "brief", &[]).await;
 }
 
@@ -123,7 +123,7 @@ async fn a_key_in_a_file_is_replaced_by_changing_the_file() {
     std::fs::write(&file, format!("{new}\n{old}\n")).unwrap();
     eventually("both are good", || async { (status(&with(new)).await == 200).then_some(()) }).await;
     assert_eq!(status(&with(old)).await, 200);
-    // A file that is broken changes nothing.
+    // A broken file changes nothing.
     std::fs::write(&file, "short\n").unwrap();
     perennial
         .logged("the keys stay as they were: wanted keys of at least 24 characters, which nobody can guess")
@@ -166,12 +166,12 @@ async fn a_key_may_be_used_so_often() {
     let wait: u64 = refused.header("retry-after").unwrap().parse().unwrap();
     assert!((1..=20).contains(&wait), "{wait}");
     assert!(refused.header("ratelimit").unwrap().starts_with("\"key\";r=0;t="));
-    // Others go on.
+    // Other keys are not limited.
     let other = perennial.client().get("/notifications").await;
     assert_eq!((other.status.as_u16(), other.header("ratelimit")), (200, None));
 }
 
-/// Two replicas on one store, which share a limit, and hear of a key that is revoked.
+/// Two replicas on one store share a limit, and a revoked key is dropped by both.
 #[tokio::test]
 async fn replicas_share_limits_and_hear_of_changes() {
     let (database, prefix) = (Database::new().await, Prefix::new().await);
@@ -189,12 +189,12 @@ async fn replicas_share_limits_and_hear_of_changes() {
     let key = add_key(&one.setup, "known", &[]).await;
     assert_eq!(status(&other.client().with_key(&key)).await, 200);
     command(&one.setup, &["keys", "revoke", "known"]).await;
-    // Sooner than its entry would have ended by itself.
+    // The entry is dropped sooner than it would have expired by itself.
     let gone = async || (status(&other.client().with_key(&key)).await == 401).then_some(());
     eventually_within(Duration::from_secs(8), "the other replica has heard of it", gone).await;
     assert!(cache(&other, "api_keys").await["forgotten"].as_u64().unwrap() > 0);
 
-    // So it is with a VAPID key; browsers keep the one that they have subscribed with.
+    // The same holds for a VAPID key; browsers keep the key that they have subscribed with.
     let double = Double::start().await;
     let public = async |perennial: &Perennial| {
         perennial.client().without_key().get("/push/key").await.json()["key"].as_str().unwrap().to_owned()
@@ -217,7 +217,7 @@ async fn a_limit_is_kept_without_redis() {
     let slow = perennial.client().with_key(&key);
     assert_eq!(status(&slow).await, 200);
     redis.signal(Signal::SIGKILL);
-    // It counts for itself now, and begins anew.
+    // The process counts for itself now, and starts from zero.
     let mut statuses = Vec::new();
     for _ in 0..3 {
         statuses.push(status(&slow).await);

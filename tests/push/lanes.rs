@@ -1,4 +1,5 @@
-//! The lane to each push service: when nothing is sent to it, and when again; all of its addresses; a proxy.
+//! The connection pool of each push service: when its circuit breaker stops sending and resumes, all addresses of
+//! its name, and a proxy.
 
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -85,7 +86,7 @@ async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_re
     let asked = Arc::clone(&refuses);
     double.script(move |_| if asked.load(Ordering::SeqCst) { status_answer(403, &[]) } else { Answer::Take });
     let id = perennial.notify(&to_all()).await;
-    // Not that it refuses all: most were not tried.
+    // The alarm does not say that the service refuses all subscriptions, since most were not tried.
     let alarm = "a push service refuses a key of ours: subscriptions that nothing was delivered to yet wait until it takes a message";
     perennial.logged(alarm).await;
     assert!(double.asked() < 100, "{} of 200 were refused before it stopped", double.asked());
@@ -105,7 +106,7 @@ async fn a_key_that_is_refused_for_everybody_stops_the_lane_until_an_operator_re
     assert!(refused < 100, "the others wait for their turn: {first}");
 }
 
-/// Sixty rows with another key stand before sixty good ones: it is not said that all are refused.
+/// Sixty subscriptions with another key come before sixty good ones: the log must not say that all are refused.
 #[tokio::test]
 async fn a_key_that_some_are_refused_with_is_not_called_refused_by_all() {
     let (double, perennial) = start_with(|setup| setup).await;
@@ -131,7 +132,8 @@ async fn a_key_that_some_are_refused_with_is_not_called_refused_by_all() {
     assert!(!perennial.log().contains("for every subscription"), "{}", perennial.log());
 }
 
-/// Each member that waits is counted once, while batches of those that wait follow each other; and an operator ends the wait.
+/// A waiting member is counted once, however many batches of waiting members follow each other, and an
+/// operator ends the wait.
 #[tokio::test]
 async fn those_who_wait_are_counted_once_and_sent_to_when_an_operator_says_so() {
     let (double, perennial) = start_with(|setup| setup).await;
@@ -154,13 +156,13 @@ async fn those_who_wait_are_counted_once_and_sent_to_when_an_operator_says_so() 
     let began = Instant::now();
     let resume = json!({ "origin": origin(&perennial).await["origin"] });
     assert_eq!(admin.post("/origins/resume", &resume).await.status, 204);
-    // Those that were asked to wait themselves wait on; the others were only held.
+    // Members that the service itself asked to wait go on waiting; the others were only held.
     eventually("what was held is sent", || async { (double.taken().len() >= 100).then_some(()) }).await;
     assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     watch().await;
 }
 
-/// Its subscriptions go with the key that they were made with: one that is refused stops no other.
+/// Each subscription is sent to with the key that it was made with, and a refused key stops no other key.
 #[tokio::test]
 async fn a_key_of_former_times_that_is_refused_stops_nobody_who_has_the_new_one() {
     let (double, mut perennial) = start_with(|setup| setup).await;
@@ -183,7 +185,7 @@ async fn a_key_of_former_times_that_is_refused_stops_nobody_who_has_the_new_one(
         (origin(&perennial).await["held"] == "unauthorized").then_some(())
     })
     .await;
-    // It is exchanged with other replicas once a second: that must not close it for all keys.
+    // Replicas exchange the state of the circuit breaker once a second; this must not stop the other keys.
     let exchanged = Instant::now();
     while exchanged.elapsed() < Duration::from_secs(3) {
         let one = json!({ "to": {"subscriptions": [id]}, "payload": "x" });
@@ -193,7 +195,7 @@ async fn a_key_of_former_times_that_is_refused_stops_nobody_who_has_the_new_one(
     }
 }
 
-/// Two services, the second of which stalls, and a broadcast to both in turn.
+/// Starts two push services, the second of which stalls, and stores subscriptions of both in turn.
 async fn with_one_that_stalls(
     change: impl FnOnce(Setup) -> Setup,
     each: usize,
@@ -222,7 +224,7 @@ async fn a_service_that_stalls_keeps_nobody_of_another_waiting() {
     let began = Instant::now();
     let id = perennial.notify(&to_all()).await;
     eventually("all of the other are reached", || async { (quick.asked() == 300).then_some(()) }).await;
-    // Otherwise the places of a batch are all taken by those that wait, until the first of them time out after 30 s.
+    // Otherwise members that wait would take all places of a batch, until the first of them time out after 30 s.
     assert!(began.elapsed() < Duration::from_secs(25), "{:?}", began.elapsed());
     slow.script(|_| Answer::Take);
     let progress = perennial.done_within(&id, Duration::from_secs(120)).await;
@@ -249,7 +251,7 @@ async fn what_waits_for_its_turn_is_taken_back_by_a_pause() {
     assert_eq!(perennial.done(&id).await["outcomes"], json!({ "delivered": 200 }));
 }
 
-/// Also where others wait to be tried again in thousands.
+/// The small notification is retried first even while many members of a broadcast wait for their retries.
 #[tokio::test]
 async fn what_is_small_is_tried_again_before_what_is_big() {
     let small = |setup: Setup| setup.set("push.batch=20").set("push.window=20").set("push.retry_batches=1");
@@ -275,7 +277,7 @@ async fn what_is_small_is_tried_again_before_what_is_big() {
     perennial.client().post(&format!("{path}/cancel"), &json!({})).await;
 }
 
-/// Now or never: but what has never been sent has not had its now.
+/// A message without a time to live is not retried, but a member that was only held still gets its first attempt.
 #[tokio::test]
 async fn without_a_time_to_live_all_are_tried_once() {
     let (double, perennial) = start_with(|setup| setup).await;
@@ -456,7 +458,7 @@ async fn old_vapid_keys_go_on_signing_for_their_subscriptions() {
     let new = key(&perennial).await;
     assert_ne!(new, old);
     subscribe(&perennial, &new).await;
-    // A page that had the old key when it loaded.
+    // This page had loaded while the old key was current.
     subscribe(&perennial, &old).await;
     let progress = perennial.notify_and_wait(&to_all()).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 3 }), "{:?}", double.refused());
@@ -471,7 +473,7 @@ async fn an_urgent_one_does_not_wait_for_a_broadcast() {
             .await;
     let slow = Arc::new(AtomicUsize::new(0));
     double.script(move |push| {
-        // The service is slow for the broadcast.
+        // The service is slow only for the broadcast.
         if push.topic.is_some() {
             slow.fetch_add(1, Ordering::SeqCst);
             std::thread::sleep(Duration::from_micros(500));
@@ -499,8 +501,8 @@ async fn an_urgent_one_does_not_wait_for_a_broadcast() {
     }
     let progress = perennial.client().get(&format!("/notifications/{id}")).await.json();
     assert_eq!(progress["state"], "sending", "{progress}");
-    // Half a second on two processors, and one where two others keep them busy. Behind the broadcast it
-    // would be most of a minute.
+    // The median is half a second on two processors, and one second where two other processes keep them busy.
+    // Behind the broadcast it would be most of a minute.
     took.sort();
     println!("{:?}", took[took.len() / 2]);
     assert!(took[took.len() / 2] < Duration::from_secs(5), "{took:?}");
@@ -523,7 +525,7 @@ async fn three_strikes_far_apart_end_a_subscription_and_a_success_forgives() {
     let (double, perennial) = start_with(|setup| setup.set("push.allow_hosts=*")).await;
     perennial.subscribe(&double, 1).await;
     let receiver = double.mint();
-    // What Chrome hands out after unsubscribing.
+    // Chrome returns such an endpoint after an unsubscription.
     perennial.fill(std::iter::once({
         let mut subscription = receiver.clone();
         subscription["endpoint"] = "https://permanently-removed.invalid/fcm/send/x".into();

@@ -1,4 +1,4 @@
-//! Web push, among real browsers, push services and stores. A file per promise.
+//! Web push with real browsers, push services and stores. There is a file for each promise.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 #![allow(clippy::duplicate_mod, reason = "some promises are kept on two stores, by the same tests")]

@@ -1,4 +1,4 @@
-//! `POST /notify`: who gets it, what becomes of it, and what is promised when it is accepted.
+//! `POST /notify`: the audience, the outcomes, and the promises that its acceptance makes.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -146,7 +146,7 @@ async fn the_outcomes_add_up_to_the_audience_and_what_has_ended_is_deleted() {
 async fn one_bad_row_never_stops_a_batch() {
     let (double, perennial) = start_with(|setup| setup.set("push.small_audience=0")).await;
     let ids = perennial.subscribe(&double, 12).await;
-    // As a restored backup, a bug or an older version may have left them.
+    // A restored backup, a bug or an older version may have left such rows.
     for (id, damage) in [
         (ids[0], format!("p256dh = x'{}'", "00".repeat(65))),
         (ids[3], "p256dh = x'04'".to_owned()),
@@ -180,7 +180,7 @@ async fn what_may_heal_is_tried_again_within_the_time_to_live() {
     assert_eq!(progress["outcomes"], json!({ "delivered": 4 }));
     assert_eq!(double.reached_and_repeats().0, 4);
     let ttls: Vec<u32> = double.taken().iter().map(|taken| taken.push.ttl).collect();
-    // A cut takes along what else was on the connection.
+    // A cut also ends the other requests on the connection.
     let later = ttls.iter().filter(|ttl| (80..100).contains(*ttl)).count();
     assert!(later >= 3 && ttls.iter().all(|ttl| (80..=100).contains(ttl)), "the wait is taken off: {ttls:?}");
 }
@@ -232,7 +232,7 @@ async fn an_idempotency_key_makes_repeating_safe() {
     assert_eq!(scheduled["status"], "scheduled");
     assert_eq!(later.post("/notify", &request).await.json(), scheduled);
 
-    // Across a restart too.
+    // The key is remembered across a restart.
     let mut perennial = perennial;
     perennial.stop().await;
     let perennial = perennial.start_again().await;
@@ -240,7 +240,7 @@ async fn an_idempotency_key_makes_repeating_safe() {
     assert_eq!(keyed.post("/notify", &hello(&json!({"all": true}))).await.json(), first.json());
 }
 
-/// From the request to each of its batches, also to those that are tried again.
+/// The trace goes from the request to each of its batches, including those of retries.
 #[tokio::test]
 async fn every_batch_carries_the_trace_of_its_request() {
     let (double, perennial) =
@@ -293,7 +293,7 @@ async fn a_small_urgent_one_does_not_wait_for_a_big_one() {
     })
     .await;
     let ids = perennial.subscribe(&double, 300).await;
-    // The service answers nothing of the big one, which then gets no more than what it begins with.
+    // The service answers no message of the big notification, which then gets no more than its first permits.
     double.script(|push| if push.topic.is_some() { Answer::Stall } else { Answer::Take });
     let mut big = hello(&json!({"all": true}));
     big["topic"] = "slow".into();
@@ -325,7 +325,7 @@ async fn a_big_audience_is_sent_page_by_page_to_those_who_were_there() {
         perennial.client().delete(&format!("/subscriptions/{id}"), None).await;
     }
     let id = perennial.notify(&hello(&json!({"all": true}))).await;
-    // Whoever comes now has an id above the watermark.
+    // A subscription that comes now has an id above the watermark.
     perennial.subscribe(&double, 5).await;
     let progress = perennial.done(&id).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 360 }));
@@ -359,7 +359,7 @@ async fn those_that_are_asked_to_wait_hold_up_nobody() {
     })
     .await;
     let ids = perennial.subscribe(&double, 200).await;
-    // Every other one, and each asks for another wait.
+    // Every other request is asked to wait, each for another time.
     let asked = AtomicUsize::new(0);
     double.script(move |_| match asked.fetch_add(1, Ordering::SeqCst) {
         count if count < 200 && count % 2 == 0 => {
@@ -392,7 +392,7 @@ async fn the_log_follows_a_notification_from_its_request_to_its_end() {
     perennial.done(&id).await;
     let done = perennial.logged("notification done").await;
     assert_eq!(done["notification"], id.as_str(), "{done}");
-    // It is the last line of all.
+    // This is the last line of all.
     perennial.logged("job ended").await;
     let lines = perennial.log_lines();
     let of = |what: &str, key: &str, value: &str| {
@@ -400,7 +400,7 @@ async fn the_log_follows_a_notification_from_its_request_to_its_end() {
     };
     let request = answer.header("x-request-id").unwrap();
     assert_eq!(of("request", "request_id", request), 1);
-    // One name for each id, at the same place in every line: of the request, of jobs, and of what they say.
+    // Each id has the same name and place in all lines: those of the request, of its jobs, and of messages within them.
     let trace = answer.header("traceresponse").unwrap().split('-').nth(1).unwrap().to_owned();
     assert_eq!(trace, request.replace('-', ""), "a trace that begins with the request has its digits");
     let joined: Vec<&Value> = lines

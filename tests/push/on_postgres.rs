@@ -1,4 +1,4 @@
-//! The same promises on the other store: `Setup::start` puts whatever is in this module on a Postgres database of its own.
+//! The same promises on the other store: `Setup::start` gives each test of this module a Postgres database of its own.
 
 #[path = "audience.rs"]
 mod audience;

@@ -1,4 +1,4 @@
-//! Sending at a rate: even, shared by replicas, changed while it goes on; and what becomes of a notification meanwhile.
+//! Sending at a rate: evenly, shared by replicas, changed while it goes on; and the states of a notification meanwhile.
 
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,7 +13,7 @@ use support::{eventually, soon};
 
 use support::stores::on_postgres;
 
-/// When messages came.
+/// Arrival times of messages.
 #[derive(Clone, Default)]
 struct Arrivals(Arc<Mutex<Vec<Instant>>>);
 
@@ -32,13 +32,13 @@ impl Arrivals {
         self.0.lock().unwrap().len()
     }
 
-    /// From the first to the last.
+    /// Time from the first message to the last.
     fn span(&self) -> Duration {
         let times = self.0.lock().unwrap();
         *times.last().unwrap() - *times.first().unwrap()
     }
 
-    /// The most within a while.
+    /// Maximum number of messages within any interval of this length.
     fn most_within(&self, while_: Duration) -> usize {
         let times = self.0.lock().unwrap();
         let from =
@@ -46,7 +46,7 @@ impl Arrivals {
         times.iter().map(from).max().unwrap_or_default()
     }
 
-    /// How many came in the first part of the time, of so many parts.
+    /// Number of messages in the first of `parts` equal parts of the time.
     fn in_first(&self, parts: u32) -> usize {
         let times = self.0.lock().unwrap();
         let (first, last) = (*times.first().unwrap(), *times.last().unwrap());
@@ -76,7 +76,7 @@ async fn a_rate_is_kept_evenly_from_batch_to_batch() {
     let progress = perennial.notify_and_wait(&at_rate(40.0)).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 60 }));
     assert_eq!(progress["rate_wanted"], 40.0);
-    // 59 waits of 25 ms.
+    // There are 59 waits of 25 ms.
     let span = arrivals.span();
     assert!((Duration::from_millis(1300)..Duration::from_secs(8)).contains(&span), "{span:?}");
     let most = arrivals.most_within(Duration::from_millis(100));
@@ -97,12 +97,12 @@ async fn a_ramp_rises_from_nothing() {
     let mut request = at_rate(60.0);
     request["ramp_up"] = "2s".into();
     perennial.notify_and_wait(&request).await;
-    // In the first half of a ramp there is a quarter of what it sends.
+    // The first half of a ramp has a quarter of its messages.
     let early = arrivals.in_first(2);
     assert!((5..=26).contains(&early), "{early} of 60");
 }
 
-/// Two processes on one database.
+/// Starts two processes on one database.
 async fn two_replicas() -> (Double, Database, [Perennial; 2]) {
     let (double, database) = (Double::start().await, Database::new().await);
     let start = async || {
@@ -125,7 +125,7 @@ async fn replicas_share_one_rate() {
     assert!(span < Duration::from_secs(10), "{span:?}");
 }
 
-/// Whichever of them is asked.
+/// Both replicas report the rate of all replicas.
 #[tokio::test]
 async fn replicas_tell_the_rate_of_all_of_them() {
     let (double, _database, [one, other]) = two_replicas().await;
@@ -339,7 +339,7 @@ async fn what_waits_ends_with_its_notification() {
     let ended = end(&id).await;
     assert_eq!((&ended["state"], &ended["outcomes"]), (&json!("cancelled"), &json!({ "cancelled": 20 })));
     assert_eq!(double.asked(), 0);
-    // One that is paused ends with its time, too.
+    // A paused notification also ends when its time is over.
     let expires = jiff::Timestamp::now() + Duration::from_secs(2);
     let request = json!({ "to": {"all": true}, "payload": "x", "rate": 1, "expires": expires });
     let id = perennial.notify(&request).await;

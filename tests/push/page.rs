@@ -1,4 +1,4 @@
-//! The page, in a real browser: it subscribes, sends, and shows what its service worker decrypted.
+//! The page in a real browser: it subscribes, sends, and shows the messages that its service worker decrypted.
 
 use std::path::Path;
 
@@ -25,14 +25,14 @@ async fn subscribe(firefox: &Firefox) {
     panic!("it does not subscribe");
 }
 
-/// What the browser shows, as its service worker's registration lists it.
+/// Notifications that the browser shows, as the registration of its service worker lists them.
 async fn shown(firefox: &Firefox) -> Vec<Value> {
     let list = "navigator.serviceWorker.ready.then((registration) => registration.getNotifications())
         .then((shown) => JSON.stringify(shown.map(({ title, body, tag }) => ({ title, body, tag }))))";
     serde_json::from_str(&firefox.evaluate(list).await).unwrap()
 }
 
-/// The browser's subscription, as it would tell it.
+/// The browser's subscription, as the page would send it.
 async fn firefox_subscription(firefox: &Firefox) -> Value {
     let text =
         "navigator.serviceWorker.ready.then((registration) => registration.pushManager.getSubscription())
@@ -62,7 +62,7 @@ async fn a_browser_subscribes_sends_and_shows_what_it_decrypted() {
     let subscriptions = stored(&perennial).await;
     assert_eq!(subscriptions.len(), 1);
 
-    // The form.
+    // The form sends a notification.
     firefox.evaluate("document.getElementById('title').value = 'Grüße'").await;
     firefox.evaluate("document.getElementById('body').value = 'from the form'").await;
     firefox.click("#send").await;
@@ -73,7 +73,7 @@ async fn a_browser_subscribes_sends_and_shows_what_it_decrypted() {
         .screenshot(Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/../target/screenshots/page.png")))
         .await;
 
-    // A backend.
+    // A backend sends a notification.
     let notification = json!({ "title": "Order 42", "body": "is on its way", "url": "/orders/42" });
     let progress =
         perennial.notify_and_wait(&json!({ "to": {"all": true}, "notification": notification })).await;
@@ -87,7 +87,7 @@ async fn a_browser_subscribes_sends_and_shows_what_it_decrypted() {
         (Some("is on its way"), progress["id"].clone())
     );
 
-    // A declarative one, in a browser that does not know them: the worker shows it, and not its text.
+    // The browser does not know declarative messages: the service worker shows the notification, and not its JSON text.
     let declarative = json!({
         "to": {"all": true}, "declarative": true,
         "notification": { "title": "Declared", "body": "once", "url": "https://example.com/d", "data": { "order": 7 } }
@@ -99,7 +99,7 @@ async fn a_browser_subscribes_sends_and_shows_what_it_decrypted() {
     let data: Value = serde_json::from_str(&firefox.evaluate(data).await).unwrap();
     assert_eq!((&data["url"], &data["order"]), (&json!("https://example.com/d"), &json!(7)), "{data}");
 
-    // A user who signs out: the browser stays subscribed, and is nobody's.
+    // A user signs out: the browser stays subscribed, and belongs to no user.
     let id = stored(&perennial).await[0]["id"].clone();
     let mut owned =
         json!({ "subscription": firefox_subscription(&firefox).await, "user": "ann", "tags": ["vip"] });
@@ -111,14 +111,14 @@ async fn a_browser_subscribes_sends_and_shows_what_it_decrypted() {
     let after = stored(&perennial).await[0].clone();
     assert_eq!((&after["id"], &after["user"], &after["tags"]), (&id, &Value::Null, &json!([])), "{after}");
 
-    // A text that is no notification of ours, and nothing at all.
+    // The payload is a text that is no notification of ours, and then it is empty.
     perennial.notify_and_wait(&json!({ "to": {"all": true}, "payload": "plain words" })).await;
     firefox.text_of("#received", |text| text.contains("Notification: plain words")).await;
     perennial.notify_and_wait(&json!({ "to": {"all": true}, "payload": "" })).await;
     firefox.text_of("#received", |text| text.matches("Notification").count() == 2).await;
     assert!(double.refused().is_empty(), "{:?}", double.refused());
 
-    // The push service loses its memory: the browser subscribes anew, and stays who it was.
+    // The push service forgets the browser, which subscribes anew and keeps its id.
     let before = subscriptions[0].clone();
     double.disconnect_browsers();
     let after = eventually("the service worker has told of its new subscription", || async {
@@ -162,7 +162,7 @@ async fn the_page_loads_nothing_from_elsewhere() {
     }
 }
 
-/// What axe-core finds wrong with the page that is open, each with its elements.
+/// Problems that axe-core finds in the open page, each with its elements.
 async fn violations(firefox: &Firefox) -> Vec<String> {
     let axe = support::tools::directory().join("node/node_modules/axe-core/axe.min.js");
     let script = std::fs::read_to_string(&axe).unwrap_or_else(|error| panic!("{}: {error}", axe.display()));
@@ -185,12 +185,12 @@ async fn everybody_can_use_the_page() {
     firefox.text_of("#state", |text| text == "This browser is not subscribed.").await;
     assert_eq!(violations(&firefox).await, Vec::<String>::new());
 
-    // The keyboard goes on where it was.
+    // The focus of the keyboard stays at the same place.
     firefox.evaluate("document.getElementById('subscribe').focus(), ''").await;
     subscribe_by_key(&firefox).await;
     assert_eq!(firefox.evaluate("document.activeElement.id").await, "unsubscribe");
 
-    // Without a key a person is told what to do, and where.
+    // Without a key the page says what to do, and focuses the field for the key.
     firefox.click("#send").await;
     let said = firefox.text_of("#sent", |text| text.len() > 3).await;
     assert!(said.starts_with("Sending takes an API key"), "{said}");
@@ -205,7 +205,7 @@ async fn everybody_can_use_the_page() {
     let width = firefox.evaluate("String(document.documentElement.scrollWidth)").await;
     assert!(width.parse::<u32>().unwrap() <= 390, "{width}");
 
-    // A proxy in front that answers in its own way.
+    // A proxy in front of the server answers with a page of its own.
     firefox
         .evaluate(
             "window.fetch = () => Promise.resolve(new Response('<h1>Bad Gateway</h1>', { status: 502 })), ''",
@@ -243,7 +243,7 @@ async fn a_browser_that_may_not_show_anything_is_told_the_way_back() {
     firefox.click("#subscribe").await;
     let said = firefox.text_of("#state", |text| text.contains("does not let this page")).await;
     assert!(said.contains("press Subscribe again"), "{said}");
-    // Somebody who takes longer than the push service may is not given up.
+    // A user who takes longer to decide than the push service may take is not given up.
     firefox.evaluate("Notification.requestPermission = () => new Promise((done) => setTimeout(() => done('granted'), 100)), ''").await;
     firefox
         .evaluate("document.getElementById('state').textContent = 'This browser is not subscribed.'")

@@ -1,4 +1,4 @@
-//! Several sites in one process: what belongs to one is not there for another.
+//! Several sites in one process: the data of one site does not exist for another.
 
 use std::time::{Duration, Instant};
 
@@ -66,7 +66,7 @@ async fn a_page_belongs_to_the_site_of_its_origin_or_host() {
     let strange = anybody.with_header("origin", "https://strange.example").get("/push/key").await;
     assert_eq!(strange.status, 403, "{}", strange.text());
 
-    // Pages of each may read what they are answered, and set the tags of their own site.
+    // Pages of each site may read their answers, and set the public tags of their own site.
     let shop = anybody.with_header("origin", SHOP);
     let answer = shop.get("/push/key").await;
     assert_eq!(answer.header("access-control-allow-origin"), Some(SHOP));
@@ -75,7 +75,7 @@ async fn a_page_belongs_to_the_site_of_its_origin_or_host() {
     let refused = shop.post("/subscriptions", &with_tag("sport")).await;
     assert_eq!(refused.status, 403);
     assert!(refused.text().contains("sites.shop.public_tags"), "{}", refused.text());
-    // The key of another site is no key here.
+    // The VAPID key of another site is refused.
     let other = json!({ "subscription": double.mint(), "key": of_news });
     assert_eq!(shop.post("/subscriptions", &other).await.status, 422);
 
@@ -93,7 +93,7 @@ async fn messages_are_signed_for_their_site() {
         let origin = if site == "shop" { SHOP } else { NEWS };
         let page = perennial.client().without_key().with_header("origin", origin);
         let key = key_of(&page).await;
-        // The push service takes nothing that is signed with another key.
+        // The push service accepts only messages that are signed with this key.
         subscribed(&page, json!({ "subscription": double.mint_for(&key) })).await;
         let backend =
             perennial.client().with_key(&add_key(&perennial.setup, "backend", &["--site", site]).await);
@@ -114,7 +114,7 @@ async fn messages_are_signed_for_their_site() {
     }
 }
 
-/// A push service that refuses the key of one site goes on being sent to for the others.
+/// A push service that refuses the key of one site is still sent to for the other sites.
 #[tokio::test]
 async fn a_key_that_is_refused_stops_its_own_site_only() {
     let double = Double::start().await;
@@ -137,14 +137,14 @@ async fn a_key_that_is_refused_stops_its_own_site_only() {
         (origins[0]["held"] == "unauthorized").then_some(())
     })
     .await;
-    // Long before the service would be asked again for the other.
+    // This is long before the service would be tried again for the other site.
     let began = Instant::now();
     let sent = news.post("/notify", &request).await;
     assert_eq!(until_done(&news, &sent).await["outcomes"], json!({ "delivered": 1 }));
     assert!(began.elapsed() < Duration::from_secs(10), "{:?}", began.elapsed());
 }
 
-/// Every route of the interface, asked by one site about what another has.
+/// One site calls every route of the interface with ids of another site.
 #[tokio::test]
 async fn no_route_shows_or_changes_what_another_site_has() {
     let double = Double::start().await;
@@ -174,7 +174,7 @@ async fn isolated(double: &Double, perennial: Perennial) {
             let asked = path.replace("/subscriptions/{id}", &format!("/subscriptions/{theirs}"));
             let asked = asked.replace("{id}", id).replace("{user}", "ann").replace("{kind}", "push.deliver");
             let (expected, body) = match (method.as_str(), path.as_str()) {
-                // What is of no site, or of their own.
+                // These routes belong to no site, or to the caller's own.
                 ("GET", "/push/key") | ("POST", "/subscriptions") => continue,
                 ("GET", "/subscriptions" | "/notifications") | (_, "/users/{user}") => (200, None),
                 ("DELETE", "/subscriptions") => {
@@ -203,7 +203,7 @@ async fn isolated(double: &Double, perennial: Perennial) {
         let dry = news.post("/notify", &json!({ "to": to, "payload": "x", "dry_run": true })).await;
         assert_eq!(dry.json()["audience"], 0, "{}", dry.text());
     }
-    // Nothing has changed; and the same endpoint is another subscription at another site.
+    // Nothing has changed, and the same endpoint is another subscription at another site.
     assert_eq!(shop.get(&format!("/notifications/{scheduled}")).await.json(), before);
     assert_eq!(shop.get(&format!("/subscriptions/{theirs}")).await.status, 200);
     assert!(double.taken().iter().all(|taken| taken.text != "stolen"));
@@ -211,7 +211,7 @@ async fn isolated(double: &Double, perennial: Perennial) {
     assert_eq!(news.delete("/users/ann", None).await.status, 200);
     assert_eq!(news.get(&format!("/subscriptions/{own}")).await.status, 404);
     assert_eq!(shop.get("/users/ann").await.json()["subscriptions"].as_array().unwrap().len(), 1);
-    // What is in flight under an Idempotency-Key is each one's own, too.
+    // Each site has its own Idempotency-Keys.
     let keyed = |client: &Client| client.with_header("idempotency-key", "same");
     let of_shop = keyed(&shop).post("/notify", &to_all).await.json()["id"].clone();
     let of_news = keyed(&news).post("/notify", &to_all).await.json()["id"].clone();
@@ -223,7 +223,7 @@ async fn isolated(double: &Double, perennial: Perennial) {
     std::fs::write(perennial.setup.file("lines"), &export).unwrap();
     let lines = perennial.setup.file("lines").display().to_string();
     let import = perennial.setup.run(&["subscriptions", "import", "--site", "news", &lines]).await;
-    // It was made with a key that this site does not have.
+    // The subscription was made with a key that this site does not have.
     assert!(!import.status.success());
     assert!(exported(perennial.setup.run(&["subscriptions", "export", "--site", "news"]).await).is_empty());
     let unknown = perennial.setup.run(&["subscriptions", "export", "--site", "zoo"]).await;

@@ -1,5 +1,5 @@
-//! Everything at once: three replicas of which some are killed, Postgres and Redis restarted, and a push service that
-//! answers with 429, 500, cuts and silence. Everybody is reached or accounted for.
+//! Everything at once: three replicas, some of which are killed, restarts of Postgres and Redis, and a push service
+//! that answers with 429, 500, cuts and silence. Every member is reached or accounted for.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,11 +14,11 @@ use support::{eventually, full, postgres, redis};
 
 use support::stores::on_postgres;
 
-/// How many sends of a batch may be begun and not recorded.
+/// Maximum number of sends of a batch that are begun and not recorded.
 const CHECKPOINT: usize = 10;
-/// How many requests are on a connection, as a rule.
+/// Usual number of requests on a connection.
 const CUT: usize = 30;
-/// How many batches of every kind a replica may have in hand.
+/// Maximum number of batches, of all kinds, that a replica has claimed.
 const BATCHES: usize = 6;
 
 #[tokio::test]
@@ -87,7 +87,8 @@ async fn everybody_is_reached_or_accounted_for() {
     assert_eq!(sum, audience as u64, "{progress}");
     assert_eq!(reached, audience, "{progress}");
     assert_eq!(progress["outcomes"], json!({ "delivered": audience }));
-    // A restart of a store stops every batch of all three. A cut takes along what else was on its connection, and was taken.
+    // A restart of a store stops every batch of all three replicas. A cut also ends requests on its connection that
+    // the service had already accepted.
     let restarts = kills - kills / 3;
     let by_kills = (kills + restarts * 3) * BATCHES * CHECKPOINT;
     let by_cuts = unclear.load(Ordering::SeqCst) * CUT;
@@ -95,7 +96,7 @@ async fn everybody_is_reached_or_accounted_for() {
     assert!(double.refused().is_empty(), "{:?}", double.refused());
 }
 
-/// Waits for the end of a notification, whichever replica answers.
+/// Waits for the end of a notification, and asks the replicas in turn.
 async fn ended(replicas: &[Perennial], id: &str) -> Value {
     let ask = || async {
         for replica in replicas {

@@ -1,4 +1,4 @@
-//! What strangers choose, and what it costs the others: nothing that they would notice.
+//! Strangers choose what they store, but it costs other users nothing that they would notice.
 
 use std::time::{Duration, Instant};
 
@@ -24,7 +24,7 @@ async fn start_with(change: impl FnOnce(Setup) -> Setup) -> (Double, Perennial) 
     (double, perennial)
 }
 
-/// The last part of an endpoint: what the push service knows a subscription by.
+/// Last part of an endpoint, by which the push service identifies a subscription.
 fn token(subscription: &Value) -> String {
     subscription["endpoint"].as_str().unwrap().rsplit('/').next().unwrap().to_owned()
 }
@@ -35,12 +35,13 @@ async fn store(perennial: &Perennial, subscription: &Value) {
     assert_eq!(answer.status, 201, "{}", answer.text());
 }
 
-/// Rows that answer with a refusal, an order to wait, or an error; before the good ones, or among them.
+/// Checks that 100 good subscriptions are served beside hostile ones. Hostile subscriptions answer with `status`: a
+/// refusal, a request to wait, or an error. They are stored before the good ones, or among them if `scattered`.
 async fn good_ones_are_served_beside(status: u16, hostile: usize, scattered: bool) {
     of_many_good_ones(100, status, hostile, scattered).await;
 }
 
-/// The same of so many good ones.
+/// Checks the same with `many` good subscriptions.
 async fn of_many_good_ones(many: usize, status: u16, hostile: usize, scattered: bool) {
     let (double, perennial) = start_with(|setup| {
         setup.set("push.address_burst=1000000").set("push.site_burst=1000000").set("push.attempts=2")
@@ -54,7 +55,7 @@ async fn of_many_good_ones(many: usize, status: u16, hostile: usize, scattered: 
             if is_bad.contains(&push.token) { status_answer(status, &[]) } else { Answer::Take }
         },
     );
-    // The good ones have been delivered to before.
+    // Half of the good ones have been delivered to before.
     for subscription in &good[..many / 2] {
         store(&perennial, subscription).await;
     }
@@ -77,7 +78,7 @@ async fn of_many_good_ones(many: usize, status: u16, hostile: usize, scattered: 
     })
     .await;
     println!("{many} beside {hostile} that answer {status}, scattered {scattered}: {:?}", began.elapsed());
-    // At any moment, somebody who is in a hurry.
+    // An urgent message gets through at any moment.
     for _ in 0..5 {
         let urgent = json!({ "to": { "push": [good[0]] }, "payload": "now", "urgency": "high", "ttl": 60 });
         let progress = soon("an urgent message", perennial.notify_and_wait(&urgent)).await;
@@ -110,7 +111,7 @@ async fn two_hundred_subscriptions_that_are_out_of_order_keep_nobody_waiting() {
     good_ones_are_served_beside(503, 200, true).await;
 }
 
-/// As many as a determined visitor may store: for the figures.
+/// Uses as many subscriptions as a determined visitor may store, for the figures.
 #[tokio::test]
 async fn two_thousand_hostile_subscriptions_keep_three_thousand_waiting_no_longer_than_none_do() {
     if !support::full() {
@@ -123,7 +124,7 @@ async fn two_thousand_hostile_subscriptions_keep_three_thousand_waiting_no_longe
     }
 }
 
-/// Nothing was ever delivered, and those who come first are refused: the others are found soon.
+/// Nothing was ever delivered, and the first subscriptions are refused: the good ones behind them are found soon.
 #[tokio::test]
 async fn a_first_broadcast_finds_the_good_ones_behind_hostile_ones() {
     let (double, perennial) =
@@ -146,7 +147,7 @@ async fn a_first_broadcast_finds_the_good_ones_behind_hostile_ones() {
     assert_eq!(progress["outcomes"], json!({ "delivered": 300, "unauthorized": 300 }));
 }
 
-/// A contact that was forgotten, or a key that does not belong to a dump: the push service refuses all, for days.
+/// The contact was forgotten, or a key does not belong to a dump: the push service refuses all messages for days.
 #[tokio::test]
 async fn refusals_for_a_fault_of_ours_lose_nobody() {
     let (double, perennial) = start_with(|setup| setup.set("push.attempts=1")).await;
@@ -161,14 +162,14 @@ async fn refusals_for_a_fault_of_ours_lose_nobody() {
         assert_eq!(admin.post("/origins/resume", &json!({ "origin": origin })).await.status, 204);
     }
     assert_eq!(perennial.sql("SELECT count(*) FROM subscriptions").await, 15, "nobody is lost");
-    // Mended: all are there.
+    // The fault is mended, and all subscriptions are still there.
     double.script(|_| Answer::Take);
     let progress = perennial.notify_and_wait(&to_all()).await;
     assert_eq!(progress["outcomes"], json!({ "delivered": 15 }));
     assert_eq!(perennial.sql("SELECT count(*) FROM subscriptions WHERE refused_since IS NOT NULL").await, 0);
 }
 
-/// One that is refused while the others are not, for longer than a week, is none of ours.
+/// A subscription that is refused for longer than a week, while others are accepted, is not ours and is given up.
 #[tokio::test]
 async fn a_subscription_that_is_refused_alone_for_a_week_is_given_up() {
     let (double, perennial) = start_with(|setup| setup.set("push.attempts=1")).await;
@@ -223,7 +224,7 @@ async fn names_that_dns_cannot_carry_are_refused() {
     }
 }
 
-/// The oldest that nothing was delivered to make room; who was delivered to stays.
+/// A new subscription evicts the oldest one without a delivery; subscriptions with a delivery stay.
 #[tokio::test]
 async fn what_strangers_store_is_bounded() {
     let (double, perennial) =
@@ -242,7 +243,7 @@ async fn what_strangers_store_is_bounded() {
     perennial.logged("strangers have stored nearly as many subscriptions as may be; the oldest that nothing was delivered to will make room (push.guests_per_site)").await;
 }
 
-/// A guesser at the same address, as everybody is behind a proxy that is not listed.
+/// The attacker has the same address as all other clients, as behind a proxy that is not listed.
 #[tokio::test]
 async fn wrong_keys_keep_no_right_one_out() {
     let perennial = Setup::new().start().await;
@@ -260,7 +261,7 @@ async fn wrong_keys_keep_no_right_one_out() {
     assert_eq!(perennial.client().get("/notifications").await.status, 200);
 }
 
-/// However many follow, and only so many with one key.
+/// All followers share one query, and one key may have a limited number of followers.
 #[tokio::test]
 async fn those_who_follow_share_one_question_and_have_a_bound() {
     let (double, perennial) = start_with(|setup| setup.set("push.followers_per_key=20")).await;
@@ -312,7 +313,7 @@ async fn errors_are_no_longer_than_somebody_reads() {
     assert!(answer.fields().len() <= 20 && answer.text().len() < 16_000, "{}", answer.text().len());
 }
 
-/// A page is as many rows as fit, and the cursor leads on.
+/// A page has as many rows as fit, and the cursor leads to the next page.
 #[tokio::test]
 async fn pages_are_bounded_in_bytes() {
     let (double, perennial) = start_with(|setup| setup).await;
@@ -334,7 +335,7 @@ async fn pages_are_bounded_in_bytes() {
     assert!(seen == 150 && pages > 1, "{seen} in {pages}");
 }
 
-/// Half of the readers are for others.
+/// Half of the readers are reserved for other sites.
 #[tokio::test]
 async fn one_site_that_counts_again_and_again_keeps_others_from_nothing() {
     let double = Double::start().await;
@@ -370,7 +371,7 @@ async fn one_site_that_counts_again_and_again_keeps_others_from_nothing() {
     }
 }
 
-/// The signature names its site and its end.
+/// The signature of a token covers its site and its expiry.
 #[tokio::test]
 async fn a_user_token_ends_and_is_for_one_site() {
     use aws_lc_rs::hmac;

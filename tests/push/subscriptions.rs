@@ -1,4 +1,4 @@
-//! Browsers come, change and go.
+//! Browsers subscribe, change and unsubscribe.
 
 use aws_lc_rs::hmac;
 use base64::Engine;
@@ -79,11 +79,11 @@ async fn a_renewed_subscription_keeps_its_id_user_and_tags() {
     assert_eq!(stored["endpoint"], new["endpoint"]);
     assert_eq!((stored["user"].as_str(), &stored["tags"]), (Some("ann"), &json!(["news"])));
 
-    // The service worker and the page both tell: the second finds it done.
+    // Both the service worker and the page report the change; the second report finds it done.
     let again = anybody.post("/subscriptions", &json!({ "subscription": new, "replaces": replaces })).await;
     assert_eq!((again.status.as_u16(), id(&again)), (200, first));
 
-    // A wrong secret takes nothing over, and loses nothing.
+    // A wrong secret takes over nothing and loses nothing.
     let newest = double.mint();
     let wrong = json!({ "endpoint": new["endpoint"], "auth": old["keys"]["auth"] });
     let other = anybody.post("/subscriptions", &json!({ "subscription": newest, "replaces": wrong })).await;
@@ -152,7 +152,7 @@ async fn pages_of_other_origins_are_refused_unless_they_are_listed() {
     assert_eq!(other.header("access-control-allow-origin"), None);
     assert_eq!(page("null").get("/push/key").await.status, 403);
 
-    // What is refused, also before any route is asked, can be read by the page.
+    // The page can read refusals, even those that come before any route is reached.
     let readable = |answer: &support::http::Answer| {
         assert_eq!(
             answer.header("access-control-allow-origin"),
@@ -265,7 +265,7 @@ async fn a_browser_deletes_its_own_by_endpoint_and_secret() {
     assert_eq!(delete(subscription["keys"]["auth"].clone()).await, 404);
 }
 
-/// A browser that somebody else signs in with.
+/// Another user signs in with the same browser.
 #[tokio::test]
 async fn a_new_user_of_the_same_browser_inherits_nothing_private() {
     let double = Double::start().await;

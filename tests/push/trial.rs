@@ -1,4 +1,4 @@
-//! The first hour: everything on one machine with one command, and a sink that says what a server lacks.
+//! The first hour: everything on one machine with one command, and a sink that says which settings a server lacks.
 
 use std::process::Stdio;
 
@@ -8,7 +8,7 @@ use tokio::process::Child;
 use support::process::Setup;
 use support::soon;
 
-/// The next line of a child's standard output that contains a text.
+/// Next line of a child's standard output that contains a text.
 async fn line(lines: &mut tokio::io::Lines<BufReader<tokio::process::ChildStdout>>, part: &str) -> String {
     soon(part, async {
         loop {
@@ -46,7 +46,7 @@ async fn one_command_is_a_complete_trial_on_this_machine() {
     assert!(ended.status.success());
     assert!(String::from_utf8_lossy(&ended.stderr).contains("This is a trial"));
 
-    // A second one, while something else has its usual port, does not meet the browsers of the first.
+    // A second trial, while another program has its usual port, does not meet the browsers of the first.
     let _taken = std::net::TcpListener::bind("127.0.0.1:8443");
     let mut again = piped(&setup, &["serve", "--dev", "--subscribers", "2"]);
     let mut lines = BufReader::new(again.stdout.take().unwrap()).lines();
@@ -151,7 +151,7 @@ async fn commands_complete_explain_and_answer_in_json() {
 async fn a_key_that_cannot_be_printed_is_withdrawn() {
     let perennial = Setup::new().start().await;
     let mut command = perennial.setup.command(&["keys", "add", "lost"]);
-    // Nobody reads.
+    // The other end of the pipe is closed.
     let (reader, writer) = std::io::pipe().unwrap();
     drop(reader);
     let child = command.stdout(writer).stderr(Stdio::piped()).spawn().unwrap();
@@ -172,7 +172,7 @@ async fn another_users_server_is_not_said_not_to_run() {
         return;
     }
     let mut command = perennial.setup.command(&["top", "--once"]);
-    // nobody
+    // The id 65534 belongs to an unprivileged user.
     command.uid(65534).stdout(Stdio::null()).stderr(Stdio::piped());
     let output = command.output().await.unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();

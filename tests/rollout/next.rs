@@ -1,4 +1,4 @@
-//! The version after this one, as far as a store can tell: its tables have grown. For the test of a rollout.
+//! For the test of a rollout: the next version, as far as a store can tell. Its tables have grown.
 
 use std::process::ExitCode;
 
@@ -12,7 +12,7 @@ use perennial::settings::{Reader, Settings};
 use perennial::sites::Sites;
 use perennial::store::pool::sql::Store;
 
-/// Web push, with one more step.
+/// Web push with one more migration step.
 struct Next(Push);
 
 const STEP: &str = "ALTER TABLE subscriptions ADD COLUMN colour TEXT DEFAULT 'blue';

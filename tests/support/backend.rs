@@ -1,4 +1,4 @@
-//! A store of jobs of a test's own, of any kind.
+//! A job store of a test, of any kind.
 
 use std::time::Duration;
 
@@ -16,7 +16,7 @@ use tokio_postgres::types::Type;
 use crate::postgres::Database;
 use crate::redis::Prefix;
 
-/// Which store.
+/// Kind of a job store.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
     /// A file.
@@ -27,7 +27,7 @@ pub enum Kind {
     Redis,
 }
 
-/// One store, empty at first.
+/// A job store, empty at first.
 #[derive(Debug)]
 pub struct Backend(Inner);
 
@@ -39,7 +39,7 @@ enum Inner {
 }
 
 impl Backend {
-    /// A new one.
+    /// Creates an empty store.
     pub async fn new(kind: Kind) -> Self {
         Self(match kind {
             Kind::Sqlite => {
@@ -62,7 +62,7 @@ impl Backend {
         })
     }
 
-    /// A handle as a process of its own would have it.
+    /// Opens a handle of its own, as another process would.
     pub async fn queue(&self) -> JobStore {
         match &self.0 {
             Inner::Sqlite { store, .. } => JobStore::Sqlite(SqliteQueue::new(store.clone())),
@@ -75,7 +75,7 @@ impl Backend {
         }
     }
 
-    /// Ends every lease, as time would.
+    /// Ends every lease, as if its time had passed.
     pub async fn end_leases(&self) {
         match &self.0 {
             Inner::Sqlite { store, .. } => {
@@ -89,12 +89,12 @@ impl Backend {
         }
     }
 
-    /// Lets the store's clock jump by so many seconds: all that it has written down was then, by the new clock,
-    /// so much earlier.
+    /// Makes the clock of the store jump by `seconds`: all times that the store has written down are shifted that
+    /// much into the past.
     pub async fn jump(&self, seconds: i64) {
         match &self.0 {
             Inner::Sqlite { store, .. } => {
-                // Leases are by a clock that does not jump.
+                // Leases follow a clock that does not jump.
                 let ms = seconds * 1000;
                 let shift = move |tx: &rusqlite::Connection| {
                     tx.execute(
@@ -136,7 +136,7 @@ impl Backend {
         }
     }
 
-    /// Loses everything that is known about schedules.
+    /// Deletes all that the store knows about schedules.
     pub async fn forget_schedules(&self) {
         let sql = "DELETE FROM schedules";
         match &self.0 {
@@ -150,12 +150,12 @@ impl Backend {
     }
 }
 
-/// Makes earlier what schedules say, by so many milliseconds.
+/// Shifts the times of all schedules into the past by a number of milliseconds.
 const SHIFT_SCHEDULES: &str =
     "UPDATE schedules SET last_fire = last_fire - ?1, queued = queued - ?1, seen_at = seen_at - ?1";
 
-/// A store by its name, `sqlite:FILE`, `postgres://..` or `redis://..`, with its tables made: as a process of its own
-/// would have it.
+/// Opens a store by its name, `sqlite:FILE`, `postgres://..` or `redis://..`, and creates its tables, as a
+/// process of its own would do.
 pub async fn open(name: &str) -> JobStore {
     if let Some(file) = name.strip_prefix("sqlite:") {
         let store = Sqlite::open(sqlite_config(file.into())).await.unwrap();
@@ -171,7 +171,7 @@ pub async fn open(name: &str) -> JobStore {
     JobStore::Redis(RedisQueue::new(redis, "perennial"))
 }
 
-/// Makes earlier, by so many milliseconds, what sorted sets of the queue of the tests say.
+/// Shifts the scores of sorted sets of the queue `tests` into the past, by a number of milliseconds.
 async fn shift(redis: &Redis, prefix: &str, parts: &[&str], milliseconds: i64) {
     let script = Script::new(
         "for _, key in ipairs(KEYS) do
@@ -187,7 +187,7 @@ async fn shift(redis: &Redis, prefix: &str, parts: &[&str], milliseconds: i64) {
     redis.invoke::<()>(invocation.arg(milliseconds)).await.unwrap();
 }
 
-/// How a store in a file is opened here.
+/// Settings with which the tests open a SQLite store.
 pub fn sqlite_config(path: std::path::PathBuf) -> sqlite::Config {
     sqlite::Config {
         path,

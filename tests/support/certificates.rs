@@ -1,4 +1,4 @@
-//! An authority of a test's own, and what it signs.
+//! A certificate authority for a test, and a certificate that it has signed.
 
 use std::path::PathBuf;
 
@@ -12,7 +12,7 @@ pub struct Certificates {
 }
 
 impl Certificates {
-    /// Makes them, readable for everybody but the key, which is Postgres's if we are root.
+    /// Creates the files. All users can read them, except the key, which belongs to Postgres if we are root.
     pub fn new() -> Self {
         let directory = TempDir::new().unwrap();
         let authority_key = KeyPair::generate().unwrap();
@@ -39,17 +39,17 @@ impl Certificates {
         made
     }
 
-    /// Who signed.
+    /// File of the authority's certificate.
     pub fn authority(&self) -> PathBuf {
         self.directory.path().join("authority.pem")
     }
 
-    /// What was signed.
+    /// File of the server's certificate.
     pub fn certificate(&self) -> PathBuf {
         self.directory.path().join("certificate.pem")
     }
 
-    /// Its key.
+    /// File of the server's key.
     pub fn key(&self) -> PathBuf {
         self.directory.path().join("key.pem")
     }

@@ -1,5 +1,5 @@
-//! A push service for the tests: the product's own strict one, with a script for its failures, a record of
-//! what came, and a decryption that is not ours.
+//! A push service for the tests: the strict sink of the product, with a script for its failures, a record of all
+//! messages, and an implementation of decryption that is not ours.
 
 use std::collections::HashSet;
 use std::path::PathBuf;
@@ -17,12 +17,12 @@ use tempfile::TempDir;
 use tokio::task::JoinSet;
 use web_push_native::p256;
 
-/// A message that was taken.
+/// A message that the push service has accepted.
 #[derive(Clone, Debug)]
 pub struct Taken {
-    /// Its headers.
+    /// Headers of the message.
     pub push: Push,
-    /// What the independent decryption made of it.
+    /// Text to which the independent implementation decrypted the message.
     pub text: String,
 }
 
@@ -61,7 +61,7 @@ impl Behaviour for Record {
     }
 }
 
-/// A browser that decrypts with RustCrypto and the crate web-push-native: none of our code.
+/// A browser that decrypts with RustCrypto and the crate web-push-native, and so with none of our code.
 struct Independent {
     secret: p256::SecretKey,
     auth: [u8; 16],
@@ -91,7 +91,7 @@ impl Receiver for Independent {
 }
 
 impl Double {
-    /// One that takes everything.
+    /// Starts a push service that accepts all messages.
     pub async fn start() -> Self {
         let directory = TempDir::new().unwrap();
         let record = Arc::new(Record {
@@ -115,59 +115,59 @@ impl Double {
         Self { sink, browsers, record, directory, _trigger: trigger, _running: running }
     }
 
-    /// From now on it answers like this.
+    /// Answers all further messages as `script` decides.
     pub fn script(&self, script: impl Fn(&Push) -> Answer + Send + Sync + 'static) {
         *self.record.script.lock().unwrap() = Box::new(script);
     }
 
-    /// From now on it answers with this status.
+    /// Answers all further messages with this status.
     pub fn answer(&self, status: u16) {
         self.script(move |_| status_answer(status, &[]));
     }
 
-    /// The authority that its certificate is signed by.
+    /// File of the authority that signed the certificate of the push service.
     pub fn ca_file(&self) -> PathBuf {
         self.directory.path().join(sink::CA_FILE)
     }
 
-    /// Its own certificate and key, which are good for any name of this machine.
+    /// Certificate and key of the push service, which are valid for any name of this machine.
     pub fn identity(&self) -> tls::Config {
         let file = |name: &str| self.directory.path().join(name);
         tls::Config { cert_file: file("cert.pem"), key_file: file("key.pem") }
     }
 
-    /// Where endpoints begin.
+    /// Origin of the endpoints.
     pub fn origin(&self) -> &str {
         self.sink.origin()
     }
 
-    /// Where browsers connect.
+    /// Address to which browsers connect.
     pub fn browsers(&self) -> &str {
         &self.browsers
     }
 
-    /// A new subscription.
+    /// Creates a subscription.
     pub fn mint(&self) -> Value {
         self.sink.mint(Arc::new(Independent::new()), None)
     }
 
-    /// A new subscription that only this VAPID key may send to.
+    /// Creates a subscription to which only this VAPID key may send.
     pub fn mint_for(&self, vapid_key: &str) -> Value {
         let key = URL_SAFE_NO_PAD.decode(vapid_key).unwrap();
         self.sink.mint(Arc::new(Independent::new()), Some(key))
     }
 
-    /// Cuts the connections of browsers, and forgets them.
+    /// Closes the connections of all browsers and forgets the browsers.
     pub fn disconnect_browsers(&self) {
         self.sink.disconnect_browsers();
     }
 
-    /// Everything that was taken.
+    /// All messages that were accepted.
     pub fn taken(&self) -> Vec<Taken> {
         self.record.taken.lock().unwrap().clone()
     }
 
-    /// How many messages kept the rules, whatever the script said.
+    /// Number of messages that kept the rules, whatever the script answered.
     pub fn asked(&self) -> usize {
         self.record.asked.load(Ordering::SeqCst)
     }
@@ -177,7 +177,7 @@ impl Double {
         self.record.refused.lock().unwrap().clone()
     }
 
-    /// How many subscriptions took a message, and how many messages were repeats.
+    /// Number of subscriptions that accepted a message, and number of messages that were repeats.
     pub fn reached_and_repeats(&self) -> (usize, usize) {
         let taken = self.taken();
         let distinct: HashSet<&str> = taken.iter().map(|taken| taken.push.token.as_str()).collect();

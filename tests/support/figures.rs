@@ -1,13 +1,13 @@
-//! Lines of a bench's table.
+//! Lines of the table of a bench.
 
-/// The middle one.
+/// Median of the values.
 pub fn median(values: &[f64]) -> f64 {
     let mut values = values.to_vec();
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
 }
 
-/// Prints the median, and the range.
+/// Prints a line with the median and the range.
 pub fn line(what: &str, mut values: Vec<f64>, unit: &str) {
     values.sort_by(f64::total_cmp);
     let (low, middle, high) = (values[0], median(&values), values[values.len() - 1]);

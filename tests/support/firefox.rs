@@ -19,7 +19,7 @@ use tokio_tungstenite::{MaybeTlsStream, WebSocketStream};
 
 use crate::soon;
 
-/// How long a page may take to do something.
+/// Maximum time for anything that a page does.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A running browser with one open tab.
@@ -31,7 +31,7 @@ pub struct Firefox {
     _profile: TempDir,
 }
 
-/// Whether Firefox is installed. Where it must be (`CI=true`), its absence is a failure.
+/// Returns true when Firefox is installed. Where it must be (`CI=true`), its absence is a failure.
 pub async fn is_installed() -> bool {
     let version = Command::new("firefox-esr").arg("--version").output().await;
     let installed = version.is_ok_and(|output| output.status.success());
@@ -41,7 +41,7 @@ pub async fn is_installed() -> bool {
 }
 
 impl Firefox {
-    /// Starts it with the push service at `push_service`, a `ws:` URL, instead of Mozilla's.
+    /// Starts Firefox with the push service at `push_service`, a `ws:` URL, instead of Mozilla's.
     pub async fn start(push_service: &str) -> Self {
         let profile = TempDir::new().unwrap();
         let preferences = json!({
@@ -106,13 +106,13 @@ impl Firefox {
         self.call("browsingContext.navigate", parameters).await;
     }
 
-    /// A window as wide as a phone's.
+    /// Sets the viewport to the width of a phone.
     pub async fn narrow(&self) {
         let viewport = json!({ "width": 390, "height": 844 });
         self.call("browsingContext.setViewport", json!({ "context": self.tab, "viewport": viewport })).await;
     }
 
-    /// Clicks on the element, as a mouse does.
+    /// Clicks on the element as a mouse does.
     pub async fn click(&self, selector: &str) {
         let locator = json!({ "type": "css", "value": selector });
         let found = self
@@ -128,7 +128,7 @@ impl Firefox {
         self.call("input.performActions", json!({ "context": self.tab, "actions": actions })).await;
     }
 
-    /// Presses Enter, on whatever has the focus.
+    /// Presses Enter on the element that has the focus.
     pub async fn press_enter(&self) {
         let actions = json!([{ "type": "key", "id": "keyboard", "actions": [
             { "type": "keyDown", "value": "\u{e007}" },
@@ -144,7 +144,7 @@ impl Firefox {
         self.call("script.evaluate", parameters).await;
     }
 
-    /// The value of an expression in the page, awaited if it is a promise. It must be text.
+    /// Evaluates an expression in the page and returns its value, which must be text. A promise is awaited.
     pub async fn evaluate(&self, expression: &str) -> String {
         let target = json!({ "context": self.tab });
         let parameters = json!({ "expression": expression, "target": target, "awaitPromise": true });
@@ -153,7 +153,7 @@ impl Firefox {
         value.unwrap_or_else(|| panic!("{expression} is no text: {answer}")).to_owned()
     }
 
-    /// Waits until the text of an element is as wanted, and returns it.
+    /// Waits until the text of an element fulfils `wanted`, and returns it.
     pub async fn text_of(&self, selector: &str, wanted: impl Fn(&str) -> bool) -> String {
         let began = Instant::now();
         loop {
@@ -166,7 +166,7 @@ impl Firefox {
         }
     }
 
-    /// Saves a picture of the page.
+    /// Saves a screenshot of the page.
     pub async fn screenshot(&self, file: &Path) {
         let answer = self.call("browsingContext.captureScreenshot", json!({ "context": self.tab })).await;
         std::fs::create_dir_all(file.parent().unwrap()).unwrap();

@@ -1,4 +1,4 @@
-//! A load balancer that hides nothing: it tries nothing again, and asks nobody whether they are well.
+//! A load balancer that hides no failure: it has no retries and no health checks.
 
 use std::process::Stdio;
 
@@ -9,20 +9,20 @@ use tokio::process::{Child, Command};
 
 use crate::{eventually, free_port};
 
-/// How many servers there may be.
+/// Maximum number of servers.
 pub const SLOTS: usize = 32;
 
 /// A running haproxy, without servers.
 #[derive(Debug)]
 pub struct Haproxy {
-    /// Where it listens, on 127.0.0.1.
+    /// Port on 127.0.0.1 on which haproxy listens.
     pub port: u16,
     directory: TempDir,
     _child: Child,
 }
 
 impl Haproxy {
-    /// Starts it.
+    /// Starts haproxy.
     pub async fn start() -> Self {
         let directory = TempDir::new().unwrap();
         let (port, control) = (free_port(), directory.path().join("control"));
@@ -51,13 +51,13 @@ impl Haproxy {
         Self { port, directory, _child: child }
     }
 
-    /// Sends requests to this port of 127.0.0.1, too. Slots are counted from 1.
+    /// Adds the server on this port of 127.0.0.1 to the rotation. Slots are counted from 1.
     pub async fn add(&self, slot: usize, port: u16) {
         self.tell(&format!("set server pods/pod{slot} addr 127.0.0.1 port {port}")).await;
         self.tell(&format!("set server pods/pod{slot} state ready")).await;
     }
 
-    /// Sends no new requests there.
+    /// Sends no new requests to the server in this slot.
     pub async fn remove(&self, slot: usize) {
         self.tell(&format!("set server pods/pod{slot} state maint")).await;
     }

@@ -1,4 +1,4 @@
-//! The host alone, around a router of the test's own.
+//! The host alone, around a router of the test.
 
 use std::time::Duration;
 
@@ -17,25 +17,25 @@ use crate::{eventually, soon};
 /// A running server.
 #[derive(Debug)]
 pub struct Host {
-    /// Where it listens.
+    /// Addresses on which the server listens.
     pub addresses: Vec<String>,
-    /// Its connections.
+    /// Connections of the server.
     pub connections: Connections,
-    /// Its sockets.
+    /// Sockets of the server.
     pub sockets: Sockets,
-    /// What stops it.
+    /// Trigger that stops the server.
     pub trigger: Trigger,
-    /// The task that it runs in.
+    /// Tasks of the server.
     pub tasks: Tasks,
 }
 
-/// The defaults, on these addresses, with small bodies.
+/// Default settings on these addresses, with a small limit for bodies.
 pub fn config(listen: &[&str]) -> Config {
     let listen = listen.iter().map(|listen| listen.parse().unwrap()).collect();
     Config { body_limit: 1000, ..Config::new(net::Config::new("test", listen)) }
 }
 
-/// The defaults on a free port, with something else about sockets and connections.
+/// Default settings on a free port, with a change to the settings of sockets and connections.
 pub fn net(change: impl FnOnce(&mut net::Config)) -> Config {
     let mut config = config(&["127.0.0.1:0"]);
     change(&mut config.net);
@@ -43,12 +43,12 @@ pub fn net(change: impl FnOnce(&mut net::Config)) -> Config {
 }
 
 impl Host {
-    /// Starts it.
+    /// Starts a server.
     pub async fn start(config: Config, router: Router) -> Self {
         Self::start_with(config, router, None).await
     }
 
-    /// Starts it with threads for the processor.
+    /// Starts a server with threads for processor work.
     pub async fn start_with(config: Config, router: Router, cpu: Option<Cpu>) -> Self {
         let server = Server::bind(config, &Inherited::default()).await.unwrap();
         let (addresses, connections, sockets) = (server.addresses(), server.connections(), server.sockets());
@@ -58,24 +58,24 @@ impl Host {
         Self { addresses, connections, sockets, trigger, tasks }
     }
 
-    /// Starts it with the defaults, and a client for it.
+    /// Starts a server with the default settings, and returns a client for it.
     pub async fn plain(router: Router) -> (Self, Client) {
         let host = Self::start(config(&["127.0.0.1:0"]), router).await;
         let client = host.client();
         (host, client)
     }
 
-    /// A client of the first address.
+    /// Client of the first address.
     pub fn client(&self) -> Client {
         Client::new(&format!("http://{}", self.addresses[0]))
     }
 
-    /// A connection to the first address.
+    /// Opens a connection to the first address.
     pub async fn connect(&self) -> TcpStream {
         TcpStream::connect(&self.addresses[0]).await.unwrap()
     }
 
-    /// Waits until so many connections are open.
+    /// Waits until exactly `count` connections are open.
     pub async fn open(&self, count: usize) {
         eventually(&format!("{count} connections"), || async {
             (self.connections.count() == count).then_some(())
@@ -83,17 +83,17 @@ impl Host {
         .await;
     }
 
-    /// Stops it, as for a drain without a hurry.
+    /// Stops the server with a soft drain, and waits for its end.
     pub async fn stop(self) {
         self.trigger.advance(Phase::Soft);
         soon("the server ends", self.tasks.ended()).await;
     }
 }
 
-/// Sends bytes, and returns what comes back until the end of the connection, and after how long that was.
+/// Sends bytes. Returns what comes back until the end of the connection, and the time until then.
 pub async fn until_closed(stream: &mut TcpStream, bytes: &[u8]) -> (String, Duration) {
     let began = std::time::Instant::now();
-    // Who is cut off may find that out while writing.
+    // A client that is cut off may notice it only while it writes.
     let _ = stream.write_all(bytes).await;
     let mut answer = Vec::new();
     let _ = soon("the end of the connection", stream.read_to_end(&mut answer)).await;

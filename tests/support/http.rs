@@ -25,19 +25,19 @@ pub struct Client {
     http: HyperClient<HttpConnector, Full<Bytes>>,
 }
 
-/// An answer.
+/// An answer of a server.
 #[derive(Clone, Debug)]
 pub struct Answer {
-    /// Its status.
+    /// Status of the answer.
     pub status: StatusCode,
-    /// Its headers.
+    /// Headers of the answer.
     pub headers: HeaderMap,
-    /// Its body, to the end.
+    /// Complete body of the answer.
     pub body: Bytes,
 }
 
 impl Answer {
-    /// The body as JSON; null when it is none.
+    /// The body as JSON; null when the body is not JSON.
     pub fn json(&self) -> Value {
         serde_json::from_slice(&self.body).unwrap_or_default()
     }
@@ -47,12 +47,12 @@ impl Answer {
         String::from_utf8_lossy(&self.body).into_owned()
     }
 
-    /// The header as text.
+    /// A header as text.
     pub fn header(&self, name: &str) -> Option<&str> {
         self.headers.get(name).and_then(|value| value.to_str().ok())
     }
 
-    /// The fields that a problem names.
+    /// Fields that a problem document names.
     pub fn fields(&self) -> Vec<String> {
         let errors = self.json()["errors"].as_array().cloned().unwrap_or_default();
         errors.iter().filter_map(|error| error["field"].as_str().map(str::to_owned)).collect()
@@ -60,68 +60,68 @@ impl Answer {
 }
 
 impl Client {
-    /// A client of `base`, such as `http://127.0.0.1:8080`.
+    /// Creates a client of `base`, such as `http://127.0.0.1:8080`.
     pub fn new(base: &str) -> Self {
         let http = HyperClient::builder(TokioExecutor::new()).build_http();
         Self { base: base.to_owned(), key: None, headers: Vec::new(), http }
     }
 
-    /// The same over HTTP/2 with prior knowledge.
+    /// Creates a client of `base` that uses HTTP/2 with prior knowledge.
     pub fn http2(base: &str) -> Self {
         let http = HyperClient::builder(TokioExecutor::new()).http2_only(true).build_http();
         Self { http, ..Self::new(base) }
     }
 
-    /// The same with a key, or another one.
+    /// Returns the same client with this API key.
     pub fn with_key(&self, key: &str) -> Self {
         Self { key: Some(key.to_owned()), ..self.clone() }
     }
 
-    /// The same without a key.
+    /// Returns the same client without a key.
     pub fn without_key(&self) -> Self {
         Self { key: None, ..self.clone() }
     }
 
-    /// The same with one more header in every request.
+    /// Returns the same client with one more header in every request.
     pub fn with_header(&self, name: &str, value: &str) -> Self {
         let mut headers = self.headers.clone();
         headers.push((name.to_owned(), value.to_owned()));
         Self { headers, ..self.clone() }
     }
 
-    /// Where it sends.
+    /// URL of the server.
     pub fn base(&self) -> &str {
         &self.base
     }
 
-    /// Asks for something.
+    /// Sends a GET request.
     pub async fn get(&self, path: &str) -> Answer {
         self.send(Method::GET, path, None).await
     }
 
-    /// Sends JSON.
+    /// Sends a POST request with a JSON body.
     pub async fn post(&self, path: &str, body: &Value) -> Answer {
         self.send(Method::POST, path, Some(body)).await
     }
 
-    /// Has something deleted.
+    /// Sends a PATCH request with a JSON body.
     pub async fn patch(&self, path: &str, body: &Value) -> Answer {
         self.send(Method::PATCH, path, Some(body)).await
     }
 
-    /// `DELETE`.
+    /// Sends a DELETE request, with a JSON body if there is one.
     pub async fn delete(&self, path: &str, body: Option<&Value>) -> Answer {
         self.send(Method::DELETE, path, body).await
     }
 
-    /// Sends JSON, if any.
+    /// Sends a request, with a JSON body if there is one.
     pub async fn send(&self, method: Method, path: &str, body: Option<&Value>) -> Answer {
         let media_type = body.map(|_| "application/json");
         let body = body.map(|body| Bytes::from(body.to_string())).unwrap_or_default();
         self.send_bytes(method, path, media_type, body).await
     }
 
-    /// Sends anything.
+    /// Sends a request with any body. Panics when no answer comes.
     pub async fn send_bytes(
         &self,
         method: Method,
@@ -133,7 +133,7 @@ impl Client {
         self.try_send(method, path, media_type, body).await.unwrap_or_else(|error| panic!("{what}: {error}"))
     }
 
-    /// Sends anything, and returns an error when there is no answer.
+    /// Sends a request with any body, and returns an error when no answer comes.
     pub async fn try_send(
         &self,
         method: Method,
@@ -162,13 +162,13 @@ impl Client {
     }
 }
 
-/// Whether a request was not looked at, for the server had said that it leaves: GOAWAY was on its way when the
-/// client chose that connection. It may be sent again (RFC 9113, section 6.8), and every client does.
+/// Returns true when the server did not process a request because it was leaving: its GOAWAY was on its way when the
+/// client chose that connection. The request may be sent again (RFC 9113, section 6.8), and every client does so.
 pub fn crossed_goaway(error: &anyhow::Error) -> bool {
     error.chain().any(|why| why.to_string().contains("not a result of an error"))
 }
 
-/// A TLS handshake with `localhost`, whose certificate is signed by the authority in `ca`.
+/// Makes a TLS handshake with `localhost`, whose certificate is signed by the authority in `ca`.
 pub async fn tls_connect(
     stream: TcpStream,
     ca: PathBuf,

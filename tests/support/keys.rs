@@ -2,7 +2,7 @@
 
 use crate::process::Setup;
 
-/// Makes a key with the command, and returns it.
+/// Creates an API key with the command, and returns it.
 pub async fn add_key(setup: &Setup, name: &str, arguments: &[&str]) -> String {
     let output = setup.run(&[&["keys", "add", name], arguments].concat()).await;
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));

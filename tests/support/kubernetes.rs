@@ -1,4 +1,4 @@
-//! The manifests in `k8s/`, and what they describe: pods as processes, with directories in place of volumes.
+//! The manifests in `k8s/`, and the pods that they describe: run as processes, with directories in place of volumes.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -12,7 +12,7 @@ pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
 }
 
-/// Every resource of a directory with a kustomization, and of those that it stands on.
+/// All resources of a directory with a kustomization, and of the directories that it includes.
 fn resources(directory: &Path) -> Vec<Value> {
     let kustomization = read(&directory.join("kustomization.yaml")).remove(0);
     let listed = kustomization["resources"].as_array().unwrap();
@@ -46,24 +46,24 @@ fn read(path: &Path) -> Vec<Value> {
     documents.map(|document| serde::Deserialize::deserialize(document).unwrap()).collect()
 }
 
-/// Every resource of an overlay.
+/// All resources of an overlay.
 pub fn overlay(name: &str) -> Vec<Value> {
     resources(&root().join("k8s").join(name))
 }
 
-/// Those of a kind.
+/// All resources of a kind.
 pub fn of_kind<'a>(resources: &'a [Value], kind: &str) -> Vec<&'a Value> {
     resources.iter().filter(|resource| resource["kind"] == kind).collect()
 }
 
-/// The only one of a kind.
+/// The only resource of a kind.
 pub fn one<'a>(resources: &'a [Value], kind: &str) -> &'a Value {
     let found = of_kind(resources, kind);
     assert_eq!(found.len(), 1, "{kind}");
     found[0]
 }
 
-/// The pods that are made of these resources.
+/// Templates of the pods that these resources create.
 pub fn pods(resources: &[Value]) -> Vec<&Value> {
     let makers =
         resources.iter().filter(|resource| matches!(resource["kind"].as_str(), Some("Deployment" | "Job")));
@@ -77,15 +77,15 @@ pub fn container(pod: &Value) -> &Value {
     &containers[0]
 }
 
-/// The file of settings that is in the pods.
+/// The settings file that is mounted in the pods.
 pub fn settings(resources: &[Value]) -> &str {
     one(resources, "ConfigMap")["data"]["perennial.toml"].as_str().unwrap()
 }
 
-/// An overlay, with the Secret that its README has the operator make.
+/// An overlay, with the Secret that its README tells the operator to create.
 #[derive(Debug)]
 pub struct Cluster {
-    /// Every resource.
+    /// All resources of the overlay.
     pub resources: Vec<Value>,
     keys: Setup,
     store_url: String,
@@ -93,10 +93,10 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// What is in the Secret.
+    /// Names of the entries of the Secret.
     pub const SECRETS: [&str; 5] = ["vapid.pem", "api.key", "admin.token", "store-url", "queue-url"];
 
-    /// An overlay on these servers.
+    /// Creates an overlay that uses these servers.
     pub async fn new(overlay_name: &str, store_url: &str, queue_url: &str) -> Self {
         let keys = Setup::new();
         let made = keys.run(&["keys", "generate"]).await;
@@ -105,7 +105,7 @@ impl Cluster {
         Self { resources, keys, store_url: store_url.to_owned(), queue_url: queue_url.to_owned() }
     }
 
-    /// An entry of the Secret.
+    /// Value of an entry of the Secret.
     pub fn secret(&self, name: &str) -> String {
         match name {
             "store-url" => self.store_url.clone(),
@@ -114,7 +114,8 @@ impl Cluster {
         }
     }
 
-    /// A pod as it is written, and what its container is to do besides reading the settings: nothing for serving.
+    /// Setup of a pod as its manifest says, and the arguments of its container after the settings
+    /// file: none for serving.
     pub fn pod(&self, template: &Value) -> (Setup, Vec<String>) {
         let setup = Setup::listening_as_configured();
         let (data, secrets) = (setup.data_dir(), setup.file("secrets"));

@@ -1,4 +1,4 @@
-//! What the tests share: the program as a process, a push service that misbehaves on request, a browser.
+//! Shared parts of the tests: the program as a process, a push service that misbehaves on request, a browser.
 
 #![allow(clippy::unwrap_used, reason = "the panic of a test is its verdict")]
 
@@ -27,20 +27,20 @@ pub mod wire;
 use std::future::Future;
 use std::time::Duration;
 
-/// How long anything that should happen soon may take, on a busy machine.
+/// Maximum time for anything that should happen soon, on a busy machine.
 pub const SOON: Duration = Duration::from_secs(30);
 
-/// A port that nobody listens on, for servers that cannot choose one themselves.
+/// Returns a port on which no process listens, for servers that cannot choose one themselves.
 pub fn free_port() -> u16 {
     std::net::TcpListener::bind(("127.0.0.1", 0)).unwrap().local_addr().unwrap().port()
 }
 
-/// Whether the long versions are wanted: `tests/run --full`.
+/// Returns true when the long versions of the tests are to run: `tests/run --full`.
 pub fn full() -> bool {
     std::env::var_os("PERENNIAL_FULL").is_some()
 }
 
-/// Waits until `condition` gives a value; panics with `what` when it does not soon.
+/// Waits until `condition` returns a value. Panics with `what` when it does not within [`SOON`].
 pub async fn eventually<T, F>(what: &str, condition: impl FnMut() -> F) -> T
 where
     F: Future<Output = Option<T>>,
@@ -48,7 +48,7 @@ where
     eventually_within(SOON, what, condition).await
 }
 
-/// The same with more patience.
+/// Waits like [`eventually`], but for at most `patience`.
 pub async fn eventually_within<T, F>(patience: Duration, what: &str, mut condition: impl FnMut() -> F) -> T
 where
     F: Future<Output = Option<T>>,
@@ -63,7 +63,7 @@ where
     }
 }
 
-/// `value` if it comes soon; panics with `what` otherwise.
+/// Awaits `future` for at most [`SOON`] and returns its value. Panics with `what` when it takes longer.
 pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     match tokio::time::timeout(SOON, future).await {
         Ok(value) => value,

@@ -1,6 +1,6 @@
-//! nginx, as a push service that answers 201 and nothing else: for throughput, and because it closes
-//! connections with GOAWAY after a number of requests, mid-flight, as the big ones do. It reads what it is sent before
-//! it answers: with `return 201` alone it answers the headers and resets the stream.
+//! An nginx as a push service that answers every message with 201. It serves for throughput, and because it closes
+//! connections with GOAWAY after a number of requests, with others in flight, as the big push services do. It reads
+//! the body of a request before it answers: with `return 201` alone it answers the headers and resets the stream.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -11,7 +11,7 @@ use tokio::process::{Child, Command};
 
 use crate::{eventually, free_port};
 
-/// A free port on 127.0.0.1.
+/// Returns an address with a free port on 127.0.0.1.
 fn any() -> String {
     format!("127.0.0.1:{}", free_port())
 }
@@ -19,29 +19,30 @@ fn any() -> String {
 /// A running nginx.
 #[derive(Debug)]
 pub struct Nginx {
-    /// Where it listens.
+    /// Port on which nginx listens.
     pub port: u16,
     directory: TempDir,
     _child: Child,
 }
 
 impl Nginx {
-    /// Starts it with the certificate in `certificates`, closing each connection after so many requests.
+    /// Starts nginx with the certificate in `certificates`. It closes each connection after
+    /// `keepalive_requests` requests.
     pub async fn start(certificates: &Path, keepalive_requests: u32) -> Self {
         Self::start_with(certificates, &any(), keepalive_requests, "access.log").await
     }
 
-    /// The same at an address that was chosen, `127.0.0.2:8443`.
+    /// Starts nginx at a given address, such as `127.0.0.2:8443`.
     pub async fn start_at(certificates: &Path, address: &str) -> Self {
         Self::start_with(certificates, address, 1_000_000, "access.log").await
     }
 
-    /// The same without a log of its requests, for benches.
+    /// Starts nginx without a log of its requests, for benches.
     pub async fn start_silent(certificates: &Path, keepalive_requests: u32) -> Self {
         Self::start_with(certificates, &any(), keepalive_requests, "").await
     }
 
-    /// The same with nothing but the time of each request in its log.
+    /// Starts nginx with a log that has only the time of each request.
     pub async fn start_timed(certificates: &Path) -> Self {
         Self::start_with(certificates, &any(), 1_000_000_000, "access.log timed buffer=64k flush=100ms").await
     }
@@ -87,7 +88,7 @@ impl Nginx {
         Self { port, directory, _child: child }
     }
 
-    /// When it answered each request, in seconds since 1970, if it was started for that.
+    /// Times of all answers in seconds since 1970, sorted, if nginx was started with [`Self::start_timed`].
     pub async fn times(&self) -> Vec<f64> {
         tokio::time::sleep(Duration::from_millis(300)).await;
         let log = std::fs::read_to_string(self.directory.path().join("access.log")).unwrap_or_default();
@@ -96,9 +97,9 @@ impl Nginx {
         times
     }
 
-    /// How many requests it has answered with 201.
+    /// Number of requests that nginx has answered with 201.
     pub async fn answered(&self) -> usize {
-        // It writes its log as it goes; the last lines may need a moment.
+        // nginx writes its log as it goes; the last lines may need a moment.
         tokio::time::sleep(Duration::from_millis(100)).await;
         let log = std::fs::read_to_string(self.directory.path().join("access.log")).unwrap_or_default();
         log.lines().filter(|line| line.contains("\" 201 ")).count()

@@ -1,4 +1,4 @@
-//! PgBouncer, pooling transactions in front of a Postgres of its own.
+//! PgBouncer with transaction pooling in front of a Postgres of its own.
 
 use std::os::unix::fs::PermissionsExt;
 use std::process::Stdio;
@@ -19,7 +19,7 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts both. Fewer connections lead to the server than clients want.
+    /// Starts PgBouncer and its Postgres. PgBouncer opens fewer connections to the server than its clients want.
     pub async fn start() -> Self {
         let server = Server::start(&["fsync=off", "statement_timeout=10s"]).await;
         let database = server.create().await;
@@ -47,7 +47,7 @@ impl PgBouncer {
         Self { url, _server: server, _directory: directory, _child: child }
     }
 
-    /// `postgres://..`.
+    /// URL of PgBouncer, `postgres://..`.
     pub fn url(&self) -> &str {
         &self.url
     }

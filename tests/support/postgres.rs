@@ -1,4 +1,4 @@
-//! Postgres: one server for all tests, with a database for each; or one of a test's own, to be hurt.
+//! Postgres: one server for all tests with a database for each test, or a server of one test, which the test may break.
 
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -14,19 +14,19 @@ use uuid::Uuid;
 
 use crate::{eventually, free_port};
 
-/// What `tests/run` has started: the URL of its server, without a database.
+/// Variable in which `tests/run` passes the URL of the server that it has started, without a database.
 const SHARED: &str = "PERENNIAL_TEST_POSTGRES";
 
-/// A database of a test's own.
+/// A database of one test.
 #[derive(Debug)]
 pub struct Database {
     url: String,
-    /// Where no server is shared, one of its own.
+    /// A server of its own, where no server is shared.
     _server: Option<Server>,
 }
 
 impl Database {
-    /// An empty one.
+    /// Creates an empty database.
     pub async fn new() -> Self {
         match std::env::var(SHARED) {
             Ok(server) => Self { url: create(&server).await, _server: None },
@@ -37,23 +37,23 @@ impl Database {
         }
     }
 
-    /// `postgres://..`.
+    /// URL of the database, `postgres://..`.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// A pool of connections to it.
+    /// Opens a pool of connections to the database.
     pub async fn connect(&self) -> Postgres {
         connect(&self.url).await
     }
 }
 
-/// A pool of connections.
+/// Opens a pool of connections to a URL.
 pub async fn connect(url: &str) -> Postgres {
     Postgres::open(config(url)).await.unwrap()
 }
 
-/// How a server is connected to here.
+/// Settings with which the tests connect to a server.
 pub fn config(url: &str) -> Config {
     Config {
         url: url.into(),
@@ -67,7 +67,7 @@ pub fn config(url: &str) -> Config {
     }
 }
 
-/// Makes a database on a server, and returns its URL. A server in a directory is named by `?host=`.
+/// Creates a database on a server, and returns its URL. In the URL, `?host=` names the directory of a Unix socket.
 async fn create(server: &str) -> String {
     let name = format!("test_{}", Uuid::now_v7().simple());
     let of = |database: &str| match server.split_once('?') {
@@ -75,7 +75,7 @@ async fn create(server: &str) -> String {
         None => format!("{server}{database}"),
     };
     let postgres = connect(&of("postgres")).await;
-    // Others may be copying the template, too.
+    // Other tests may be copying the template at the same time, which makes this fail.
     eventually("a database", || async {
         postgres.execute(&format!("CREATE DATABASE {name}"), &[]).await.ok()
     })
@@ -84,7 +84,7 @@ async fn create(server: &str) -> String {
     of(&name)
 }
 
-/// A server of a test's own.
+/// A server of one test.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
@@ -94,7 +94,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one, with these settings: `name=value`.
+    /// Starts a server with these settings, each `name=value`.
     pub async fn start(settings: &[&str]) -> Self {
         let directory = TempDir::new().unwrap();
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
@@ -111,22 +111,22 @@ impl Server {
         server
     }
 
-    /// Makes a database, and returns its URL.
+    /// Creates a database, and returns its URL.
     pub async fn create(&self) -> String {
         create(&format!("postgres://postgres@127.0.0.1:{}/", self.port)).await
     }
 
-    /// Where it listens.
+    /// Port on which the server listens.
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Sends a signal to its first process: SIGINT is a fast shutdown, SIGQUIT an immediate one.
+    /// Sends a signal to the first process of the server: SIGINT is a fast shutdown, SIGQUIT an immediate one.
     pub fn signal(&self, signal: Signal) {
         kill(self.pid(), signal).unwrap();
     }
 
-    /// Sends a signal to it and to all processes that it has started.
+    /// Sends a signal to the server and to all processes that it has started.
     pub fn signal_all(&self, signal: Signal) {
         let all = std::process::Command::new("pgrep").args(["-P", &self.pid().to_string()]).output().unwrap();
         let children = String::from_utf8(all.stdout).unwrap();
@@ -136,7 +136,7 @@ impl Server {
         self.signal(signal);
     }
 
-    /// Stops it and starts it again.
+    /// Stops the server and starts it again.
     pub async fn restart(&mut self) {
         self.signal(Signal::SIGINT);
         self.child.wait().await.unwrap();
@@ -144,18 +144,18 @@ impl Server {
         self.ready().await;
     }
 
-    /// What it has logged, with `logging_collector=on`, `log_directory=log` and `log_filename=log`.
+    /// Log of the server, if it runs with `logging_collector=on`, `log_directory=log` and `log_filename=log`.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("data/log/log")).unwrap_or_default()
     }
 
-    /// The user that it runs as.
+    /// Id of the user as whom the server runs.
     pub fn user(&self) -> u32 {
         use std::os::unix::fs::MetadataExt;
         std::fs::metadata(self.directory.path().join("data")).unwrap().uid()
     }
 
-    /// A standby of this one, which follows all that it does.
+    /// Starts a standby of this server, which replicates all changes.
     pub async fn standby(&self) -> Self {
         let directory = TempDir::new().unwrap();
         std::fs::set_permissions(directory.path(), std::fs::Permissions::from_mode(0o777)).unwrap();
@@ -184,7 +184,7 @@ impl Server {
         connect(&format!("postgres://postgres@127.0.0.1:{}/postgres", self.port)).await
     }
 
-    /// Waits until this standby has everything that `primary` has.
+    /// Waits until this standby has replayed all changes that `primary` has made so far.
     pub async fn caught_up_with(&self, primary: &Self) {
         let (here, there) = (self.admin().await, primary.admin().await);
         let now = there.query("SELECT pg_current_wal_lsn()::text", &[]).await.unwrap()[0].get::<_, String>(0);
@@ -197,7 +197,7 @@ impl Server {
         there.close();
     }
 
-    /// Makes this standby a primary.
+    /// Promotes this standby to primary.
     pub async fn promote(&self) {
         let here = self.admin().await;
         here.query("SELECT pg_promote()", &[]).await.unwrap();
@@ -231,7 +231,7 @@ fn spawn(directory: &Path, port: u16, settings: &[String]) -> Child {
     command.stdout(Stdio::null()).stderr(Stdio::null()).kill_on_drop(true).spawn().unwrap()
 }
 
-/// One of those programs that refuse to be run by root.
+/// Builds the command of a program that refuses to be run by root, to be run as the user `postgres`.
 pub(crate) fn as_postgres(program: PathBuf) -> Command {
     if !rustix::process::geteuid().is_root() {
         return Command::new(program);
@@ -241,12 +241,12 @@ pub(crate) fn as_postgres(program: PathBuf) -> Command {
     command
 }
 
-/// One of the programs of Postgres.
+/// Builds the command of a client program of Postgres.
 pub fn client(name: &str) -> Command {
     Command::new(bin().join(name))
 }
 
-/// Where Debian keeps them: beside each other, one directory a version.
+/// Directory of the programs of the newest version that is installed. Debian has one directory for each version.
 fn bin() -> PathBuf {
     let versions =
         std::fs::read_dir("/usr/lib/postgresql").expect("Postgres is not installed: run tests/run");

@@ -1,4 +1,4 @@
-//! The program as a process: started on free ports in a directory of its own, asked, signalled, killed.
+//! The program as a process: started on free ports in a directory of its own, queried, signalled, killed.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
@@ -21,12 +21,12 @@ use crate::http::Client;
 use crate::postgres::Database;
 use crate::{eventually, soon};
 
-/// The binary, built beside the tests.
+/// Path of the binary, built beside the tests.
 pub fn binary() -> PathBuf {
     std::env::var_os("PERENNIAL_BIN").map_or_else(|| built("perennial"), PathBuf::from)
 }
 
-/// An example, built beside the tests.
+/// Path of an example, built beside the tests.
 pub fn example(name: &str) -> PathBuf {
     built(&format!("examples/{name}"))
 }
@@ -38,10 +38,10 @@ fn built(name: &str) -> PathBuf {
     path
 }
 
-/// The processor time that a process has used, in seconds, while there is one.
+/// Processor time that a process has used, in seconds; `None` when there is no such process.
 pub fn cpu_seconds(pid: u32) -> Option<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // After the name, which is in parentheses: the 12th and 13th field are user and system time.
+    // The fields after the name, which is in parentheses: the 12th is the user time, the 13th the system time.
     let fields: Vec<&str> = stat.rsplit(')').next()?.split_whitespace().collect();
     let ticks: f64 = fields.get(11)?.parse::<f64>().ok()? + fields.get(12)?.parse::<f64>().ok()?;
     let per_second = nix::unistd::sysconf(nix::unistd::SysconfVar::CLK_TCK).ok()??;
@@ -50,14 +50,14 @@ pub fn cpu_seconds(pid: u32) -> Option<f64> {
     Some(ticks / per_second)
 }
 
-/// A line of `/proc/PID/status` in KiB: `VmRSS`, `VmHWM`.
+/// Value of a line of `/proc/PID/status` in KiB, such as `VmRSS` or `VmHWM`.
 pub fn memory_kib(pid: u32, line: &str) -> Option<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let found = status.lines().find_map(|found| found.strip_prefix(line)?.strip_prefix(':'))?;
     found.trim().trim_end_matches(" kB").parse().ok()
 }
 
-/// How to start it.
+/// The program, settings, environment and directory with which a process is started.
 #[derive(Debug)]
 pub struct Setup {
     program: PathBuf,
@@ -65,7 +65,7 @@ pub struct Setup {
     set: Vec<String>,
     environment: Vec<(String, String)>,
     config: Option<String>,
-    /// What `serve` is told besides.
+    /// Further arguments of `serve`.
     arguments: Vec<String>,
     database: Option<Database>,
 }
@@ -77,7 +77,7 @@ impl Default for Setup {
 }
 
 impl Setup {
-    /// On free ports, in a directory of its own.
+    /// Creates a setup on free ports, in a directory of its own.
     pub fn new() -> Self {
         let setup = Self {
             program: binary(),
@@ -92,23 +92,23 @@ impl Setup {
             .set("server.listen=127.0.0.1:0")
             .set("admin.listen=127.0.0.1:0")
             .set("telemetry.format=json")
-            // Clients of the tests keep their connections.
+            // Clients of the tests keep their connections, and a drain would wait for them.
             .set("drain.idle=500ms")
     }
 
-    /// On a free port for operators; where the public listens is for a file of settings to say.
+    /// Creates a setup with a free port for the admin listener; a settings file sets the public listeners.
     pub fn listening_as_configured() -> Self {
         let mut setup = Self::new();
         setup.set.retain(|set| !set.starts_with("server.listen"));
         setup
     }
 
-    /// Another program than ours, with the same command line.
+    /// Runs another program than ours, with the same command line.
     pub fn program(self, program: PathBuf) -> Self {
         Self { program, ..self }
     }
 
-    /// Sending to this push service.
+    /// Configures the process to send to this push service.
     pub fn sending_to(self, double: &Double) -> Self {
         self.set("push.allow_insecure=true")
             .set("push.allow_hosts=127.0.0.1,localhost")
@@ -116,40 +116,40 @@ impl Setup {
             .set(&format!("push.extra_ca_file={}", double.ca_file().display()))
     }
 
-    /// With one more setting.
+    /// Adds a setting.
     pub fn set(mut self, setting: &str) -> Self {
         self.set.push(setting.to_owned());
         self
     }
 
-    /// Served with one more argument.
+    /// Adds an argument to `serve`.
     pub fn argument(mut self, argument: &str) -> Self {
         self.arguments.push(argument.to_owned());
         self
     }
 
-    /// With a file of settings.
+    /// Adds a settings file.
     pub fn config(self, file: &str) -> Self {
         Self { config: Some(file.to_owned()), ..self }
     }
 
-    /// With one more variable in the environment.
+    /// Adds a variable to the environment.
     pub fn environment(mut self, name: &str, value: &str) -> Self {
         self.environment.push((name.to_owned(), value.to_owned()));
         self
     }
 
-    /// The data directory.
+    /// Path of the data directory.
     pub fn data_dir(&self) -> PathBuf {
         self.directory.path().join("data")
     }
 
-    /// A file beside the data directory.
+    /// Path of a file beside the data directory.
     pub fn file(&self, name: &str) -> PathBuf {
         self.directory.path().join(name)
     }
 
-    /// The command with these arguments, and everything that was set.
+    /// Builds the command with these arguments and with all settings of this setup.
     pub fn command(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         command
@@ -175,7 +175,7 @@ impl Setup {
         soon(&format!("the end of {arguments:?}"), self.command(arguments).output()).await.unwrap()
     }
 
-    /// On a database, after its keys have been made.
+    /// Stores everything in `database`. Makes the keys first.
     async fn on_postgres(self, database: Database) -> Self {
         let mut setup = self.set(&format!("store.url={}", database.url()));
         setup.database = Some(database);
@@ -184,7 +184,7 @@ impl Setup {
         setup
     }
 
-    /// Starts it, without waiting for anything.
+    /// Starts the process without waiting for anything.
     pub fn spawn(self) -> Perennial {
         let log = self.file("log");
         let append = || File::options().create(true).append(true).open(&log).unwrap();
@@ -193,7 +193,8 @@ impl Setup {
         Perennial { setup: self, child, client: None, admin: None }
     }
 
-    /// Starts it and waits until it is ready. Tests of the module `on_postgres` have a database for a store.
+    /// Starts the process and waits until it is ready. Tests of the module `on_postgres` get a Postgres
+    /// database as their store.
     pub async fn start(self) -> Perennial {
         let is_on_postgres =
             std::thread::current().name().is_some_and(|name| name.starts_with("on_postgres::"));
@@ -209,7 +210,7 @@ impl Setup {
 /// A running process.
 #[derive(Debug)]
 pub struct Perennial {
-    /// How it was started.
+    /// Setup with which the process was started.
     pub setup: Setup,
     child: Child,
     client: Option<Client>,
@@ -217,7 +218,7 @@ pub struct Perennial {
 }
 
 impl Perennial {
-    /// Waits until it is ready.
+    /// Waits until the process is ready.
     pub async fn ready(&mut self) {
         let file = self.setup.data_dir().join("addresses.json");
         let (server, admin) = eventually("readiness", || {
@@ -230,7 +231,7 @@ impl Perennial {
                 let of = |listener: &str| {
                     Client::new(&format!("http://{}", addresses[listener][0].as_str().unwrap()))
                 };
-                // Nobody is there if the file is that of a process that was killed.
+                // The file may be that of a process that was killed; then no process listens at these addresses.
                 let ready = of("admin").try_send(Method::GET, "/readyz", None, Bytes::new()).await.ok()?;
                 ready.status.is_success().then(|| (of("server"), of("admin")))
             }
@@ -242,7 +243,7 @@ impl Perennial {
         self.admin = Some(admin);
     }
 
-    /// Waits until another process, which has taken over from it, is ready.
+    /// Waits until another process, which has taken over from this one, is ready.
     pub async fn ready_again(&self) {
         let admin = self.admin().clone();
         eventually("readiness", || async {
@@ -252,70 +253,70 @@ impl Perennial {
         .await;
     }
 
-    /// A client of the public listener, with the first API key.
+    /// Client of the public listener, with the first API key.
     pub fn client(&self) -> &Client {
         self.client.as_ref().expect("it is ready")
     }
 
-    /// A client of the admin listener.
+    /// Client of the admin listener.
     pub fn admin(&self) -> &Client {
         self.admin.as_ref().expect("it is ready")
     }
 
-    /// Its number.
+    /// Process id.
     pub fn pid(&self) -> u32 {
         self.child.id().expect("it runs")
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the process.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.pid().try_into().unwrap()), signal).unwrap();
     }
 
-    /// The processor time that it has used, in seconds.
+    /// Processor time that the process has used, in seconds.
     pub fn cpu_seconds(&self) -> f64 {
         cpu_seconds(self.pid()).unwrap()
     }
 
-    /// A line of `/proc/PID/status` in MiB: `VmRSS`, `VmHWM`.
+    /// Value of a line of `/proc/PID/status` in MiB, such as `VmRSS` or `VmHWM`.
     pub fn memory_mib(&self, line: &str) -> f64 {
         memory_kib(self.pid(), line).unwrap() / 1024.0
     }
 
-    /// Waits for its end.
+    /// Waits until the process has ended.
     pub async fn ended(&mut self) -> ExitStatus {
         soon("the end of the process", self.child.wait()).await.unwrap()
     }
 
-    /// Stops it as an operator does, and returns its exit code.
+    /// Stops the process as an operator does, and returns its exit code.
     pub async fn stop(&mut self) -> Option<i32> {
         self.signal(Signal::SIGTERM);
         self.ended().await.code()
     }
 
-    /// Kills it, and starts another one on the same data.
+    /// Kills the process and starts another one on the same data.
     pub async fn kill_and_start_again(mut self) -> Self {
         self.signal(Signal::SIGKILL);
         self.ended().await;
         self.start_again().await
     }
 
-    /// Starts another one on the same data, when this one has ended.
+    /// Starts another process on the same data, when this one has ended.
     pub async fn start_again(self) -> Self {
         self.setup.start().await
     }
 
-    /// Everything that it has logged, also before it was started again.
+    /// Everything that the process has logged, including what it logged before it was started again.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.setup.file("log")).unwrap_or_default()
     }
 
-    /// The lines of the log that are objects.
+    /// Lines of the log that are JSON objects.
     pub fn log_lines(&self) -> Vec<Value> {
         self.log().lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
     }
 
-    /// The first line of the log with this message, once there is one.
+    /// Waits for a line of the log with this message, and returns the first one.
     pub async fn logged(&self, message: &str) -> Value {
         let find = || {
             let lines = self.log_lines();
@@ -336,7 +337,8 @@ impl Perennial {
         ids
     }
 
-    /// Runs a statement on its store, past the interface: the number that it brings, or of rows that it changed.
+    /// Runs a statement directly on the store of the process. Returns the number that a query selects, or else the
+    /// number of rows that the statement changed.
     pub async fn sql(&self, sql: &str) -> i64 {
         let Some(database) = &self.setup.database else {
             let store = rusqlite::Connection::open(self.setup.data_dir().join("perennial.db")).unwrap();
@@ -347,7 +349,7 @@ impl Perennial {
                 i64::try_from(store.execute(sql, []).unwrap()).unwrap()
             };
         };
-        // Bytes are written in another way.
+        // Postgres writes literals of bytes in another way.
         let sql = sql.replace(" x'", " '\\x");
         let postgres = database.connect().await;
         if sql.starts_with("SELECT") {
@@ -357,7 +359,7 @@ impl Perennial {
         i64::try_from(postgres.execute(&sql, &[]).await.unwrap()).unwrap()
     }
 
-    /// Stores many subscriptions at once, past the interface, as an import would.
+    /// Stores many subscriptions at once, directly in the store, as an import would.
     pub fn fill(&self, subscriptions: impl Iterator<Item = Value>) {
         let mut store = rusqlite::Connection::open(self.setup.data_dir().join("perennial.db")).unwrap();
         store.busy_timeout(crate::SOON).unwrap();
@@ -379,7 +381,7 @@ impl Perennial {
         tx.commit().unwrap();
     }
 
-    /// Has a notification accepted, and returns its id.
+    /// Sends a notification and returns its id.
     pub async fn notify(&self, request: &Value) -> String {
         let answer = self.client().post("/notify", request).await;
         assert_eq!(answer.status, 202, "{}", answer.text());
@@ -391,7 +393,7 @@ impl Perennial {
         self.done_within(id, crate::SOON).await
     }
 
-    /// The same with more patience.
+    /// Waits like [`Self::done`], but for at most `patience`.
     pub async fn done_within(&self, id: &str, patience: Duration) -> Value {
         let began = std::time::Instant::now();
         loop {
@@ -404,7 +406,7 @@ impl Perennial {
         }
     }
 
-    /// Has a notification accepted and waits until it is done.
+    /// Sends a notification and waits until it is done.
     pub async fn notify_and_wait(&self, request: &Value) -> Value {
         let id = self.notify(request).await;
         self.done(&id).await

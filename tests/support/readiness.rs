@@ -1,9 +1,9 @@
-//! What a process says of itself.
+//! Readiness of a process.
 
 use crate::process::Perennial;
 use crate::{SOON, eventually_within};
 
-/// What `/readyz` says: its status, and everything that is wrong.
+/// Answer of `/readyz`: its status, and all reasons joined with `; `.
 pub async fn readiness(perennial: &Perennial) -> (u16, String) {
     let answer = perennial.admin().get("/readyz").await;
     let reasons = answer.json()["reasons"].as_array().cloned().unwrap_or_default();
@@ -11,7 +11,8 @@ pub async fn readiness(perennial: &Perennial) -> (u16, String) {
     (answer.status.as_u16(), reasons.join("; "))
 }
 
-/// Waits until `/readyz` answers with this status and names this reason.
+/// Waits until `/readyz` answers with this status and with this reason among the others; an empty `part`
+/// means without reasons.
 pub async fn until_ready_says(perennial: &Perennial, status: u16, part: &str) {
     eventually_within(2 * SOON, &format!("/readyz says {status} {part}"), || async {
         let (found, reasons) = readiness(perennial).await;

@@ -1,4 +1,4 @@
-//! Redis: one server for all tests, with a prefix for each; or one of a test's own, to be hurt.
+//! Redis: one server for all tests with a prefix for each test, or a server of one test, which the test may break.
 
 use std::path::Path;
 use std::process::Stdio;
@@ -13,20 +13,20 @@ use uuid::Uuid;
 
 use crate::{eventually, free_port};
 
-/// What `tests/run` has started: the URL of its server.
+/// Variable in which `tests/run` passes the URL of the server that it has started.
 const SHARED: &str = "PERENNIAL_TEST_REDIS";
 
-/// A part of a server for a test's own.
+/// A prefix of a server that belongs to one test.
 #[derive(Debug)]
 pub struct Prefix {
     url: String,
     name: String,
-    /// Where no server is shared, one of its own.
+    /// A server of its own, where no server is shared.
     _server: Option<Server>,
 }
 
 impl Prefix {
-    /// A new one.
+    /// Creates a prefix.
     pub async fn new() -> Self {
         let name = format!("test-{}", Uuid::now_v7().simple());
         match std::env::var(SHARED) {
@@ -38,23 +38,23 @@ impl Prefix {
         }
     }
 
-    /// What its keys begin with.
+    /// Prefix of the keys.
     pub fn name(&self) -> &str {
         &self.name
     }
 
-    /// `redis://..`.
+    /// URL of the server, `redis://..`.
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// A pool of connections to its server.
+    /// Opens a pool of connections to the server.
     pub async fn connect(&self) -> Redis {
         Redis::open(config(&self.url)).await.unwrap()
     }
 }
 
-/// How a server is connected to here.
+/// Settings with which the tests connect to a server.
 pub fn config(url: &str) -> Config {
     Config {
         url: url.into(),
@@ -67,7 +67,7 @@ pub fn config(url: &str) -> Config {
     }
 }
 
-/// A server of a test's own.
+/// A server of one test.
 #[derive(Debug)]
 pub struct Server {
     child: Child,
@@ -77,7 +77,7 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts one with these arguments, which keeps what it has when it is started again.
+    /// Starts a server with these arguments. It keeps its directory when it is started again.
     pub async fn start(arguments: &[&str]) -> Self {
         let (directory, port) = (TempDir::new().unwrap(), free_port());
         let arguments: Vec<String> = arguments.iter().map(|argument| (*argument).to_owned()).collect();
@@ -87,22 +87,22 @@ impl Server {
         server
     }
 
-    /// One that has every write on the disk before it answers.
+    /// Starts a server that writes every change to the disk before it answers.
     pub async fn durable() -> Self {
         Self::start(&["--appendonly", "yes", "--appendfsync", "always"]).await
     }
 
-    /// `redis://..`.
+    /// URL of the server, `redis://..`.
     pub fn url(&self) -> String {
         format!("redis://127.0.0.1:{}/", self.port)
     }
 
-    /// Sends it a signal.
+    /// Sends a signal to the server.
     pub fn signal(&self, signal: Signal) {
         kill(Pid::from_raw(self.child.id().expect("it runs").try_into().unwrap()), signal).unwrap();
     }
 
-    /// Kills it and starts it again.
+    /// Kills the server and starts it again.
     pub async fn restart(&mut self) {
         self.signal(Signal::SIGKILL);
         self.child.wait().await.unwrap();

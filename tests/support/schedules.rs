@@ -5,19 +5,19 @@ use serde_json::Value;
 
 use crate::process::Perennial;
 
-/// The newest runs of a schedule, the newest first.
+/// The newest runs of a schedule, newest first.
 pub async fn runs(perennial: &Perennial, name: &str) -> Vec<Value> {
     let answer = perennial.admin().get(&format!("/schedules/{name}/runs?limit=100")).await;
     assert_eq!(answer.status, 200, "{}", answer.text());
     answer.json().as_array().unwrap().clone()
 }
 
-/// The second since 1970 that a run is for.
+/// Time of the occurrence that a run is for, in seconds since 1970.
 pub fn second(run: &Value) -> i64 {
     run["occurrence"]["utc"].as_str().unwrap().parse::<Timestamp>().unwrap().as_second()
 }
 
-/// The jobs that were run for the times of a schedule, as the logs of these processes say.
+/// Occurrences of a schedule whose jobs have ended and were settled, according to the logs of these processes.
 pub fn ended(logs: &[String], name: &str) -> Vec<String> {
     let of = format!("cron:{name}@");
     let lines = logs.iter().flat_map(|log| log.lines()).filter_map(|line| serde_json::from_str(line).ok());

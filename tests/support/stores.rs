@@ -1,9 +1,9 @@
-//! Settings for the stores that processes share.
+//! Settings for the stores that several processes share.
 
 use crate::process::Setup;
 use crate::redis::Prefix;
 
-/// On Postgres, after its keys have been made.
+/// Stores everything in the Postgres database at `url`. Makes the keys first.
 pub async fn on_postgres(setup: Setup, url: &str) -> Setup {
     let setup = setup.set(&format!("store.url={url}"));
     let made = setup.run(&["keys", "generate"]).await;
@@ -11,7 +11,7 @@ pub async fn on_postgres(setup: Setup, url: &str) -> Setup {
     setup
 }
 
-/// With jobs in Redis, under a prefix of its own.
+/// Stores the jobs in Redis, under a prefix of its own.
 pub fn with_redis(setup: Setup, prefix: &Prefix) -> Setup {
     setup.set(&format!("queue.url={}", prefix.url())).set(&format!("queue.prefix={}", prefix.name()))
 }

@@ -1,4 +1,4 @@
-//! A proxy that connections go out through.
+//! An egress proxy.
 
 use std::process::Stdio;
 
@@ -10,14 +10,14 @@ use crate::{eventually, free_port};
 /// A running tinyproxy, which connects to any port.
 #[derive(Debug)]
 pub struct TinyProxy {
-    /// Where it listens, on 127.0.0.1.
+    /// Port on 127.0.0.1 on which the proxy listens.
     pub port: u16,
     directory: TempDir,
     _child: Child,
 }
 
 impl TinyProxy {
-    /// Starts it.
+    /// Starts the proxy.
     pub async fn start() -> Self {
         let directory = TempDir::new().unwrap();
         let port = free_port();
@@ -44,7 +44,7 @@ impl TinyProxy {
         Self { port, directory, _child: child }
     }
 
-    /// What it was asked for.
+    /// Log of the requests to the proxy.
     pub fn log(&self) -> String {
         std::fs::read_to_string(self.directory.path().join("log")).unwrap_or_default()
     }

@@ -1,4 +1,4 @@
-//! Tools of others that judge what we make, as `tests/run` installs them below `target/tools`.
+//! External tools that check our output. `tests/run` installs them below `target/tools`.
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -6,15 +6,16 @@ use std::time::Duration;
 
 use tokio::process::Command;
 
-/// How long one of them may take.
+/// Maximum time for one run of a tool.
 const PATIENCE: Duration = Duration::from_secs(600);
 
-/// Where they are.
+/// Directory of the tools.
 pub fn directory() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools")
 }
 
-/// A tool of the Python environment, or of Node's; none where they are not installed, which in CI is a failure.
+/// Path of a tool of the Python environment, of Node's, or of the system. Returns `None` where the tool is not
+/// installed, which in CI is a failure.
 pub fn tool(name: &str) -> Option<PathBuf> {
     let places =
         [directory().join("python/bin"), directory().join("node/node_modules/.bin"), "/usr/bin".into()];
@@ -38,7 +39,7 @@ pub async fn run(tool: &Path, arguments: &[&str], directory: &Path) -> Output {
         .args(arguments)
         .current_dir(directory)
         .env("PATH", path)
-        // It neither reports its use nor looks for newer versions of itself: the network is not part of a test.
+        // The network is not part of a test: the tool neither reports its use nor looks for newer versions of itself.
         .env("REDOCLY_TELEMETRY", "off")
         .env("REDOCLY_SUPPRESS_UPDATE_NOTICE", "true")
         .kill_on_drop(true)
@@ -49,7 +50,7 @@ pub async fn run(tool: &Path, arguments: &[&str], directory: &Path) -> Output {
         .unwrap()
 }
 
-/// Runs a tool that has to be content.
+/// Runs a tool that must succeed, and returns its output.
 pub async fn must_pass(tool: &Path, arguments: &[&str], directory: &Path) -> String {
     let output = run(tool, arguments, directory).await;
     let said =

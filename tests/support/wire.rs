@@ -1,4 +1,4 @@
-//! A wire between the program and a server that can be cut, or go dead without a word.
+//! A proxy between the program and a server that can cut connections, or stop passing bytes without notice.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -9,28 +9,28 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
 
-/// What becomes of bytes.
+/// State of the proxy.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wire {
-    /// They are passed on.
+    /// Bytes are passed on.
     Whole,
-    /// Connections end, and new ones are cut at once.
+    /// Connections are closed, and new ones are closed at once.
     Cut,
-    /// They are taken and never come out; connections are accepted, and nobody answers.
+    /// Bytes are read and never passed on; connections are accepted, and no answer comes.
     Dead,
 }
 
-/// A proxy for TCP. It ends when it drops.
+/// A TCP proxy. It ends when it is dropped.
 #[derive(Debug)]
 pub struct Proxy {
-    /// Where it listens.
+    /// Address on which the proxy listens.
     pub address: SocketAddr,
     wire: watch::Sender<Wire>,
     _accepting: JoinSet<()>,
 }
 
 impl Proxy {
-    /// Stands in front of a port of this machine.
+    /// Starts a proxy in front of a port of this machine.
     pub async fn before(port: u16) -> Self {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
         let address = listener.local_addr().unwrap();
@@ -40,7 +40,7 @@ impl Proxy {
         Self { address, wire, _accepting: accepting }
     }
 
-    /// From now on, for every connection that there is and will be.
+    /// Sets the state for all present and future connections.
     pub fn set(&self, wire: Wire) {
         self.wire.send_replace(wire);
     }
@@ -68,13 +68,13 @@ async fn connect(client: TcpStream, port: u16, mut wire: watch::Receiver<Wire>) 
     }
 }
 
-/// Passes bytes on until one side ends; what comes over a dead wire is lost, and with it the connection.
+/// Passes bytes on until one side ends. Bytes that come while the wire is dead are lost, and the connection hangs.
 async fn pass(mut from: OwnedReadHalf, mut to: OwnedWriteHalf, wire: &watch::Receiver<Wire>) {
     let mut buffer = vec![0; 64 << 10];
     loop {
         let read = from.read(&mut buffer).await.unwrap_or_default();
         if *wire.borrow() == Wire::Dead {
-            // Nobody hears of the end either.
+            // Neither side learns of the end either.
             return std::future::pending().await;
         }
         if read == 0 || to.write_all(&buffer[..read]).await.is_err() {

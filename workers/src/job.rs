@@ -14,7 +14,7 @@ use serde::de::DeserializeOwned;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::cron::Occurrence;
+use crate::cron::occurrence::Occurrence;
 use crate::lease::Lease;
 use crate::queue::{self, Held, NewJob, Progress};
 use crate::state::{Attempts, Budget};

@@ -4,7 +4,7 @@ use perennial_store::pool::sql::{self, Tx};
 use uuid::Uuid;
 
 use crate::admission::Admission;
-use crate::ledger::{Cancelled, JobAdmin, JobFilter, STEP};
+use crate::job_admin::{Cancelled, JobAdmin, JobFilter, STEP};
 use crate::outbox;
 use crate::queue::{NewJob, Queue, Result};
 use crate::store::{JobStore, postgres, sqlite};

@@ -7,7 +7,7 @@
 //! | [`jobs`] | the handle of applications and operators |
 //! | [`state`] | the states of a job, as one pure function |
 //! | [`queue`] | the operations of a job store for enqueueing and for workers |
-//! | [`ledger`] | the job admin: list, retry, discard, cancel, pause |
+//! | [`job_admin`] | the job admin: list, retry, discard, cancel, pause |
 //! | [`store`] | the stores |
 //! | [`cron`] | schedules: jobs that are enqueued by the clock |
 //! | [`schedules`] | the operations of a job store for schedules |
@@ -26,10 +26,11 @@
 
 pub mod admission;
 pub mod cron;
+mod encoding;
 pub mod job;
+pub mod job_admin;
 pub mod jobs;
 pub mod lease;
-pub mod ledger;
 pub mod limits;
 pub mod metrics;
 pub mod outbox;
@@ -44,8 +45,8 @@ pub mod worker;
 
 pub use cron::{Crontab, Schedule};
 pub use job::{Context, Job, JobOutcome, Options};
+pub use job_admin::JobAdmin;
 pub use jobs::Jobs;
-pub use ledger::JobAdmin;
 pub use queue::{NewJob, Queue};
 pub use registry::Registry;
 pub use schedules::Schedules;

@@ -12,14 +12,12 @@ use std::time::Duration;
 use jiff::Timestamp;
 use perennial_runtime::drain::Drain;
 use perennial_store::pool::sql;
-use serde::Serialize;
-use serde::de::DeserializeOwned;
-use serde_json::value::RawValue;
 use tracing::warn;
 use uuid::Uuid;
 
 use crate::cron::{Ending, Occurrence, Run, RunOutcome, Schedule, ScheduleClaim, ScheduleStates, TakeOver};
-use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView};
+use crate::encoding::millis;
+use crate::job_admin::{Cancelled, JobAdmin, JobFilter, JobView};
 use crate::queue::{
     Claim, Claims, Depth, Held, Lapsed, NewJob, Probed, Queue, Renewal, Renewed, Result, Settlement,
 };
@@ -253,40 +251,4 @@ fn stands_for(take_over: TakeOver) -> i64 {
         TakeOver::IfAbandoned => millis(ABANDONED),
         TakeOver::Always => i64::MIN / 2,
     }
-}
-
-/// Returns JSON for a column. The types that are written here always serialize.
-pub(crate) fn json(value: &impl Serialize) -> String {
-    serde_json::to_string(value).unwrap_or_default()
-}
-
-/// Reads what [`json`] wrote. Returns the default without a text, and for a text that does not fit.
-fn read_json<T: DeserializeOwned + Default>(text: Option<String>) -> T {
-    text.and_then(|text| serde_json::from_str(&text).ok()).unwrap_or_default()
-}
-
-/// Returns a stored payload as JSON, for operators; `None` if it is no JSON.
-fn from_json(payload: String) -> Option<Box<RawValue>> {
-    RawValue::from_string(payload).ok()
-}
-
-/// Returns the time now by this machine's clock, in milliseconds since 1970.
-pub(crate) fn now_ms() -> i64 {
-    Timestamp::now().as_millisecond()
-}
-
-/// Returns the timestamp of a time in milliseconds since 1970.
-fn timestamp(ms: i64) -> Timestamp {
-    Timestamp::from_millisecond(ms).unwrap_or_default()
-}
-
-/// Returns a wait in milliseconds.
-pub(crate) fn millis(wait: Duration) -> i64 {
-    later(0, wait)
-}
-
-/// Returns `now` plus `wait` in milliseconds, but no later than a timestamp can be.
-fn later(now: i64, wait: Duration) -> i64 {
-    const END: i64 = 253_402_300_799_000;
-    now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)).min(END)
 }

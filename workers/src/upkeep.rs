@@ -11,7 +11,7 @@ use tokio::time::Instant;
 use tracing::{info, warn};
 
 use crate::admission::Admission;
-use crate::ledger::JobAdmin;
+use crate::job_admin::JobAdmin;
 use crate::metrics;
 use crate::queue::{Queue, Result, Settlement};
 use crate::registry::Registry;

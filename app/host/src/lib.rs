@@ -17,6 +17,7 @@ pub mod command;
 mod config;
 mod cron;
 pub mod data_dir;
+mod handover;
 mod jobs;
 pub mod maintenance;
 pub mod module;
@@ -25,7 +26,6 @@ mod pause;
 pub mod settings;
 pub mod sites;
 mod stop;
-mod succession;
 mod supervisor;
 
 use std::process::ExitCode;

@@ -1,4 +1,4 @@
-// The page that subscribes this browser and sends it a notification. push.js comes before it.
+// The page that subscribes this browser and sends it a notification. push.js is loaded before it.
 
 /* global base64url, logout, remember, remembered */
 
@@ -11,7 +11,7 @@ const ui = Object.fromEntries(
 /** The id of this browser's subscription at the server, once it has one. */
 let subscriptionId = null;
 
-// The key comes in the fragment, which browsers send to nobody; it does not stay in the address bar.
+// The key comes in the fragment, which browsers never send; it does not stay in the address bar.
 const fragment = new URLSearchParams(location.hash.slice(1));
 if (fragment.has("key")) {
   sessionStorage.setItem("key", fragment.get("key"));
@@ -24,7 +24,7 @@ function say(where, text, wrong = false) {
   where.classList.toggle("wrong", wrong);
 }
 
-/** Calls the server; an error has the server's words, if it has any for a person. */
+/** Calls the server. An error has the message of the server, if there is one. */
 async function call(method, path, body) {
   const headers = { "content-type": "application/json" };
   if (apiKey()) headers.authorization = `Bearer ${apiKey()}`;
@@ -41,7 +41,7 @@ async function call(method, path, body) {
   return answer;
 }
 
-/** An answer of the server, or null when it is somebody else's. */
+/** Reads an answer of the server; null when the answer comes from elsewhere and is not JSON. */
 function read(text) {
   try {
     return text ? JSON.parse(text) : {};
@@ -50,10 +50,10 @@ function read(text) {
   }
 }
 
-/** What to do without a key that is good. */
+/** Shows the field for a key, and returns the message about the missing or invalid one. */
 function askForKey() {
   const had = Boolean(sessionStorage.getItem("key"));
-  // The token of the start-up line is good for an hour.
+  // The token of the start-up line is valid for an hour.
   sessionStorage.removeItem("key");
   showKeyField();
   ui.key.focus();
@@ -67,7 +67,7 @@ function showKeyField() {
 }
 
 function show(subscribed) {
-  // Whoever uses the keyboard goes on where he was.
+  // The focus of the keyboard stays at its place.
   const had = document.activeElement;
   ui.subscribe.hidden = subscribed;
   ui.unsubscribe.hidden = !subscribed;
@@ -76,7 +76,7 @@ function show(subscribed) {
   if (had?.hidden) (subscribed ? ui.unsubscribe : ui.subscribe).focus();
 }
 
-/** Tells the server about the subscription, and what it replaces if the browser had another one. */
+/** Stores the subscription at the server. It replaces an earlier one of this browser. */
 async function store(subscription, key) {
   const mine = subscription.toJSON();
   const before = await remembered();
@@ -90,7 +90,7 @@ async function store(subscription, key) {
   show(true);
 }
 
-/** A browser that cannot reach its push service may never answer. */
+/** Limits the time of a promise: a browser that cannot reach its push service may never answer. */
 function within(seconds, promise) {
   const late = new Promise((_, reject) => {
     const text = "The browser's push service does not answer. Please try again.";
@@ -99,7 +99,7 @@ function within(seconds, promise) {
   return Promise.race([promise, late]);
 }
 
-/** Asks the person, who may take any time; a promise to subscribe would count that, too. */
+/** Asks for the permission. The person may take any time, which the time limit of subscribing must not count. */
 async function permission() {
   const answer = await Notification.requestPermission();
   if (answer === "granted") return;
@@ -109,18 +109,18 @@ async function permission() {
 }
 
 async function subscribe(registration) {
-  // First: browsers ask only while they know that somebody has just clicked.
+  // This comes first: browsers ask only right after a click.
   await permission();
   const { key } = await call("GET", "/push/key");
   let subscription = await registration.pushManager.getSubscription();
   if (subscription && base64url(subscription.options.applicationServerKey) !== key) {
-    // Made with another key of the server's: it can never be sent to again.
+    // The subscription was made with another key of the server: it can never be sent to again.
     await subscription.unsubscribe();
     subscription = null;
   }
   if (!subscription) {
     const made = registration.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
-    // One that comes late is stored all the same: the browser has it.
+    // A subscription that comes late is stored all the same: the browser has it.
     let late = false;
     made.then((came) => late && store(came, key)).catch(() => {});
     try {
@@ -138,7 +138,7 @@ async function unsubscribe(registration) {
   if (subscription) {
     const { endpoint, keys } = subscription.toJSON();
     await subscription.unsubscribe();
-    // Gone here is gone: a server that has forgotten it already is no reason to complain.
+    // The browser has unsubscribed: it is no error when the server does not know the subscription any more.
     await call("DELETE", "/subscriptions", { endpoint, auth: keys.auth }).catch(() => {});
   }
   await remember(null);
@@ -170,11 +170,11 @@ function describe({ audience, outcomes }) {
   return audience === 0 ? "Done: nobody to send to." : `Done: ${words.join(", ")}.`;
 }
 
-/** Runs what a button does: one at a time, and with its error beside it. */
+/** Runs the action of a button: one at a time, and with its error beside it. */
 function whenClicked(button, where, action) {
   button.addEventListener("click", async (event) => {
     event.preventDefault();
-    // A button that is disabled would lose the focus of the keyboard.
+    // A disabled button would lose the focus of the keyboard.
     if (button.getAttribute("aria-disabled") === "true") return;
     if (button === ui.send && !ui.form.reportValidity()) return;
     button.setAttribute("aria-disabled", "true");
@@ -196,7 +196,7 @@ function note({ title, body }) {
   ui.received.prepend(item);
 }
 
-/** Why this browser cannot be subscribed here; nothing when it can. */
+/** The reason why this browser cannot be subscribed here; null when it can. */
 function obstacle() {
   if ("serviceWorker" in navigator && "PushManager" in window && "Notification" in window) return null;
   if (!window.isSecureContext) return "This page has to be opened with https, or from localhost.";
@@ -228,7 +228,7 @@ async function start() {
     show(false);
     return;
   }
-  // The server may have forgotten it, or be another one by now.
+  // The server may not know the subscription any more, or be another server by now.
   await subscribe(registration);
 }
 

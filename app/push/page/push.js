@@ -1,4 +1,4 @@
-// What the page and its service worker share. A plain script: not every browser has modules in workers.
+// Functions that the page and its service worker share. A plain script: not every browser has modules in workers.
 
 /** Bytes as base64url without padding. */
 function base64url(bytes) {
@@ -7,7 +7,7 @@ function base64url(bytes) {
 }
 
 // When a browser renews a subscription by itself, `oldSubscription` is often null: the endpoint and the
-// secret that prove which one it was are kept here.
+// secret that prove which subscription it was are stored here.
 
 function openStore() {
   return new Promise((resolve, reject) => {
@@ -33,17 +33,17 @@ async function withinStore(mode, work) {
   }
 }
 
-/** Keeps `{endpoint, auth, key}` of this browser's subscription; nothing, when there is none. */
+/** Stores `{endpoint, auth, key}` of this browser's subscription; deletes it when there is none. */
 function remember(subscription) {
   return withinStore("readwrite", (store) => (subscription ? store.put(subscription, "mine") : store.delete("mine")));
 }
 
-/** What was kept. */
+/** The stored value. */
 function remembered() {
   return withinStore("readonly", (store) => store.get("mine"));
 }
 
-/** Tells the server that this browser is nobody's from now on: it stays subscribed, and what was kept of its user is forgotten. */
+/** Tells the server that this browser has no user any more. It stays subscribed; the data of its user is deleted. */
 async function logout(registration) {
   const subscription = await registration.pushManager.getSubscription();
   if (!subscription) return;

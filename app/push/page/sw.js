@@ -1,4 +1,4 @@
-// The service worker: shows what is pushed, and keeps the server informed when the browser renews.
+// The service worker: shows pushed messages, and tells the server when the browser renews the subscription.
 
 /* global base64url, logout, remember, remembered */
 importScripts("/push.js");
@@ -6,7 +6,7 @@ importScripts("/push.js");
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
 
-/** What to show: our own notifications are JSON with a title, declarative ones have it inside; anything else is shown as it came. */
+/** Reads the notification to show: JSON with a title, or a declarative one inside it. Other text is shown as is. */
 function read(data) {
   const text = data?.text() ?? "";
   try {
@@ -18,12 +18,12 @@ function read(data) {
     }
     if (typeof message?.title === "string") return message;
   } catch {
-    // Then it is text.
+    // The message is plain text.
   }
   return { title: "Notification", body: text };
 }
 
-/** The caller's data, and beside it what a click opens: the notification, or one of its actions. */
+/** The caller's data, with the URLs that a click on the notification or on one of its actions opens. */
 function dataOf({ data, url, actions }) {
   const own = data !== null && typeof data === "object" && !Array.isArray(data) ? data : { value: data };
   const urls = (actions ?? []).filter(({ navigate, url: of }) => navigate ?? of);
@@ -59,7 +59,7 @@ self.addEventListener("notificationclick", (event) => {
   event.waitUntil(open());
 });
 
-// A page that signs its user out: navigator.serviceWorker.controller.postMessage({ type: "logout" }).
+// A page signs its user out with navigator.serviceWorker.controller.postMessage({ type: "logout" }).
 self.addEventListener("message", (event) => {
   if (event.data?.type === "logout") event.waitUntil(logout(self.registration));
 });

@@ -41,11 +41,11 @@ use followers::Followers;
 use guests::Guests;
 use limits::AddressLimits;
 
-/// What routes may touch. A cheap handle.
+/// The state of the routes; a cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct ApiState(Arc<ApiParts>);
 
-/// See [`ApiState`].
+/// The parts of [`ApiState`].
 #[derive(Debug)]
 pub(crate) struct ApiParts {
     config: Arc<Config>,
@@ -80,7 +80,7 @@ impl FromRef<ApiState> for Access {
 }
 
 impl ApiState {
-    /// What routes may touch, of what deliveries may, and what they need for themselves.
+    /// Makes the state from parts of the delivery context and from parts of its own.
     pub(crate) fn new(
         host: &Host,
         delivery: &DeliveryContext,
@@ -107,12 +107,12 @@ impl ApiState {
         }))
     }
 
-    /// How many addresses without a key are limited now, and how many requests follow notifications.
+    /// Number of addresses without a key that are limited now, and number of requests that follow notifications.
     pub(crate) fn counts(&self) -> (usize, usize) {
         (self.limits.len(), self.followers.len())
     }
 
-    /// Forgets the addresses that have kept within their limits, until nothing new is taken.
+    /// Removes addresses that have kept within their limits, from time to time, until the soft phase of the drain.
     async fn forget_limits(self, drain: Drain) -> anyhow::Result<()> {
         loop {
             tokio::select! {
@@ -123,7 +123,7 @@ impl ApiState {
     }
 }
 
-/// Hands in the routes and the tasks.
+/// Registers the routes and the tasks.
 pub(crate) fn mount(host: &mut Host, api: &ApiState) {
     host.routes(routes(api));
     host.admin_read(services::admin_read(api.clone()));
@@ -147,7 +147,8 @@ fn routes(api: &ApiState) -> OpenApiRouter {
     let mut routes = OpenApiRouter::new()
         .merge(from_pages)
         .routes(routes!(subscriptions::one, subscriptions::delete))
-        // A client that leaves early has sent all the same, and may ask again with the same Idempotency-Key.
+        // The notification of a client that leaves early is sent all the same; the client may ask again with the
+        // same Idempotency-Key.
         .merge(OpenApiRouter::new().routes(routes!(notify::notify)).layer(Detach))
         .routes(routes!(notifications::list))
         .routes(routes!(notifications::one, lifecycle::set_rate))

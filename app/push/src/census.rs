@@ -1,4 +1,4 @@
-//! How many subscriptions there are, for the gauge.
+//! Counts the stored subscriptions for the gauge.
 
 use std::time::Duration;
 
@@ -10,14 +10,15 @@ use crate::model::audience::Audience;
 use crate::model::profile::Profiles;
 use crate::store::PushStore;
 
-/// How often they are counted.
+/// Time between two counts.
 const EVERY: Duration = Duration::from_secs(60);
 
-/// Counts, until nothing new is taken. A site with more than can be counted in time keeps its last number.
+/// Counts until the soft phase of the drain. A site with more subscriptions than can be counted in time keeps its
+/// last number.
 pub(crate) async fn run(store: PushStore, profiles: Profiles, drain: Drain) -> anyhow::Result<()> {
     loop {
         for (site, profile) in profiles.iter() {
-            // A store that is away is counted later.
+            // While the store is away, nothing is counted.
             let Ok(watermark) = store.watermark(site.0).await else { break };
             if let Ok(Some(count)) = store.count(site.0, &Audience::All, watermark).await {
                 metrics::subscriptions(&profile.name, count);

@@ -1,4 +1,4 @@
-//! What web push brings to the command line.
+//! The commands of web push.
 
 mod dumps;
 mod keys;
@@ -9,7 +9,7 @@ mod trial;
 
 use perennial_host::command::Commands;
 
-/// All of it.
+/// All commands.
 pub(super) fn all() -> Commands {
     Commands::default()
         .with::<notify::NotifyArgs>()

@@ -15,7 +15,7 @@ const HOUR: Duration = Duration::from_secs(3600);
 /// The longest time to live that every push service grants: 28 days.
 pub(crate) const MAX_TTL: Duration = Duration::from_secs(28 * 24 * 3600);
 
-/// What the routes and jobs need to know.
+/// The settings of the routes and jobs.
 #[derive(Debug)]
 pub(crate) struct Config {
     pub(crate) page: bool,
@@ -31,30 +31,30 @@ pub(crate) struct Config {
     /// Messages per second to one push service.
     pub(crate) origin_rate: Option<f64>,
     pub(crate) threads: usize,
-    /// How long one send may take, and as long again its wait for a turn.
+    /// Longest time of one send, together with its wait for a permit, which may take as long.
     pub(crate) send_timeout: Duration,
-    /// For how long notifications that have ended are kept.
+    /// Time for which notifications that have ended are kept.
     pub(crate) retention: Duration,
-    /// How long sends that are in flight may take when the process must stop. What is cut off is sent again.
+    /// Longest time of sends in flight when the process must stop. A send that is cut off is repeated.
     pub(crate) last_sends: Duration,
     pub(crate) checkpoint_every: Duration,
     pub(crate) checkpoint_sends: usize,
-    /// How many requests of one API key may follow notifications at once.
+    /// Maximum number of requests of one API key that follow notifications at once.
     pub(crate) followers_per_key: usize,
-    /// How many subscriptions pages may store of one user.
+    /// Maximum number of subscriptions of one user that pages may store.
     pub(crate) subscriptions_per_user: usize,
-    /// Until when user tokens without site and expiry are taken.
+    /// Time until which user tokens without site and expiry are accepted.
     pub(crate) old_user_tokens_until: Option<SystemTime>,
 }
 
 impl Config {
-    /// Whether so many are few enough to go before bigger audiences.
+    /// Returns true when an audience of this size goes before bigger ones.
     pub(crate) fn is_small(&self, audience: u64) -> bool {
         audience <= self.small_audience
     }
 }
 
-/// What the routes and jobs need to know.
+/// Reads the settings of the routes and jobs.
 pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
     Config {
         page: settings.get("push.page"),
@@ -70,9 +70,9 @@ pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
         origin_rate: origin_rate(settings),
         threads: threads(settings),
         send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
-        // Idempotency keys are good for a day.
+        // Idempotency keys are valid for a day.
         retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
-        // The rest of that phase is for writing down what they were.
+        // The rest of that phase is for recording their outcomes.
         last_sends: (settings.get::<Duration>("drain.hard") / 2).min(2 * SECOND),
         checkpoint_every: settings.duration("push.checkpoint.every", MILLISECOND..=HOUR),
         checkpoint_sends: settings.number("push.checkpoint.sends", 1..=100_000),
@@ -86,7 +86,7 @@ pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
     }
 }
 
-/// The beginning of a day in UTC; none when there is no date.
+/// Reads a date as the beginning of its day in UTC. An empty text is no date.
 fn date(value: &toml::Value) -> Option<Option<SystemTime>> {
     let text = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
     if text.is_empty() {
@@ -96,7 +96,7 @@ fn date(value: &toml::Value) -> Option<Option<SystemTime>> {
     Some(Some(date.to_zoned(jiff::tz::TimeZone::UTC).ok()?.timestamp().into()))
 }
 
-/// How many subscriptions of strangers are kept.
+/// Reads how many subscriptions of strangers are kept.
 pub(crate) fn guests(settings: &mut Reader<'_>) -> guests::Config {
     let per_site: u64 = settings.number("push.guests_per_site", 0..=1_000_000_000);
     let per_address: usize = settings.number("push.guests_per_address", 0..=1_000_000_000);
@@ -106,7 +106,7 @@ pub(crate) fn guests(settings: &mut Reader<'_>) -> guests::Config {
     }
 }
 
-/// The threads that send: one for each processor, unless the settings say.
+/// Number of threads that send: one for each processor, unless the settings have a number.
 fn threads(settings: &mut Reader<'_>) -> usize {
     match settings.number("push.threads", 0..=1024) {
         0 => processors(settings).get(),
@@ -114,7 +114,7 @@ fn threads(settings: &mut Reader<'_>) -> usize {
     }
 }
 
-/// A rate for each push service; none when it is 0.
+/// Reads the rate limit for each push service; 0 means no limit.
 fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
     let rate: f64 =
         settings.read_with("push.origin_rate", "messages per second, or 0 for no limit", |value| {
@@ -125,7 +125,7 @@ fn origin_rate(settings: &mut Reader<'_>) -> Option<f64> {
     (rate > 0.0).then_some(rate)
 }
 
-/// The proxy that connections to push services go out through.
+/// Reads the proxy for connections to push services.
 fn proxy(settings: &mut Reader<'_>) -> Option<Proxy> {
     let resolves: bool = settings.get("push.proxy_resolves");
     let credentials = settings.secret_file("push.proxy_credentials_file");
@@ -144,7 +144,7 @@ fn proxy(settings: &mut Reader<'_>) -> Option<Proxy> {
     })
 }
 
-/// How sender keys are made.
+/// Reads the way in which sender keys are made.
 fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
     let life = settings.duration("push.sender_key_life", SECOND..=HOUR * 24 * 30);
     let Size(cache) = settings.get("push.sender_key_cache");
@@ -157,7 +157,7 @@ fn sender_key(settings: &mut Reader<'_>) -> SenderKey {
     if rotates { SenderKey::Rotating { life, cache: cache as u64 } } else { SenderKey::Fresh }
 }
 
-/// How to send.
+/// Reads the settings of the sender.
 pub(crate) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
     let wanted = settings.number("push.max_connections", 2..=100_000);
     let max_connections = outgoing_connections(settings, "push.max_connections", wanted);
@@ -192,7 +192,7 @@ pub(crate) fn sender(settings: &mut Reader<'_>) -> perennial_webpush::Config {
     }
 }
 
-/// Whom push services may ask, or why Apple would refuse to deliver.
+/// Reads the contact for push services. The error is the reason why Apple would refuse to deliver.
 pub(crate) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
     let text: String = settings.get("push.contact");
     if text.is_empty() {
@@ -207,7 +207,7 @@ pub(crate) fn contact(settings: &mut Reader<'_>) -> Result<Contact, String> {
     })
 }
 
-/// A list of ports, as numbers or, from the environment, as texts.
+/// Reads a list of ports, as numbers or, from the environment, as texts.
 fn ports(value: &toml::Value) -> Option<Vec<u16>> {
     let port = |port: &toml::Value| {
         let number = port.as_integer().or_else(|| port.as_str()?.parse().ok())?;

@@ -1,14 +1,14 @@
-//! From a notification that was accepted to its last outcome.
+//! The delivery of a notification, from its acceptance to its last outcome.
 //!
 //! ```text
 //! fanout.rs     push.fan_out: the audience, cut into ranges of ids
 //! deliver.rs    push.deliver: one range, sent on one of the threads of senders.rs,
 //!   batch_run.rs  checkpointed (batch_progress.rs says how far it is); send.rs is one message to one member
-//!   attempts.rs   what becomes of a member after an attempt
-//! close.rs      push.close: what still waits of one that was cancelled or has expired
-//! webhook.rs    push.webhook: the backend is told
-//! services.rs   what replicas tell each other of push services
-//! progress.rs   how fast outcomes are decided
+//!   attempts.rs   the decision about a member after an attempt
+//! close.rs      push.close: the waiting batches of a notification that was cancelled or has expired
+//! webhook.rs    push.webhook: a request to the backend
+//! services.rs   holds of push services, exchanged between replicas
+//! progress.rs   the rate at which outcomes are decided
 //! ```
 
 mod attempts;
@@ -43,15 +43,15 @@ use senders::Senders;
 use services::HeldServices;
 use webhook::Webhooks;
 
-/// How many requests to the backend at once.
+/// Maximum number of requests to the backend at once.
 const WEBHOOKS: usize = 8;
-/// How many audiences are cut at once.
+/// Maximum number of audiences that are cut at once.
 const FAN_OUTS: usize = 4;
-/// How soon a job is looked at again that is about a site which this process does not serve: another one may, of the version
-/// that is just being rolled out.
+/// Wait of a job for a site that this process does not serve: another process may, of a version that is just being
+/// rolled out.
 const NOT_SERVED: Duration = Duration::from_secs(30);
 
-/// What the jobs of a delivery may touch.
+/// The state that the jobs of a delivery share.
 #[derive(Debug)]
 pub(crate) struct DeliveryContext {
     pub(crate) config: Arc<Config>,
@@ -67,7 +67,7 @@ pub(crate) struct DeliveryContext {
 }
 
 impl DeliveryContext {
-    /// Says in the log how a notification went.
+    /// Logs the outcomes of a notification that has ended.
     async fn ended(&self, notification: Uuid, site: i64) {
         let Ok(Some(ended)) = self.store.notification(site, notification).await else { return };
         let outcomes = ended.outcomes.iter().map(|(outcome, count)| format!("{outcome} {count}"));
@@ -77,7 +77,7 @@ impl DeliveryContext {
     }
 }
 
-/// Hands in the queues, the jobs and the tasks.
+/// Registers the queues, the jobs and the tasks.
 pub(crate) fn mount(host: &mut Host, delivery: &Arc<DeliveryContext>) {
     let config = &delivery.config;
     host.serve_queue(queues::FAN_OUT_QUEUE, FAN_OUTS);

@@ -1,12 +1,12 @@
-//! Web push as a module of the host: it comes in through the same doors as any other.
+//! Web push as a module of the host, which it uses by the same interfaces as any other module.
 //!
 //! ```text
 //! api/        the routes: subscriptions, POST /notify, progress, operators
-//! delivery/   the jobs: an audience is cut, sent to, and its outcomes are recorded
-//! pacing/     when the next message may be sent
+//! delivery/   the jobs: an audience is cut into batches and sent to, and its outcomes are recorded
+//! pacing/     the time at which the next message may be sent
 //! model/      values and decisions
 //! store/      the tables, and every statement on them
-//! commands/   its part of the command line; sink/ is a push service to try it with
+//! commands/   the commands; sink/ is a push service to try web push with
 //! ```
 
 mod api;
@@ -52,7 +52,7 @@ use pacing::active::Flows;
 use store::PushStore;
 use vapid::VapidKeys;
 
-/// How long the page's token is good for.
+/// Validity of the page's token.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
 /// The module, with its settings read.
@@ -148,7 +148,7 @@ impl Module for Push {
 }
 
 impl Push {
-    /// What deliveries need: it opens the keys, and starts the threads that send.
+    /// Makes the context of deliveries: it opens the keys, and starts the threads that send.
     async fn delivery(self, host: &mut Host) -> anyhow::Result<DeliveryContext> {
         let store = PushStore::new(host.store.clone(), host.jobs.clone());
         let profiles = Profiles::of(self.profiles, &host.sites);
@@ -171,7 +171,7 @@ impl Push {
     }
 }
 
-/// Tells a person at the terminal where the page is, with a key that lets it send.
+/// Prints the address of the page at the terminal, with a token that lets it send.
 fn announce_page(host: &mut Host) {
     let token = host.access.issue("page", &[scopes::SUBSCRIBE, scopes::NOTIFY, Scope::READ], PAGE_TOKEN);
     host.announce(move |base| {
@@ -182,7 +182,7 @@ fn announce_page(host: &mut Host) {
     });
 }
 
-/// What `GET /modules` shows.
+/// The status that `GET /modules` shows.
 fn status(api: &ApiState, vapid: &VapidKeys) -> serde_json::Value {
     let known = vapid.known();
     let keys = known.iter().map(|(site, keys)| (site, keys.current.public_key()));

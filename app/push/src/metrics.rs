@@ -12,30 +12,30 @@ use crate::model::outcome::Outcome;
 
 /// Counter by `verdict`: attempts to send.
 pub(crate) const SENDS: &str = "perennial_push_sends_total";
-/// Counter by `outcome`: what finally became of notifications for their subscriptions.
+/// Counter by `outcome`: final outcomes of notifications for their subscriptions.
 pub(crate) const OUTCOMES: &str = "perennial_push_outcomes_total";
-/// Histogram, seconds: one attempt, its wait for a turn included.
+/// Histogram, seconds: one attempt, including its wait for a permit.
 pub(crate) const SEND_DURATION: &str = "perennial_push_send_duration_seconds";
 /// Counter: notifications that were accepted.
 pub(crate) const NOTIFICATIONS: &str = "perennial_push_notifications_total";
 /// Counter by `what`: requests without a key that were over a limit.
 pub(crate) const LIMITED: &str = "perennial_push_limited_total";
 
-/// What a limit is about, as the label `what`.
+/// The kinds of limits, as the label `what`.
 const LIMITS: [&str; 2] = ["address", "site"];
 
 /// Gauge by `site`: subscriptions that are stored, counted once a minute.
 pub(crate) const SUBSCRIPTIONS: &str = "perennial_push_subscriptions";
 
-/// Gauge: push services that nothing is sent to now, since they asked us to wait, are away, or refuse our key.
+/// Gauge: push services that are held now, since they asked us to wait, cannot be reached, or refuse our key.
 pub(crate) const HELD: &str = "perennial_push_services_held";
 
-/// Gauge: subscriptions that are refused, and given up if that goes on; counted to 10,000.
+/// Gauge: subscriptions that are refused, and given up if that continues; counted up to 10,000.
 pub(crate) const AT_RISK: &str = "perennial_push_subscriptions_at_risk";
 
 /// Gauge by `site`: subscriptions that strangers made, and that nothing was delivered to.
 pub(crate) const GUESTS: &str = "perennial_push_guests";
-/// Counter: subscriptions of those that were deleted to make room for others.
+/// Counter: subscriptions of strangers that were deleted to make room for others.
 pub(crate) const EVICTED: &str = "perennial_push_guests_evicted_total";
 
 pub(crate) fn describe() {
@@ -45,8 +45,8 @@ pub(crate) fn describe() {
     describe_gauge!(AT_RISK, Unit::Count, "subscriptions that are refused, and given up if that goes on");
     describe_gauge!(HELD, Unit::Count, "push services that nothing is sent to now");
     describe_counter!(SENDS, Unit::Count, "attempts to send, by verdict");
-    describe_counter!(OUTCOMES, Unit::Count, "what finally became of notifications for their subscriptions");
-    describe_histogram!(SEND_DURATION, Unit::Seconds, "one attempt to send, its wait for a turn included");
+    describe_counter!(OUTCOMES, Unit::Count, "final outcomes of notifications for their subscriptions");
+    describe_histogram!(SEND_DURATION, Unit::Seconds, "one attempt to send, including its wait for a permit");
     describe_counter!(NOTIFICATIONS, Unit::Count, "notifications that were accepted");
     describe_counter!(LIMITED, Unit::Count, "requests without a key that were over a limit, by limit");
     describe_gauge!(SUBSCRIPTIONS, Unit::Count, "subscriptions that are stored, by site");
@@ -62,7 +62,7 @@ pub(crate) fn describe() {
     }
 }
 
-/// Handles that were looked up once: some of these are counted a hundred thousand times a second.
+/// Handles that were looked up once: some of them are used a hundred thousand times a second.
 #[derive(Debug)]
 pub(crate) struct Meters {
     sends: [Counter; VERDICTS.len()],
@@ -90,7 +90,7 @@ impl Meters {
         Self { sends, duration: histogram!(SEND_DURATION), held: gauge!(HELD), at_risk: gauge!(AT_RISK) }
     }
 
-    /// One attempt.
+    /// Counts one attempt.
     pub(crate) fn sent(&self, verdict: Verdict, took: Duration) {
         let verdict = match verdict {
             Verdict::Delivered => 0,
@@ -108,14 +108,14 @@ impl Meters {
         self.duration.record(took);
     }
 
-    /// Outcomes that were recorded.
+    /// Counts recorded outcomes.
     pub(crate) fn decided(&self, outcomes: &[(Outcome, usize)]) {
         for (outcome, count) in outcomes {
             counter!(OUTCOMES, "outcome" => outcome.as_str()).increment(*count as u64);
         }
     }
 
-    /// How many push services are not sent to.
+    /// Sets the number of held push services.
     #[expect(clippy::cast_precision_loss, reason = "a thousand at most")]
     pub(crate) fn held(&self, count: usize) {
         self.held.set(count as f64);
@@ -123,7 +123,7 @@ impl Meters {
 }
 
 impl Meters {
-    /// How many subscriptions are at risk.
+    /// Sets the number of subscriptions at risk.
     #[expect(clippy::cast_precision_loss, reason = "some thousands")]
     pub(crate) fn at_risk(&self, count: u64) {
         self.at_risk.set(count as f64);
@@ -138,13 +138,13 @@ pub(crate) fn limited(what: &'static str) {
     counter!(LIMITED, "what" => what).increment(1);
 }
 
-/// How many subscriptions a site has.
+/// Sets the number of subscriptions of a site.
 #[expect(clippy::cast_precision_loss, reason = "some millions")]
 pub(crate) fn subscriptions(site: &str, count: u64) {
     gauge!(SUBSCRIPTIONS, "site" => site.to_owned()).set(count as f64);
 }
 
-/// How many subscriptions of strangers a site has.
+/// Sets the number of subscriptions of strangers of a site.
 #[expect(clippy::cast_precision_loss, reason = "some millions")]
 pub(crate) fn guests(site: &str, count: u64) {
     gauge!(GUESTS, "site" => site.to_owned()).set(count as f64);

@@ -1,4 +1,4 @@
-//! What web push is about: values and decisions, without routes, tasks and statements.
+//! The model of web push: values and decisions, without routes, tasks and SQL statements.
 
 pub(crate) mod audience;
 pub(crate) mod endpoint;

@@ -1,4 +1,4 @@
-//! What commands do with the store of web push while no server runs.
+//! Work of commands on the store of web push while no server runs.
 
 use std::sync::Arc;
 
@@ -15,14 +15,14 @@ use crate::model::profile::{self, Profiles, VAPID_KEY};
 use crate::store::PushStore;
 use crate::vapid::{self, VapidKeys};
 
-/// Imports and exports.
+/// Makes the transfer for imports and exports.
 pub(crate) async fn transfer(settings: &Settings, offline: &Offline) -> anyhow::Result<Transfer> {
     let (vapid, sites) = vapid_keys(settings, offline).await?;
     let sender = Sender::new(config::sender(&mut Reader::new(settings)))?;
     Ok(Transfer::new(store(offline), sender, Arc::new(vapid), sites))
 }
 
-/// The VAPID keys of all sites.
+/// Opens the VAPID keys of all sites.
 pub(crate) async fn vapid_keys(settings: &Settings, offline: &Offline) -> anyhow::Result<(VapidKeys, Sites)> {
     let sites = offline.sites().await?;
     let reader = &mut Reader::new(settings);
@@ -33,7 +33,7 @@ pub(crate) async fn vapid_keys(settings: &Settings, offline: &Offline) -> anyhow
     Ok((keys, sites))
 }
 
-/// Makes a key of elsewhere the one that pages of a site subscribe with.
+/// Makes a foreign key the one that pages of a site subscribe with.
 pub(crate) async fn import_key(
     settings: &Settings,
     site: &str,

@@ -1,4 +1,4 @@
-//! What is forgotten by the clock.
+//! Scheduled jobs that delete old notifications and expired subscriptions.
 
 use std::time::Duration;
 
@@ -11,7 +11,7 @@ use crate::store::{PushStore, now_ms};
 use perennial_host::maintenance::{self, until_none};
 use perennial_host::module::Host;
 
-/// Hands in the jobs, and when they run.
+/// Registers the jobs and their schedules.
 pub(crate) fn mount(host: &mut Host, store: &PushStore, retention: Duration) -> anyhow::Result<()> {
     host.job::<ForgetNotifications>((store.clone(), retention));
     host.job::<ForgetExpired>(store.clone());
@@ -22,7 +22,8 @@ pub(crate) fn mount(host: &mut Host, store: &PushStore, retention: Duration) -> 
     Ok(())
 }
 
-/// Deletes notifications that ended long ago, with their payloads and logs, and services that nothing is said about.
+/// Deletes notifications that ended long ago, with their payloads and logs, and push services and acceptances whose
+/// rows are of no use any more.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ForgetNotifications {}
@@ -48,7 +49,7 @@ impl Job for ForgetNotifications {
     }
 }
 
-/// Deletes subscriptions whose time is over, as their browsers said (Push API, `expirationTime`).
+/// Deletes subscriptions that have expired by the time that their browsers gave (Push API, `expirationTime`).
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct ForgetExpired {}

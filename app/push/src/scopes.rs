@@ -1,13 +1,13 @@
-//! What API keys may be used for in the routes of web push.
+//! The scopes of API keys for the routes of web push.
 
 use perennial_host::access::{Required, Scope};
 
-/// Write subscriptions.
+/// Allows to write subscriptions.
 pub(crate) const SUBSCRIBE: Scope = Scope::new("subscribe");
-/// Send notifications.
+/// Allows to send notifications.
 pub(crate) const NOTIFY: Scope = Scope::new("notify");
 
-/// See [`SUBSCRIBE`].
+/// The scope [`SUBSCRIBE`] as a type.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct SubscribeScope;
 
@@ -15,7 +15,7 @@ impl Required for SubscribeScope {
     const SCOPE: Scope = SUBSCRIBE;
 }
 
-/// See [`NOTIFY`].
+/// The scope [`NOTIFY`] as a type.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct NotifyScope;
 

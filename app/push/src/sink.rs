@@ -1,10 +1,10 @@
-//! A local push service: strict where the real ones are, and it shows what came.
+//! A local push service. It is as strict as the real ones, and shows the messages that came.
 //!
-//! It is what `perennial sink` runs for developers, and what the tests send to. Subscriptions are had in two
-//! ways: minted here, with keys that this process holds and decrypts with; or by a Firefox that is told to use
-//! this service instead of Mozilla's, and decrypts itself (see `sink/browser.rs`).
+//! `perennial sink` runs it for developers, and the tests send to it. Its subscriptions are either minted here,
+//! with keys that this process holds and decrypts with, or made by a Firefox that uses this service instead of
+//! Mozilla's and decrypts itself (see `sink/browser.rs`).
 //!
-//! | route | what |
+//! | route | purpose |
 //! |---|---|
 //! | `POST /wpush/v2/{token}` | a message, over TLS; every rule of RFC 8030, 8188, 8291 and 8292 is checked |
 //! | `GET /` (WebSocket) | a browser's connection |
@@ -55,13 +55,13 @@ pub const CA_FILE: &str = "ca.pem";
 
 /// A browser's side of a minted subscription.
 pub trait Receiver: Send + Sync + 'static {
-    /// The public half.
+    /// The public half of the keys.
     fn keys(&self) -> Keys;
 
-    /// The plaintext of a body.
+    /// Decrypts a body.
     ///
     /// # Errors
-    /// Why it cannot be read.
+    /// The reason why it cannot be decrypted.
     fn decrypt(&self, body: &[u8]) -> Result<Vec<u8>, String>;
 }
 
@@ -75,51 +75,51 @@ impl Receiver for ReceiverKeys {
     }
 }
 
-/// What the service does with messages that keep the rules, and whom it tells.
+/// The behaviour of the service: its answers to valid messages, and its reports of taken and refused ones.
 pub trait Behaviour: Send + Sync + 'static {
-    /// How to answer.
+    /// Decides how a valid message is answered.
     fn answer(&self, _push: &Push) -> Answer {
         Answer::Take
     }
 
-    /// A message was taken. There is no plaintext when a browser has the key.
+    /// Reports a message that was taken. There is no plaintext when a browser has the key.
     fn taken(&self, push: &Push, plaintext: Option<&[u8]>);
 
-    /// A message broke a rule.
+    /// Reports a message that broke a rule.
     fn refused(&self, refusal: &Refusal);
 }
 
-/// How a message is answered.
+/// The answer to a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Answer {
-    /// 201.
+    /// Answers 201.
     Take,
-    /// This status, with these headers.
+    /// Answers this status with these headers.
     Status(StatusCode, Vec<(&'static str, String)>),
-    /// 201, and the connection is closed in order: GOAWAY, or `Connection: close`.
+    /// Answers 201 and closes the connection in order: GOAWAY, or `Connection: close`.
     TakeAndClose,
-    /// The connection is cut.
+    /// Cuts the connection.
     Cut,
-    /// 201, and a body that never ends.
+    /// Answers 201 with a body that never ends.
     TakeEndless,
-    /// None, ever.
+    /// Never answers.
     Stall,
 }
 
-/// Where to listen.
+/// Addresses and certificate of the service.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// For messages, with TLS.
+    /// Address for messages, with TLS.
     pub push: SocketAddr,
-    /// For browsers' WebSockets, without.
+    /// Address for browsers' WebSockets, without TLS.
     pub browsers: SocketAddr,
     /// Names of the certificate, besides localhost and loopback addresses.
     pub names: Vec<String>,
-    /// Where the certificates are put.
+    /// Directory of the certificates.
     pub directory: PathBuf,
 }
 
-/// The service. A cheap handle.
+/// The service; a cheap handle.
 #[derive(Clone)]
 pub struct Sink(Arc<SinkState>);
 
@@ -131,7 +131,7 @@ struct SinkState {
     disconnect: Notify,
 }
 
-/// Where the messages of one subscription go.
+/// Destination of the messages of one subscription.
 struct Mailbox {
     /// The only VAPID key that may send, if the subscription was made with one.
     vapid_key: Option<Vec<u8>>,
@@ -145,7 +145,7 @@ enum Owner {
         channel: String,
         to: mpsc::Sender<browser::Notice>,
     },
-    /// It has unsubscribed.
+    /// The subscription has ended.
     Gone,
 }
 
@@ -160,7 +160,7 @@ impl fmt::Debug for Sink {
 pub struct Bound {
     /// The handle.
     pub sink: Sink,
-    /// Where browsers connect: `ws://127.0.0.1:8444/`.
+    /// URL that browsers connect to: `ws://127.0.0.1:8444/`.
     pub browsers: String,
     server: Server,
 }
@@ -168,12 +168,12 @@ pub struct Bound {
 /// Makes a certificate and opens the sockets.
 ///
 /// # Errors
-/// When a certificate cannot be written, or an address cannot be had.
+/// When a certificate cannot be written, or an address cannot be bound.
 pub async fn bind(config: Config, behaviour: Arc<dyn Behaviour>) -> anyhow::Result<Bound> {
     let tls = certificate(&config.directory, &config.names)?;
     let listen = vec![Listen::Https(config.push.to_string()), Listen::Http(config.browsers.to_string())];
     let net = net::Config { tls: Some(tls), ..net::Config::new("sink", listen) };
-    // A service that stalls does so for longer than any client waits.
+    // A service that stalls has to do so for longer than any client waits.
     let patient = Duration::from_secs(3600);
     let server = server::Config {
         quiet: true,
@@ -201,7 +201,7 @@ impl Bound {
             .route("/wpush/v2/{token}", post(take))
             .route("/", get(browser::connect))
             .with_state(self.sink);
-        // It cannot fail.
+        // Serving cannot fail.
         let _ = self.server.run(router, None, drain).await;
     }
 }
@@ -212,7 +212,7 @@ impl Sink {
         &self.0.origin
     }
 
-    /// A new subscription, as a browser's `PushSubscription.toJSON()` would write it.
+    /// Makes a new subscription, in the form of a browser's `PushSubscription.toJSON()`.
     pub fn mint(&self, receiver: Arc<dyn Receiver>, vapid_key: Option<Vec<u8>>) -> Value {
         let keys = receiver.keys();
         let endpoint = self.register(Owner::Minted(receiver), vapid_key);
@@ -232,8 +232,8 @@ impl Sink {
         }
     }
 
-    /// Cuts the connections of browsers, as a service does that lost its memory: they come again, learn that
-    /// nobody knows them, and subscribe anew.
+    /// Cuts the connections of browsers, like a service that has lost its data: the browsers connect again, learn
+    /// that they are unknown, and subscribe anew.
     pub fn disconnect_browsers(&self) {
         self.0.disconnect.notify_waiters();
     }
@@ -249,7 +249,7 @@ impl Sink {
         self.0.mailboxes.lock()
     }
 
-    /// Who owns a subscription, and which key may send to it.
+    /// The owner of a subscription, and the key that may send to it.
     fn find(&self, token: &str) -> Option<(Owner, Option<Vec<u8>>)> {
         let mailboxes = self.mailboxes();
         let mailbox = mailboxes.get(token)?;
@@ -277,7 +277,7 @@ impl Sink {
     }
 }
 
-/// A message to a subscription.
+/// Takes a message to a subscription.
 async fn take(
     State(sink): State<Sink>,
     PathParameter(token): PathParameter<String>,
@@ -347,10 +347,10 @@ fn refuse(sink: &Sink, refusal: &Refusal) -> Response {
     (refusal.status, axum::Json(body)).into_response()
 }
 
-/// A certificate authority, and a certificate for localhost signed by it.
+/// Makes a certificate authority, and a certificate for localhost signed by it.
 fn certificate(directory: &Path, names: &[String]) -> anyhow::Result<tls::Config> {
     let files = tls::Config { cert_file: directory.join("cert.pem"), key_file: directory.join("key.pem") };
-    // Whoever trusts the one of last time need not be told again.
+    // Clients that trust the authority of an earlier run need no change.
     if files.cert_file.exists() && files.key_file.exists() && directory.join(CA_FILE).exists() {
         return Ok(files);
     }

@@ -1,12 +1,12 @@
 //! The tables of web push, and every statement on them.
 //!
-//! | table | a row is |
+//! | table | content of a row |
 //! |---|---|
 //! | `vapid_keys` | a key that subscriptions were made with |
 //! | `subscriptions`, `subscription_tags` | a browser that may be sent to |
-//! | `notifications`, `notification_outcomes` | something that was accepted by `POST /notify`, and how it went |
-//! | `deliveries` | how it went for one subscription: failures, or all |
-//! | `push_services` | a push service that is not sent to now, or whose rate is capped |
+//! | `notifications`, `notification_outcomes` | a notification that `POST /notify` has accepted, and its outcomes |
+//! | `deliveries` | the outcome for one subscription: of failures, or of all |
+//! | `push_services` | a push service that is held, or whose rate is capped |
 //! | `recipients` | a subscription that came with a notification |
 //! | `batches` | a part of an audience that a job sends to |
 //! | `idempotency_keys` | a promise to answer the same again |
@@ -53,17 +53,17 @@ impl PushStore {
         Self { sql, jobs, shares }
     }
 
-    /// Whether other processes may work on it.
+    /// Returns true when other processes may work on the store.
     pub(crate) fn is_shared(&self) -> bool {
         matches!(self.sql, sql::Store::Postgres(_))
     }
 
-    /// Counts a job that is about to be stored with what it is about.
+    /// Counts a job for the admission before it is stored in one transaction with its data.
     pub(crate) fn admit(&self, job: &NewJob) -> queue::Result<()> {
         self.jobs.admission().admit(std::slice::from_ref(job))
     }
 
-    /// Notes a VAPID key, and returns its id.
+    /// Stores a VAPID public key unless it is stored, and returns its id.
     pub(crate) async fn vapid_key(&self, site: i64, public_key: [u8; 65]) -> Result<i64> {
         let insert = "INSERT INTO vapid_keys (site, public_key, created_at) VALUES (?, ?, ?)
                       ON CONFLICT DO NOTHING";
@@ -72,7 +72,7 @@ impl PushStore {
         self.sql.value(select, values![site, public_key]).await
     }
 
-    /// How many subscriptions of a site were made with other keys than these.
+    /// Number of subscriptions of a site that were made with other keys than these.
     pub(crate) async fn made_with_other_keys(&self, site: i64, keys: &[i64]) -> Result<u64> {
         let sql = "SELECT id FROM vapid_keys WHERE site = ?";
         let mut count = 0;
@@ -87,15 +87,16 @@ impl PushStore {
     }
 }
 
-/// How many bytes of rows one answer has, about, and how many rows are read at once: rows may have 10 KB each.
+/// Approximate size of the rows of one answer, in bytes, and the number of rows that are read at once: rows may
+/// have 10 KB each.
 const PAGE_BYTES: usize = 256 << 10;
 const PART: usize = 64;
 
-/// A page, and the number behind which the next one begins, if there may be one.
+/// A page, and the id after which the next one begins, if there may be one.
 pub(crate) type Page<T> = (Vec<T>, Option<i64>);
 
-/// Rows that are read in parts, in the order of the numbers in their column `id`, until there are as many as asked for, or as
-/// many bytes as one answer may have. Those that cannot be read are set apart.
+/// Reads rows in parts, in the order of the numbers in their column `id`, until there are as many as asked for, or
+/// as many bytes as one answer may have. Unreadable rows are set apart.
 struct Pager<T> {
     what: &'static str,
     id: &'static str,
@@ -111,12 +112,12 @@ impl<T> Pager<T> {
         Self { what, id, limit, rows: 0, bytes: 0, after, found: Vec::new() }
     }
 
-    /// Behind which number the next part begins, and how many rows it has.
+    /// The id after which the next part begins, and the number of its rows.
     fn part(&self) -> (i64, usize) {
         (self.after, PART.min(self.limit - self.rows))
     }
 
-    /// Takes a part; returns the page when it was the last of it.
+    /// Takes a part; returns the page when this was its last part.
     fn take(&mut self, rows: &[sql::Row], read: impl Fn(&sql::Row) -> Result<T>) -> Option<Page<T>> {
         let is_end = rows.len() < self.part().1;
         self.rows += rows.len();
@@ -128,7 +129,7 @@ impl<T> Pager<T> {
     }
 }
 
-/// Whether a site has any subscription at all.
+/// Returns true when a site has any subscription.
 pub(crate) async fn has_subscriptions(store: &sql::Store, site: i64) -> Result<bool> {
     store.value("SELECT EXISTS (SELECT 1 FROM subscriptions WHERE site = ?)", values![site]).await
 }
@@ -146,7 +147,7 @@ pub(crate) fn job<J: Job>(job: &J) -> Result<NewJob> {
     NewJob::new(job).map_err(|error| sql::Error::Unwritable(Box::new(error)))
 }
 
-/// Adds up a notification's outcomes.
+/// Adds `count` to one of a notification's outcomes.
 async fn add_outcome<T: Tx>(tx: &T, notification: Uuid, outcome: &str, count: usize) -> Result<()> {
     let sql = "INSERT INTO notification_outcomes AS sums (notification, outcome, count) VALUES (?, ?, ?)
                ON CONFLICT (notification, outcome) DO UPDATE SET count = sums.count + excluded.count";

@@ -1,8 +1,8 @@
-//! The keys that identify us to push services: for each site the one that its pages subscribe with, and those they
-//! subscribed with before.
+//! The VAPID keys that identify us to push services: for each site, the key that its pages subscribe with, and the
+//! earlier ones.
 //!
-//! A file `vapid.pem` may hold several: the first is in use, the others go on signing for the subscriptions that were
-//! made with them. What a process knows of them is a cache: a key that is made while it runs is in use soon.
+//! A file `vapid.pem` may hold several keys: the first is in use, the others still sign for the subscriptions that
+//! were made with them. A process caches the keys: a key that is made while it runs is in use soon.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -25,7 +25,7 @@ use perennial_host::api::{Result, store_failed};
 use perennial_host::data_dir::DataDir;
 use perennial_host::sites::SiteId;
 
-/// What is known of the keys in files and in the store.
+/// The cache of the keys in files and in the store.
 pub(crate) const CACHE: cache::Config = cache::Config {
     name: "vapid_keys",
     bytes: 1 << 20,
@@ -34,7 +34,7 @@ pub(crate) const CACHE: cache::Config = cache::Config {
     stale: Duration::from_secs(24 * 3600),
 };
 
-/// How often the store is asked for a key that is not known.
+/// Shortest time between two times that the store is asked for an unknown key.
 const LOOK_AGAIN: Duration = Duration::from_secs(2);
 
 /// The keys of all sites.
@@ -46,30 +46,30 @@ pub(crate) struct VapidKeys {
     profiles: Profiles,
     caches: Caches,
     cache: Cache<Arc<SiteKeys>>,
-    /// When the store was last asked for a key that is not known.
+    /// Time at which the store was last asked for an unknown key.
     looked: Mutex<Option<Instant>>,
 }
 
 /// The keys of one site.
 #[derive(Debug)]
 pub(crate) struct SiteKeys {
-    /// The one in use, and the id of its row.
+    /// The key in use, and the id of its row.
     pub(crate) current: VapidKey,
     pub(crate) current_id: i64,
     all: HashMap<i64, VapidKey>,
-    /// What addresses of strangers are hashed with.
+    /// Key with which addresses of strangers are hashed.
     pub(crate) guests: hmac::Key,
 }
 
 impl Kept for SiteKeys {
     fn bytes(&self) -> usize {
-        // What the library holds of a key pair, about.
+        // Approximate memory of a key pair in the library.
         self.all.len() * 1024
     }
 }
 
 impl SiteKeys {
-    /// The key that a subscription was made with; one that came with a notification takes the one in use.
+    /// The key that a subscription was made with. A subscription that came with a notification takes the key in use.
     pub(crate) fn of(&self, id: Option<i64>) -> Option<&VapidKey> {
         id.map_or(Some(&self.current), |id| self.all.get(&id))
     }
@@ -82,7 +82,7 @@ impl SiteKeys {
 }
 
 impl VapidKeys {
-    /// The keys of these sites: read once, so that those that are missing are made or missed now.
+    /// Opens the keys of these sites. They are read once, so that missing keys are made, or reported, now.
     pub(crate) async fn open(
         data_dir: &Arc<DataDir>,
         sql: &sql::Store,
@@ -107,14 +107,14 @@ impl VapidKeys {
                 warn!(
                     site = profile.name,
                     subscriptions = orphans,
-                    "made with VAPID keys that are not there: push services will refuse ours for them"
+                    "subscriptions were made with VAPID keys that are missing: push services refuse our keys for them"
                 );
             }
         }
         Ok(keys)
     }
 
-    /// Those of one site.
+    /// The keys of one site.
     pub(crate) async fn of(&self, site: SiteId) -> anyhow::Result<Arc<SiteKeys>> {
         let keys = self.look_up(site).await.map_err(|error| anyhow!("{error:#}"))?;
         keys.context("there is no VAPID key")
@@ -125,10 +125,10 @@ impl VapidKeys {
         self.profiles.find(site).map_or_else(|| Arc::from([]), |profile| Arc::clone(&profile.public_tags))
     }
 
-    /// Those of one site, for a request.
+    /// The keys of one site, for a request.
     ///
     /// # Errors
-    /// 503 while the store cannot be asked for keys that nobody knows.
+    /// 503 while the store cannot be asked for keys that are not cached.
     pub(crate) async fn for_request(&self, site: SiteId) -> Result<Arc<SiteKeys>> {
         match self.look_up(site).await {
             Ok(keys) => Ok(keys.context("there is no VAPID key")?),
@@ -139,7 +139,7 @@ impl VapidKeys {
         }
     }
 
-    /// Those of one site, one of which is to be `public_key`: it may have been made a moment ago, by another process.
+    /// The keys of one site, read again when `public_key` is unknown: another process may have made it a moment ago.
     pub(crate) async fn with(&self, site: SiteId, public_key: &str) -> Result<Arc<SiteKeys>> {
         let keys = self.for_request(site).await?;
         let may_look = {
@@ -158,7 +158,7 @@ impl VapidKeys {
         self.for_request(site).await
     }
 
-    /// What is known without asking anybody, by the name of the site.
+    /// The cached keys, by the name of the site.
     pub(crate) fn known(&self) -> Vec<(String, Arc<SiteKeys>)> {
         let named = |(site, keys): (String, _)| {
             let site = SiteId(site.parse().ok()?);
@@ -183,7 +183,7 @@ impl VapidKeys {
         Ok(key)
     }
 
-    /// Makes a key of elsewhere the one that pages of a site subscribe with. Those there are go on signing for their
+    /// Makes a foreign key the one that pages of a site subscribe with. The earlier keys still sign for their
     /// subscriptions.
     pub(crate) async fn import(&self, site: SiteId, key: &VapidKey) -> anyhow::Result<()> {
         let profile = self.profiles.find(site).context("this site is not in the settings")?;
@@ -211,7 +211,7 @@ impl VapidKeys {
             all.insert(id, key);
         }
         let (current_id, current) = current.context("there is no VAPID key")?;
-        // A secret that all replicas have, and that nobody has to keep.
+        // A secret that all replicas have, and that does not have to be stored.
         let secret = digest::digest(&digest::SHA256, current.to_pem()?.as_bytes());
         let guests = hmac::Key::new(hmac::HMAC_SHA256, secret.as_ref());
         Ok(Arc::new(SiteKeys { current, current_id, all, guests }))
@@ -227,7 +227,7 @@ pub(crate) async fn make(
 ) -> anyhow::Result<VapidKey> {
     let keys = match sql.dialect() {
         Dialect::Sqlite => read(data_dir, sql, site, place).await?,
-        // All replicas share it: the file's if there is one, or the one that is stored, or a new one.
+        // All replicas share it: the stored key, or else that of the file, or else a new one.
         Dialect::Postgres => {
             let pem = match data_dir.read(&place.file) {
                 Some(pem) => pem,
@@ -240,7 +240,7 @@ pub(crate) async fn make(
     keys.into_iter().next().context("there is no VAPID key")
 }
 
-/// Makes a new key for pages to subscribe with, and keeps those there are for the subscriptions made with them.
+/// Makes a new key for pages to subscribe with, and keeps the earlier ones for the subscriptions made with them.
 pub(crate) async fn rotate(
     data_dir: &DataDir,
     sql: &sql::Store,
@@ -252,7 +252,7 @@ pub(crate) async fn rotate(
     Ok(new)
 }
 
-/// Makes a key of elsewhere the one that pages subscribe with. A store that has none yet has its first by that.
+/// Makes a foreign key the one that pages subscribe with. In a store without keys it is the first one.
 pub(crate) async fn import(
     data_dir: &DataDir,
     sql: &sql::Store,
@@ -263,12 +263,12 @@ pub(crate) async fn import(
     put_first(data_dir, sql, place, key, before).await
 }
 
-/// The keys that there are, as a PEM file.
+/// The present keys, as a PEM file.
 async fn before(data_dir: &DataDir, sql: &sql::Store, place: &KeyPlace) -> anyhow::Result<Option<String>> {
     let is_file = data_dir.join(&place.file).exists();
     match sql.dialect() {
         Dialect::Postgres if is_file => {
-            // Other processes have files of their own.
+            // Other processes have their own files, which this process cannot change.
             let file = data_dir.join(&place.file);
             bail!("the keys are in {}: put a new one first in it, wherever it comes from", file.display());
         }
@@ -279,7 +279,7 @@ async fn before(data_dir: &DataDir, sql: &sql::Store, place: &KeyPlace) -> anyho
     }
 }
 
-/// Writes a key in front of those there are, among which it may be already.
+/// Writes a key in front of the present ones. It may already be one of them.
 async fn put_first(
     data_dir: &DataDir,
     sql: &sql::Store,
@@ -303,8 +303,8 @@ async fn put_first(
     Ok(())
 }
 
-/// The keys in a file, or in a shared store. A first one is made, but never a second: whoever lost the first has lost
-/// its subscribers, and should hear of it.
+/// Reads the keys in a file, or in a shared store. A first key is made, but never a second one: the loss of the
+/// first key loses its subscribers, and an operator should learn that.
 async fn read(
     data_dir: &DataDir,
     sql: &sql::Store,

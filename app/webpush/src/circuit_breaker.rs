@@ -47,7 +47,7 @@ impl Cause {
         self.into()
     }
 
-    /// The cause that a word stands for.
+    /// The cause for a word of [`Cause::as_str`]; `None` for other words.
     pub fn parse(word: &str) -> Option<Self> {
         word.parse().ok()
     }

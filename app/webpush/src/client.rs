@@ -31,7 +31,7 @@ const AT_ONCE: u32 = 3;
 const PAUSES: (Duration, Duration) = (Duration::from_millis(5), Duration::from_secs(1));
 /// Shortest time after which a message to an unproven subscription gives its permit back.
 const PATIENCE: Duration = Duration::from_millis(100);
-/// How often connections that have become idle are closed.
+/// Time between two sweeps, which close idle connections.
 const SWEEP: Duration = Duration::from_secs(15);
 
 /// The pools to all push services.

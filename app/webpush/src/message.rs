@@ -1,4 +1,4 @@
-//! What is sent: a payload and the three headers of RFC 8030, each valid by construction.
+//! The message: a payload and the three headers of RFC 8030, each valid by construction.
 
 use std::str::FromStr;
 use std::time::Duration;
@@ -8,8 +8,8 @@ use http::HeaderValue;
 
 use crate::connect::HttpVersion;
 
-/// The longest payload, in bytes: what is left of the 4096 that every push service must take (RFC 8030,
-/// section 7.2) after the header of 86, the delimiter and the tag of 16 (RFC 8291, section 4).
+/// The longest payload, in bytes: the rest of the 4096 that every push service must take (RFC 8030, section 7.2)
+/// after the header of 86, the delimiter of 1 and the tag of 16 (RFC 8291, section 4).
 pub const MAX_PAYLOAD: usize = 3993;
 
 /// Reason why a message cannot be sent.

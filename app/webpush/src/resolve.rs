@@ -10,7 +10,7 @@ use hickory_resolver::net::{DnsError, NetError};
 use hickory_resolver::proto::op::ResponseCode;
 use tracing::warn;
 
-/// How long one name server may take to answer.
+/// Longest time for the answer of one name server.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
 /// Reason why a name has no addresses.
@@ -27,9 +27,9 @@ pub enum ResolveError {
 /// Fixed addresses of a host name, used instead of those of DNS.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Pin {
-    /// The name.
+    /// The host name.
     pub host: String,
-    /// Its addresses.
+    /// The addresses of the host.
     pub addresses: Vec<IpAddr>,
 }
 

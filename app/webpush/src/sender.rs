@@ -52,7 +52,7 @@ pub struct Config {
     pub resolve: Vec<Pin>,
     /// Proxy that all connections go through.
     pub proxy: Option<Proxy>,
-    /// How sender keys are made.
+    /// The way in which sender keys are made.
     pub sender_key: SenderKey,
     /// Maximum number of HTTP/2 connections to one push service.
     pub connections: usize,
@@ -90,7 +90,7 @@ impl Default for Config {
     }
 }
 
-/// Why a sender cannot be made.
+/// Reason why a sender cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The extra certificate authorities cannot be read.
@@ -102,7 +102,7 @@ pub enum ConfigError {
     /// There is no certificate authority at all: no push service could be trusted.
     #[error("the system has no certificate authorities (Debian: install ca-certificates)")]
     NoRoots,
-    /// rustls rejects the configuration.
+    /// The TLS library rejects the configuration.
     #[error("TLS cannot be set up")]
     Tls(#[from] rustls::Error),
 }
@@ -280,7 +280,7 @@ impl Sender {
                 return Err(held(closed));
             }
             let Some(turn) = self.0.client.turn(pool, !asking.urgent).await else {
-                return Err(Report::failed(Verdict::Held(PATIENCE), &"it bears no more at once"));
+                return Err(Report::failed(Verdict::Held(PATIENCE), &"the service takes no more at once"));
             };
             let (wait, cause) = match pool.service.admit(asking) {
                 Ok(permit) => return Ok((turn, permit)),

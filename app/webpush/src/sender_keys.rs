@@ -27,7 +27,7 @@ const ENTRY: u64 = 96;
 /// Number of random bytes that are fetched at once: a whole number of salts.
 const RANDOM: usize = 256 * SALT;
 
-/// How sender keys are made.
+/// The way in which sender keys are made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum SenderKey {
     /// A new pair for every message.
@@ -35,7 +35,7 @@ pub enum SenderKey {
     Fresh,
     /// A pair per process, kept for a while.
     Rotating {
-        /// How long a pair is used.
+        /// Time for which a pair is used.
         life: Duration,
         /// Memory limit of the secrets that are derived with a pair, in bytes.
         cache: u64,

@@ -33,7 +33,7 @@ const LOOK_AT_CLOCK: Duration = Duration::from_secs(300);
 /// Number of failed lookups of a name, and their shortest duration, after which it counts as nonexistent.
 const LOST: (u32, Duration) = (3, Duration::from_secs(600));
 
-/// What is known about one push service.
+/// State of one push service.
 #[derive(Debug)]
 pub(crate) struct Service {
     pub(crate) origin: Arc<Origin>,
@@ -79,22 +79,22 @@ struct ServiceClock {
 /// Status of one push service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ServiceStatus {
-    /// Its origin: `https://fcm.googleapis.com`.
+    /// Origin of the service: `https://fcm.googleapis.com`.
     pub origin: String,
     /// Remaining time of a hold, its cause, and the subscriptions that it is for; `None` without a hold.
     pub held: Option<(Duration, Cause, HeldFor)>,
     /// True when the policy names its host, or it has delivered a message.
     pub is_trusted: bool,
-    /// Its addresses.
+    /// Status of its addresses.
     pub addresses: Vec<AddressStatus>,
-    /// How far its clock is ahead of ours, in seconds.
+    /// Time that its clock is ahead of ours, in seconds; negative when it is behind.
     pub clock_ahead_seconds: i64,
 }
 
 /// A push service has accepted a message.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Acceptance {
-    /// Its origin.
+    /// Origin of the service.
     pub origin: String,
     /// Signer of the message.
     pub signer: Signer,

@@ -24,11 +24,11 @@ use url::Url;
 use crate::subscription::{POINT, decode, encode};
 pub use formats::ImportError;
 
-/// How long a claim is valid. RFC 8292, section 2 allows 24 hours; clocks differ.
+/// Validity of a claim. RFC 8292, section 2 allows 24 hours; clocks differ.
 const VALID: Duration = Duration::from_secs(22 * 3600);
 /// Age after which a claim is signed anew.
 const RENEW: Duration = Duration::from_secs(20 * 3600);
-/// How far the clock may have stepped back before a cached claim is taken to come from the future.
+/// Longest step back of the clock before a cached claim is taken to come from the future.
 const STEP_BACK: Duration = Duration::from_secs(300);
 /// Longest time that the expiry of a claim may be ahead (RFC 8292, section 2).
 const LONGEST: Duration = Duration::from_secs(24 * 3600);

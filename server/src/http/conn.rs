@@ -156,7 +156,7 @@ impl Http {
             stack.handle(request, connection, Some(leftover.clone()))
         });
         let served = http1::Builder::new()
-            // `net::watch` has a deadline for the head.
+            // `net::reaper` has a deadline for the head.
             .header_read_timeout(None)
             .max_buf_size(self.config.head_limit)
             .serve_connection(TokioIo::new(Explained::new(io)), service)

@@ -1,6 +1,6 @@
 //! One connection: its phase, since when, and how it is asked to end.
 //!
-//! The connection stores its phase in a few atomic words. [`super::watch`] checks several times a second whether a
+//! The connection stores its phase in a few atomic words. [`super::reaper`] checks several times a second whether a
 //! phase takes too long. So no connection and no request arms a timer of its own, and a deadline costs one store.
 
 use std::fmt;
@@ -17,7 +17,7 @@ use parking_lot::{Mutex, MutexGuard};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 
-use super::watch::ConnectionClock;
+use super::reaper::ConnectionClock;
 use crate::http::scope::RequestScope;
 
 /// Number of bytes of an HTTP/2 preface and the empty SETTINGS frame after it (RFC 9113, section 3.4).

@@ -12,7 +12,7 @@ use tokio::net::{TcpStream, UnixStream};
 use tokio_rustls::server::TlsStream;
 
 use super::connection::{Connection, ConnectionPhase, Peer};
-use super::watch::{ConnectionPermit, TooMany};
+use super::reaper::{ConnectionPermit, TooMany};
 
 /// Maximum number of bytes that a client may have sent before it could know that nothing more is read: the capacity of
 /// the socket buffers on both sides.

@@ -11,7 +11,7 @@ use uuid::Uuid;
 use super::claim::by_hand;
 use super::{Ending, Overlap, Run, RunCause, RunOutcome, Schedule, ScheduleState, ScheduleStates, TakeOver};
 use crate::admission::Admission;
-use crate::ledger::JobAdmin;
+use crate::job_admin::JobAdmin;
 use crate::metrics;
 use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};

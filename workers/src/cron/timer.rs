@@ -13,7 +13,7 @@ use tracing::{debug, info, warn};
 
 use super::claim::{Decision, decide, due_at};
 use super::{Crontab, Overlap, Run, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
-use crate::ledger::JobAdmin;
+use crate::job_admin::JobAdmin;
 use crate::metrics;
 use crate::queue::Result;
 use crate::schedules::{ABANDONED, Schedules};

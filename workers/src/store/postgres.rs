@@ -17,7 +17,7 @@
 //! own, `queue/kind`.
 
 mod claim;
-mod ledger;
+mod job_admin;
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
@@ -31,7 +31,7 @@ use tokio_postgres::Row;
 use tokio_postgres::types::Type;
 use uuid::Uuid;
 
-use super::{json, read_json};
+use crate::encoding::{json, read_json};
 use crate::job::UniqueUntil;
 use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement,

@@ -18,7 +18,7 @@
 //! is no unique key, no immediate wake-up, and no bound on how much may wait. A kind with limits of its own waits
 //! in a queue of its own, `{queue/kind}`.
 
-mod ledger;
+mod job_admin;
 mod schedules;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -36,7 +36,7 @@ use serde::{Deserialize, Serialize};
 use tracing::warn;
 use uuid::Uuid;
 
-use super::{json, millis, read_json, timestamp};
+use crate::encoding::{json, millis, read_json, timestamp};
 use crate::job::UniqueUntil;
 use crate::outbox::Outbox;
 use crate::queue::{

@@ -8,11 +8,12 @@ use perennial_store::pool::sql::{self, Dialect, Row, Tx};
 use perennial_store::{transact, values};
 use uuid::Uuid;
 
-use super::{JobStore, json, postgres, read_json, sqlite, stands_for, timestamp};
+use super::{JobStore, postgres, sqlite, stands_for};
 use crate::cron::{Ending, Run, RunCause, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
+use crate::encoding::millis;
+use crate::encoding::{json, read_json, timestamp};
 use crate::queue::Result;
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED};
-use crate::store::millis;
 
 /// The schedules of a store, for one call.
 pub(super) struct SqlSchedules<'a> {

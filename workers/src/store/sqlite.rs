@@ -14,8 +14,8 @@
 //! is no unique key, and no bound on how much may wait. A kind with limits of its own waits in a queue of its
 //! own, `queue/kind`.
 
+mod job_admin;
 mod kept;
-mod ledger;
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -29,8 +29,8 @@ use rusqlite::{Connection, OptionalExtension, Row, ToSql, named_params};
 use uuid::Uuid;
 
 use self::kept::KeptStatement;
-use super::{json, later, now_ms, read_json, timestamp};
 use crate::cron::ScheduleStates;
+use crate::encoding::{json, later, now_ms, read_json, timestamp};
 use crate::job::UniqueUntil;
 use crate::lease::BootTime;
 use crate::queue::{

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use axum::routing::{get, post};
 use axum::{Extension, Router};
 use perennial_server::http::problem::FieldError;
-use perennial_workers::ledger::{JobFilter, JobView};
+use perennial_workers::job_admin::{JobFilter, JobView};
 use perennial_workers::queue::Depth;
 use perennial_workers::worker::Status;
 use perennial_workers::{Crontab, JobAdmin, Jobs, Queue, Registry};

@@ -8,7 +8,7 @@ use perennial_store::pool::sql::Tables;
 
 use crate::config::Config;
 use crate::data_dir::SecretFile;
-use crate::succession::Inheritance;
+use crate::handover::Inheritance;
 
 /// The input of boot: everything that was read before anything is changed.
 pub(crate) struct BootPlan {

@@ -30,10 +30,10 @@ use crate::admin::{Admin, Booted};
 use crate::boot::{self, App, BootPlan};
 use crate::command::Beside;
 use crate::config::{self, Config};
+use crate::handover::{self, Inheritance};
 use crate::module::{Blueprint, Configured, load, read};
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
-use crate::succession::{self, Inheritance};
 use crate::supervisor;
 
 /// Time limit for the threads of the serving runtime to end, after all tasks on them have ended.
@@ -320,7 +320,7 @@ async fn serve_until(
                 ProcessSignal::Succeed => {
                     // A signal to stop does not wait for the successor, which then ends, too.
                     let begun = tokio::select! {
-                        begun = succession::begin(sockets) => begun,
+                        begun = handover::begin(sockets) => begun,
                         signal = first_stop(signals) => return Reason::ProcessSignal(signal),
                         death = app.tasks.died() => return Reason::Death(death),
                         death = background.died() => return Reason::Death(death),

@@ -1,6 +1,6 @@
-//! Dumps of other senders' subscriptions, row by row, as lines of an import.
+//! Reads dumps of other senders' subscriptions, row by row, as lines of an import.
 //!
-//! What a dump calls its fields is known by their names, whoever wrote it: most of these tables have grown out of each other.
+//! The fields are found by their names in any dump: most of these tables have grown out of each other.
 //!
 //! | here | elsewhere |
 //! |---|---|
@@ -19,18 +19,18 @@ use serde_json::{Map, Value, json};
 
 use crate::model::tags::is_tag;
 
-/// Who wrote a dump.
+/// The sender that wrote a dump.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum DumpFormat {
-    /// web-push-libs/web-push-php: what its users keep, JSON in an array or one a line
+    /// Dump of web-push-libs/web-push-php: the JSON objects that its users keep, in an array or one per line
     WebPushPhp,
-    /// laravel-notification-channels/webpush: the table push_subscriptions, as CSV, TSV or JSON
+    /// Dump of laravel-notification-channels/webpush: the table push_subscriptions, as CSV, TSV or JSON
     Laravel,
-    /// django-webpush and django-push-notifications: dumpdata, or their tables as CSV or TSV
+    /// Dump of django-webpush or django-push-notifications: dumpdata, or their tables as CSV or TSV
     Django,
-    /// pywebpush, and the npm package web-push: PushSubscription objects, in an array or one a line
+    /// Dump of pywebpush or the npm package web-push: PushSubscription objects, in an array or one per line
     Pywebpush,
-    /// OneSignal: the CSV export, with the columns web_auth and web_p256
+    /// Dump of OneSignal: the CSV export, with the columns web_auth and web_p256
     Onesignal,
     /// Any JSON or CSV with an endpoint and its keys
     Json,
@@ -39,18 +39,18 @@ pub(crate) enum DumpFormat {
 /// One row of a dump.
 #[derive(Clone, Debug, PartialEq)]
 pub(crate) struct DumpRow {
-    /// The line in the file; of a JSON document the place in its list, from 1.
+    /// Number of the line in the file; in a JSON document, the position in its list, from 1.
     pub(crate) number: u64,
-    /// A line of an import, or why there is none.
+    /// A line of an import, or the reason why there is none.
     pub(crate) read: Result<Value, Unusable>,
 }
 
-/// Why a row is left out.
+/// Reason why a row is left out.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Unusable {
-    /// The dump says so: it has unsubscribed, or its endpoint has ended.
+    /// The dump says that the subscription is not active: it has unsubscribed, or its endpoint has ended.
     Inactive,
-    /// It cannot be sent to.
+    /// The subscription cannot be sent to, for this reason.
     Bad(String),
 }
 
@@ -59,7 +59,7 @@ type Rows<'a> = Box<dyn Iterator<Item = DumpRow> + 'a>;
 /// Reads a dump.
 ///
 /// # Errors
-/// When the file as a whole is nothing that can be read.
+/// When the file as a whole cannot be read.
 pub(crate) fn read<'a>(format: DumpFormat, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
     skip_byte_order_mark(&mut input)?;
     let beginning = input.fill_buf().context("the file cannot be read")?;
@@ -77,7 +77,7 @@ pub(crate) fn read<'a>(format: DumpFormat, mut input: impl BufRead + 'a) -> anyh
     ))
 }
 
-/// Some editors put one in front of UTF-8.
+/// Skips the byte order mark that some editors put in front of UTF-8.
 ///
 /// # Errors
 /// When the file cannot be read.
@@ -89,23 +89,23 @@ pub(crate) fn skip_byte_order_mark(input: &mut impl BufRead) -> anyhow::Result<(
     Ok(())
 }
 
-/// How a file has its rows.
+/// The layout of the rows in a file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Shape {
     /// One JSON document.
     Document,
-    /// A JSON object a line.
+    /// One JSON object per line.
     Lines,
     /// Values that are separated by commas or tabs.
     Separated,
 }
 
-/// Finds out by the first lines. One that is broken does not decide: so that it costs itself alone.
+/// Finds the layout by the first lines. A broken line does not decide, so that only this line is lost.
 fn shape(beginning: &[u8]) -> Shape {
     let lines =
         || beginning.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii).filter(|line| !line.is_empty());
     let is_object = |line: &[u8]| line.starts_with(b"{") && serde_json::from_slice::<Value>(line).is_ok();
-    // Of the last line there may be more.
+    // The last line may be incomplete.
     let complete = lines().count().saturating_sub(1).max(1);
     let has_object = || lines().take(complete).any(is_object);
     let first = lines().next().unwrap_or_default();
@@ -113,7 +113,7 @@ fn shape(beginning: &[u8]) -> Shape {
         return Shape::Document;
     }
     match first.first() {
-        // An object that is longer than what was read of it, or one that is broken, has others below it.
+        // An object that is longer than the part that was read, or is broken, has others below it.
         Some(b'{') if has_object() || lines().skip(1).any(|line| line.starts_with(b"{\"")) => Shape::Lines,
         Some(b'{') if beginning.len() >= LONG_LINE && lines().count() == 1 => Shape::Lines,
         Some(b'{' | b'[') => Shape::Document,
@@ -122,10 +122,10 @@ fn shape(beginning: &[u8]) -> Shape {
     }
 }
 
-/// A line that is longer than this is no document that is written over several lines, in bytes.
+/// Length in bytes from which on a single line is not the beginning of a document over several lines.
 const LONG_LINE: usize = 64 << 10;
 
-/// Names what is known not to be readable, and what to do instead.
+/// Refuses formats that cannot be read. The error says what to do instead.
 fn refuse_foreign(beginning: &[u8]) -> anyhow::Result<()> {
     let text = String::from_utf8_lossy(&beginning[..beginning.len().min(4096)]);
     if beginning.starts_with(&[0xff, 0xfe]) || beginning.starts_with(&[0xfe, 0xff]) {
@@ -143,7 +143,7 @@ fn refuse_foreign(beginning: &[u8]) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// A JSON value a line. One that is none does not stop the others.
+/// Reads one JSON value per line. An invalid line does not stop the others.
 fn lines<'a>(input: impl BufRead + 'a) -> Rows<'a> {
     let rows = (1..).zip(input.split(b'\n')).filter_map(|(number, line)| {
         let line = match line {
@@ -157,7 +157,7 @@ fn lines<'a>(input: impl BufRead + 'a) -> Rows<'a> {
     Box::new(rows)
 }
 
-/// A list of values, or one. phpMyAdmin puts the rows of a table into an entry of a list.
+/// Reads a list of values, or one value. phpMyAdmin puts the rows of a table into an entry of a list.
 fn document<'a>(input: impl BufRead) -> anyhow::Result<Rows<'a>> {
     let value: Value = serde_json::from_reader(input).context("the file is no JSON")?;
     let is_table = |entry: &Value| entry["data"].is_array() && entry["type"].is_string();
@@ -177,7 +177,7 @@ fn document<'a>(input: impl BufRead) -> anyhow::Result<Rows<'a>> {
     Ok(Box::new((1..).zip(rows).map(|(number, value)| DumpRow { number, read: Ok(value) })))
 }
 
-/// Values that are separated by commas or tabs, with a row of names in front or without.
+/// Reads values that are separated by commas, semicolons or tabs, with or without a row of names in front.
 fn separated<'a>(format: DumpFormat, mut input: impl BufRead + 'a) -> anyhow::Result<Rows<'a>> {
     let beginning = input.fill_buf()?;
     let first = beginning.split(|byte| *byte == b'\n').next().unwrap_or_default();
@@ -185,7 +185,7 @@ fn separated<'a>(format: DumpFormat, mut input: impl BufRead + 'a) -> anyhow::Re
     let separator = [b'\t', b';', b','].into_iter().max_by_key(|separator| count(*separator)).unwrap_or(b',');
     let reader = csv::ReaderBuilder::new()
         .delimiter(separator)
-        // What separates by tabs escapes, and does not quote.
+        // Files with tabs escape their values, and do not quote them.
         .quoting(separator != b'\t')
         .has_headers(false)
         .flexible(true)
@@ -216,7 +216,7 @@ struct DumpRecord {
     cells: Vec<String>,
 }
 
-/// Reads records whatever bytes are in them.
+/// Reads records with any bytes in them.
 trait Lossy<'a> {
     fn into_byte_records_lossy(self) -> Box<dyn Iterator<Item = DumpRecord> + 'a>;
 }
@@ -231,7 +231,7 @@ impl<'a, R: BufRead + 'a> Lossy<'a> for csv::Reader<R> {
     }
 }
 
-/// Whether a cell is what databases write for nothing.
+/// Returns true when a cell has a text that databases write for a missing value.
 fn is_null(cell: &str) -> bool {
     matches!(cell, "" | "NULL" | "\\N")
 }
@@ -241,7 +241,8 @@ fn named(names: &[String], cells: Vec<String>) -> Map<String, Value> {
     pairs.map(|(name, cell)| (name.clone(), Value::String(cell))).collect()
 }
 
-/// Without names the values say what they are: there is one URL, one key of 65 bytes, and one secret of 16.
+/// Finds the fields of a row without names by their values: there is one URL, one key of 65 bytes, and one secret
+/// of 16.
 fn unnamed(format: DumpFormat, cells: &[String]) -> Map<String, Value> {
     let mut fields = Map::new();
     let length = |cell: &String| decode_base64(cell).map_or(0, |bytes| bytes.len());
@@ -263,7 +264,7 @@ const AUTH: [&str; 4] = ["auth", "auth_token", "authToken", "web_auth"];
 const USER: [&str; 5] = ["user", "user_id", "userId", "subscribable_id", "external_user_id"];
 const WRAPPERS: [&str; 3] = ["subscription", "subscription_info", "push_subscription"];
 
-/// Makes a line of an import of one row.
+/// Makes a line of an import from one row.
 fn line(format: DumpFormat, row: &Value) -> Result<Value, Unusable> {
     let bad = |why: &str| Unusable::Bad(why.to_owned());
     let Value::Object(outer) = row else { return Err(bad("it is no object")) };
@@ -277,7 +278,7 @@ fn line(format: DumpFormat, row: &Value) -> Result<Value, Unusable> {
         return Err(Unusable::Inactive);
     }
     let wrapped = WRAPPERS.iter().find_map(|name| outer.get(*name));
-    // A column of text may have it.
+    // A text column may contain the subscription as JSON.
     let parsed: Option<Value> =
         wrapped.and_then(Value::as_str).and_then(|text| serde_json::from_str(text).ok());
     let inner = parsed.as_ref().or(wrapped).and_then(Value::as_object).unwrap_or(outer);
@@ -328,7 +329,7 @@ fn line(format: DumpFormat, row: &Value) -> Result<Value, Unusable> {
     Ok(line)
 }
 
-/// A number or a text; Django writes natural keys as lists.
+/// Reads a user from a number or a text; Django writes natural keys as lists.
 fn as_user(value: &Value) -> Option<String> {
     match value {
         Value::Number(number) => Some(number.to_string()),
@@ -338,7 +339,7 @@ fn as_user(value: &Value) -> Option<String> {
     }
 }
 
-/// Groups and lists of words become tags, as far as they can be.
+/// Reads tags from groups and lists of words, and leaves out words that cannot be tags.
 fn tags(row: &Map<String, Value>) -> Vec<String> {
     let words = |value: &Value| match value {
         Value::String(text) => vec![text.clone()],
@@ -349,7 +350,7 @@ fn tags(row: &Map<String, Value>) -> Vec<String> {
     lists.into_iter().flatten().flat_map(words).filter(|word| is_tag(word)).collect()
 }
 
-/// OneSignal's tags are names with values: what places in texts are filled with here.
+/// Reads the metadata. OneSignal's tags are names with values, which fill the places in templates here.
 fn metadata(format: DumpFormat, row: &Map<String, Value>) -> Option<Value> {
     let found = match row.get("metadata") {
         Some(metadata) => metadata.clone(),
@@ -359,7 +360,7 @@ fn metadata(format: DumpFormat, row: &Map<String, Value>) -> Option<Value> {
     found.as_object().is_some_and(|fields| !fields.is_empty()).then_some(found)
 }
 
-/// Joins what Django keeps apart: subscriptions, and whose they are.
+/// Joins tables that Django keeps apart: subscriptions, and their users and groups.
 fn join(rows: Vec<DumpRow>) -> Vec<DumpRow> {
     let mut groups = BTreeMap::new();
     let mut owners = BTreeMap::<String, Vec<Value>>::new();
@@ -383,7 +384,7 @@ fn join(rows: Vec<DumpRow>) -> Vec<DumpRow> {
             Some("webpush.subscriptioninfo" | "push_notifications.webpushdevice") | None => {
                 subscriptions.push(DumpRow { number: row.number, read: Ok(value) });
             }
-            // Of another application.
+            // The model belongs to another application.
             Some(_) => {}
         }
     }
@@ -417,7 +418,7 @@ mod tests {
         Ok(read(format, BufReader::new(file))?.collect())
     }
 
-    /// Whether each row has an endpoint and keys that can be sent to.
+    /// Returns for each row whether it has an endpoint and valid keys.
     fn usable(rows: &[DumpRow]) -> Vec<bool> {
         let is_usable = |row: &DumpRow| {
             row.read.as_ref().is_ok_and(|line| {
@@ -459,7 +460,8 @@ mod tests {
     fn both_shapes_of_web_push_php_are_read() {
         for name in ["web-push-php.json", "web-push-php.jsonl"] {
             let rows = rows(DumpFormat::WebPushPhp, name).unwrap();
-            // The encoding of the fifth is none; it is not what we send with.
+            // The encoding of the last row does not exist, which does not matter: it is not the encoding that we
+            // send with.
             assert_eq!(usable(&rows), [true, true, true, false, true], "{name}: {rows:#?}");
         }
     }
@@ -493,7 +495,7 @@ mod tests {
             assert!(matches!(&rows[4].read, Err(Unusable::Bad(why)) if why.contains("no URL")), "{name}");
             assert_eq!(users(&rows), [Some("1"), Some("2"), None], "{name}");
         }
-        // Without names nothing says that one is not active.
+        // Without a row of names, inactive rows cannot be told apart.
         let rows = rows(DumpFormat::Django, "django-push-notifications.copy.tsv").unwrap();
         assert_eq!(usable(&rows), [true, true, true, true, false], "{rows:#?}");
     }

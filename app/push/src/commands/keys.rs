@@ -19,8 +19,8 @@ use perennial_host::sites;
 /// The longest file of keys that is read, in bytes.
 const MAX_KEY_FILE: u64 = 64 << 10;
 
-/// Take over the VAPID key pair of another sender: pages subscribe with it from now on, and those there are go on signing for
-/// the subscriptions that were made with them
+/// Import the VAPID key pair of another sender: pages subscribe with it from now on, and the earlier keys still
+/// sign for the subscriptions that were made with them
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   perennial keys import private_key.pem
@@ -30,7 +30,7 @@ It reads PEM (PKCS#8, SEC1), DER, JWK, JSON, and base64 of the private key, alon
 pub(super) struct ImportKeyArgs {
     /// A file with the private key; - is standard input
     file: PathBuf,
-    /// Of which site
+    /// The site of the key
     #[arg(long, default_value = sites::DEFAULT)]
     site: String,
 }
@@ -59,7 +59,8 @@ impl command::Command for ImportKeyArgs {
     }
 }
 
-/// Takes over a key pair: through the server that runs, or in the store while none does, also before the first start.
+/// Imports a key pair: through the running server, or directly into the store when no server runs, also before the
+/// first start.
 async fn import(context: &CommandContext, site: &str, key: &VapidKey) -> anyhow::Result<()> {
     if !context.is_running() {
         let offline = context.offline().await?;
@@ -72,11 +73,11 @@ async fn import(context: &CommandContext, site: &str, key: &VapidKey) -> anyhow:
     context.with_backend(async |_| Ok(axum::Router::new()), ask).await.map(drop)
 }
 
-/// Make a new VAPID key for browsers to subscribe with; those before it go on signing for their subscriptions
+/// Make a new VAPID key for browsers to subscribe with; the earlier keys still sign for their subscriptions
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  perennial keys rotate --site shop")]
 pub(super) struct RotateArgs {
-    /// Of which site
+    /// The site of the key
     #[arg(long, default_value = sites::DEFAULT)]
     site: String,
 }

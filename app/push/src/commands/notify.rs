@@ -14,16 +14,17 @@ use perennial_host::command::arguments::{number, seconds};
 use perennial_host::command::output::{say, utc};
 use perennial_host::command::{self, Client, CommandContext, Refused, block_on, moment};
 
-/// How long one answer may take.
+/// Longest time of one answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
-/// How often to ask how far it has come: small ones are done at once, big ones are not watched so closely.
+/// Time between two requests for the progress: short at first, since small notifications are done at once, then
+/// longer.
 const POLL: Duration = Duration::from_millis(200);
 const POLL_SLOWLY: Duration = Duration::from_secs(1);
-/// For how long a server that does not answer may be restarting.
+/// Time for which a server that does not answer may be restarting.
 const AWAY: Duration = Duration::from_secs(60);
 
-/// Send a notification through the running server, and follow it to the last delivery. Fails when nobody
-/// of its audience could be delivered to
+/// Send a notification through the running server, and follow it to the last delivery. Fails when it was delivered
+/// to no subscription of its audience
 #[derive(Args, Debug)]
 #[command(after_help = "Examples:
   perennial notify --all --title Hello --body World
@@ -36,19 +37,19 @@ pub(super) struct NotifyArgs {
     /// The title of the notification
     #[arg(long, required_unless_present_any = ["payload", "watch"])]
     title: Option<String>,
-    /// Its text
+    /// The text of the notification
     #[arg(long)]
     body: Option<String>,
-    /// What a click opens
+    /// The URL that a click opens
     #[arg(long)]
     link: Option<String>,
-    /// Instead of a notification: any JSON, or a text, for your own service worker
+    /// Any JSON, or a text, for your own service worker, instead of a notification
     #[arg(long, conflicts_with_all = ["title", "body", "link"])]
     payload: Option<String>,
-    /// How long push services keep it: 3600 (seconds), 1h
+    /// How long push services keep the notification: 3600 (seconds), 1h
     #[arg(long, value_parser = seconds)]
     ttl: Option<u32>,
-    /// very-low, low, normal or high
+    /// The urgency: very-low, low, normal or high
     #[arg(long)]
     urgency: Option<String>,
     /// A later notification with the same topic replaces this one while it waits
@@ -60,28 +61,28 @@ pub(super) struct NotifyArgs {
     /// How long the rate takes to rise from nothing: 30s
     #[arg(long, requires = "rate", value_name = "DURATION")]
     ramp_up: Option<String>,
-    /// Not before then: 2027-01-31T12:00:00Z, "tomorrow 9:00", "in 2h"
+    /// The earliest time of sending: 2027-01-31T12:00:00Z, "tomorrow 9:00", "in 2h"
     #[arg(long, value_name = "TIME")]
     at: Option<String>,
-    /// Not after then
+    /// The latest time of sending
     #[arg(long, value_name = "TIME")]
     expires: Option<String>,
     /// The version of HTTP to send with: auto, 1 or 2
     #[arg(long, value_name = "VERSION")]
     http: Option<String>,
-    /// The name of a webhook in the settings, to be told when it has ended
+    /// The name of a webhook in the settings that is called when the notification has ended
     #[arg(long, value_name = "NAME")]
     webhook: Option<String>,
-    /// Whether browsers that can may show it without a service worker; it needs --link
+    /// Let browsers that support it show the notification without a service worker; this needs --link
     #[arg(long, requires = "link")]
     declarative: bool,
-    /// Only say whom it would be for
+    /// Send nothing; only print the audience
     #[arg(long)]
     dry_run: bool,
-    /// Follow one that was accepted before, instead of sending another
+    /// Follow a notification that was accepted before, instead of sending one
     #[arg(long, value_name = "ID", conflicts_with_all = ["title", "payload"])]
     watch: Option<String>,
-    /// Do not follow it
+    /// Do not follow the notification
     #[arg(long, conflicts_with = "watch")]
     detach: bool,
     /// Makes repeating the command safe for 24 hours
@@ -95,25 +96,25 @@ pub(super) struct NotifyArgs {
     key_file: Option<PathBuf>,
 }
 
-/// Whom it is for.
+/// The audience of the notification.
 #[derive(Args, Debug)]
 #[group(multiple = false)]
 struct ToArgs {
     /// Every subscription
     #[arg(long, required_unless_present_any = ["user", "tags", "subscriptions", "watch"])]
     all: bool,
-    /// Those of one user
+    /// The subscriptions of one user
     #[arg(long)]
     user: Option<String>,
-    /// Those whose tags fit: "news and fr and not muted"
+    /// The subscriptions whose tags match: "news and fr and not muted"
     #[arg(long)]
     tags: Option<String>,
-    /// Those with these ids
+    /// The subscriptions with these ids
     #[arg(long, value_delimiter = ',', value_name = "ID", value_parser = subscription_id)]
     subscriptions: Option<Vec<i64>>,
 }
 
-/// The id of a subscription.
+/// Reads the id of a subscription.
 fn subscription_id(text: &str) -> Result<i64, String> {
     text.parse().map_err(|_| "wanted the id of a subscription, a number".to_owned())
 }
@@ -173,7 +174,7 @@ impl NotifyArgs {
         };
         let mut request = json!({ "to": to });
         if let Some(payload) = &self.payload {
-            // What is no JSON is a text.
+            // A payload that is not JSON is sent as a text.
             request["payload"] = serde_json::from_str(payload).unwrap_or_else(|_| payload.as_str().into());
         } else {
             let given = [("title", &self.title), ("body", &self.body), ("url", &self.link)];
@@ -201,7 +202,7 @@ impl NotifyArgs {
     }
 }
 
-/// Says how it ended. Fails when that was not well.
+/// Prints how a notification ended. Fails when it did not end well.
 fn told(json: bool, id: &str, progress: &Value) -> anyhow::Result<()> {
     match outcomes(progress) {
         _ if json => say!("{progress}"),
@@ -209,16 +210,16 @@ fn told(json: bool, id: &str, progress: &Value) -> anyhow::Result<()> {
         words => say!("{id} {words}"),
     }
     if let Some(error) = progress["error"].as_str() {
-        bail!("not everybody could be sent to: {error}");
+        bail!("the notification could not be sent to its whole audience: {error}");
     }
     let state = progress["state"].as_str().unwrap_or_default();
     if state != "done" {
-        bail!("it was {state}");
+        bail!("the notification was {state}");
     }
     let audience = progress["audience"].as_u64().unwrap_or_default();
     let delivered = progress["outcomes"]["delivered"].as_u64().unwrap_or_default();
     if audience > 0 && delivered == 0 {
-        bail!("nobody could be delivered to");
+        bail!("the notification was delivered to no subscription");
     }
     Ok(())
 }
@@ -240,7 +241,7 @@ async fn follow(client: &Client, id: &str) -> anyhow::Result<Value> {
                 }
             }
             Err(error) if answered.elapsed() > AWAY || error.is::<Refused>() => return Err(error),
-            // It goes on sending when it is back.
+            // The server continues to send when it is back.
             Err(error) => bar.set_message(format!("{error:#}")),
         }
         tokio::time::sleep(if began.elapsed() < POLL_SLOWLY { POLL } else { POLL_SLOWLY }).await;

@@ -12,22 +12,22 @@ use perennial_host::command::arguments::{address, whole};
 use perennial_host::command::output::say;
 use perennial_host::command::{self, CommandContext, block_on};
 
-/// A local push service: gives out subscriptions, and prints what it decrypts
+/// Run a local push service, which makes subscriptions and prints the messages that it decrypts
 #[derive(Args, Debug)]
 #[command(after_help = "For everything in one process, see perennial serve --dev. Examples:
   perennial sink
   perennial sink --subscribers 3")]
 pub(super) struct SinkArgs {
-    /// Where messages are sent to, with TLS
+    /// The address for messages, with TLS
     #[arg(long, default_value = "127.0.0.1:8443", value_name = "ADDRESS", value_parser = address)]
     listen: SocketAddr,
-    /// Where a Firefox connects
+    /// The address for a Firefox
     #[arg(long, default_value = "127.0.0.1:8444", value_name = "ADDRESS", value_parser = address)]
     browsers: SocketAddr,
-    /// Where the certificates are put
+    /// The directory of the certificates
     #[arg(long, default_value = "./perennial-sink", value_name = "DIRECTORY")]
     directory: PathBuf,
-    /// Subscribe so many imaginary browsers at the server that runs on data_dir, or will in two minutes
+    /// Subscribe this number of imaginary browsers at the server on data_dir, which may start within two minutes
     #[arg(long, default_value_t = 0, value_name = "COUNT", value_parser = whole::<usize>)]
     subscribers: usize,
 }

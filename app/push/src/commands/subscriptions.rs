@@ -1,4 +1,4 @@
-//! `perennial subscriptions`: in and out by the million.
+//! `perennial subscriptions`: imports and exports by the million.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -21,12 +21,12 @@ use perennial_host::command::output::say;
 use perennial_host::command::{self, AdminBackend, CommandContext, Offline, block_on};
 use perennial_host::sites;
 
-/// How much is sent at once, in bytes: less than the admin listener takes in one body.
+/// Size of the lines that are sent at once, in bytes: less than the admin listener takes in one body.
 const CHUNK: usize = 900 << 10;
-/// How many lines that were refused are shown: to people, and in a file.
+/// Maximum number of refused lines that are shown: at a terminal, and in a file.
 const SHOWN: (usize, usize) = (20, 10_000);
 
-/// Subscriptions, in and out by the million
+/// Import and export subscriptions, by the million
 #[derive(Args, Debug)]
 pub(super) struct SubscriptionsArgs {
     #[command(subcommand)]
@@ -35,19 +35,19 @@ pub(super) struct SubscriptionsArgs {
 
 #[derive(Debug, Subcommand)]
 enum What {
-    /// Store subscriptions, one JSON object a line, as `export` writes them; what is known already is brought up to
-    /// date. Fails when a line was refused; all others are stored
+    /// Store subscriptions, one JSON object per line, as `export` writes them; known subscriptions are updated.
+    /// Fails when a line was refused; all other lines are stored
     #[command(after_help = "Examples:
   perennial subscriptions import subscriptions.jsonl
   perennial subscriptions import --from laravel --dry-run push_subscriptions.csv
   perennial subscriptions import --from pywebpush --ids - < subscriptions.json")]
     Import(ImportArgs),
-    /// Write all subscriptions, one JSON object a line
+    /// Write all subscriptions, one JSON object per line
     Export {
-        /// A file; - is standard output
+        /// The file; - is standard output
         #[arg(default_value = "-")]
         file: PathBuf,
-        /// Of which site
+        /// The site of the subscriptions
         #[arg(long, default_value = sites::DEFAULT)]
         site: String,
     },
@@ -55,15 +55,15 @@ enum What {
 
 #[derive(Args, Debug)]
 struct ImportArgs {
-    /// A file; - is standard input
+    /// The file; - is standard input
     file: PathBuf,
-    /// Into which site
+    /// The site of the subscriptions
     #[arg(long, default_value = sites::DEFAULT)]
     site: String,
-    /// Whose dump it is; without this, lines as `export` writes them
+    /// The sender that wrote the dump; without this, lines as `export` writes them
     #[arg(long, value_name = "SENDER")]
     from: Option<DumpFormat>,
-    /// Store nothing, and say how many there are of each push service
+    /// Store nothing; only count the subscriptions of each push service
     #[arg(long)]
     dry_run: bool,
     /// Print the number of each line and the id of its subscription
@@ -76,7 +76,7 @@ impl command::Command for SubscriptionsArgs {
 
     fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         if matches!(self.what, What::Import(_)) {
-            // It may come before the first start.
+            // An import may come before the first start.
             context.make_data_dir()?;
         }
         let routes = async |offline: Offline| {
@@ -101,7 +101,7 @@ impl ImportArgs {
             (Box::new(file), length)
         };
         let bar = bar(length, "{bar:40} {bytes}/{total_bytes} {msg}")?;
-        // The bar goes by what was read, whatever it became.
+        // The bar counts the bytes that were read, also those of refused lines.
         let mut input = BufReader::with_capacity(1 << 20, bar.wrap_read(input));
         let mut lines: Box<dyn Iterator<Item = anyhow::Result<InputLine>>> = match self.from {
             None => {
@@ -139,7 +139,7 @@ impl ImportArgs {
         Ok(())
     }
 
-    /// Has the server store a chunk, or only look at it.
+    /// Lets the server store a chunk, or only check it.
     async fn store(
         &self,
         backend: &AdminBackend,
@@ -172,7 +172,7 @@ impl ImportArgs {
     }
 }
 
-/// A line of an import, and where it came from; or why it is left out.
+/// A line of an import and its number, or the reason why it is left out.
 struct InputLine {
     number: u64,
     text: Result<Vec<u8>, Unusable>,
@@ -184,7 +184,7 @@ impl From<DumpRow> for InputLine {
     }
 }
 
-/// Lines as `export` writes them: what is wrong with one is said by the server.
+/// Reads lines as `export` writes them. The server reports their errors.
 fn own_lines(input: impl BufRead) -> impl Iterator<Item = anyhow::Result<InputLine>> {
     let lines = (1..).zip(input.split(b'\n'));
     lines
@@ -196,7 +196,7 @@ fn own_lines(input: impl BufRead) -> impl Iterator<Item = anyhow::Result<InputLi
 #[derive(Default)]
 struct Chunk {
     text: Vec<u8>,
-    /// Where each of them came from.
+    /// Number of each line in the input.
     numbers: Vec<u64>,
     bad: Vec<(u64, String)>,
     inactive: u64,
@@ -227,7 +227,7 @@ impl Chunk {
     }
 }
 
-/// What a person at the terminal has been told.
+/// Messages to the terminal so far.
 struct ImportReport {
     bar: ProgressBar,
     shown: usize,
@@ -246,7 +246,7 @@ impl ImportReport {
     }
 }
 
-/// What came of all chunks.
+/// Results of all chunks.
 #[derive(Default)]
 struct Sums {
     created: u64,
@@ -287,7 +287,7 @@ impl Sums {
     }
 }
 
-/// Says which key lines are taken to have been made with that do not name one.
+/// Prints the key that is taken for lines that name none.
 fn tell_key(answer: &serde_json::Value) {
     let key = answer["bound_to"].as_str().unwrap_or_default();
     eprintln!("lines without a key are bound to this one: {key}");
@@ -303,7 +303,7 @@ async fn export(backend: &AdminBackend, file: &Path, site: &str) -> anyhow::Resu
     let mut out: Box<dyn Write> = if file.as_os_str() == "-" {
         Box::new(BufWriter::new(std::io::stdout()))
     } else {
-        // Whoever can read it could change and delete subscriptions.
+        // A reader of the file could change and delete subscriptions.
         let made = File::options().create(true).truncate(true).write(true).mode(0o600).open(file);
         let file = made.with_context(|| format!("{} cannot be written", file.display()))?;
         Box::new(BufWriter::new(file))
@@ -327,7 +327,7 @@ async fn export(backend: &AdminBackend, file: &Path, site: &str) -> anyhow::Resu
     Ok(())
 }
 
-/// A bar for whoever looks at a terminal.
+/// A progress bar, which is shown only at a terminal.
 fn bar(length: u64, template: &str) -> anyhow::Result<ProgressBar> {
     if !std::io::stderr().is_terminal() {
         return Ok(ProgressBar::hidden());

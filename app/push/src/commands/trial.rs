@@ -1,5 +1,5 @@
-//! A push service of our own beside a server, with imaginary browsers: for a trial on one machine, where no push service
-//! of a browser's maker can be reached or is wanted.
+//! A local push service beside a server, with imaginary browsers. It is for a trial on one machine where the push
+//! services of browser makers cannot be reached or are not wanted.
 
 use std::collections::HashMap;
 use std::io::IsTerminal;
@@ -22,21 +22,21 @@ use crate::sink::{self, Behaviour, Push, Refusal};
 use perennial_host::command::output::say;
 use perennial_host::command::{Beside, Client, CommandContext, Companion, admin_client};
 
-/// How long to wait for the server that imaginary browsers are to be subscribed at.
+/// Longest wait for the server at which imaginary browsers are to be subscribed.
 const WAIT: Duration = Duration::from_secs(120);
-/// The endpoints of the imaginary browsers, in the directory of the certificates.
+/// File with the endpoints of the imaginary browsers, in the directory of the certificates.
 const SUBSCRIBERS: &str = "subscribers";
-/// How long one answer may take.
+/// Longest time of one answer.
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// The service, and what it shows.
+/// The push service of a trial, and the printer of its messages.
 #[derive(Clone, Debug)]
 pub(super) struct Trial {
     service: sink::Sink,
     printer: Arc<Printer>,
-    /// Where a Firefox connects.
+    /// URL that a Firefox connects to.
     pub(super) browsers: String,
-    /// The authority that signed its certificate.
+    /// File of the authority that signed the service's certificate.
     pub(super) ca: PathBuf,
     host: IpAddr,
 }
@@ -64,7 +64,7 @@ impl Behaviour for Printer {
 }
 
 impl Trial {
-    /// Opens the sockets of the service; what serves them is returned beside it.
+    /// Opens the sockets of the service. The second value serves them.
     pub(super) async fn bind(
         listen: SocketAddr,
         browsers: SocketAddr,
@@ -85,7 +85,7 @@ impl Trial {
         Ok((trial, bound))
     }
 
-    /// Where messages are sent to.
+    /// The origin that messages are sent to.
     pub(super) fn origin(&self) -> &str {
         self.service.origin()
     }
@@ -101,10 +101,11 @@ impl Trial {
         ]
     }
 
-    /// Subscribes imaginary browsers, whose messages are decrypted here, at the server that runs on this directory, or soon will.
+    /// Subscribes imaginary browsers, whose messages are decrypted here, at the server that runs on this directory,
+    /// or starts soon.
     ///
     /// # Errors
-    /// When there is none, or one that could not send here: with the settings that it lacks.
+    /// When there is no server, or it could not send here; then the error lists the settings that it lacks.
     pub(super) async fn subscribe(&self, context: &CommandContext, count: usize) -> anyhow::Result<()> {
         wait_for_server(context).await?;
         self.check(context).await?;
@@ -129,7 +130,7 @@ impl Trial {
         std::fs::write(&list, endpoints).with_context(|| format!("{} cannot be written", list.display()))
     }
 
-    /// Asks a running server for its settings, since what it lacks cannot be seen from what it refuses.
+    /// Checks the settings of a running server, since its refusals do not show which settings it lacks.
     async fn check(&self, context: &CommandContext) -> anyhow::Result<()> {
         let Ok(client) = admin_client(context.data_dir(), TIMEOUT) else { return Ok(()) };
         let settings = client.call(Method::GET, "/settings", None).await?;
@@ -145,7 +146,7 @@ impl Trial {
         )
     }
 
-    /// Says in red what must not be taken for a server.
+    /// Warns in red that a trial must not be taken for a server.
     fn warn(&self) {
         let (red, plain) = if std::io::stderr().is_terminal() && has_colours() {
             ("\x1b[1;31m", "\x1b[0m")
@@ -162,7 +163,7 @@ impl Trial {
         );
     }
 
-    /// The settings without which a server sends nothing here.
+    /// The settings that the server lacks and without which it sends nothing here.
     fn lacking(&self, settings: &Value) -> Vec<&'static str> {
         let value = |key: &str| {
             let all = settings.as_array().into_iter().flatten();
@@ -189,16 +190,16 @@ impl Trial {
     }
 }
 
-/// Takes back the imaginary browsers of an earlier trial, which nothing stands behind any more.
+/// Deletes the subscriptions of the imaginary browsers of an earlier trial, which are gone.
 async fn forget_earlier(client: &Client, list: &Path) -> anyhow::Result<()> {
     for endpoint in std::fs::read_to_string(list).unwrap_or_default().lines() {
-        // One that the server does not know has gone already.
+        // A subscription that the server does not know is already deleted.
         client.ask(Method::DELETE, "/subscriptions", Some(&json!({ "endpoint": endpoint })), None).await?;
     }
     Ok(())
 }
 
-/// The server needs this service's certificate before it starts, and so it often comes second.
+/// Waits for the server. It needs this service's certificate before it starts, so it often starts second.
 async fn wait_for_server(context: &CommandContext) -> anyhow::Result<()> {
     let began = Instant::now();
     loop {
@@ -213,20 +214,20 @@ async fn wait_for_server(context: &CommandContext) -> anyhow::Result<()> {
 /// The flags of `perennial serve` for a trial: this service beside the server.
 #[derive(Args, Debug)]
 pub(super) struct Dev {
-    /// A trial on this machine alone: a push service of its own runs beside the server, with imaginary browsers that
-    /// show what they are sent
+    /// Run a trial on this machine alone: a local push service runs beside the server, with imaginary browsers that
+    /// show their messages
     #[arg(long)]
     dev: bool,
-    /// How many imaginary browsers
+    /// The number of imaginary browsers
     #[arg(long, default_value_t = 3, value_name = "COUNT", requires = "dev")]
     subscribers: usize,
 }
 
-/// Where the push service of a trial listens if it can: for messages, and for a Firefox.
+/// Preferred ports of a trial's push service: for messages, and for a Firefox.
 const PORTS: (u16, u16) = (8443, 8444);
-/// On which address.
+/// Address of a trial's push service.
 const HOST: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
-/// Its certificates, in the data directory.
+/// Directory of its certificates, in the data directory.
 const DIRECTORY: &str = "dev";
 
 impl Companion for Dev {
@@ -246,7 +247,7 @@ impl Companion for Dev {
         let bind = async |(push, browsers)| Trial::bind(at(push), at(browsers), &directory).await;
         let (trial, bound) = match bind(PORTS).await {
             Ok(bound) => bound,
-            // Any others will do, unless a Firefox is to find them again.
+            // Any other ports work, except that a Firefox does not find them again.
             Err(_) => bind((0, 0)).await.context("--dev needs two ports of this machine")?,
         };
         let host = || toml::Value::from(vec![HOST.to_string()]);

@@ -32,18 +32,18 @@ use crate::vapid::SiteKeys;
 use checkpoint::BUSY;
 pub(crate) use checkpoint::save;
 
-/// After so many crashes in a row a batch sends one by one, and writes down each: so that the next crash shows
-/// which of its members it is.
+/// Number of crashes in a row after which a batch is in isolation mode: it sends one by one and notes each member first,
+/// so that the next crash shows which member causes it.
 pub(crate) const CAREFUL: u32 = 2;
-/// How often a batch of a paused notification looks whether it may go on: the longer the pause, the less often.
+/// Shortest and longest wait between two checks of a paused notification: the longer the pause, the longer the wait.
 const PAUSED: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(10));
-/// A batch that waits for its pace makes room for others after this long.
+/// Time after which a batch that waits for its pace makes room for other batches.
 const TURN: Duration = Duration::from_secs(60);
-/// The same where it keeps others from their work.
+/// The same for a batch in a queue whose other jobs have no pace.
 const SHORT_TURN: Duration = Duration::from_secs(1);
-/// How long others have their turn.
+/// Time that other batches have before this one runs again.
 const OTHERS: Duration = Duration::from_millis(200);
-/// How much later than the batch before it a batch looks whether a send is due.
+/// Delay of a batch behind the batch before it, when both wait for the next due send.
 const LOOK_LATER: Duration = Duration::from_millis(2);
 
 /// See the module.
@@ -52,18 +52,18 @@ pub(crate) struct BatchRun<'a> {
     context: &'a Context,
     sender: &'a Sender,
     flow: &'a Flow,
-    /// Until its last member is begun.
+    /// The place among the batches of the notification; `None` once the last member is begun.
     place: Option<PlaceInLine>,
     batch: Arc<Batch>,
     outgoing: Arc<Outgoing>,
     waiting: std::vec::IntoIter<Member>,
-    /// Behind which the range of the batch goes on, if this is not all of it.
+    /// Id after which the range of the batch goes on, if this run has not all of its members.
     rest_after: Option<i64>,
     progress: BatchProgress,
     /// Sends that have ended since the last checkpoint.
     ended: Vec<Sent>,
     totals: BTreeMap<Outcome, usize>,
-    /// How many are to be tried again.
+    /// Number of members that are to be tried again.
     again: usize,
     /// The last send that was not delivered, although its subscription has not ended.
     failure: Option<SendFailure>,
@@ -81,11 +81,11 @@ struct SendFailure {
 enum Stop {
     /// The process stops, or the job was taken away.
     Asked,
-    /// Somebody has paused the notification,
+    /// The notification is paused.
     Paused,
-    /// or cancelled it, or its time is over: what is left has this outcome.
+    /// The notification is cancelled or has expired: members that are left have this outcome.
     Over(Outcome),
-    /// Others should have a turn.
+    /// Other batches should have a turn.
     Turn,
 }
 
@@ -124,7 +124,7 @@ impl<'a> BatchRun<'a> {
         Ok(run)
     }
 
-    /// Members that were tried before and have been deleted since had ended, as it turns out.
+    /// Ends the members of a retry whose subscriptions have been deleted since the last attempt.
     fn note_deleted(&mut self, members: &[Member], unreadable: &[(i64, String)]) {
         let BatchPart::Ids(ids) = &self.batch.part else { return };
         let found = members.iter().map(|member| member.id).chain(unreadable.iter().map(|(id, _)| *id));
@@ -188,13 +188,13 @@ impl<'a> BatchRun<'a> {
                     self.progress.recorded(count?);
                     saving = None;
                     if is_careful {
-                        // It gets on: crashes up to here were not this batch's fault.
+                        // The batch makes progress: earlier crashes were not its fault.
                         self.context.save(&self.progress.newest()).await?;
                     }
                 }
                 Some(sent) = sends.next() => match sent {
                     Some(sent) => self.note(sent),
-                    // It was taken back, and stays among those that have not ended.
+                    // The send was taken back: its member has not ended.
                     None => self.progress.take_back(),
                 },
                 () = paced(self.flow, pause, rank), if pause.is_some() => {
@@ -205,7 +205,7 @@ impl<'a> BatchRun<'a> {
                 () = until(due), if due.is_some() => {}
                 () = over.as_mut(), if stop.is_none() => stop = Some(Stop::Over(Outcome::Expired)),
                 () = cut.as_mut(), if stop == Some(Stop::Asked) && !idle => {
-                    // Those in flight may have been taken; nobody knows, and so they are sent again.
+                    // The push services may have accepted the sends in flight. That cannot be known, so they are sent again.
                     sends.clear();
                 }
             }
@@ -213,26 +213,27 @@ impl<'a> BatchRun<'a> {
         self.end(stop).await
     }
 
-    /// Whether a batch that has a pace waits where it keeps nobody waiting: its notification may have got one late.
+    /// Returns true when a batch with a pace runs in the queue for such batches, where it blocks no other job. A notification
+    /// that got its pace late has batches in other queues.
     fn is_in_its_queue(&self) -> bool {
         self.flow.pace().is_none() || self.context.queue() == crate::model::queues::PACED_QUEUE
     }
 
-    /// Whether nothing may be sent, as the notification stands.
+    /// Returns why nothing may be sent, by the status of the notification.
     fn must_stop(&self, standing: &watch::Receiver<NotificationStatus>) -> Option<Stop> {
         let standing = *standing.borrow();
         match standing.state {
             Stage::Cancelled => Some(Stop::Over(Outcome::Cancelled)),
-            // Also of one that is paused.
+            // A paused notification expires, too.
             _ if self.time_left(standing).is_zero() => Some(Stop::Over(Outcome::Expired)),
             Stage::Paused => Some(Stop::Paused),
             _ => None,
         }
     }
 
-    /// How long there is for sending.
+    /// Time in which sends may begin.
     fn time_left(&self, standing: NotificationStatus) -> Duration {
-        // A message for now or never is always tried once.
+        // A message without a time to live is always tried once.
         let ttl = self.batch.ttl;
         let until = standing.time_left().unwrap_or(Duration::MAX);
         until.min(if ttl.is_zero() { Duration::MAX } else { ttl.saturating_sub(age(&self.batch)) })
@@ -315,7 +316,7 @@ impl<'a> BatchRun<'a> {
         Ok(match stop {
             _ if finished => JobOutcome::Done,
             Some(Stop::Paused) => JobOutcome::Snooze(pause(&self.batch)),
-            // Not at once: then it would keep its place before the others.
+            // At once it would keep its place before the other batches.
             Some(Stop::Turn) => JobOutcome::Snooze(OTHERS),
             _ => JobOutcome::HandBack,
         })
@@ -356,10 +357,10 @@ async fn until(due: Option<Instant>) {
 /// Waits until the next send may be due.
 async fn paced(flow: &Flow, pause: Option<Take>, rank: u32) {
     match (pause, flow.pace()) {
-        // Those before it in the line look first.
+        // The batches before it in the line look first.
         (Some(Take::At(at)), _) => sleep_until(at + LOOK_LATER * rank.min(10)).await,
         (Some(Take::WhenReserved), Some(pace)) => {
-            // Whoever was told just before is told again in a moment.
+            // A change may have come just before: it is looked for again in a moment.
             tokio::select! {
                 () = pace.changed() => {}
                 () = sleep(BUSY) => {}
@@ -369,18 +370,18 @@ async fn paced(flow: &Flow, pause: Option<Take>, rank: u32) {
     }
 }
 
-/// Whether there is nothing to do now: not before somebody goes on with it, or its time is over.
+/// Returns true when the batch is paused and has not expired.
 pub(crate) fn is_paused(batch: &Batch) -> bool {
     batch.standing.state == Stage::Paused && !batch.standing.has_expired()
 }
 
-/// How soon to look again at a notification that is paused.
+/// Wait before the next check of a paused notification.
 pub(crate) fn pause(batch: &Batch) -> Duration {
     let (first, last) = PAUSED;
     (age(batch) / 20).clamp(first, last)
 }
 
-/// Since the notification was accepted, or due.
+/// Time since the notification was accepted, or due.
 fn age(batch: &Batch) -> Duration {
     let age = Timestamp::now().as_millisecond() - batch.since;
     Duration::from_millis(u64::try_from(age).unwrap_or_default())

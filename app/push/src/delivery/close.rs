@@ -1,5 +1,5 @@
-//! The job that ends what is still waiting of a notification that was cancelled, or whose time is over: a batch that is to
-//! be tried again in an hour, or one that was not to begin before next month.
+//! The job that ends the waiting batches of a notification that was cancelled or has expired: for example a batch
+//! that is to be tried again in an hour, or one that was not to begin before next month.
 
 use crate::model::jobs::Close;
 use crate::model::jobs::Deliver;
@@ -18,9 +18,9 @@ use crate::model::outcome::Outcome;
 use crate::model::queues::BULK_QUEUE;
 use crate::store::{Checkpoint, Recorded, RestOfBatch};
 
-/// The claim of this job on a batch: later than any that a worker may have.
+/// The epoch of this job's claim on a batch: later than that of any worker.
 const LAST_EPOCH: i64 = i64::MAX / 2;
-/// What a batch may take to stop, besides its sends in flight.
+/// Time that a batch may take to stop, besides its sends in flight.
 const STOP: Duration = Duration::from_secs(5);
 
 impl Job for Close {
@@ -51,7 +51,7 @@ impl Job for Close {
             Some(at) if at.as_millisecond() <= now => Outcome::Expired,
             _ => return Ok(JobOutcome::Done),
         };
-        // Those that run stop by themselves, and know what became of their last sends.
+        // Running batches stop by themselves, and record the outcomes of their last sends.
         let patience = delivery.config.send_timeout + STOP;
         let waited = Duration::from_millis(u64::try_from(now - self.since).unwrap_or_default());
         if found.started_at.is_some() && waited < patience {
@@ -76,7 +76,7 @@ impl Job for Close {
 }
 
 impl Close {
-    /// Ends a batch. True when it was the last.
+    /// Ends a batch. Returns true when it was the last one.
     async fn end(
         &self,
         context: &Context,

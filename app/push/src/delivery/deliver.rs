@@ -1,5 +1,5 @@
-//! The job that sends to one batch. What it does is in `batch_run.rs`; here is how it is queued, and what becomes of its
-//! members when it is given up.
+//! The job that sends to one batch: how it is queued, and the outcomes of its members when it is given up. Its run
+//! is in `batch_run.rs`.
 
 use crate::config::Config;
 use crate::model::jobs::Deliver;
@@ -25,7 +25,7 @@ impl Deliver {
         Ok(NewJob::new(&Self { notification })?.queue(queue).priority(priority))
     }
 
-    /// One that follows from the job of `context`, and carries its trace.
+    /// Makes a job that follows from the job of `context`, and carries its trace.
     pub(crate) fn follow_up(
         context: &Context,
         notification: Uuid,
@@ -35,20 +35,20 @@ impl Deliver {
         Ok(context.follow_up(&Self { notification })?.queue(queue).priority(priority))
     }
 
-    /// One for a batch that waits for a push service which is sent to again.
+    /// Makes a job for a batch that waits for a push service which is sent to again.
     pub(crate) fn woken(config: &Config, waiting: &WaitingBatch) -> sql::Result<NewJob> {
         let queue = match config.is_small(waiting.estimate) {
             _ if waiting.is_paced => crate::model::queues::PACED_QUEUE,
             true => crate::model::queues::SMALL_QUEUE,
             false => crate::model::queues::RETRY_QUEUE,
         };
-        // As it was written down: it is one of four words.
+        // The stored urgency is one of four words.
         let urgency = waiting.urgency.parse().unwrap_or_default();
         let job = job(&Self { notification: waiting.notification })?.queue(queue);
         Ok(job.priority(Self::priority(urgency)))
     }
 
-    /// Lower goes first.
+    /// Priority of the job: lower numbers run first.
     pub(crate) fn priority(urgency: Urgency) -> i16 {
         match urgency {
             Urgency::High => 0,
@@ -64,7 +64,7 @@ impl Job for Deliver {
     type Tools = Arc<DeliveryContext>;
 
     fn options() -> Options {
-        // To a service that answers nobody, a batch takes batch / window times twice push.timeout: ten minutes.
+        // To a service that never answers, a batch takes batch / window times twice push.timeout: ten minutes.
         Options {
             queue: crate::model::queues::BULK_QUEUE,
             timeout: Duration::from_secs(1800),
@@ -114,7 +114,7 @@ impl Job for Deliver {
                 Self::follow_up(&context, self.notification, crate::model::queues::BULK_QUEUE, priority)?;
             checkpoint.rest = Some(RestOfBatch { after, job });
         }
-        // It was sent to alone, and the process crashed: the others are none the worse for it.
+        // The process crashed while this member was sent to alone: the others are not at fault.
         let suspect = batch.trying.filter(|id| left.contains(id));
         let attempt = batch.attempt + u32::from(suspect.is_none());
         let by_crashes = context.spent.recoveries >= BUDGET.recoveries && attempt < delivery.config.attempts;
@@ -145,8 +145,8 @@ impl Job for Deliver {
     }
 }
 
-/// A batch, if there is anything left to do. One that cannot be read, and never will be, is given up: its
-/// notification would have no end otherwise.
+/// Opens a batch; `None` when nothing is left to do. An unreadable batch is given up, since its notification would
+/// never end otherwise.
 pub(crate) async fn open(delivery: &DeliveryContext, id: Uuid, epoch: i64) -> anyhow::Result<Option<Batch>> {
     match delivery.store.open_batch(id, epoch).await {
         Err(error @ sql::Error::Unreadable { .. }) => {

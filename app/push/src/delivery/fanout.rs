@@ -1,6 +1,6 @@
-//! The job that cuts a big audience into batches: ranges of ids, not lists, so that the audience may be of
-//! any size. It stays a few batches ahead of those that send, and no further: another notification's batches
-//! get their turn in between.
+//! The job that cuts a big audience into batches: ranges of ids, not lists, so that the audience may be of any
+//! size. It stays only a few batches ahead of the batches that send, so that the batches of other notifications run
+//! in between.
 
 use crate::model::jobs::FanOut;
 use crate::model::notification::NotificationStatus;
@@ -18,31 +18,31 @@ use crate::model::jobs::Deliver;
 use crate::model::outcome::Outcome;
 use crate::store::AddedBatches;
 
-/// How many batches of one notification may wait or run, for each that can run at once.
+/// Number of batches of one notification that may wait or run, for each one that can run at once.
 const AHEAD: usize = 4;
-/// How many are added by one transaction.
+/// Number of batches that one transaction adds.
 const AT_ONCE: usize = 16;
-/// How soon to look again when that many do.
+/// Wait before the next run when this many batches are ahead.
 const PAUSE: Duration = Duration::from_millis(100);
-/// The same at most.
+/// Longest wait before the next run.
 const LONGEST_PAUSE: Duration = Duration::from_secs(10);
-/// How soon to look again at a notification that is paused.
+/// Wait before the next run for a paused notification.
 const PAUSED: Duration = Duration::from_secs(1);
-/// A batch of a paced notification is what is due in this many seconds,
+/// A batch of a paced notification has the members that are due in this many seconds.
 const PACED_SECONDS: i64 = 2;
-/// and no smaller than this;
+/// A batch of a paced notification has at least this many members.
 const PACED_SIZE: usize = 10;
-/// so many of them may wait or run.
+/// At least this many batches of a paced notification may wait or run.
 const PACED_AHEAD: usize = 4;
 
-/// How soon to look again: a paced one when a quarter of what is ahead may have been sent.
+/// Wait before the next run: for a paced notification, the time in which a quarter of the members ahead may be sent.
 fn pause(standing: NotificationStatus, ahead: usize) -> Duration {
     let Some((rate_milli, _)) = standing.rate else { return PAUSE };
     let ahead_ms = i64::try_from(ahead).unwrap_or(i64::MAX).saturating_mul(1_000_000) / rate_milli.max(1);
     Duration::from_millis(u64::try_from(ahead_ms / 4).unwrap_or_default()).clamp(PAUSE, LONGEST_PAUSE)
 }
 
-/// How far the cutting stays ahead of the sending.
+/// The limit by which the cutting is ahead of the sending.
 struct Ahead {
     batches: usize,
     size: usize,
@@ -137,7 +137,7 @@ impl Job for FanOut {
     }
 }
 
-/// What goes wrong here is the store, and that comes back.
+/// Failures here are store outages, so retries go on for long.
 pub(crate) const BUDGET: Budget = Budget {
     failures: 50,
     recoveries: 4,

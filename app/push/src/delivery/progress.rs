@@ -1,4 +1,4 @@
-//! How fast outcomes are decided.
+//! The rate at which outcomes are decided.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -9,28 +9,28 @@ use uuid::Uuid;
 
 use crate::model::notification::{Notification, NotificationView};
 
-/// Over how long the rate of now is measured.
+/// Time over which the recent rate is measured.
 const WINDOW: Duration = Duration::from_secs(5);
-/// How far apart two readings must be to tell a rate: outcomes are written down once a second.
+/// Shortest time between two readings that give a rate: outcomes are recorded once a second.
 const APART: Duration = Duration::from_secs(2);
-/// How much later than the last a reading is kept.
+/// Shortest time between two readings that are kept.
 const BETWEEN: Duration = Duration::from_millis(200);
 
-/// How fast outcomes are decided. A cheap handle.
+/// The rates at which outcomes are decided; a cheap handle.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct ProgressRates(Arc<Mutex<HashMap<Uuid, Recent>>>);
 
-/// Within [`WINDOW`]:
+/// The counts of one notification within [`WINDOW`].
 #[derive(Debug, Default)]
 struct Recent {
-    /// how many this process has recorded when,
+    /// Numbers of outcomes that this process has recorded, with their times.
     recorded: VecDeque<(Instant, u64)>,
-    /// and how many there were by all replicas when somebody asked.
+    /// Numbers of outcomes of all replicas, with the times at which they were read.
     read: VecDeque<(Instant, u64)>,
 }
 
 impl Recent {
-    /// Forgets what is too old. False when nothing is left.
+    /// Removes counts that are too old. Returns false when nothing is left.
     fn tidy(&mut self, now: Instant) -> bool {
         for all in [&mut self.recorded, &mut self.read] {
             while all.front().is_some_and(|(when, _)| now - *when > WINDOW) {
@@ -40,7 +40,7 @@ impl Recent {
         !(self.recorded.is_empty() && self.read.is_empty())
     }
 
-    /// Outcomes a second: by all replicas if that was asked for before, else by this process.
+    /// Outcomes per second: of all replicas when their number was read before, else of this process.
     #[expect(clippy::cast_precision_loss, reason = "a rate")]
     fn rate(&self, decided: u64, now: Instant) -> f64 {
         if let Some((when, before)) = self.read.front().filter(|(when, _)| now - *when >= APART) {
@@ -60,7 +60,7 @@ impl ProgressRates {
         all.retain(|_, recent| recent.tidy(now));
     }
 
-    /// A notification as a caller is shown it, with its recent rate.
+    /// The view of a notification for callers, with its recent rate.
     pub(crate) fn view(&self, notification: Notification) -> NotificationView {
         let rate = match notification.ended_at {
             Some(_) => 0.0,
@@ -69,7 +69,7 @@ impl ProgressRates {
         NotificationView::new(notification, rate)
     }
 
-    /// Recent outcomes a second of a notification that has `decided` outcomes.
+    /// Recent outcome rate, per second, of a notification that has `decided` outcomes.
     fn rate(&self, notification: Uuid, decided: u64) -> f64 {
         let now = Instant::now();
         let mut all = self.0.lock();

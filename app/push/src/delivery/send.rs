@@ -17,56 +17,57 @@ use crate::model::template::Template;
 use crate::store::{Batch, Member};
 use crate::vapid::SiteKeys;
 
-/// The longest that a message waits for the rate of its origin before others have its place.
+/// Longest wait of a message for the rate of its origin before it makes room for others.
 const ORIGIN_WAIT: Duration = Duration::from_secs(5);
-/// The longest that it waits for a turn while others wait that go to other push services, and how soon it is tried again: in
-/// the queue of those that wait for slow ones.
+/// Longest wait of a message for a permit while messages to other push services wait, and the time until it is
+/// tried again, in the queue for slow push services.
 const TURN_WAIT: Duration = Duration::from_secs(1);
-/// How many bytes are kept of why a message was not sent.
+/// Longest reason why a message was not sent that is kept, in bytes.
 const MAX_DETAIL: usize = 200;
-/// After a VAPID key was missing.
+/// Wait after a VAPID key was missing.
 const NO_KEY: Duration = Duration::from_secs(300);
 
-/// What a batch sends.
+/// The message that a batch sends.
 pub(crate) struct Outgoing {
     message: Message,
     template: Option<Template>,
     keys: Arc<SiteKeys>,
-    /// How long a message waits for a turn at most, if others are in need of its place.
+    /// Longest wait of a message for a permit when other messages need its place.
     patience: Option<Duration>,
-    /// Nothing more is sent: what waits is taken back.
+    /// Cancelled when nothing more is sent: waiting messages are taken back.
     stopped: CancellationToken,
 }
 
-/// What came of it.
+/// The result of a message to one member.
 pub(crate) struct Sent {
     pub(crate) id: i64,
-    /// Empty when it was delivered.
+    /// The endpoint; empty when the message was delivered.
     pub(crate) endpoint: String,
-    /// Whether something was delivered to it before, and whether it was refused since.
+    /// True when a message was delivered to the subscription before.
     pub(crate) is_proven: bool,
+    /// True when the subscription was refused since.
     pub(crate) is_refused: bool,
-    /// What the message was signed with, if it was.
+    /// Signer of the message, if it was signed.
     pub(crate) signer: Option<Signer>,
     pub(crate) report: Report,
-    /// When that is not for the report to say.
+    /// The outcome, when it does not follow from the report.
     pub(crate) outcome: Option<Outcome>,
-    /// Whether it has waited for a turn for too long: its push service bears no more at once.
+    /// True when the message has waited for a permit for too long: its push service takes no more at once.
     pub(crate) is_slow: bool,
 }
 
 impl Sent {
-    /// The host that it was for, if that was not delivered.
+    /// Host of the push service; empty when the message was delivered.
     pub(crate) fn host(&self) -> &str {
         self.endpoint.split('/').nth(2).unwrap_or_default()
     }
 
-    /// Somebody else has deleted the subscription.
+    /// The result for a subscription that was deleted in the meantime.
     pub(crate) fn deleted(id: i64) -> Self {
         Self::of(id, Verdict::Gone, "deleted")
     }
 
-    /// Its row cannot be read.
+    /// The result for a member whose row cannot be read.
     pub(crate) fn unreadable(id: i64, why: &str) -> Self {
         Self { outcome: Some(Outcome::Failed), ..Self::of(id, Verdict::Rejected, why) }
     }
@@ -85,7 +86,7 @@ impl Sent {
         }
     }
 
-    /// What is to be held against the subscription, if anything is.
+    /// The refusal that counts against the subscription, if there is one.
     pub(crate) fn refusal(&self) -> Option<SubscriptionRefusal> {
         let (kind, Signer(signer)) = RefusalKind::of(&self.report, self.host()).zip(self.signer)?;
         Some(SubscriptionRefusal { kind, signer, counts: self.report.counts })
@@ -93,7 +94,7 @@ impl Sent {
 }
 
 impl Outgoing {
-    /// The message of a batch, its time to live shortened by the time that its members have waited.
+    /// Makes the message of a batch. Its time to live is shortened by the time that its members have waited.
     pub(crate) fn new(
         delivery: &DeliveryContext,
         queue: &str,
@@ -104,13 +105,13 @@ impl Outgoing {
     ) -> anyhow::Result<Self> {
         let text = batch.payload.clone();
         let template = if batch.is_template { Template::parse(&text) } else { None };
-        // A template's own text may be longer than what comes of it.
+        // The text of a template may be longer than the rendered payload.
         let payload = if template.is_some() { Payload::new("")? } else { Payload::new(text)? };
         let urgency: Urgency = batch.urgency.parse()?;
         let until = batch.standing.time_left();
         let waited = Duration::from_secs(waited.as_secs());
         let ttl = batch.ttl.saturating_sub(waited).min(until.unwrap_or(Duration::MAX));
-        // It may have grown since it was estimated.
+        // The audience may have grown since it was estimated.
         let bulk = !delivery.config.is_small(batch.estimate.max(members.len() as u64));
         let mut message =
             Message::new(payload).ttl(ttl).urgency(urgency).bulk(bulk).http(batch.http.parse()?);
@@ -127,12 +128,12 @@ impl Outgoing {
         Ok(Self { message, template, keys, patience, stopped: CancellationToken::new() })
     }
 
-    /// Takes back what waits for its turn.
+    /// Takes back the waiting messages.
     pub(crate) fn stop(&self) {
         self.stopped.cancel();
     }
 
-    /// None when it was taken back before it was sent.
+    /// Sends to one member; `None` when the message was taken back before it was sent.
     pub(crate) async fn send(
         &self,
         delivery: &DeliveryContext,
@@ -164,7 +165,7 @@ impl Outgoing {
             return None;
         }
         let who = if member.is_proven { Reputation::Proven } else { Reputation::Unproven };
-        // Checked when it was stored; the policy may have changed since.
+        // The endpoint was checked when it was stored; the policy may have changed since.
         let endpoint = match sender.endpoint(member.endpoint) {
             Ok(endpoint) => endpoint,
             Err(error) => return Some(Attempt::not_sent(Verdict::Forbidden, &error, None)),
@@ -174,8 +175,9 @@ impl Outgoing {
             Err(error) => return Some(Attempt::not_sent(Verdict::Forbidden, &error, Some(endpoint))),
         };
         let Some(vapid) = self.keys.of(member.vapid_key) else {
-            // It may come with the next start: of another replica that has it, or of this one with a copy restored.
-            let detail = "made with a VAPID key that is not there";
+            // The key may come with the next start: of another replica that has it, or of this one with a restored
+            // copy.
+            let detail = "the subscription was made with a VAPID key that is missing";
             return Some(Attempt::not_sent(Verdict::Held(NO_KEY), &detail, Some(endpoint)));
         };
         let rendered;
@@ -199,7 +201,7 @@ impl Outgoing {
         if let Some(pace) = delivery.flows.origin(endpoint.origin()) {
             let waited = tokio::time::timeout(ORIGIN_WAIT, pace.wait(!message.is_bulk()));
             let waited = self.stopped.run_until_cancelled(waited).await?;
-            // Others need the place.
+            // Other messages need the place.
             if waited.is_err() {
                 let detail = "it waits for push.origin_rate";
                 return Some(Attempt::not_sent(Verdict::Held(ORIGIN_WAIT), &detail, Some(endpoint)));
@@ -215,7 +217,7 @@ impl Outgoing {
             Some(report) => Some(Attempt { report, outcome: None, endpoint: Some(endpoint), is_slow: false }),
             None if self.stopped.is_cancelled() => None,
             None => {
-                let detail = "its push service bears no more at once";
+                let detail = "its push service takes no more at once";
                 let attempt = Attempt::not_sent(Verdict::Held(TURN_WAIT), &detail, Some(endpoint));
                 Some(Attempt { is_slow: true, ..attempt })
             }
@@ -223,7 +225,7 @@ impl Outgoing {
     }
 }
 
-/// What came of one attempt, as [`Sent`] has it.
+/// Outcome of one attempt: these fields of [`Sent`].
 struct Attempt {
     report: Report,
     outcome: Option<Outcome>,

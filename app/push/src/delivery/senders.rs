@@ -1,5 +1,5 @@
-//! The threads that send: each has a runtime, a sender and connections of its own, so that a message is
-//! encrypted, written and answered without ever changing threads. Measured, that is a third cheaper than one runtime with several
+//! The threads that send. Each has its own runtime, sender and connections, so that a message is encrypted, written
+//! and answered without ever changing threads. As measured, that is a third cheaper than one runtime with several
 //! threads.
 
 use std::panic;
@@ -15,10 +15,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 use tracing::{Instrument, Span, warn};
 
-/// How long a thread may take to end once its connections are closed.
+/// Longest time that a thread takes to end once its connections are closed.
 const END: Duration = Duration::from_secs(1);
 
-/// The threads. A cheap handle.
+/// The threads that send; a cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Senders(Arc<Vec<SenderThread>>);
 
@@ -26,7 +26,7 @@ pub(crate) struct Senders(Arc<Vec<SenderThread>>);
 struct SenderThread {
     sender: Sender,
     runtime: Handle,
-    /// Tasks that run on it.
+    /// Number of tasks that run on the thread.
     busy: AtomicUsize,
     stop: CancellationToken,
     thread: parking_lot::Mutex<Option<JoinHandle<()>>>,
@@ -42,17 +42,17 @@ impl Senders {
         Ok(Self(Arc::new(threads.collect::<anyhow::Result<_>>()?)))
     }
 
-    /// One of the senders: for what concerns all of them.
+    /// One of the senders, for the state that all of them share.
     pub(crate) fn any(&self) -> &Sender {
         &self.0[0].sender
     }
 
-    /// All of them.
+    /// All senders.
     pub(crate) fn all(&self) -> impl Iterator<Item = &Sender> {
         self.0.iter().map(|lane| &lane.sender)
     }
 
-    /// Runs a task on the thread with the fewest. It ends when the caller does not wait any more.
+    /// Runs a task on the thread with the fewest tasks. It is aborted when the caller does not wait any more.
     pub(crate) async fn run<F>(&self, task: impl FnOnce(Sender) -> F) -> F::Output
     where
         F: Future<Output: Send> + Send + 'static,
@@ -65,7 +65,7 @@ impl Senders {
             Ok(output) => output,
             Err(error) => match error.try_into_panic() {
                 Ok(panic) => panic::resume_unwind(panic),
-                // The thread has ended, and so will whoever asked.
+                // The thread has ended, and the caller ends soon, too.
                 Err(_cancelled) => std::future::pending().await,
             },
         }

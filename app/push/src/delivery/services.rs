@@ -1,5 +1,6 @@
-//! Push services that are not sent to for a while: what this process learns, all replicas know within a second. That one
-//! refuses a key each finds out for itself: it says nothing about what is signed with other keys.
+//! Push services that are held for a while: a hold of one process is known to all replicas within a second. A
+//! refusal of a key is not exchanged: it says nothing about messages that are signed with other keys, and each
+//! process finds out for itself.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -17,45 +18,46 @@ use super::DeliveryContext;
 use crate::model::endpoint::origin;
 use crate::store::HeldService;
 
-/// How often what is known is exchanged.
+/// Time between two exchanges.
 pub(crate) const EXCHANGE: Duration = Duration::from_secs(1);
 /// Two ends of a wait that are closer than this are the same one.
 const SAME: Duration = Duration::from_millis(1500);
-/// Changes are read again for so long, by the store's clock, in milliseconds: transactions commit out of order.
+/// Time for which changes are read again, by the store's clock, in milliseconds: transactions commit out of order.
 const AGAIN_MS: i64 = 5000;
 
-/// Everything is read again once in so many exchanges.
+/// One exchange in this number reads everything again.
 const ALL_ONE_IN: u64 = 60;
-/// How many holds are written down at once: those of services that visitors bring can wait.
+/// Maximum number of holds that are stored at once: those of services that visitors bring can wait.
 const HOLDS: usize = 64;
-/// So many lines about holds are written in so long.
+/// Maximum number of log lines about holds in `TELL_AGAIN`.
 const LINES: u32 = 20;
 const TELL_AGAIN: Duration = Duration::from_secs(60);
-/// How many subscriptions at risk are counted.
+/// Maximum number of subscriptions at risk that are counted.
 const MOST_AT_RISK: usize = 10_000;
 
-/// What was exchanged so far.
+/// State of the exchange so far.
 #[derive(Debug, Default)]
 struct ServiceExchange {
-    /// Until when which service is held, as the store knows it,
+    /// End of each hold of a service, as the store knows it.
     known: HashMap<(String, HeldFor), Instant>,
-    /// and until when one refuses a key, which was told here.
+    /// End of each refusal of a key, which is logged here only.
     refusing: HashMap<String, Instant>,
-    /// The newest change that was read.
+    /// Time of the newest change that was read.
     newest: i64,
-    /// Those that were read, with when they changed.
+    /// Services that were read, with the times of their changes.
     seen: HashMap<String, i64>,
-    /// How often.
+    /// Number of exchanges.
     count: u64,
-    /// How many holds were told in the log since when, and how many were not.
+    /// Number of holds that were logged since this time.
     told: (u32, Option<Instant>),
+    /// Number of holds that were not logged.
     untold: u64,
 }
 
-/// A store that is away fails every exchange.
+/// Limits the log lines of a store that is away and fails every exchange.
 static NOT_EXCHANGED: Seldom = Seldom::each_minute();
 
-/// Exchanges, until nothing is sent any more.
+/// Exchanges holds until the soft phase of the drain.
 pub(crate) async fn run(delivery: Arc<DeliveryContext>, drain: Drain) -> anyhow::Result<()> {
     let mut exchange = ServiceExchange::default();
     loop {
@@ -69,7 +71,7 @@ pub(crate) async fn run(delivery: Arc<DeliveryContext>, drain: Drain) -> anyhow:
             warn!(
                 error = format!("{error:#}"),
                 more_since_last = more,
-                "which push services are held is not known"
+                "holds of push services cannot be exchanged with the store"
             );
         }
     }
@@ -86,18 +88,18 @@ impl ServiceExchange {
         self.count += 1;
         let is_all = self.count.is_multiple_of(ALL_ONE_IN);
         if is_all {
-            // A store's clock may have been set back.
+            // The store's clock may have been set back.
             self.newest = 0;
             self.seen.retain(|origin, _| self.known.keys().any(|(known, _)| known == origin));
         }
-        // In a store of our own, only an operator's word comes from elsewhere.
+        // In a store that is not shared, only an operator changes holds from outside.
         let is_told = delivery.services.is_told.swap(false, Ordering::Relaxed);
         if !delivery.store.is_shared() && !is_all && !is_told && self.count > 1 {
             return Ok(());
         }
         let all_held = delivery.store.held_services(self.newest - AGAIN_MS).await;
         if all_held.is_err() {
-            // What was said is still to be heard.
+            // The change by an operator is still to be read.
             delivery.services.is_told.fetch_or(is_told, Ordering::Relaxed);
         }
         for held in all_held? {
@@ -112,7 +114,7 @@ impl ServiceExchange {
         Ok(())
     }
 
-    /// Tells other replicas what is held here, and the log.
+    /// Stores the holds of this process for other replicas, and logs them.
     async fn tell_others(&mut self, delivery: &DeliveryContext) -> anyhow::Result<()> {
         let now = Instant::now();
         let services = delivery.senders.any().services().into_iter();
@@ -120,7 +122,7 @@ impl ServiceExchange {
             .filter_map(|service| Some((service.held?, service.is_trusted, service.origin)))
             .collect();
         delivery.meters.held(held.len());
-        // Services that only visitors know come last.
+        // Services that only visitors have brought come last.
         held.sort_by_key(|(_, is_trusted, _)| !is_trusted);
         let mut written = 0;
         for ((wait, cause, whom), _, origin) in held {
@@ -160,12 +162,13 @@ impl ServiceExchange {
         Ok(())
     }
 
-    /// Whether one more line may be written; from time to time one says how many were not.
+    /// Returns true when one more line may be logged. From time to time it logs the number of lines that were left
+    /// out.
     fn may_tell(&mut self, now: Instant) -> bool {
         let (count, since) = &mut self.told;
         if since.is_none_or(|since| now.duration_since(since) > TELL_AGAIN) {
             if self.untold > 0 {
-                warn!(services = self.untold, "nothing was sent to more push services than are listed here");
+                warn!(services = self.untold, "more push services were held than are logged here");
                 self.untold = 0;
             }
             (*count, *since) = (0, Some(now));
@@ -177,11 +180,11 @@ impl ServiceExchange {
         *count <= LINES
     }
 
-    /// Another replica has told something, or an operator.
+    /// Applies a change by another replica or an operator.
     fn hear(&mut self, sender: &Sender, held: &HeldService) {
         let of = |whom| (held.origin.clone(), whom);
         match (held.wait, parse_word(&held.cause)) {
-            // Earlier versions wrote down refused keys too, as if they were all.
+            // Earlier versions also stored the refusal of a key, like a hold of all messages.
             (Some(_), Some((Cause::Unauthorized, _))) => {}
             (Some(wait), Some((cause, whom))) if !wait.is_zero() => {
                 self.known.insert(of(whom), Instant::now() + wait);
@@ -200,7 +203,7 @@ impl ServiceExchange {
     }
 }
 
-/// What the log says about a key that is refused. Of those that nothing was delivered to yet, not all were tried.
+/// The log message about a refused key. Of the subscriptions that nothing was delivered to yet, not all were tried.
 fn refusal(whom: HeldFor) -> &'static str {
     match whom {
         HeldFor::All => {
@@ -212,7 +215,7 @@ fn refusal(whom: HeldFor) -> &'static str {
     }
 }
 
-/// How the store says why a service is held, and for whom.
+/// The stored form of a hold's cause and subscriptions.
 fn word(cause: Cause, whom: HeldFor) -> String {
     match whom {
         HeldFor::All => cause.as_str().to_owned(),
@@ -230,34 +233,35 @@ fn parse_word(word: &str) -> Option<(Cause, HeldFor)> {
     }
 }
 
-/// What this process knows of push services besides what its senders do.
+/// State of push services in this process besides that of its senders.
 #[derive(Debug, Default)]
 pub(crate) struct HeldServices {
     pub(crate) at_risk: AtRisk,
-    /// Whether an operator has said something about one here.
+    /// True when an operator has changed a push service through this process.
     pub(crate) is_told: AtomicBool,
 }
 
-/// How many subscriptions are at risk of being given up, of each push service: refused, and nothing was delivered since.
+/// Number of subscriptions of each push service that are at risk of being given up: they were refused, and nothing
+/// was delivered to them since.
 #[derive(Debug, Default)]
 pub(crate) struct AtRisk {
     by_origin: Mutex<BTreeMap<String, u64>>,
-    /// Whether one was refused here since the last look.
+    /// True when a subscription was refused here since the last count.
     is_new: AtomicBool,
 }
 
 impl AtRisk {
-    /// One was refused.
+    /// Records that a subscription was refused.
     pub(crate) fn refused(&self) {
         self.is_new.store(true, Ordering::Relaxed);
     }
 
-    /// Whether a look may find others than the last.
+    /// Returns true when a count may differ from the last one.
     fn is_due(&self) -> bool {
         self.is_new.swap(false, Ordering::Relaxed) || !self.by_origin.lock().is_empty()
     }
 
-    /// Counts them.
+    /// Counts the subscriptions at risk.
     pub(crate) async fn look(&self, delivery: &DeliveryContext) -> anyhow::Result<()> {
         let mut by_origin = BTreeMap::<String, u64>::new();
         for endpoint in delivery.store.at_risk(MOST_AT_RISK).await? {

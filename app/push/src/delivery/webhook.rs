@@ -1,7 +1,7 @@
-//! Telling the backend: a signed request when a notification has ended, and for subscriptions that are deleted.
+//! Webhooks: a signed request to the backend when a notification has ended, and for deleted subscriptions.
 //!
-//! Signed as Standard Webhooks (1.0) says: `webhook-id`, `webhook-timestamp` and `webhook-signature`, which is `v1,` and
-//! the base64 of HMAC-SHA256 over `id.timestamp.body`. The id is the same for every attempt.
+//! Requests are signed by Standard Webhooks (1.0): `webhook-id`, `webhook-timestamp` and `webhook-signature`, which
+//! is `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`. The id is the same for every attempt.
 
 use crate::model::jobs::Webhook;
 use crate::model::jobs::WebhookEvent;
@@ -32,19 +32,19 @@ use uuid::Uuid;
 use super::DeliveryContext;
 use perennial_host::sites::SiteId;
 
-/// How long the backend has to answer.
+/// Time that the backend has for its answer.
 const TIMEOUT: Duration = Duration::from_secs(15);
-/// Between two attempts, at least and at most.
+/// Shortest and longest wait between two attempts.
 const FIRST: Duration = Duration::from_secs(2);
 const LAST: Duration = Duration::from_secs(3600);
-/// For how long an idle connection to it is kept.
+/// Time for which an idle connection to the backend is kept.
 const IDLE: Duration = Duration::from_secs(30);
 
-/// All of them, by site and name.
+/// All webhooks, by site and name.
 #[derive(Clone, Debug)]
 pub(crate) struct Webhooks {
     registered: Arc<HashMap<SiteId, BTreeMap<String, Registered>>>,
-    /// None where nobody wants to be told.
+    /// The HTTP client; `None` when there are no webhooks.
     http: Option<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
 }
 
@@ -63,17 +63,17 @@ impl Webhooks {
         Ok(Self { registered: Arc::new(registered), http: Some(http) })
     }
 
-    /// The names of a site's, for whoever asks for another one.
+    /// The names of a site's webhooks, for the error about an unknown name.
     pub(crate) fn names(&self, site: SiteId) -> Vec<&str> {
         self.registered.get(&site).into_iter().flatten().map(|(name, _)| name.as_str()).collect()
     }
 
-    /// The one of this name that a site has.
+    /// The webhook of a site with this name.
     pub(crate) fn get(&self, site: SiteId, name: &str) -> Option<&Registered> {
         self.registered.get(&site)?.get(name)
     }
 
-    /// Whether it wants to know which subscriptions are deleted.
+    /// Returns true when the webhook wants to know which subscriptions are deleted.
     pub(crate) fn wants_pruned(&self, site: SiteId, name: &str) -> bool {
         self.get(site, name).is_some_and(|webhook| webhook.pruned)
     }

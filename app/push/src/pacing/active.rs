@@ -1,7 +1,7 @@
-//! What this process knows about the notifications that it sends: whether they may go on, and how fast.
+//! The active notifications of this process: whether they may go on, and how fast.
 //!
-//! One task asks the store twice a second how they stand, since another replica may have been told to pause one; and it
-//! reserves the slices of those that are paced.
+//! One task reads their status from the store twice a second, since another replica may have been told to pause
+//! one. It also reserves the slices of paced notifications.
 
 use crate::model::notification::NotificationStatus;
 use crate::model::notification::Stage;
@@ -21,16 +21,16 @@ use crate::model::schedule::RateSchedule;
 use crate::pacing::pace::{Pace, Slice};
 use crate::store::{PushStore, Reserved};
 
-/// How often the store is asked how notifications stand.
+/// Time between two reads of the status of notifications.
 const LOOK: Duration = Duration::from_millis(500);
-/// How many origins' paces are kept.
+/// Number of paces of origins from which on unused ones are removed.
 const MAX_ORIGINS: usize = 1024;
-/// Before asking again for what others hold, at least.
+/// Shortest wait before another try for a slice that other replicas hold.
 const SOON: Duration = Duration::from_millis(5);
-/// After a reservation that failed.
+/// Wait after a reservation that failed.
 const AGAIN: Duration = Duration::from_millis(100);
 
-/// A notification that this process sends.
+/// An active notification: one that this process sends.
 #[derive(Debug)]
 pub(crate) struct Flow {
     id: Uuid,
@@ -41,27 +41,27 @@ pub(crate) struct Flow {
 }
 
 impl Flow {
-    /// How it stands, and when that changes.
+    /// Its status, with notice of each change.
     pub(crate) fn standing(&self) -> watch::Receiver<NotificationStatus> {
         self.standing.subscribe()
     }
 
-    /// Puts a batch into the line of those that send.
+    /// Puts a batch into the line of the batches that send.
     pub(crate) fn stand_in_line(self: &Arc<Self>, batch: Uuid) -> PlaceInLine {
         self.line.lock().insert(batch);
         PlaceInLine { flow: Arc::clone(self), batch }
     }
 
-    /// The pace that it keeps, if it has one.
+    /// Its pace; `None` when it has no rate.
     pub(crate) fn pace(&self) -> Option<&Pace> {
         self.standing.borrow().rate.is_some().then_some(&self.pace)
     }
 
-    /// It stands like this now.
+    /// Sets the status. The pace begins anew when the rate changes or a pause ends.
     pub(crate) fn set(&self, new: NotificationStatus) {
         let mut repaced = false;
         self.standing.send_if_modified(|standing| {
-            // A pause begins the schedule anew, too.
+            // The schedule begins anew after a pause, too.
             repaced =
                 standing.rate != new.rate || (standing.state, new.state) == (Stage::Paused, Stage::Sending);
             std::mem::replace(standing, new) != new
@@ -72,8 +72,8 @@ impl Flow {
     }
 }
 
-/// A batch's place in the line of its notification. Whoever is first takes what is due, and the others what it leaves: so
-/// that batches end one after the other, and not all at once before there are new ones.
+/// A batch's place in the line of its notification. The first batch takes the sends that are due, and the others
+/// take the rest, so that batches end one after the other, and not all at once before there are new ones.
 #[derive(Debug)]
 pub(crate) struct PlaceInLine {
     flow: Arc<Flow>,
@@ -81,7 +81,7 @@ pub(crate) struct PlaceInLine {
 }
 
 impl PlaceInLine {
-    /// How many are before it.
+    /// Number of batches before it.
     pub(crate) fn rank(&self) -> u32 {
         u32::try_from(self.flow.line.lock().range(..self.batch).count()).unwrap_or(u32::MAX)
     }
@@ -93,13 +93,13 @@ impl Drop for PlaceInLine {
     }
 }
 
-/// All of them. A cheap handle.
+/// All active notifications of this process; a cheap handle.
 #[derive(Clone, Debug)]
 pub(crate) struct Flows {
     store: PushStore,
-    /// For as long as one of their batches is in hand.
+    /// Each notification is here as long as this process runs one of its batches.
     notifications: Arc<Mutex<HashMap<Uuid, Weak<Flow>>>>,
-    /// Kept while nobody waits: what was reserved is not lost.
+    /// Paces are kept while no message waits, so that reserved slices are not lost.
     origins: Arc<Mutex<HashMap<String, Arc<Pace>>>>,
     /// Messages per second to one origin, by all notifications together.
     origin_rate: Option<f64>,
@@ -119,7 +119,7 @@ impl Flows {
         }
     }
 
-    /// The flow of a notification that stands like this.
+    /// The active notification with this id, which is added when it is new. Its status is set.
     pub(crate) fn flow(&self, id: Uuid, standing: NotificationStatus) -> Arc<Flow> {
         let mut flows = self.notifications.lock();
         if let Some(flow) = flows.get(&id).and_then(Weak::upgrade) {
@@ -134,14 +134,14 @@ impl Flows {
         flow
     }
 
-    /// Those that are sent now.
+    /// The notifications that are sent now.
     fn flows(&self) -> Vec<Arc<Flow>> {
         let mut flows = self.notifications.lock();
         flows.retain(|_, flow| flow.strong_count() > 0);
         flows.values().filter_map(Weak::upgrade).collect()
     }
 
-    /// The pace of an origin, if there is a rate for all.
+    /// The pace of an origin; `None` when origins have no rate.
     pub(crate) fn origin(&self, origin: &str) -> Option<Arc<Pace>> {
         self.origin_rate?;
         let mut origins = self.origins.lock();
@@ -156,7 +156,7 @@ impl Flows {
         Some(pace)
     }
 
-    /// Somebody has changed how a notification stands, here and now.
+    /// Sets the status of a notification that was changed through this process.
     pub(crate) fn changed(&self, id: Uuid, standing: NotificationStatus) {
         let flow = self.notifications.lock().get(&id).and_then(Weak::upgrade);
         if let Some(flow) = flow {
@@ -164,12 +164,12 @@ impl Flows {
         }
     }
 
-    /// Looks and reserves, until nothing is sent any more.
+    /// Reads the status and reserves slices, until nothing is sent any more.
     pub(crate) async fn run(self, drain: Drain) -> anyhow::Result<()> {
         let mut look = Instant::now() + LOOK;
         let mut reserve = look;
         loop {
-            // What is being sent when the process stops is sent at its pace to the end.
+            // Batches that run when the process stops keep their pace to the end.
             if drain.phase() >= Phase::Soft && self.flows().is_empty() {
                 return Ok(());
             }
@@ -184,7 +184,7 @@ impl Flows {
             if now >= look {
                 look = now + LOOK;
                 if let Err(error) = self.look().await {
-                    warn!(error = format!("{error:#}"), "how notifications stand is not known");
+                    warn!(error = format!("{error:#}"), "the status of notifications cannot be read");
                 }
             }
             if now >= reserve {
@@ -206,7 +206,7 @@ impl Flows {
         for flow in flows {
             match standings.get(&flow.id) {
                 Some(Some(standing)) => flow.set(*standing),
-                // It goes on as it did.
+                // The row cannot be read: the notification goes on as before.
                 Some(None) => {}
                 None => flow.set(NotificationStatus::GONE),
             }
@@ -214,7 +214,7 @@ impl Flows {
         Ok(())
     }
 
-    /// Those that want another slice.
+    /// The paces that want another slice.
     fn paces(&self) -> Vec<Wanting> {
         let flows = self.flows().into_iter().filter(|flow| flow.pace.is_wanted()).map(Wanting::Flow);
         let origins = self.origins.lock();
@@ -222,7 +222,7 @@ impl Flows {
         flows.chain(wanted.map(|(origin, pace)| Wanting::Origin(origin.clone(), Arc::clone(pace)))).collect()
     }
 
-    /// Reserves a slice; if there is none to be had now, returns when to try again.
+    /// Reserves a slice; when there is none now, returns the wait before the next try.
     async fn reserve(&self, wanting: Wanting) -> Option<Duration> {
         let pace = wanting.pace();
         let reserved = match &wanting {
@@ -253,7 +253,7 @@ impl Flows {
         }
     }
 
-    /// The store's clock as far as is known, with what it showed when an answer came.
+    /// The estimate of the store's clock, updated by a reading in an answer that came at `replied`.
     fn local(&self, store_us: i64, replied: Instant) -> StoreClock {
         let mut clock = self.clock.lock();
         let new = StoreClock { at: replied, us: store_us };
@@ -280,7 +280,7 @@ impl Wanting {
     }
 }
 
-/// What the store's clock showed at an instant of ours, in microseconds since 1970.
+/// Time of the store's clock at an instant of ours, in microseconds since 1970.
 #[derive(Clone, Copy, Debug)]
 struct StoreClock {
     at: Instant,
@@ -288,8 +288,8 @@ struct StoreClock {
 }
 
 impl StoreClock {
-    /// A reading that took longer to come shows less than there is: the most advanced one is believed, and slowly
-    /// corrected. One that differs much is another clock.
+    /// A reading that took longer to arrive is behind the real time. So the most advanced reading is used, and
+    /// slowly corrected. A reading that differs much comes from a clock that was set, and is used as it is.
     fn with(self, new: Self) -> Self {
         let expected = self.us + micros(new.at.saturating_duration_since(self.at));
         let off = new.us - expected;
@@ -298,7 +298,7 @@ impl StoreClock {
     }
 }
 
-/// When it was `us` by the store's clock.
+/// The instant at which the store's clock showed `us`.
 fn since(clock: StoreClock, us: i64) -> Instant {
     let distance = Duration::from_micros(us.abs_diff(clock.us));
     if us >= clock.us { clock.at + distance } else { clock.at.checked_sub(distance).unwrap_or(clock.at) }

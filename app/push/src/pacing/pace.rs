@@ -1,9 +1,9 @@
-//! Sends at a rate that is kept evenly, by all replicas together.
+//! An even rate of sends, which all replicas keep together.
 //!
-//! The schedule of a paced notification, or of an origin whose rate is capped, is in the store: when it began, and when
-//! the next send that nobody has reserved is due, by the store's clock. A process that wants to send reserves the next
-//! slice of it, some 250 ms ahead, by compare-and-swap; and sends evenly inside its slices. A process that dies wastes
-//! a slice; one that cannot reach the store sends nothing.
+//! The schedule of a paced notification, or of an origin whose rate is capped, is in the store: its beginning, and
+//! the time at which the next send that is not reserved is due, by the store's clock. A process that wants to send
+//! reserves the next slice of the schedule, some 250 ms ahead, by compare-and-swap, and sends evenly inside its
+//! slices. A process that dies wastes a slice; a process that cannot reach the store sends nothing.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -16,18 +16,18 @@ use tokio::time::{Instant, sleep_until};
 
 use crate::model::schedule::{CATCH_UP, RateSchedule, SLICE};
 
-/// The next slice is reserved when so much is left of those there are.
+/// The next slice is reserved when less than this is left of the reserved ones.
 const LOW: Duration = Duration::from_millis(200);
 
 /// A part of a schedule that this process may send in.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Slice {
     pub(crate) schedule: RateSchedule,
-    /// When the schedule began.
+    /// Beginning of the schedule.
     pub(crate) began: Instant,
-    /// How many sends of the schedule were due before the next one of this slice,
+    /// Number of sends of the schedule before the next one of this slice.
     pub(crate) next: f64,
-    /// and before the first after it.
+    /// Number of sends of the schedule before the first one after this slice.
     pub(crate) end: f64,
 }
 
@@ -41,14 +41,14 @@ impl Slice {
     }
 }
 
-/// Whether a send may begin.
+/// Decision whether a send may begin.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Take {
-    /// Now.
+    /// The send may begin now.
     Now,
-    /// Not before then.
+    /// The send may not begin before this time.
     At(Instant),
-    /// When there is another slice.
+    /// The send waits for another slice.
     WhenReserved,
 }
 
@@ -56,10 +56,10 @@ pub(crate) enum Take {
 #[derive(Debug)]
 pub(crate) struct Pace {
     slices: Mutex<VecDeque<Slice>>,
-    /// There are more slices, or other ones.
+    /// Notified when there are more slices, or other ones.
     changed: Notify,
     wanted: AtomicBool,
-    /// Whoever reserves.
+    /// Wakes the task that reserves slices.
     pacer: Arc<Notify>,
 }
 
@@ -73,7 +73,7 @@ impl Pace {
         self.take_at(now, now)
     }
 
-    /// Takes the next send even if it is not due yet: the ones after it come later for it.
+    /// Takes the next send even if it is not due yet. The sends after it come later for that.
     fn take_early(&self, now: Instant) -> Take {
         self.take_at(now, now + SLICE * 8)
     }
@@ -106,7 +106,7 @@ impl Pace {
         }
     }
 
-    /// Waits for a send. One that is `urgent` goes before all others.
+    /// Waits for a send. An urgent one goes before all others.
     pub(crate) async fn wait(&self, urgent: bool) {
         loop {
             let changed = self.changed.notified();
@@ -130,13 +130,13 @@ impl Pace {
         self.changed.notify_waiters();
     }
 
-    /// Forgets what was reserved: the rate is another one now.
+    /// Drops the reserved slices, since the schedule begins anew.
     pub(crate) fn reset(&self) {
         self.slices().clear();
         self.changed.notify_waiters();
     }
 
-    /// Whether another slice is wanted; it is not, after this.
+    /// Takes and clears the "wants a slice" flag.
     pub(crate) fn is_wanted(&self) -> bool {
         self.wanted.swap(false, Ordering::Relaxed)
     }
@@ -148,7 +148,8 @@ impl Pace {
         }
     }
 
-    /// What was asked for could not be had yet; whoever reserves knows.
+    /// Sets the "wants a slice" flag again after a try without success. The task that reserves is not woken: it
+    /// knows.
     pub(crate) fn want_still(&self) {
         self.wanted.store(true, Ordering::Relaxed);
     }

@@ -29,7 +29,7 @@ use uuid::Uuid;
 
 use super::{Owner, Sink};
 
-/// How many messages may wait for a browser.
+/// Maximum number of messages that wait for a browser.
 const QUEUE: usize = 256;
 /// The longest message from a browser, in bytes.
 const MAX_MESSAGE: usize = 64 * 1024;
@@ -118,7 +118,7 @@ impl BrowserConnection {
                 }
                 Some(json!({ "messageType": "unregister", "channelID": channel, "status": 200 }))
             }
-            // An empty object asks whether we are there.
+            // An empty object asks whether the service is alive.
             None if message.as_object().is_some_and(serde_json::Map::is_empty) => Some(json!({})),
             // ack, nack, broadcast_subscribe: nothing to answer.
             _ => None,

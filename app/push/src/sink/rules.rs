@@ -1,5 +1,5 @@
-//! What a message must be like: the rules of RFC 8030, 8188, 8291 and 8292, as strictly as any push service
-//! checks them. Status and error numbers are those of Mozilla's autopush, where it has one for the case.
+//! The rules for a message: RFC 8030, 8188, 8291 and 8292, checked as strictly as any push service does. Status and
+//! error numbers are those of Mozilla's autopush, where it has one for the case.
 
 use std::time::SystemTime;
 
@@ -7,9 +7,9 @@ use http::request::Parts;
 use http::{HeaderMap, HeaderName, StatusCode, Version, header};
 use perennial_webpush::{Keys, Topic, Urgency, verify};
 
-/// RFC 8030, section 7.2: the size that every service must take, and that some take no more than.
+/// Longest body, in bytes: every service must take this size (RFC 8030, section 7.2), and some take no more.
 pub(super) const MAX_BODY: usize = 4096;
-/// RFC 8188, section 2.1: salt, record size, length of the key id, key id.
+/// Length of the header, in bytes: salt, record size, length of the key id, key id (RFC 8188, section 2.1).
 const HEADER: usize = 16 + 4 + 1 + 65;
 
 /// A message that keeps the rules.
@@ -17,17 +17,17 @@ const HEADER: usize = 16 + 4 + 1 + 65;
 pub struct Push {
     /// The last part of the endpoint.
     pub token: String,
-    /// How long to keep it, in seconds.
+    /// The time to live, in seconds.
     pub ttl: u32,
-    /// How urgent it is.
+    /// The urgency.
     pub urgency: Urgency,
-    /// What it replaces.
+    /// The topic, by which it replaces a waiting message.
     pub topic: Option<String>,
     /// The VAPID key that it was signed with.
     pub vapid_key: Vec<u8>,
     /// The `Authorization` header as it came.
     pub authorization: String,
-    /// What the payload is, as its header says.
+    /// The `Content-Type` header of the payload.
     pub content_type: Option<String>,
     /// The length of the body.
     pub bytes: usize,
@@ -35,14 +35,14 @@ pub struct Push {
     pub version: Version,
 }
 
-/// A message that does not.
+/// A message that breaks a rule.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Refusal {
-    /// How it is answered.
+    /// Status of the answer.
     pub status: StatusCode,
-    /// autopush's number for the case.
+    /// Number of autopush for the case.
     pub errno: u16,
-    /// Which rule it broke.
+    /// The rule that it broke.
     pub message: String,
 }
 
@@ -86,7 +86,7 @@ pub(super) fn check(
     Ok(push)
 }
 
-/// The value of a header that may stand there once.
+/// Reads the value of a header that may occur once.
 fn single<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, String> {
     let mut values = headers.get_all(name).iter();
     let value =
@@ -101,7 +101,7 @@ fn bad(errno: u16) -> impl Fn(String) -> Refusal {
     move |message| Refusal::new(400, errno, message)
 }
 
-/// RFC 8030, section 5.2.
+/// Reads the TTL (RFC 8030, section 5.2).
 fn ttl(headers: &HeaderMap) -> Result<u32, Refusal> {
     let ttl = single(headers, &HeaderName::from_static("ttl")).map_err(bad(111))?;
     let ttl = ttl.ok_or_else(|| Refusal::new(400, 111, "no TTL"))?;
@@ -114,13 +114,13 @@ fn ttl(headers: &HeaderMap) -> Result<u32, Refusal> {
     Ok(ttl.parse().unwrap_or(u32::MAX))
 }
 
-/// RFC 8030, section 5.3.
+/// Reads the urgency (RFC 8030, section 5.3).
 fn urgency(headers: &HeaderMap) -> Result<Urgency, Refusal> {
     let urgency = single(headers, &HeaderName::from_static("urgency")).map_err(bad(112))?;
     urgency.map_or(Ok(Urgency::Normal), str::parse).map_err(|error| Refusal::new(400, 112, error.to_string()))
 }
 
-/// RFC 8030, section 5.4, and Apple's reading of it.
+/// Reads the topic (RFC 8030, section 5.4, and Apple's reading of it).
 fn topic(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
     let topic = single(headers, &HeaderName::from_static("topic")).map_err(bad(113))?;
     let topic = topic.map(str::parse::<Topic>).transpose();
@@ -128,7 +128,7 @@ fn topic(headers: &HeaderMap) -> Result<Option<String>, Refusal> {
     Ok(topic.map(|topic| topic.as_str().to_owned()))
 }
 
-/// RFC 8188, section 2, as narrowed by RFC 8291, section 4.
+/// Checks the encoding (RFC 8188, section 2, as narrowed by RFC 8291, section 4).
 fn encoding(headers: &HeaderMap, body: &[u8], vapid_key: &[u8]) -> Result<(), Refusal> {
     let wrong = |message: &str| Err(Refusal::new(400, 110, message));
     let encoding = single(headers, &header::CONTENT_ENCODING).map_err(bad(110))?;

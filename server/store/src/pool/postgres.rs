@@ -20,7 +20,6 @@ use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, Recycli
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use jiff::Timestamp;
-use parking_lot::RwLock;
 use secrecy::ExposeSecret;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{Mutex, mpsc, watch};
@@ -39,7 +38,8 @@ use super::causes::with_causes;
 use super::holders::{HeldConnection, Holders};
 use super::migrations::{MigrationStatus, Migrations, Newer};
 use super::status::PoolStatus;
-use super::{Url, tls};
+use super::tls;
+use super::url::{Reloadable, Url};
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
 
@@ -199,7 +199,7 @@ pub struct Postgres(Arc<PostgresInner>);
 
 struct PostgresInner {
     config: Config,
-    reach: RwLock<Arc<Reach>>,
+    reach: Reloadable<Reach>,
     holders: Arc<Holders>,
     /// Number of times that the URL of the server has changed.
     changed: watch::Sender<u64>,
@@ -284,7 +284,7 @@ impl Postgres {
     /// # Errors
     /// When the URL cannot be parsed, when the server cannot be reached, and when its encoding or a setting is wrong.
     pub async fn open(config: Config) -> Result<Self> {
-        let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
+        let reach = Reloadable::new(Reach::new(&config, config.url.clone())?);
         let (abandoned, to_be_cancelled) = mpsc::channel(config.size);
         let abandoned = Abandoned { connections: abandoned, is_tended: Arc::default() };
         let to_be_cancelled = Mutex::new(to_be_cancelled);
@@ -308,7 +308,7 @@ impl Postgres {
     }
 
     fn reach(&self) -> Arc<Reach> {
-        Arc::clone(&self.0.reach.read())
+        self.0.reach.get()
     }
 
     /// The status of the pool.
@@ -353,16 +353,13 @@ impl Postgres {
         }
     }
 
-    /// Changes to the URL in the file, if it is a different one. The existing connections end when the last caller that
-    /// uses the old pool, or waits for it, is done.
     async fn follow_url(&self) {
-        let Some(candidate) = self.reach().url.changed() else { return };
-        let reached = match Reach::new(&self.0.config, candidate.url.clone()) {
-            Ok(reach) => self.is_same_store(&reach).await.map(|()| reach),
-            Err(error) => Err(error),
+        let open = async |url| {
+            let reach = Reach::new(&self.0.config, url)?;
+            self.is_same_store(&reach).await?;
+            Ok::<_, Error>(reach)
         };
-        if let Some(reach) = candidate.judge("Postgres", reached) {
-            *self.0.reach.write() = Arc::new(reach);
+        if self.0.reach.follow("Postgres", |reach| &reach.url, open).await {
             // Listeners on the old server must listen on the new one.
             self.0.changed.send_modify(|changes| *changes += 1);
         }

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 use super::bounded::{Bounded, BoundedLimits};
 use super::causes::with_causes;
 use super::status::PoolStatus;
-use super::url::Url;
+use super::url::{Reloadable, Url};
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Condition;
 
@@ -134,7 +134,7 @@ pub struct Redis(Arc<RedisInner>);
 
 struct RedisInner {
     config: Config,
-    reach: RwLock<Arc<Reach>>,
+    reach: Reloadable<Reach>,
     /// True after a refused write, until a check finds that the server takes writes again.
     cannot_write: AtomicBool,
 }
@@ -306,7 +306,7 @@ impl Redis {
     /// # Errors
     /// When the URL cannot be parsed, when the server cannot be reached, and when it is not fit.
     pub async fn open(config: Config) -> Result<Self> {
-        let reach = RwLock::new(Arc::new(Reach::new(&config, config.url.clone())?));
+        let reach = Reloadable::new(Reach::new(&config, config.url.clone())?);
         let redis = Self(Arc::new(RedisInner { config, reach, cannot_write: AtomicBool::new(false) }));
         redis.reach().check().await?;
         redis.reach().pool.warm().await?;
@@ -314,7 +314,7 @@ impl Redis {
     }
 
     fn reach(&self) -> Arc<Reach> {
-        Arc::clone(&self.0.reach.read())
+        self.0.reach.get()
     }
 
     /// The status of the pool.
@@ -342,17 +342,13 @@ impl Redis {
         }
     }
 
-    /// Changes to the URL in the file, if it is a different one. The existing connections end when the last caller that
-    /// uses the old pool, or waits for it, is done.
     async fn follow_url(&self) {
-        let Some(candidate) = self.reach().url.changed() else { return };
-        let reached = match Reach::new(&self.0.config, candidate.url.clone()) {
-            Ok(reach) => reach.check().await.map(|()| reach),
-            Err(error) => Err(error),
+        let open = async |url| {
+            let reach = Reach::new(&self.0.config, url)?;
+            reach.check().await?;
+            Ok::<_, Error>(reach)
         };
-        if let Some(reach) = candidate.judge("Redis", reached) {
-            *self.0.reach.write() = Arc::new(reach);
-        }
+        self.0.reach.follow("Redis", |reach| &reach.url, open).await;
     }
 
     async fn look(&self, condition: &Condition) {

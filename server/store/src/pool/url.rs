@@ -4,7 +4,7 @@ use std::error::Error;
 use std::path::PathBuf;
 use std::sync::Arc;
 
-use parking_lot::Mutex;
+use parking_lot::{Mutex, RwLock};
 use secrecy::{ExposeSecret, SecretString};
 use tracing::{info, warn};
 
@@ -22,26 +22,51 @@ pub struct Url {
     seen: Arc<Mutex<Option<(SecretString, bool)>>>,
 }
 
-/// A URL that may replace the current one.
-pub(super) struct Candidate {
-    pub(super) url: Url,
-    /// Whether this URL was tried before, so that the reason of its failure is logged already.
-    was_tried: bool,
+/// The connections to the server with the current URL. The URL may change with its file while the process runs.
+pub(super) struct Reloadable<T>(RwLock<Arc<T>>);
+
+impl<T> Reloadable<T> {
+    pub(super) fn new(connections: T) -> Self {
+        Self(RwLock::new(Arc::new(connections)))
+    }
+
+    /// The current connections. Those of a previous URL end when the last caller that uses them, or waits for one, is done.
+    pub(super) fn get(&self) -> Arc<T> {
+        Arc::clone(&self.0.read())
+    }
+
+    /// Changes to the URL in the file, if it is a different one and `open` can use it. Logs the change, or the failure once;
+    /// returns true when it has changed.
+    pub(super) async fn follow<E: Error>(
+        &self,
+        server: &str,
+        url: impl Fn(&T) -> &Url,
+        open: impl AsyncFnOnce(Url) -> Result<T, E>,
+    ) -> bool {
+        let Some(Candidate { url, was_tried }) = url(&self.get()).changed() else { return false };
+        match open(url).await {
+            Ok(connections) => {
+                info!("the URL of {server} has changed: connecting anew");
+                *self.0.write() = Arc::new(connections);
+                true
+            }
+            Err(_) if was_tried => false,
+            Err(error) => {
+                warn!(
+                    error = with_causes(&error),
+                    "the URL of {server} has changed, and cannot be used: the previous one stays in use"
+                );
+                false
+            }
+        }
+    }
 }
 
-impl Candidate {
-    /// Returns the server that was reached with this URL, if it can be used. Logs the change, or the failure once.
-    pub(super) fn judge<R>(&self, server: &str, reached: Result<R, impl Error>) -> Option<R> {
-        match &reached {
-            Ok(_) => info!("the URL of {server} has changed: connecting anew"),
-            Err(_) if self.was_tried => {}
-            Err(error) => warn!(
-                error = with_causes(error),
-                "the URL of {server} has changed, and cannot be used: the previous one stays in use"
-            ),
-        }
-        reached.ok()
-    }
+/// A URL that may replace the current one.
+struct Candidate {
+    url: Url,
+    /// Whether this URL was tried before, so that the reason of its failure is logged already.
+    was_tried: bool,
 }
 
 impl From<&str> for Url {
@@ -72,7 +97,7 @@ impl Url {
     }
 
     /// Returns the URL in the file, if it differs from this one and was the same at two checks in a row.
-    pub(super) fn changed(&self) -> Option<Candidate> {
+    fn changed(&self) -> Option<Candidate> {
         let text = std::fs::read_to_string(self.file.as_ref()?).ok()?;
         let text = text.trim_end_matches(['\r', '\n']);
         let mut seen = self.seen.lock();

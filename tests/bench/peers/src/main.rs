@@ -1,5 +1,5 @@
-//! apalis 1.0 on a store, as fast as its documents let one make it: `peers KIND URL COUNT BATCH` enqueues so many
-//! jobs that do nothing, runs them, and prints how many a second it did of either.
+//! The crate apalis 1.0 on a store, as fast as its documents allow. `peers KIND URL COUNT BATCH` enqueues COUNT jobs
+//! that do nothing, runs them, and prints how many jobs a second it enqueued and how many it ran.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -7,9 +7,9 @@ use std::time::{Duration, Instant};
 use apalis::prelude::*;
 use futures::stream;
 
-/// How many jobs are pushed at once.
+/// Number of jobs that are pushed at once.
 const PUSH: usize = 500;
-/// How many jobs its Redis store can have waiting: at 8,000 it stops for good.
+/// Maximum number of jobs that wait in its Redis store: at 8,000 it stops for good.
 const REDIS_SLICE: usize = 7_000;
 
 static RUN: AtomicUsize = AtomicUsize::new(0);
@@ -19,7 +19,7 @@ async fn noop(_number: u32) -> Result<(), BoxDynError> {
     Ok(())
 }
 
-/// Waits until so many jobs have run.
+/// Waits until `count` jobs have run.
 async fn ran(count: usize) {
     let (mut last, mut since) = (0, Instant::now());
     loop {
@@ -48,7 +48,7 @@ async fn main() {
     };
     let rate = |took: Duration| count as f64 / took.as_secs_f64();
     println!("{} {}", rate(enqueue), rate(drain));
-    // What it still has to say goodbye to takes a while.
+    // An orderly end of apalis would take a while.
     std::process::exit(0);
 }
 
@@ -70,7 +70,7 @@ async fn postgres(url: &str, count: usize, batch: usize) -> (Duration, Duration)
     use apalis_postgres::{Config, PostgresStorage};
     let pool = sqlx::postgres::PgPoolOptions::new().max_connections(8).connect(url).await.unwrap();
     PostgresStorage::setup(&pool).await.unwrap();
-    // Without locks for each row: twice as fast, and what its authors recommend for speed.
+    // Locks for each row are off: this is twice as fast, and its authors recommend it for speed.
     let mut config = Config::default().queue("bench").batch_size(batch);
     config.lock_tasks = false;
     config.persist_results = true;
@@ -91,7 +91,7 @@ async fn sqlite(url: &str, count: usize, batch: usize) -> (Duration, Duration) {
     let options = options.create_if_missing(true);
     let pool = sqlx::sqlite::SqlitePoolOptions::new().max_connections(1).connect_with(options).await.unwrap();
     SqliteStorage::setup(&pool).await.unwrap();
-    // Its setup turns synchronous off; ours is full, and so this one is.
+    // Its setup turns synchronous off. Ours is full, and so this one is set to full.
     sqlx::query("PRAGMA synchronous = FULL").execute(&pool).await.unwrap();
     let config = Config::default().queue("bench").batch_size(batch);
     let mut backend = SqliteStorage::new(&pool).with_config(config);

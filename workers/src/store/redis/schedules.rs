@@ -14,9 +14,10 @@ use uuid::Uuid;
 
 use super::{AT_ONCE, FoundJob, RedisQueue, push_new};
 use crate::cron::{Ending, Run, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
+use crate::encoding::{json as to_json, read_json, timestamp};
 use crate::queue::{NewJob, Result};
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED, Schedules};
-use crate::store::{json as to_json, read_json, stands_for, timestamp};
+use crate::store::stands_for;
 
 /// A schedule as a script returns it: name, definition, timing, last_fire, queued, paused, held, version, seen_at.
 type Fields = (String, String, String, i64, Option<i64>, String, Option<String>, i64, i64);

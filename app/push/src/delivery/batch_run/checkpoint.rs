@@ -26,13 +26,25 @@ use crate::store::{Batch, Checkpoint, Deferred, Delivery, Recorded};
 
 /// Between two attempts to record while the store is busy.
 pub(super) const BUSY: Duration = Duration::from_millis(100);
-/// From how many members on those that wait for a push service are tried again in parts, and in how many.
+/// Number of members from which a group that waits for a push service is split, and the number of its parts.
 const SCATTERED: usize = 64;
 const PARTS: usize = 8;
 
+/// Members that are tried again together: after the same wait, as the same attempt, for the same reason.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Group {
+    /// In seconds.
+    wait: u64,
+    attempt: u32,
+    /// The host of a slow push service: its members keep only each other waiting.
+    slow: Option<String>,
+    /// The origin of a push service that is held.
+    waits_for: Option<String>,
+}
+
 impl BatchRun<'_> {
-    /// What to record now, and how many members it is about. With `left`, those that were never sent to have this outcome:
-    /// nothing is in flight any more.
+    /// Makes a checkpoint of the sends that have ended, and returns the number of members that it records. With `left`, members
+    /// that were never sent to have this outcome: nothing is in flight any more.
     pub(super) fn checkpoint(&mut self, left: Option<Outcome>) -> anyhow::Result<(usize, Checkpoint)> {
         let never_sent = left.map(|outcome| {
             let waiting = std::mem::take(&mut self.waiting).len();
@@ -41,51 +53,17 @@ impl BatchRun<'_> {
         let Mark { low_id, above, ended: count } = self.progress.mark(Instant::now());
         let mut checkpoint = Checkpoint { low_id, above, ..Checkpoint::default() };
         let mut outcomes = BTreeMap::<Outcome, usize>::new();
-        // Those that wait for a slow service keep only each other waiting.
-        let mut later = BTreeMap::<(u64, u32, Option<String>, Option<String>), Vec<i64>>::new();
+        let mut later = BTreeMap::<Group, Vec<i64>>::new();
         // One draw for all that failed together and were asked for nothing else: one job, not hundreds.
         let usual = RETRY.jittered(self.batch.attempt + 1);
         for sent in std::mem::take(&mut self.ended) {
-            let outcome = match self.decide(&sent, usual, left) {
-                Next::Decided(outcome) => outcome,
+            match self.decide(&sent, usual, left) {
+                Next::Decided(outcome) => {
+                    *outcomes.entry(outcome).or_default() += 1;
+                    self.record(sent, outcome, &mut checkpoint);
+                }
                 Next::Later(wait, attempt) => {
-                    let slow = sent.is_slow.then(|| sent.host().to_owned());
-                    let waits_for = matches!(sent.report.verdict, Verdict::Held(_))
-                        .then(|| origin(&sent.endpoint).to_owned());
-                    let group = (wait.as_secs().max(1), attempt, slow, waits_for);
-                    later.entry(group).or_default().push(sent.id);
-                    continue;
-                }
-            };
-            *outcomes.entry(outcome).or_default() += 1;
-            // Those that came with the notification are no stored subscriptions, whatever their numbers.
-            let is_stored = self.batch.audience != Audience::Inline;
-            let refusal = sent.refusal();
-            if outcome != Outcome::Delivered || self.batch.logs_all {
-                let subscription = if is_stored { sent.id } else { -sent.id };
-                let (status, detail) = (sent.report.status, sent.report.detail);
-                checkpoint.deliveries.push(Delivery { subscription, outcome, status, detail });
-            }
-            if !is_stored {
-                continue;
-            }
-            match sent.report.verdict {
-                Verdict::Delivered => {
-                    checkpoint.cleared.extend(sent.is_refused.then_some(sent.id));
-                    checkpoint.proven.extend((!sent.is_proven).then_some(sent.id));
-                }
-                Verdict::Gone if !sent.endpoint.is_empty() => {
-                    checkpoint.ended.push((sent.id, sent.endpoint));
-                }
-                Verdict::Gone
-                | Verdict::Unauthorized
-                | Verdict::TooLarge
-                | Verdict::Rejected
-                | Verdict::Forbidden
-                | Verdict::Unresolvable
-                | Verdict::Retry { .. }
-                | Verdict::Held(_) => {
-                    checkpoint.refused.extend(refusal.map(|refusal| (sent.id, sent.endpoint, refusal)));
+                    later.entry(Group::of(&sent, wait, attempt)).or_default().push(sent.id);
                 }
             }
         }
@@ -96,14 +74,7 @@ impl BatchRun<'_> {
             *self.totals.entry(*outcome).or_default() += count;
         }
         self.again += later.values().map(Vec::len).sum::<usize>();
-        for ((wait, attempt, slow, waits_for), mut ids) in later {
-            ids.sort_unstable();
-            let parts = if waits_for.is_some() { parts(&ids) } else { vec![&*ids] };
-            for part in parts {
-                let deferred = self.defer(wait, attempt, slow.is_some(), part.to_vec())?;
-                checkpoint.deferred.push(Deferred { waits_for: waits_for.clone(), ..deferred });
-            }
-        }
+        checkpoint.deferred = self.defer_all(later)?;
         checkpoint.left = self.waiting.len() + self.progress.in_flight();
         checkpoint.tell = self
             .batch
@@ -112,6 +83,54 @@ impl BatchRun<'_> {
             .filter(|name| self.delivery.webhooks.wants_pruned(SiteId(self.batch.site), name));
         checkpoint.outcomes = outcomes.into_iter().collect();
         Ok((count, checkpoint))
+    }
+
+    /// Writes down what a decided member means for the log of deliveries and for its subscription.
+    fn record(&self, sent: Sent, outcome: Outcome, checkpoint: &mut Checkpoint) {
+        // Subscriptions that came with the notification are not stored, whatever their numbers.
+        let is_stored = self.batch.audience != Audience::Inline;
+        let refusal = sent.refusal();
+        if outcome != Outcome::Delivered || self.batch.logs_all {
+            let subscription = if is_stored { sent.id } else { -sent.id };
+            let (status, detail) = (sent.report.status, sent.report.detail);
+            checkpoint.deliveries.push(Delivery { subscription, outcome, status, detail });
+        }
+        if !is_stored {
+            return;
+        }
+        match sent.report.verdict {
+            Verdict::Delivered => {
+                checkpoint.cleared.extend(sent.is_refused.then_some(sent.id));
+                checkpoint.proven.extend((!sent.is_proven).then_some(sent.id));
+            }
+            Verdict::Gone if !sent.endpoint.is_empty() => {
+                checkpoint.ended.push((sent.id, sent.endpoint));
+            }
+            Verdict::Gone
+            | Verdict::Unauthorized
+            | Verdict::TooLarge
+            | Verdict::Rejected
+            | Verdict::Forbidden
+            | Verdict::Unresolvable
+            | Verdict::Retry { .. }
+            | Verdict::Held(_) => {
+                checkpoint.refused.extend(refusal.map(|refusal| (sent.id, sent.endpoint, refusal)));
+            }
+        }
+    }
+
+    /// The jobs of members that are tried again.
+    fn defer_all(&self, later: BTreeMap<Group, Vec<i64>>) -> anyhow::Result<Vec<Deferred>> {
+        let mut all = Vec::new();
+        for (Group { wait, attempt, slow, waits_for }, mut ids) in later {
+            ids.sort_unstable();
+            let parts = if waits_for.is_some() { parts(&ids) } else { vec![&*ids] };
+            for part in parts {
+                let deferred = self.defer(wait, attempt, slow.is_some(), part.to_vec())?;
+                all.push(Deferred { waits_for: waits_for.clone(), ..deferred });
+            }
+        }
+        Ok(all)
     }
 
     /// What becomes of a member; with `left`, one that would be tried again has that outcome.
@@ -159,8 +178,20 @@ impl BatchRun<'_> {
     }
 }
 
-/// Members that wait for a push service, in parts that come in any order: whether it takes messages again is found out by one
-/// of them, and those that begin the list may be the very ones that it refuses.
+impl Group {
+    fn of(sent: &Sent, wait: Duration, attempt: u32) -> Self {
+        let is_held = matches!(sent.report.verdict, Verdict::Held(_));
+        Self {
+            wait: wait.as_secs().max(1),
+            attempt,
+            slow: sent.is_slow.then(|| sent.host().to_owned()),
+            waits_for: is_held.then(|| origin(&sent.endpoint).to_owned()),
+        }
+    }
+}
+
+/// Splits members that wait for a push service into parts that run in random order. One of them finds out whether the service
+/// accepts messages again, and the first members of the list may be the ones that it refuses.
 fn parts(ids: &[i64]) -> Vec<&[i64]> {
     if ids.len() < SCATTERED {
         return vec![ids];

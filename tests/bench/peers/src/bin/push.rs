@@ -1,5 +1,5 @@
-//! The crate web-push as its documents show it: `push --url URL --ca FILE --count N --p256dh KEY --auth KEY` sends so many
-//! messages, 64 at once, and prints what that took. The authority comes through SSL_CERT_FILE.
+//! The crate web-push as its documents show it. `push --url URL --ca FILE --count N --p256dh KEY --auth KEY` sends
+//! N messages, 64 at once, and prints the cost. The authority comes through SSL_CERT_FILE.
 
 use std::time::Instant;
 
@@ -9,13 +9,14 @@ use web_push::{
 };
 
 const AT_ONCE: usize = 64;
-/// Made for this bench.
+/// A VAPID key made for this bench.
 const VAPID: &str = "IQ9Ur0ykXoHS9gzfYX0aBjy9lvdrjx_PFUXmie9YRcY";
 
 fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").expect("Linux");
     let fields: Vec<f64> = stat.rsplit(')').next().expect("fields").split_whitespace().filter_map(|field| field.parse().ok()).collect();
-    // The state is no number and has been left out: user and system time, in hundredths.
+    // The state is no number and has been left out. Indexes 10 and 11 are user and system time, in
+    // hundredths of a second.
     (fields[10] + fields[11]) / 100.0
 }
 

@@ -8,10 +8,10 @@ use tokio_postgres::types::Type;
 use uuid::Uuid;
 
 use super::{PostgresQueue, give_back};
-use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
+use crate::encoding::{from_json, read_json};
+use crate::job_admin::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::Result;
 use crate::state::State;
-use crate::store::{from_json, read_json};
 
 /// The columns of a [`JobView`] without the payload, of jobs that have not ended.
 const LIVE: &str =

@@ -6,11 +6,11 @@ use perennial_store::pool::redis::client::cmd;
 use uuid::Uuid;
 
 use super::{AT_ONCE, Header, JobEntry, JobRecord, KeptJob, RedisQueue, due_of, read_state, write_state};
+use crate::encoding::{from_json, json, millis, read_json, timestamp};
 use crate::job::UniqueUntil;
-use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
+use crate::job_admin::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::{Due, Result};
 use crate::state::{Attempts, State};
-use crate::store::{from_json, json, millis, read_json, timestamp};
 
 /// Number of ids that one query looks at.
 const SCAN: usize = 1000;

@@ -7,10 +7,10 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
 use super::{SqliteQueue, give_back, lossy};
-use crate::ledger::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
+use crate::encoding::{from_json, now_ms, read_json, timestamp};
+use crate::job_admin::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::Result;
 use crate::state::State;
-use crate::store::{from_json, now_ms, read_json, timestamp};
 
 /// The columns of a [`JobView`] without the payload, of jobs that have not ended.
 const LIVE: &str =

@@ -458,7 +458,6 @@ fn look_at(
     // A blocked write has a deadline of its own.
     let blocked = connection.blocked_for(now) > 0;
     let http2 = connection.spoken() == Spoken::Http2;
-    let linger = milliseconds(LINGER);
     let told = connection.told();
     if told == ShutdownMode::Cut || phase == ConnectionPhase::Closed {
         return;
@@ -505,20 +504,42 @@ fn look_at(
         }
         _ => {}
     }
-    if http2 {
-        let (answered, left) = connection.answered_and_left();
-        if connection.useless() > MAX_USELESS {
-            return connection.cut("flood");
-        }
-        if u64::from(left) > u64::from(MAX_LEFT) + answered {
-            return connection.cut("resets");
-        }
+    if http2 && let Some(reason) = misconduct(connection) {
+        return connection.cut(reason);
     }
     if !timeouts.age.is_zero() && connection.opened.elapsed() > aged(timeouts.age, connection.id) {
         // An HTTP/1.1 connection ends with its next answer, or by the idle timeout.
         connection.tell(if http2 { ShutdownMode::Leave } else { ShutdownMode::Last });
     }
-    let Some(Drained { since, linger: patience, hard }) = drained else { return };
+    if let Some(drained) = drained {
+        leave(connection, drained, Seen { phase, lasts, quiet, blocked, http2 });
+    }
+}
+
+/// What one look at a connection has seen. Times are in milliseconds.
+#[derive(Clone, Copy)]
+struct Seen {
+    phase: ConnectionPhase,
+    lasts: u64,
+    quiet: u64,
+    blocked: bool,
+    http2: bool,
+}
+
+/// Returns why an HTTP/2 connection is cut that costs more than it asks for.
+fn misconduct(connection: &Connection) -> Option<&'static str> {
+    let (answered, left) = connection.answered_and_left();
+    if connection.useless() > MAX_USELESS {
+        return Some("flood");
+    }
+    (u64::from(left) > u64::from(MAX_LEFT) + answered).then_some("resets")
+}
+
+/// Has a connection end in a drain: as soon as no request of it can be lost.
+fn leave(connection: &Connection, drained: Drained, seen: Seen) {
+    let Seen { phase, lasts, quiet, blocked, http2 } = seen;
+    let Drained { since, linger: patience, hard } = drained;
+    let linger = milliseconds(LINGER);
     if hard {
         return connection.cut("drain");
     }
