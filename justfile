@@ -3,7 +3,7 @@
 default:
     @just --list
 
-# the unit tests of one crate: seconds, no servers. just unit webpush | push | host | workers | store | runtime | server
+# the unit tests of one crate: seconds, no servers. just unit webpush, push, host, workers, store, runtime, server, heap
 unit CRATE *FILTER:
     cargo nextest run --package perennial-{{ CRATE }} --lib {{ FILTER }}
 
