@@ -438,3 +438,50 @@ pub trait Queue: Clone + std::fmt::Debug + Send + Sync + 'static {
     /// nothing depends on it.
     fn listen(&self, drain: Drain) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
+
+#[cfg(test)]
+mod tests {
+    use serde::{Deserialize, Serialize};
+
+    use super::*;
+    use crate::job::{Context, Job, JobOutcome, UniqueUntil};
+
+    #[derive(Debug, Serialize, Deserialize)]
+    struct Report {
+        day: Option<u8>,
+    }
+
+    impl Job for Report {
+        const KIND: &'static str = "report";
+        type Tools = ();
+
+        fn unique(&self) -> Option<Unique> {
+            let key = format!("day {}", self.day?);
+            Some(Unique { key, until: UniqueUntil::Ended })
+        }
+
+        async fn run(&self, _context: Context, (): ()) -> anyhow::Result<JobOutcome> {
+            Ok(JobOutcome::Done)
+        }
+    }
+
+    #[test]
+    fn a_unique_key_is_of_its_kind_and_a_job_may_have_none() {
+        let key = |day| NewJob::new(&Report { day }).unwrap().unique_key();
+        assert_eq!(key(Some(1)).as_deref(), Some("report:day 1"));
+        assert_eq!(key(Some(1)), key(Some(1)));
+        assert_ne!(key(Some(1)), key(Some(2)));
+        assert_eq!(key(None), None);
+    }
+
+    #[test]
+    fn what_went_wrong_in_a_transaction_keeps_its_name() {
+        let unreadable =
+            sql::Error::Unreadable { column: "x".into(), wanted: "a text", found: "a blob".into() };
+        assert!(matches!(Error::from(unreadable), Error::Unreadable(reason) if reason.contains("column x")));
+        assert!(matches!(
+            Error::from(sql::Error::Sqlite(sqlite::Error::Slow)),
+            Error::Sqlite(sqlite::Error::Slow)
+        ));
+    }
+}

@@ -389,3 +389,20 @@ pub fn random_key() -> SecretString {
     rand::fill(&mut bytes).expect("the system's random generator");
     format!("pk_{}", URL_SAFE_NO_PAD.encode(bytes)).into()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_scope_of_another_version_is_kept_and_is_no_scope_of_this_one() {
+        let scopes = Scopes::new([Scope::new("notify")].into_iter());
+        assert_eq!(scopes.words(), "notify, read, jobs");
+        assert_eq!(scopes.named("notify"), Some(Scope::new("notify")));
+        assert_eq!(scopes.named("telepathy"), None, "no key is made with it");
+        let stored = BTreeSet::from(["read", "telepathy"].map(Scope::stored));
+        let words: Vec<&str> = stored.iter().map(Scope::as_str).collect();
+        assert_eq!(words, ["read", "telepathy"], "a key that is replaced keeps it");
+        assert!(stored.contains(&Scope::READ) && !stored.contains(&Scope::JOBS));
+    }
+}

@@ -331,3 +331,111 @@ pub fn admin_client(data_dir: &Path, timeout: Duration) -> anyhow::Result<Client
     let token = std::fs::read_to_string(data_dir.join(data_dir::ADMIN_TOKEN)).ok();
     Client::new(&base, token.map(|token| token.trim().to_owned()), timeout)
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{FromArgMatches, Parser, Subcommand};
+
+    use super::*;
+
+    #[derive(Debug, Parser)]
+    #[command(name = "host")]
+    struct Host {
+        #[command(subcommand)]
+        command: Option<OfHost>,
+    }
+
+    #[derive(Debug, Subcommand)]
+    enum OfHost {
+        /// Serve until SIGTERM
+        Serve {
+            #[arg(long)]
+            paused: bool,
+        },
+        /// Keys of the host
+        #[command(subcommand)]
+        Keys(OfKeys),
+    }
+
+    #[derive(Debug, Subcommand)]
+    enum OfKeys {
+        /// List them
+        List,
+    }
+
+    /// Greet
+    #[derive(Args, Debug)]
+    struct Greet {
+        name: String,
+    }
+
+    impl Command for Greet {
+        const NAME: &'static str = "greet";
+
+        fn run(self, _context: &CommandContext) -> anyhow::Result<()> {
+            anyhow::bail!("hello {}", self.name)
+        }
+    }
+
+    /// Rotate a key
+    #[derive(Args, Debug)]
+    struct Rotate {}
+
+    impl Command for Rotate {
+        const NAME: &'static str = "rotate";
+
+        fn run(self, _context: &CommandContext) -> anyhow::Result<()> {
+            Ok(())
+        }
+    }
+
+    /// Flags of a trial
+    #[derive(Args, Debug)]
+    struct Trial {
+        /// Try it
+        #[arg(long)]
+        dev: bool,
+    }
+
+    impl Companion for Trial {
+        const FLAG: &'static str = "--dev";
+
+        fn is_wanted(&self) -> bool {
+            self.dev
+        }
+
+        async fn open(self, _context: &CommandContext) -> anyhow::Result<Beside> {
+            anyhow::bail!("there is nothing to try")
+        }
+    }
+
+    fn commands() -> Commands {
+        Commands::default().with::<Greet>().with_in::<Rotate>("keys").with_companion::<Trial>()
+    }
+
+    fn parse(words: &[&str]) -> ArgMatches {
+        let host = commands().define(<Host as clap::CommandFactory>::command());
+        host.try_get_matches_from([&["host"], words].concat()).unwrap()
+    }
+
+    #[test]
+    fn commands_of_a_module_are_found_beside_and_within_those_of_the_host() {
+        let is_of_module = |words: &[&str]| commands().asked(&parse(words)).is_some();
+        assert!(is_of_module(&["greet", "ada"]) && is_of_module(&["keys", "rotate"]));
+        assert!(!is_of_module(&["keys", "list"]) && !is_of_module(&["serve"]) && !is_of_module(&[]));
+        let host = Host::from_arg_matches(&parse(&["keys", "list"])).unwrap();
+        assert!(matches!(host.command, Some(OfHost::Keys(OfKeys::List))));
+    }
+
+    #[test]
+    fn the_flags_of_a_companion_join_serve_and_leave_its_description() {
+        let matches = parse(&["serve", "--paused", "--dev"]);
+        let (_, serve) = matches.subcommand().unwrap();
+        assert!(Trial::from_arg_matches(serve).unwrap().is_wanted());
+        let host = Host::from_arg_matches(&matches).unwrap();
+        assert!(matches!(host.command, Some(OfHost::Serve { paused: true })));
+        let mut host = commands().define(<Host as clap::CommandFactory>::command());
+        let help = host.render_help().to_string();
+        assert!(help.contains("Serve until SIGTERM") && help.contains("Greet"), "{help}");
+    }
+}
