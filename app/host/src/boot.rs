@@ -33,7 +33,7 @@ use tracing::info;
 use crate::addresses::{Addresses, url};
 use crate::admin::Booted;
 use crate::data_dir::{self, DataDir};
-use crate::module::{Closer, Configured};
+use crate::module::{Announcement, Closer, Configured};
 use crate::openapi;
 use crate::sites::Sites;
 use base::Base;
@@ -106,22 +106,23 @@ pub(crate) async fn boot(
         admin_read: mounted.admin_read,
         admin_write: mounted.admin_write,
     };
-    let announcements = match url(&addresses.server) {
-        Some(base) => mounted.announcements.iter().map(|line| line(&base)).collect(),
-        None => Vec::new(),
-    };
     let app = App {
         tasks,
         workers,
         limits: plan.config.limits,
         sockets,
+        announcements: announcements(&mounted.announcements, &addresses.server),
         addresses: addresses.server,
-        announcements,
         closers: mounted.closers,
         store: base.store,
         data_dir: base.data_dir,
     };
     Ok((app, booted))
+}
+
+/// Lines for a person at the terminal; none when the server listens on Unix sockets alone.
+fn announcements(lines: &[Announcement], addresses: &[String]) -> Vec<String> {
+    url(addresses).map(|base| lines.iter().map(|line| line(&base)).collect()).unwrap_or_default()
 }
 
 /// Makes the check of which origins may read why a request was refused before it was routed: the origins of all sites.

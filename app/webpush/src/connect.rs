@@ -71,7 +71,7 @@ pub(crate) enum ConnectError {
     Dial(SocketAddr, io::Error),
     #[error("no connection within {0:?}")]
     Timeout(Duration),
-    #[error("too many connections are open (push.max_connections)")]
+    #[error("too many connections are open")]
     TooMany,
     #[error("{0} does not speak HTTP/2")]
     Protocol(String),

@@ -141,10 +141,10 @@ pub enum TargetError {
     #[error("an endpoint has no user name or password")]
     UserInfo,
     /// The port is not allowed.
-    #[error("an endpoint has a port that is not allowed (push.allow_ports)")]
+    #[error("an endpoint has a port that is not allowed")]
     Port,
     /// The host is not in the list of push services.
-    #[error("{0} is not a known push service (push.allow_hosts)")]
+    #[error("{0} is not a known push service")]
     Host(String),
     /// DNS does not know the host.
     #[error("{0} does not exist, as the name servers of this machine say")]
@@ -153,7 +153,7 @@ pub enum TargetError {
     #[error("{0} cannot be looked up now")]
     NotLookedUp(String),
     /// The address is not on the public internet.
-    #[error("{0} is not on the public internet (push.allow_networks)")]
+    #[error("{0} is not on the public internet")]
     Address(IpAddr),
 }
 

@@ -24,6 +24,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::api::subscriptions::{MAX_TAGS, PushSubscription, is_metadata, is_user};
+use crate::model::endpoint::refused;
 use crate::model::tags::is_tag;
 use crate::store::{Exported, NewSubscription, Proof, PushStore, Upserted};
 use crate::vapid::{SiteKeys, VapidKeys};
@@ -200,8 +201,11 @@ impl Transfer {
             .expires_at()
             .map_err(|wanted| format!("subscription.expirationTime: {wanted}"))?;
         let PushSubscription { endpoint: url, keys, .. } = line.subscription;
-        let endpoint =
-            self.sender.policy().check(&url).map_err(|error| format!("subscription.endpoint: {error}"))?;
+        let endpoint = self
+            .sender
+            .policy()
+            .check(&url)
+            .map_err(|error| format!("subscription.endpoint: {}", refused(&error)))?;
         let keys =
             Keys::parse(&keys.p256dh, &keys.auth).map_err(|error| format!("subscription.keys: {error}"))?;
         let vapid_key = match &line.key {
@@ -274,11 +278,11 @@ impl Transfer {
         }
         let looked_up = stream::iter(new.into_iter().map(async |(host, endpoint)| {
             // An import accepts a name that cannot be looked up now: every send looks it up again.
-            let refused = match self.sender.check_addresses(&endpoint).await {
+            let why = match self.sender.check_addresses(&endpoint).await {
                 Ok(()) | Err(TargetError::NotLookedUp(_)) => None,
-                Err(error) => Some(error.to_string()),
+                Err(error) => Some(refused(&error)),
             };
-            (host, refused)
+            (host, why)
         }));
         let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).collect().await;
         self.hosts.lock().extend(found);

@@ -20,7 +20,7 @@ use crate::model::queues::BULK_QUEUE;
 use crate::model::queues::PACED_QUEUE;
 use crate::model::queues::SMALL_QUEUE;
 use crate::scopes::NotifyScope;
-use crate::store::{Accepted, NewNotification};
+use crate::store::{Accepted, Idempotency, NewNotification};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
 use check::{Checked, check};
@@ -61,15 +61,10 @@ pub(crate) async fn notify(
         Some(promise) => Some(api.in_flight.enter(&promise.api_key, &promise.key)?),
         None => None,
     };
-    if let Some(promise) = &idempotency {
-        // The lookup comes before all checks: a request that was valid when it was accepted may be invalid now.
-        match api.store.accepted_before(promise.clone()).await? {
-            Some(Accepted::Before(id, estimate, stage)) => {
-                return Ok(accepted(id, estimate, stage, Vec::new()));
-            }
-            Some(Accepted::Conflict) => return Err(conflict().into()),
-            Some(Accepted::Now) | None => {}
-        }
+    if let Some(promise) = &idempotency
+        && let Some(answer) = answered_before(&api, promise).await?
+    {
+        return Ok(answer);
     }
     let (id, site) = (Uuid::now_v7(), caller.site);
     let dry_run = request.dry_run.unwrap_or_default();
@@ -109,6 +104,16 @@ pub(crate) async fn notify(
         Accepted::Before(id, estimate, stage) => Ok(accepted(id, estimate, stage, Vec::new())),
         Accepted::Conflict => Err(conflict().into()),
     }
+}
+
+/// Answers a request that was accepted before. This comes before all checks: a request that was valid when it was accepted
+/// may be invalid now.
+async fn answered_before(api: &ApiState, promise: &Idempotency) -> Result<Option<Response>> {
+    Ok(match api.store.accepted_before(promise.clone()).await? {
+        Some(Accepted::Before(id, estimate, stage)) => Some(accepted(id, estimate, stage, Vec::new())),
+        Some(Accepted::Conflict) => return Err(conflict().into()),
+        Some(Accepted::Now) | None => None,
+    })
 }
 
 /// How many members an audience has, and the highest id among all subscriptions of its site: members are those up to it.

@@ -22,6 +22,7 @@ use utoipa::{IntoParams, ToSchema};
 
 use super::ApiState;
 use crate::api::user_token;
+use crate::model::endpoint::refused;
 use crate::model::profile::Profile;
 use crate::model::tags::{TAG_WANTED, is_tag};
 use crate::scopes::{SUBSCRIBE, SubscribeScope};
@@ -173,7 +174,7 @@ pub(crate) async fn subscribe(
         }
         // The answers of our name servers are not disclosed to callers without an API key.
         let detail = match visitor.caller {
-            Some(_) => error.to_string(),
+            Some(_) => refused(&error),
             None => "not at a public address of a push service".to_owned(),
         };
         return Err(FieldError::new("subscription.endpoint", detail).into());
@@ -428,7 +429,7 @@ pub(crate) fn check_subscription(
     let endpoint = api.senders.any().policy().check(&subscription.endpoint);
     let keys = Keys::parse(&subscription.keys.p256dh, &subscription.keys.auth);
     if let Err(error) = &endpoint {
-        errors.push(FieldError::new(format!("{field}.endpoint"), error.to_string()));
+        errors.push(FieldError::new(format!("{field}.endpoint"), refused(error)));
     }
     if let Err(error) = &keys {
         let key = if *error == KeysError::Auth { "auth" } else { "p256dh" };

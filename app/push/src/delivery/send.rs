@@ -1,6 +1,6 @@
 //! One message to one member.
 
-use crate::model::endpoint::origin;
+use crate::model::endpoint::{origin, refused};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -168,7 +168,7 @@ impl Outgoing {
         // The endpoint was checked when it was stored; the policy may have changed since.
         let endpoint = match sender.endpoint(member.endpoint) {
             Ok(endpoint) => endpoint,
-            Err(error) => return Some(Attempt::not_sent(Verdict::Forbidden, &error, None)),
+            Err(error) => return Some(Attempt::not_sent(Verdict::Forbidden, &refused(&error), None)),
         };
         let keys = match Keys::from_store(&member.p256dh, &member.auth) {
             Ok(keys) => keys,

@@ -5,6 +5,7 @@ use crate::api::ApiState;
 use crate::api::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is_user};
 use crate::config::MAX_TTL;
 use crate::model::audience::Audience;
+use crate::model::endpoint::refused;
 use crate::model::tags::TagExpression;
 use crate::model::template::{Parsed, Template};
 use crate::store::{Recipient, SendPlan};
@@ -273,7 +274,7 @@ async fn inline(api: &ApiState, subscriptions: &[PushSubscription], errors: &mut
     }
     let looked_up = futures_util::stream::iter(hosts.into_values().map(async |(field, endpoint)| {
         let checked = api.senders.any().check_addresses(&endpoint).await;
-        checked.err().map(|error| FieldError::new(format!("{field}.endpoint"), error.to_string()))
+        checked.err().map(|error| FieldError::new(format!("{field}.endpoint"), refused(&error)))
     }));
     let found: Vec<_> = looked_up.buffer_unordered(LOOKUPS).filter_map(std::future::ready).collect().await;
     found.into_iter().for_each(|error| errors.push(error));
