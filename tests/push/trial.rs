@@ -178,3 +178,19 @@ async fn another_users_server_is_not_said_not_to_run() {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(!said.contains("no server runs"), "{said}");
 }
+
+#[tokio::test]
+async fn settings_that_come_through_a_pipe_are_read_once() {
+    let setup = Setup::new();
+    let pipe = setup.file("settings.fifo");
+    nix::unistd::mkfifo(&pipe, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    let mut serving = piped(&setup, &["serve", "--config", pipe.to_str().unwrap()]);
+    // Opened for writing, a pipe waits for its reader. A second reader would wait without end.
+    let written = tokio::task::spawn_blocking(move || std::fs::write(&pipe, "[queue]\nslots = 7\n"));
+    soon("the settings are read", written).await.unwrap().unwrap();
+    support::eventually("it is ready", || async {
+        setup.run(&["health"]).await.status.success().then_some(())
+    })
+    .await;
+    serving.kill().await.unwrap();
+}

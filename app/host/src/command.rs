@@ -92,8 +92,10 @@ struct CommandEntry {
 pub(crate) struct CompanionEntry {
     pub(crate) flag: &'static str,
     define: Define,
-    /// Opens the companion if the command line asks for it.
-    pub(crate) open: for<'a> fn(&ArgMatches, &'a CommandContext) -> Result<Option<Opening<'a>>, clap::Error>,
+    /// Returns true if the command line asks for the companion.
+    pub(crate) is_wanted: fn(&ArgMatches) -> Result<bool, clap::Error>,
+    /// Opens it.
+    pub(crate) open: for<'a> fn(&ArgMatches, &'a CommandContext) -> Result<Opening<'a>, clap::Error>,
 }
 
 impl std::fmt::Debug for CompanionEntry {
@@ -138,10 +140,8 @@ impl Commands {
         self.companion = Some(CompanionEntry {
             flag: C::FLAG,
             define: C::augment_args,
-            open: |matches, context| {
-                let companion = C::from_arg_matches(matches)?;
-                Ok(if companion.is_wanted() { Some(Box::pin(companion.open(context))) } else { None })
-            },
+            is_wanted: |matches| Ok(C::from_arg_matches(matches)?.is_wanted()),
+            open: |matches, context| Ok(Box::pin(C::from_arg_matches(matches)?.open(context))),
         });
         self
     }
@@ -215,12 +215,12 @@ impl CommandContext {
         asked
     }
 
-    /// Opens the store while no server runs, also before the first start.
+    /// Checks that this user may look into the data directory.
     ///
     /// # Errors
-    /// When a server runs, or the store cannot be opened.
-    pub async fn offline(&self) -> anyhow::Result<Offline> {
-        Offline::open(self).await
+    /// When it belongs to another user.
+    pub fn check_access(&self) -> anyhow::Result<()> {
+        data_dir::check_access(&self.config.data_dir)
     }
 
     /// Returns true when a server runs on the data directory.
@@ -283,7 +283,10 @@ impl CommandContext {
     }
 
     /// Locks the data directory and opens the store, for a command that runs while no server does.
-    pub(crate) async fn open_alone(&self) -> anyhow::Result<(DataDir, sql::Store)> {
+    ///
+    /// # Errors
+    /// When a server runs, when the directory belongs to another user, or when the store cannot be opened.
+    pub async fn open_alone(&self) -> anyhow::Result<(DataDir, sql::Store)> {
         data_dir::check_access(&self.config.data_dir)?;
         let data_dir = DataDir::lock(&self.config.data_dir)?;
         let store = self.open_store(&data_dir, &self.config.store).await?;

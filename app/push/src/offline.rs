@@ -4,9 +4,11 @@ use std::sync::Arc;
 
 use anyhow::anyhow;
 use perennial_host::command::Offline;
+use perennial_host::data_dir::DataDir;
 use perennial_host::module::SecretFile;
 use perennial_host::settings::{Reader, Settings};
 use perennial_host::sites::Sites;
+use perennial_store::pool::sql;
 use perennial_webpush::{Sender, VapidKey};
 
 use crate::api::import::Transfer;
@@ -37,18 +39,19 @@ pub(crate) async fn vapid_keys(settings: &Settings, offline: &Offline) -> anyhow
 pub(crate) async fn import_key(
     settings: &Settings,
     site: &str,
-    offline: &Offline,
+    data_dir: &DataDir,
+    store: &sql::Store,
     key: &VapidKey,
 ) -> anyhow::Result<()> {
     let profiles = profile::read(&mut Reader::new(settings));
     let profile = profiles.into_iter().find(|profile| profile.name == site);
     let profile = profile.ok_or_else(|| anyhow!("--site: wanted the name of a site in the settings"))?;
-    vapid::import(&offline.data_dir, &offline.store, &profile.vapid, key).await
+    vapid::import(data_dir, store, &profile.vapid, key).await
 }
 
 /// The files of the VAPID keys of all sites.
 pub(crate) fn files(settings: &Settings) -> Vec<SecretFile> {
-    let profiles = profile::read(&mut Reader::new(settings));
+    let places = profile::places(&mut Reader::new(settings));
     let file = |profile::KeyPlace { file, shared: name }| SecretFile {
         label: if name == VAPID_KEY { "VAPID key pair".to_owned() } else { name.clone() },
         file,
@@ -56,7 +59,7 @@ pub(crate) fn files(settings: &Settings) -> Vec<SecretFile> {
         public: |pem| Some(VapidKey::from_pem(pem).ok()?.public_key()),
         loss: "Keep a copy of the VAPID keys: every subscription is bound to one, and losing it loses them all.",
     };
-    profiles.into_iter().map(|profile| file(profile.vapid)).collect()
+    places.into_iter().map(file).collect()
 }
 
 fn store(offline: &Offline) -> PushStore {

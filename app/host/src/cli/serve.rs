@@ -81,12 +81,13 @@ impl Serve {
     ) -> anyhow::Result<Option<(Sources, Beside)>> {
         let Some(("serve", matches)) = matches.subcommand() else { return Ok(None) };
         for companion in modules.iter().filter_map(|module| (module.commands)().companion()) {
-            let context = super::context(false, sources, modules)?;
-            if let Some(opening) = (companion.open)(matches, &context)? {
-                let beside = opening.await?;
-                let needed = Some((companion.flag, beside.settings.clone()));
-                return Ok(Some((Sources { companion: needed, ..sources.clone() }, beside)));
+            if !(companion.is_wanted)(matches)? {
+                continue;
             }
+            let context = super::context(false, sources, modules)?;
+            let beside = (companion.open)(matches, &context)?.await?;
+            let needed = Some((companion.flag, beside.settings.clone()));
+            return Ok(Some((Sources { companion: needed, ..sources.clone() }, beside)));
         }
         Ok(None)
     }

@@ -60,11 +60,6 @@ impl Offline {
         Ok(Self { data_dir: Arc::new(data_dir), store, jobs, config: Arc::clone(config) })
     }
 
-    /// Closes the store.
-    pub async fn close(self) {
-        self.store.close().await;
-    }
-
     /// Registers the sites in the store, and returns them.
     ///
     /// # Errors

@@ -40,6 +40,7 @@ impl command::Command for ImportKeyArgs {
 
     fn run(self, context: &CommandContext) -> anyhow::Result<()> {
         let Self { file, site } = &self;
+        context.check_access()?;
         let mut bytes = Vec::new();
         let mut input: Box<dyn Read> = match file.as_os_str() == "-" {
             true => Box::new(std::io::stdin()),
@@ -63,9 +64,9 @@ impl command::Command for ImportKeyArgs {
 /// first start.
 async fn import(context: &CommandContext, site: &str, key: &VapidKey) -> anyhow::Result<()> {
     if !context.is_running() {
-        let offline = context.offline().await?;
-        let imported = import_key(context.settings(), site, &offline, key).await;
-        offline.close().await;
+        let (data_dir, store) = context.open_alone().await?;
+        let imported = import_key(context.settings(), site, &data_dir, &store, key).await;
+        store.close().await;
         return imported;
     }
     let body = json!({ "site": site, "pem": key.to_pem()? });

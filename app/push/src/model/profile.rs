@@ -66,6 +66,12 @@ pub(crate) fn read(settings: &mut Reader<'_>) -> Vec<Profile> {
     settings.names(SECTION).into_iter().map(|name| read_one(settings, name)).collect()
 }
 
+/// Reads where the VAPID keys of all sites are. No file is read: it may be a pipe.
+pub(crate) fn places(settings: &mut Reader<'_>) -> Vec<KeyPlace> {
+    let sites = settings.names(SECTION).into_iter();
+    sites.map(|site| place(settings, &format!("{SECTION}.{site}.vapid_key_file"), &site)).collect()
+}
+
 /// Reads the profiles of all sites, with `contact` for sites that have none of their own.
 pub(crate) fn read_with(settings: &mut Reader<'_>, contact: Option<&Contact>) -> Vec<Profile> {
     let mut profiles = read(settings);
