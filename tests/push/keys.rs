@@ -216,6 +216,10 @@ async fn a_limit_is_kept_without_redis() {
     let key = add_key(&perennial.setup, "slow", &["--per-minute", "2"]).await;
     let slow = perennial.client().with_key(&key);
     assert_eq!(status(&slow).await, 200);
+    // The gauge of the circuit breaker is there before it opens for the first time.
+    let metrics = perennial.admin().get("/metrics").await.text();
+    let closed = "perennial_breaker_open{dependency=\"rate limits\"} 0";
+    assert!(metrics.lines().any(|line| line == closed), "{closed} is not in\n{metrics}");
     redis.signal(Signal::SIGKILL);
     // The process counts for itself now, and starts from zero.
     let mut statuses = Vec::new();

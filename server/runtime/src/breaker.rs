@@ -98,8 +98,9 @@ impl fmt::Debug for Breaker {
 }
 
 impl Breaker {
-    /// Creates a closed circuit breaker.
+    /// Creates a closed circuit breaker, whose gauge is there from now on.
     pub fn new(dependency: &'static str, config: Config) -> Self {
+        metrics::breaker_open(dependency, false);
         Self(Arc::new(BreakerCell {
             dependency,
             config,
