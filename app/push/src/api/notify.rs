@@ -10,24 +10,9 @@ mod check;
 mod idempotency;
 mod request;
 
-use super::ApiState;
-use crate::metrics;
-use crate::model::audience::Audience;
-use crate::model::jobs::Deliver;
-use crate::model::jobs::FanOut;
-use crate::model::notification::Stage;
-use crate::model::queues::BULK_QUEUE;
-use crate::model::queues::PACED_QUEUE;
-use crate::model::queues::SMALL_QUEUE;
-use crate::scopes::NotifyScope;
-use crate::store::{Accepted, Idempotency, NewNotification};
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use check::{Checked, check};
-pub(crate) use check::{RATE_WANTED, rate_milli};
 use http::{HeaderMap, StatusCode, header};
-pub(crate) use idempotency::AcceptingKeys;
-use idempotency::idempotency;
 use jiff::Timestamp;
 use perennial_host::access::Authorized;
 use perennial_host::api::{Json, Result, trace};
@@ -36,9 +21,22 @@ use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::RequestScope;
 use perennial_workers::NewJob;
 use perennial_workers::queue::Due;
-use request::{DryRun, Notified, NotifyRequest};
 use tracing::info;
 use uuid::Uuid;
+
+use super::ApiState;
+use crate::metrics;
+use crate::model::audience::Audience;
+use crate::model::jobs::{Deliver, FanOut};
+use crate::model::notification::Stage;
+use crate::model::queues::{BULK_QUEUE, PACED_QUEUE, SMALL_QUEUE};
+use crate::scopes::NotifyScope;
+use crate::store::{Accepted, Idempotency, NewNotification};
+use check::{Checked, check};
+pub(crate) use check::{RATE_WANTED, rate_milli};
+pub(crate) use idempotency::AcceptingKeys;
+use idempotency::idempotency;
+use request::{DryRun, Notified, NotifyRequest};
 
 /// Sends a notification
 ///

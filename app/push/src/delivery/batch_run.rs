@@ -4,8 +4,6 @@
 
 mod checkpoint;
 
-use crate::model::notification::NotificationStatus;
-use crate::model::notification::Stage;
 use std::collections::{BTreeMap, BTreeSet};
 use std::pin::pin;
 use std::sync::Arc;
@@ -24,7 +22,9 @@ use tracing::{info, warn};
 use super::DeliveryContext;
 use super::batch_progress::BatchProgress;
 use crate::delivery::send::{Outgoing, Sent};
+use crate::model::notification::{NotificationStatus, Stage};
 use crate::model::outcome::Outcome;
+use crate::model::queues;
 use crate::pacing::active::{Flow, PlaceInLine};
 use crate::pacing::pace::Take;
 use crate::store::{Batch, BatchPart, Member, Members, RestOfBatch};
@@ -216,18 +216,17 @@ impl<'a> BatchRun<'a> {
     /// Returns true when a batch with a pace runs in the queue for such batches, where it blocks no other job. A notification
     /// that got its pace late has batches in other queues.
     fn is_in_its_queue(&self) -> bool {
-        self.flow.pace().is_none() || self.context.queue() == crate::model::queues::PACED_QUEUE
+        self.flow.pace().is_none() || self.context.queue() == queues::PACED_QUEUE
     }
 
     /// Returns why nothing may be sent, by the status of the notification.
     fn must_stop(&self, standing: &watch::Receiver<NotificationStatus>) -> Option<Stop> {
         let standing = *standing.borrow();
-        match standing.state {
-            Stage::Cancelled => Some(Stop::Over(Outcome::Cancelled)),
-            // A paused notification expires, too.
-            _ if self.time_left(standing).is_zero() => Some(Stop::Over(Outcome::Expired)),
-            Stage::Paused => Some(Stop::Paused),
-            _ => None,
+        // The message may have a shorter time to live than the notification.
+        let outlived = || self.time_left(standing).is_zero().then_some(Outcome::Expired);
+        match standing.over().or_else(outlived) {
+            Some(outcome) => Some(Stop::Over(outcome)),
+            None => (standing.state == Stage::Paused).then_some(Stop::Paused),
         }
     }
 
@@ -308,7 +307,7 @@ impl<'a> BatchRun<'a> {
         let finished = self.waiting.len() == 0 && self.progress.in_flight() == 0;
         checkpoint.finished = finished;
         checkpoint.rest = match self.rest_after.filter(|_| finished) {
-            Some(after) => Some(RestOfBatch { after, job: self.job(crate::model::queues::BULK_QUEUE)? }),
+            Some(after) => Some(RestOfBatch { after, job: self.job(queues::BULK_QUEUE)? }),
             None => None,
         };
         save(self.delivery, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
@@ -370,9 +369,9 @@ async fn paced(flow: &Flow, pause: Option<Take>, rank: u32) {
     }
 }
 
-/// Returns true when the batch is paused and has not expired.
+/// Returns true when the notification of the batch is paused and has not expired.
 pub(crate) fn is_paused(batch: &Batch) -> bool {
-    batch.standing.state == Stage::Paused && !batch.standing.has_expired()
+    batch.standing.state == Stage::Paused && batch.standing.over().is_none()
 }
 
 /// Wait before the next check of a paused notification.

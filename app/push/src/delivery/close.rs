@@ -1,9 +1,6 @@
 //! The job that ends the waiting batches of a notification that was cancelled or has expired: for example a batch
 //! that is to be tried again in an hour, or one that was not to begin before next month.
 
-use crate::model::jobs::Close;
-use crate::model::jobs::Deliver;
-use crate::model::notification::Stage;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,11 +8,12 @@ use jiff::Timestamp;
 use perennial_workers::{Context, Job, JobOutcome, Options};
 use uuid::Uuid;
 
-use super::DeliveryContext;
-use super::deliver;
 use super::fanout::BUDGET;
+use super::{DeliveryContext, deliver};
+use crate::model::jobs::{Close, Deliver};
+use crate::model::notification::Stage;
 use crate::model::outcome::Outcome;
-use crate::model::queues::BULK_QUEUE;
+use crate::model::queues;
 use crate::store::{Checkpoint, Recorded, RestOfBatch};
 
 /// The epoch of this job's claim on a batch: later than that of any worker.
@@ -29,7 +27,7 @@ impl Job for Close {
 
     fn options() -> Options {
         Options {
-            queue: crate::model::queues::FAN_OUT_QUEUE,
+            queue: queues::FAN_OUT_QUEUE,
             timeout: Duration::from_secs(300),
             budget: BUDGET,
             ..Options::default()
@@ -96,7 +94,7 @@ impl Close {
             checkpoint.outcomes = vec![(outcome, left.len())];
         }
         if let Some(after) = rest_after {
-            let job = Deliver::follow_up(context, self.notification, BULK_QUEUE, 0)?;
+            let job = Deliver::follow_up(context, self.notification, queues::BULK_QUEUE, 0)?;
             checkpoint.rest = Some(RestOfBatch { after, job });
         }
         delivery.meters.decided(&checkpoint.outcomes);

@@ -1,24 +1,24 @@
 //! The job that sends to one batch: how it is queued, and the outcomes of its members when it is given up. Its run
 //! is in `batch_run.rs`.
 
-use crate::config::Config;
-use crate::model::jobs::Deliver;
 use std::sync::Arc;
 use std::time::Duration;
 
+use perennial_host::sites::SiteId;
 use perennial_store::pool::{set_apart, sql};
 use perennial_webpush::Urgency;
-use perennial_workers::queue;
-use perennial_workers::{Context, Job, JobOutcome, NewJob, Options};
+use perennial_workers::{Context, Job, JobOutcome, NewJob, Options, queue};
 use tracing::warn;
 use uuid::Uuid;
 
 use super::DeliveryContext;
 use super::fanout::BUDGET;
+use crate::config::Config;
 use crate::delivery::batch_run::{BatchRun, CAREFUL, is_paused, pause, save};
+use crate::model::jobs::Deliver;
 use crate::model::outcome::Outcome;
+use crate::model::queues;
 use crate::store::{Batch, Checkpoint, Deferred, RestOfBatch, WaitingBatch, job};
-use perennial_host::sites::SiteId;
 
 impl Deliver {
     pub(crate) fn job(notification: Uuid, queue: &'static str, priority: i16) -> queue::Result<NewJob> {
@@ -38,9 +38,9 @@ impl Deliver {
     /// Makes a job for a batch that waits for a push service which is sent to again.
     pub(crate) fn woken(config: &Config, waiting: &WaitingBatch) -> sql::Result<NewJob> {
         let queue = match config.is_small(waiting.estimate) {
-            _ if waiting.is_paced => crate::model::queues::PACED_QUEUE,
-            true => crate::model::queues::SMALL_QUEUE,
-            false => crate::model::queues::RETRY_QUEUE,
+            _ if waiting.is_paced => queues::PACED_QUEUE,
+            true => queues::SMALL_QUEUE,
+            false => queues::RETRY_QUEUE,
         };
         // The stored urgency is one of four words.
         let urgency = waiting.urgency.parse().unwrap_or_default();
@@ -66,7 +66,7 @@ impl Job for Deliver {
     fn options() -> Options {
         // To a service that never answers, a batch takes batch / window times twice push.timeout: ten minutes.
         Options {
-            queue: crate::model::queues::BULK_QUEUE,
+            queue: queues::BULK_QUEUE,
             timeout: Duration::from_secs(1800),
             budget: BUDGET,
             ..Options::default()
@@ -110,8 +110,7 @@ impl Job for Deliver {
         let mut checkpoint = Checkpoint { finished: true, ..Checkpoint::default() };
         let priority = Self::priority(batch.urgency.parse()?);
         if let Some(after) = rest_after {
-            let job =
-                Self::follow_up(&context, self.notification, crate::model::queues::BULK_QUEUE, priority)?;
+            let job = Self::follow_up(&context, self.notification, queues::BULK_QUEUE, priority)?;
             checkpoint.rest = Some(RestOfBatch { after, job });
         }
         // The process crashed while this member was sent to alone: the others are not at fault.
@@ -124,12 +123,7 @@ impl Job for Deliver {
                 left.retain(|id| *id != suspect);
             }
             if !left.is_empty() {
-                let job = Self::follow_up(
-                    &context,
-                    self.notification,
-                    crate::model::queues::RETRY_QUEUE,
-                    priority,
-                )?;
+                let job = Self::follow_up(&context, self.notification, queues::RETRY_QUEUE, priority)?;
                 let job = NewJob { recoveries: CAREFUL, ..job };
                 checkpoint.deferred = vec![Deferred { ids: left, job, attempt, waits_for: None }];
             }

@@ -2,9 +2,6 @@
 //! size. It stays only a few batches ahead of the batches that send, so that the batches of other notifications run
 //! in between.
 
-use crate::model::jobs::FanOut;
-use crate::model::notification::NotificationStatus;
-use crate::model::notification::Stage;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,8 +11,10 @@ use perennial_workers::{Context, Job, JobOutcome, Options};
 
 use super::DeliveryContext;
 use crate::config::Config;
-use crate::model::jobs::Deliver;
+use crate::model::jobs::{Deliver, FanOut};
+use crate::model::notification::{NotificationStatus, Stage};
 use crate::model::outcome::Outcome;
+use crate::model::queues;
 use crate::store::AddedBatches;
 
 /// Number of batches of one notification that may wait or run, for each one that can run at once.
@@ -64,7 +63,7 @@ impl Job for FanOut {
 
     fn options() -> Options {
         Options {
-            queue: crate::model::queues::FAN_OUT_QUEUE,
+            queue: queues::FAN_OUT_QUEUE,
             timeout: Duration::from_secs(60),
             budget: BUDGET,
             ..Options::default()
@@ -81,24 +80,17 @@ impl Job for FanOut {
             return Ok(JobOutcome::Done);
         };
         let standing = fan_out.standing;
-        let over = match standing.state {
-            Stage::Cancelled => Some(Outcome::Cancelled),
-            _ if standing.has_expired() => Some(Outcome::Expired),
-            Stage::Paused => return Ok(JobOutcome::Snooze(PAUSED)),
-            _ => None,
-        };
-        if let Some(outcome) = over {
+        if let Some(outcome) = standing.over() {
             if store.give_up_fan_out(id, context.epoch, outcome, None).await? {
                 delivery.ended(id, fan_out.site).await;
             }
             return Ok(JobOutcome::Done);
         }
+        if standing.state == Stage::Paused {
+            return Ok(JobOutcome::Snooze(PAUSED));
+        }
         let Ahead { batches: most, size } = Ahead::of(standing, &delivery.config);
-        let queue = if standing.rate.is_some() {
-            crate::model::queues::PACED_QUEUE
-        } else {
-            crate::model::queues::BULK_QUEUE
-        };
+        let queue = if standing.rate.is_some() { queues::PACED_QUEUE } else { queues::BULK_QUEUE };
         while fan_out.ahead < most {
             context.check()?;
             let from = fan_out.fanned_to;

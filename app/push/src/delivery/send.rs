@@ -1,6 +1,5 @@
 //! One message to one member.
 
-use crate::model::endpoint::{origin, refused};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -11,7 +10,9 @@ use tokio_util::sync::CancellationToken;
 use tracing::debug;
 
 use super::DeliveryContext;
+use crate::model::endpoint::{origin, refused};
 use crate::model::outcome::Outcome;
+use crate::model::queues;
 use crate::model::refusals::{RefusalKind, SubscriptionRefusal};
 use crate::model::template::Template;
 use crate::store::{Batch, Member};
@@ -123,7 +124,7 @@ impl Outgoing {
         }
         let is_mixed =
             || members.windows(2).any(|pair| origin(&pair[0].endpoint) != origin(&pair[1].endpoint));
-        let others_wait = bulk && (queue == crate::model::queues::RETRY_QUEUE || is_mixed());
+        let others_wait = bulk && (queue == queues::RETRY_QUEUE || is_mixed());
         let patience = others_wait.then_some(TURN_WAIT);
         Ok(Self { message, template, keys, patience, stopped: CancellationToken::new() })
     }

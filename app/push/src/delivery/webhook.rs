@@ -3,9 +3,6 @@
 //! Requests are signed by Standard Webhooks (1.0): `webhook-id`, `webhook-timestamp` and `webhook-signature`, which
 //! is `v1,` and the base64 of HMAC-SHA256 over `id.timestamp.body`. The id is the same for every attempt.
 
-use crate::model::jobs::Webhook;
-use crate::model::jobs::WebhookEvent;
-use crate::model::profile::Registered;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
@@ -22,6 +19,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
 use jiff::Timestamp;
+use perennial_host::sites::SiteId;
 use perennial_runtime::backoff::Backoff;
 use perennial_workers::state::Budget;
 use perennial_workers::{Context, Job, JobOutcome, Options};
@@ -30,7 +28,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use super::DeliveryContext;
-use perennial_host::sites::SiteId;
+use crate::model::jobs::{Webhook, WebhookEvent};
+use crate::model::profile::Registered;
+use crate::model::queues;
 
 /// Time that the backend has for its answer.
 const TIMEOUT: Duration = Duration::from_secs(15);
@@ -134,7 +134,7 @@ impl Job for Webhook {
 
     fn options() -> Options {
         Options {
-            queue: crate::model::queues::WEBHOOK_QUEUE,
+            queue: queues::WEBHOOK_QUEUE,
             timeout: TIMEOUT * 2,
             budget: Budget {
                 failures: 20,

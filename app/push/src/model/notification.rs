@@ -9,6 +9,7 @@ use serde::Serialize;
 use utoipa::ToSchema;
 use uuid::Uuid;
 
+use crate::model::outcome::Outcome;
 use crate::store::now_ms;
 
 /// The states of a notification.
@@ -60,9 +61,12 @@ impl NotificationStatus {
         Some(Duration::from_millis(u64::try_from(left).unwrap_or_default()))
     }
 
-    /// Returns true when the notification has expired.
-    pub(crate) fn has_expired(&self) -> bool {
-        self.time_left().is_some_and(|left| left.is_zero())
+    /// The outcome of members that are left, if nothing may be sent any more. A paused notification expires, too.
+    pub(crate) fn over(&self) -> Option<Outcome> {
+        if self.state == Stage::Cancelled {
+            return Some(Outcome::Cancelled);
+        }
+        self.time_left().is_some_and(|left| left.is_zero()).then_some(Outcome::Expired)
     }
 
     pub(crate) const COLUMNS: &'static str = "state, rate_milli, ramp_ms, expires_at";

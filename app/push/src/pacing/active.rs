@@ -3,8 +3,6 @@
 //! One task reads their status from the store twice a second, since another replica may have been told to pause
 //! one. It also reserves the slices of paced notifications.
 
-use crate::model::notification::NotificationStatus;
-use crate::model::notification::Stage;
 use std::collections::{BTreeSet, HashMap};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -17,6 +15,7 @@ use tokio::time::{Instant, sleep_until};
 use tracing::warn;
 use uuid::Uuid;
 
+use crate::model::notification::{NotificationStatus, Stage};
 use crate::model::schedule::RateSchedule;
 use crate::pacing::pace::{Pace, Slice};
 use crate::store::{PushStore, Reserved};

@@ -3,7 +3,6 @@
 //! Every change of a batch carries the epoch of the job's claim, a fencing token: a change of an earlier claim has no
 //! effect, so an outcome is counted once, however often the message was sent.
 
-use crate::model::notification::NotificationStatus;
 use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
@@ -17,6 +16,7 @@ use super::{PushStore, add_outcome, job, now_ms};
 use crate::model::audience::{Audience, Selection};
 use crate::model::endpoint::{endpoint_hash, origin};
 use crate::model::jobs::{Pruned, Webhook, WebhookEvent};
+use crate::model::notification::NotificationStatus;
 use crate::model::outcome::Outcome;
 use crate::model::refusals::{self, RefusalEvidence, RefusalRecord, SubscriptionRefusal};
 

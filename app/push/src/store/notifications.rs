@@ -1,8 +1,5 @@
 //! Notifications that were accepted by `POST /notify`, and their outcomes.
 
-use crate::model::notification::Notification;
-use crate::model::notification::NotificationStatus;
-use crate::model::notification::Stage;
 use std::time::Duration;
 
 use jiff::Timestamp;
@@ -18,6 +15,7 @@ use super::deliveries::DeliveryView;
 use super::{Page, Pager, PushStore, job, now_ms, timestamp};
 use crate::model::audience::{Audience, Selection};
 use crate::model::jobs::Close;
+use crate::model::notification::{Notification, NotificationStatus, Stage};
 use crate::model::queues::FAN_OUT_QUEUE;
 
 /// How long counting an audience may take: the request waits for it, and the connection is shared.

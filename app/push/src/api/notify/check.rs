@@ -1,5 +1,18 @@
 //! Everything about a request that can be wrong, told at once.
 
+use std::collections::hash_map::Entry;
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use jiff::Timestamp;
+use perennial_host::settings::parse_duration;
+use perennial_host::sites::SiteId;
+use perennial_server::http::problem::{Errors, FieldError, Problem};
+use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
+use serde_json::{Map, Value};
+use uuid::Uuid;
+
 use super::request::{NotifyRequest, To};
 use crate::api::ApiState;
 use crate::api::subscriptions::{PushSubscription, USER_WANTED, check_subscription, is_user};
@@ -9,17 +22,6 @@ use crate::model::endpoint::refused;
 use crate::model::tags::TagExpression;
 use crate::model::template::{Parsed, Template};
 use crate::store::{Recipient, SendPlan};
-use futures_util::StreamExt;
-use jiff::Timestamp;
-use perennial_host::settings::parse_duration;
-use perennial_host::sites::SiteId;
-use perennial_server::http::problem::{Errors, FieldError, Problem};
-use perennial_webpush::{HttpVersion, Payload, Topic, Urgency};
-use serde_json::{Map, Value};
-use std::collections::hash_map::Entry;
-use std::collections::{BTreeMap, HashMap};
-use std::time::Duration;
-use uuid::Uuid;
 
 /// The most users in one audience.
 const MAX_USERS: usize = 1000;

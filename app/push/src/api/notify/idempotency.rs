@@ -1,14 +1,16 @@
 //! `Idempotency-Key`: a repeated request is answered like the first.
 
-use super::request::NotifyRequest;
-use crate::store::Idempotency;
+use std::collections::HashSet;
+use std::sync::Arc;
+use std::time::Duration;
+
 use aws_lc_rs::digest;
 use http::{HeaderMap, StatusCode};
 use parking_lot::Mutex;
 use perennial_server::http::problem::{FieldError, Problem};
-use std::collections::HashSet;
-use std::sync::Arc;
-use std::time::Duration;
+
+use super::request::NotifyRequest;
+use crate::store::Idempotency;
 
 /// The longest idempotency key.
 const MAX_IDEMPOTENCY_KEY: usize = 255;

@@ -1,12 +1,14 @@
 //! What `POST /notify` takes and answers.
 
-use crate::api::subscriptions::PushSubscription;
+use std::fmt;
+
 use jiff::Timestamp;
 use serde::{Deserialize, Deserializer, Serialize, de};
 use serde_json::{Map, Value};
-use std::fmt;
 use utoipa::ToSchema;
 use uuid::Uuid;
+
+use crate::api::subscriptions::PushSubscription;
 
 /// A notification and its audience.
 #[derive(Debug, Deserialize, Serialize, ToSchema)]
