@@ -282,7 +282,7 @@ fn the_image_is_small_and_nobodys() {
     for needed in ["Cargo.toml", "Cargo.lock", "app", "server", "workers", "tests", "config"] {
         assert!(ignored.lines().any(|line| line == format!("!{needed}")), "{needed}");
     }
-    // The binary may link only to libraries of the base image: the C library and those that the compiler adds.
+    // The binary may link only to libraries of the base image: the C library, and libgcc of the compiler.
     let linked = Command::new("ldd").arg(binary()).output().unwrap();
     let linked = String::from_utf8_lossy(&linked.stdout).into_owned();
     for library in linked.lines().filter_map(|line| line.split_whitespace().next()) {

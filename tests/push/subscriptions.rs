@@ -152,7 +152,7 @@ async fn pages_of_other_origins_are_refused_unless_they_are_listed() {
     assert_eq!(other.header("access-control-allow-origin"), None);
     assert_eq!(page("null").get("/push/key").await.status, 403);
 
-    // The page can read refusals, even those that come before any route is reached.
+    // The page can read every refusal, also a refusal that no route has made.
     let readable = |answer: &support::http::Answer| {
         assert_eq!(
             answer.header("access-control-allow-origin"),

@@ -10,10 +10,10 @@
 //! another.
 
 mod execute;
-mod pace;
 mod renew;
 mod settle;
 mod slots;
+mod start_rate;
 
 use std::collections::{BTreeSet, HashMap};
 use std::convert::Infallible;
@@ -32,10 +32,10 @@ use crate::lease::{BootTime, Lease};
 use crate::metrics;
 use crate::queue::{Claim, MAX_PAYLOAD, Queue};
 use crate::registry::{self, Registry};
-use pace::Pace;
 use settle::Settler;
 use slots::Slots;
 pub use slots::{Busy, Status};
+use start_rate::StartRate;
 
 /// Settings of a worker.
 #[derive(Clone, Debug)]
@@ -71,7 +71,7 @@ pub struct Worker<Q> {
 /// State of one queue in the loop of the worker.
 struct QueueWorker {
     lane: registry::QueueSlots,
-    pace: Option<Pace>,
+    start_rate: Option<StartRate>,
     /// Histogram of how long its jobs waited.
     waits: Histogram,
     /// When to look for jobs next.
@@ -84,9 +84,9 @@ struct QueueWorker {
 
 impl QueueWorker {
     fn new(lane: registry::QueueSlots) -> Self {
-        let pace = lane.rate.map(Pace::new);
+        let start_rate = lane.rate.map(StartRate::new);
         let waits = metrics::waits(&lane.name);
-        Self { lane, pace, waits, look_at: Instant::now(), is_backed_up: false, is_promising: false }
+        Self { lane, start_rate, waits, look_at: Instant::now(), is_backed_up: false, is_promising: false }
     }
 }
 
@@ -164,7 +164,8 @@ impl<Q: Queue> Worker<Q> {
     /// at again together, so that an idle process hardly wakes up.
     async fn probe(&self, lanes: &mut [QueueWorker]) {
         let now = Instant::now();
-        let is_quiet = |lane: &QueueWorker| !lane.is_promising && !lane.is_backed_up && lane.pace.is_none();
+        let is_quiet =
+            |lane: &QueueWorker| !lane.is_promising && !lane.is_backed_up && lane.start_rate.is_none();
         if !lanes.iter().any(|lane| is_quiet(lane) && lane.look_at <= now) {
             return;
         }
@@ -199,8 +200,8 @@ impl<Q: Queue> Worker<Q> {
         lane.is_backed_up = false;
         lane.is_promising = false;
         let limit = self.free(lane).min(self.affordable());
-        let limit = match &lane.pace {
-            Some(pace) => match pace.available(now) {
+        let limit = match &lane.start_rate {
+            Some(rate) => match rate.available(now) {
                 Ok(may) => limit.min(may),
                 Err(next) => {
                     lane.look_at = next;
@@ -232,8 +233,8 @@ impl<Q: Queue> Worker<Q> {
                 return;
             }
         };
-        if let Some(pace) = &mut lane.pace {
-            pace.take(claims.jobs.len(), now);
+        if let Some(rate) = &mut lane.start_rate {
+            rate.take(claims.jobs.len(), now);
         }
         lane.is_backed_up = claims.jobs.len() == limit;
         lane.look_at = now + claims.next_in.unwrap_or(poll).min(poll);

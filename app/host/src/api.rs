@@ -303,13 +303,13 @@ mod tests {
     #[serde(deny_unknown_fields)]
     #[expect(dead_code, reason = "only parsing is of interest")]
     struct Outer {
-        inner: Inner,
+        inner: Numbered,
     }
 
     #[derive(Debug, Deserialize)]
     #[serde(deny_unknown_fields)]
     #[expect(dead_code, reason = "only parsing is of interest")]
-    struct Inner {
+    struct Numbered {
         number: u8,
     }
 

@@ -129,10 +129,10 @@ impl Report {
 /// Sends web push messages; a cheap handle. Its connections belong to the runtime that uses it. Several runtimes
 /// need one sender each; these share the state of the push services: see [`Sender::split`].
 #[derive(Clone, Debug)]
-pub struct Sender(Arc<Inner>);
+pub struct Sender(Arc<SenderInner>);
 
 #[derive(Debug)]
-struct Inner {
+struct SenderInner {
     client: PushClient,
     shared: Arc<SenderCore>,
 }
@@ -179,7 +179,7 @@ impl Sender {
         let rooms = Rooms::new(config.max_connections);
         let make = |_| {
             let client = PushClient::new(Arc::clone(&shared.connector), limits, rooms.clone());
-            Self(Arc::new(Inner { client, shared: Arc::clone(&shared) }))
+            Self(Arc::new(SenderInner { client, shared: Arc::clone(&shared) }))
         };
         Ok((0..count).map(make).collect())
     }

@@ -87,7 +87,7 @@ async fn drop_one(mut body: Incoming) {
 
 /// Time limits of a body.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Pace {
+pub(super) struct BodyTimeouts {
     /// Time between two parts.
     pub(super) idle: Duration,
     /// Time from the first wait to the end.
@@ -113,7 +113,7 @@ pub(super) struct RequestBody {
     is_kept_back: bool,
     leftover: Option<Leftover>,
     scope: RequestScope,
-    pace: Pace,
+    timeouts: BodyTimeouts,
     wait: Option<Wait>,
 }
 
@@ -132,16 +132,16 @@ impl RequestBody {
         headers: &HeaderMap,
         leftover: Option<Leftover>,
         scope: RequestScope,
-        pace: Pace,
+        timeouts: BodyTimeouts,
     ) -> Self {
         let is_kept_back = headers.contains_key(header::EXPECT);
         let open = (!body.is_end_stream()).then(|| OpenBody::on(scope.shared_connection()));
-        Self { open, body: Some(body), is_kept_back, leftover, scope, pace, wait: None }
+        Self { open, body: Some(body), is_kept_back, leftover, scope, timeouts, wait: None }
     }
 
     /// Waits for a part that has not arrived; ready when a time limit is reached.
     fn poll_limit(&mut self, context: &mut Context<'_>) -> Poll<()> {
-        let (pace, now) = (self.pace, Instant::now());
+        let (timeouts, now) = (self.timeouts, Instant::now());
         let wait = self.wait.get_or_insert_with(|| Wait {
             first: now,
             since: None,
@@ -149,7 +149,7 @@ impl RequestBody {
         });
         if wait.since.is_none() {
             wait.since = Some(now);
-            wait.limit.as_mut().reset((now + pace.idle).min(wait.first + pace.total).into());
+            wait.limit.as_mut().reset((now + timeouts.idle).min(wait.first + timeouts.total).into());
             self.scope.set_stage(RequestStage::Body);
         }
         wait.limit.as_mut().poll(context)
@@ -170,7 +170,7 @@ impl RequestBody {
             .wait
             .as_ref()
             .and_then(|wait| wait.since)
-            .is_some_and(|since| since.elapsed() >= self.pace.idle);
+            .is_some_and(|since| since.elapsed() >= self.timeouts.idle);
         // The rest of the body is not waited for.
         self.open = None;
         if let Some(leftover) = &self.leftover {

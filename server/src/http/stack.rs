@@ -23,7 +23,7 @@ use ipnet::IpNet;
 use tower::{Layer, Service};
 use tracing::{Instrument, info_span};
 
-use super::body::{Leftover, Pace, RequestBody};
+use super::body::{BodyTimeouts, Leftover, RequestBody};
 use super::exchange::{Exchange, FollowedBody, InFlight, RequestLog, logged, method_label};
 use super::problem::Problem;
 use super::scope::{Begun, REQUEST_ID, RequestId, RequestScope, Services};
@@ -43,7 +43,7 @@ pub(super) struct Stack {
     router: Router,
     request_timeout: Duration,
     body_limit: usize,
-    pace: Pace,
+    body_timeouts: BodyTimeouts,
     trust_request_id: bool,
     trusted_proxies: Arc<[IpNet]>,
     forwarded_header: ForwardedHeader,
@@ -73,7 +73,7 @@ impl Stack {
             router: router.layer(RouteLabel),
             request_timeout: config.request_timeout,
             body_limit: config.body_limit,
-            pace: Pace { idle: config.body_idle_timeout, total: config.body_timeout },
+            body_timeouts: BodyTimeouts { idle: config.body_idle_timeout, total: config.body_timeout },
             trust_request_id: config.trust_request_id,
             trusted_proxies: Arc::clone(&config.net.trusted_proxies),
             forwarded_header: config.net.forwarded_header,
@@ -211,7 +211,7 @@ impl Stack {
         scope: &RequestScope,
     ) -> Response {
         let (parts, body) = request.into_parts();
-        let body = RequestBody::new(body, &parts.headers, leftover, scope.clone(), self.pace);
+        let body = RequestBody::new(body, &parts.headers, leftover, scope.clone(), self.body_timeouts);
         // A body whose announced length is over the limit is refused before it is read.
         if body.size_hint().lower() > self.body_limit as u64 {
             return body_too_long(self.body_limit);

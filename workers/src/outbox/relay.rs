@@ -1,4 +1,4 @@
-//! The relay: publishes entries of the outbox, and audits those that were published.
+//! The relay publishes entries of the outbox, and compares published entries with the jobs in Redis.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

@@ -451,7 +451,8 @@ async fn take_in<T: Tx>(tx: &T, site: i64, id: i64, guest: &Guest) -> Result<u64
     Ok(evicted)
 }
 
-/// Deletes subscriptions of a user who has too many: first those that nothing was delivered to, then the oldest.
+/// Deletes subscriptions of a user who has too many. Subscriptions that nothing was delivered to go first, the oldest
+/// of the others next.
 async fn evict_of_user<T: Tx>(tx: &T, new: &NewSubscription, id: i64) -> Result<u64> {
     let (Some(Some(user)), Some(most)) = (&new.user, new.most_of_user) else { return Ok(0) };
     let sql = evict(

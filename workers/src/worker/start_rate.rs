@@ -13,12 +13,12 @@ const CATCH_UP: Duration = Duration::from_millis(100);
 /// The virtual scheduling form of the generic cell rate algorithm (ITU-T I.371): starts are as far apart as
 /// the rate says, except that a little unused time may be made up for.
 #[derive(Clone, Debug)]
-pub(super) struct Pace {
+pub(super) struct StartRate {
     interval: Duration,
     next: Instant,
 }
 
-impl Pace {
+impl StartRate {
     pub(super) fn new(rate: Rate) -> Self {
         Self { interval: rate.per / rate.jobs.max(1), next: Instant::now() }
     }
@@ -52,26 +52,26 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn a_rate_is_kept_and_a_little_is_made_up_for() {
-        let mut pace = Pace::new(Rate { jobs: 100, per: Duration::from_secs(1) });
+        let mut rate = StartRate::new(Rate { jobs: 100, per: Duration::from_secs(1) });
         let start = Instant::now();
-        assert_eq!(pace.available(start), Ok(1));
-        pace.take(1, start);
-        assert_eq!(pace.available(start), Err(start + 10 * MILLISECOND));
-        assert_eq!(pace.available(start + 35 * MILLISECOND), Ok(3));
-        pace.take(3, start + 35 * MILLISECOND);
-        assert_eq!(pace.available(start + 35 * MILLISECOND), Err(start + 40 * MILLISECOND));
+        assert_eq!(rate.available(start), Ok(1));
+        rate.take(1, start);
+        assert_eq!(rate.available(start), Err(start + 10 * MILLISECOND));
+        assert_eq!(rate.available(start + 35 * MILLISECOND), Ok(3));
+        rate.take(3, start + 35 * MILLISECOND);
+        assert_eq!(rate.available(start + 35 * MILLISECOND), Err(start + 40 * MILLISECOND));
         // The whole hour is not made up for.
         let later = start + Duration::from_secs(3600);
-        assert_eq!(pace.available(later), Ok(11));
-        pace.take(11, later);
-        assert_eq!(pace.available(later), Err(later + 10 * MILLISECOND));
+        assert_eq!(rate.available(later), Ok(11));
+        rate.take(11, later);
+        assert_eq!(rate.available(later), Err(later + 10 * MILLISECOND));
     }
 
     #[tokio::test(start_paused = true)]
     async fn what_was_allowed_and_not_found_is_not_lost() {
-        let mut pace = Pace::new(Rate { jobs: 1, per: Duration::from_secs(3600) });
+        let mut rate = StartRate::new(Rate { jobs: 1, per: Duration::from_secs(3600) });
         let start = Instant::now();
-        pace.take(0, start);
-        assert_eq!(pace.available(start), Ok(1));
+        rate.take(0, start);
+        assert_eq!(rate.available(start), Ok(1));
     }
 }
