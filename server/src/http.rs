@@ -175,8 +175,7 @@ impl Server {
         let services =
             Services { drain: drain.clone(), cpu, detached: detached.clone(), slow_poll: config.slow_poll };
         let stack = Arc::new(Stack::new(router, &config, self.readers, Arc::new(services)));
-        let listener = config.net.name;
-        let protocol = Http { stack, config: Arc::clone(&config), listener };
+        let protocol = Http { stack, config };
         net::serve(self.bound, protocol, &drain).await;
         // Without a connection no new work is detached.
         detached.close();

@@ -172,6 +172,17 @@ pub enum UniqueUntil {
     Window(Duration),
 }
 
+impl UniqueUntil {
+    /// Returns the word for it in stores, and the length of a window.
+    pub(crate) fn scope(self) -> (&'static str, Option<Duration>) {
+        match self {
+            Self::Started => ("started", None),
+            Self::Ended => ("ended", None),
+            Self::Window(window) => ("window", Some(window)),
+        }
+    }
+}
+
 /// Context of one run: its claim, its lease and its deadline. A cheap handle.
 #[derive(Clone, Debug)]
 pub struct Context {

@@ -1,13 +1,13 @@
 //! The handle through which applications and operators use the jobs of a process.
 
-use perennial_store::pool::sql::{self, Tx};
+use perennial_store::pool::sql::{self, Dialect, Tx};
 use uuid::Uuid;
 
 use crate::admission::Admission;
 use crate::job_admin::{Cancelled, JobAdmin, JobFilter, STEP};
 use crate::outbox;
 use crate::queue::{NewJob, Queue, Result};
-use crate::store::{JobStore, postgres, sqlite};
+use crate::store::{self, JobStore};
 
 /// Enqueues jobs, and acts on them for operators. A cheap handle.
 #[derive(Clone, Debug)]
@@ -58,22 +58,12 @@ impl Jobs {
     /// # Errors
     /// When the store refuses.
     pub async fn insert<T: Tx>(&self, tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
-        match &self.store {
-            JobStore::Sqlite(_) => {
-                if let Some(connection) = tx.sqlite() {
-                    sqlite::insert_jobs(connection, jobs)?;
-                    return Ok(());
-                }
+        match (&self.store, tx.dialect()) {
+            (JobStore::Sqlite(_), Dialect::Sqlite) | (JobStore::Postgres(_), Dialect::Postgres) => {
+                store::insert_jobs(tx, jobs).await
             }
-            JobStore::Postgres(_) => {
-                if let Some(transaction) = tx.postgres() {
-                    postgres::insert_jobs(transaction, jobs).await?;
-                    return Ok(());
-                }
-            }
-            JobStore::Redis(_) => {}
+            _ => outbox::insert(tx, jobs).await,
         }
-        outbox::insert(tx, jobs).await
     }
 
     /// Wakes these queues. Call it after the commit of a transaction that added jobs to them.

@@ -24,8 +24,7 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::encoding::{json, millis, now_ms};
-use crate::job::UniqueUntil;
+use crate::encoding::{json, later, millis, now_ms};
 use crate::queue::{Due, NewJob, Result};
 
 /// The table of the outbox.
@@ -87,13 +86,12 @@ pub async fn insert<T: Tx>(tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
         let now = now_ms();
         let due_at = match job.due {
             Due::Now => None,
-            Due::In(wait) => Some(now.saturating_add(millis(wait))),
+            Due::In(wait) => Some(later(now, wait)),
             Due::At(time) => Some(time.as_millisecond()),
         };
-        let until = job.unique.as_ref().map(|unique| match unique.until {
-            UniqueUntil::Started => "started".to_owned(),
-            UniqueUntil::Ended => "ended".to_owned(),
-            UniqueUntil::Window(window) => millis(window).to_string(),
+        let until = job.unique.as_ref().map(|unique| match unique.until.scope() {
+            (_, Some(window)) => millis(window).to_string(),
+            (scope, None) => scope.to_owned(),
         });
         let key = job.unique.as_ref().map(|unique| unique.key.clone());
         let priority = i64::from(job.priority);

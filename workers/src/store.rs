@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_runtime::drain::Drain;
-use perennial_store::pool::sql;
+use perennial_store::pool::sql::{self, Tx};
 use tracing::warn;
 use uuid::Uuid;
 
@@ -224,6 +224,17 @@ impl JobStore {
             warn!(error = error.in_one_line(), "the endings of scheduled jobs could not be recorded");
         }
     }
+}
+
+/// Adds jobs to the tables beside the rows of a transaction.
+pub(crate) async fn insert_jobs<T: Tx>(tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
+    if let Some(connection) = tx.sqlite() {
+        sqlite::insert_jobs(connection, jobs)?;
+    }
+    if let Some(transaction) = tx.postgres() {
+        postgres::insert_jobs(transaction, jobs).await?;
+    }
+    Ok(())
 }
 
 /// Returns the ending of a scheduled job by this settlement; `None` if no schedule enqueued the job, or if it

@@ -45,7 +45,6 @@ const MAX_ERRORS: usize = 128;
 pub(super) struct Http {
     pub(super) stack: Arc<Stack>,
     pub(super) config: Arc<Config>,
-    pub(super) listener: &'static str,
 }
 
 impl Protocol for Http {
@@ -59,7 +58,7 @@ impl Protocol for Http {
             Some(Ok(First::Http2)) => Box::pin(self.http2(socket, &connection)).await,
             Some(Ok(First::Tls)) => {
                 let detail = "the client began a TLS handshake";
-                refused(self.listener, ConnectionRefusal::TlsOnPlainPort, connection.peer(), &detail);
+                refused(&connection, ConnectionRefusal::TlsOnPlainPort, &detail);
                 close(socket, &connection).await;
             }
             Some(Ok(First::Http1)) => Box::pin(self.http1(socket, &connection, ConnectionPhase::Head)).await,
@@ -171,7 +170,7 @@ impl Http {
             ShutdownMode::Cut => false,
         };
         let driven = tokio::select! {
-            driven = drive(self.listener, Pin::new(&mut *served), connection, may_rest) => driven,
+            driven = drive(Pin::new(&mut *served), connection, may_rest) => driven,
             () = leftover.drop_all() => Driven::Ended,
         };
         match driven {
@@ -213,7 +212,7 @@ impl Http {
             .max_local_error_reset_streams(MAX_ERRORS)
             .serve_connection(TokioIo::new(io), service);
         let mut served = Box::pin(served);
-        drive(self.listener, served.as_mut(), connection, || false).await;
+        drive(served.as_mut(), connection, || false).await;
         drop(served);
         streams.end().await;
     }
@@ -259,7 +258,6 @@ async fn close<I: ParkedBytes>(mut io: I, connection: &Connection) {
 
 /// Runs a connection until it ends by itself, is asked to end, or may be parked.
 async fn drive<C: ServedRequest>(
-    listener: &'static str,
     mut served: Pin<&mut C>,
     connection: &Connection,
     may_rest: impl Fn() -> bool,
@@ -280,7 +278,7 @@ async fn drive<C: ServedRequest>(
     });
     end.await.unwrap_or_else(|error: hyper::Error| {
         if let Some(refusal) = refusal(&error) {
-            refused(listener, refusal, connection.peer(), &error);
+            refused(connection, refusal, &error);
         }
         debug!(peer = %connection.peer(), %error, "the connection ended with an error");
         Driven::Ended

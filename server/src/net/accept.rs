@@ -255,7 +255,7 @@ impl<P: Protocol> AcceptHost<P> {
                 if let Err(error) = &header
                     && error.kind() == io::ErrorKind::InvalidData
                 {
-                    refused(self.config.name, ConnectionRefusal::ProxyHeader, connection.socket_peer, error);
+                    refused(&connection, ConnectionRefusal::ProxyHeader, error);
                 }
                 let client = header?;
                 if let Some(client) = client
@@ -277,7 +277,7 @@ impl<P: Protocol> AcceptHost<P> {
                     if let Err(error) = &accepted
                         && error.kind() == io::ErrorKind::InvalidData
                     {
-                        refused(self.config.name, ConnectionRefusal::Handshake, connection.peer(), error);
+                        refused(&connection, ConnectionRefusal::Handshake, error);
                     }
                     Ok(OpenedStream::Secure(Box::new(accepted?)))
                 }
@@ -289,7 +289,7 @@ impl<P: Protocol> AcceptHost<P> {
             Some(Ok(OpenedStream::Plain(socket))) => self.protocol.plain(socket).await,
             Some(Ok(OpenedStream::WantsTls(mut socket))) => {
                 let detail = "the client speaks without TLS";
-                refused(self.config.name, ConnectionRefusal::PlainOnTlsPort, connection.peer(), &detail);
+                refused(&connection, ConnectionRefusal::PlainOnTlsPort, &detail);
                 let say = async {
                     socket.write_all(self.protocol.wants_tls()).await?;
                     socket.shutdown().await

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use tracing::warn;
 
-use super::connection::Peer;
+use super::connection::Connection;
 use super::refusal::ConnectionRefusal;
 use crate::metrics;
 use perennial_runtime::telemetry::Seldom;
@@ -17,12 +17,8 @@ static TOLD: [Seldom; <ConnectionRefusal as strum::VariantArray>::VARIANTS.len()
     [const { Seldom::every(TELL_EVERY) }; <ConnectionRefusal as strum::VariantArray>::VARIANTS.len()];
 
 /// Counts a refusal, and logs it unless its reason was logged less than [`TELL_EVERY`] ago.
-pub(crate) fn refused(
-    listener: &'static str,
-    refusal: ConnectionRefusal,
-    peer: Peer,
-    detail: &dyn std::fmt::Display,
-) {
+pub(crate) fn refused(connection: &Connection, refusal: ConnectionRefusal, detail: &dyn std::fmt::Display) {
+    let (listener, peer) = (connection.listener, connection.peer());
     metrics::refused(listener, refusal);
     if let Some(more) = TOLD[refusal as usize].tell() {
         let reason = refusal.as_str();

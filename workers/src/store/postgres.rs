@@ -32,7 +32,6 @@ use tokio_postgres::types::Type;
 use uuid::Uuid;
 
 use crate::encoding::{json, read_json};
-use crate::job::UniqueUntil;
 use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Queue, Renewal, Renewed, Result, Settlement,
 };
@@ -235,11 +234,8 @@ async fn insert(session: &impl Session, jobs: &[&NewJob]) -> postgres::Result<()
 /// Takes the unique key for the job, or returns the job that has the key.
 async fn take_key(session: &impl Session, job: &NewJob) -> postgres::Result<Option<Uuid>> {
     let (Some(unique), Some(key)) = (&job.unique, job.unique_key()) else { return Ok(None) };
-    let (scope, window) = match unique.until {
-        UniqueUntil::Started => ("started", None),
-        UniqueUntil::Ended => ("ended", None),
-        UniqueUntil::Window(window) => ("window", Some(seconds(window))),
-    };
+    let (scope, window) = unique.until.scope();
+    let window = window.map(seconds);
     // A key that was not given back, since its job was deleted by hand or its process died first, is free. A
     // key that is younger than a minute is not free: its job may be in a transaction that has not committed
     // yet.

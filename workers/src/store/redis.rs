@@ -206,11 +206,8 @@ impl JobEntry {
             Due::In(wait) => ("in", millis(wait)),
             Due::At(time) => ("at", time.as_millisecond()),
         };
-        let (scope, window) = match self.until {
-            UniqueUntil::Started => ("started", 0),
-            UniqueUntil::Window(window) => ("window", millis(window).max(1)),
-            UniqueUntil::Ended => ("ended", 0),
-        };
+        let (scope, window) = self.until.scope();
+        let window = window.map_or(0, |window| millis(window).max(1));
         script
             .arg(self.id.to_string())
             .arg(self.record.write())
@@ -529,10 +526,10 @@ impl Queue for RedisQueue {
         script.arg(INBOX).arg(Uuid::now_v7().to_string());
         let (now, next, taken): (i64, String, Vec<Taken>) = self.invoke(&script).await?;
         let jobs = self.read(taken, &claim.queue, now).await?;
-        let mut release = self.on(&self.0.scripts.release, &claim.queue);
         let keys: Vec<(&str, Uuid)> =
             jobs.iter().filter_map(|job| Some((job.unique.as_deref()?, job.id))).collect();
         if !keys.is_empty() {
+            let mut release = self.on(&self.0.scripts.release, &claim.queue);
             for (key, id) in keys {
                 release.arg(key).arg(id.to_string());
             }

@@ -8,10 +8,9 @@ use perennial_store::pool::sql::{self, Dialect, Row, Tx};
 use perennial_store::{transact, values};
 use uuid::Uuid;
 
-use super::{JobStore, postgres, sqlite, stands_for};
+use super::{JobStore, insert_jobs, stands_for};
 use crate::cron::{Ending, Run, RunCause, Schedule, ScheduleClaim, ScheduleState, ScheduleStates, TakeOver};
-use crate::encoding::millis;
-use crate::encoding::{json, read_json, timestamp};
+use crate::encoding::{json, millis, read_json, timestamp};
 use crate::queue::Result;
 use crate::schedules::{FORGOTTEN, KEPT_RUNS, KEPT_UNFINISHED};
 
@@ -144,12 +143,7 @@ async fn fire<T: Tx>(tx: &T, claim: &ScheduleClaim) -> sql::Result<bool> {
     if tx.execute(sql, &values![last_fire, queued, &claim.schedule, claim.version]).await? == 0 {
         return Ok(false);
     }
-    if let Some(connection) = tx.sqlite() {
-        sqlite::insert_jobs(connection, &claim.jobs)?;
-    }
-    if let Some(transaction) = tx.postgres() {
-        postgres::insert_jobs(transaction, &claim.jobs).await?;
-    }
+    insert_jobs(tx, &claim.jobs).await?;
     // An occurrence that was claimed before the clock was set back may come again.
     let sql = "
         INSERT INTO schedule_runs (id, schedule, has_job, occurrence, claimed_at, cause, passed, ending)

@@ -31,7 +31,6 @@ use uuid::Uuid;
 use self::kept::KeptStatement;
 use crate::cron::ScheduleStates;
 use crate::encoding::{json, later, now_ms, read_json, timestamp};
-use crate::job::UniqueUntil;
 use crate::lease::BootTime;
 use crate::queue::{
     Claim, Claimed, Claims, Depth, Due, Held, Lapsed, NewJob, Probed, Queue, Renewal, Renewed, Result,
@@ -270,11 +269,8 @@ fn insert(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Uuid> {
 /// Takes the unique key for the job, or returns the job that has the key.
 fn take_key(tx: &Connection, job: &NewJob, now: i64) -> rusqlite::Result<Option<Uuid>> {
     let (Some(unique), Some(key)) = (&job.unique, job.unique_key()) else { return Ok(None) };
-    let (scope, until) = match unique.until {
-        UniqueUntil::Started => ("started", None),
-        UniqueUntil::Ended => ("ended", None),
-        UniqueUntil::Window(window) => ("window", Some(later(now, window))),
-    };
+    let (scope, window) = unique.until.scope();
+    let until = window.map(|window| later(now, window));
     // A key that was not given back, since its job was deleted by hand, is free.
     let taken = tx
         .prepare_cached(

@@ -7,7 +7,7 @@ use rusqlite::{Connection, ErrorCode, OptionalExtension, Row, named_params};
 use uuid::Uuid;
 
 use super::{SqliteQueue, give_back, lossy};
-use crate::encoding::{from_json, now_ms, read_json, timestamp};
+use crate::encoding::{from_json, millis, now_ms, read_json, timestamp};
 use crate::job_admin::{Cancelled, JobAdmin, JobFilter, JobView, STEP};
 use crate::queue::Result;
 use crate::state::State;
@@ -185,7 +185,7 @@ impl JobAdmin for SqliteQueue {
         let prune = move |tx: &Connection| {
             let now = now_ms();
             tx.prepare_cached("DELETE FROM job_keys WHERE until <= ?")?.execute([now])?;
-            let before = now.saturating_sub(i64::try_from(older.as_millis()).unwrap_or(i64::MAX));
+            let before = now.saturating_sub(millis(older));
             tx.prepare_cached(
                 "DELETE FROM ended_jobs WHERE id IN (SELECT id FROM ended_jobs WHERE ended_at <= ? LIMIT ?)",
             )?
