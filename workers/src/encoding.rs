@@ -39,6 +39,18 @@ pub(crate) fn millis(wait: Duration) -> i64 {
 
 /// Returns `now` plus `wait` in milliseconds, but no later than a timestamp can be.
 pub(crate) fn later(now: i64, wait: Duration) -> i64 {
-    const END: i64 = 253_402_300_799_000;
-    now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)).min(END)
+    // The last second: its last milliseconds cannot be read back.
+    let end = Timestamp::MAX.as_second() * 1000;
+    now.saturating_add(i64::try_from(wait.as_millis()).unwrap_or(i64::MAX)).min(end)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_wait_without_end_is_read_back_as_the_last_timestamp_and_not_as_1970() {
+        let due = timestamp(later(now_ms(), Duration::MAX));
+        assert_eq!(due.as_second(), Timestamp::MAX.as_second());
+    }
 }
