@@ -19,7 +19,7 @@ use tokio::process::{Child, Command};
 use crate::double::Double;
 use crate::http::Client;
 use crate::postgres::Database;
-use crate::{eventually, soon};
+use crate::{eventually, soon, stores};
 
 /// Path of the binary, built beside the tests.
 pub fn binary() -> PathBuf {
@@ -177,11 +177,8 @@ impl Setup {
 
     /// Stores everything in `database`. Makes the keys first.
     async fn on_postgres(self, database: Database) -> Self {
-        let mut setup = self.set(&format!("store.url={}", database.url()));
-        setup.database = Some(database);
-        let made = setup.run(&["keys", "generate"]).await;
-        assert!(made.status.success(), "{}", String::from_utf8_lossy(&made.stderr));
-        setup
+        let setup = stores::on_postgres(self, database.url()).await;
+        Self { database: Some(database), ..setup }
     }
 
     /// Starts the process without waiting for anything.

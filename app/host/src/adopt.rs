@@ -118,18 +118,13 @@ impl AdoptSource {
             step("jobs", some.len());
         }
         moved.jobs = waiting.len();
-        moved.paused.queues = self.names("SELECT queue FROM paused_queues ORDER BY queue")?;
+        moved.paused.queues = self.texts("SELECT queue FROM paused_queues ORDER BY queue", [])?;
         if is_elsewhere {
-            moved.paused.schedules = self.names("SELECT name FROM schedules WHERE held = 1 ORDER BY name")?;
+            moved.paused.schedules =
+                self.texts("SELECT name FROM schedules WHERE held = 1 ORDER BY name", [])?;
         }
         transaction.commit().await?;
         Ok(moved)
-    }
-
-    fn names(&self, sql: &str) -> anyhow::Result<Vec<String>> {
-        let mut statement = self.0.prepare(sql)?;
-        let names = statement.query_map([], text)?;
-        Ok(names.collect::<rusqlite::Result<_>>()?)
     }
 
     /// Number of rows to move, jobs included.
@@ -146,12 +141,12 @@ impl AdoptSource {
     fn tables(&self) -> anyhow::Result<Vec<String>> {
         let sql =
             "SELECT name FROM sqlite_schema WHERE type = 'table' AND name NOT LIKE 'sqlite_%' ORDER BY name";
-        let mut left = self.texts(sql)?;
+        let mut left = self.texts(sql, [])?;
         left.retain(|table| !OWN.contains(&table.as_str()));
         let mut ordered = Vec::new();
         while !left.is_empty() {
             let refers = |table: &String| -> anyhow::Result<bool> {
-                let others = self.texts_of("SELECT \"table\" FROM pragma_foreign_key_list(?)", table)?;
+                let others = self.texts("SELECT \"table\" FROM pragma_foreign_key_list(?)", [table])?;
                 Ok(others.iter().any(|other| other != table && left.contains(other)))
             };
             let mut next = None;
@@ -168,15 +163,9 @@ impl AdoptSource {
         Ok(ordered)
     }
 
-    fn texts(&self, sql: &str) -> anyhow::Result<Vec<String>> {
+    fn texts(&self, sql: &str, parameters: impl rusqlite::Params) -> anyhow::Result<Vec<String>> {
         let mut statement = self.0.prepare(sql)?;
-        let texts = statement.query_map([], text)?;
-        Ok(texts.collect::<Result<_, _>>()?)
-    }
-
-    fn texts_of(&self, sql: &str, table: &str) -> anyhow::Result<Vec<String>> {
-        let mut statement = self.0.prepare(sql)?;
-        let texts = statement.query_map([table], text)?;
+        let texts = statement.query_map(parameters, text)?;
         Ok(texts.collect::<Result<_, _>>()?)
     }
 
@@ -188,7 +177,7 @@ impl AdoptSource {
     ) -> anyhow::Result<usize> {
         let columns = columns(transaction, table).await?;
         ensure!(!columns.is_empty(), "the other store has no such table: does its module not know Postgres?");
-        let here = self.texts_of("SELECT name FROM pragma_table_info(?) ORDER BY name", table)?;
+        let here = self.texts("SELECT name FROM pragma_table_info(?) ORDER BY name", [table])?;
         let there: Vec<&str> = columns.iter().map(|column| column.name.as_str()).collect();
         ensure!(here == there, "its columns differ: {here:?} here, {there:?} there");
 

@@ -287,7 +287,7 @@ impl CommandContext {
     /// # Errors
     /// When a server runs, when the directory belongs to another user, or when the store cannot be opened.
     pub async fn open_alone(&self) -> anyhow::Result<(DataDir, sql::Store)> {
-        data_dir::check_access(&self.config.data_dir)?;
+        self.check_access()?;
         let data_dir = DataDir::lock(&self.config.data_dir)?;
         let store = self.open_store(&data_dir, &self.config.store).await?;
         Ok((data_dir, store))

@@ -10,7 +10,7 @@ use perennial_workers::{Registry, queue};
 use serde::{Deserialize, Deserializer, de};
 use toml::Value;
 
-use crate::settings::{Reader, parse_duration};
+use crate::settings::{Reader, Setting, parse_duration};
 
 const KEY: &str = "cron.schedules";
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -67,7 +67,7 @@ type Wrong = (&'static str, String);
 fn duration<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Duration>, D::Error> {
     let text = String::deserialize(deserializer)?;
     let duration = parse_duration(&text);
-    duration.map(Some).ok_or_else(|| de::Error::custom("a duration such as 30s, 200ms or 1h"))
+    duration.map(Some).ok_or_else(|| de::Error::custom(<Duration as Setting>::WANTED))
 }
 
 fn time<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Timestamp>, D::Error> {

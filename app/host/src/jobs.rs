@@ -1,6 +1,6 @@
 //! `POST /jobs/{kind}`: callers with a key enqueue jobs of public kinds.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 use std::time::Duration;
 
 use axum::extract::{FromRef, State};
@@ -22,7 +22,7 @@ use uuid::Uuid;
 
 use crate::access::{self, Access, Authorized};
 use crate::api::{Json, Path, Result, not_found, trace};
-use crate::settings::Setting;
+use crate::settings::{Setting, parse_duration};
 
 /// Maximum length of a unique key, in bytes.
 const MAX_UNIQUE: usize = 255;
@@ -32,8 +32,7 @@ const MAX_UNIQUE: usize = 255;
 struct JobRoutes {
     jobs: Jobs,
     access: Access,
-    /// Set after every module has been mounted, which is after the routes are made.
-    registry: Arc<OnceLock<Arc<Registry>>>,
+    registry: Arc<Registry>,
 }
 
 impl FromRef<JobRoutes> for Access {
@@ -69,7 +68,8 @@ impl JobRequest {
     pub(crate) fn job(self, kind: &JobKind, owner: &str) -> Result<NewJob> {
         let mut job = kind.job(self.payload.get())?;
         if let Some(delay) = self.delay {
-            job.due = Due::In(read_delay(&delay).ok_or_else(|| FieldError::new("delay", Duration::WANTED))?);
+            job.due =
+                Due::In(parse_duration(&delay).ok_or_else(|| FieldError::new("delay", Duration::WANTED))?);
         }
         if let Some(key) = self.unique {
             if key.is_empty() || key.len() > MAX_UNIQUE {
@@ -82,12 +82,7 @@ impl JobRequest {
     }
 }
 
-fn read_delay(text: &str) -> Option<Duration> {
-    <Duration as Setting>::read(&toml::Value::String(text.to_owned()))
-}
-
-/// Makes the routes. The kinds are known when `registry` is set.
-pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<OnceLock<Arc<Registry>>>) -> OpenApiRouter {
+pub(crate) fn routes(jobs: Jobs, access: Access, registry: Arc<Registry>) -> OpenApiRouter {
     OpenApiRouter::new().routes(routes!(enqueue)).with_state(JobRoutes { jobs, access, registry })
 }
 
@@ -106,7 +101,7 @@ async fn enqueue(
     Path(kind): Path<String>,
     Json(request): Json<JobRequest>,
 ) -> Result<Response> {
-    let kind = known.registry.get().and_then(|registry| registry.kind(&kind));
+    let kind = known.registry.kind(&kind);
     // A kind that is not public is answered like an unknown kind.
     let kind = kind.filter(|kind| kind.options.public).ok_or_else(|| not_found("kind of job"))?;
     let job = request.job(&kind, &caller.site.0.to_string())?.trace(trace(&scope));

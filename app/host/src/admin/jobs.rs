@@ -10,6 +10,7 @@
 //! | `POST /jobs/retry`, `/jobs/discard` | `{"id"?, "kind"?, "queue"?, "state"?, "reason"?}`: acts on ended jobs |
 //! | `POST /jobs/cancel` | `{"id"}`: cancels a job that has not ended |
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 
 use axum::routing::{get, post};
@@ -79,21 +80,17 @@ struct QueueView {
 }
 
 /// Names of the queues that this process serves, and of the queues that the store has as paused or with ended jobs.
-async fn names(books: &JobAdminState) -> Result<Vec<String>> {
-    let store = books.jobs.store();
-    let mut names: Vec<String> = books.registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
-    names.extend(store.paused().await?);
-    names.extend(store.ended().await?.into_iter().map(|(queue, _)| queue));
-    names.sort();
-    names.dedup();
-    Ok(names)
+fn names(registry: &Registry, paused: &[String], ended: &[(String, u64)]) -> BTreeSet<String> {
+    let mut names: BTreeSet<_> = registry.lanes().iter().map(|lane| lane.name.to_string()).collect();
+    names.extend(paused.iter().chain(ended.iter().map(|(queue, _)| queue)).cloned());
+    names
 }
 
 async fn queues(Extension(books): Extension<JobAdminState>) -> Result<Json<Vec<QueueView>>> {
     let store = books.jobs.store();
     let (paused, ended) = (store.paused().await?, store.ended().await?);
     let serving = books.worker.as_ref().map(Status::serving).unwrap_or_default();
-    let names = names(&books).await?;
+    let names = names(&books.registry, &paused, &ended);
     let mut views = Vec::with_capacity(names.len());
     for queue in names {
         let served = serving.iter().find(|served| served.queue == queue);
@@ -119,28 +116,28 @@ async fn pause(
     Extension(books): Extension<JobAdminState>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
-    check_queue(&books, &queue).await?;
-    books.jobs.store().pause(queue, true).await?;
-    Ok(Json(json!({})))
-}
-
-/// Refuses a queue that does not exist, since pausing or resuming it would seem to work. The names are known only while
-/// a server runs.
-async fn check_queue(books: &JobAdminState, queue: &String) -> Result<()> {
-    let known = names(books).await?;
-    let is_served = !books.registry.lanes().is_empty();
-    if is_served && !known.contains(queue) {
-        return Err(FieldError::new("queue", format!("one of {}", known.join(", "))).into());
-    }
-    Ok(())
+    set(&books, queue, true).await
 }
 
 async fn resume(
     Extension(books): Extension<JobAdminState>,
     Json(QueueName { queue }): Json<QueueName>,
 ) -> Result<Json<Value>> {
-    check_queue(&books, &queue).await?;
-    books.jobs.store().pause(queue, false).await?;
+    set(&books, queue, false).await
+}
+
+/// Pauses or resumes a queue. A queue that does not exist is refused, since pausing or resuming it would seem to work;
+/// the names are known only while a server runs.
+async fn set(books: &JobAdminState, queue: String, paused: bool) -> Result<Json<Value>> {
+    let store = books.jobs.store();
+    if !books.registry.lanes().is_empty() {
+        let known = names(&books.registry, &store.paused().await?, &store.ended().await?);
+        if !known.contains(&queue) {
+            let known = known.into_iter().collect::<Vec<_>>().join(", ");
+            return Err(FieldError::new("queue", format!("one of {known}")).into());
+        }
+    }
+    store.pause(queue, paused).await?;
     Ok(Json(json!({})))
 }
 

@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use perennial_store::cache::Caches;
 use perennial_store::pool::sql;
+use perennial_workers::Jobs;
 use perennial_workers::admission::Admission;
 use perennial_workers::outbox::Outbox;
-use perennial_workers::{Jobs, store};
 use tracing::warn;
 
 use super::open;
@@ -25,12 +25,10 @@ const CLOSING: Duration = Duration::from_secs(30);
 pub(super) struct Base {
     pub(super) data_dir: Arc<DataDir>,
     pub(super) store: sql::Store,
-    pub(super) queue: store::JobStore,
     pub(super) outbox: Option<Outbox>,
     pub(super) caches: Caches,
     pub(super) sites: Sites,
     pub(super) access: Access,
-    pub(super) admission: Admission,
     pub(super) jobs: Jobs,
 }
 
@@ -55,9 +53,8 @@ impl Base {
             open::shared_redis(&queue, config),
             admin_token,
         );
-        let admission = Admission::new(config.bounds);
-        let jobs = Jobs::new(queue.clone(), admission.clone());
-        let base = Self { data_dir, store, queue, outbox, caches, sites, access, admission, jobs };
+        let jobs = Jobs::new(queue, Admission::new(config.bounds));
+        let base = Self { data_dir, store, outbox, caches, sites, access, jobs };
         base.check_first_key().await;
         Ok(base)
     }

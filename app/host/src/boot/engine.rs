@@ -14,11 +14,10 @@ use super::mount::Mounted;
 use crate::admin::jobs::JobAdminState;
 use crate::config::Config;
 
-/// The worker and the schedules.
+/// The worker, and the state that it shares with operators.
 pub(super) struct Engine {
     pub(super) worker: Worker<store::JobStore>,
-    pub(super) crontab: Crontab,
-    /// State of the routes for operators.
+    /// State of the routes for operators, with the schedules.
     pub(super) books: JobAdminState,
 }
 
@@ -27,21 +26,21 @@ impl Engine {
     pub(super) async fn prepare(config: &Config, base: &Base, mounted: &mut Mounted) -> anyhow::Result<Self> {
         let registry = &mounted.registry;
         if mounted.pause.why().is_none() {
-            take_over(&base.queue, registry, config.worker.lease)
+            take_over(base.jobs.store(), registry, config.worker.lease)
                 .await
                 .context("the jobs of the last process cannot be taken over")?;
         }
         let worker = Worker::new(base.jobs.store().clone(), Arc::clone(registry), config.worker.clone())?;
         let schedules = config.cron.schedules(std::mem::take(&mut mounted.schedules), registry)?;
-        let crontab = Crontab::new(base.queue.clone(), base.admission.clone(), schedules);
+        let crontab = Crontab::new(base.jobs.store().clone(), base.jobs.admission().clone(), schedules);
         crontab.define().await.context("the schedules cannot be written down")?;
         let books = JobAdminState {
             jobs: base.jobs.clone(),
             registry: Arc::clone(registry),
             worker: Some(worker.status()),
-            crontab: crontab.clone(),
+            crontab,
         };
-        Ok(Self { worker, crontab, books })
+        Ok(Self { worker, books })
     }
 }
 

@@ -1,6 +1,6 @@
 //! The second stage: the modules join.
 
-use std::sync::{Arc, OnceLock};
+use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::Router;
@@ -53,10 +53,8 @@ impl Mounted {
         host.admin_write(backup::admin_write(source));
         let pause = pause(plan, base, &mut host).await?;
         host.registry.check()?;
-        let kinds = Arc::new(OnceLock::new());
-        host.routes(jobs::routes(base.jobs.clone(), base.access.clone(), Arc::clone(&kinds)));
-        let registry = Arc::new(host.registry);
-        let _ = kinds.set(Arc::clone(&registry));
+        let registry = Arc::new(std::mem::take(&mut host.registry));
+        host.routes(jobs::routes(base.jobs.clone(), base.access.clone(), Arc::clone(&registry)));
         Ok(Self {
             routes: host.routes,
             registry,

@@ -8,17 +8,17 @@ use perennial_runtime::drain::Drain;
 use perennial_runtime::health::{Condition, Health, ReadinessPolicy};
 use perennial_runtime::tasks::Tasks;
 use perennial_store::pool::sql;
-use perennial_workers::admission::Admission;
 use perennial_workers::cron::{Crontab, tick, timer::Timer};
 use perennial_workers::outbox::Outbox;
 use perennial_workers::worker::Worker;
-use perennial_workers::{Queue as _, Registry, store, upkeep};
+use perennial_workers::{Jobs, Queue as _, Registry, store, upkeep};
 use tracing::warn;
 
 use super::base::Base;
 use super::engine::{Engine, take_over};
 use super::mount::Mounted;
 use crate::admin::PoolFn;
+use crate::admin::jobs::JobAdminState;
 use crate::config::Config;
 use crate::pause::Pause;
 
@@ -54,7 +54,7 @@ impl TaskParts<'_> {
 
     /// Makes the tasks that run jobs and schedules, without starting them.
     fn work(&self, engine: Engine, registry: &Arc<Registry>) -> JobTasks {
-        let Engine { worker, crontab, .. } = engine;
+        let Engine { worker, books: JobAdminState { crontab, .. } } = engine;
         let Self { config, base, tasks, drain, .. } = *self;
         JobTasks {
             lease: config.worker.lease,
@@ -63,10 +63,9 @@ impl TaskParts<'_> {
             ticked: config.cron.tick.then_some(crontab),
             tasks: tasks.clone(),
             drain: drain.clone(),
-            queue: base.queue.clone(),
+            jobs: base.jobs.clone(),
             outbox: base.outbox.clone(),
             registry: Arc::clone(registry),
-            admission: base.admission.clone(),
             worker,
         }
     }
@@ -90,7 +89,7 @@ impl TaskParts<'_> {
                 tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
             }
         }
-        if let store::JobStore::Redis(queue) = &self.base.queue {
+        if let store::JobStore::Redis(queue) = self.base.jobs.store() {
             let (redis, drain) = (queue.redis().clone(), drain.clone());
             let condition = health.dependency("redis", config.queue_policy);
             let watched = redis.clone();
@@ -124,10 +123,9 @@ struct JobTasks {
     ticked: Option<Crontab>,
     tasks: Tasks,
     drain: Drain,
-    queue: store::JobStore,
+    jobs: Jobs,
     outbox: Option<Outbox>,
     registry: Arc<Registry>,
-    admission: Admission,
     worker: Worker<store::JobStore>,
 }
 
@@ -137,7 +135,7 @@ impl JobTasks {
         let drain = self.drain.clone();
         tokio::select! {
             () = pause.ended() => {
-                take_over(&self.queue, &self.registry, self.lease).await?;
+                take_over(self.jobs.store(), &self.registry, self.lease).await?;
                 self.start();
                 condition.met();
                 drain.soft().await;
@@ -148,10 +146,10 @@ impl JobTasks {
     }
 
     fn start(self) {
-        let Self { upkeep, timer, ticked, tasks, drain, queue, outbox, registry, admission, worker, .. } =
-            self;
+        let Self { upkeep, timer, ticked, tasks, drain, jobs, outbox, registry, worker, .. } = self;
+        let queue = jobs.store().clone();
         tasks.critical("workers", worker.run(drain.clone()));
-        let upkeep = upkeep::run(queue.clone(), registry, admission, upkeep, drain.clone());
+        let upkeep = upkeep::run(queue.clone(), registry, jobs.admission().clone(), upkeep, drain.clone());
         tasks.critical("upkeep of jobs", upkeep);
         tasks.contained("wake-ups", {
             let (queue, drain) = (queue.clone(), drain.clone());

@@ -8,7 +8,6 @@ use serde_json::json;
 use crate::backup::BackupSource;
 use crate::command::CommandContext;
 use crate::command::output::done;
-use crate::data_dir;
 
 #[derive(Args, Debug)]
 #[command(after_help = "Example:\n  perennial backup /var/backups/perennial-$(date +%F)")]
@@ -20,7 +19,7 @@ pub(super) struct Backup {
 impl Backup {
     /// Copies the store in this process, also while a server runs, so that a long copy delays no request.
     pub(super) fn run(&self, context: &CommandContext) -> anyhow::Result<()> {
-        data_dir::check_access(context.data_dir())?;
+        context.check_access()?;
         let files = context.files.clone();
         let originals: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
         let copied =

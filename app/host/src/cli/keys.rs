@@ -16,7 +16,7 @@ use crate::command::arguments::whole;
 use crate::command::output::{done, json_lines, leads_nowhere, say, table, utc};
 use crate::command::{AdminBackend, CommandContext, Offline, block_on, print};
 use crate::config::StoreConfig;
-use crate::data_dir::{self, ADMIN_TOKEN, API_KEY};
+use crate::data_dir::{ADMIN_TOKEN, API_KEY};
 use crate::module::Blueprint;
 use crate::sites;
 
@@ -84,7 +84,7 @@ pub(super) struct ReplaceArgs {
 
 impl KeysCommand {
     pub(super) fn run(self, context: &CommandContext, modules: &[Blueprint]) -> anyhow::Result<()> {
-        data_dir::check_access(context.data_dir())?;
+        context.check_access()?;
         if matches!(self, Self::Add(_) | Self::Replace(_)) && leads_nowhere() {
             bail!("standard output leads nowhere: the key, which is shown once, would be lost");
         }

@@ -23,7 +23,7 @@ use crate::access::Scopes;
 use crate::addresses::Addresses;
 use crate::boot::open;
 use crate::config::{Config, StoreConfig};
-use crate::data_dir::{self, ADMIN_TOKEN, DataDir};
+use crate::data_dir::{ADMIN_TOKEN, DataDir};
 use crate::sites::Sites;
 
 /// Time limit for an answer: retrying a million dead jobs takes a while.
@@ -94,8 +94,8 @@ impl AdminBackend {
         routes: impl AsyncFnOnce(Offline) -> anyhow::Result<Router>,
     ) -> anyhow::Result<Self> {
         let config = &context.config;
-        data_dir::check_access(&config.data_dir)?;
-        if data_dir::is_locked(&config.data_dir) {
+        context.check_access()?;
+        if context.is_running() {
             let base = Addresses::of_running(&config.data_dir)?.admin_url()?;
             let file = config.data_dir.join(ADMIN_TOKEN);
             let token = std::fs::read_to_string(&file)
