@@ -24,7 +24,7 @@ use tokio::sync::Notify;
 use tracing::{info, warn};
 use uuid::Uuid;
 
-use crate::encoding::{json, later, millis, now_ms};
+use crate::encoding::{later, millis, now_ms};
 use crate::queue::{Due, NewJob, Result};
 
 /// The table of the outbox.
@@ -152,8 +152,7 @@ impl Outbox {
 
     /// Runs a statement on these entries.
     async fn on(&self, statement: &str, ids: &[Uuid]) -> sql::Result<()> {
-        let list = json(&ids.iter().map(|id| id.simple().to_string()).collect::<Vec<_>>());
         let these = self.store.dialect().is_among("id", "?");
-        self.store.execute(format!("{statement} WHERE {these}"), values![list]).await.map(drop)
+        self.store.execute(format!("{statement} WHERE {these}"), values![sql::hex_list(ids)]).await.map(drop)
     }
 }

@@ -22,6 +22,7 @@ use axum::extract::FromRef;
 use perennial_host::access::Access;
 use perennial_host::module::Host;
 use perennial_runtime::drain::Drain;
+use perennial_runtime::pulse::pulse;
 use perennial_server::http::detach::Detach;
 use utoipa_axum::router::OpenApiRouter;
 use utoipa_axum::routes;
@@ -116,7 +117,7 @@ impl ApiState {
     async fn forget_limits(self, drain: Drain) -> anyhow::Result<()> {
         loop {
             tokio::select! {
-                () = tokio::time::sleep(limits::FORGET_EVERY) => self.limits.forget(),
+                () = pulse(limits::FORGET_EVERY) => self.limits.forget(),
                 () = drain.soft() => return Ok(()),
             }
         }

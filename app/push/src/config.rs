@@ -54,8 +54,8 @@ impl Config {
     }
 }
 
-/// Reads the settings of the routes and jobs.
-pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
+/// Reads the settings of the routes and jobs. `timeout` is that of one attempt to send.
+pub(crate) fn config(settings: &mut Reader<'_>, timeout: Duration) -> Config {
     Config {
         page: settings.get("push.page"),
         ttl: settings.duration("push.ttl", Duration::ZERO..=MAX_TTL),
@@ -69,7 +69,7 @@ pub(crate) fn config(settings: &mut Reader<'_>) -> Config {
         paced_batches: settings.number("push.paced_batches", 1..=1000),
         origin_rate: origin_rate(settings),
         threads: threads(settings),
-        send_timeout: settings.duration("push.timeout", SECOND..=HOUR) * 2,
+        send_timeout: timeout * 2,
         // Idempotency keys are valid for a day.
         retention: settings.duration("push.retention", HOUR * 24..=HOUR * 24 * 3660),
         // The rest of that phase is for recording their outcomes.

@@ -87,16 +87,14 @@ impl Module for Push {
         data_dir: &DataDir,
         store: &sql::Store,
     ) -> anyhow::Result<Vec<(String, String)>> {
-        let profiles = profile::read(&mut Reader::new(settings));
         let mut made = Vec::new();
-        for (profile, site) in
-            profiles.iter().filter_map(|profile| Some((profile, sites.named(&profile.name)?)))
-        {
-            let label = match profile.name.as_str() {
+        for (name, place) in profile::places(&mut Reader::new(settings)) {
+            let Some(site) = sites.named(&name) else { continue };
+            let label = match name.as_str() {
                 sites::DEFAULT => "VAPID public key".to_owned(),
                 name => format!("{name}: VAPID key"),
             };
-            let key = vapid::make(data_dir, store, site.id, &profile.vapid).await?;
+            let key = vapid::make(data_dir, store, site.id, &place).await?;
             made.push((label, key.public_key()));
         }
         Ok(made)
@@ -104,10 +102,11 @@ impl Module for Push {
 
     fn configure(settings: &mut Reader<'_>) -> Self {
         let contact = config::contact(settings);
+        let sender = config::sender(settings);
         Self {
-            config: config::config(settings),
-            sender: config::sender(settings),
-            profiles: profile::read_with(settings, contact.as_ref().ok()),
+            config: config::config(settings, sender.timeout),
+            sender,
+            profiles: profile::read(settings, contact.as_ref().ok()),
             contact,
             guests: config::guests(settings),
             limits: limits::Config {

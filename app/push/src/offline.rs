@@ -29,7 +29,7 @@ pub(crate) async fn vapid_keys(settings: &Settings, offline: &Offline) -> anyhow
     let sites = offline.sites().await?;
     let reader = &mut Reader::new(settings);
     let contact = config::contact(reader).ok();
-    let profiles = Profiles::of(profile::read_with(reader, contact.as_ref()), &sites);
+    let profiles = Profiles::of(profile::read(reader, contact.as_ref()), &sites);
     let (sql, caches) = (&offline.store, offline.caches());
     let keys = VapidKeys::open(&offline.data_dir, sql, &store(offline), &profiles, &caches).await?;
     Ok((keys, sites))
@@ -43,16 +43,16 @@ pub(crate) async fn import_key(
     store: &sql::Store,
     key: &VapidKey,
 ) -> anyhow::Result<()> {
-    let profiles = profile::read(&mut Reader::new(settings));
-    let profile = profiles.into_iter().find(|profile| profile.name == site);
-    let profile = profile.ok_or_else(|| anyhow!("--site: wanted the name of a site in the settings"))?;
-    vapid::import(data_dir, store, &profile.vapid, key).await
+    let places = profile::places(&mut Reader::new(settings));
+    let place = places.into_iter().find(|(name, _)| name == site);
+    let (_, place) = place.ok_or_else(|| anyhow!("--site: wanted the name of a site in the settings"))?;
+    vapid::import(data_dir, store, &place, key).await
 }
 
 /// The files of the VAPID keys of all sites.
 pub(crate) fn files(settings: &Settings) -> Vec<SecretFile> {
     let places = profile::places(&mut Reader::new(settings));
-    let file = |profile::KeyPlace { file, shared: name }| SecretFile {
+    let file = |(_, profile::KeyPlace { file, shared: name })| SecretFile {
         label: if name == VAPID_KEY { "VAPID key pair".to_owned() } else { name.clone() },
         file,
         name,

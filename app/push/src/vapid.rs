@@ -203,10 +203,7 @@ impl VapidKeys {
         let mut current = None;
         for key in read(&self.data_dir, &self.sql, site, &profile.vapid).await? {
             let id = self.store.vapid_key(site.0, *key.public_bytes()).await?;
-            let key = match &profile.contact {
-                Some(contact) => key.with_contact(contact.clone()),
-                None => key,
-            };
+            let key = key.or_contact(profile.contact.as_ref());
             current.get_or_insert_with(|| (id, key.clone()));
             all.insert(id, key);
         }

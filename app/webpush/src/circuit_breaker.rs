@@ -116,7 +116,7 @@ pub(crate) struct CircuitBreaker {
     failed: [HashSet<u64>; 3],
     /// Number of openings since the last success; each one lasts longer.
     openings: u32,
-    audience: BreakerAudience,
+    held_for: HeldFor,
 }
 
 /// The three states, each with its evidence.
@@ -150,9 +150,10 @@ enum Evidence {
     Counted,
 }
 
-/// The subscriptions whose messages the circuit breaker holds.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-enum BreakerAudience {
+/// The subscriptions that a hold is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum HeldFor {
     /// All subscriptions.
     #[default]
     All,
@@ -161,8 +162,22 @@ enum BreakerAudience {
     Unproven,
 }
 
+impl HeldFor {
+    /// The word for these subscriptions.
+    pub fn as_str(self) -> &'static str {
+        self.into()
+    }
+}
+
 impl BreakerState {
     fn hold(&self) -> Option<&Hold> {
+        match self {
+            Self::Closed => None,
+            Self::Open(hold) | Self::HalfOpen(hold, _) => Some(hold),
+        }
+    }
+
+    fn hold_mut(&mut self) -> Option<&mut Hold> {
         match self {
             Self::Closed => None,
             Self::Open(hold) | Self::HalfOpen(hold, _) => Some(hold),
@@ -173,7 +188,7 @@ impl BreakerState {
 impl CircuitBreaker {
     /// Makes a circuit breaker for subscriptions that nothing was delivered to yet.
     pub(crate) fn of_unproven() -> Self {
-        Self { audience: BreakerAudience::Unproven, ..Self::default() }
+        Self { held_for: HeldFor::Unproven, ..Self::default() }
     }
 
     /// Returns true when no messages are held.
@@ -257,9 +272,7 @@ impl CircuitBreaker {
     /// Records a refused probe. The probe may have been a subscription that was refused before or is hostile:
     /// returns true when another one is to be probed soon.
     fn probe_refused(&mut self, who: u64, now: Instant) -> bool {
-        let (BreakerState::Open(hold) | BreakerState::HalfOpen(hold, _)) = &mut self.state else {
-            return false;
-        };
+        let Some(hold) = self.state.hold_mut() else { return false };
         hold.probed.insert(who);
         if hold.probed.len() >= PROBES {
             return false;
@@ -277,7 +290,7 @@ impl CircuitBreaker {
             BreakerState::Open(Hold { until, cause, evidence: Evidence::Counted, probed: HashSet::new() });
     }
 
-    /// Opens the circuit breaker for at least `wait`, by order of an operator or another process.
+    /// Opens the circuit breaker for at least `wait`, by order of an operator or another process. A longer hold stays.
     pub(crate) fn hold(&mut self, wait: Duration, cause: Cause, now: Instant) {
         let until = now + wait.min(MAX_RETRY_AFTER);
         let (evidence, probed) = match &self.state {
@@ -326,16 +339,10 @@ impl CircuitBreaker {
     /// Opens the circuit breaker by the last of many failures, for no less than the current hold.
     pub(crate) fn trip(&mut self, signal: Signal, now: Instant) {
         let Some((cause, asked)) = signal.failure() else { return };
-        let until = now + asked.unwrap_or_default().max(self.backoff(cause)).min(MAX_RETRY_AFTER);
+        self.hold(asked.unwrap_or_default().max(self.backoff(cause)), cause, now);
         self.openings += 1;
-        match &mut self.state {
-            BreakerState::Open(hold) | BreakerState::HalfOpen(hold, _) if hold.until >= until => {
-                hold.evidence = Evidence::Counted;
-            }
-            state => {
-                let probed = state.hold().map(|hold| hold.probed.clone()).unwrap_or_default();
-                *state = BreakerState::Open(Hold { until, cause, evidence: Evidence::Counted, probed });
-            }
+        if let Some(hold) = self.state.hold_mut() {
+            hold.evidence = Evidence::Counted;
         }
     }
 
@@ -374,9 +381,9 @@ impl CircuitBreaker {
     }
 
     fn backoff(&self, cause: Cause) -> Duration {
-        let (first, last) = match (cause, self.audience) {
-            (Cause::Unauthorized, BreakerAudience::Unproven) => (2 * WAIT.0, UNAUTHORIZED_WAIT.1),
-            (Cause::Unauthorized, BreakerAudience::All) => UNAUTHORIZED_WAIT,
+        let (first, last) = match (cause, self.held_for) {
+            (Cause::Unauthorized, HeldFor::Unproven) => (2 * WAIT.0, UNAUTHORIZED_WAIT.1),
+            (Cause::Unauthorized, HeldFor::All) => UNAUTHORIZED_WAIT,
             (Cause::Throttled | Cause::Unreachable, _) => WAIT,
         };
         first.saturating_mul(2_u32.saturating_pow(self.openings.min(16))).min(last)

@@ -25,12 +25,12 @@ mod verdict;
 mod wire;
 
 pub use addresses::AddressStatus;
-pub use circuit_breaker::Cause;
+pub use circuit_breaker::{Cause, HeldFor};
 pub use connect::{HttpVersion, HttpVersionError};
 pub use encrypt::{CryptoError, DecryptError, ReceiverKeys, encrypt};
 pub use message::{MAX_PAYLOAD, Message, MessageError, Payload, Topic, Urgency};
 pub use proxy::{Proxy, ProxyError};
-pub use reputation::{HeldFor, Reputation};
+pub use reputation::Reputation;
 pub use resolve::{Pin, ResolveError};
 pub use sender::{Config, ConfigError, Report, Sender, ServicePoolStatus};
 pub use sender_keys::SenderKey;

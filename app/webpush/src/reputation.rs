@@ -14,7 +14,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::circuit_breaker::{Cause, CircuitBreaker, Passage, Signal};
+use crate::circuit_breaker::{Cause, CircuitBreaker, HeldFor, Passage, Signal};
 
 /// Reputation of a subscription before a message is sent to it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,23 +77,6 @@ pub(crate) enum Ticket {
     Probe,
     /// A message of the trickle to unproven subscriptions.
     Doubted,
-}
-
-/// The subscriptions that a hold is for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr)]
-#[strum(serialize_all = "snake_case")]
-pub enum HeldFor {
-    /// All subscriptions.
-    All,
-    /// Subscriptions that nothing was delivered to yet.
-    Unproven,
-}
-
-impl HeldFor {
-    /// The word for these subscriptions.
-    pub fn as_str(self) -> &'static str {
-        self.into()
-    }
 }
 
 impl Default for Gates {

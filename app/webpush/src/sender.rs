@@ -11,14 +11,14 @@ use rustls::RootCertStore;
 use rustls_pki_types::CertificateDer;
 use rustls_pki_types::pem::PemObject;
 
-use crate::circuit_breaker::{Cause, Signal};
+use crate::circuit_breaker::{Cause, HeldFor, Signal};
 use crate::client::PushClient;
 use crate::concurrency_limit::ConcurrencyPermit;
 use crate::connect::{ConnectError, Connector, HttpVersion};
 use crate::connection_pool::ConnectionPool;
 use crate::message::Message;
 use crate::proxy::Proxy;
-use crate::reputation::{HeldFor, Reputation};
+use crate::reputation::Reputation;
 use crate::resolve::{Pin, ResolveError, Resolver};
 use crate::sender_keys::{Keying, SenderKey};
 use crate::service::{Acceptance, Asking, Permit, ServiceStatus, Services};

@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 use tracing::warn;
 
 use crate::addresses::{AddressStatus, ServiceAddresses};
-use crate::circuit_breaker::{Cause, Signal};
-use crate::reputation::{Gates, HeldFor, Reputation, Ticket};
+use crate::circuit_breaker::{Cause, HeldFor, Signal};
+use crate::reputation::{Gates, Reputation, Ticket};
 use crate::target::{Endpoint, HostPattern, Origin, Policy, TargetError, origin_of};
 use crate::vapid::{Claimed, Signer, VapidKey};
 use crate::verdict::is_windows;

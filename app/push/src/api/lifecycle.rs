@@ -13,9 +13,9 @@ use perennial_server::http::scope::RequestScope;
 use serde::{Deserialize, Serialize};
 use tracing::info;
 use utoipa::{IntoParams, ToSchema};
-use uuid::Uuid;
 
 use super::ApiState;
+use super::notifications::{parse, view};
 use crate::api::notify::{RATE_WANTED, rate_milli};
 use crate::model::notification::NotificationView;
 use crate::model::outcome::Outcome;
@@ -104,15 +104,6 @@ async fn change(
     api.flows.changed(id, standing);
     info!(notification = %id, ?change, state = standing.state.as_str(), "changed");
     view(api, site, id).await
-}
-
-fn parse(id: &str) -> Result<Uuid> {
-    Ok(Uuid::parse_str(id).map_err(|_| not_found("notification"))?)
-}
-
-async fn view(api: &ApiState, site: i64, id: Uuid) -> Result<Json<NotificationView>> {
-    let found = api.store.notification(site, id).await?.ok_or_else(|| not_found("notification"))?;
-    Ok(Json(api.progress.view(found)))
 }
 
 /// Follows a notification

@@ -43,10 +43,16 @@ pub(crate) async fn one(
     State(api): State<ApiState>,
     Path(id): Path<String>,
 ) -> Result<Json<NotificationView>> {
-    let id = Uuid::parse_str(&id).map_err(|_| not_found("notification"))?;
-    let notification =
-        api.store.notification(caller.site.0, id).await?.ok_or_else(|| not_found("notification"))?;
-    Ok(Json(api.progress.view(notification)))
+    view(&api, caller.site.0, parse(&id)?).await
+}
+
+pub(super) fn parse(id: &str) -> Result<Uuid> {
+    Ok(Uuid::parse_str(id).map_err(|_| not_found("notification"))?)
+}
+
+pub(super) async fn view(api: &ApiState, site: i64, id: Uuid) -> Result<Json<NotificationView>> {
+    let found = api.store.notification(site, id).await?.ok_or_else(|| not_found("notification"))?;
+    Ok(Json(api.progress.view(found)))
 }
 
 /// All notifications, the newest first

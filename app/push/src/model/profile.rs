@@ -61,24 +61,15 @@ pub(crate) struct KeyPlace {
     pub(crate) shared: String,
 }
 
-/// Reads the profiles of all sites from the settings.
-pub(crate) fn read(settings: &mut Reader<'_>) -> Vec<Profile> {
-    settings.names(SECTION).into_iter().map(|name| read_one(settings, name)).collect()
-}
-
-/// Reads where the VAPID keys of all sites are. No file is read: it may be a pipe.
-pub(crate) fn places(settings: &mut Reader<'_>) -> Vec<KeyPlace> {
+/// Reads where the VAPID keys of all sites are, with the names of the sites. No file is read: it may be a pipe.
+pub(crate) fn places(settings: &mut Reader<'_>) -> Vec<(String, KeyPlace)> {
     let sites = settings.names(SECTION).into_iter();
-    sites.map(|site| place(settings, &format!("{SECTION}.{site}.vapid_key_file"), &site)).collect()
+    sites.map(|site| (site.clone(), place(settings, &site))).collect()
 }
 
 /// Reads the profiles of all sites, with `contact` for sites that have none of their own.
-pub(crate) fn read_with(settings: &mut Reader<'_>, contact: Option<&Contact>) -> Vec<Profile> {
-    let mut profiles = read(settings);
-    for profile in &mut profiles {
-        profile.contact = profile.contact.take().or_else(|| contact.cloned());
-    }
-    profiles
+pub(crate) fn read(settings: &mut Reader<'_>, contact: Option<&Contact>) -> Vec<Profile> {
+    settings.names(SECTION).into_iter().map(|name| read_one(settings, name, contact)).collect()
 }
 
 /// The profiles of the sites that are served. Cloning is cheap.
@@ -112,7 +103,7 @@ impl Profiles {
     }
 }
 
-fn read_one(settings: &mut Reader<'_>, name: String) -> Profile {
+fn read_one(settings: &mut Reader<'_>, name: String, default: Option<&Contact>) -> Profile {
     let key = |part: &str| format!("{SECTION}.{name}.{part}");
     let public_tags: Vec<String> = settings.read_with(&key("public_tags"), "a list of tags", |value| {
         let tags = <Vec<String> as Setting>::read(value)?;
@@ -123,9 +114,9 @@ fn read_one(settings: &mut Reader<'_>, name: String) -> Profile {
         let wanted = "a file with a secret of at least 16 bytes; a shorter one is easy to guess";
         settings.refuse::<()>(&key("user_secret_file"), wanted);
     }
-    let contact = contact(settings, &key("contact"));
+    let contact = contact(settings, &key("contact")).or_else(|| default.cloned());
     let webhooks = webhooks(settings, &key("webhooks"));
-    let vapid = place(settings, &key("vapid_key_file"), &name);
+    let vapid = place(settings, &name);
     Profile { name, public_tags: public_tags.into(), user_secret, webhooks, contact, vapid }
 }
 
@@ -138,7 +129,8 @@ fn contact(settings: &mut Reader<'_>, key: &str) -> Option<Contact> {
     }
 }
 
-fn place(settings: &mut Reader<'_>, key: &str, site: &str) -> KeyPlace {
+fn place(settings: &mut Reader<'_>, site: &str) -> KeyPlace {
+    let key = &format!("{SECTION}.{site}.vapid_key_file");
     let own = if site == sites::DEFAULT { VAPID_KEY.to_owned() } else { format!("vapid.{site}.pem") };
     let file = settings.file(key);
     if file.as_ref().is_some_and(|file| !file.is_absolute()) {

@@ -176,9 +176,9 @@ impl PushStore {
     /// Returns notifications of any site by id. A notification that cannot be read is left out.
     pub(crate) async fn notifications_of(&self, ids: &[Uuid]) -> Result<Vec<Notification>> {
         let columns = columns(self.sql.dialect());
-        let places = vec!["?"; ids.len()].join(", ");
-        let sql = format!("SELECT {columns} FROM notifications WHERE id IN ({places})");
-        let rows = self.sql.query(sql, ids.iter().copied().map(Value::from).collect::<Vec<_>>()).await?;
+        let among = self.sql.dialect().is_among("id", "?");
+        let sql = format!("SELECT {columns} FROM notifications WHERE {among}");
+        let rows = self.sql.query(sql, values![sql::hex_list(ids)]).await?;
         Ok(sql::each(&rows, "notifications", "id", read))
     }
 

@@ -41,11 +41,9 @@ pub(crate) enum Reserved {
 impl PushStore {
     /// Returns the status of notifications; `None` for a notification that cannot be read.
     pub(crate) async fn standings(&self, ids: &[Uuid]) -> Result<Vec<(Uuid, Option<NotificationStatus>)>> {
-        let hex: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
         let among = self.sql.dialect().is_among("id", "?");
         let sql = format!("SELECT id, {} FROM notifications WHERE {among}", NotificationStatus::COLUMNS);
-        let list = serde_json::to_string(&hex).unwrap_or_default();
-        let rows = self.sql.query(sql, values![list]).await?;
+        let rows = self.sql.query(sql, values![sql::hex_list(ids)]).await?;
         let read = |row: &Row| {
             let standing = NotificationStatus::read(row);
             let standing =

@@ -433,6 +433,12 @@ impl Value {
     }
 }
 
+/// Returns ids as a JSON list of hexadecimal texts, for [`Dialect::is_among`].
+pub fn hex_list(ids: &[Uuid]) -> String {
+    let texts: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
+    serde_json::Value::from(texts).to_string()
+}
+
 /// Reads rows one by one. A row that cannot be read is left out and reported under its `id`.
 pub fn each<T>(rows: &[Row], what: &'static str, id: &str, read: impl Fn(&Row) -> Result<T>) -> Vec<T> {
     let read = |row: &Row| read(row).inspect_err(|error| set_apart(what, &row.name(id), error)).ok();
