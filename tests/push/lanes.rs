@@ -34,6 +34,15 @@ async fn origin(perennial: &Perennial) -> Value {
     perennial.admin().get("/origins").await.json()[0].clone()
 }
 
+/// Waits until the push service is held because it asked to wait.
+async fn origin_when_held(perennial: &Perennial) -> Value {
+    eventually("it is held", || async {
+        let origin = origin(perennial).await;
+        (origin["held"] == "throttled").then_some(origin)
+    })
+    .await
+}
+
 #[tokio::test]
 async fn a_service_that_asks_to_wait_is_left_alone_by_all_replicas() {
     let (double, database) = (Double::start().await, Database::new().await);
@@ -160,6 +169,31 @@ async fn those_who_wait_are_counted_once_and_sent_to_when_an_operator_says_so() 
     eventually("what was held is sent", || async { (double.taken().len() >= 100).then_some(()) }).await;
     assert!(began.elapsed() < Duration::from_secs(30), "{:?}", began.elapsed());
     watch().await;
+}
+
+/// An operator ends a hold at the moment at which it begins: members whose batch is just about to be put off wait no
+/// longer than the others.
+#[tokio::test]
+async fn a_hold_that_an_operator_ends_at_once_keeps_no_batch_waiting() {
+    let (double, perennial) = start_with(|setup| setup).await;
+    perennial.subscribe(&double, 200).await;
+    let token = std::fs::read_to_string(perennial.setup.data_dir().join("admin.token")).unwrap();
+    let admin = perennial.admin().with_key(token.trim());
+    for round in 0..10 {
+        double.script(|_| status_answer(429, &[("retry-after", "120")]));
+        let (asked, taken) = (double.asked(), double.taken().len());
+        perennial.notify(&to_all()).await;
+        let held = origin_when_held(&perennial).await;
+        double.script(|_| Answer::Take);
+        let not_asked = 200 - (double.asked() - asked);
+        assert!(not_asked > 100, "round {round}: {not_asked}");
+        let resume = json!({ "origin": held["origin"] });
+        assert_eq!(admin.post("/origins/resume", &resume).await.status, 204);
+        eventually("what was only held is sent", || async {
+            (double.taken().len() >= taken + not_asked).then_some(())
+        })
+        .await;
+    }
 }
 
 /// Each subscription is sent to with the key that it was made with, and a refused key stops no other key.

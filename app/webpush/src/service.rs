@@ -55,6 +55,8 @@ struct KnownKey {
     /// State of each key, with its own circuit breakers: a fault of one key does not affect the others.
     keys: Vec<KeyKnown>,
     used: Instant,
+    /// Time at which all holds were last ended by order. What was sent before proves no new hold.
+    opened: Option<Instant>,
 }
 
 /// State of one key at a push service.
@@ -180,7 +182,12 @@ impl Service {
             origin,
             claimed: Claimed::default(),
             addresses: ServiceAddresses::default(),
-            known: Mutex::new(KnownKey { gates: Gates::default(), keys: Vec::new(), used: Instant::now() }),
+            known: Mutex::new(KnownKey {
+                gates: Gates::default(),
+                keys: Vec::new(),
+                used: Instant::now(),
+                opened: None,
+            }),
             clock: Mutex::default(),
             answers: AtomicU64::new(0),
             dialed: Mutex::default(),
@@ -195,8 +202,14 @@ impl Service {
         let now = Instant::now();
         let mut known = self.known.lock();
         known.used = now;
-        let mut permit =
-            Permit { service: self, signer: key.signer(), who, of_key: Ticket::Open, of_all: Ticket::Open };
+        let mut permit = Permit {
+            service: self,
+            signer: key.signer(),
+            who,
+            began: now,
+            of_key: Ticket::Open,
+            of_all: Ticket::Open,
+        };
         if let Some(gates) = known.gates_of(permit.signer) {
             permit.of_key = gates.admit(who, urgent, now)?;
         }
@@ -266,6 +279,7 @@ impl Service {
     /// Closes all circuit breakers of the service and of its keys.
     fn open(&self) {
         let mut known = self.known.lock();
+        known.opened = Some(Instant::now());
         known.gates.open();
         known.keys.iter_mut().for_each(|key| key.gates = None);
     }
@@ -315,6 +329,7 @@ pub(crate) struct Permit<'a> {
     service: &'a Service,
     signer: Signer,
     who: Reputation,
+    began: Instant,
     /// Tickets of the circuit breakers of the key, and of those of the service.
     of_key: Ticket,
     of_all: Ticket,
@@ -337,6 +352,8 @@ impl Permit<'_> {
         }
         let (id, now) = (id.finish(), Instant::now());
         let mut known = self.service.known.lock();
+        let is_stale = known.opened.is_some_and(|opened| self.began < opened);
+        let signal = if is_stale && signal != Signal::Success { Signal::Nothing } else { signal };
         let closed = known.note_key(self.signer, signal, of_key, self.who, id);
         // A service that refuses a key can be reached, and does not choke.
         let signal = if signal == Signal::Unauthorized { Signal::Answered } else { signal };
@@ -443,5 +460,30 @@ fn budget(pattern: &HostPattern) -> usize {
         HostPattern::Any => MAX_OF_ANY,
         HostPattern::Below(_) => MAX_OF_SUFFIX,
         HostPattern::Exact(_) => MAX_OF_NAME,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_under_way_when_an_operator_ends_a_hold_begin_no_new_one() {
+        let policy = Policy::default();
+        let endpoint = |number: u32| policy.check(&format!("https://fcm.googleapis.com/{number}")).unwrap();
+        let service = Service::new(Arc::clone(&endpoint(0).origin));
+        let key = VapidKey::generate().unwrap();
+        let asking = Asking { key: &key, who: Reputation::Proven, urgent: false };
+        let throttled = Signal::Throttled(Some(Duration::from_secs(120)));
+        let send = |count| (0..count).map(|_| service.admit(asking).unwrap()).collect::<Vec<_>>();
+        let end = |permits: Vec<Permit<'_>>| {
+            (0..).zip(permits).any(|(number, permit)| permit.end(throttled, &endpoint(number)))
+        };
+        let under_way = send(100);
+        assert!(end(send(20)));
+        assert!(service.admit(asking).is_err());
+        service.open();
+        assert!(!end(under_way));
+        assert!(end(send(20)), "what is sent after that counts");
     }
 }

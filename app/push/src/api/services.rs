@@ -124,6 +124,7 @@ async fn resume(State(api): State<ApiState>, Json(request): Json<ResumeRequest>)
     if !known {
         return Err(FieldError::new("origin", "an origin of GET /origins").into());
     }
+    api.services.note_resumed();
     api.store.resume_service(&request.origin).await?;
     api.services.is_told.store(true, Ordering::Relaxed);
     // In a shared store, the jobs are due after the other processes have read the change.

@@ -56,6 +56,8 @@ pub(crate) struct BatchRun<'a> {
     place: Option<PlaceInLine>,
     batch: Arc<Batch>,
     outgoing: Arc<Outgoing>,
+    /// Number of holds that operators had ended when the run began.
+    resumed: u64,
     waiting: std::vec::IntoIter<Member>,
     /// Id after which the range of the batch goes on, if this run has not all of its members.
     rest_after: Option<i64>,
@@ -107,6 +109,7 @@ impl<'a> BatchRun<'a> {
             flow,
             place: Some(flow.stand_in_line(batch.id)),
             outgoing: Arc::new(Outgoing::new(delivery, context.queue(), &batch, &members, waited, keys)?),
+            resumed: delivery.services.resumed(),
             rest_after,
             progress: progress(delivery, context, &batch),
             ended: Vec::new(),
@@ -163,8 +166,7 @@ impl<'a> BatchRun<'a> {
             }
             if saving.is_none() && self.progress.should_record(idle, Instant::now()) {
                 let (count, checkpoint) = self.checkpoint(None)?;
-                let batch = Arc::clone(&self.batch);
-                saving = Some(Box::pin(save(self.delivery, self.context, batch, checkpoint, count)));
+                saving = Some(Box::pin(self.save(checkpoint, count)));
             }
             let due = self.progress.due().filter(|_| saving.is_none());
             let rank = pause.and(self.place.as_ref()).map_or(0, PlaceInLine::rank);
@@ -310,7 +312,7 @@ impl<'a> BatchRun<'a> {
             Some(after) => Some(RestOfBatch { after, job: self.job(queues::BULK_QUEUE)? }),
             None => None,
         };
-        save(self.delivery, self.context, Arc::clone(&self.batch), checkpoint, 0).await?;
+        self.save(checkpoint, 0).await?;
         self.log(finished);
         Ok(match stop {
             _ if finished => JobOutcome::Done,

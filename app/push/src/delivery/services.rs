@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use parking_lot::Mutex;
@@ -16,7 +16,8 @@ use tracing::{error, info, warn};
 
 use super::DeliveryContext;
 use crate::model::endpoint::origin;
-use crate::store::HeldService;
+use crate::model::jobs::Deliver;
+use crate::store::{HeldService, WaitingBatch};
 
 /// Time between two exchanges.
 pub(crate) const EXCHANGE: Duration = Duration::from_secs(1);
@@ -27,6 +28,8 @@ const AGAIN_MS: i64 = 5000;
 
 /// One exchange in this number reads everything again.
 const ALL_ONE_IN: u64 = 60;
+/// An operator's end of a hold that is younger than this also ends a hold which the store does not know yet.
+const RECENT: Duration = Duration::from_secs(5);
 /// Maximum number of holds that are stored at once: those of services that visitors bring can wait.
 const HOLDS: usize = 64;
 /// Maximum number of log lines about holds in `TELL_AGAIN`.
@@ -107,7 +110,10 @@ impl ServiceExchange {
             if self.seen.insert(held.origin.clone(), held.changed_at) == Some(held.changed_at) {
                 continue;
             }
-            self.hear(sender, &held);
+            if self.hear(sender, &held) {
+                let woken = delivery.resumed(&held.origin).await?;
+                info!(woken, origin = held.origin, "an operator lets a push service be sent to again");
+            }
         }
         let seen = &self.seen;
         self.known.retain(|(origin, _), until| seen.contains_key(origin) || *until > Instant::now());
@@ -155,8 +161,10 @@ impl ServiceExchange {
                     "nothing is sent to a push service"
                 );
             }
-            delivery.store.hold_service(&origin, wait, &word(cause, whom)).await?;
-            self.known.insert((origin, whom), until);
+            // What an operator has just ended is written by the next exchange, if it is still held then.
+            if delivery.store.hold_service(&origin, wait, &word(cause, whom)).await? {
+                self.known.insert((origin, whom), until);
+            }
         }
         self.refusing.retain(|_, until| *until > now);
         Ok(())
@@ -180,8 +188,8 @@ impl ServiceExchange {
         *count <= LINES
     }
 
-    /// Applies a change by another replica or an operator.
-    fn hear(&mut self, sender: &Sender, held: &HeldService) {
+    /// Applies a change by another replica or an operator. Returns true when it ended a hold.
+    fn hear(&mut self, sender: &Sender, held: &HeldService) -> bool {
         let of = |whom| (held.origin.clone(), whom);
         match (held.wait, parse_word(&held.cause)) {
             // Earlier versions also stored the refusal of a key, like a hold of all messages.
@@ -193,13 +201,12 @@ impl ServiceExchange {
             (None, _) => {
                 let was_held = [HeldFor::All, HeldFor::Unproven].map(|whom| self.known.remove(&of(whom)));
                 let was_refusing = self.refusing.remove(&held.origin);
-                let was_held = was_held.into_iter().chain([was_refusing]).flatten().next();
-                if was_held.is_some() && sender.resume(&held.origin) {
-                    info!(origin = held.origin, "an operator lets a push service be sent to again");
-                }
+                let was_held = was_held.into_iter().chain([was_refusing]).any(|until| until.is_some());
+                return (was_held || held.age < RECENT) && sender.resume(&held.origin);
             }
             _ => {}
         }
+        false
     }
 }
 
@@ -239,6 +246,35 @@ pub(crate) struct HeldServices {
     pub(crate) at_risk: AtRisk,
     /// True when an operator has changed a push service through this process.
     pub(crate) is_told: AtomicBool,
+    /// Number of holds that operators have ended, here or at another replica.
+    resumed: AtomicU64,
+}
+
+impl HeldServices {
+    /// Records that an operator has ended a hold: batches that are being put off because of it are woken.
+    pub(crate) fn note_resumed(&self) {
+        self.resumed.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Number of holds that operators have ended.
+    pub(crate) fn resumed(&self) -> u64 {
+        self.resumed.load(Ordering::Relaxed)
+    }
+}
+
+impl DeliveryContext {
+    /// Sends at once to the batches that wait for a push service whose hold was ended at another replica. Returns
+    /// their number.
+    async fn resumed(&self, origin: &str) -> anyhow::Result<usize> {
+        self.services.note_resumed();
+        self.wake(origin).await
+    }
+
+    /// Sends at once to the batches that wait for a push service. Returns their number.
+    pub(crate) async fn wake(&self, origin: &str) -> anyhow::Result<usize> {
+        let new_job = |waiting: &WaitingBatch| Deliver::woken(&self.config, waiting);
+        Ok(self.store.wake_batches(origin, new_job).await?)
+    }
 }
 
 /// Number of subscriptions of each push service that are at risk of being given up: they were refused, and nothing

@@ -12,6 +12,9 @@ use super::{PushStore, now_ms};
 /// How long acceptances of services are kept, in milliseconds, and the largest number of them.
 const ACCEPTANCES: (i64, i64) = (90 * 24 * 3600 * 1000, 10_000);
 
+/// The end of a hold by an operator stays at least this long, in which all replicas read it.
+const RESUMED: Duration = Duration::from_secs(2);
+
 /// A push service whose hold has begun or ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct HeldService {
@@ -21,11 +24,15 @@ pub(crate) struct HeldService {
     pub(crate) cause: String,
     /// Time of the change by the store's clock, in milliseconds since 1970.
     pub(crate) changed_at: i64,
+    /// Time since the change.
+    pub(crate) age: Duration,
 }
 
 impl PushStore {
-    /// Records that a service is held for `wait`. A hold that ends later stays.
-    pub(crate) async fn hold_service(&self, origin: &str, wait: Duration, cause: &str) -> Result<()> {
+    /// Records that a service is held for `wait`. A hold that ends later stays, and so does the end of a hold by an
+    /// operator for [`RESUMED`]: the replica that asks may not have read it yet. Returns false when nothing was
+    /// written.
+    pub(crate) async fn hold_service(&self, origin: &str, wait: Duration, cause: &str) -> Result<bool> {
         let now = self.now();
         let wait = i64::try_from(wait.as_millis()).unwrap_or(i64::MAX);
         let sql = format!(
@@ -33,9 +40,11 @@ impl PushStore {
              VALUES (?1, {now} + ?2, ?3, {now})
              ON CONFLICT (origin) DO UPDATE
              SET held_until = excluded.held_until, cause = excluded.cause, changed_at = excluded.changed_at
-             WHERE known.held_until IS NULL OR known.held_until < excluded.held_until"
+             WHERE known.held_until < excluded.held_until
+             OR (known.held_until IS NULL AND known.changed_at <= {now} - ?4)"
         );
-        self.sql.execute(sql, values![origin, wait, cause]).await.map(drop)
+        let resumed = i64::try_from(RESUMED.as_millis()).unwrap_or(i64::MAX);
+        Ok(self.sql.execute(sql, values![origin, wait, cause, resumed]).await? > 0)
     }
 
     /// Records that a service is sent to again.
@@ -52,17 +61,18 @@ impl PushStore {
     pub(crate) async fn held_services(&self, changed_at: i64) -> Result<Vec<HeldService>> {
         let now = self.now();
         let sql = format!(
-            "SELECT origin, cause, changed_at, held_until - {now} AS wait FROM push_services
+            "SELECT origin, cause, changed_at, {now} - changed_at AS age, held_until - {now} AS wait FROM push_services
              WHERE changed_at > ? AND changed_at > 0 ORDER BY changed_at DESC LIMIT 2048"
         );
         let rows = self.sql.query(sql, values![changed_at]).await?;
+        let duration = |ms: i64| Duration::from_millis(u64::try_from(ms).unwrap_or_default());
         let read = |row: &perennial_store::pool::sql::Row| {
-            let wait: Option<i64> = row.get("wait")?;
             Ok(HeldService {
                 origin: row.get("origin")?,
-                wait: wait.map(|wait| Duration::from_millis(u64::try_from(wait).unwrap_or_default())),
+                wait: row.get::<Option<i64>>("wait")?.map(duration),
                 cause: row.get::<Option<String>>("cause")?.unwrap_or_default(),
                 changed_at: row.get("changed_at")?,
+                age: duration(row.get("age")?),
             })
         };
         Ok(sql::each(&rows, "push_services", "origin", read))

@@ -1,6 +1,6 @@
 //! What a checkpoint says of each member, and writing it.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -42,7 +42,7 @@ struct Group {
     waits_for: Option<String>,
 }
 
-impl BatchRun<'_> {
+impl<'a> BatchRun<'a> {
     /// Makes a checkpoint of the sends that have ended, and returns the number of members that it records. With `left`, members
     /// that were never sent to have this outcome: nothing is in flight any more.
     pub(super) fn checkpoint(&mut self, left: Option<Outcome>) -> anyhow::Result<(usize, Checkpoint)> {
@@ -83,6 +83,28 @@ impl BatchRun<'_> {
             .filter(|name| self.delivery.webhooks.wants_pruned(SiteId(self.batch.site), name));
         checkpoint.outcomes = outcomes.into_iter().collect();
         Ok((count, checkpoint))
+    }
+
+    /// Writes a checkpoint, and returns `count`. Members that were put off because of a hold do not wait for its end
+    /// if an operator has ended it during this run: the operator's request woke only what waited already.
+    pub(super) fn save(
+        &self,
+        checkpoint: Checkpoint,
+        count: usize,
+    ) -> impl Future<Output = anyhow::Result<usize>> + use<'a> {
+        let (delivery, context, batch) = (self.delivery, self.context, Arc::clone(&self.batch));
+        let resumed = self.resumed;
+        let deferred = checkpoint.deferred.iter();
+        let held: BTreeSet<_> = deferred.filter_map(|deferred| deferred.waits_for.clone()).collect();
+        async move {
+            save(delivery, context, batch, checkpoint, count).await?;
+            if delivery.services.resumed() != resumed {
+                for origin in held {
+                    delivery.wake(&origin).await?;
+                }
+            }
+            Ok(count)
+        }
     }
 
     /// Writes down what a decided member means for the log of deliveries and for its subscription.
