@@ -12,6 +12,7 @@ mod module;
 mod refused;
 mod scope;
 mod sockets;
+mod sql;
 mod succession;
 mod supervised;
 mod tcp;

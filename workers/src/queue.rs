@@ -69,6 +69,7 @@ impl From<sql::Error> for Error {
         match error {
             sql::Error::Sqlite(error) => Self::Sqlite(error),
             sql::Error::Postgres(error) => Self::Postgres(error),
+            sql::Error::Refused { source, .. } => Self::from(*source),
             error @ (sql::Error::Unreadable { .. } | sql::Error::Unwritable(_) | sql::Error::Awaited) => {
                 Self::Unreadable(error.to_string())
             }
@@ -476,8 +477,12 @@ mod tests {
 
     #[test]
     fn what_went_wrong_in_a_transaction_keeps_its_name() {
-        let unreadable =
-            sql::Error::Unreadable { column: "x".into(), wanted: "a text", found: "a blob".into() };
+        let unreadable = sql::Error::Unreadable {
+            column: "x".into(),
+            wanted: "a text",
+            found: "a blob".into(),
+            statement: None,
+        };
         assert!(matches!(Error::from(unreadable), Error::Unreadable(reason) if reason.contains("column x")));
         assert!(matches!(
             Error::from(sql::Error::Sqlite(sqlite::Error::Slow)),

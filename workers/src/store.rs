@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use jiff::Timestamp;
 use perennial_runtime::drain::Drain;
-use perennial_store::pool::sql::{self, Tx};
+use perennial_store::pool::sql::{self, Engine, Tx};
 use tracing::warn;
 use uuid::Uuid;
 
@@ -228,11 +228,14 @@ impl JobStore {
 
 /// Adds jobs to the tables beside the rows of a transaction.
 pub(crate) async fn insert_jobs<T: Tx>(tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
-    if let Some(connection) = tx.sqlite() {
-        sqlite::insert_jobs(connection, jobs)?;
-    }
-    if let Some(transaction) = tx.postgres() {
-        postgres::insert_jobs(transaction, jobs).await?;
+    match tx.engine() {
+        Engine::Sqlite(connection) => drop(sqlite::insert_jobs(connection, jobs)?),
+        Engine::SqliteSession(session) => {
+            let jobs = jobs.to_vec();
+            session.run(move |connection| Ok(sqlite::insert_jobs(connection, &jobs).map(drop)?)).await?;
+        }
+        Engine::Postgres(transaction) => drop(postgres::insert_jobs(transaction, jobs).await?),
+        Engine::PostgresSession(transaction) => drop(postgres::insert_jobs(transaction, jobs).await?),
     }
     Ok(())
 }

@@ -33,6 +33,8 @@ use std::process::ExitCode;
 // Crates for modules, in the versions that the host has.
 pub use perennial_runtime as runtime;
 pub use perennial_store as store;
+pub use perennial_store::pool::sql;
+pub use perennial_store::{transact, values};
 pub use perennial_workers as workers;
 pub use {anyhow, axum, clap, rusqlite, toml};
 

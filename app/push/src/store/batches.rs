@@ -521,6 +521,7 @@ fn unreadable(column: &str) -> impl Fn(serde_json::Error) -> sql::Error {
         column: column.to_owned(),
         wanted: "JSON as this program writes it",
         found: error.to_string(),
+        statement: None,
     }
 }
 

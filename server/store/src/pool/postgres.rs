@@ -10,10 +10,11 @@ use std::convert::Infallible;
 use std::fmt;
 use std::future::{Future, poll_fn};
 use std::path::PathBuf;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
 use std::str::FromStr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
+use std::task::{Context, Waker};
 use std::time::Duration;
 
 use deadpool_postgres::{Manager, ManagerConfig, Object, Pool, PoolError, RecyclingMethod, TimeoutType};
@@ -127,6 +128,9 @@ pub enum Error {
     /// The server refused, or the connection broke off.
     #[error("postgres")]
     Sql(#[from] tokio_postgres::Error),
+    /// A statement of the transaction failed before its commit, which Postgres would answer like any other.
+    #[error("a statement of the transaction has failed before, so all of it is undone")]
+    Aborted,
     /// The store was written by a newer version of the program.
     #[error(transparent)]
     Newer(#[from] Newer),
@@ -169,7 +173,7 @@ impl Error {
                 None => is_broken(error),
                 Some(code) => is_passing(code),
             },
-            Self::Url | Self::Newer(_) | Self::Encoding(_) | Self::Setting { .. } => false,
+            Self::Url | Self::Newer(_) | Self::Encoding(_) | Self::Setting { .. } | Self::Aborted => false,
         }
     }
 }
@@ -497,7 +501,11 @@ impl Postgres {
         Ok(PostgresConnection {
             object: Some(self.reach().pool.get().await?),
             _held: self.0.holders.hold(),
-            answers: Answers { missing: AtomicUsize::new(0), is_full: Arc::clone(&self.0.is_full) },
+            answers: Answers {
+                missing: AtomicUsize::new(0),
+                is_full: Arc::clone(&self.0.is_full),
+                is_aborted: AtomicBool::new(false),
+            },
             timeout: self.0.config.statement_timeout + GRACE,
             abandoned: self.0.abandoned.clone(),
         })
@@ -666,6 +674,9 @@ async fn asked<T>(
     if !answered.as_ref().is_err_and(|error| matches!(error, Error::Slow) || error.is_read_only()) {
         answers.missing.fetch_sub(1, Ordering::Relaxed);
     }
+    if answered.is_err() {
+        answers.is_aborted.store(true, Ordering::Relaxed);
+    }
     if answered.as_ref().is_err_and(Error::is_full) {
         answers.is_full.store(true, Ordering::Release);
     }
@@ -678,6 +689,15 @@ struct Answers {
     missing: AtomicUsize,
     /// True when the disk of the server is full.
     is_full: Arc<AtomicBool>,
+    /// True when a statement has failed since the last transaction began.
+    is_aborted: AtomicBool,
+}
+
+impl Answers {
+    /// Checks before a commit that every statement of the transaction was successful.
+    fn check_commit(&self) -> Result<()> {
+        if self.is_aborted.load(Ordering::Relaxed) { Err(Error::Aborted) } else { Ok(()) }
+    }
 }
 
 impl PostgresConnection {
@@ -689,7 +709,19 @@ impl PostgresConnection {
         let Self { object, answers, timeout, .. } = self;
         let Some(object) = object else { return Err(Error::Busy) };
         let inner = asked(answers, *timeout, object.transaction()).await?;
+        answers.is_aborted.store(false, Ordering::Relaxed);
         Ok(Transaction { inner, answers, timeout: *timeout })
+    }
+
+    /// Begins a transaction that owns the connection.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn into_transaction(self) -> Result<PostgresTransaction> {
+        let begin = self.client()?.batch_execute("BEGIN");
+        asked(&self.answers, self.timeout, begin).await?;
+        self.answers.is_aborted.store(false, Ordering::Relaxed);
+        Ok(PostgresTransaction { connection: self, is_open: true })
     }
 
     fn client(&self) -> Result<&deadpool_postgres::ClientWrapper> {
@@ -704,6 +736,48 @@ impl Session for PostgresConnection {
 
     async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
         asked(&self.answers, self.timeout, self.client()?.execute_typed(sql, parameters)).await
+    }
+}
+
+/// A transaction that owns its connection. It is rolled back when it drops without [`PostgresTransaction::commit`].
+#[derive(Debug)]
+pub struct PostgresTransaction {
+    connection: PostgresConnection,
+    is_open: bool,
+}
+
+impl PostgresTransaction {
+    /// Commits the transaction.
+    ///
+    /// # Errors
+    /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a broken connection.
+    pub async fn commit(mut self) -> Result<()> {
+        self.connection.answers.check_commit()?;
+        self.is_open = false;
+        let commit = self.connection.client()?.batch_execute("COMMIT");
+        asked(&self.connection.answers, self.connection.timeout, commit).await
+    }
+}
+
+impl Session for PostgresTransaction {
+    async fn query(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<Vec<Row>> {
+        Session::query(&self.connection, sql, parameters).await
+    }
+
+    async fn execute(&self, sql: &str, parameters: &[Parameter<'_>]) -> Result<u64> {
+        Session::execute(&self.connection, sql, parameters).await
+    }
+}
+
+impl Drop for PostgresTransaction {
+    fn drop(&mut self) {
+        if self.is_open
+            && let Ok(client) = self.connection.client()
+        {
+            // The first poll puts the statement into the queue of the connection, before that of the next caller.
+            let mut rollback = pin!(client.batch_execute("ROLLBACK"));
+            let _ = rollback.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        }
     }
 }
 
@@ -762,6 +836,7 @@ impl Transaction<'_> {
     /// # Errors
     /// See [`Error`]. Whether it was committed is not known after [`Error::Slow`] or a broken connection.
     pub async fn commit(self) -> Result<()> {
+        self.answers.check_commit()?;
         asked(self.answers, self.timeout, self.inner.commit()).await
     }
 

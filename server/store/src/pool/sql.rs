@@ -7,107 +7,41 @@
 //! server between two statements; on SQLite it runs to its end in the writer's thread, in a savepoint of the next
 //! commit.
 
+mod error;
 mod placeholders;
+mod row;
+mod stream;
+mod transaction;
+mod value;
 
 use std::borrow::Cow;
-use std::fmt::Write as _;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::params_from_iter;
-use rusqlite::types::{ToSqlOutput, ValueRef};
-use tokio_postgres::types::{ToSql, Type};
+use rusqlite::types::ValueRef;
+use serde_json::Value as Json;
+use tokio_postgres::types::Type;
 use uuid::Uuid;
 
 use super::migrations::Migrations;
-use super::postgres::{self, Parameter, Postgres, Session, Transaction};
+use super::postgres::{self, Parameter, Postgres, PostgresTransaction, Session, Transaction};
 use super::sqlite::{self, Sqlite};
 use super::status::PoolStatus;
-use super::unreadable::set_apart;
-use perennial_runtime::backoff::Backoff;
+use row::Columns;
 
+pub use error::{Error, Statement};
+#[doc(hidden)]
+pub use error::{ROLLBACKS, after_rollback};
+pub use perennial_store_derive::FromRow;
+pub use row::{FromRow, FromValue, Row, each};
 #[doc(hidden)]
 pub use rusqlite::Connection;
-
-/// Error of a statement.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// SQLite.
-    #[error(transparent)]
-    Sqlite(sqlite::Error),
-    /// Postgres.
-    #[error(transparent)]
-    Postgres(#[from] postgres::Error),
-    /// A value cannot be stored.
-    #[error("a value cannot be stored")]
-    Unwritable(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// An `async fn` in a transaction on SQLite awaited something other than its statements, which would block the
-    /// writer for all other callers. This is a mistake of the program.
-    #[error("a transaction on SQLite awaited something else than its statements")]
-    Awaited,
-    /// A value of a row has the wrong type. Another program wrote it, or the disk is damaged.
-    #[error("the column {column} is {found}, and {wanted} is wanted")]
-    Unreadable {
-        /// Name or number of the column.
-        column: String,
-        /// Description of the wanted type.
-        wanted: &'static str,
-        /// Description of the value.
-        found: String,
-    },
-}
-
-/// Pause between two attempts of a transaction.
-const AGAIN: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_millis(200));
-
-impl Error {
-    /// Returns true when the server has rolled the transaction back in favour of another one.
-    pub fn is_rollback(&self) -> bool {
-        matches!(self, Self::Postgres(error) if error.is_rollback())
-    }
-
-    /// Returns true when a statement was interrupted by its time limit.
-    pub fn is_late(&self) -> bool {
-        matches!(self, Self::Sqlite(sqlite::Error::Late) | Self::Postgres(postgres::Error::Slow))
-    }
-
-    /// Returns true when the error is transient: the request is valid and may succeed in a moment.
-    pub fn is_passing(&self) -> bool {
-        match self {
-            Self::Sqlite(error) => error.is_passing(),
-            Self::Postgres(error) => error.is_passing(),
-            Self::Unreadable { .. } | Self::Unwritable(_) | Self::Awaited => false,
-        }
-    }
-
-    /// Converts the error for a closure of the SQLite writer. [`Error::from`] converts it back.
-    pub(super) fn into_sqlite(self) -> sqlite::Error {
-        match self {
-            Self::Sqlite(error) => error,
-            other => sqlite::Error::Caller(Box::new(other)),
-        }
-    }
-}
-
-impl From<rusqlite::Error> for Error {
-    fn from(error: rusqlite::Error) -> Self {
-        Self::Sqlite(error.into())
-    }
-}
-
-impl From<sqlite::Error> for Error {
-    fn from(error: sqlite::Error) -> Self {
-        match error {
-            // An error of this type, on its way out of a closure.
-            sqlite::Error::Caller(inner) => match inner.downcast::<Self>() {
-                Ok(own) => *own,
-                Err(inner) => Self::Sqlite(sqlite::Error::Caller(inner)),
-            },
-            error => Self::Sqlite(error),
-        }
-    }
-}
+pub use rust_decimal::Decimal;
+pub use stream::RowStream;
+pub use transaction::{SqliteSession, StoreTransaction};
+pub use value::{ArrayElement, AsJson, Bind, Element, Value};
 
 /// The result of a statement.
 pub type Result<T> = std::result::Result<T, Error>;
@@ -197,252 +131,15 @@ impl Dialect {
 
     /// The statement with placeholders in the notation of the store.
     fn statement(self, sql: &str) -> Cow<'_, str> {
-        if self == Self::Sqlite || !sql.contains('?') {
+        let (others, own) = match self {
+            Self::Sqlite => ('$', '?'),
+            Self::Postgres => ('?', '$'),
+        };
+        if !sql.contains(others) {
             return Cow::Borrowed(sql);
         }
-        Cow::Owned(placeholders::numbered(sql))
+        Cow::Owned(placeholders::numbered(sql, own))
     }
-}
-
-/// A parameter, or a value of a row.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Value {
-    /// A whole number.
-    Integer(Option<i64>),
-    /// A text.
-    Text(Option<String>),
-    /// Bytes.
-    Blob(Option<Vec<u8>>),
-    /// True or false; a number on SQLite.
-    Bool(Option<bool>),
-    /// A value that no row of this program has: a text that is not UTF-8, or a value of a type that is not read.
-    Foreign {
-        /// Description of its type.
-        kind: &'static str,
-        /// Its bytes, as far as they are known.
-        bytes: Vec<u8>,
-    },
-}
-
-macro_rules! into_value {
-    ($($from:ty => $variant:ident($convert:expr)),* $(,)?) => {$(
-        impl From<$from> for Value {
-            fn from(value: $from) -> Self {
-                let convert: fn($from) -> _ = $convert;
-                Self::$variant(convert(value))
-            }
-        }
-    )*};
-}
-
-into_value! {
-    i64 => Integer(Some),
-    u32 => Integer(|value| Some(i64::from(value))),
-    u64 => Integer(|value| Some(i64::try_from(value).unwrap_or(i64::MAX))),
-    usize => Integer(|value| Some(i64::try_from(value).unwrap_or(i64::MAX))),
-    Option<i64> => Integer(|value| value),
-    bool => Bool(Some),
-    &str => Text(|value| Some(value.to_owned())),
-    &String => Text(|value| Some(value.clone())),
-    String => Text(Some),
-    Option<String> => Text(|value| value),
-    &Option<String> => Text(Option::clone),
-    &[u8] => Blob(|value| Some(value.to_vec())),
-    Vec<u8> => Blob(Some),
-    &Vec<u8> => Blob(|value| Some(value.clone())),
-    Uuid => Blob(|value| Some(value.as_bytes().to_vec())),
-}
-
-impl<const N: usize> From<[u8; N]> for Value {
-    fn from(value: [u8; N]) -> Self {
-        Self::Blob(Some(value.to_vec()))
-    }
-}
-
-impl<const N: usize> From<&[u8; N]> for Value {
-    fn from(value: &[u8; N]) -> Self {
-        Self::Blob(Some(value.to_vec()))
-    }
-}
-
-impl rusqlite::ToSql for Value {
-    fn to_sql(&self) -> rusqlite::Result<ToSqlOutput<'_>> {
-        Ok(ToSqlOutput::Borrowed(match self {
-            Self::Integer(Some(value)) => ValueRef::Integer(*value),
-            Self::Bool(Some(value)) => ValueRef::Integer(i64::from(*value)),
-            Self::Text(Some(value)) => ValueRef::Text(value.as_bytes()),
-            Self::Blob(Some(value)) | Self::Foreign { bytes: value, .. } => ValueRef::Blob(value),
-            _ => ValueRef::Null,
-        }))
-    }
-}
-
-impl Value {
-    fn parameter(&self) -> Parameter<'_> {
-        let (value, kind): (&(dyn ToSql + Sync), Type) = match self {
-            Self::Integer(value) => (value, Type::INT8),
-            Self::Bool(value) => (value, Type::BOOL),
-            Self::Text(value) => (value, Type::TEXT),
-            Self::Blob(value) => (value, Type::BYTEA),
-            Self::Foreign { bytes, .. } => (bytes, Type::BYTEA),
-        };
-        (value, kind)
-    }
-}
-
-/// A type that a value of a row can be read as.
-pub trait FromValue: Sized {
-    /// Description of the type, for errors.
-    const WANTED: &'static str;
-
-    /// Converts the value; `None` when it is of another type.
-    fn from_value(value: &Value) -> Option<Self>;
-}
-
-macro_rules! from_value {
-    ($($to:ty, $wanted:literal: $pattern:pat => $value:expr),* $(,)?) => {$(
-        impl FromValue for $to {
-            const WANTED: &'static str = $wanted;
-
-            fn from_value(value: &Value) -> Option<Self> {
-                match value {
-                    $pattern => $value,
-                    _ => None,
-                }
-            }
-        }
-    )*};
-}
-
-from_value! {
-    i64, "a whole number": Value::Integer(Some(value)) => Some(*value),
-    u64, "a whole number from 0": Value::Integer(Some(value)) => u64::try_from(*value).ok(),
-    u32, "a whole number from 0 to 4294967295": Value::Integer(Some(value)) => u32::try_from(*value).ok(),
-    usize, "a whole number from 0": Value::Integer(Some(value)) => usize::try_from(*value).ok(),
-    String, "a text in UTF-8": Value::Text(Some(value)) => Some(value.clone()),
-    Vec<u8>, "bytes": Value::Blob(Some(value)) => Some(value.clone()),
-    Uuid, "16 bytes": Value::Blob(Some(value)) => Uuid::from_slice(value).ok(),
-}
-
-impl FromValue for bool {
-    const WANTED: &'static str = "true or false";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        match value {
-            Value::Bool(Some(value)) => Some(*value),
-            Value::Integer(Some(value)) => Some(*value != 0),
-            _ => None,
-        }
-    }
-}
-
-impl<const N: usize> FromValue for [u8; N] {
-    const WANTED: &'static str = "bytes of a certain length";
-
-    fn from_value(value: &Value) -> Option<Self> {
-        Vec::from_value(value)?.try_into().ok()
-    }
-}
-
-impl<T: FromValue> FromValue for Option<T> {
-    const WANTED: &'static str = T::WANTED;
-
-    fn from_value(value: &Value) -> Option<Self> {
-        match value {
-            Value::Integer(None) | Value::Text(None) | Value::Blob(None) | Value::Bool(None) => Some(None),
-            value => T::from_value(value).map(Some),
-        }
-    }
-}
-
-/// A row that a statement returned.
-#[derive(Clone, Debug)]
-pub struct Row {
-    /// Names of the columns, shared by all rows.
-    names: Arc<[String]>,
-    values: Vec<Value>,
-}
-
-impl Row {
-    /// The value of a column.
-    ///
-    /// # Errors
-    /// [`Error::Unreadable`] when there is no such column, or its value is of another kind.
-    pub fn get<T: FromValue>(&self, column: &str) -> Result<T> {
-        self.read(column, self.value(column))
-    }
-
-    /// The value of the first column.
-    ///
-    /// # Errors
-    /// [`Error::Unreadable`] when it is of another kind.
-    pub fn first<T: FromValue>(&self) -> Result<T> {
-        self.read("1", self.values.first())
-    }
-
-    fn read<T: FromValue>(&self, column: &str, value: Option<&Value>) -> Result<T> {
-        value.and_then(T::from_value).ok_or_else(|| Error::Unreadable {
-            column: column.to_owned(),
-            wanted: T::WANTED,
-            found: value.map_or_else(|| "not there".to_owned(), Value::describe),
-        })
-    }
-
-    /// The value of a column as it is; `None` when there is no such column.
-    pub fn value(&self, column: &str) -> Option<&Value> {
-        self.values.get(self.names.iter().position(|name| name == column)?)
-    }
-
-    /// The name of the row in the log: the value of its column `id`, in printable form.
-    pub fn name(&self, id: &str) -> String {
-        match self.value(id) {
-            Some(Value::Integer(Some(number))) => number.to_string(),
-            Some(Value::Text(Some(text))) => text.clone(),
-            Some(Value::Blob(Some(bytes)) | Value::Foreign { bytes, .. }) => {
-                bytes.iter().take(16).fold(String::new(), |mut hex, byte| {
-                    let _ = write!(hex, "{byte:02x}");
-                    hex
-                })
-            }
-            _ => "?".to_owned(),
-        }
-    }
-
-    /// Approximate size of the values, in bytes.
-    pub fn bytes(&self) -> usize {
-        let of = |value: &Value| match value {
-            Value::Text(Some(text)) => text.len(),
-            Value::Blob(Some(bytes)) | Value::Foreign { bytes, .. } => bytes.len(),
-            _ => size_of::<i64>(),
-        };
-        self.values.iter().map(of).sum()
-    }
-}
-
-impl Value {
-    /// Description of the value, for errors.
-    fn describe(&self) -> String {
-        match self {
-            Self::Integer(None) | Self::Text(None) | Self::Blob(None) | Self::Bool(None) => "NULL".to_owned(),
-            Self::Integer(Some(number)) => format!("the whole number {number}"),
-            Self::Text(Some(text)) => format!("a text of {} bytes", text.len()),
-            Self::Blob(Some(bytes)) => format!("{} bytes", bytes.len()),
-            Self::Bool(Some(value)) => value.to_string(),
-            Self::Foreign { kind, .. } => (*kind).to_owned(),
-        }
-    }
-}
-
-/// Returns ids as a JSON list of hexadecimal texts, for [`Dialect::is_among`].
-pub fn hex_list(ids: &[Uuid]) -> String {
-    let texts: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
-    serde_json::Value::from(texts).to_string()
-}
-
-/// Reads rows one by one. A row that cannot be read is left out and reported under its `id`.
-pub fn each<T>(rows: &[Row], what: &'static str, id: &str, read: impl Fn(&Row) -> Result<T>) -> Vec<T> {
-    let read = |row: &Row| read(row).inspect_err(|error| set_apart(what, &row.name(id), error)).ok();
-    rows.iter().filter_map(read).collect()
 }
 
 /// A transaction on either store.
@@ -460,11 +157,21 @@ pub trait Tx {
     /// one writer at a time.
     fn lock(&self, name: &[u8]) -> impl Future<Output = Result<()>>;
 
-    /// The connection of SQLite, if the store is SQLite.
-    fn sqlite(&self) -> Option<&Connection>;
+    /// The transaction as its store has it, for statements that only one store can run.
+    fn engine(&self) -> Engine<'_>;
+}
 
-    /// The transaction of Postgres, if the store is Postgres.
-    fn postgres(&self) -> Option<&Transaction<'_>>;
+/// A transaction as its store has it.
+#[derive(Clone, Copy, Debug)]
+pub enum Engine<'a> {
+    /// The connection of SQLite's writer.
+    Sqlite(&'a Connection),
+    /// SQLite's writer, to which statements are sent one by one.
+    SqliteSession(&'a SqliteSession),
+    /// A transaction on Postgres.
+    Postgres(&'a Transaction<'a>),
+    /// A transaction on Postgres that owns its connection.
+    PostgresSession(&'a PostgresTransaction),
 }
 
 /// Runs a statement and returns its first row, if there is one.
@@ -489,19 +196,15 @@ impl Tx for SqliteTx<'_> {
     }
 
     async fn execute(&self, sql: &str, parameters: &[Value]) -> Result<u64> {
-        Ok(self.0.prepare_cached(sql)?.execute(params_from_iter(parameters))? as u64)
+        execute_sqlite(self.0, sql, parameters)
     }
 
     async fn lock(&self, _name: &[u8]) -> Result<()> {
         Ok(())
     }
 
-    fn sqlite(&self) -> Option<&Connection> {
-        Some(self.0)
-    }
-
-    fn postgres(&self) -> Option<&Transaction<'_>> {
-        None
+    fn engine(&self) -> Engine<'_> {
+        Engine::Sqlite(self.0)
     }
 }
 
@@ -515,23 +218,15 @@ impl Tx for Transaction<'_> {
     }
 
     async fn execute(&self, sql: &str, parameters: &[Value]) -> Result<u64> {
-        let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
-        Ok(Session::execute(self, &Dialect::Postgres.statement(sql), &parameters).await?)
+        execute_postgres(self, sql, parameters).await
     }
 
     async fn lock(&self, name: &[u8]) -> Result<()> {
-        // Two names with the same hash wait for each other without need, which does no other harm.
-        let sql = "SELECT pg_advisory_xact_lock(hashtextextended(encode($1, 'hex'), 0))";
-        Session::query(self, sql, &[(&name, Type::BYTEA)]).await?;
-        Ok(())
+        lock_postgres(self, name).await
     }
 
-    fn sqlite(&self) -> Option<&Connection> {
-        None
-    }
-
-    fn postgres(&self) -> Option<&Transaction<'_>> {
-        Some(self)
+    fn engine(&self) -> Engine<'_> {
+        Engine::Postgres(self)
     }
 }
 
@@ -544,70 +239,157 @@ fn rows_of(
 }
 
 fn query_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
-    let mut statement = connection.prepare_cached(sql)?;
-    let names: Arc<[String]> = statement.column_names().map(str::to_owned).collect();
-    let rows = statement.query_map(params_from_iter(parameters), |row| {
-        let value = |index| -> rusqlite::Result<Value> {
-            Ok(match row.get_ref(index)? {
-                ValueRef::Null => Value::Integer(None),
-                ValueRef::Integer(value) => Value::Integer(Some(value)),
-                // No table of this program has such a value.
-                ValueRef::Real(value) => {
-                    Value::Foreign { kind: "a number with a fraction", bytes: value.to_string().into_bytes() }
-                }
-                ValueRef::Text(value) => match std::str::from_utf8(value) {
-                    Ok(text) => Value::Text(Some(text.to_owned())),
-                    Err(_) => Value::Foreign { kind: "a text that is no UTF-8", bytes: value.to_vec() },
-                },
-                ValueRef::Blob(value) => Value::Blob(Some(value.to_vec())),
-            })
-        };
-        let values = (0..names.len()).map(value).collect::<rusqlite::Result<_>>()?;
-        Ok(Row { names: Arc::clone(&names), values })
+    let mut all = Vec::new();
+    each_of_sqlite(connection, sql, parameters, |row| {
+        all.push(row);
+        Ok(())
     })?;
-    Ok(rows.collect::<rusqlite::Result<_>>()?)
+    Ok(all)
+}
+
+/// Runs a statement and hands on its rows one by one.
+fn each_of_sqlite(
+    connection: &Connection,
+    sql: &str,
+    parameters: &[Value],
+    mut take: impl FnMut(Row) -> Result<()>,
+) -> Result<()> {
+    let refused = |error: rusqlite::Error| Error::from(error).of(sql);
+    let mut statement = connection.prepare_cached(&Dialect::Sqlite.statement(sql)).map_err(refused)?;
+    let names = statement.column_names().into_iter().map(str::to_owned).collect();
+    let columns = Arc::new(Columns { names, statement: Statement(sql.into()) });
+    let mut rows = statement.query(params_from_iter(parameters)).map_err(refused)?;
+    while let Some(row) = rows.next().map_err(refused)? {
+        let value = |index| Ok(read_sqlite(row.get_ref(index)?));
+        let values = (0..columns.names.len()).map(value).collect::<rusqlite::Result<_>>().map_err(refused)?;
+        take(Row { columns: Arc::clone(&columns), values })?;
+    }
+    Ok(())
+}
+
+fn read_sqlite(value: ValueRef<'_>) -> Value {
+    match value {
+        ValueRef::Null => Value::Integer(None),
+        ValueRef::Integer(value) => Value::Integer(Some(value)),
+        ValueRef::Real(value) => Value::Real(Some(value)),
+        ValueRef::Text(value) => match std::str::from_utf8(value) {
+            Ok(text) => Value::Text(Some(text.to_owned())),
+            Err(_) => Value::Foreign { kind: "a text that is no UTF-8", bytes: value.to_vec() },
+        },
+        ValueRef::Blob(value) => Value::Blob(Some(value.to_vec())),
+    }
+}
+
+fn execute_sqlite(connection: &Connection, sql: &str, parameters: &[Value]) -> Result<u64> {
+    let execute = || {
+        let mut statement = connection.prepare_cached(&Dialect::Sqlite.statement(sql))?;
+        statement.execute(params_from_iter(parameters))
+    };
+    Ok(execute().map_err(|error: rusqlite::Error| Error::from(error).of(sql))? as u64)
 }
 
 async fn query_postgres<S: Session>(session: &S, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
     let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
-    let rows = session.query(&Dialect::Postgres.statement(sql), &parameters).await?;
+    let rows = session.query(&Dialect::Postgres.statement(sql), &parameters).await;
+    read_rows(&rows.map_err(|error| Error::from(error).of(sql))?, sql)
+}
+
+/// Reads the rows of an answer of Postgres to a statement.
+fn read_rows(rows: &[tokio_postgres::Row], sql: &str) -> Result<Vec<Row>> {
     let Some(row) = rows.first() else { return Ok(Vec::new()) };
-    let names: Arc<[String]> = row.columns().iter().map(|column| column.name().to_owned()).collect();
-    let read = |row| Ok(Row { names: Arc::clone(&names), values: read_postgres(row)? });
+    let names = row.columns().iter().map(|column| column.name().to_owned()).collect();
+    let columns = Arc::new(Columns { names, statement: Statement(sql.into()) });
+    let read = |row| Ok(Row { columns: Arc::clone(&columns), values: read_postgres(row)? });
     let rows: std::result::Result<_, tokio_postgres::Error> = rows.iter().map(read).collect();
     Ok(rows.map_err(postgres::Error::from)?)
 }
 
-fn read_postgres(row: &tokio_postgres::Row) -> std::result::Result<Vec<Value>, tokio_postgres::Error> {
-    let value = |index: usize, kind: &Type| -> std::result::Result<Value, tokio_postgres::Error> {
-        Ok(match *kind {
-            Type::BOOL => Value::Bool(row.try_get(index)?),
-            Type::BYTEA => Value::Blob(row.try_get(index)?),
-            Type::INT2 => Value::Integer(row.try_get::<_, Option<i16>>(index)?.map(i64::from)),
-            Type::INT4 => Value::Integer(row.try_get::<_, Option<i32>>(index)?.map(i64::from)),
-            Type::INT8 => Value::Integer(row.try_get(index)?),
-            Type::UUID => {
-                Value::Blob(row.try_get::<_, Option<Uuid>>(index)?.map(|id| id.as_bytes().to_vec()))
-            }
-            Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME | Type::UNKNOWN => {
-                Value::Text(row.try_get(index)?)
-            }
-            _ => foreign(kind),
-        })
-    };
-    row.columns().iter().enumerate().map(|(index, column)| value(index, column.type_())).collect()
+async fn lock_postgres<S: Session>(session: &S, name: &[u8]) -> Result<()> {
+    // Two names with the same hash wait for each other without need, which does no other harm.
+    let sql = "SELECT pg_advisory_xact_lock(hashtextextended(encode($1, 'hex'), 0))";
+    session.query(sql, &[(&name, Type::BYTEA)]).await?;
+    Ok(())
 }
 
-/// A value of a type that is not read: the statement can cast it.
-fn foreign(kind: &Type) -> Value {
-    let kind = match *kind {
-        Type::FLOAT4 | Type::FLOAT8 => "a floating-point number (cast it)",
-        Type::NUMERIC => "numeric (cast it to bigint or text)",
-        Type::JSON | Type::JSONB => "json (cast it to text)",
-        Type::TIMESTAMP | Type::TIMESTAMPTZ | Type::DATE => "a time (cast it to text, or extract its epoch)",
-        _ => "of a type that is not read (cast it to text)",
-    };
-    Value::Foreign { kind, bytes: Vec::new() }
+async fn execute_postgres<S: Session>(session: &S, sql: &str, parameters: &[Value]) -> Result<u64> {
+    let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
+    let done = session.execute(&Dialect::Postgres.statement(sql), &parameters).await;
+    done.map_err(|error| Error::from(error).of(sql))
+}
+
+fn read_postgres(row: &tokio_postgres::Row) -> std::result::Result<Vec<Value>, tokio_postgres::Error> {
+    row.columns().iter().enumerate().map(|(index, column)| read_column(row, index, column.type_())).collect()
+}
+
+fn read_column(
+    row: &tokio_postgres::Row,
+    index: usize,
+    kind: &Type,
+) -> std::result::Result<Value, tokio_postgres::Error> {
+    Ok(match *kind {
+        Type::BOOL => Value::Bool(row.try_get(index)?),
+        Type::BYTEA => Value::Blob(row.try_get(index)?),
+        Type::INT2 => Value::Integer(row.try_get::<_, Option<i16>>(index)?.map(i64::from)),
+        Type::INT4 => Value::Integer(row.try_get::<_, Option<i32>>(index)?.map(i64::from)),
+        Type::INT8 => Value::Integer(row.try_get(index)?),
+        Type::FLOAT4 => Value::Real(row.try_get::<_, Option<f32>>(index)?.map(f64::from)),
+        Type::FLOAT8 => Value::Real(row.try_get(index)?),
+        // A number that is out of the range of a decimal, or none: NaN, infinity.
+        Type::NUMERIC => match row.try_get(index) {
+            Ok(value) => Value::Decimal(value),
+            Err(_) => {
+                Value::Foreign { kind: "a numeric of more than 28 digits (cast it)", bytes: Vec::new() }
+            }
+        },
+        Type::UUID => Value::Uuid(row.try_get(index)?),
+        Type::TEXT | Type::VARCHAR | Type::BPCHAR | Type::NAME | Type::UNKNOWN => {
+            Value::Text(row.try_get(index)?)
+        }
+        Type::JSON | Type::JSONB => Value::Json(row.try_get::<_, Option<Json>>(index)?),
+        // An infinite time, or one beyond the year 9999.
+        Type::TIMESTAMPTZ => match row.try_get(index) {
+            Ok(value) => Value::Timestamp(value),
+            Err(_) => Value::Foreign { kind: "a time that is out of range", bytes: Vec::new() },
+        },
+        Type::TIMESTAMP => match row.try_get(index) {
+            Ok(value) => Value::DateTime(value),
+            Err(_) => Value::Foreign { kind: "a time that is out of range", bytes: Vec::new() },
+        },
+        Type::DATE => match row.try_get(index) {
+            Ok(value) => Value::Date(value),
+            Err(_) => Value::Foreign { kind: "a date that is out of range", bytes: Vec::new() },
+        },
+        Type::INT2_ARRAY => array(Element::Integer, row.try_get::<_, Option<Vec<Option<i16>>>>(index)?),
+        Type::INT4_ARRAY => array(Element::Integer, row.try_get::<_, Option<Vec<Option<i32>>>>(index)?),
+        Type::INT8_ARRAY => array(Element::Integer, row.try_get::<_, Option<Vec<Option<i64>>>>(index)?),
+        Type::FLOAT4_ARRAY => array(Element::Real, row.try_get::<_, Option<Vec<Option<f32>>>>(index)?),
+        Type::FLOAT8_ARRAY => array(Element::Real, row.try_get::<_, Option<Vec<Option<f64>>>>(index)?),
+        Type::NUMERIC_ARRAY => {
+            array(Element::Decimal, row.try_get::<_, Option<Vec<Option<Decimal>>>>(index)?)
+        }
+        Type::BOOL_ARRAY => array(Element::Bool, row.try_get::<_, Option<Vec<Option<bool>>>>(index)?),
+        Type::TEXT_ARRAY | Type::VARCHAR_ARRAY => {
+            array(Element::Text, row.try_get::<_, Option<Vec<Option<String>>>>(index)?)
+        }
+        Type::UUID_ARRAY => array(Element::Uuid, row.try_get::<_, Option<Vec<Option<Uuid>>>>(index)?),
+        Type::TIMESTAMPTZ_ARRAY => {
+            array(Element::Timestamp, row.try_get::<_, Option<Vec<Option<jiff::Timestamp>>>>(index)?)
+        }
+        Type::DATE_ARRAY => {
+            array(Element::Date, row.try_get::<_, Option<Vec<Option<jiff::civil::Date>>>>(index)?)
+        }
+        _ => Value::Foreign { kind: "of a type that is not read (cast it to text)", bytes: Vec::new() },
+    })
+}
+
+fn array<T: Bind>(element: Element, values: Option<Vec<Option<T>>>) -> Value {
+    Value::Array(element, values.map(|values| values.into_iter().map(Value::from).collect()))
+}
+
+/// Returns ids as a JSON list of hexadecimal texts, for [`Dialect::is_among`].
+pub fn hex_list(ids: &[Uuid]) -> String {
+    let texts: Vec<String> = ids.iter().map(|id| id.simple().to_string()).collect();
+    Json::from(texts).to_string()
 }
 
 impl Store {
@@ -728,15 +510,53 @@ impl Store {
         match self {
             Self::Sqlite(sqlite) => {
                 let execute = move |connection: &Connection| {
-                    connection.prepare_cached(&sql)?.execute(params_from_iter(&parameters))
+                    execute_sqlite(connection, &sql, &parameters).map_err(Error::into_sqlite)
                 };
-                Ok(sqlite.write(execute).await? as u64)
+                Ok(sqlite.transact(execute).await?)
             }
-            Self::Postgres(postgres) => {
-                let parameters: Vec<Parameter<'_>> = parameters.iter().map(Value::parameter).collect();
-                Ok(postgres.execute(&Dialect::Postgres.statement(&sql), &parameters).await?)
-            }
+            Self::Postgres(postgres) => execute_postgres(&postgres.get().await?, &sql, &parameters).await,
         }
+    }
+
+    /// Runs a statement that writes, in a transaction of its own, and returns the rows of its `RETURNING`.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn execute_returning(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<Vec<Row>> {
+        let (sql, parameters) = (sql.into(), parameters.into());
+        match self {
+            Self::Sqlite(sqlite) => Ok(sqlite.transact(rows_of(sql, parameters)).await?),
+            Self::Postgres(postgres) => query_postgres(&postgres.get().await?, &sql, &parameters).await,
+        }
+    }
+
+    /// Like [`Store::query`], with each row read as a type. An unreadable row is an error: [`each`] sets such rows
+    /// apart instead.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn query_as<T: FromRow>(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<Vec<T>> {
+        self.query(sql, parameters).await?.iter().map(T::from_row).collect()
+    }
+
+    /// Like [`Store::first`], with the row read as a type.
+    ///
+    /// # Errors
+    /// See [`Error`].
+    pub async fn first_as<T: FromRow>(
+        &self,
+        sql: impl Into<Cow<'static, str>>,
+        parameters: impl Into<Vec<Value>>,
+    ) -> Result<Option<T>> {
+        self.first(sql, parameters).await?.as_ref().map(T::from_row).transpose()
     }
 
     /// Applies the missing migration steps of each module.
@@ -802,16 +622,6 @@ macro_rules! transact {
             }
         }
     };
-}
-
-/// Number of retries of a transaction that the server has rolled back in favour of another one.
-#[doc(hidden)]
-pub const ROLLBACKS: u32 = 5;
-
-/// Waits before the next attempt of a transaction that was rolled back.
-#[doc(hidden)]
-pub async fn after_rollback(failures: u32) {
-    tokio::time::sleep(AGAIN.jittered(failures)).await;
 }
 
 /// Runs a future that never waits, which is done after the first poll.

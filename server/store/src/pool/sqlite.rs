@@ -157,6 +157,23 @@ pub struct Stamp {
     log: Option<(u64, i64, i64)>,
 }
 
+/// A write in the queue.
+#[derive(Debug)]
+pub(super) struct Accepted<T> {
+    answer: oneshot::Receiver<Result<T>>,
+    asked: Instant,
+    commit_wait: Duration,
+}
+
+impl<T> Accepted<T> {
+    /// Waits for the commit.
+    pub(super) async fn wait(self) -> Result<T> {
+        let answer = tokio::time::timeout(self.commit_wait, self.answer).await.map_err(|_| Error::Slow)?;
+        metrics::sqlite_write_took(self.asked.elapsed());
+        answer.map_err(|_| Error::Closed)?
+    }
+}
+
 /// Whether writes reach the disk, by the result of the last one.
 #[derive(Debug, Default)]
 struct WriteHealth {
@@ -256,20 +273,32 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
+        self.accept_within(commit_wait, work).await?.wait().await
+    }
+
+    /// Puts `work` into the write queue. Its answer comes after the commit.
+    pub(super) async fn accept<T, F>(&self, work: F) -> Result<Accepted<T>>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+    {
+        self.accept_within(self.0.config.commit_wait, work).await
+    }
+
+    async fn accept_within<T, F>(&self, commit_wait: Duration, work: F) -> Result<Accepted<T>>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
         let write = Box::new(Pending { work: Some(work), timeout: commit_wait, result: None, reply });
         let sender = self.0.writes.lock().clone();
         match sender.ok_or(Error::Closed)?.send_timeout(write, self.0.config.wait).await {
-            Ok(()) => {}
-            Err(mpsc::error::SendTimeoutError::Timeout(_)) => {
-                return Err(Error::Busy("room in the write queue"));
-            }
-            Err(mpsc::error::SendTimeoutError::Closed(_)) => return Err(Error::Closed),
+            Ok(()) => Ok(Accepted { answer, asked, commit_wait }),
+            Err(mpsc::error::SendTimeoutError::Timeout(_)) => Err(Error::Busy("room in the write queue")),
+            Err(mpsc::error::SendTimeoutError::Closed(_)) => Err(Error::Closed),
         }
-        let answer = tokio::time::timeout(commit_wait, answer).await.map_err(|_| Error::Slow)?;
-        metrics::sqlite_write_took(asked.elapsed());
-        answer.map_err(|_| Error::Closed)?
     }
 
     /// Runs `query` on a reader.
@@ -283,6 +312,11 @@ impl Sqlite {
     {
         let query = move |connection: &Connection| Ok(query(connection)?);
         self.read_within(self.statement_timeout(), query).await
+    }
+
+    /// Time that a caller waits for the commit of a write, and time limit of the write.
+    pub(super) fn commit_wait(&self) -> Duration {
+        self.0.config.commit_wait
     }
 
     /// Time limit of a read that sets no other limit.
@@ -299,6 +333,15 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
+        self.read_renewing(timeout, move |connection, _| query(connection)).await
+    }
+
+    /// Like [`Sqlite::read_within`], for a query that may renew its time limit.
+    pub(super) async fn read_renewing<T, F>(&self, timeout: Duration, query: F) -> Result<T>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection, &Deadline) -> Result<T> + Send + 'static,
+    {
         let mut reader = match self.0.readers.get().await {
             Ok(reader) => reader,
             Err(PoolError::Timeout(_)) => return Err(Error::Busy("free reader")),
@@ -307,9 +350,11 @@ impl Sqlite {
         };
         blocking(move || {
             // The query must end even when its caller has gone, since all requests share the readers.
-            let deadline = Instant::now() + timeout;
-            reader.progress_handler(STEPS, Some(move || Instant::now() > deadline))?;
-            let found = query(&reader);
+            let deadline = Deadline::default();
+            deadline.renew(timeout);
+            let handler = deadline.clone();
+            reader.progress_handler(STEPS, Some(move || handler.is_over()))?;
+            let found = query(&reader, &deadline);
             reader.progress_handler(0, None::<fn() -> bool>)?;
             found.map_err(interrupted_is_late)
         })
@@ -517,11 +562,16 @@ fn open_writer(path: &Path, deadline: Deadline) -> Result<Connection> {
     Ok(connection)
 }
 
-/// The time at which the statement of the writer is interrupted. SQLite checks it while a statement runs.
+/// The time at which the statement of a connection is interrupted. SQLite checks it while a statement runs.
 #[derive(Clone, Debug, Default)]
-struct Deadline(Arc<Mutex<Option<Instant>>>);
+pub(super) struct Deadline(Arc<Mutex<Option<Instant>>>);
 
 impl Deadline {
+    /// Sets the deadline to `timeout` from now.
+    pub(super) fn renew(&self, timeout: Duration) {
+        self.set(Some(Instant::now() + timeout));
+    }
+
     fn set(&self, deadline: Option<Instant>) {
         *self.0.lock() = deadline;
     }
@@ -557,7 +607,7 @@ where
 {
     fn apply(&mut self, connection: &Connection, deadline: &Deadline) -> bool {
         let Some(work) = self.work.take() else { return false };
-        deadline.set(Some(Instant::now() + self.timeout));
+        deadline.renew(self.timeout);
         let result = catch_unwind(AssertUnwindSafe(|| work(connection)));
         deadline.set(None);
         let result = match result {

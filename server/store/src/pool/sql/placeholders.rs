@@ -1,4 +1,5 @@
-//! Conversion of the placeholders of a statement: from `?` and `?1`, which both stores share, to `$1` for Postgres.
+//! Conversion of the placeholders of a statement, `?`, `?1` or `$1`, to those of the store: `$1` for Postgres, `?1` for
+//! SQLite. One statement has either question marks or dollar signs.
 //!
 //! A question mark in a string, a quoted name, a comment or a dollar quote is text (PostgreSQL, 4.1: lexical
 //! structure). A question mark between two operands is an operator of Postgres, as in `tags ? 'news'`; so are `?|`,
@@ -62,15 +63,16 @@ enum Before {
     Other,
 }
 
-/// The statement with its placeholders numbered as Postgres wants them.
-pub(super) fn numbered(sql: &str) -> String {
+/// The statement with its placeholders numbered, each after the mark that the store wants: `$` for Postgres, `?` for
+/// SQLite.
+pub(super) fn numbered(sql: &str, mark: char) -> String {
     let mut scanner = Scanner { sql, at: 0, before: Before::Other };
     let mut written = String::with_capacity(sql.len() + 16);
     let mut count = 0;
     while scanner.at < sql.len() {
         let from = scanner.at;
         if scanner.next() {
-            written.push('$');
+            written.push(mark);
             let digits = &sql[from + 1..scanner.at];
             if digits.is_empty() {
                 count += 1;
@@ -105,7 +107,7 @@ impl Scanner<'_> {
             'e' | 'E' if rest[1..].starts_with('\'') => (1 + quoted(&rest[1..], '\'', true), Before::Operand),
             '$' => match dollar_quoted(rest) {
                 Some(length) => (length, Before::Operand),
-                None => (1, Before::Operand),
+                None => return self.dollar(rest),
             },
             '?' => return self.question_mark(rest),
             c if c.is_alphanumeric() || c == '_' => {
@@ -122,8 +124,16 @@ impl Scanner<'_> {
         false
     }
 
+    /// Moves past `$1`, or past a dollar sign that is nothing.
+    fn dollar(&mut self, rest: &str) -> bool {
+        let digits = digits_after_mark(rest);
+        self.at += 1 + digits;
+        self.before = Before::Operand;
+        digits > 0
+    }
+
     fn question_mark(&mut self, rest: &str) -> bool {
-        let digits = rest[1..].find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len() - 1);
+        let digits = digits_after_mark(rest);
         let is_placeholder = digits > 0
             || !(self.before == Before::Operand
                 || rest[1..].starts_with(['|', '&', '?'])
@@ -137,6 +147,10 @@ impl Scanner<'_> {
         }
         is_placeholder
     }
+}
+
+fn digits_after_mark(rest: &str) -> usize {
+    rest[1..].find(|c: char| !c.is_ascii_digit()).unwrap_or(rest.len() - 1)
 }
 
 /// The length of a text or a name in quotes. A doubled quote stands for one quote in it. In a text of the form `E'..'`,
@@ -194,7 +208,17 @@ mod tests {
     use sqlparser::dialect::PostgreSqlDialect;
     use sqlparser::tokenizer::{Token, Tokenizer};
 
-    use super::*;
+    fn numbered(sql: &str) -> String {
+        super::numbered(sql, '$')
+    }
+
+    #[test]
+    fn dollar_signs_are_placeholders_on_both_stores() {
+        let sql = "SELECT '$1', $$ $1 $$, a$1 FROM t WHERE a = $2 AND b = $1 AND tags ? $3 -- $4";
+        assert_eq!(numbered(sql), sql);
+        let of_sqlite = "SELECT '$1', $$ $1 $$, a$1 FROM t WHERE a = ?2 AND b = ?1 AND tags ? ?3 -- $4";
+        assert_eq!(super::numbered(sql, '?'), of_sqlite);
+    }
 
     #[test]
     fn placeholders_are_numbered_in_their_order_or_as_they_say() {
