@@ -2,8 +2,11 @@
 
 use serde_json::json;
 
+use support::double::Double;
 use support::eventually;
+use support::postgres::Database;
 use support::process::{Setup, example};
+use support::stores::on_postgres;
 
 #[tokio::test]
 async fn an_application_of_ones_own_has_routes_settings_tables_jobs_schedules_and_a_status() {
@@ -28,4 +31,61 @@ async fn an_application_of_ones_own_has_routes_settings_tables_jobs_schedules_an
     counted("the morning", 1).await;
     assert_eq!(hello.client().get("/push/key").await.status, 404, "web push is not part of it");
     assert_eq!(hello.stop().await, Some(0));
+}
+
+/// The example of a shop, whose settings have environment variables of its own.
+fn bookshop() -> Setup {
+    let setup = Setup::new().program(example("books"));
+    let data_dir = setup.data_dir();
+    setup.environment("BOOKSHOP_DATA_DIR", data_dir.to_str().unwrap())
+}
+
+/// Books are added, and readers are told, on both stores.
+#[tokio::test]
+async fn an_application_sends_web_push_in_the_transaction_of_its_own_rows() {
+    let database = Database::new().await;
+    for is_shared in [false, true] {
+        let double = Double::start().await;
+        let setup = bookshop().sending_to(&double);
+        let setup = if is_shared { on_postgres(setup, database.url()).await } else { setup };
+        let mut books = setup.start().await;
+        books.subscribe(&double, 3).await;
+        let add = async |title: &str| {
+            books.client().post("/books", &json!({ "title": title, "price": "12.90" })).await
+        };
+        let added = add("Momo").await;
+        assert_eq!(added.status, 201, "{}", added.text());
+        eventually("the readers are told", || async { (double.taken().len() == 3).then_some(()) }).await;
+        assert!(double.taken()[0].text.contains("Momo"));
+        assert_eq!(add("Momo").await.status, 409);
+        let too_long = add(&"M".repeat(5000)).await;
+        assert_eq!(too_long.status, 422, "no notification has room for it: {}", too_long.text());
+        let listed = books.client().get("/books").await.json();
+        assert_eq!(listed.as_array().unwrap().len(), 1, "{listed}");
+        assert_eq!(listed[0], added.json());
+        let path = format!("/books/{}", added.json()["id"].as_str().unwrap());
+        assert_eq!(books.client().delete(&path, None).await.status, 204);
+        assert_eq!(books.client().delete(&path, None).await.status, 404);
+        assert_eq!(double.taken().len(), 3, "nobody was told of what was rolled back");
+        assert_eq!(books.stop().await, Some(0));
+    }
+}
+
+#[tokio::test]
+async fn a_program_has_its_own_name_version_variables_and_defaults() {
+    let setup = bookshop();
+    let help = setup.run(&["jobs", "list", "--help"]).await;
+    let help = String::from_utf8_lossy(&help.stdout).into_owned();
+    assert!(help.contains("Usage: bookshop jobs list") && help.contains("  bookshop jobs list --state"), "{help}");
+    assert!(!help.contains("perennial "), "{help}");
+    let settings = setup.run(&["check", "--json"]).await;
+    let settings = String::from_utf8_lossy(&settings.stdout).into_owned();
+    assert!(settings.contains("mailto:shop@example.com"), "{settings}");
+    let unknown = setup.run(&["check", "--set", "books.colour=1"]).await;
+    assert!(String::from_utf8_lossy(&unknown.stderr).contains("books.colour"));
+    let books = setup.set("push.contact=mailto:a@example.com").start().await;
+    let openapi = books.client().get("/openapi.json").await.json();
+    assert_eq!(openapi["info"]["title"], "bookshop");
+    assert_eq!(openapi["info"]["description"], "A shop for books.");
+    assert_eq!(books.admin().get("/build").await.json()["name"], "bookshop");
 }

@@ -53,11 +53,17 @@ impl Jobs {
     /// Adds jobs within a transaction of the caller, so that the jobs exist if and only if the rows of that
     /// transaction do. If jobs are kept in the same store, they exist with the commit. Otherwise the outbox
     /// of that store keeps them, and publishes them after the commit. Admission is not checked: see
-    /// [`Jobs::admission`].
+    /// [`Jobs::admission`]. The commit of a transaction of `Store::begin` wakes their queues; after `transact!`, call
+    /// [`Jobs::wake`].
     ///
     /// # Errors
     /// When the store refuses.
     pub async fn insert<T: Tx>(&self, tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
+        if tx.is_value() {
+            let queues: Vec<_> = jobs.iter().map(|job| job.queue.clone()).collect();
+            let woken = self.clone();
+            tx.after_commit(move || woken.wake(queues.iter().map(|queue| &**queue)));
+        }
         match (&self.store, tx.dialect()) {
             (JobStore::Sqlite(_), Dialect::Sqlite) | (JobStore::Postgres(_), Dialect::Postgres) => {
                 store::insert_jobs(tx, jobs).await

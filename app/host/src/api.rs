@@ -4,6 +4,7 @@
 mod wanted;
 
 use std::error::Error as StdError;
+use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -39,6 +40,26 @@ pub enum Error {
     Store(queue::Error),
     /// A mistake in the program.
     Bug(anyhow::Error),
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Problem(problem) => problem.fmt(f),
+            Self::Store(error) => error.fmt(f),
+            Self::Bug(error) => error.fmt(f),
+        }
+    }
+}
+
+impl StdError for Error {
+    fn source(&self) -> Option<&(dyn StdError + 'static)> {
+        match self {
+            Self::Problem(_) => None,
+            Self::Store(error) => error.source(),
+            Self::Bug(error) => error.source(),
+        }
+    }
 }
 
 impl From<Problem> for Error {
@@ -162,17 +183,7 @@ where
 
     async fn from_request(request: Request, _state: &S) -> std::result::Result<Self, Problem> {
         let (parts, body) = request.into_parts();
-        let media_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
-        let media_type = media_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
-        if !media_type.eq_ignore_ascii_case("application/json") {
-            let detail = "wanted Content-Type: application/json";
-            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
-        }
-        let encodings = parts.headers.get_all(header::CONTENT_ENCODING);
-        if encodings.iter().any(|encoding| encoding != "identity") {
-            let detail = "wanted the body as it is, without Content-Encoding";
-            return Err(Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail));
-        }
+        check_media_type(&parts, "application/json")?;
         parse(&read(body).await?).map(Self)
     }
 }
@@ -196,6 +207,40 @@ where
             of_query(text).into()
         })
     }
+}
+
+/// The body of a form, as browsers send it. A value that does not fit is refused with the name of its field.
+#[derive(Clone, Copy, Debug)]
+pub struct Form<T>(pub T);
+
+impl<T, S> FromRequest<S> for Form<T>
+where
+    T: DeserializeOwned,
+    S: Send + Sync,
+{
+    type Rejection = Problem;
+
+    async fn from_request(request: Request, _state: &S) -> std::result::Result<Self, Problem> {
+        let (parts, body) = request.into_parts();
+        check_media_type(&parts, "application/x-www-form-urlencoded")?;
+        let fields = serde_urlencoded::from_bytes(&read(body).await?);
+        fields.map(Self).map_err(|error| of_query(&error.to_string()).into())
+    }
+}
+
+/// Checks that the body of a request has this media type, and is not compressed.
+fn check_media_type(parts: &Parts, wanted: &str) -> std::result::Result<(), Problem> {
+    let unsupported = |detail: String| Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail);
+    let media_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
+    let media_type = media_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
+    if !media_type.eq_ignore_ascii_case(wanted) {
+        return Err(unsupported(format!("wanted Content-Type: {wanted}")));
+    }
+    let encodings = parts.headers.get_all(header::CONTENT_ENCODING);
+    if encodings.iter().any(|encoding| encoding != "identity") {
+        return Err(unsupported("wanted the body as it is, without Content-Encoding".to_owned()));
+    }
+    Ok(())
 }
 
 /// Makes the error for a query. The library puts the name of the parameter in front of its message, or into it.

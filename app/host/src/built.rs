@@ -5,6 +5,8 @@ use std::time::Instant;
 use jiff::Timestamp;
 use serde::Serialize;
 
+use crate::program;
+
 /// The version of the package.
 pub(crate) const VERSION: &str = env!("CARGO_PKG_VERSION");
 /// The commit that was built; empty if it was not known.
@@ -29,8 +31,8 @@ impl BuildView {
     /// Describes the binary of this process, which started at `began`.
     pub(crate) fn of(began: Instant) -> Self {
         Self {
-            name: "perennial",
-            version: VERSION,
+            name: program::name(),
+            version: &program::identity().version,
             commit: COMMIT,
             built_at: BUILT_AT.parse().ok().and_then(|seconds| Timestamp::from_second(seconds).ok()),
             features: features(),

@@ -24,13 +24,13 @@ use crate::boot::open;
 use crate::command::output::done;
 use crate::command::{CommandContext, Offline, block_on};
 use crate::module::{self, Blueprint};
+use crate::program;
 use crate::settings::{Problems, Sources, masked_words};
 
 /// A long-lived application server: requests, jobs and web push in one process.
 #[derive(Debug, Parser)]
 #[command(
     name = "perennial",
-    version,
     after_help = "Examples:
   perennial                             serve from ./perennial-data
   perennial serve --dev                 try everything on this machine
@@ -101,11 +101,23 @@ fn definition(modules: &[Blueprint]) -> clap::Command {
     let host = Cli::command().mut_subcommand("keys", |keys| {
         keys.mut_subcommand("add", |add| add.mut_arg("scopes", |argument| argument.help(scopes)))
     });
-    modules.iter().fold(host, |command, module| (module.commands)().define(command))
+    let identity = program::identity();
+    let command = modules.iter().fold(host, |command, module| (module.commands)().define(command));
+    let command = command.name(&*identity.name).bin_name(&*identity.name).version(&*identity.version);
+    let command = if identity.about.is_empty() { command } else { command.about(&*identity.about) };
+    with_own_name(command)
+}
+
+/// Puts the name of the program into the examples of a command and of those below it.
+fn with_own_name(mut command: clap::Command) -> clap::Command {
+    if let Some(help) = command.get_after_help().map(ToString::to_string) {
+        command = command.after_help(program::in_its_name(&help).into_owned());
+    }
+    command.mut_subcommands(with_own_name)
 }
 
 /// Runs the command of the command line. Exit codes: 0 success, 1 failure, 2 wrong arguments or settings.
-pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
+pub(crate) fn main(modules: &[Blueprint], defaults: Vec<(String, toml::Value)>) -> ExitCode {
     let matches = match definition(modules).try_get_matches() {
         Ok(matches) => matches,
         Err(error) if error.use_stderr() && error.to_string().contains("://") => {
@@ -116,7 +128,8 @@ pub(crate) fn main(modules: &[Blueprint]) -> ExitCode {
     };
     let settings = SettingsArgs::from_arg_matches(&matches).unwrap_or_else(|error| error.exit());
     let json = settings.json;
-    let sources = Sources { file: settings.config, set: settings.set, ..Sources::from_environment() };
+    let (file, set) = (settings.config, settings.set);
+    let sources = Sources { file, set, program: defaults, ..Sources::from_environment() };
     let of_module = modules.iter().find_map(|module| (module.commands)().asked(&matches));
     let result = match of_module {
         Some((run, matches)) => {
@@ -160,7 +173,7 @@ fn report(error: &anyhow::Error) -> ExitCode {
         let _ = misused.print();
         return ExitCode::from(2);
     }
-    eprintln!("perennial: {error:#}");
+    eprintln!("{}: {error:#}", program::name());
     exit_code(error)
 }
 

@@ -23,11 +23,14 @@ pub mod maintenance;
 pub mod module;
 mod openapi;
 mod pause;
+pub mod prelude;
+mod program;
 pub mod settings;
 pub mod sites;
 mod stop;
 mod supervisor;
 
+use std::borrow::Cow;
 use std::process::ExitCode;
 
 // Crates for modules, in the versions that the host has.
@@ -36,20 +39,29 @@ pub use perennial_store as store;
 pub use perennial_store::pool::sql;
 pub use perennial_store::{transact, values};
 pub use perennial_workers as workers;
-pub use {anyhow, axum, clap, rusqlite, toml};
+pub use {
+    anyhow, axum, clap, http, jiff, metrics, rusqlite, secrecy, serde, serde_json, tokio, toml, tracing,
+    utoipa, uuid,
+};
+
+pub use program::name as program_name;
 
 use module::{Blueprint, Module};
+use program::Identity;
 
 /// The program: a host, and the modules that it hosts.
 #[derive(Clone, Debug, Default)]
 pub struct Perennial {
     modules: Vec<Blueprint>,
+    identity: Identity,
+    /// Defaults of settings that the program changes.
+    defaults: Vec<(String, toml::Value)>,
 }
 
 impl Perennial {
     /// Makes a host that has no modules yet.
     pub fn new() -> Self {
-        Self::default()
+        <Self as Default>::default()
     }
 
     /// Hosts a module.
@@ -59,8 +71,51 @@ impl Perennial {
         self
     }
 
+    /// Names the program: in its usage and messages, in `GET /build`, and as the title of `/openapi.json`.
+    #[must_use]
+    pub fn name(mut self, name: impl Into<Cow<'static, str>>) -> Self {
+        self.identity.name = name.into();
+        self
+    }
+
+    /// Sets the version of the program, which is otherwise that of Perennial: `env!("CARGO_PKG_VERSION")`.
+    #[must_use]
+    pub fn version(mut self, version: impl Into<Cow<'static, str>>) -> Self {
+        self.identity.version = version.into();
+        self
+    }
+
+    /// Says in a sentence what the program is, for its usage and `/openapi.json`.
+    #[must_use]
+    pub fn about(mut self, about: impl Into<Cow<'static, str>>) -> Self {
+        self.identity.about = about.into();
+        self
+    }
+
+    /// Sets the prefix of environment variables that are settings: with `BOOKSHOP`, `BOOKSHOP_SERVER__LISTEN` sets
+    /// `server.listen`. Without it, the prefix is `PERENNIAL`.
+    #[must_use]
+    pub fn env_prefix(mut self, prefix: &str) -> Self {
+        self.identity.env_prefix = format!("{}_", prefix.trim_end_matches('_')).into();
+        self
+    }
+
+    /// Changes the default of a setting, also one of another module: `.default("push.page", false)`.
+    #[must_use]
+    pub fn default(mut self, key: &str, value: impl Into<toml::Value>) -> Self {
+        self.defaults.push((key.to_owned(), value.into()));
+        self
+    }
+
     /// Runs the command of the command line, and returns the exit code of the program.
     pub fn main(self) -> ExitCode {
-        cli::main(&self.modules)
+        program::identify(&self.identity);
+        match module::in_order(&self.modules) {
+            Ok(modules) => cli::main(&modules, self.defaults),
+            Err(mistake) => {
+                eprintln!("{}: {mistake}", program::name());
+                ExitCode::FAILURE
+            }
+        }
     }
 }

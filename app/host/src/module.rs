@@ -30,11 +30,14 @@
 //! # let _ = perennial_host::Perennial::new().host::<Hello>();
 //! ```
 
+use std::any::{Any, TypeId};
+use std::collections::HashMap;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
+use anyhow::Context as _;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::{Condition, Health};
 use perennial_runtime::tasks::Tasks;
@@ -69,6 +72,9 @@ pub trait Module: Sized + Send + 'static {
     /// Scopes of API keys that its routes ask for.
     const SCOPES: &'static [Scope] = &[];
 
+    /// Modules that this one needs: they are mounted first. `&[Need::of::<Push>()]`
+    const NEEDS: &'static [Need] = &[];
+
     /// Commands of the module on the command line.
     fn commands() -> Commands {
         Commands::default()
@@ -99,6 +105,23 @@ pub trait Module: Sized + Send + 'static {
     fn mount(self, host: &mut Host) -> impl Future<Output = anyhow::Result<()>> + Send;
 }
 
+/// A module that other modules use through a handle, which [`Host::get`] returns.
+pub trait Provides: Module {
+    /// The handle, which is cheap to clone.
+    type Handle: Clone + Send + Sync + 'static;
+}
+
+/// A module that another one needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Need(&'static str);
+
+impl Need {
+    /// The need for the module `M`.
+    pub const fn of<M: Module>() -> Self {
+        Self(M::NAME)
+    }
+}
+
 /// Status of a module, computed when an operator asks for it.
 pub type StatusFn = Arc<dyn Fn() -> Value + Send + Sync>;
 
@@ -118,6 +141,8 @@ pub struct Host {
     pub data_dir: Arc<DataDir>,
     /// The stop signal.
     pub drain: Drain,
+    /// Handles of modules, by the type of the module.
+    pub(crate) handles: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
     pub(crate) health: Health,
     pub(crate) tasks: Tasks,
     pub(crate) routes: OpenApiRouter,
@@ -140,6 +165,24 @@ impl fmt::Debug for Host {
 }
 
 impl Host {
+    /// Hands in the handle of a module, for other modules.
+    pub fn provide<M: Provides>(&mut self, handle: M::Handle) {
+        self.handles.insert(TypeId::of::<M>(), Box::new(handle));
+    }
+
+    /// The handle of another module, which [`Module::NEEDS`] must name.
+    ///
+    /// # Errors
+    /// When that module is not mounted yet.
+    pub fn get<M: Provides>(&self) -> anyhow::Result<M::Handle> {
+        let handle =
+            self.handles.get(&TypeId::of::<M>()).and_then(|handle| handle.downcast_ref::<M::Handle>());
+        let name = M::NAME;
+        handle.cloned().with_context(|| {
+            format!("the module {name} is not mounted: name it in NEEDS, so that it is mounted first")
+        })
+    }
+
     /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter`, whose handlers are then described
     /// in `/openapi.json`.
     pub fn routes(&mut self, routes: impl Into<OpenApiRouter>) {
@@ -224,6 +267,7 @@ pub(crate) struct Blueprint {
     pub(crate) defaults: &'static str,
     pub(crate) tables: Tables,
     pub(crate) scopes: &'static [Scope],
+    pub(crate) needs: &'static [Need],
     pub(crate) commands: fn() -> Commands,
     pub(crate) files: fn(&Settings) -> Vec<SecretFile>,
     pub(crate) keys: for<'a> fn(&'a Settings, &'a Sites, &'a DataDir, &'a Store) -> MadeKeys<'a>,
@@ -246,6 +290,7 @@ impl Blueprint {
             defaults: M::DEFAULTS,
             tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
             scopes: M::SCOPES,
+            needs: M::NEEDS,
             commands: M::commands,
             files: M::files,
             keys: |settings, sites, data_dir, store| Box::pin(M::keys(settings, sites, data_dir, store)),
@@ -265,6 +310,35 @@ impl Blueprint {
 pub(crate) struct Configured {
     pub(crate) name: &'static str,
     pub(crate) mount: Mount,
+}
+
+/// Orders modules so that each comes after those that it needs, and otherwise as they were added. The error names a
+/// module that is hosted twice, needs one that is not hosted, or needs itself through others.
+pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> {
+    let mut ordered: Vec<Blueprint> = Vec::new();
+    let mut left = modules.to_vec();
+    for (at, module) in modules.iter().enumerate() {
+        let name = module.name;
+        if modules[..at].iter().any(|other| other.name == name) {
+            return Err(format!("two modules have the name {name}"));
+        }
+        let missing = module.needs.iter().find(|need| !modules.iter().any(|other| other.name == need.0));
+        if let Some(Need(missing)) = missing {
+            return Err(format!(
+                "the module {name} needs the module {missing}, which is not hosted: add .host::<..>()"
+            ));
+        }
+    }
+    while !left.is_empty() {
+        let is_met = |need: &Need| ordered.iter().any(|module| module.name == need.0);
+        let next = left.iter().position(|module| module.needs.iter().all(is_met));
+        let circle = || {
+            let names: Vec<_> = left.iter().map(|module| module.name).collect();
+            format!("modules need each other in a circle: {}", names.join(", "))
+        };
+        ordered.push(left.remove(next.ok_or_else(circle)?));
+    }
+    Ok(ordered)
 }
 
 /// Merges the sources over the defaults of the host and of every module. [`read`] reports their problems.
@@ -290,4 +364,57 @@ pub(crate) fn read(
 /// Collects all scopes of this program.
 pub(crate) fn scopes(modules: &[Blueprint]) -> Scopes {
     Scopes::new(modules.iter().flat_map(|module| module.scopes.iter().cloned()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Shop;
+    struct Mail;
+    struct Log;
+
+    macro_rules! modules {
+        ($($module:ty, $name:literal, $needs:expr;)*) => {$(
+            impl Module for $module {
+                const NAME: &'static str = $name;
+                const NEEDS: &'static [Need] = $needs;
+
+                fn configure(_: &mut Reader<'_>) -> Self {
+                    unreachable!()
+                }
+
+                async fn mount(self, _: &mut Host) -> anyhow::Result<()> {
+                    Ok(())
+                }
+            }
+        )*};
+    }
+
+    modules! {
+        Shop, "shop", &[Need::of::<Mail>()];
+        Mail, "mail", &[Need::of::<Log>()];
+        Log, "log", &[];
+    }
+
+    struct Egg;
+    struct Hen;
+
+    modules! {
+        Egg, "egg", &[Need::of::<Hen>()];
+        Hen, "hen", &[Need::of::<Egg>()];
+    }
+
+    #[test]
+    fn modules_come_after_those_that_they_need() {
+        let (shop, mail, log) = (Blueprint::of::<Shop>(), Blueprint::of::<Mail>(), Blueprint::of::<Log>());
+        let names = |modules: &[Blueprint]| {
+            in_order(modules).map(|ordered| ordered.iter().map(|module| module.name).collect::<Vec<_>>())
+        };
+        assert_eq!(names(&[shop, log, mail]).unwrap(), ["log", "mail", "shop"]);
+        assert!(names(&[shop, log]).unwrap_err().contains("needs the module mail"));
+        assert!(names(&[log, log]).unwrap_err().contains("two modules"));
+        let circle = names(&[Blueprint::of::<Egg>(), log, Blueprint::of::<Hen>()]).unwrap_err();
+        assert!(circle.ends_with("egg, hen"), "{circle}");
+    }
 }

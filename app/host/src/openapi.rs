@@ -15,6 +15,8 @@ use utoipa::openapi::security::{Http, HttpAuthScheme, SecurityRequirement, Secur
 use utoipa::openapi::{ContentBuilder, Info, License, OpenApi, Ref, RefOr, Response, ResponseBuilder};
 use utoipa_axum::router::OpenApiRouter;
 
+use crate::program;
+
 /// Security scheme of API keys. A handler that needs no key declares `security(())`, or `security((), ("key" = []))` if
 /// a key is possible. All other handlers need a key.
 const KEY: &str = "key";
@@ -33,8 +35,15 @@ pub(crate) fn with_description(routes: OpenApiRouter) -> Router {
 
 /// Completes the description: its title, the scheme of keys, and the form of errors.
 fn described(mut openapi: OpenApi) -> OpenApi {
-    let mut info = Info::new("Perennial", env!("CARGO_PKG_VERSION"));
-    info.description = Some("Web push: subscriptions, notifications, and what became of them.".to_owned());
+    let identity = program::identity();
+    let (name, about) = match (&*identity.name, &*identity.about) {
+        ("perennial", "") => {
+            ("Perennial", "Web push: subscriptions, notifications, and what became of them.")
+        }
+        names => names,
+    };
+    let mut info = Info::new(name, &*identity.version);
+    info.description = Some(about.to_owned()).filter(|about| !about.is_empty());
     let mut licence = License::new("MIT OR Apache-2.0");
     licence.identifier = Some("MIT OR Apache-2.0".to_owned());
     info.license = Some(licence);

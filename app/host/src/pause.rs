@@ -26,12 +26,15 @@ pub(crate) enum Why {
 
 impl Why {
     /// The reason as a text for operators.
-    pub(crate) fn reason(self) -> &'static str {
+    pub(crate) fn reason(self) -> String {
+        let program = crate::program_name();
         match self {
-            Self::Asked => "paused: started with --paused; `perennial resume` lets jobs and schedules run",
-            Self::Copy => {
-                "paused: the store is a copy, and the original may run the same jobs; `perennial resume` lets them run here"
+            Self::Asked => {
+                format!("paused: started with --paused; `{program} resume` lets jobs and schedules run")
             }
+            Self::Copy => format!(
+                "paused: the store is a copy, and the original may run the same jobs; `{program} resume` lets them run here"
+            ),
         }
     }
 }

@@ -13,6 +13,8 @@ use std::path::{Path, PathBuf};
 use serde::Serialize;
 use toml::{Table, Value};
 
+use crate::program;
+
 pub(crate) use mask::words as masked_words;
 pub use reader::parse_duration;
 pub use reader::{Network, Reader, Setting, Size};
@@ -27,12 +29,11 @@ pub(crate) const SITES: &str = "sites";
 /// The part of an open section that always exists.
 pub(crate) const FIRST: &str = "default";
 
-/// Prefix of the environment variables.
-const PREFIX: &str = "PERENNIAL_";
-
 /// Sources of settings besides the defaults.
 #[derive(Clone, Debug, Default)]
 pub struct Sources {
+    /// Defaults that the program changes, as keys and values.
+    pub program: Vec<(String, Value)>,
     /// A TOML file.
     pub file: Option<PathBuf>,
     /// Variables of the environment, as names and values.
@@ -165,6 +166,9 @@ impl Settings {
         for text in defaults {
             settings.add_defaults(text, &mut problems);
         }
+        for (key, value) in &sources.program {
+            settings.change_default(key, value, &mut problems);
+        }
         if let Some(file) = &sources.file {
             settings.add_file(file, &mut problems);
         }
@@ -216,6 +220,14 @@ impl Settings {
         });
     }
 
+    /// Changes the default of a setting, by order of the program.
+    fn change_default(&mut self, key: &str, value: &Value, problems: &mut Vec<SettingProblem>) {
+        self.put(key.to_owned(), value.clone(), Source::Default, problems);
+        if let Some(entry) = self.entries.get_mut(key) {
+            entry.default = entry.value.clone();
+        }
+    }
+
     fn add_file(&mut self, file: &Path, problems: &mut Vec<SettingProblem>) {
         let source = Source::File(file.to_owned());
         let unreadable = |wanted| SettingProblem {
@@ -239,7 +251,8 @@ impl Settings {
     }
 
     fn add_variable(&mut self, name: &str, value: &str, problems: &mut Vec<SettingProblem>) {
-        let Some(key) = name.strip_prefix(PREFIX) else { return };
+        let prefix = &*program::identity().env_prefix;
+        let Some(key) = name.strip_prefix(prefix) else { return };
         let key = key.to_lowercase().replace("__", ".");
         // Kubernetes describes a service named "perennial" by PERENNIAL_SERVICE_HOST, PERENNIAL_PORT and so on. So a
         // variable that has no section and is no key is not a setting.
@@ -247,7 +260,7 @@ impl Settings {
             if let Some(meant) = self.entries.keys().find(|known| known.replace('.', "_") == key) {
                 let right = meant.to_uppercase().replace('.', "__");
                 self.notes.insert(format!(
-                    "{name} is no setting: a section and its key are separated by two underscores, {PREFIX}{right}"
+                    "{name} is no setting: a section and its key are separated by two underscores, {prefix}{right}"
                 ));
             }
             return;
@@ -425,7 +438,7 @@ mod tests {
         let environment = environment.map(|(name, value)| (name.to_owned(), value.to_owned())).to_vec();
         let set = vec!["data_dir=flag".to_owned()];
         let settings =
-            load(&Sources { file: Some(file.clone()), environment, set, companion: None }).unwrap();
+            load(&Sources { file: Some(file.clone()), environment, set, ..Sources::default() }).unwrap();
         let at = |key| shown(&settings, key);
         assert_eq!(at("data_dir"), ("\"flag\"".into(), "--set".into()));
         assert_eq!(at("server.threads"), ("4".into(), "PERENNIAL_SERVER__THREADS".into()));

@@ -7,7 +7,7 @@ pub(crate) mod import;
 mod lifecycle;
 pub(crate) mod limits;
 mod notifications;
-mod notify;
+pub(crate) mod notify;
 mod page;
 mod services;
 mod subscriptions;

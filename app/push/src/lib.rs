@@ -31,7 +31,7 @@ use std::time::Duration;
 use perennial_host::access::Scope;
 use perennial_host::command::Commands;
 use perennial_host::data_dir::DataDir;
-use perennial_host::module::{Host, Module, SecretFile};
+use perennial_host::module::{Host, Module, Provides, SecretFile};
 use perennial_host::settings::{Reader, Settings};
 use perennial_host::sites::{self, Sites};
 use perennial_store::pool::sql;
@@ -41,6 +41,7 @@ use serde_json::json;
 use tracing::warn;
 
 use api::import::Transfer;
+pub use api::notify::{Notification, Notified, PushHandle};
 use api::{ApiState, guests, import, limits};
 use config::Config;
 use delivery::DeliveryContext;
@@ -49,6 +50,7 @@ use delivery::services::HeldServices;
 use delivery::webhook::Webhooks;
 use model::profile::{self, Profile, Profiles};
 use pacing::active::Flows;
+pub use perennial_webpush::Urgency;
 use store::PushStore;
 use vapid::VapidKeys;
 
@@ -141,9 +143,14 @@ impl Module for Push {
         if delivery.config.page {
             announce_page(host);
         }
+        host.provide::<Self>(PushHandle::new(api.clone()));
         host.status(Self::NAME, move || status(&api, &delivery.vapid));
         Ok(())
     }
+}
+
+impl Provides for Push {
+    type Handle = PushHandle;
 }
 
 impl Push {

@@ -312,7 +312,8 @@ async fn read(
     if sql.dialect() == Dialect::Postgres && !file.exists() {
         let shared = secrets::shared(sql, &place.shared).await?;
         let shared = shared.with_context(|| {
-            format!("there is no {} in the store: make it once, with `perennial keys generate`", place.shared)
+            let (name, program) = (&place.shared, perennial_host::program_name());
+            format!("there is no {name} in the store: make it once, with `{program} keys generate`")
         })?;
         return VapidKey::all_from_pem(shared.expose_secret())
             .with_context(|| format!("{} in the store cannot be used", place.shared));

@@ -26,6 +26,13 @@ pub struct Problem {
     retry_after: Option<Duration>,
 }
 
+impl std::fmt::Display for Problem {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(if self.detail.is_empty() { self.title } else { &self.detail })?;
+        self.errors.iter().try_for_each(|error| write!(f, "; {}: wanted {}", error.field, error.wanted))
+    }
+}
+
 /// One field of a request that is not valid.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, utoipa::ToSchema)]
 pub struct FieldError {

@@ -25,7 +25,8 @@ pub(crate) async fn make(
     if !has_others && !keys::exist(store).await? {
         if store.dialect() == sql::Dialect::Postgres {
             anyhow::bail!(
-                "there is no API key in the store: make the keys once, with `perennial keys generate`"
+                "there is no API key in the store: make the keys once, with `{} keys generate`",
+                crate::program_name()
             );
         }
         make_api_key(data_dir, store, scopes).await?;

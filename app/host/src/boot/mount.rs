@@ -1,5 +1,6 @@
 //! The second stage: the modules join.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -81,6 +82,7 @@ pub(super) fn host(plan: &BootPlan, base: &Base, tasks: &Tasks, health: &Health,
         caches: base.caches.clone(),
         data_dir: Arc::clone(&base.data_dir),
         drain: drain.clone(),
+        handles: HashMap::new(),
         health: health.clone(),
         tasks: tasks.clone(),
         routes: OpenApiRouter::new(),
@@ -101,7 +103,7 @@ async fn pause(plan: &BootPlan, base: &Base, host: &mut Host) -> anyhow::Result<
     let pause = Pause::new(why);
     host.admin_write(pause::admin_write(pause.clone(), base.store.clone()));
     if let Some(why) = pause.why() {
-        host.announce(move |_| why.reason().to_owned());
+        host.announce(move |_| why.reason());
     }
     Ok(pause)
 }

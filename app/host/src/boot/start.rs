@@ -44,7 +44,7 @@ impl TaskParts<'_> {
         if let Some(why) = mounted.pause.why() {
             warn!("{}", why.reason());
             let condition = health.dependency("jobs", ReadinessPolicy::Degraded);
-            condition.unmet(why.reason());
+            condition.unmet(&why.reason());
             tasks.critical("pause", work.start_after(mounted.pause.clone(), condition));
         } else {
             work.start();

@@ -28,8 +28,9 @@ impl Backup {
             [] => String::new(),
             names => format!("; there is no other copy of {}", names.join(", ")),
         };
+        let program = crate::program_name();
         let words = format!(
-            "{}: {} ({} bytes)\nTo restore it, start with it as data_dir{remark}.\nIt sends nothing until `perennial resume` says that it takes the place of the original.\n",
+            "{}: {} ({} bytes)\nTo restore it, start with it as data_dir{remark}.\nIt sends nothing until `{program} resume` says that it takes the place of the original.\n",
             copied.directory.display(),
             copied.files.join(", "),
             copied.bytes

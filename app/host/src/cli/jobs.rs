@@ -233,7 +233,8 @@ async fn each(some: &ChosenJobs, ask: impl AsyncFn(Value) -> anyhow::Result<Valu
     }
     if sums.values().all(|sum| *sum == 0) {
         bail!(
-            "none of these jobs has ended, or none of them exists: `perennial jobs show ID` shows the state of one"
+            "none of these jobs has ended, or none of them exists: `{} jobs show ID` shows the state of one",
+            crate::program_name()
         );
     }
     Ok(Value::Object(sums))

@@ -32,6 +32,7 @@ use crate::command::Beside;
 use crate::config::{self, Config};
 use crate::handover::{self, Inheritance};
 use crate::module::{Blueprint, Configured, load, read};
+use crate::program;
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
 use crate::supervisor;
@@ -293,7 +294,7 @@ async fn booted(
 /// Reports that boot failed, even if the filter of the log lets no errors through.
 fn failed(error: &anyhow::Error) -> ExitCode {
     if !tracing::enabled!(tracing::Level::ERROR) {
-        eprintln!("perennial: boot failed: {error:#}");
+        eprintln!("{}: boot failed: {error:#}", program::name());
     }
     error!(error = format!("{error:#}"), "boot failed");
     ExitCode::FAILURE
@@ -370,7 +371,7 @@ fn reload(sources: &Sources, modules: &[Blueprint], running: &Mutex<Settings>, t
     let config = config::telemetry(&mut reader);
     if let Err(problems) = reader.finish() {
         if !tracing::enabled!(tracing::Level::ERROR) {
-            eprintln!("perennial: nothing was reloaded: {problems}");
+            eprintln!("{}: nothing was reloaded: {problems}", program::name());
         }
         return error!(%problems, "nothing was reloaded");
     }

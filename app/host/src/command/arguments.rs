@@ -39,7 +39,8 @@ pub fn seconds(text: &str) -> Result<u32, String> {
 /// # Errors
 /// The form that was wanted.
 pub fn job_id(text: &str) -> Result<Uuid, String> {
-    text.parse().map_err(|_| "wanted the id of a job; `perennial jobs list` shows them".to_owned())
+    text.parse()
+        .map_err(|_| format!("wanted the id of a job; `{} jobs list` shows them", crate::program_name()))
 }
 
 /// Parses an IP address and a port.

@@ -4,11 +4,17 @@
 //! request.rs      what is asked, and what is answered
 //! check.rs        everything that can be wrong with it
 //! idempotency.rs  a repeated request is answered like the first
+//! handle.rs       the same from the code of other modules
+//! builder.rs      a request as such code makes it
 //! ```
 
+mod builder;
 mod check;
+mod handle;
 mod idempotency;
 mod request;
+
+use std::sync::Arc;
 
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
@@ -32,11 +38,14 @@ use crate::model::notification::Stage;
 use crate::model::queues::{BULK_QUEUE, PACED_QUEUE, SMALL_QUEUE};
 use crate::scopes::NotifyScope;
 use crate::store::{Accepted, Idempotency, NewNotification};
+pub use builder::Notification;
 use check::{Checked, check};
 pub(crate) use check::{RATE_WANTED, rate_milli};
+pub use handle::PushHandle;
 pub(crate) use idempotency::AcceptingKeys;
-use idempotency::idempotency;
-use request::{DryRun, Notified, NotifyRequest};
+use idempotency::{fingerprint, idempotency_key};
+pub use request::Notified;
+use request::{DryRun, NotifyRequest};
 
 /// Sends a notification
 ///
@@ -54,7 +63,11 @@ pub(crate) async fn notify(
     headers: HeaderMap,
     Json(request): Json<NotifyRequest>,
 ) -> Result<Response> {
-    let idempotency = idempotency(&headers, &caller.key, &request)?;
+    let idempotency = idempotency_key(&headers)?.map(|key| Idempotency {
+        api_key: caller.key.to_string(),
+        key,
+        fingerprint: fingerprint(&request),
+    });
     let _only_one = match &idempotency {
         Some(promise) => Some(api.in_flight.enter(&promise.api_key, &promise.key)?),
         None => None,
@@ -64,18 +77,38 @@ pub(crate) async fn notify(
     {
         return Ok(answer);
     }
-    let (id, site) = (Uuid::now_v7(), caller.site);
-    let dry_run = request.dry_run.unwrap_or_default();
-    let mut checked = check(&api, site, id, request).await?;
-    let size = size(&api, site, &mut checked).await?;
-    if dry_run {
-        return Ok(axum::Json(dry(&api, site, checked, size).await?).into_response());
+    if request.dry_run.unwrap_or_default() {
+        return Ok(axum::Json(dry(&api, caller.site, request).await?).into_response());
     }
-    let job = first_job(&api, id, &checked, size, &scope)?;
+    let prepared = prepare(&api, caller.site, request, Some(trace(&scope)), idempotency).await?;
+    let accepted = api.store.accept(Arc::clone(&prepared.new)).await?;
+    Ok(prepared.answer(accepted)?.into_response())
+}
+
+/// A notification that has passed all checks, to be stored together with the job that begins it.
+struct Prepared {
+    new: Arc<NewNotification>,
+    warnings: Vec<String>,
+}
+
+/// Checks a request and counts its audience. `trace` is the trace that the jobs carry.
+async fn prepare(
+    api: &ApiState,
+    site: SiteId,
+    request: NotifyRequest,
+    trace: Option<String>,
+    idempotency: Option<Idempotency>,
+) -> Result<Prepared> {
+    let id = Uuid::now_v7();
+    let mut checked = check(api, site, id, request).await?;
+    let size = size(api, site, &mut checked).await?;
+    let job = first_job(api, id, &checked, size)?;
+    let job = match trace {
+        Some(trace) => job.trace(trace),
+        None => job,
+    };
     api.store.admit(&job)?;
-    let (job_id, state) = (job.id, Stage::first(checked.plan.due_at));
-    let warnings = std::mem::take(&mut checked.warnings);
-    let direct = is_direct(&api, &checked, size);
+    let direct = is_direct(api, &checked, size);
     let new = NewNotification {
         id,
         site: site.0,
@@ -93,14 +126,22 @@ pub(crate) async fn notify(
         direct,
         idempotency,
     };
-    match api.store.accept(new).await? {
-        Accepted::Now => {
-            metrics::accepted();
-            info!(notification = %id, job = %job_id, audience = size.members, "accepted");
-            Ok(accepted(id, size.members, state, warnings))
+    Ok(Prepared { new: Arc::new(new), warnings: checked.warnings })
+}
+
+impl Prepared {
+    /// The answer, after the notification was handed to the store.
+    fn answer(self, accepted: Accepted) -> Result<Notified> {
+        let Self { new, warnings } = self;
+        match accepted {
+            Accepted::Now => {
+                metrics::accepted();
+                info!(notification = %new.id, job = %new.job.id, audience = new.estimate, "accepted");
+                Ok(Notified::new(new.id, new.estimate, Stage::first(new.plan.due_at), warnings))
+            }
+            Accepted::Before(id, estimate, stage) => Ok(Notified::new(id, estimate, stage, Vec::new())),
+            Accepted::Conflict => Err(conflict().into()),
         }
-        Accepted::Before(id, estimate, stage) => Ok(accepted(id, estimate, stage, Vec::new())),
-        Accepted::Conflict => Err(conflict().into()),
     }
 }
 
@@ -108,7 +149,9 @@ pub(crate) async fn notify(
 /// may be invalid now.
 async fn answered_before(api: &ApiState, promise: &Idempotency) -> Result<Option<Response>> {
     Ok(match api.store.accepted_before(promise.clone()).await? {
-        Some(Accepted::Before(id, estimate, stage)) => Some(accepted(id, estimate, stage, Vec::new())),
+        Some(Accepted::Before(id, estimate, stage)) => {
+            Some(Notified::new(id, estimate, stage, Vec::new()).into_response())
+        }
         Some(Accepted::Conflict) => return Err(conflict().into()),
         Some(Accepted::Now) | None => None,
     })
@@ -136,7 +179,9 @@ async fn size(api: &ApiState, site: SiteId, checked: &mut Checked) -> Result<Siz
 }
 
 /// What a dry run answers.
-async fn dry(api: &ApiState, site: SiteId, checked: Checked, size: Size) -> Result<DryRun> {
+async fn dry(api: &ApiState, site: SiteId, request: NotifyRequest) -> Result<DryRun> {
+    let mut checked = check(api, site, Uuid::now_v7(), request).await?;
+    let size = size(api, site, &mut checked).await?;
     let Checked { audience, needed, warnings, .. } = checked;
     let incomplete = match needed.is_empty() {
         true => None,
@@ -152,13 +197,7 @@ fn is_direct(api: &ApiState, checked: &Checked, size: Size) -> bool {
 }
 
 /// The job that begins the notification: it sends to a small audience, and cuts a big one.
-fn first_job(
-    api: &ApiState,
-    id: Uuid,
-    checked: &Checked,
-    size: Size,
-    scope: &RequestScope,
-) -> Result<NewJob> {
+fn first_job(api: &ApiState, id: Uuid, checked: &Checked, size: Size) -> Result<NewJob> {
     let (plan, priority) = (&checked.plan, Deliver::priority(checked.urgency));
     let is_direct = is_direct(api, checked, size);
     let job = if plan.rate_milli.is_some() && is_direct {
@@ -170,7 +209,7 @@ fn first_job(
     } else {
         NewJob::new(&FanOut { notification: id, priority }).map(|job| job.priority(priority))
     };
-    let job = job?.trace(trace(scope));
+    let job = job?;
     Ok(match plan.due_at {
         Some(at) => job.due(Due::At(Timestamp::from_millisecond(at).unwrap_or_default())),
         None => job,
@@ -181,7 +220,9 @@ fn conflict() -> Problem {
     Problem::new(StatusCode::UNPROCESSABLE_ENTITY, "this Idempotency-Key was used for another request")
 }
 
-fn accepted(id: Uuid, audience: u64, state: Stage, warnings: Vec<String>) -> Response {
-    let body = axum::Json(Notified { id, state: state.as_str(), status: state.as_str(), audience, warnings });
-    (StatusCode::ACCEPTED, [(header::LOCATION, format!("/notifications/{id}"))], body).into_response()
+impl IntoResponse for Notified {
+    fn into_response(self) -> Response {
+        let location = [(header::LOCATION, format!("/notifications/{}", self.id))];
+        (StatusCode::ACCEPTED, location, axum::Json(self)).into_response()
+    }
 }

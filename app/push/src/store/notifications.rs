@@ -1,9 +1,10 @@
 //! Notifications that were accepted by `POST /notify`, and their outcomes.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use jiff::Timestamp;
-use perennial_store::pool::sql::{self, Dialect, Result, Row, Tx, Value};
+use perennial_store::pool::sql::{self, Dialect, Result, Row, StoreTransaction, Tx, Value};
 use perennial_store::{transact, values};
 use perennial_webpush::{HttpVersion, Keys};
 use perennial_workers::queue::Due;
@@ -159,12 +160,17 @@ impl PushStore {
     }
 
     /// Stores a notification and the job that begins it, in one transaction.
-    pub(crate) async fn accept(&self, new: NewNotification) -> Result<Accepted> {
+    pub(crate) async fn accept(&self, new: Arc<NewNotification>) -> Result<Accepted> {
         let queue = new.job.queue.clone();
         let jobs = self.jobs.clone();
         let accepted = transact!(&self.sql, tx => accept(tx, &jobs, &new))?;
         self.jobs.wake([&*queue]);
         Ok(accepted)
+    }
+
+    /// Like [`PushStore::accept`], within a transaction of the caller.
+    pub(crate) async fn accept_in(&self, tx: &StoreTransaction, new: &NewNotification) -> Result<Accepted> {
+        accept(tx, &self.jobs, new).await
     }
 
     pub(crate) async fn notification(&self, site: i64, id: Uuid) -> Result<Option<Notification>> {

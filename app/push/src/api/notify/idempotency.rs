@@ -10,7 +10,6 @@ use parking_lot::Mutex;
 use perennial_server::http::problem::{FieldError, Problem};
 
 use super::request::NotifyRequest;
-use crate::store::Idempotency;
 
 /// The longest idempotency key.
 const MAX_IDEMPOTENCY_KEY: usize = 255;
@@ -42,19 +41,25 @@ impl Drop for Entered {
     }
 }
 
-pub(super) fn idempotency(
-    headers: &HeaderMap,
-    api_key: &str,
-    request: &NotifyRequest,
-) -> std::result::Result<Option<Idempotency>, Problem> {
+/// The `Idempotency-Key` of a request.
+pub(super) fn idempotency_key(headers: &HeaderMap) -> std::result::Result<Option<String>, Problem> {
     let Some(key) = headers.get("idempotency-key") else { return Ok(None) };
-    let key = key.to_str().ok().filter(|key| !key.is_empty() && key.len() <= MAX_IDEMPOTENCY_KEY);
-    let wanted =
-        || FieldError::new("Idempotency-Key", format!("1 to {MAX_IDEMPOTENCY_KEY} printable characters"));
-    let key = key.ok_or_else(wanted)?.to_owned();
-    // The fingerprint covers the parsed request, not its bytes: white space and the order of fields do not matter.
+    Ok(Some(checked_key(key.to_str().unwrap_or_default())?.to_owned()))
+}
+
+/// Checks an idempotency key.
+pub(super) fn checked_key(key: &str) -> std::result::Result<&str, FieldError> {
+    if !key.is_empty() && key.len() <= MAX_IDEMPOTENCY_KEY {
+        return Ok(key);
+    }
+    Err(FieldError::new("Idempotency-Key", format!("1 to {MAX_IDEMPOTENCY_KEY} printable characters")))
+}
+
+/// The fingerprint of a request. It covers the parsed request, not its bytes: white space and the order of fields do not
+/// matter.
+pub(super) fn fingerprint(request: &NotifyRequest) -> [u8; 32] {
     let canonical = serde_json::to_value(request).unwrap_or_default().to_string();
     let mut fingerprint = [0; 32];
     fingerprint.copy_from_slice(digest::digest(&digest::SHA256, canonical.as_bytes()).as_ref());
-    Ok(Some(Idempotency { api_key: api_key.to_owned(), key, fingerprint }))
+    fingerprint
 }

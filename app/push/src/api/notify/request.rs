@@ -9,9 +9,10 @@ use utoipa::ToSchema;
 use uuid::Uuid;
 
 use crate::api::subscriptions::PushSubscription;
+use crate::model::notification::Stage;
 
 /// A notification and its audience.
-#[derive(Debug, Deserialize, Serialize, ToSchema)]
+#[derive(Clone, Debug, Deserialize, Serialize, ToSchema)]
 #[serde(deny_unknown_fields)]
 pub(crate) struct NotifyRequest {
     pub(super) to: To,
@@ -69,7 +70,7 @@ fn version<'de, D: Deserializer<'de>>(from: D) -> std::result::Result<Option<Str
 }
 
 /// The audience of a notification: exactly one of these.
-#[derive(Debug, Serialize, ToSchema)]
+#[derive(Clone, Debug, Serialize, ToSchema)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum To {
     /// Every subscription; the value is `true`.
@@ -124,23 +125,30 @@ impl<'de> de::Visitor<'de> for OneOf {
     }
 }
 
-const NAMES: &str = "all, user, users, tags, subscriptions, push";
+pub(super) const NAMES: &str = "all, user, users, tags, subscriptions, push";
 
 /// An accepted notification.
 #[derive(Debug, Serialize, ToSchema)]
-pub(crate) struct Notified {
-    pub(super) id: Uuid,
+pub struct Notified {
+    /// Id of the notification.
+    pub id: Uuid,
     /// The state of the notification: scheduled or queued.
     #[schema(example = "queued")]
-    pub(super) state: &'static str,
+    pub state: &'static str,
     /// The value of `state` under its former name.
     #[schema(deprecated)]
     pub(super) status: &'static str,
     /// Estimated number of subscriptions in the audience.
-    pub(super) audience: u64,
+    pub audience: u64,
     /// Possible mistakes in the request.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub(super) warnings: Vec<String>,
+    pub warnings: Vec<String>,
+}
+
+impl Notified {
+    pub(super) fn new(id: Uuid, audience: u64, stage: Stage, warnings: Vec<String>) -> Self {
+        Self { id, state: stage.as_str(), status: stage.as_str(), audience, warnings }
+    }
 }
 
 /// The audience that a notification would have.

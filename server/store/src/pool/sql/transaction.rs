@@ -8,6 +8,7 @@ use std::fmt;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
+use parking_lot::Mutex;
 use tokio::sync::oneshot;
 
 use super::{
@@ -17,8 +18,16 @@ use crate::pool::postgres::PostgresTransaction;
 use crate::pool::sqlite::{self, Accepted};
 
 /// A transaction of [`Store::begin`]. It is rolled back when it drops without [`StoreTransaction::commit`].
-#[derive(Debug)]
-pub struct StoreTransaction(Inner);
+pub struct StoreTransaction {
+    inner: Inner,
+    after_commit: Mutex<Vec<Box<dyn FnOnce() + Send>>>,
+}
+
+impl fmt::Debug for StoreTransaction {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_tuple("StoreTransaction").field(&self.inner).finish()
+    }
+}
 
 #[derive(Debug)]
 enum Inner {
@@ -49,7 +58,7 @@ impl Store {
     /// # Errors
     /// See [`Error`].
     pub async fn begin(&self) -> Result<StoreTransaction> {
-        Ok(StoreTransaction(match self {
+        let inner = match self {
             Self::Sqlite(sqlite) => {
                 let (commands, asked) = mpsc::channel();
                 let limit = sqlite.commit_wait();
@@ -57,7 +66,8 @@ impl Store {
                 Inner::Sqlite { session: SqliteSession { commands }, written }
             }
             Self::Postgres(postgres) => Inner::Postgres(postgres.get().await?.into_transaction().await?),
-        }))
+        };
+        Ok(StoreTransaction { inner, after_commit: Mutex::default() })
     }
 }
 
@@ -68,26 +78,28 @@ impl StoreTransaction {
     /// See [`Error`]. A transaction that Postgres has rolled back in favour of another one ([`Error::is_rollback`]) can
     /// be repeated.
     pub async fn commit(self) -> Result<()> {
-        match self.0 {
+        match self.inner {
             Inner::Sqlite { session, written } => {
                 let _ = session.commands.send(Command::Commit);
-                Ok(written.wait().await?)
+                written.wait().await?;
             }
-            Inner::Postgres(transaction) => Ok(transaction.commit().await?),
+            Inner::Postgres(transaction) => transaction.commit().await?,
         }
+        self.after_commit.into_inner().into_iter().for_each(|work| work());
+        Ok(())
     }
 }
 
 impl Tx for StoreTransaction {
     fn dialect(&self) -> Dialect {
-        match &self.0 {
+        match &self.inner {
             Inner::Sqlite { .. } => Dialect::Sqlite,
             Inner::Postgres(_) => Dialect::Postgres,
         }
     }
 
     async fn query(&self, sql: &str, parameters: &[Value]) -> Result<Vec<Row>> {
-        match &self.0 {
+        match &self.inner {
             Inner::Sqlite { session, .. } => {
                 let (sql, parameters) = (sql.to_owned(), parameters.to_vec());
                 session.run(move |connection| query_sqlite(connection, &sql, &parameters)).await
@@ -97,7 +109,7 @@ impl Tx for StoreTransaction {
     }
 
     async fn execute(&self, sql: &str, parameters: &[Value]) -> Result<u64> {
-        match &self.0 {
+        match &self.inner {
             Inner::Sqlite { session, .. } => {
                 let (sql, parameters) = (sql.to_owned(), parameters.to_vec());
                 session.run(move |connection| execute_sqlite(connection, &sql, &parameters)).await
@@ -107,17 +119,25 @@ impl Tx for StoreTransaction {
     }
 
     async fn lock(&self, name: &[u8]) -> Result<()> {
-        match &self.0 {
+        match &self.inner {
             Inner::Sqlite { .. } => Ok(()),
             Inner::Postgres(transaction) => super::lock_postgres(transaction, name).await,
         }
     }
 
     fn engine(&self) -> Engine<'_> {
-        match &self.0 {
+        match &self.inner {
             Inner::Sqlite { session, .. } => Engine::SqliteSession(session),
             Inner::Postgres(transaction) => Engine::PostgresSession(transaction),
         }
+    }
+
+    fn is_value(&self) -> bool {
+        true
+    }
+
+    fn after_commit(&self, work: impl FnOnce() + Send + 'static) {
+        self.after_commit.lock().push(Box::new(work));
     }
 }
 
