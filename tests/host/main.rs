@@ -8,6 +8,7 @@ mod deadlines;
 mod drain;
 mod host;
 mod http2;
+mod kit;
 mod module;
 mod refused;
 mod scope;

@@ -76,7 +76,10 @@ async fn a_program_has_its_own_name_version_variables_and_defaults() {
     let setup = bookshop();
     let help = setup.run(&["jobs", "list", "--help"]).await;
     let help = String::from_utf8_lossy(&help.stdout).into_owned();
-    assert!(help.contains("Usage: bookshop jobs list") && help.contains("  bookshop jobs list --state"), "{help}");
+    assert!(
+        help.contains("Usage: bookshop jobs list") && help.contains("  bookshop jobs list --state"),
+        "{help}"
+    );
     assert!(!help.contains("perennial "), "{help}");
     let settings = setup.run(&["check", "--json"]).await;
     let settings = String::from_utf8_lossy(&settings.stdout).into_owned();

@@ -209,6 +209,39 @@ pub struct Context {
     pub(crate) recorder: Arc<dyn Recorder>,
 }
 
+#[cfg(feature = "testing")]
+impl Context {
+    /// Makes the context of a first run that no worker has claimed, to test a job alone. Its checkpoints are not kept.
+    pub fn for_test() -> Self {
+        let time = Duration::from_secs(3600);
+        Self {
+            id: Uuid::now_v7(),
+            epoch: 1,
+            spent: Attempts::default(),
+            deadline: Instant::now() + time,
+            cancel: CancellationToken::new(),
+            lease: Lease::until(crate::lease::BootTime::now().after(time)),
+            trace: None,
+            queue: DEFAULT_QUEUE.into(),
+            saved: None,
+            advance: Arc::default(),
+            recorder: Arc::new(Forgetful),
+        }
+    }
+}
+
+/// Keeps no checkpoint.
+#[cfg(feature = "testing")]
+#[derive(Debug)]
+struct Forgetful;
+
+#[cfg(feature = "testing")]
+impl Recorder for Forgetful {
+    fn record(&self, _held: Held, _queue: Arc<str>, _checkpoint: String) -> Recording<'_> {
+        Box::pin(std::future::ready(Ok(true)))
+    }
+}
+
 /// Progress of a run, shared with the task that renews its lease.
 #[derive(Debug, Default)]
 pub(crate) struct Advance {

@@ -3,7 +3,12 @@
 pub mod postgres;
 pub mod redis;
 mod schedules;
+#[cfg(feature = "testing")]
+mod shift;
 pub mod sqlite;
+
+#[cfg(feature = "testing")]
+pub use shift::shift;
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -223,8 +223,11 @@ where
     async fn from_request(request: Request, _state: &S) -> std::result::Result<Self, Problem> {
         let (parts, body) = request.into_parts();
         check_media_type(&parts, "application/x-www-form-urlencoded")?;
-        let fields = serde_urlencoded::from_bytes(&read(body).await?);
-        fields.map(Self).map_err(|error| of_query(&error.to_string()).into())
+        let body = read(body).await?;
+        let fields = serde_urlencoded::Deserializer::new(url::form_urlencoded::parse(&body));
+        serde_path_to_error::deserialize(fields)
+            .map(Self)
+            .map_err(|error| of_query(&error.to_string()).into())
     }
 }
 

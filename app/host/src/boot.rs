@@ -134,6 +134,12 @@ fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
 }
 
 impl App {
+    /// The store.
+    #[cfg(feature = "testing")]
+    pub(crate) fn store(&self) -> &sql::Store {
+        &self.store
+    }
+
     /// Closes the remaining parts, and returns true when all of them closed in time. They do not when every thread of
     /// the serving runtime is blocked.
     pub(crate) async fn close(self) -> bool {

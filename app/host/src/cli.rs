@@ -27,6 +27,9 @@ use crate::module::{self, Blueprint};
 use crate::program;
 use crate::settings::{Problems, Sources, masked_words};
 
+#[cfg(feature = "testing")]
+pub(crate) use keys::make_keys;
+
 /// A long-lived application server: requests, jobs and web push in one process.
 #[derive(Debug, Parser)]
 #[command(
@@ -159,7 +162,11 @@ pub(crate) fn main(modules: &[Blueprint], defaults: Vec<(String, toml::Value)>) 
 }
 
 /// Reads all settings for a command.
-fn context(json: bool, sources: &Sources, modules: &[Blueprint]) -> Result<CommandContext, Problems> {
+pub(crate) fn context(
+    json: bool,
+    sources: &Sources,
+    modules: &[Blueprint],
+) -> Result<CommandContext, Problems> {
     let settings = module::load(sources, modules);
     let (config, _) = module::read(&settings, modules)?;
     let files = modules.iter().flat_map(|module| (module.files)(&settings)).collect();

@@ -146,6 +146,12 @@ impl Inheritance {
         Ok(Self { sockets, predecessor })
     }
 
+    /// Nothing is inherited.
+    #[cfg(feature = "testing")]
+    pub(crate) fn none() -> Self {
+        Self { sockets: Inherited::default(), predecessor: Mutex::new(None) }
+    }
+
     fn predecessor(&self) -> MutexGuard<'_, Option<UnixStream>> {
         self.predecessor.lock()
     }

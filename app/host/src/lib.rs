@@ -15,6 +15,7 @@ pub mod capacity;
 mod cli;
 pub mod command;
 mod config;
+mod control;
 mod cron;
 pub mod data_dir;
 mod handover;
@@ -29,6 +30,8 @@ pub mod settings;
 pub mod sites;
 mod stop;
 mod supervisor;
+#[cfg(feature = "testing")]
+pub mod testing;
 
 use std::borrow::Cow;
 use std::process::ExitCode;
@@ -105,6 +108,12 @@ impl Perennial {
     pub fn default(mut self, key: &str, value: impl Into<toml::Value>) -> Self {
         self.defaults.push((key.to_owned(), value.into()));
         self
+    }
+
+    /// Prepares to run the program within a test: see [`testing`].
+    #[cfg(feature = "testing")]
+    pub fn test(self) -> testing::TestBuilder {
+        testing::TestBuilder::new(self)
     }
 
     /// Runs the command of the command line, and returns the exit code of the program.

@@ -48,8 +48,33 @@ impl fmt::Display for Reason {
     }
 }
 
-/// Stops the process, and returns its exit code: 0, or 1 when a critical task died, a task had to be aborted, or a part
-/// did not close.
+/// How the stop went.
+#[derive(Debug)]
+pub(crate) struct StopReport {
+    /// Jobs that did not end in the soft phase.
+    #[cfg_attr(not(feature = "testing"), expect(dead_code, reason = "the log has them, too"))]
+    pub(crate) cancelled: Vec<String>,
+    /// Tasks that had to be aborted.
+    pub(crate) aborted: Vec<&'static str>,
+    /// The critical task that died.
+    pub(crate) death: Option<Death>,
+    /// True when every part closed in time.
+    pub(crate) closed: bool,
+}
+
+impl StopReport {
+    /// Returns true when nothing died or had to be aborted, and everything was closed.
+    pub(crate) fn is_in_order(&self) -> bool {
+        self.aborted.is_empty() && self.death.is_none() && self.closed
+    }
+
+    /// The exit code of the process: 0 when the stop was in order, else 1.
+    pub(crate) fn code(&self) -> ExitCode {
+        if self.is_in_order() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+    }
+}
+
+/// Stops the process.
 pub(crate) async fn stop(
     app: App,
     phases: Phases,
@@ -57,7 +82,7 @@ pub(crate) async fn stop(
     trigger: &Trigger,
     signals: &mut Signals,
     reason: Reason,
-) -> ExitCode {
+) -> StopReport {
     let began = Instant::now();
     if reason != Reason::Succession {
         supervisor::stopping(&reason.to_string());
@@ -101,6 +126,7 @@ pub(crate) async fn stop(
             () = tokio::time::sleep(soft) => false,
             () = impatience(signals, began) => false,
         };
+    let cancelled = if finished { Vec::new() } else { busy(&app) };
     if !finished {
         warn!(tasks = app.tasks.running().join(", "), "cancelling what still runs");
     }
@@ -111,13 +137,19 @@ pub(crate) async fn stop(
     // This includes a critical task that died during the drain.
     let death = app.tasks.death();
     let closed = app.close().await;
-    if aborted.is_empty() && death.is_none() && closed {
+    let report = StopReport { cancelled, aborted, death, closed };
+    if report.is_in_order() {
         info!("stopped");
-        ExitCode::SUCCESS
     } else {
+        let StopReport { aborted, death, .. } = &report;
         error!(aborted = aborted.join(", "), ?death, closed, "stopped, but not as it should be");
-        ExitCode::FAILURE
     }
+    report
+}
+
+/// The jobs that run, by kind and id.
+fn busy(app: &App) -> Vec<String> {
+    app.workers.busy().iter().map(|busy| format!("{} {}", busy.kind, busy.id)).collect()
 }
 
 /// Returns when a second signal asks the process to stop without waiting any longer.
@@ -138,9 +170,11 @@ async fn impatience(signals: &mut Signals, began: Instant) {
 async fn tell(app: &App) {
     loop {
         tokio::time::sleep(TELL).await;
-        let jobs: Vec<String> =
-            app.workers.busy().iter().map(|busy| format!("{} {}", busy.kind, busy.id)).collect();
-        info!(tasks = app.tasks.running().join(", "), jobs = jobs.join(", "), "waiting for what still runs");
+        info!(
+            tasks = app.tasks.running().join(", "),
+            jobs = busy(app).join(", "),
+            "waiting for what still runs"
+        );
     }
 }
 

@@ -22,6 +22,8 @@ mod retention;
 mod scopes;
 pub mod sink;
 mod store;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod vapid;
 
 use std::collections::BTreeMap;

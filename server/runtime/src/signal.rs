@@ -24,7 +24,7 @@ pub enum ProcessSignal {
 }
 
 /// A stream of the signals that reach the process after [`Signals::install`].
-pub struct Signals(signal_hook_tokio::Signals);
+pub struct Signals(Option<signal_hook_tokio::Signals>);
 
 impl std::fmt::Debug for Signals {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -41,13 +41,19 @@ impl Signals {
         // Other programs reopen their logs on SIGUSR1, and SIGPIPE means that a reader has gone: neither may end the
         // process.
         let heard = [SIGTERM, SIGQUIT, SIGINT, SIGHUP, SIGUSR2, SIGUSR1, SIGPIPE];
-        Ok(Self(signal_hook_tokio::Signals::new(heard)?))
+        Ok(Self(Some(signal_hook_tokio::Signals::new(heard)?)))
+    }
+
+    /// Makes a stream without signals, for a program within another one.
+    pub fn none() -> Self {
+        Self(None)
     }
 
     /// Waits for the next signal. Signals of one kind that arrive together count as one.
     pub async fn next(&mut self) -> ProcessSignal {
         loop {
-            match self.0.next().await {
+            let Some(signals) = &mut self.0 else { return std::future::pending().await };
+            match signals.next().await {
                 Some(SIGTERM) => return ProcessSignal::Terminate,
                 Some(SIGQUIT) => return ProcessSignal::Quit,
                 Some(SIGINT) => return ProcessSignal::Interrupt,

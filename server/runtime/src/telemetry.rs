@@ -150,6 +150,16 @@ impl Telemetry {
         Ok(Self { filter: handle, lines, json, _writer: writer })
     }
 
+    /// Makes a log that is not installed and shows nothing, for a program within another one, which has its own log.
+    ///
+    /// # Errors
+    /// When the system has no more threads.
+    pub fn detached() -> Result<Self, InstallError> {
+        let (lines, writer) = Lines::start(io::sink())?;
+        let (_, handle) = reload::Layer::new(EnvFilter::default());
+        Ok(Self { filter: handle, lines, json: None, _writer: writer })
+    }
+
     /// A direct writer of JSON lines; `None` when the log is text.
     pub fn json_lines(&self) -> Option<JsonLines> {
         self.json.clone()

@@ -197,6 +197,20 @@ async fn keyring(offline: Offline) -> anyhow::Result<Router> {
 }
 
 async fn generate(context: &CommandContext, modules: &[Blueprint]) -> anyhow::Result<()> {
+    let shown = make_keys(context, modules).await?;
+    if !context.json {
+        for (label, value) in shown {
+            say!("{label:<18}  {value}");
+        }
+    }
+    show(context)
+}
+
+/// Makes all keys that are missing, and returns a label and a public value for each key of a module.
+pub(crate) async fn make_keys(
+    context: &CommandContext,
+    modules: &[Blueprint],
+) -> anyhow::Result<Vec<(String, String)>> {
     let config = &context.config;
     let (data_dir, store) = context.open_alone().await?;
     // With keys in files, none is needed in the store.
@@ -211,12 +225,7 @@ async fn generate(context: &CommandContext, modules: &[Blueprint]) -> anyhow::Re
         shown.extend((module.keys)(context.settings(), &sites, &data_dir, &store).await?);
     }
     store.close().await;
-    if !context.json {
-        for (label, value) in shown {
-            say!("{label:<18}  {value}");
-        }
-    }
-    show(context)
+    Ok(shown)
 }
 
 /// A file with a key.

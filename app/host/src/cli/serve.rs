@@ -13,23 +13,23 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{ArgMatches, Args};
 use parking_lot::Mutex;
-use perennial_runtime::drain::{self, Drain, Phase};
+use perennial_runtime::drain::{self, Phase};
 use perennial_runtime::health::Health;
 use perennial_runtime::metrics::Metrics;
 use perennial_runtime::signal::{ProcessSignal, Signals};
 use perennial_runtime::tasks::Tasks;
 use perennial_runtime::telemetry::Telemetry;
-use perennial_server::http::Server;
 use perennial_server::net::Sockets;
 use tokio::runtime::{Builder, Runtime};
 use tokio::task::{JoinHandle, JoinSet};
 use tracing::{error, info, warn};
 
 use super::report;
-use crate::admin::{Admin, Booted};
+use crate::admin::Booted;
 use crate::boot::{self, App, BootPlan};
 use crate::command::Beside;
 use crate::config::{self, Config};
+use crate::control::Control;
 use crate::handover::{self, Inheritance};
 use crate::module::{Blueprint, Configured, load, read};
 use crate::program;
@@ -170,7 +170,7 @@ impl Prepared {
         };
         let opened = async {
             let inheritance = Inheritance::take()?;
-            let admin = control.open_admin(&config, &inheritance, &serving).await?;
+            let admin = control.open_admin(&config, &inheritance, serving.handle()).await?;
             anyhow::Ok((inheritance, admin))
         };
         let (inheritance, admin) = match opened.await {
@@ -205,7 +205,7 @@ impl Prepared {
                 if reason == Reason::Succession {
                     sockets.iter().for_each(Sockets::handed_over);
                 }
-                stop(app, phases, &health, &trigger, &mut signals, reason).await
+                stop(app, phases, &health, &trigger, &mut signals, reason).await.code()
             }
         };
         last.advance(Phase::Hard);
@@ -213,62 +213,6 @@ impl Prepared {
             warn!(tasks = ?control.background.abort(), "left behind");
         }
         (code, Some(serving))
-    }
-}
-
-/// The parts of the control runtime, which run from before boot until after the stop.
-struct Control {
-    background: Tasks,
-    /// Drain that is hard when everything else has ended.
-    drain: Drain,
-    health: Health,
-    metrics: Metrics,
-    telemetry: Arc<Telemetry>,
-    /// The settings in effect.
-    running: Arc<Mutex<Settings>>,
-}
-
-/// The open admin listener.
-struct OpenAdmin {
-    known: Admin,
-    sockets: Sockets,
-    addresses: Vec<String>,
-}
-
-impl Control {
-    /// Opens the admin listener, and starts the tasks that watch the process.
-    async fn open_admin(
-        &self,
-        config: &Config,
-        inheritance: &Inheritance,
-        serving: &Runtime,
-    ) -> anyhow::Result<OpenAdmin> {
-        let Self { background, drain, health, metrics, telemetry, running } = self;
-        let admin = Server::bind(config.admin.clone(), &inheritance.sockets).await.map_err(|error| {
-            inheritance.warn_of_the_rest();
-            boot::not_opened(error, "admin.listen")
-        })?;
-        let known = Admin::new(
-            health.clone(),
-            metrics.clone(),
-            Arc::clone(telemetry),
-            Arc::clone(running),
-            &config.admin.net.listen,
-            admin.connections(),
-        );
-        let open = OpenAdmin { known: known.clone(), sockets: admin.sockets(), addresses: admin.addresses() };
-        background.critical("admin", admin.run(known.router(), None, drain.clone()));
-        background.contained("metrics upkeep", {
-            let (metrics, drain) = (metrics.clone(), drain.clone());
-            move || metrics.clone().upkeep(drain.clone())
-        });
-        {
-            let _on_serving = serving.enter();
-            let (health, drain) = (health.clone(), drain.clone());
-            background.contained("heartbeat", move || health.clone().heartbeat(drain.clone()));
-        }
-        background.critical("watchdog", supervisor::watchdog(health.clone(), drain.clone()));
-        Ok(open)
     }
 }
 

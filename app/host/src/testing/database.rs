@@ -1,0 +1,61 @@
+//! A database of its own for each program within a test.
+
+use std::time::Duration;
+
+use perennial_store::pool::postgres::{Config, Postgres};
+use uuid::Uuid;
+
+use crate::program;
+
+/// A database on the server that a variable of the environment names.
+#[derive(Debug)]
+pub(super) struct TestDatabase {
+    server: String,
+    name: String,
+}
+
+impl TestDatabase {
+    /// Creates a database, if the environment names a server.
+    pub(super) async fn of_environment() -> anyhow::Result<Option<Self>> {
+        let variable = format!("{}TEST_POSTGRES", program::identity().env_prefix);
+        let Ok(server) = std::env::var(variable) else { return Ok(None) };
+        let database = Self { server, name: format!("test_{}", Uuid::now_v7().simple()) };
+        database.on_server(&format!("CREATE DATABASE {}", database.name)).await?;
+        Ok(Some(database))
+    }
+
+    pub(super) fn url(&self) -> String {
+        at(&self.server, &self.name)
+    }
+
+    /// Drops the database.
+    pub(super) async fn drop_it(self) -> anyhow::Result<()> {
+        self.on_server(&format!("DROP DATABASE {} WITH (FORCE)", self.name)).await
+    }
+
+    async fn on_server(&self, sql: &str) -> anyhow::Result<()> {
+        let config = Config {
+            url: at(&self.server, "postgres").as_str().into(),
+            ca_file: None,
+            size: 1,
+            wait: Duration::from_secs(10),
+            connect_timeout: Duration::from_secs(5),
+            statement_timeout: Duration::from_secs(30),
+            max_age: Duration::from_secs(60),
+            pgbouncer: false,
+        };
+        let postgres = Postgres::open(config).await?;
+        postgres.execute(sql, &[]).await?;
+        postgres.close();
+        Ok(())
+    }
+}
+
+/// The URL of a database on a server: `postgres://user@host/`, with or without a query.
+fn at(server: &str, database: &str) -> String {
+    let (base, query) = match server.split_once('?') {
+        Some((base, query)) => (base, format!("?{query}")),
+        None => (server, String::new()),
+    };
+    format!("{}/{database}{query}", base.trim_end_matches('/'))
+}

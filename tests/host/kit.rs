@@ -1,0 +1,157 @@
+//! The test kit: programs within tests.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use perennial::anyhow;
+use perennial::prelude::*;
+use perennial::push::testing::{PushTest, Pushes};
+use perennial::push::{Notification, Push, PushHandle};
+use perennial::sql::Dialect;
+use perennial::testing::TestProgram;
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+
+/// A module with a page, a table, a job that fails at first, a schedule, and a job that never ends.
+struct Shop;
+
+static RUNS: AtomicUsize = AtomicUsize::new(0);
+
+impl Module for Shop {
+    const NAME: &'static str = "shop";
+    const NEEDS: &'static [Need] = &[Need::of::<Push>()];
+    const DEFAULTS: &'static str = "[shop]\n# The name of the shop.\nname = \"Books\"";
+    const MIGRATIONS: &'static [&'static str] = &["CREATE TABLE visits (name TEXT PRIMARY KEY)"];
+    const POSTGRES_MIGRATIONS: &'static [&'static str] = Self::MIGRATIONS;
+
+    fn configure(_: &mut Reader<'_>) -> Self {
+        Self
+    }
+
+    async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+        let push = host.get::<Push>()?;
+        host.job::<Order>(push.clone());
+        host.job::<Endless>(Arc::new(()));
+        host.schedule(Schedule::new("shop.daily", "0 7 * * *", &Order { fails: 0 })?);
+        let jobs = host.jobs.clone();
+        let order = async |State(jobs): State<Jobs>, Form(order): Form<Order>| -> Result<Json<Value>> {
+            let id = jobs.enqueue(NewJob::new(&order)?).await?;
+            Ok(Json(json!({ "job": id })))
+        };
+        host.routes(Router::new().route("/orders", post(order)).with_state(jobs));
+        Ok(())
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Order {
+    fails: u32,
+}
+
+impl Job for Order {
+    const KIND: &'static str = "shop.order";
+    type Tools = PushHandle;
+
+    async fn run(&self, context: Context, push: PushHandle) -> anyhow::Result<JobOutcome> {
+        RUNS.fetch_add(1, Ordering::SeqCst);
+        anyhow::ensure!(context.spent.failures >= self.fails, "not yet");
+        push.send(Notification::new("Ordered").body("Thank you").to_tags("readers")).await?;
+        Ok(JobOutcome::Done)
+    }
+}
+
+#[derive(Serialize, Deserialize)]
+struct Endless;
+
+impl Job for Endless {
+    const KIND: &'static str = "shop.endless";
+    type Tools = Arc<()>;
+
+    async fn run(&self, _: Context, _: Arc<()>) -> anyhow::Result<JobOutcome> {
+        std::future::pending().await
+    }
+}
+
+fn shop() -> Perennial {
+    Perennial::new().default("push.page", false).host::<Shop>().host::<Push>()
+}
+
+/// `tests/run` names a Postgres server in the environment.
+#[tokio::test]
+async fn a_program_is_tested_within_its_own_tests_on_postgres() -> anyhow::Result<()> {
+    let shop = shop().test().with(&Pushes::start().await?).start().await?;
+    assert_eq!(shop.store().dialect(), Dialect::Postgres);
+    is_tested(shop).await
+}
+
+#[tokio::test]
+async fn a_program_is_tested_within_its_own_tests_on_the_embedded_store() -> anyhow::Result<()> {
+    let shop = shop().test().embedded().with(&Pushes::start().await?).start().await?;
+    assert_eq!(shop.store().dialect(), Dialect::Sqlite);
+    is_tested(shop).await
+}
+
+async fn is_tested(shop: TestProgram) -> anyhow::Result<()> {
+    shop.pushes().subscribe(&shop, &["readers"]).await?;
+    let answer = shop.client().without_key().post_form("/orders", &json!({ "fails": 1 })).await?;
+    assert_eq!(answer.status, 200, "{}", answer.text());
+    let wrong = shop.client().post_form("/orders", &json!({ "fails": "often" })).await?;
+    assert_eq!((wrong.status.as_u16(), &wrong.json()["errors"][0]["field"]), (422, &json!("fails")));
+    shop.jobs().run_until_idle().await?;
+    assert!(shop.pushes().received().is_empty(), "the first attempt fails");
+    let runs = RUNS.load(Ordering::SeqCst);
+    shop.clock().advance(Duration::from_secs(3600)).await?;
+    let received = shop.pushes().wait_for(1).await?;
+    assert_eq!((received[0].title(), received[0].body()), ("Ordered".to_owned(), "Thank you".to_owned()));
+    shop.clock().advance(Duration::from_secs(24 * 3600)).await?;
+    shop.pushes().wait_for(2).await?;
+    assert!(RUNS.load(Ordering::SeqCst) >= runs + 2, "the schedule has run, too");
+    let rows = shop.store().query("SELECT count(*) FROM visits", values![]).await?;
+    assert_eq!(rows[0].first::<i64>()?, 0);
+    assert_eq!(shop.client().get("/").await?.status, 404, "the page is off by default here");
+    shop.stop().await
+}
+
+#[tokio::test]
+async fn many_programs_run_in_one_test_and_know_nothing_of_each_other() -> anyhow::Result<()> {
+    let started = (0..4).map(|_| shop().test().embedded().start());
+    let shops = futures_util::future::try_join_all(started).await?;
+    shops[0].store().execute("INSERT INTO visits VALUES ('Ada')", values![]).await?;
+    for (number, shop) in shops.iter().enumerate() {
+        let found = shop.store().query("SELECT name FROM visits", values![]).await?.len();
+        assert_eq!(found, usize::from(number == 0));
+    }
+    for shop in shops {
+        shop.stop().await?;
+    }
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_failure_names_what_still_runs() -> anyhow::Result<()> {
+    let shop = shop().test().embedded().set("drain.soft=100ms").set("drain.hard=100ms").start().await?;
+    shop.jobs().handle().enqueue(NewJob::new(&Endless)?).await?;
+    let waited = tokio::time::timeout(Duration::from_millis(300), shop.jobs().run_until_idle()).await;
+    assert!(waited.is_err(), "the job never ends");
+    let stopped = shop.stop().await.unwrap_err().to_string();
+    assert!(stopped.contains("shop.endless"), "{stopped}");
+    Ok(())
+}
+
+#[tokio::test]
+async fn a_wrong_setting_is_an_error_of_the_start() {
+    let error = shop().test().embedded().set("shop.nam=x").start().await.unwrap_err().to_string();
+    assert!(error.contains("did you mean shop.name?"), "{error}");
+}
+
+#[tokio::test]
+async fn a_job_is_tested_alone() -> anyhow::Result<()> {
+    let shop = shop().test().embedded().start().await?;
+    let context = Context::for_test();
+    assert!(!context.cancel.is_cancelled() && context.lease.is_held());
+    let ended = tokio::time::timeout(Duration::from_millis(50), Endless.run(context, Arc::new(()))).await;
+    assert!(ended.is_err());
+    shop.stop().await
+}
