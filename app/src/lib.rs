@@ -19,7 +19,8 @@ pub mod server {
     pub use perennial_store::{cache, pool, transact, values};
 }
 
-/// Compiles the examples of the README.
+/// Compiles the examples of the README and of the page for applications.
 #[cfg(doctest)]
 #[doc = include_str!("../../README.md")]
+#[cfg_attr(all(feature = "push", feature = "testing"), doc = include_str!("../../docs/your-own-application.md"))]
 struct Readme;

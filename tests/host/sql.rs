@@ -15,20 +15,23 @@ use uuid::Uuid;
 
 /// Keeps what a store is made of.
 #[derive(Debug)]
-enum Kept {
+pub(crate) enum Kept {
     File { _directory: TempDir },
     Server { _database: Box<Database> },
 }
 
 /// Both stores, empty.
-async fn stores() -> [(Store, Kept); 2] {
+pub(crate) async fn stores() -> [(Store, Kept); 2] {
     let directory = TempDir::new().unwrap();
     let sqlite =
         perennial::store::pool::sqlite::Sqlite::open(sqlite_config(directory.path().join("books.db")));
     let database = Box::new(Database::new().await);
     let postgres = database.connect().await;
     [
-        (Store::Sqlite(sqlite.await.unwrap()), Kept::File { _directory: directory }),
+        (
+            Store::Sqlite(sqlite.await.unwrap().with_statement_timeout(Duration::from_secs(2))),
+            Kept::File { _directory: directory },
+        ),
         (Store::Postgres(postgres), Kept::Server { _database: database }),
     ]
 }

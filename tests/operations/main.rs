@@ -12,6 +12,7 @@ mod moving;
 mod openapi;
 mod operators;
 mod pools;
+mod project;
 mod readme;
 mod rollout;
 mod settings;

@@ -71,9 +71,9 @@ pub(crate) async fn boot(
     let early = if plan.inheritance.succeeds() { Some(plan.listen().await?) } else { None };
     let base = Base::open(&plan).await?;
     let tasks = Tasks::new(drain.clone());
-    let host = mount::host(&plan, &base, &tasks, &health, &drain);
-    let mut mounted = Mounted::mount(host, modules, &mut plan, &base).await?;
     let cpu = Cpu::start(plan.config.cpu).context("the threads for the processor cannot be started")?;
+    let host = mount::host(&plan, &base, &cpu, &tasks, &health, &drain);
+    let mut mounted = Mounted::mount(host, modules, &mut plan, &base).await?;
     let server = match early {
         Some(server) => server,
         None => plan.listen().await?,

@@ -7,6 +7,7 @@ mod cron;
 mod health;
 mod jobs;
 mod keys;
+mod new;
 mod pages;
 mod resume;
 mod serve;
@@ -88,6 +89,8 @@ enum HostCommand {
     /// List schedules, run one now, pause and resume them
     #[command(subcommand)]
     Cron(cron::Cron),
+    /// Make the project of an application of your own
+    New(new::New),
     /// Show the activity of the running server, updated every second
     Top(top::Top),
     /// Print a completion script for a shell
@@ -145,6 +148,7 @@ pub(crate) fn main(modules: &[Blueprint], defaults: Vec<(String, toml::Value)>) 
                 HostCommand::Check(check) => return check.run(json, &sources, modules),
                 HostCommand::Completions(completions) => completions.run(definition(modules)),
                 HostCommand::Man(man) => man.run(definition(modules)),
+                HostCommand::New(new) => new.run(json),
                 command => context(json, &sources, modules)
                     .map_err(Into::into)
                     .and_then(|context| command.run(&context, modules)),
@@ -200,7 +204,7 @@ impl HostCommand {
             Self::Jobs(jobs) => jobs.run(context),
             Self::Cron(cron) => cron.run(context),
             Self::Top(top) => top.run(context),
-            Self::Serve(_) | Self::Check(_) | Self::Completions(_) | Self::Man(_) => Ok(()),
+            Self::Serve(_) | Self::Check(_) | Self::Completions(_) | Self::Man(_) | Self::New(_) => Ok(()),
         }
     }
 }

@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use tracing::info;
 
 use crate::module::Host;
+use crate::sessions::Sessions;
 
 /// Queue of maintenance jobs, so that they never wait behind jobs of an application.
 const QUEUE: &str = "maintenance";
@@ -52,6 +53,10 @@ pub(crate) fn mount(host: &mut Host, retention: Duration) -> anyhow::Result<()> 
     host.serve_queue(QUEUE, SLOTS);
     host.job::<ForgetJobs>((host.jobs.clone(), retention));
     host.schedule(Schedule::new("jobs.retention", "*/10 * * * *", &ForgetJobs {})?.overlap(Overlap::Skip));
+    host.job::<ForgetSessions>(host.store.clone());
+    host.schedule(
+        Schedule::new("sessions.retention", "20 * * * *", &ForgetSessions {})?.overlap(Overlap::Skip),
+    );
     // Postgres does this by itself.
     if let sql::Store::Sqlite(sqlite) = &host.store {
         let sqlite = sqlite.clone();
@@ -59,6 +64,25 @@ pub(crate) fn mount(host: &mut Host, retention: Duration) -> anyhow::Result<()> 
         host.schedule(Schedule::new("store.optimize", "30 3 * * *", &Optimize {})?.overlap(Overlap::Skip));
     }
     Ok(())
+}
+
+/// Deletes sessions that have ended.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct ForgetSessions {}
+
+impl Job for ForgetSessions {
+    const KIND: &'static str = "sessions.retention";
+    type Tools = sql::Store;
+
+    fn options() -> Options {
+        options()
+    }
+
+    async fn run(&self, context: Context, store: sql::Store) -> anyhow::Result<JobOutcome> {
+        until_none(&context, || Sessions::forget(&store)).await?;
+        Ok(JobOutcome::Done)
+    }
 }
 
 /// Deletes jobs that ended long ago.

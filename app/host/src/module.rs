@@ -38,6 +38,7 @@ use std::pin::Pin;
 use std::sync::Arc;
 
 use anyhow::Context as _;
+use perennial_runtime::cpu::Cpu;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::{Condition, Health};
 use perennial_runtime::tasks::Tasks;
@@ -52,6 +53,9 @@ use crate::command::Commands;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 pub use crate::data_dir::SecretFile;
+use crate::locks::Locks;
+use crate::passwords::Passwords;
+use crate::sessions::{self, Sessions};
 use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
 use crate::sites::Sites;
 
@@ -137,6 +141,10 @@ pub struct Host {
     pub sites: Sites,
     /// Caches, whose entries all replicas drop together.
     pub caches: Caches,
+    /// The threads for processor work.
+    pub cpu: Cpu,
+    /// Locks and semaphores over all replicas.
+    pub locks: Locks,
     /// The directory of keys and other files, locked by this process.
     pub data_dir: Arc<DataDir>,
     /// The stop signal.
@@ -181,6 +189,23 @@ impl Host {
         handle.cloned().with_context(|| {
             format!("the module {name} is not mounted: name it in NEEDS, so that it is mounted first")
         })
+    }
+
+    /// Opens the sessions of browsers.
+    ///
+    /// # Errors
+    /// When the key of their cookies can be neither read nor made.
+    pub fn sessions(
+        &self,
+        config: sessions::Config,
+    ) -> impl Future<Output = anyhow::Result<Sessions>> + Send + use<> {
+        let (store, data_dir) = (self.store.clone(), Arc::clone(&self.data_dir));
+        async move { Sessions::open(store, &data_dir, config).await }
+    }
+
+    /// Passwords of users, hashed on the threads for processor work.
+    pub fn passwords(&self) -> Passwords {
+        Passwords::new(self.cpu.clone())
     }
 
     /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter`, whose handlers are then described

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::Router;
+use perennial_runtime::cpu::Cpu;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Health;
 use perennial_runtime::tasks::Tasks;
@@ -15,6 +16,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::base::Base;
 use super::plan::BootPlan;
+use crate::locks::Locks;
 use crate::module::{Announcement, Closer, Configured, Host, StatusFn};
 use crate::pause::{self, Pause, Why};
 use crate::{backup, jobs, maintenance};
@@ -71,15 +73,29 @@ impl Mounted {
 }
 
 /// Makes the host as modules see it, without any parts of modules yet.
-pub(super) fn host(plan: &BootPlan, base: &Base, tasks: &Tasks, health: &Health, drain: &Drain) -> Host {
+pub(super) fn host(
+    plan: &BootPlan,
+    base: &Base,
+    cpu: &Cpu,
+    tasks: &Tasks,
+    health: &Health,
+    drain: &Drain,
+) -> Host {
     let mut registry = Registry::new();
     registry.serve(DEFAULT_QUEUE, plan.config.slots);
+    let locks = Locks::new(base.store.clone());
+    tasks.contained("locks", {
+        let (locks, drain) = (locks.clone(), drain.clone());
+        move || locks.clone().run(drain.clone())
+    });
     Host {
         store: base.store.clone(),
         jobs: base.jobs.clone(),
         access: base.access.clone(),
         sites: base.sites.clone(),
         caches: base.caches.clone(),
+        cpu: cpu.clone(),
+        locks,
         data_dir: Arc::clone(&base.data_dir),
         drain: drain.clone(),
         handles: HashMap::new(),

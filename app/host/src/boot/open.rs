@@ -17,6 +17,7 @@ use perennial_workers::store::sqlite::SqliteQueue;
 use crate::access;
 use crate::config::{self, Config};
 use crate::data_dir::DataDir;
+use crate::{locks, sessions};
 
 /// How many writes may wait for the store's writer.
 const WRITE_QUEUE: usize = 4096;
@@ -25,7 +26,10 @@ const COMMIT_WAIT: Duration = Duration::from_secs(60);
 
 /// All tables: first the tables of the host, then the tables of each module.
 pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
-    [access::keys::TABLES, workers::TABLES, outbox::TABLES].into_iter().chain(modules).collect()
+    [access::keys::TABLES, workers::TABLES, outbox::TABLES, locks::TABLES, sessions::TABLES]
+        .into_iter()
+        .chain(modules)
+        .collect()
 }
 
 /// Opens the store.

@@ -314,11 +314,6 @@ impl Sqlite {
         self.read_within(self.statement_timeout(), query).await
     }
 
-    /// Time that a caller waits for the commit of a write, and time limit of the write.
-    pub(super) fn commit_wait(&self) -> Duration {
-        self.0.config.commit_wait
-    }
-
     /// Time limit of a read that sets no other limit.
     pub(super) fn statement_timeout(&self) -> Duration {
         Duration::from_millis(self.0.statement_timeout.load(Ordering::Relaxed))

@@ -40,7 +40,7 @@ impl Store {
     ///
     /// On SQLite every other write waits until the transaction has ended. A write to the same store that is not made
     /// through the transaction, but awaited before its end, waits in vain: the transaction is rolled back after the time
-    /// that a write may take (`store.statement_timeout`).
+    /// that a statement may take (`store.statement_timeout`).
     ///
     /// ```no_run
     /// use perennial_store::pool::sql::{Result, Store, Tx};
@@ -61,7 +61,7 @@ impl Store {
         let inner = match self {
             Self::Sqlite(sqlite) => {
                 let (commands, asked) = mpsc::channel();
-                let limit = sqlite.commit_wait();
+                let limit = sqlite.statement_timeout();
                 let written = sqlite.accept(move |connection| serve(connection, &asked, limit)).await?;
                 Inner::Sqlite { session: SqliteSession { commands }, written }
             }

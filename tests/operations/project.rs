@@ -1,0 +1,78 @@
+//! `perennial new`: the project of an application is made, built, and tested by its own tests.
+
+use std::path::{Path, PathBuf};
+use std::process::Output;
+use std::time::Duration;
+
+use support::process::Setup;
+use tempfile::TempDir;
+use tokio::process::Command;
+
+/// Time limit for a build. Dependencies are built already, unless a feature of theirs differs.
+const BUILD: Duration = Duration::from_secs(1500);
+
+/// Root of this repository.
+fn repository() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+}
+
+fn words(output: &Output) -> String {
+    format!("{}\n{}", String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr))
+}
+
+/// Runs cargo in a project, with the target directory and the locked versions of this repository.
+async fn cargo(project: &Path, arguments: &[&str]) -> Output {
+    let tests = std::env::current_exe().unwrap();
+    let target = tests.ancestors().nth(3).unwrap();
+    let mut cargo = Command::new(env!("CARGO"));
+    cargo
+        .args(arguments)
+        .current_dir(project)
+        .env("CARGO_TARGET_DIR", target)
+        .env_remove("PERENNIAL_TEST_POSTGRES")
+        .kill_on_drop(true);
+    tokio::time::timeout(BUILD, cargo.output()).await.unwrap().unwrap()
+}
+
+#[tokio::test]
+async fn a_new_project_builds_and_passes_its_own_tests() {
+    let directory = TempDir::new().unwrap();
+    let project = directory.path().join("guest-book");
+    let source = repository().join("app");
+    let made = Setup::new()
+        .run(&["new", project.to_str().unwrap(), "--with", "push", "--perennial", source.to_str().unwrap()])
+        .await;
+    assert!(made.status.success(), "{}", words(&made));
+    std::fs::copy(repository().join("Cargo.lock"), project.join("Cargo.lock")).unwrap();
+    let formatted = cargo(&project, &["fmt", "--check"]).await;
+    assert!(formatted.status.success(), "{}", words(&formatted));
+    let tested = cargo(&project, &["test", "--quiet"]).await;
+    assert!(tested.status.success(), "{}", words(&tested));
+    assert!(words(&tested).contains("3 passed"), "{}", words(&tested));
+}
+
+#[tokio::test]
+async fn a_new_project_replaces_nothing_and_has_a_name_that_cargo_takes() {
+    let directory = TempDir::new().unwrap();
+    let make = async |name: &str, more: &[&str]| {
+        let path = directory.path().join(name);
+        let source = repository().join("app");
+        let arguments = ["new", path.to_str().unwrap(), "--perennial", source.to_str().unwrap()];
+        Setup::new().run(&[&arguments, more].concat()).await
+    };
+    assert!(make("shop", &[]).await.status.success());
+    let text = |file: &str| std::fs::read_to_string(directory.path().join("shop").join(file)).unwrap();
+    let all = ["Cargo.toml", "src/lib.rs", "src/notes.rs", "tests/program.rs", "Dockerfile", "k8s/shop.yaml"];
+    for file in all {
+        let text = text(file);
+        assert!(!text.contains("{{name") && !text.contains("#[push]"), "{file}: {text}");
+    }
+    assert!(!text("src/notes.rs").contains("Push"));
+    let again = make("shop", &[]).await;
+    assert!(!again.status.success() && words(&again).contains("exists already"), "{}", words(&again));
+    for wrong in ["Shop", "1shop", "a b", "perennial"] {
+        let refused = make(wrong, &[]).await;
+        assert!(!refused.status.success(), "{wrong}");
+        assert!(!directory.path().join(wrong).exists());
+    }
+}
