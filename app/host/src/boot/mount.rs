@@ -6,11 +6,13 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use axum::Router;
 use perennial_runtime::cpu::Cpu;
-use perennial_runtime::drain::Drain;
+use perennial_runtime::drain::{self, Drain, Phase};
 use perennial_runtime::health::Health;
 use perennial_runtime::tasks::Tasks;
+use perennial_store::pool::sql::Store;
 use perennial_workers::job::DEFAULT_QUEUE;
 use perennial_workers::{Registry, Schedule};
+use tokio::task::JoinSet;
 use tracing::info;
 use utoipa_axum::router::OpenApiRouter;
 
@@ -83,11 +85,7 @@ pub(super) fn host(
 ) -> Host {
     let mut registry = Registry::new();
     registry.serve(DEFAULT_QUEUE, plan.config.slots);
-    let locks = Locks::new(base.store.clone());
-    tasks.contained("locks", {
-        let (locks, drain) = (locks.clone(), drain.clone());
-        move || locks.clone().run(drain.clone())
-    });
+    let (locks, released) = locks(&base.store);
     Host {
         store: base.store.clone(),
         jobs: base.jobs.clone(),
@@ -106,10 +104,23 @@ pub(super) fn host(
         schedules: Vec::new(),
         status: Vec::new(),
         announcements: Vec::new(),
-        closers: Vec::new(),
+        closers: vec![released],
         admin_read: Router::new(),
         admin_write: Router::new(),
     }
+}
+
+/// Makes the locks, and what releases them at the very end: jobs and requests hold locks until they have ended.
+fn locks(store: &Store) -> (Locks, Closer) {
+    let locks = Locks::new(store.clone());
+    let (trigger, drain) = drain::channel();
+    let mut renewing = JoinSet::new();
+    renewing.spawn(locks.clone().run(drain));
+    let released = async move {
+        trigger.advance(Phase::Hard);
+        while renewing.join_next().await.is_some() {}
+    };
+    (locks, Box::new(move || Box::pin(released)))
 }
 
 /// Makes the pause of jobs and schedules, and adds the route that ends it.
