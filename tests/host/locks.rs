@@ -92,10 +92,11 @@ async fn a_replica_that_stops_gives_up_its_locks() {
         store.migrate(&[TABLES]).await.unwrap();
         let (one, other) = (Locks::new(store.clone()), Locks::new(store.clone()));
         let (trigger, drain) = drain::channel();
-        let running = tokio::spawn(one.clone().run(drain));
+        let mut running = tokio::task::JoinSet::new();
+        running.spawn(one.clone().run(drain));
         let _held = one.try_lock("import").await.unwrap().unwrap();
         trigger.advance(Phase::Hard);
-        running.await.unwrap().unwrap();
+        running.join_next().await.unwrap().unwrap().unwrap();
         assert!(other.try_lock("import").await.unwrap().is_some());
     }
 }

@@ -232,7 +232,8 @@ async fn a_transaction_borrows_waits_and_rolls_back_on_an_error_of_its_own() {
     for (store, _kept) in stores().await {
         create(&store, "CREATE TABLE orders (id [bigint|INTEGER] PRIMARY KEY, state [text|TEXT])").await;
         // A handler runs as a task that moves between threads.
-        let task = tokio::spawn(async move {
+        let mut task = tokio::task::JoinSet::new();
+        task.spawn(async move {
             let ids = vec![1, 2];
             let sold_out = order(&store, &ids, "new", true).await;
             assert!(matches!(sold_out, Err(OrderError::SoldOut(why)) if why == "new"));
@@ -244,7 +245,7 @@ async fn a_transaction_borrows_waits_and_rolls_back_on_an_error_of_its_own() {
                 assert_eq!(store.value::<i64>("SELECT count(*) FROM orders", values![]).await.unwrap(), 2);
             }
         });
-        task.await.unwrap();
+        task.join_next().await.unwrap().unwrap();
     }
 }
 
@@ -274,6 +275,45 @@ async fn a_commit_after_a_failed_statement_is_no_success_on_postgres() {
     assert!(tx.execute("INSERT INTO orders VALUES (1)", &values![]).await.is_err());
     assert!(tx.commit().await.is_err());
     assert_eq!(store.value::<i64>("SELECT count(*) FROM orders", values![]).await.unwrap(), 0);
+}
+
+/// A full disk has this effect on SQLite: the statement undoes the whole transaction.
+#[tokio::test]
+async fn what_comes_after_a_statement_that_ended_its_transaction_is_not_kept() {
+    for (store, _kept) in stores().await {
+        create(&store, "CREATE TABLE orders (id [bigint|INTEGER] PRIMARY KEY)").await;
+        let tx = store.begin().await.unwrap();
+        tx.execute("INSERT INTO orders VALUES (1)", &values![]).await.unwrap();
+        let rollback = if matches!(store, Store::Sqlite(_)) { "ROLLBACK" } else { "SELECT 1 / 0" };
+        let _ = tx.execute(rollback, &values![]).await;
+        assert!(tx.execute("INSERT INTO orders VALUES (2)", &values![]).await.is_err());
+        assert!(tx.commit().await.is_err());
+        assert_eq!(store.value::<i64>("SELECT count(*) FROM orders", values![]).await.unwrap(), 0);
+        store.execute("INSERT INTO orders VALUES (3)", values![]).await.unwrap();
+    }
+}
+
+#[derive(Debug, PartialEq, FromRow)]
+struct Shelf {
+    #[row(json)]
+    books: Option<Vec<String>>,
+}
+
+#[tokio::test]
+async fn null_is_no_json_and_a_number_that_is_too_large_is_refused() {
+    for (store, _kept) in stores().await {
+        create(&store, "CREATE TABLE shelves (id [bigint|INTEGER] PRIMARY KEY, books [jsonb|TEXT])").await;
+        store.execute("INSERT INTO shelves VALUES (1, NULL)", values![]).await.unwrap();
+        let none: Option<Shelf> = store.first_as("SELECT books FROM shelves", values![]).await.unwrap();
+        assert_eq!(none, Some(Shelf { books: None }));
+        let books = AsJson(Some(vec!["Momo"]));
+        store.execute("UPDATE shelves SET books = $1", values![books]).await.unwrap();
+        let some: Option<Shelf> = store.first_as("SELECT books FROM shelves", values![]).await.unwrap();
+        assert_eq!(some, Some(Shelf { books: Some(vec!["Momo".to_owned()]) }));
+        let most = i64::MAX as u64;
+        store.execute("INSERT INTO shelves VALUES ($1, NULL)", values![most]).await.unwrap();
+        assert!(store.execute("INSERT INTO shelves VALUES ($1, NULL)", values![most + 1]).await.is_err());
+    }
 }
 
 #[tokio::test]

@@ -1,4 +1,5 @@
-//! `perennial new`: the project of an application is made, built, and tested by its own tests.
+//! `perennial new`: the project of an application is made, and in CI and with `--full` it is built and tested by its own
+//! tests.
 
 use std::path::{Path, PathBuf};
 use std::process::Output;
@@ -46,6 +47,11 @@ async fn a_new_project_builds_and_passes_its_own_tests() {
     std::fs::copy(repository().join("Cargo.lock"), project.join("Cargo.lock")).unwrap();
     let formatted = cargo(&project, &["fmt", "--check"]).await;
     assert!(formatted.status.success(), "{}", words(&formatted));
+    // The build takes minutes: dependencies have other features than in this repository.
+    let is_built = support::full() || std::env::var("CI").is_ok_and(|ci| ci == "true");
+    if !is_built {
+        return;
+    }
     let tested = cargo(&project, &["test", "--quiet"]).await;
     assert!(tested.status.success(), "{}", words(&tested));
     assert!(words(&tested).contains("3 passed"), "{}", words(&tested));

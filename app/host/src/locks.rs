@@ -21,6 +21,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::join_all;
 use parking_lot::Mutex;
 use perennial_runtime::drain::Drain;
 use perennial_store::pool::sql::{self, Store, Tables};
@@ -43,7 +44,7 @@ const AGAIN: Duration = Duration::from_millis(100);
 const MAX_NAME: usize = 200;
 /// Maximum number of holders of a semaphore.
 const MAX_PERMITS: u32 = 1000;
-/// Leases that ended this long ago are deleted, in microseconds. Their epochs begin anew.
+/// Leases that ended this long ago are deleted, in microseconds.
 const FORGET_US: i64 = 24 * 3600 * 1_000_000;
 
 const MIGRATION: &str = "CREATE TABLE locks (
@@ -89,9 +90,27 @@ struct LocksInner {
 struct Held {
     name: String,
     permit: i64,
-    renewed: Instant,
-    lost: CancellationToken,
+    lease: Arc<LeaseState>,
     is_given_up: bool,
+}
+
+/// What a guard knows of its lease. The clock decides, also when no renewal comes to an end.
+#[derive(Debug)]
+struct LeaseState {
+    /// Time before the last renewal that the store has confirmed.
+    renewed: Mutex<Instant>,
+    /// Cancelled when another one has the lock, or it was given up by force.
+    lost: CancellationToken,
+}
+
+impl LeaseState {
+    fn lost_at(&self) -> Instant {
+        *self.renewed.lock() + LOST
+    }
+
+    fn is_lost(&self) -> bool {
+        self.lost.is_cancelled() || self.lost_at() <= Instant::now()
+    }
 }
 
 /// A semaphore: so many holders at once, over all replicas.
@@ -108,7 +127,7 @@ pub struct LockGuard {
     locks: Locks,
     id: Uuid,
     epoch: i64,
-    lost: CancellationToken,
+    lease: Arc<LeaseState>,
 }
 
 impl Locks {
@@ -156,7 +175,10 @@ impl Locks {
                     renew_at = Instant::now() + RENEW;
                 }
                 () = drain.hard() => {
-                    self.0.held.lock().values_mut().for_each(|held| held.is_given_up = true);
+                    for held in self.0.held.lock().values_mut() {
+                        held.is_given_up = true;
+                        held.lease.lost.cancel();
+                    }
                     self.release().await;
                     return Ok(());
                 }
@@ -169,29 +191,27 @@ impl Locks {
         }
     }
 
+    /// Renews all leases at once: one that hangs delays no other.
     async fn renew(&self) {
         let held: Vec<_> = self.0.held.lock().iter().map(|(id, held)| (*id, held.clone())).collect();
-        for (id, Held { name, permit, renewed, lost, is_given_up }) in held {
-            if is_given_up || lost.is_cancelled() {
-                continue;
-            }
-            let now = self.0.store.dialect().now_us();
-            let sql = format!(
-                "UPDATE locks SET until = {now} + ?1 WHERE name = ?2 AND permit = ?3 AND holder = ?4 AND until > {now}"
-            );
-            let asked = Instant::now();
-            let lease = i64::try_from(LEASE.as_micros()).unwrap_or(i64::MAX);
-            let renewing = self.0.store.execute(sql, values![lease, &name, permit, id.to_string()]);
-            let is_lost = match tokio::time::timeout(RENEW, renewing).await {
-                Ok(Ok(rows)) => rows == 0,
-                Ok(Err(_)) | Err(_) => renewed.elapsed() >= LOST,
-            };
-            if is_lost {
-                warn!(lock = name, "a lock was lost: its lease could not be renewed in time");
-                lost.cancel();
-            } else if let Some(held) = self.0.held.lock().get_mut(&id) {
-                held.renewed = asked.max(held.renewed);
-            }
+        let renewals = held.into_iter().filter(|(_, held)| !held.is_given_up && !held.lease.is_lost());
+        join_all(renewals.map(|(id, held)| self.renew_one(id, held))).await;
+    }
+
+    async fn renew_one(&self, id: Uuid, Held { name, permit, lease, .. }: Held) {
+        let now = self.0.store.dialect().now_us();
+        let sql = format!(
+            "UPDATE locks SET until = {now} + ?1 WHERE name = ?2 AND permit = ?3 AND holder = ?4 AND until > {now}"
+        );
+        let asked = Instant::now();
+        let renewing = self.0.store.execute(sql, values![lease_us(), &name, permit, id.to_string()]);
+        // Without an answer, the time decides.
+        let Ok(Ok(rows)) = tokio::time::timeout(RENEW, renewing).await else { return };
+        if rows > 0 {
+            *lease.renewed.lock() = asked;
+        } else if self.0.held.lock().get(&id).is_some_and(|held| !held.is_given_up) {
+            warn!(lock = name, "a lock was lost: its lease could not be renewed in time");
+            lease.lost.cancel();
         }
     }
 
@@ -201,13 +221,15 @@ impl Locks {
             let held = self.0.held.lock();
             held.iter().filter(|(_, held)| held.is_given_up).map(|(id, held)| (*id, held.clone())).collect()
         };
-        for (id, Held { name, permit, .. }) in given_up {
+        let releases = given_up.into_iter().map(async |(id, Held { name, permit, .. })| {
             // Without an answer, the lease ends by itself.
-            if let Err(error) = self.release_one(id, &name, permit).await {
-                warn!(lock = name, %error, "a lock was not released, and is free when its lease ends");
+            let released = tokio::time::timeout(RENEW, self.release_one(id, &name, permit)).await;
+            if !matches!(released, Ok(Ok(()))) {
+                warn!(lock = name, "a lock was not released, and is free when its lease ends");
             }
             self.0.held.lock().remove(&id);
-        }
+        });
+        join_all(releases).await;
     }
 
     async fn release_one(&self, id: Uuid, name: &str, permit: i64) -> sql::Result<()> {
@@ -221,8 +243,13 @@ impl Locks {
     async fn forget(&self) {
         let now = self.0.store.dialect().now_us();
         let sql = format!("DELETE FROM locks WHERE until < {now} - ?");
-        let _ = self.0.store.execute(sql, values![FORGET_US]).await;
+        let _ = tokio::time::timeout(RENEW, self.0.store.execute(sql, values![FORGET_US])).await;
     }
+}
+
+/// Length of a lease, in microseconds.
+fn lease_us() -> i64 {
+    i64::try_from(LEASE.as_micros()).unwrap_or(i64::MAX)
 }
 
 impl Semaphore {
@@ -240,14 +267,14 @@ impl Semaphore {
         // The statement takes a permit that is free; of two replicas that see the same one, one changes no row.
         let sql = format!(
             "INSERT INTO locks AS held (name, permit, holder, epoch, until)
-             VALUES (?1, ?2, ?3, 1, {now} + ?4)
+             VALUES (?1, ?2, ?3, {now}, {now} + ?4)
              ON CONFLICT (name, permit) DO UPDATE
-             SET holder = excluded.holder, epoch = held.epoch + 1, until = excluded.until
+             SET holder = excluded.holder, until = excluded.until,
+                 epoch = CASE WHEN held.epoch < excluded.epoch THEN excluded.epoch ELSE held.epoch + 1 END
              WHERE held.until < {now}
              RETURNING epoch"
         );
         let id = Uuid::now_v7();
-        let lease = i64::try_from(LEASE.as_micros()).unwrap_or(i64::MAX);
         let taken = "SELECT permit FROM locks WHERE name = ? AND until >= ";
         let taken = inner.store.query_as::<(i64,)>(format!("{taken}{now}"), values![&self.name]).await?;
         let free = (0..i64::from(self.permits)).filter(|permit| !taken.contains(&(*permit,)));
@@ -255,19 +282,15 @@ impl Semaphore {
         fastrand::shuffle(&mut free);
         for permit in free {
             let asked = Instant::now();
-            let values = values![&self.name, permit, id.to_string(), lease];
+            let values = values![&self.name, permit, id.to_string(), lease_us()];
             let rows = inner.store.execute_returning(sql.clone(), values).await?;
             let Some(row) = rows.first() else { continue };
-            let lost = CancellationToken::new();
-            let held = Held {
-                name: self.name.clone(),
-                permit,
-                renewed: asked,
-                lost: lost.clone(),
-                is_given_up: false,
-            };
+            let epoch = row.first()?;
+            let lease = Arc::new(LeaseState { renewed: Mutex::new(asked), lost: CancellationToken::new() });
+            let held =
+                Held { name: self.name.clone(), permit, lease: Arc::clone(&lease), is_given_up: false };
             inner.held.lock().insert(id, held);
-            return Ok(Some(LockGuard { locks: self.locks.clone(), id, epoch: row.first()?, lost }));
+            return Ok(Some(LockGuard { locks: self.locks.clone(), id, epoch, lease }));
         }
         Ok(None)
     }
@@ -277,12 +300,12 @@ impl Semaphore {
     /// # Errors
     /// [`Error::Held`] when others had all of them for all of `patience`.
     pub async fn acquire(&self, patience: Duration) -> Result<LockGuard, Error> {
-        let end = Instant::now() + patience;
+        let end = Instant::now().checked_add(patience);
         loop {
             if let Some(guard) = self.try_acquire().await? {
                 return Ok(guard);
             }
-            if Instant::now() + AGAIN > end {
+            if end.is_some_and(|end| Instant::now() + AGAIN > end) {
                 return Err(Error::Held(self.name.clone()));
             }
             // Replicas that wait do not all look at the same moment.
@@ -292,19 +315,30 @@ impl Semaphore {
 }
 
 impl LockGuard {
-    /// Fencing token: it is higher than that of every earlier holder of the same permit.
+    /// Fencing token: it is higher than that of every earlier holder of the same permit, as long as the clock of the store
+    /// is not set back by more than a day. It is a time in microseconds since 1970, or a little more.
     pub fn epoch(&self) -> i64 {
         self.epoch
     }
 
     /// Returns when the lock is lost: the store could not be reached for too long.
     pub async fn lost(&self) {
-        self.lost.cancelled().await;
+        loop {
+            let lost_at = self.lease.lost_at();
+            tokio::select! {
+                () = self.lease.lost.cancelled() => return,
+                () = tokio::time::sleep_until(lost_at) => {}
+            }
+            // The lease may have been renewed meanwhile.
+            if self.lease.is_lost() {
+                return;
+            }
+        }
     }
 
     /// Returns true when the lock is lost.
     pub fn is_lost(&self) -> bool {
-        self.lost.is_cancelled()
+        self.lease.is_lost()
     }
 
     /// Releases the lock, and returns when the store knows it.

@@ -12,8 +12,8 @@
 //! ```
 //!
 //! It needs the feature `testing`, for `[dev-dependencies]`. The store is embedded, unless `PERENNIAL_TEST_POSTGRES` (with
-//! the prefix of the program) has the URL of a Postgres server: then each program gets a database there, which is dropped
-//! at its end.
+//! the prefix of the program) has the URL of a Postgres server: then each program gets a database there, which
+//! [`TestProgram::stop`] drops. A test that fails leaves it, to be looked at.
 
 mod client;
 mod database;
@@ -116,7 +116,15 @@ impl TestBuilder {
         let database = if is_embedded { None } else { TestDatabase::of_environment().await? };
         set.extend(database.iter().map(|database| format!("store.url={}", database.url())));
         let sources = Sources { set, program: defaults, ..Sources::default() };
-        let started = start(&sources, &modules, database.is_some()).await?;
+        let started = match Box::pin(start(&sources, &modules, database.is_some())).await {
+            Ok(started) => started,
+            Err(error) => {
+                if let Some(database) = database {
+                    database.drop_it().await?;
+                }
+                return Err(error);
+            }
+        };
         Ok(TestProgram { started, beside, database, _directory: directory })
     }
 }
@@ -161,7 +169,7 @@ async fn start(sources: &Sources, modules: &[Blueprint], is_shared: bool) -> any
         admin_addresses: admin.addresses.clone(),
     };
     let (trigger, drain) = drain::channel();
-    let (app, booted) = boot::boot(plan, configured, control.health.clone(), drain).await?;
+    let (app, booted) = Box::pin(boot::boot(plan, configured, control.health.clone(), drain)).await?;
     let books = booted.books.clone();
     admin.known.booted(booted);
     control.health.started();
@@ -256,10 +264,10 @@ impl TestProgram {
         if report.is_in_order() && in_time {
             return Ok(());
         }
-        let StopReport { cancelled, aborted, death, .. } = report;
+        let StopReport { cancelled, aborted, death, closed } = report;
         let tasks = [aborted, control.background.running()].concat().join(", ");
         bail!(
-            "the program has not stopped in order; tasks that were aborted: {tasks}; jobs that did not end: {}; death: {death:?}",
+            "the program has not stopped in order; tasks that were aborted: {tasks}; jobs that did not end: {}; death: {death:?}; everything was closed in time: {closed}",
             cancelled.join(", ")
         )
     }
@@ -312,7 +320,7 @@ impl TestJobs<'_> {
 /// Names of the queues that the program serves.
 fn served(books: &JobAdminState) -> Vec<String> {
     let serving = books.worker.as_ref().map(Status::serving).unwrap_or_default();
-    serving.into_iter().map(|served| served.queue.to_string()).collect()
+    serving.into_iter().map(|served| served.queue).collect()
 }
 
 /// The clock of jobs and schedules.

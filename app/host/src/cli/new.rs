@@ -9,7 +9,7 @@ use clap::{Args, ValueEnum};
 use crate::command::output::done;
 
 /// The files of a project, by their paths.
-const FILES: [(&str, &str); 12] = [
+const FILES: [(&str, &str); 14] = [
     ("Cargo.toml", include_str!("../../template/Cargo.toml.txt")),
     ("src/main.rs", include_str!("../../template/src/main.rs.txt")),
     ("src/lib.rs", include_str!("../../template/src/lib.rs.txt")),
@@ -21,8 +21,13 @@ const FILES: [(&str, &str); 12] = [
     ("Dockerfile", include_str!("../../template/Dockerfile")),
     ("k8s/{{name}}.yaml", include_str!("../../template/k8s/program.yaml")),
     (".github/workflows/ci.yml", include_str!("../../template/github/workflows/ci.yml")),
+    ("rustfmt.toml", include_str!("../../template/rustfmt.toml")),
+    (".dockerignore", include_str!("../../template/dockerignore.txt")),
     (".gitignore", include_str!("../../template/gitignore.txt")),
 ];
+
+/// Said of a project whose dependency is a directory of this machine.
+const PATH_NOTE: &str = "Its dependency on perennial is a directory of this machine. For an image and for CI, make it one that they reach too: git = \"..\" in Cargo.toml.\n";
 
 /// The package `perennial` in the sources that this program was built from.
 const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/..");
@@ -70,18 +75,69 @@ impl New {
         }
         let directory = self.directory.display();
         let words = format!(
-            "{directory} is made. Next:\n  cd {directory}\n  cargo run     starts it\n  cargo test    tests it\n"
+            "{directory} is made. Next:\n  cd {directory}\n  cargo run     starts it\n  cargo test    tests it\n{}",
+            if template.perennial.starts_with("path") { PATH_NOTE } else { "" }
         );
         done(json, &serde_json::json!({ "directory": self.directory }), &words)
     }
 }
+
+/// Names that are keywords of Rust, or packages that a project uses.
+const TAKEN: [&str; 46] = [
+    "abstract",
+    "as",
+    "async",
+    "await",
+    "become",
+    "box",
+    "break",
+    "const",
+    "continue",
+    "core",
+    "crate",
+    "do",
+    "dyn",
+    "else",
+    "enum",
+    "extern",
+    "final",
+    "fn",
+    "for",
+    "gen",
+    "if",
+    "impl",
+    "in",
+    "let",
+    "loop",
+    "macro",
+    "match",
+    "maud",
+    "mod",
+    "move",
+    "perennial",
+    "pub",
+    "ref",
+    "return",
+    "serde",
+    "static",
+    "std",
+    "struct",
+    "test",
+    "tokio",
+    "trait",
+    "try",
+    "type",
+    "use",
+    "where",
+    "while",
+];
 
 /// Checks the name of a package: it is also the name of the program and of its tables.
 fn check_name(name: &str) -> anyhow::Result<()> {
     let is_name = name.starts_with(|c: char| c.is_ascii_lowercase())
         && name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
         && name.len() <= 40;
-    let is_taken = ["perennial", "test", "std", "core"].contains(&name);
+    let is_taken = TAKEN.contains(&name);
     if !is_name || is_taken {
         bail!("{name:?}: wanted a name of small letters, digits and hyphens, which begins with a letter");
     }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use perennial_host::sites::SiteId;
 use perennial_store::cache::{self, Cache, Caches, Kept};
-use perennial_store::pool::sql;
+use perennial_store::pool::sql::{self, StoreTransaction};
 
 use crate::model::audience::Audience;
 use crate::store::PushStore;
@@ -76,5 +76,19 @@ impl Audiences {
         };
         let key = format!("{} {}", site.0, serde_json::to_string(audience).unwrap_or_default());
         Ok((self.counts.get(&key, load).await?.unwrap_or_default(), watermark))
+    }
+
+    /// Like [`Audiences::estimate`], within a transaction. A large audience is not counted to its end: the highest id is
+    /// an upper bound.
+    pub(crate) async fn estimate_in(
+        &self,
+        tx: &StoreTransaction,
+        site: SiteId,
+        audience: &Audience,
+    ) -> sql::Result<(Count, i64)> {
+        let (counted, watermark) = self.store.count_in(tx, site.0, audience, self.small + 1).await?;
+        let is_small = counted <= self.small;
+        let members = if is_small { counted } else { u64::try_from(watermark).unwrap_or_default() };
+        Ok((Count { members, is_exact: is_small, is_small }, watermark))
     }
 }

@@ -25,6 +25,7 @@ use perennial_host::api::{Json, Result, trace};
 use perennial_host::sites::SiteId;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::RequestScope;
+use perennial_store::pool::sql::StoreTransaction;
 use perennial_workers::NewJob;
 use perennial_workers::queue::Due;
 use tracing::info;
@@ -64,7 +65,7 @@ pub(crate) async fn notify(
     Json(request): Json<NotifyRequest>,
 ) -> Result<Response> {
     let idempotency = idempotency_key(&headers)?.map(|key| Idempotency {
-        api_key: caller.key.to_string(),
+        api_key: caller.key.clone(),
         key,
         fingerprint: fingerprint(&request),
     });
@@ -80,9 +81,9 @@ pub(crate) async fn notify(
     if request.dry_run.unwrap_or_default() {
         return Ok(axum::Json(dry(&api, caller.site, request).await?).into_response());
     }
-    let prepared = prepare(&api, caller.site, request, Some(trace(&scope)), idempotency).await?;
+    let prepared = prepare(&api, caller.site, request, Some(trace(&scope)), idempotency, None).await?;
     let accepted = api.store.accept(Arc::clone(&prepared.new)).await?;
-    Ok(prepared.answer(accepted)?.into_response())
+    Ok(prepared.answer(&accepted)?.into_response())
 }
 
 /// A notification that has passed all checks, to be stored together with the job that begins it.
@@ -91,17 +92,19 @@ struct Prepared {
     warnings: Vec<String>,
 }
 
-/// Checks a request and counts its audience. `trace` is the trace that the jobs carry.
+/// Checks a request and counts its audience: within a transaction of the caller, if there is one. `trace` is the trace
+/// that the jobs carry.
 async fn prepare(
     api: &ApiState,
     site: SiteId,
     request: NotifyRequest,
     trace: Option<String>,
     idempotency: Option<Idempotency>,
+    tx: Option<&StoreTransaction>,
 ) -> Result<Prepared> {
     let id = Uuid::now_v7();
     let mut checked = check(api, site, id, request).await?;
-    let size = size(api, site, &mut checked).await?;
+    let size = size(api, site, &mut checked, tx).await?;
     let job = first_job(api, id, &checked, size)?;
     let job = match trace {
         Some(trace) => job.trace(trace),
@@ -131,9 +134,9 @@ async fn prepare(
 
 impl Prepared {
     /// The answer, after the notification was handed to the store.
-    fn answer(self, accepted: Accepted) -> Result<Notified> {
+    fn answer(self, accepted: &Accepted) -> Result<Notified> {
         let Self { new, warnings } = self;
-        match accepted {
+        match *accepted {
             Accepted::Now => {
                 metrics::accepted();
                 info!(notification = %new.id, job = %new.job.id, audience = new.estimate, "accepted");
@@ -165,12 +168,20 @@ struct Size {
 }
 
 /// Counts the audience. One that takes too long is estimated, with a warning.
-async fn size(api: &ApiState, site: SiteId, checked: &mut Checked) -> Result<Size> {
+async fn size(
+    api: &ApiState,
+    site: SiteId,
+    checked: &mut Checked,
+    tx: Option<&StoreTransaction>,
+) -> Result<Size> {
     if checked.audience == Audience::Inline {
         let count = checked.recipients.len();
         return Ok(Size { members: count as u64, watermark: i64::try_from(count).unwrap_or(i64::MAX) });
     }
-    let (count, watermark) = api.audiences.estimate(site, &checked.audience).await?;
+    let (count, watermark) = match tx {
+        None => api.audiences.estimate(site, &checked.audience).await?,
+        Some(tx) => api.audiences.estimate_in(tx, site, &checked.audience).await?,
+    };
     if !count.is_exact {
         let warning = "the audience takes too long to count, so the number shown is an upper bound";
         checked.warnings.push(warning.to_owned());
@@ -181,7 +192,7 @@ async fn size(api: &ApiState, site: SiteId, checked: &mut Checked) -> Result<Siz
 /// What a dry run answers.
 async fn dry(api: &ApiState, site: SiteId, request: NotifyRequest) -> Result<DryRun> {
     let mut checked = check(api, site, Uuid::now_v7(), request).await?;
-    let size = size(api, site, &mut checked).await?;
+    let size = size(api, site, &mut checked, None).await?;
     let Checked { audience, needed, warnings, .. } = checked;
     let incomplete = match needed.is_empty() {
         true => None,

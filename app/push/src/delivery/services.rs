@@ -93,7 +93,10 @@ impl ServiceExchange {
         if is_all {
             // The store's clock may have been set back.
             self.newest = 0;
-            self.seen.retain(|origin, _| self.known.keys().any(|(known, _)| known == origin));
+            let is_held = |origin: &String| {
+                self.refusing.contains_key(origin) || self.known.keys().any(|(known, _)| known == origin)
+            };
+            self.seen.retain(|origin, _| is_held(origin));
         }
         // In a store that is not shared, only an operator changes holds from outside.
         let is_told = delivery.services.is_told.swap(false, Ordering::Relaxed);

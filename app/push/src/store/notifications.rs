@@ -118,6 +118,28 @@ impl PushStore {
         self.count_in_time(site, format!("SELECT count(*) FROM {from} WHERE {condition}"), parameters).await
     }
 
+    /// Counts the subscriptions of an audience within a transaction, up to `most`. Returns the watermark, too.
+    pub(crate) async fn count_in(
+        &self,
+        tx: &StoreTransaction,
+        site: i64,
+        audience: &Audience,
+        most: u64,
+    ) -> Result<(u64, i64)> {
+        let one = async |sql: &str, parameters: &[Value]| {
+            let row = sql::first(tx, sql, parameters).await?;
+            row.as_ref().map_or(Ok(0), Row::first::<i64>)
+        };
+        let newest = "SELECT coalesce(max(id), 0) FROM subscriptions WHERE site = ?";
+        let watermark = one(newest, &values![site]).await?;
+        let Selection { from, condition, mut parameters, .. } =
+            audience.select(self.sql.dialect(), site, 0, watermark);
+        parameters.push(most.into());
+        let some = format!("SELECT 1 FROM {from} WHERE {condition} LIMIT ?");
+        let count = one(&format!("SELECT count(*) FROM ({some}) AS members"), &parameters).await?;
+        Ok((u64::try_from(count).unwrap_or_default(), watermark))
+    }
+
     async fn count_in_time(&self, site: i64, sql: String, parameters: Vec<Value>) -> Result<Option<u64>> {
         let _share = self.shares.take(site).await?;
         match self.sql.query_within(COUNTING, sql, parameters).await {

@@ -30,8 +30,8 @@ pub(crate) struct HeldService {
 
 impl PushStore {
     /// Records that a service is held for `wait`. A hold that ends later stays, and so does the end of a hold by an
-    /// operator for [`RESUMED`]: the replica that asks may not have read it yet. Returns false when nothing was
-    /// written.
+    /// operator for [`RESUMED`]: the replica that asks may not have read it yet. Returns false when the service is
+    /// not held.
     pub(crate) async fn hold_service(&self, origin: &str, wait: Duration, cause: &str) -> Result<bool> {
         let now = self.now();
         let wait = i64::try_from(wait.as_millis()).unwrap_or(i64::MAX);
@@ -44,7 +44,12 @@ impl PushStore {
              OR (known.held_until IS NULL AND known.changed_at <= {now} - ?4)"
         );
         let resumed = i64::try_from(RESUMED.as_millis()).unwrap_or(i64::MAX);
-        Ok(self.sql.execute(sql, values![origin, wait, cause, resumed]).await? > 0)
+        if self.sql.execute(sql, values![origin, wait, cause, resumed]).await? > 0 {
+            return Ok(true);
+        }
+        // A hold that ends later says the same.
+        let is_held = "SELECT count(*) FROM push_services WHERE origin = ? AND held_until IS NOT NULL";
+        Ok(self.sql.value::<i64>(is_held, values![origin]).await? > 0)
     }
 
     /// Records that a service is sent to again.

@@ -80,7 +80,7 @@ fn attributes(field: &Field) -> Result<Attributes> {
 fn read_field(field: &Field, sql: &Path) -> Result<proc_macro2::TokenStream> {
     let Attributes { rename, is_json, has_default } = attributes(field)?;
     let (name, kind) = (field.ident.as_ref(), &field.ty);
-    let column = rename.unwrap_or_else(|| name.map(|name| name.to_string()).unwrap_or_default());
+    let column = rename.unwrap_or_else(|| name.map(ToString::to_string).unwrap_or_default());
     let column = column.strip_prefix("r#").unwrap_or(&column);
     let read = if is_json {
         quote! { row.get::<#sql::AsJson<#kind>>(#column)?.0 }

@@ -487,6 +487,11 @@ impl Postgres {
         Ok(())
     }
 
+    /// Time limit for one statement.
+    pub(super) fn statement_timeout(&self) -> Duration {
+        self.0.config.statement_timeout
+    }
+
     /// Returns true when only features that work through a PgBouncer may be used.
     pub fn is_behind_pgbouncer(&self) -> bool {
         self.0.config.pgbouncer

@@ -265,7 +265,7 @@ fn each_of_sqlite(
 ) -> Result<()> {
     let refused = |error: rusqlite::Error| Error::from(error).of(sql);
     let mut statement = connection.prepare_cached(&Dialect::Sqlite.statement(sql)).map_err(refused)?;
-    let names = statement.column_names().into_iter().map(str::to_owned).collect();
+    let names = statement.column_names().map(str::to_owned).collect();
     let columns = Arc::new(Columns { names, statement: Statement(sql.into()) });
     let mut rows = statement.query(params_from_iter(parameters)).map_err(refused)?;
     while let Some(row) = rows.next().map_err(refused)? {

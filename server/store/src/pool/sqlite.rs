@@ -273,29 +273,22 @@ impl Sqlite {
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
-        self.accept_within(commit_wait, work).await?.wait().await
+        let accepted = self.accept(commit_wait, work).await?;
+        Accepted { commit_wait, ..accepted }.wait().await
     }
 
-    /// Puts `work` into the write queue. Its answer comes after the commit.
-    pub(super) async fn accept<T, F>(&self, work: F) -> Result<Accepted<T>>
-    where
-        T: Send + 'static,
-        F: FnOnce(&Connection) -> Result<T> + Send + 'static,
-    {
-        self.accept_within(self.0.config.commit_wait, work).await
-    }
-
-    async fn accept_within<T, F>(&self, commit_wait: Duration, work: F) -> Result<Accepted<T>>
+    /// Puts `work` into the write queue. It is interrupted after `timeout`, and its answer comes after the commit.
+    pub(super) async fn accept<T, F>(&self, timeout: Duration, work: F) -> Result<Accepted<T>>
     where
         T: Send + 'static,
         F: FnOnce(&Connection) -> Result<T> + Send + 'static,
     {
         let (reply, answer) = oneshot::channel();
         let asked = Instant::now();
-        let write = Box::new(Pending { work: Some(work), timeout: commit_wait, result: None, reply });
+        let write = Box::new(Pending { work: Some(work), timeout, result: None, reply });
         let sender = self.0.writes.lock().clone();
         match sender.ok_or(Error::Closed)?.send_timeout(write, self.0.config.wait).await {
-            Ok(()) => Ok(Accepted { answer, asked, commit_wait }),
+            Ok(()) => Ok(Accepted { answer, asked, commit_wait: timeout.max(self.0.config.commit_wait) }),
             Err(mpsc::error::SendTimeoutError::Timeout(_)) => Err(Error::Busy("room in the write queue")),
             Err(mpsc::error::SendTimeoutError::Closed(_)) => Err(Error::Closed),
         }

@@ -54,7 +54,8 @@ impl Notification {
             log: None,
             declarative: None,
             http: None,
-            template: None,
+            // The text may come from visitors, who must not put in data of the subscriptions.
+            template: Some(false),
             dry_run: None,
         };
         Self { to: None, request, idempotency: None }
@@ -166,9 +167,10 @@ impl Notification {
         self
     }
 
-    /// Sends braces in the text as they are, and puts in no data of the subscriptions.
-    pub fn no_template(mut self) -> Self {
-        self.request.template = Some(false);
+    /// Replaces `{{name}}` in the text with the value from the metadata of each subscription. Without this, braces are
+    /// sent as they are: a text that visitors have written is no template.
+    pub fn template(mut self) -> Self {
+        self.request.template = Some(true);
         self
     }
 

@@ -52,9 +52,9 @@ impl PushHandle {
     /// # Errors
     /// A problem, when the notification is not valid or its queue is full, or an error of the store.
     pub async fn send(&self, notification: Notification) -> Result<Notified> {
-        let prepared = self.prepare(notification).await?;
+        let prepared = self.prepare(notification, None).await?;
         let accepted = self.api.store.accept(Arc::clone(&prepared.new)).await?;
-        prepared.answer(accepted)
+        prepared.answer(&accepted)
     }
 
     /// Accepts a notification within a transaction: it is sent if and only if the transaction is committed.
@@ -62,23 +62,24 @@ impl PushHandle {
     /// # Errors
     /// See [`PushHandle::send`].
     pub async fn insert(&self, tx: &StoreTransaction, notification: Notification) -> Result<Notified> {
-        let prepared = self.prepare(notification).await?;
+        // A second connection beside that of the transaction could be waited for without end.
+        let prepared = self.prepare(notification, Some(tx)).await?;
         let accepted = self.api.store.accept_in(tx, &prepared.new).await?;
-        prepared.answer(accepted)
+        prepared.answer(&accepted)
     }
 
-    async fn prepare(&self, notification: Notification) -> Result<Prepared> {
+    async fn prepare(&self, notification: Notification, tx: Option<&StoreTransaction>) -> Result<Prepared> {
         let key = notification.idempotency.clone();
         let wanted = || FieldError::new("to", format!("one of {NAMES}"));
         let request = notification.request().ok_or_else(wanted)?;
         let idempotency = match key {
             None => None,
             Some(key) => Some(Idempotency {
-                api_key: CODE.to_owned(),
+                api_key: format!("{CODE} {}", self.site.0),
                 key: checked_key(&key)?.to_owned(),
                 fingerprint: fingerprint(&request),
             }),
         };
-        prepare(&self.api, self.site, request, self.trace.clone(), idempotency).await
+        prepare(&self.api, self.site, request, self.trace.clone(), idempotency, tx).await
     }
 }

@@ -123,10 +123,12 @@ impl Error {
     /// Adds the statement to an error that the statement itself causes.
     pub(super) fn of(self, statement: &str) -> Self {
         let is_refusal = match &self {
-            Self::Sqlite(error @ sqlite::Error::Sql(source)) => {
-                !error.is_passing()
-                    && source.sqlite_error_code() != Some(rusqlite::ErrorCode::OperationInterrupted)
+            Self::Sqlite(sqlite::Error::Sql(source))
+                if source.sqlite_error_code() == Some(rusqlite::ErrorCode::OperationInterrupted) =>
+            {
+                return Self::Sqlite(sqlite::Error::Late);
             }
+            Self::Sqlite(error @ sqlite::Error::Sql(_)) => !error.is_passing(),
             Self::Postgres(error @ postgres::Error::Sql(_)) => !error.is_passing(),
             _ => false,
         };

@@ -103,6 +103,7 @@ impl<T: DeserializeOwned> FromValue for AsJson<T> {
         match value {
             Value::Json(Some(value)) => serde_json::from_value(value.clone()).ok(),
             Value::Text(Some(value)) => serde_json::from_str(value).ok(),
+            value if value.is_null() => serde_json::from_value(serde_json::Value::Null).ok(),
             _ => None,
         }
         .map(AsJson)

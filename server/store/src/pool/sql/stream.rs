@@ -15,8 +15,9 @@ use std::time::Duration;
 use futures_util::Stream;
 use tokio::runtime::Handle;
 use tokio::sync::mpsc;
+use tokio::sync::mpsc::error::SendTimeoutError;
 
-use super::postgres::{Parameter, Postgres, Session};
+use super::postgres::{self, Parameter, Postgres, Session};
 use super::sqlite::{self, Sqlite};
 use super::{Dialect, Error, Result, Row, Store, Value, each_of_sqlite, read_rows};
 
@@ -103,9 +104,11 @@ async fn fetch_postgres(
     loop {
         let rows = Session::query(&transaction, &fetch, &[]).await.map_err(refused)?;
         let is_last = rows.len() < PAGE;
-        // Nobody takes rows any more when this fails.
-        if pages.send(Ok(read_rows(&rows, sql)?)).await.is_err() || is_last {
-            return Ok(());
+        match pages.send_timeout(Ok(read_rows(&rows, sql)?), postgres.statement_timeout()).await {
+            Ok(()) if is_last => return Ok(()),
+            Ok(()) => {}
+            Err(SendTimeoutError::Timeout(_)) => return Err(postgres::Error::Slow.into()),
+            Err(SendTimeoutError::Closed(_)) => return Ok(()),
         }
     }
 }

@@ -32,7 +32,7 @@ impl fmt::Debug for StoreTransaction {
 #[derive(Debug)]
 enum Inner {
     Sqlite { session: SqliteSession, written: Accepted<()> },
-    Postgres(PostgresTransaction),
+    Postgres(Box<PostgresTransaction>),
 }
 
 impl Store {
@@ -62,10 +62,13 @@ impl Store {
             Self::Sqlite(sqlite) => {
                 let (commands, asked) = mpsc::channel();
                 let limit = sqlite.statement_timeout();
-                let written = sqlite.accept(move |connection| serve(connection, &asked, limit)).await?;
+                let written =
+                    sqlite.accept(limit, move |connection| serve(connection, &asked, limit)).await?;
                 Inner::Sqlite { session: SqliteSession { commands }, written }
             }
-            Self::Postgres(postgres) => Inner::Postgres(postgres.get().await?.into_transaction().await?),
+            Self::Postgres(postgres) => {
+                Inner::Postgres(Box::new(postgres.get().await?.into_transaction().await?))
+            }
         };
         Ok(StoreTransaction { inner, after_commit: Mutex::default() })
     }
@@ -104,7 +107,7 @@ impl Tx for StoreTransaction {
                 let (sql, parameters) = (sql.to_owned(), parameters.to_vec());
                 session.run(move |connection| query_sqlite(connection, &sql, &parameters)).await
             }
-            Inner::Postgres(transaction) => super::query_postgres(transaction, sql, parameters).await,
+            Inner::Postgres(transaction) => super::query_postgres(&**transaction, sql, parameters).await,
         }
     }
 
@@ -114,14 +117,14 @@ impl Tx for StoreTransaction {
                 let (sql, parameters) = (sql.to_owned(), parameters.to_vec());
                 session.run(move |connection| execute_sqlite(connection, &sql, &parameters)).await
             }
-            Inner::Postgres(transaction) => super::execute_postgres(transaction, sql, parameters).await,
+            Inner::Postgres(transaction) => super::execute_postgres(&**transaction, sql, parameters).await,
         }
     }
 
     async fn lock(&self, name: &[u8]) -> Result<()> {
         match &self.inner {
             Inner::Sqlite { .. } => Ok(()),
-            Inner::Postgres(transaction) => super::lock_postgres(transaction, name).await,
+            Inner::Postgres(transaction) => super::lock_postgres(&**transaction, name).await,
         }
     }
 
@@ -182,7 +185,14 @@ fn serve(connection: &Connection, asked: &mpsc::Receiver<Command>, limit: Durati
     let end = Instant::now() + limit;
     loop {
         match asked.recv_timeout(end.saturating_duration_since(Instant::now())) {
-            Ok(Command::Run(statement)) => statement(connection),
+            Ok(Command::Run(statement)) => {
+                statement(connection);
+                // Some errors (a full disk, an interrupt) make SQLite undo the whole transaction, and what came after
+                // them would be kept by itself.
+                if connection.is_autocommit() {
+                    return Err(sqlite::Error::Lost("a statement has ended it".to_owned()));
+                }
+            }
             Ok(Command::Commit) => return Ok(()),
             Err(mpsc::RecvTimeoutError::Timeout) => return Err(sqlite::Error::Late),
             Err(mpsc::RecvTimeoutError::Disconnected) => {

@@ -2,9 +2,9 @@
 //!
 //! | Rust | Postgres | SQLite |
 //! |---|---|---|
-//! | `i16`, `i32`, `i64`, `u32`, `u64`, `usize` | `bigint`, and by assignment `smallint`, `integer`, `numeric` | INTEGER |
+//! | `i16`, `i32`, `i64`, `u32`, and `u64`, `usize` up to the largest `i64` | `bigint`, and by assignment `smallint`, `integer`, `numeric` | INTEGER |
 //! | `f32`, `f64` | `double precision` | REAL |
-//! | [`Decimal`] | `numeric` | TEXT |
+//! | [`Decimal`] | `numeric` | TEXT, which is compared and sorted as a text |
 //! | `bool` | `boolean` | INTEGER, 0 or 1 |
 //! | `String`, `&str` | `text` | TEXT |
 //! | `Vec<u8>`, `&[u8]` | `bytea` | BLOB |
@@ -123,8 +123,6 @@ bind! {
     i32 => Integer(i64::from),
     i16 => Integer(i64::from),
     u32 => Integer(i64::from),
-    u64 => Integer(|value| i64::try_from(value).unwrap_or(i64::MAX)),
-    usize => Integer(|value| i64::try_from(value).unwrap_or(i64::MAX)),
     f64 => Real(|value| value),
     f32 => Real(f64::from),
     Decimal => Decimal(|value| value),
@@ -143,6 +141,25 @@ bind! {
     serde_json::Value => Json(|value| value),
     &serde_json::Value => Json(serde_json::Value::clone),
 }
+
+macro_rules! bind_unsigned {
+    ($($from:ty),*) => {$(
+        impl From<$from> for Value {
+            fn from(value: $from) -> Self {
+                match i64::try_from(value) {
+                    Ok(value) => Self::Integer(Some(value)),
+                    Err(_) => Self::Unwritable(format!("{value} is more than {}", i64::MAX)),
+                }
+            }
+        }
+
+        impl Bind for $from {
+            const NULL: Value = Value::Integer(None);
+        }
+    )*};
+}
+
+bind_unsigned!(u64, usize);
 
 macro_rules! elements {
     ($($from:ty => $element:ident),* $(,)?) => {$(
