@@ -24,12 +24,16 @@ impl Module for Shop {
     const DEFAULTS: &'static str = "[shop]\n# The name of the shop.\nname = \"Books\"";
     const MIGRATIONS: &'static [&'static str] = &["CREATE TABLE visits (name TEXT PRIMARY KEY)"];
     const POSTGRES_MIGRATIONS: &'static [&'static str] = Self::MIGRATIONS;
+    const DIRECTORIES: &'static [&'static str] = &["covers"];
 
     fn configure(_: &mut Reader<'_>) -> Self {
         Self
     }
 
     async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+        std::fs::create_dir_all(host.data_dir.join("covers/small"))?;
+        std::fs::write(host.data_dir.join("covers/small/momo.png"), "a picture")?;
+        std::os::unix::fs::symlink("/etc", host.data_dir.join("covers/elsewhere"))?;
         let push = host.get::<Push>()?;
         host.job::<Order>(push.clone());
         host.job::<Endless>(Arc::new(()));
@@ -144,6 +148,61 @@ async fn a_failure_names_what_still_runs() -> anyhow::Result<()> {
 async fn a_wrong_setting_is_an_error_of_the_start() {
     let error = shop().test().embedded().set("shop.nam=x").start().await.unwrap_err().to_string();
     assert!(error.contains("did you mean shop.name?"), "{error}");
+}
+
+/// A module with a route and a table that another module has.
+struct Copy;
+
+impl Module for Copy {
+    const NAME: &'static str = "copy";
+
+    fn configure(_: &mut Reader<'_>) -> Self {
+        Self
+    }
+
+    async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+        host.routes(Router::new().route("/orders", post(async || "a copy")));
+        Ok(())
+    }
+}
+
+struct Visits;
+
+impl Module for Visits {
+    const NAME: &'static str = "visits";
+    const MIGRATIONS: &'static [&'static str] = Shop::MIGRATIONS;
+
+    fn configure(_: &mut Reader<'_>) -> Self {
+        Self
+    }
+
+    async fn mount(self, _: &mut Host) -> anyhow::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn a_backup_has_the_directories_of_the_modules() -> anyhow::Result<()> {
+    let (shop, directory) = (shop().test().embedded().start().await?, tempfile::TempDir::new()?);
+    let copy = directory.path().join("copy");
+    let copied = shop.admin().post("/backup", &json!({ "directory": copy })).await?;
+    assert_eq!(copied.status, 200, "{}", copied.text());
+    assert_eq!(std::fs::read_to_string(copy.join("covers/small/momo.png"))?, "a picture");
+    assert!(!copy.join("covers/elsewhere").exists(), "a link may lead anywhere");
+    let files = copied.json()["files"].clone();
+    assert!(files.as_array().unwrap().contains(&json!("covers/small/momo.png")), "{files}");
+    shop.stop().await
+}
+
+#[tokio::test]
+async fn a_clash_of_routes_or_of_tables_names_the_modules() {
+    let routes = shop().host::<Copy>().test().embedded().start().await.unwrap_err();
+    let routes = format!("{routes:#}");
+    assert!(routes.contains("the module copy cannot be mounted") && routes.contains("/orders"), "{routes}");
+    let tables = shop().host::<Visits>().test().embedded().start().await.unwrap_err().to_string();
+    assert!(tables.contains("shop and visits both create the table visits"), "{tables}");
+    let twice = shop().host::<Visits>().host::<Visits>().test().embedded().start().await.unwrap_err();
+    assert!(twice.to_string().contains("two modules have the name visits"), "{twice}");
 }
 
 #[tokio::test]

@@ -21,6 +21,7 @@ use uuid::Uuid;
 use crate::api::{Json, Result};
 use crate::config::StoreConfig;
 use crate::data_dir::{ADMIN_TOKEN, API_KEY, SecretFile};
+use crate::sessions;
 
 /// The files to copy.
 #[derive(Clone, Debug)]
@@ -30,6 +31,8 @@ pub(crate) struct BackupSource {
     file: PathBuf,
     /// Secret files of the modules.
     secrets: Vec<SecretFile>,
+    /// Directories of the modules, within the data directory.
+    directories: Vec<&'static str>,
 }
 
 /// Result of a backup.
@@ -46,10 +49,15 @@ impl BackupSource {
     ///
     /// # Errors
     /// When the store is a server, which has its own tool for copies.
-    pub(crate) fn of(data_dir: &Path, store: &StoreConfig, secrets: Vec<SecretFile>) -> anyhow::Result<Self> {
+    pub(crate) fn of(
+        data_dir: &Path,
+        store: &StoreConfig,
+        secrets: Vec<SecretFile>,
+        directories: Vec<&'static str>,
+    ) -> anyhow::Result<Self> {
         match store {
             StoreConfig::Sqlite { file, .. } => {
-                Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file), secrets })
+                Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file), secrets, directories })
             }
             StoreConfig::Postgres(_) => {
                 bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it")
@@ -59,7 +67,7 @@ impl BackupSource {
 
     /// The files with keys, each with its name in the copy.
     fn keys(&self) -> impl Iterator<Item = (PathBuf, &str)> {
-        let own = [API_KEY, ADMIN_TOKEN].map(|name| (self.data_dir.join(name), name));
+        let own = [API_KEY, ADMIN_TOKEN, sessions::KEY].map(|name| (self.data_dir.join(name), name));
         let secrets =
             self.secrets.iter().map(|secret| (self.data_dir.join(&secret.file), secret.name.as_str()));
         secrets.chain(own)
@@ -96,6 +104,11 @@ impl BackupSource {
                 Err(error) => return Err(error).with_context(|| format!("{key} cannot be read")),
             }
         }
+        for directory in &self.directories {
+            let from = self.data_dir.join(directory);
+            copy_directory(&from, draft, Path::new(directory), &mut files)
+                .with_context(|| format!("{} cannot be copied", from.display()))?;
+        }
         let sizes = files.iter().map(|file| Ok(fs::metadata(draft.join(file))?.len()));
         let bytes = sizes.sum::<io::Result<u64>>()?;
         fs::rename(draft, directory).with_context(|| at(directory))?;
@@ -104,6 +117,32 @@ impl BackupSource {
         }
         Ok(Copied { directory: directory.to_owned(), files, bytes })
     }
+}
+
+/// Copies the regular files of a directory, and of those below it, to the same place in `draft`. A link is not followed:
+/// it may lead anywhere. A file that is gone meanwhile is left out.
+fn copy_directory(from: &Path, draft: &Path, place: &Path, files: &mut Vec<String>) -> io::Result<()> {
+    let entries = match fs::read_dir(from) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(error) => return Err(error),
+    };
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(draft.join(place))?;
+    for entry in entries {
+        let entry = entry?;
+        let (kind, place) = (entry.file_type()?, place.join(entry.file_name()));
+        if kind.is_dir() {
+            copy_directory(&entry.path(), draft, &place, files)?;
+        } else if kind.is_file() {
+            match fs::copy(entry.path(), draft.join(&place)) {
+                Ok(_) => fs::File::open(draft.join(&place))?.sync_all()?,
+                Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            }
+            files.push(place.to_string_lossy().into_owned());
+        }
+    }
+    Ok(())
 }
 
 /// An unfinished directory, which is removed on drop unless it was renamed.

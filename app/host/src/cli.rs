@@ -175,7 +175,8 @@ pub(crate) fn context(
     let (config, _) = module::read(&settings, modules)?;
     let files = modules.iter().flat_map(|module| (module.files)(&settings)).collect();
     let tables = open::tables(modules.iter().map(|module| module.tables));
-    Ok(CommandContext { json, settings, config: config.into(), tables, files })
+    let directories = module::directories(modules);
+    Ok(CommandContext { json, settings, config: config.into(), tables, files, directories })
 }
 
 /// Prints an error for a person, and returns the exit code.

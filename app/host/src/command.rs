@@ -196,6 +196,8 @@ pub struct CommandContext {
     pub(crate) tables: Vec<Tables>,
     /// The secret files of all modules.
     pub(crate) files: Vec<SecretFile>,
+    /// The directories of all modules, within the data directory.
+    pub(crate) directories: Vec<&'static str>,
 }
 
 impl CommandContext {

@@ -33,6 +33,7 @@ pub mod settings;
 pub mod sites;
 mod stop;
 mod supervisor;
+mod tables;
 #[cfg(feature = "testing")]
 pub mod testing;
 
@@ -43,7 +44,7 @@ use std::process::ExitCode;
 pub use perennial_runtime as runtime;
 pub use perennial_store as store;
 pub use perennial_store::pool::sql;
-pub use perennial_store::{transact, values};
+pub use perennial_store::{table, transact, values};
 pub use perennial_workers as workers;
 pub use {
     anyhow, axum, clap, http, jiff, metrics, rusqlite, secrecy, serde, serde_json, tokio, toml, tracing,
@@ -122,7 +123,7 @@ impl Perennial {
     /// Runs the command of the command line, and returns the exit code of the program.
     pub fn main(self) -> ExitCode {
         program::identify(&self.identity);
-        match module::in_order(&self.modules) {
+        match module::in_order(&self.modules).and_then(module::with_own_tables) {
             Ok(modules) => cli::main(&modules, self.defaults),
             Err(mistake) => {
                 eprintln!("{}: {mistake}", program::name());

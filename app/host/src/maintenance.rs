@@ -53,16 +53,20 @@ pub(crate) fn mount(host: &mut Host, retention: Duration) -> anyhow::Result<()> 
     host.serve_queue(QUEUE, SLOTS);
     host.job::<ForgetJobs>((host.jobs.clone(), retention));
     host.schedule(Schedule::new("jobs.retention", "*/10 * * * *", &ForgetJobs {})?.overlap(Overlap::Skip));
-    host.job::<ForgetSessions>(host.store.clone());
-    host.schedule(
-        Schedule::new("sessions.retention", "20 * * * *", &ForgetSessions {})?.overlap(Overlap::Skip),
-    );
     // Postgres does this by itself.
     if let sql::Store::Sqlite(sqlite) = &host.store {
         let sqlite = sqlite.clone();
         host.job::<Optimize>(sqlite);
         host.schedule(Schedule::new("store.optimize", "30 3 * * *", &Optimize {})?.overlap(Overlap::Skip));
     }
+    Ok(())
+}
+
+/// Hands in the job and the schedule that delete sessions which have ended, for programs that have sessions.
+pub(crate) fn mount_sessions(host: &mut Host) -> anyhow::Result<()> {
+    host.job::<ForgetSessions>(host.store.clone());
+    let schedule = Schedule::new("sessions.retention", "20 * * * *", &ForgetSessions {})?;
+    host.schedule(schedule.overlap(Overlap::Skip));
     Ok(())
 }
 

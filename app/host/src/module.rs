@@ -49,15 +49,18 @@ use serde_json::Value;
 use utoipa_axum::router::OpenApiRouter;
 
 use crate::access::{Access, Scope, Scopes};
+use crate::boot::open;
 use crate::command::Commands;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 pub use crate::data_dir::SecretFile;
 use crate::locks::Locks;
+use crate::maintenance;
 use crate::passwords::Passwords;
 use crate::sessions::{self, Sessions};
 use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
 use crate::sites::Sites;
+use crate::tables;
 
 /// An application that Perennial hosts.
 pub trait Module: Sized + Send + 'static {
@@ -89,6 +92,9 @@ pub trait Module: Sized + Send + 'static {
     fn files(_settings: &Settings) -> Vec<SecretFile> {
         Vec::new()
     }
+
+    /// Directories of the module within the data directory, which `perennial backup` copies with everything in them.
+    const DIRECTORIES: &'static [&'static str] = &[];
 
     /// Makes the missing keys of the module, before the first start or when one was lost. Returns a label and a public
     /// value for each key, which are shown to the operator.
@@ -151,6 +157,8 @@ pub struct Host {
     pub drain: Drain,
     /// Handles of modules, by the type of the module.
     pub(crate) handles: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
+    /// True when a module has opened sessions.
+    pub(crate) has_sessions: bool,
     pub(crate) health: Health,
     pub(crate) tasks: Tasks,
     pub(crate) routes: OpenApiRouter,
@@ -191,16 +199,21 @@ impl Host {
         })
     }
 
-    /// Opens the sessions of browsers.
+    /// Opens the sessions of browsers. Those that have ended are deleted by the schedule `sessions.retention`.
     ///
     /// # Errors
     /// When the key of their cookies can be neither read nor made.
     pub fn sessions(
-        &self,
+        &mut self,
         config: sessions::Config,
     ) -> impl Future<Output = anyhow::Result<Sessions>> + Send + use<> {
+        let mounted = if self.has_sessions { Ok(()) } else { maintenance::mount_sessions(self) };
+        self.has_sessions = true;
         let (store, data_dir) = (self.store.clone(), Arc::clone(&self.data_dir));
-        async move { Sessions::open(store, &data_dir, config).await }
+        async move {
+            mounted?;
+            Sessions::open(store, &data_dir, config).await
+        }
     }
 
     /// Passwords of users, hashed on the threads for processor work.
@@ -210,6 +223,22 @@ impl Host {
 
     /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter`, whose handlers are then described
     /// in `/openapi.json`.
+    ///
+    /// The state of a router is shared by all requests, and a handler cannot keep the state of its own request there:
+    ///
+    /// ```compile_fail,E0594
+    /// use std::sync::Arc;
+    ///
+    /// use axum::extract::State;
+    ///
+    /// struct Shared {
+    ///     user: String,
+    /// }
+    ///
+    /// async fn remember(State(shared): State<Arc<Shared>>) {
+    ///     shared.user = "ada".to_owned();
+    /// }
+    /// ```
     pub fn routes(&mut self, routes: impl Into<OpenApiRouter>) {
         self.routes = std::mem::take(&mut self.routes).merge(routes.into());
     }
@@ -295,6 +324,7 @@ pub(crate) struct Blueprint {
     pub(crate) needs: &'static [Need],
     pub(crate) commands: fn() -> Commands,
     pub(crate) files: fn(&Settings) -> Vec<SecretFile>,
+    pub(crate) directories: &'static [&'static str],
     pub(crate) keys: for<'a> fn(&'a Settings, &'a Sites, &'a DataDir, &'a Store) -> MadeKeys<'a>,
     configure: fn(&mut Reader<'_>) -> Mount,
 }
@@ -318,6 +348,7 @@ impl Blueprint {
             needs: M::NEEDS,
             commands: M::commands,
             files: M::files,
+            directories: M::DIRECTORIES,
             keys: |settings, sites, data_dir, store| Box::pin(M::keys(settings, sites, data_dir, store)),
             configure: |settings| {
                 let module = M::configure(settings);
@@ -366,6 +397,12 @@ pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> 
     Ok(ordered)
 }
 
+/// Checks that no two modules create the same table.
+pub(crate) fn with_own_tables(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>, String> {
+    tables::check(&open::tables(modules.iter().map(|module| module.tables)))?;
+    Ok(modules)
+}
+
 /// Merges the sources over the defaults of the host and of every module. [`read`] reports their problems.
 pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
     let defaults: Vec<&str> =
@@ -384,6 +421,11 @@ pub(crate) fn read(
     config.notes = reader.take_notes();
     reader.finish()?;
     Ok((config, configured))
+}
+
+/// Collects the directories of all modules.
+pub(crate) fn directories(modules: &[Blueprint]) -> Vec<&'static str> {
+    modules.iter().flat_map(|module| module.directories.iter().copied()).collect()
 }
 
 /// Collects all scopes of this program.

@@ -40,7 +40,7 @@ use crate::api::{self, Result};
 use crate::data_dir::DataDir;
 
 /// Name of the key's file, and of the secret in a shared store.
-const KEY: &str = "session.key";
+pub(crate) const KEY: &str = "session.key";
 /// Longest data of a session, in bytes.
 const MAX_DATA: usize = 16 << 10;
 /// Longest name of a user, in bytes.
@@ -169,7 +169,9 @@ impl Sessions {
         let secret = match secrets::shared(&store, KEY).await? {
             Some(secret) => secret,
             None if store.dialect() == perennial_store::pool::sql::Dialect::Postgres => {
-                secrets::share(&store, KEY, &random()).await?
+                // The key of an embedded store that was left for Postgres opens its sessions there, too.
+                let made = data_dir.read(KEY).unwrap_or_else(random);
+                secrets::share(&store, KEY, made.trim()).await?
             }
             None => data_dir.secret(KEY, random)?.0.into(),
         };

@@ -110,7 +110,8 @@ impl TestBuilder {
     pub async fn start(self) -> anyhow::Result<TestProgram> {
         let Self { program: Perennial { modules, identity, defaults }, mut set, beside, is_embedded } = self;
         program::identify(&identity);
-        let modules = module::in_order(&modules).map_err(anyhow::Error::msg)?;
+        let modules =
+            module::in_order(&modules).and_then(module::with_own_tables).map_err(anyhow::Error::msg)?;
         let directory = TempDir::new()?;
         set.push(format!("data_dir={}", directory.path().join("data").display()));
         let database = if is_embedded { None } else { TestDatabase::of_environment().await? };
@@ -164,6 +165,7 @@ async fn start(sources: &Sources, modules: &[Blueprint], is_shared: bool) -> any
     let plan = BootPlan {
         config,
         tables: boot::open::tables(modules.iter().map(|module| module.tables)),
+        directories: module::directories(modules),
         files: modules.iter().flat_map(|module| (module.files)(&running.lock())).collect(),
         inheritance,
         admin_addresses: admin.addresses.clone(),

@@ -1,13 +1,16 @@
 //! The second stage: the modules join.
 
 use std::collections::HashMap;
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use anyhow::Context as _;
 use axum::Router;
+use futures_util::FutureExt;
 use perennial_runtime::cpu::Cpu;
 use perennial_runtime::drain::{self, Drain, Phase};
 use perennial_runtime::health::Health;
+use perennial_runtime::panics::panic_message;
 use perennial_runtime::tasks::Tasks;
 use perennial_store::pool::sql::Store;
 use perennial_workers::job::DEFAULT_QUEUE;
@@ -48,13 +51,17 @@ impl Mounted {
         maintenance::mount(&mut host, plan.config.retention)?;
         for module in modules {
             let name = module.name;
-            (module.mount)(&mut host)
-                .await
+            // axum panics when a route is added twice, and so may the code of a module.
+            let mounted = AssertUnwindSafe((module.mount)(&mut host)).catch_unwind().await;
+            mounted
+                .unwrap_or_else(|panic| Err(anyhow::Error::msg(panic_message(&*panic).to_owned())))
                 .with_context(|| format!("the module {name} cannot be mounted"))?;
             info!(module = name, "mounted");
         }
         let files = std::mem::take(&mut plan.files);
-        let source = backup::BackupSource::of(&plan.config.data_dir, &plan.config.store, files).ok();
+        let directories = std::mem::take(&mut plan.directories);
+        let (data_dir, store) = (&plan.config.data_dir, &plan.config.store);
+        let source = backup::BackupSource::of(data_dir, store, files, directories).ok();
         host.admin_write(backup::admin_write(source));
         let pause = pause(plan, base, &mut host).await?;
         host.registry.check()?;
@@ -97,6 +104,7 @@ pub(super) fn host(
         data_dir: Arc::clone(&base.data_dir),
         drain: drain.clone(),
         handles: HashMap::new(),
+        has_sessions: false,
         health: health.clone(),
         tasks: tasks.clone(),
         routes: OpenApiRouter::new(),

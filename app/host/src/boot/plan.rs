@@ -16,6 +16,8 @@ pub(crate) struct BootPlan {
     pub(crate) tables: Vec<Tables>,
     /// The secret files of the modules.
     pub(crate) files: Vec<SecretFile>,
+    /// The directories of the modules, within the data directory.
+    pub(crate) directories: Vec<&'static str>,
     pub(crate) inheritance: Inheritance,
     /// Addresses of the admin listener.
     pub(crate) admin_addresses: Vec<String>,

@@ -31,7 +31,7 @@ use crate::command::Beside;
 use crate::config::{self, Config};
 use crate::control::Control;
 use crate::handover::{self, Inheritance};
-use crate::module::{Blueprint, Configured, load, read};
+use crate::module::{self, Blueprint, Configured, load, read};
 use crate::program;
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
@@ -181,6 +181,7 @@ impl Prepared {
         let plan = BootPlan {
             config,
             tables: boot::open::tables(modules.iter().map(|module| module.tables)),
+            directories: module::directories(&modules),
             files: modules.iter().flat_map(|module| (module.files)(&running.lock())).collect(),
             inheritance,
             admin_addresses: admin.addresses,
