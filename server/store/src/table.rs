@@ -156,12 +156,13 @@ mod tests {
             }
         });
         assert_eq!(counters.get("all").as_deref(), Some(&1000));
-        let short = Duration::from_millis(300);
-        counters.add("short", 1, short);
-        thread::sleep(Duration::from_millis(200));
-        assert_eq!(counters.add("short", 1, short), 2);
-        thread::sleep(Duration::from_millis(200));
-        assert_eq!(counters.add("short", 1, short), 1, "the second addition has not put off its end");
+        // A later addition does not put off the end, and a value that is set anew begins anew.
+        let (now, left) = (Instant::now(), Some(Duration::from_secs(7)));
+        let after = |is_renewed| {
+            let entry = Entry { value: Arc::new(1), ttl: MINUTE, is_renewed };
+            OwnTtl.expire_after_update(&String::new(), &entry, now, left)
+        };
+        assert_eq!((after(false), after(true)), (left, Some(MINUTE)));
     }
 
     #[test]
