@@ -2,16 +2,17 @@
 
 use std::time::Duration;
 
+use jiff::SignedDuration;
 use perennial_store::pool::postgres::Postgres;
 use perennial_store::pool::redis::Redis;
 use perennial_store::pool::redis::client::{Script, cmd};
+use perennial_store::pool::sql::Store;
 use perennial_store::pool::sqlite::{self, Sqlite};
 use perennial_workers::store::postgres::PostgresQueue;
 use perennial_workers::store::redis::RedisQueue;
 use perennial_workers::store::sqlite::{MIGRATIONS, SqliteQueue};
 use perennial_workers::store::{self, JobStore};
 use tempfile::TempDir;
-use tokio_postgres::types::Type;
 
 use crate::postgres::Database;
 use crate::redis::Prefix;
@@ -93,30 +94,8 @@ impl Backend {
     /// much into the past.
     pub async fn jump(&self, seconds: i64) {
         match &self.0 {
-            Inner::Sqlite { store, .. } => {
-                // Leases follow a clock that does not jump.
-                let ms = seconds * 1000;
-                let shift = move |tx: &rusqlite::Connection| {
-                    tx.execute(
-                        "UPDATE jobs SET run_at = run_at - ?1, scheduled_at = scheduled_at - ?1,
-                                created_at = created_at - ?1, recovered_at = recovered_at - ?1",
-                        [ms],
-                    )?;
-                    tx.execute(SHIFT_SCHEDULES, [ms])
-                };
-                store.write(shift).await.unwrap();
-            }
-            Inner::Postgres { postgres, .. } => {
-                let sql = format!(
-                    "UPDATE jobs SET run_at = run_at - interval '{seconds} s',
-                            scheduled_at = scheduled_at - interval '{seconds} s',
-                            lease_until = lease_until - interval '{seconds} s',
-                            recovered_at = recovered_at - interval '{seconds} s'"
-                );
-                postgres.execute(&sql, &[]).await.unwrap();
-                let shift = SHIFT_SCHEDULES.replace("?1", "$1");
-                postgres.execute(&shift, &[(&(seconds * 1000), Type::INT8)]).await.unwrap();
-            }
+            Inner::Sqlite { store, .. } => shift_sql(Store::Sqlite(store.clone()), seconds).await,
+            Inner::Postgres { postgres, .. } => shift_sql(Store::Postgres(postgres.clone()), seconds).await,
             Inner::Redis { prefix, redis } => {
                 let parts = ["leases", "scheduled", "waits"];
                 shift(redis, prefix.name(), &parts, seconds * 1000).await;
@@ -150,9 +129,10 @@ impl Backend {
     }
 }
 
-/// Shifts the times of all schedules into the past by a number of milliseconds.
-const SHIFT_SCHEDULES: &str =
-    "UPDATE schedules SET last_fire = last_fire - ?1, queued = queued - ?1, seen_at = seen_at - ?1";
+/// Shifts the times of jobs and schedules in a SQL store into the past.
+async fn shift_sql(store: Store, seconds: i64) {
+    store::shift(&store, SignedDuration::from_secs(seconds)).await.unwrap();
+}
 
 /// Opens a store by its name, `sqlite:FILE`, `postgres://..` or `redis://..`, and creates its tables, as a
 /// process of its own would do.

@@ -1,6 +1,6 @@
 //! The handle through which applications and operators use the jobs of a process.
 
-use perennial_store::pool::sql::{self, Dialect, Tx};
+use perennial_store::pool::sql::{self, Dialect, Engine, Tx};
 use uuid::Uuid;
 
 use crate::admission::Admission;
@@ -59,7 +59,7 @@ impl Jobs {
     /// # Errors
     /// When the store refuses.
     pub async fn insert<T: Tx>(&self, tx: &T, jobs: &[NewJob]) -> sql::Result<()> {
-        if tx.is_value() {
+        if matches!(tx.engine(), Engine::SqliteSession(_) | Engine::PostgresSession(_)) {
             let queues: Vec<_> = jobs.iter().map(|job| job.queue.clone()).collect();
             let woken = self.clone();
             tx.after_commit(move || woken.wake(queues.iter().map(|queue| &**queue)));

@@ -182,9 +182,7 @@ where
     type Rejection = Problem;
 
     async fn from_request(request: Request, _state: &S) -> std::result::Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
-        check_media_type(&parts, "application/json")?;
-        parse(&read(body).await?).map(Self)
+        parse(&read_as(request, "application/json").await?).map(Self)
     }
 }
 
@@ -221,9 +219,7 @@ where
     type Rejection = Problem;
 
     async fn from_request(request: Request, _state: &S) -> std::result::Result<Self, Problem> {
-        let (parts, body) = request.into_parts();
-        check_media_type(&parts, "application/x-www-form-urlencoded")?;
-        let body = read(body).await?;
+        let body = read_as(request, "application/x-www-form-urlencoded").await?;
         let fields = serde_urlencoded::Deserializer::new(url::form_urlencoded::parse(&body));
         serde_path_to_error::deserialize(fields)
             .map(Self)
@@ -231,8 +227,9 @@ where
     }
 }
 
-/// Checks that the body of a request has this media type, and is not compressed.
-fn check_media_type(parts: &Parts, wanted: &str) -> std::result::Result<(), Problem> {
+/// Reads the body of a request, which must have this media type and not be compressed.
+async fn read_as(request: Request, wanted: &str) -> std::result::Result<bytes::Bytes, Problem> {
+    let (parts, body) = request.into_parts();
     let unsupported = |detail: String| Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail);
     let media_type = parts.headers.get(header::CONTENT_TYPE).and_then(|value| value.to_str().ok());
     let media_type = media_type.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
@@ -243,7 +240,7 @@ fn check_media_type(parts: &Parts, wanted: &str) -> std::result::Result<(), Prob
     if encodings.iter().any(|encoding| encoding != "identity") {
         return Err(unsupported("wanted the body as it is, without Content-Encoding".to_owned()));
     }
-    Ok(())
+    read(body).await
 }
 
 /// Makes the error for a query. The library puts the name of the parameter in front of its message, or into it.

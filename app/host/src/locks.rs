@@ -159,8 +159,8 @@ impl Locks {
         Semaphore { locks: self.clone(), name: name.to_owned(), permits }
     }
 
-    /// Renews the leases of this process, and releases those that were given up, until the drain is hard. The host runs
-    /// it for [`Host::locks`](crate::module::Host::locks).
+    /// Renews the leases of this process until the drain is hard, and releases the leases of guards that were dropped. The
+    /// host runs this task for [`Host::locks`](crate::module::Host::locks).
     ///
     /// # Errors
     /// Never: the type is that of a task.
@@ -170,7 +170,8 @@ impl Locks {
         loop {
             tokio::select! {
                 () = self.0.changed.notified() => {}
-                () = tokio::time::sleep_until(renew_at) => {
+                // A process without locks does not wake up.
+                () = tokio::time::sleep_until(renew_at), if self.has_locks() => {
                     self.renew().await;
                     renew_at = Instant::now() + RENEW;
                 }
@@ -189,6 +190,10 @@ impl Locks {
                 forget_at = Instant::now() + Duration::from_secs(3600);
             }
         }
+    }
+
+    fn has_locks(&self) -> bool {
+        !self.0.held.lock().is_empty()
     }
 
     /// Renews all leases at once: one that hangs delays no other.
@@ -290,6 +295,7 @@ impl Semaphore {
             let held =
                 Held { name: self.name.clone(), permit, lease: Arc::clone(&lease), is_given_up: false };
             inner.held.lock().insert(id, held);
+            inner.changed.notify_one();
             return Ok(Some(LockGuard { locks: self.locks.clone(), id, epoch, lease }));
         }
         Ok(None)

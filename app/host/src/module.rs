@@ -199,7 +199,7 @@ impl Host {
         })
     }
 
-    /// Opens the sessions of browsers. Those that have ended are deleted by the schedule `sessions.retention`.
+    /// Opens the sessions of browsers. The schedule `sessions.retention` deletes sessions that have ended.
     ///
     /// # Errors
     /// When the key of their cookies can be neither read nor made.
@@ -368,8 +368,9 @@ pub(crate) struct Configured {
     pub(crate) mount: Mount,
 }
 
-/// Orders modules so that each comes after those that it needs, and otherwise as they were added. The error names a
-/// module that is hosted twice, needs one that is not hosted, or needs itself through others.
+/// Orders modules: a module comes after the modules that it needs, and otherwise modules keep the order in which the
+/// program added them. The error names a module that is hosted twice, that needs one which is not hosted, or that needs
+/// itself through others.
 pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> {
     let mut ordered: Vec<Blueprint> = Vec::new();
     let mut left = modules.to_vec();

@@ -4,7 +4,7 @@
 //! # use perennial_host::api::Result;
 //! # use perennial_host::sessions::{Session, Sessions};
 //! # async fn login(sessions: Sessions, session: Option<Session>) -> Result<http::HeaderValue> {
-//! // The id changes with the login, so that an id that somebody else knew is worth nothing.
+//! // The login changes the id: an id that an attacker has planted before opens nothing.
 //! let (mut session, _cookie) = sessions.login(session, "ada").await?;
 //! session.set("cart", vec![17]);
 //! sessions.save(&session).await?;

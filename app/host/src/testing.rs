@@ -25,6 +25,7 @@ use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
+use jiff::SignedDuration;
 use parking_lot::Mutex;
 use perennial_runtime::drain::{self, Trigger};
 use perennial_runtime::health::Health;
@@ -338,7 +339,9 @@ impl TestClock<'_> {
     /// When the store fails.
     pub async fn advance(&self, by: Duration) -> anyhow::Result<()> {
         let Started { app, books, .. } = &self.program.started;
-        store::shift(app.store(), by).await.context("the clock cannot be advanced")?;
+        store::shift(app.store(), SignedDuration::try_from(by)?)
+            .await
+            .context("the clock cannot be advanced")?;
         books.jobs.wake(served(books).iter().map(|queue| &**queue));
         books.crontab.wake();
         Ok(())

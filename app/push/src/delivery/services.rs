@@ -114,7 +114,7 @@ impl ServiceExchange {
                 continue;
             }
             if self.hear(sender, &held) {
-                let woken = delivery.resumed(&held.origin).await?;
+                let woken = delivery.wake_resumed(&held.origin).await?;
                 info!(woken, origin = held.origin, "an operator lets a push service be sent to again");
             }
         }
@@ -268,7 +268,7 @@ impl HeldServices {
 impl DeliveryContext {
     /// Sends at once to the batches that wait for a push service whose hold was ended at another replica. Returns
     /// their number.
-    async fn resumed(&self, origin: &str) -> anyhow::Result<usize> {
+    async fn wake_resumed(&self, origin: &str) -> anyhow::Result<usize> {
         self.services.note_resumed();
         self.wake(origin).await
     }

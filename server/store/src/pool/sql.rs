@@ -160,11 +160,6 @@ pub trait Tx {
     /// The transaction as its store has it, for statements that only one store can run.
     fn engine(&self) -> Engine<'_>;
 
-    /// Returns true for a transaction of [`Store::begin`], which runs the work of [`Tx::after_commit`].
-    fn is_value(&self) -> bool {
-        false
-    }
-
     /// Runs `work` after the commit, if the transaction is one of [`Store::begin`]. Callers of
     /// [`transact!`](crate::transact) do that themselves.
     fn after_commit(&self, _work: impl FnOnce() + Send + 'static) {}

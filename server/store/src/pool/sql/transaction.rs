@@ -135,10 +135,6 @@ impl Tx for StoreTransaction {
         }
     }
 
-    fn is_value(&self) -> bool {
-        true
-    }
-
     fn after_commit(&self, work: impl FnOnce() + Send + 'static) {
         self.after_commit.lock().push(Box::new(work));
     }
