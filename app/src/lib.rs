@@ -15,7 +15,7 @@ pub mod server {
     pub use perennial_runtime::{
         backoff, breaker, cgroup, cpu, drain, health, pulse, signal, tasks, telemetry,
     };
-    pub use perennial_server::{http, metrics, net, tcp};
+    pub use perennial_server::{http, metrics, net, tcp, udp};
     pub use perennial_store::{cache, pool, transact, values};
 }
 

@@ -8,6 +8,7 @@
 //!     body.rs     the request body         exchange.rs  the response body, and the access log
 //!     timed.rs    the time for which a handler keeps its thread
 //!     detach.rs   routes whose work continues without their client
+//!     limits.rs   routes with limits of their own
 //!     router      axum: routing and extraction
 //! problem.rs  errors as RFC 9457
 //! ```
@@ -18,6 +19,7 @@ mod conn;
 pub mod detach;
 mod exchange;
 mod explained;
+pub mod limits;
 pub mod problem;
 pub mod scope;
 mod stack;

@@ -37,6 +37,12 @@ pub const HTTP_PANICS: &str = "perennial_http_panics_total";
 /// reasons are those of [`ConnectionRefusal`].
 pub const HTTP_REFUSED: &str = "perennial_http_refused_total";
 
+/// Counter by `listener`, `result` (handled, failed, too slow, address limit): datagrams. The kernel drops others before
+/// they are counted.
+pub const DATAGRAMS: &str = "perennial_datagrams_total";
+/// Gauge by `listener`: datagrams that are being handled.
+pub const DATAGRAMS_IN_FLIGHT: &str = "perennial_datagrams_in_flight";
+
 /// Reasons for which the host ends or refuses connections.
 const CUTS: [&str; 13] = [
     "address limit",
@@ -74,6 +80,8 @@ pub fn describe() {
         Unit::Count,
         "connections that could not be served, by listener and reason"
     );
+    describe_counter!(DATAGRAMS, Unit::Count, "datagrams received, by listener and result");
+    describe_gauge!(DATAGRAMS_IN_FLIGHT, Unit::Count, "datagrams that are being handled");
     counter!(HTTP_PANICS).increment(0);
     for reason in CUTS {
         counter!(HTTP_CONNECTIONS_CUT, "reason" => reason).increment(0);
@@ -171,4 +179,43 @@ pub(crate) fn connection_cut(reason: &'static str) {
 /// Records whether the connection limit of a listener is reached.
 pub(crate) fn at_limit(listener: &'static str, reached: bool) {
     gauge!(HTTP_AT_LIMIT, "listener" => listener).set(f64::from(u8::from(reached)));
+}
+
+/// How the handling of a datagram ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
+pub(crate) enum DatagramResult {
+    Handled,
+    Failed,
+    #[strum(serialize = "too slow")]
+    TooSlow,
+    #[strum(serialize = "address limit")]
+    AddressLimit,
+}
+
+/// The metrics of a listener's datagrams.
+pub(crate) struct Datagrams {
+    listener: &'static str,
+    in_flight: Gauge,
+}
+
+impl Datagrams {
+    pub(crate) fn new(listener: &'static str) -> Self {
+        for result in <DatagramResult as strum::VariantArray>::VARIANTS {
+            let result: &'static str = result.into();
+            counter!(DATAGRAMS, "listener" => listener, "result" => result).increment(0);
+        }
+        Self { listener, in_flight: gauge!(DATAGRAMS_IN_FLIGHT, "listener" => listener) }
+    }
+
+    /// Counts a datagram as being handled until the returned guard drops.
+    pub(crate) fn count(&self) -> Counted {
+        Counted::new(self.in_flight.clone())
+    }
+
+    /// Records a datagram that has been handled, or dropped.
+    pub(crate) fn ended(&self, result: DatagramResult) {
+        let result: &'static str = result.into();
+        counter!(DATAGRAMS, "listener" => self.listener, "result" => result).increment(1);
+    }
 }

@@ -1,4 +1,6 @@
-//! Request bodies that arrive too slowly, or are not read to their end.
+//! Request bodies that are too long, arrive too slowly, or are not read to their end.
+//!
+//! The length is checked when the handler reads: the announced one before the first byte, and then what has come.
 //!
 //! A body that has arrived with its head is read without a clock. Otherwise a wait for a part of the body lasts at most
 //! `body_idle_timeout`, and all waits end when `body_timeout` has passed since the first one.
@@ -101,6 +103,8 @@ pub(super) enum BodyError {
     Broken(#[from] hyper::Error),
     #[error("the body came too slowly")]
     TooSlow,
+    #[error("the body is too long")]
+    TooLong,
 }
 
 /// A request body that passes its unread rest to its connection.
@@ -114,6 +118,8 @@ pub(super) struct RequestBody {
     leftover: Option<Leftover>,
     scope: RequestScope,
     timeouts: BodyTimeouts,
+    /// Number of bytes that have been read.
+    length: u64,
     wait: Option<Wait>,
 }
 
@@ -136,7 +142,7 @@ impl RequestBody {
     ) -> Self {
         let is_kept_back = headers.contains_key(header::EXPECT);
         let open = (!body.is_end_stream()).then(|| OpenBody::on(scope.shared_connection()));
-        Self { open, body: Some(body), is_kept_back, leftover, scope, timeouts, wait: None }
+        Self { open, body: Some(body), is_kept_back, leftover, scope, timeouts, length: 0, wait: None }
     }
 
     /// Waits for a part that has not arrived; ready when a time limit is reached.
@@ -164,6 +170,12 @@ impl RequestBody {
         }
     }
 
+    /// Returns true when the body is longer than its limit: what has come, and what is announced to come.
+    fn is_too_long(&self) -> bool {
+        let rest = self.body.as_ref().map_or(0, |body| body.size_hint().lower());
+        self.length.saturating_add(rest) > self.scope.body_limit() as u64
+    }
+
     /// Gives the body up, and counts which time limit was reached.
     fn cut(&mut self) -> BodyError {
         let idle = self
@@ -189,6 +201,10 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.is_too_long() {
+            self.scope.body_is_too_long();
+            return Poll::Ready(Some(Err(BodyError::TooLong)));
+        }
         self.is_kept_back = false;
         let Some(body) = &mut self.body else { return Poll::Ready(None) };
         let Poll::Ready(frame) = Pin::new(&mut *body).poll_frame(context) else {
@@ -196,6 +212,13 @@ impl Body for RequestBody {
             return Poll::Ready(Some(Err(self.cut())));
         };
         self.came();
+        if let Some(Ok(data)) = frame.as_ref().map(|frame| frame.as_ref().map(Frame::data_ref)) {
+            self.length += data.map_or(0, |data| data.len() as u64);
+            if self.is_too_long() {
+                self.scope.body_is_too_long();
+                return Poll::Ready(Some(Err(BodyError::TooLong)));
+            }
+        }
         let Some(body) = &self.body else { return Poll::Ready(None) };
         if !matches!(frame, Some(Ok(_))) || body.is_end_stream() {
             self.open = None;

@@ -91,6 +91,9 @@ impl Exchange {
         self.running.answered();
         self.scope.set_stage(RequestStage::Response);
         self.scope.spent().response = self.scope.began().elapsed();
+        if is_stream(&response) {
+            self.scope.is_a_stream();
+        }
         response.map(|body| {
             self.complete = body.is_end_stream();
             FollowedBody { body, exchange: Some(self), given: None, rest: Bytes::new() }
@@ -167,10 +170,22 @@ impl Drop for Exchange {
             ),
             Some(_) => {}
         }
-        if took >= self.ledger.slow_after && !self.scope.has_a_stream() {
+        // A stream lasts as long as its client wants; only its beginning can be slow.
+        let slow = match self.scope.has_a_stream() && self.status.is_some() {
+            true => self.scope.spent().response,
+            false => took,
+        };
+        if slow >= self.ledger.slow_after {
             self.log_slow(took, route);
         }
     }
+}
+
+/// Returns true when a response has no end of its own: events for a page, or another protocol on the connection.
+fn is_stream(response: &http::Response<Body>) -> bool {
+    let events = |media_type: &http::HeaderValue| media_type.as_bytes().starts_with(b"text/event-stream");
+    response.status() == StatusCode::SWITCHING_PROTOCOLS
+        || response.headers().get(http::header::CONTENT_TYPE).is_some_and(events)
 }
 
 /// Returns the part of a path that is logged.

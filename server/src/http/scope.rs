@@ -5,7 +5,7 @@ use std::fmt;
 use std::future::Future;
 use std::net::IpAddr;
 use std::panic::resume_unwind;
-use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime};
 
@@ -44,6 +44,12 @@ struct State {
     is_stream: AtomicBool,
     /// Why the body was given up.
     no_body: OnceLock<&'static str>,
+    /// Maximum length of the body, in bytes.
+    body_limit: AtomicUsize,
+    /// Whether the body is longer than that.
+    is_too_long: AtomicBool,
+    /// Time until there must be a response, from the start of the request, in nanoseconds.
+    time_limit: AtomicU64,
     /// Time since which a part of the response waits for the client, by the connection's clock; 0 if none waits.
     stalled: AtomicU64,
     spent: Mutex<TimeSpent>,
@@ -92,7 +98,8 @@ pub(super) struct Begun {
     pub(super) trace: Trace,
     pub(super) id: RequestId,
     pub(super) began: Instant,
-    pub(super) deadline: Instant,
+    pub(super) time_limit: Duration,
+    pub(super) body_limit: usize,
     pub(super) method: &'static str,
     pub(super) path: String,
     pub(super) connection: Arc<Connection>,
@@ -102,8 +109,12 @@ pub(super) struct Begun {
 
 impl RequestScope {
     pub(super) fn new(begun: Begun) -> Self {
+        let (body_limit, time_limit) = (begun.body_limit.into(), nanoseconds(begun.time_limit).into());
         Self(Arc::new(State {
             begun,
+            body_limit,
+            is_too_long: AtomicBool::new(false),
+            time_limit,
             route: OnceLock::new(),
             headers: OnceLock::new(),
             stage: AtomicU8::new(RequestStage::Handler as u8),
@@ -136,7 +147,33 @@ impl RequestScope {
 
     /// Returns the time at which the request is answered with 503 if it has no response yet.
     pub fn deadline(&self) -> Instant {
-        self.0.begun.deadline
+        self.0.begun.began + self.time_limit()
+    }
+
+    /// Returns the time until there must be a response, from the start of the request.
+    pub(super) fn time_limit(&self) -> Duration {
+        Duration::from_nanos(self.0.time_limit.load(Ordering::Relaxed))
+    }
+
+    pub(super) fn set_time_limit(&self, limit: Duration) {
+        self.0.time_limit.store(nanoseconds(limit), Ordering::Relaxed);
+    }
+
+    pub(super) fn body_limit(&self) -> usize {
+        self.0.body_limit.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn set_body_limit(&self, bytes: usize) {
+        self.0.body_limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Records that the body is longer than its limit.
+    pub(super) fn body_is_too_long(&self) {
+        self.0.is_too_long.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn has_too_long_body(&self) -> bool {
+        self.0.is_too_long.load(Ordering::Relaxed)
     }
 
     /// Returns the connection on which the request came.
@@ -196,7 +233,7 @@ impl RequestScope {
     {
         let _waiting = self.waiting("cpu");
         match &self.0.begun.services.cpu {
-            Some(cpu) => cpu.run(self.0.begun.deadline, work).await,
+            Some(cpu) => cpu.run(self.deadline(), work).await,
             None => Err(CpuError::Full),
         }
     }
@@ -311,6 +348,10 @@ impl RequestScope {
     pub(super) fn spent(&self) -> MutexGuard<'_, TimeSpent> {
         self.0.spent.lock()
     }
+}
+
+fn nanoseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
 }
 
 /// Returns milliseconds, rounded to three digits after the point.

@@ -12,12 +12,11 @@ use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
-use axum::extract::MatchedPath;
+use axum::extract::{DefaultBodyLimit, MatchedPath};
 use axum::response::{IntoResponse, Response};
 use futures_util::FutureExt;
 use http::{HeaderValue, Request, StatusCode, Version, header};
 use http_body::Body as _;
-use http_body_util::Limited;
 use hyper::body::Incoming;
 use ipnet::IpNet;
 use tower::{Layer, Service};
@@ -69,8 +68,9 @@ impl Stack {
         services: Arc<Services>,
     ) -> Self {
         Self {
-            // The only step inside the router: which pattern matched is known nowhere else.
-            router: router.layer(RouteLabel),
+            // The only step inside the router: which pattern matched is known nowhere else. The limits of this stack stand
+            // in for the limit of the extractors.
+            router: router.layer(RouteLabel).layer(DefaultBodyLimit::disable()),
             request_timeout: config.request_timeout,
             body_limit: config.body_limit,
             body_timeouts: BodyTimeouts { idle: config.body_idle_timeout, total: config.body_timeout },
@@ -110,7 +110,8 @@ impl Stack {
             trace: Trace::of(request.headers(), id.as_str()),
             id,
             began,
-            deadline: began + self.request_timeout,
+            time_limit: self.request_timeout,
+            body_limit: self.body_limit,
             method: method_label(request.method()),
             path: logged(request.uri().path()),
             client: self.forwarded(&request, &connection),
@@ -212,13 +213,7 @@ impl Stack {
     ) -> Response {
         let (parts, body) = request.into_parts();
         let body = RequestBody::new(body, &parts.headers, leftover, scope.clone(), self.body_timeouts);
-        // A body whose announced length is over the limit is refused before it is read.
-        if body.size_hint().lower() > self.body_limit as u64 {
-            return body_too_long(self.body_limit);
-        }
-        // Any other body is cut off at the limit; the extractor that reads it answers.
-        let body =
-            if body.is_end_stream() { Body::empty() } else { Body::new(Limited::new(body, self.body_limit)) };
+        let body = if body.is_end_stream() { Body::empty() } else { Body::new(body) };
         let request = Request::from_parts(parts, body);
 
         // A panic is the bug of one handler: this request gets a 500, the connection lives on.
@@ -228,13 +223,19 @@ impl Stack {
         // Most handlers never wait, and a timer costs more than they do, so it is armed at the first wait.
         let answer = match futures_util::poll!(answer.as_mut()) {
             Poll::Ready(answer) => answer,
-            Poll::Pending => match tokio::time::timeout_at(scope.deadline().into(), answer).await {
-                Ok(answer) => answer,
-                Err(_elapsed) => return took_too_long(self.request_timeout),
+            Poll::Pending => loop {
+                let deadline = scope.deadline();
+                match tokio::time::timeout_at(deadline.into(), answer.as_mut()).await {
+                    Ok(answer) => break answer,
+                    // A layer of the route has given it more time.
+                    Err(_elapsed) if scope.deadline() > deadline => {}
+                    Err(_elapsed) => return took_too_long(scope.time_limit()),
+                }
             },
         };
         match answer {
-            // The answer of the handler is replaced, because the body did not arrive in time.
+            // The answer of the handler is replaced, because it could not read the body.
+            Ok(Ok(_)) if scope.has_too_long_body() => body_too_long(scope.body_limit()),
             Ok(Ok(_)) if scope.has_given_up_body() => body_too_slow(scope.connection()),
             Ok(Ok(response)) => explained(response),
             Err(_panic) => {
@@ -281,7 +282,8 @@ fn explained(response: Response) -> Response {
     problem
 }
 
-fn took_too_long(limit: Duration) -> Response {
+/// Answers with 503 to a request whose handler had no answer in time.
+pub(super) fn took_too_long(limit: Duration) -> Response {
     let seconds = limit.as_secs_f64();
     Problem::new(StatusCode::SERVICE_UNAVAILABLE, format!("no answer within {seconds} s"))
         .retry_after(Duration::from_secs(1))

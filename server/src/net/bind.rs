@@ -63,7 +63,7 @@ pub(super) enum AcceptedStream {
 
 /// An inherited descriptor is not a listening socket.
 #[derive(Debug, thiserror::Error)]
-#[error("the inherited descriptor {index} is no listening socket")]
+#[error("the inherited descriptor {index} is no listening socket, and no socket for datagrams")]
 pub struct InheritedError {
     /// Index of the descriptor, counted from 0.
     pub index: usize,
@@ -82,6 +82,7 @@ pub struct Inherited(Arc<Mutex<VecDeque<(String, BoundSocket)>>>);
 enum BoundSocket {
     Tcp(std::net::TcpListener),
     Unix(std::os::unix::net::UnixListener),
+    Udp(std::net::UdpSocket),
 }
 
 impl Inherited {
@@ -108,7 +109,11 @@ impl Inherited {
                 }
                 Ok(tcp) => tcp.map(BoundSocket::Tcp),
                 // Not TCP.
-                Err(_) => descriptors.take_unix_listener(index).map_err(failed)?.map(BoundSocket::Unix),
+                Err(_) => match descriptors.take_unix_listener(index) {
+                    Ok(unix) => unix.map(BoundSocket::Unix),
+                    // Not Unix either.
+                    Err(_) => descriptors.take_udp_socket(index).map_err(failed)?.map(BoundSocket::Udp),
+                },
             };
             sockets.extend(tcp.map(|socket| (name, socket)));
         }
@@ -121,12 +126,8 @@ impl Inherited {
         sockets
             .iter()
             .map(|(name, socket)| match socket {
-                BoundSocket::Tcp(socket) => {
-                    format!(
-                        "{name} {}",
-                        socket.local_addr().map_or_else(|error| error.to_string(), |at| at.to_string())
-                    )
-                }
+                BoundSocket::Tcp(socket) => format!("{name} {}", place_of(socket.local_addr())),
+                BoundSocket::Udp(socket) => format!("{name} {} (UDP)", place_of(socket.local_addr())),
                 BoundSocket::Unix(socket) => format!("{name} {}", name_of(socket)),
             })
             .collect()
@@ -145,14 +146,23 @@ impl Inherited {
 
     fn tcp(&self, listener: &str, address: SocketAddr) -> Option<std::net::TcpListener> {
         let socket = self.take(|name, socket| match socket {
-            BoundSocket::Tcp(socket) => socket.local_addr().is_ok_and(|at| {
-                is_same_place(at, address)
-                    || (address.port() == 0 && at.ip() == address.ip() && name == listener)
-            }),
-            BoundSocket::Unix(_) => false,
+            BoundSocket::Tcp(socket) => fits(socket.local_addr(), address, name == listener),
+            BoundSocket::Unix(_) | BoundSocket::Udp(_) => false,
         });
         match socket {
             Some(BoundSocket::Tcp(socket)) => Some(socket),
+            _ => None,
+        }
+    }
+
+    /// Takes the socket for datagrams at an address, or with the name of the listener when the port is 0.
+    pub(crate) fn udp(&self, listener: &str, address: SocketAddr) -> Option<std::net::UdpSocket> {
+        let socket = self.take(|name, socket| match socket {
+            BoundSocket::Udp(socket) => fits(socket.local_addr(), address, name == listener),
+            BoundSocket::Unix(_) | BoundSocket::Tcp(_) => false,
+        });
+        match socket {
+            Some(BoundSocket::Udp(socket)) => Some(socket),
             _ => None,
         }
     }
@@ -165,7 +175,7 @@ impl Inherited {
             self.take(|name, socket| matches!(socket, BoundSocket::Unix(socket) if fits(name, socket)));
         match taken? {
             BoundSocket::Unix(socket) => Some(socket),
-            BoundSocket::Tcp(_) => None,
+            BoundSocket::Tcp(_) | BoundSocket::Udp(_) => None,
         }
     }
 }
@@ -176,6 +186,19 @@ fn name_of(socket: &std::os::unix::net::UnixListener) -> String {
     let path = address.as_pathname().map(|path| format!("unix:{}", path.display()));
     let name = || address.as_abstract_name().map(|name| format!("unix:@{}", String::from_utf8_lossy(name)));
     path.or_else(name).unwrap_or_else(|| "unix".to_owned())
+}
+
+/// Returns the address of a socket as text.
+fn place_of(address: io::Result<SocketAddr>) -> String {
+    address.map_or_else(|error| error.to_string(), |address| address.to_string())
+}
+
+/// Returns true when an inherited socket at `open` is for the address `wanted`. An address with port 0 takes a socket
+/// that has the name of its listener.
+fn fits(open: io::Result<SocketAddr>, wanted: SocketAddr, has_name: bool) -> bool {
+    open.is_ok_and(|open| {
+        is_same_place(open, wanted) || (wanted.port() == 0 && open.ip() == wanted.ip() && has_name)
+    })
 }
 
 /// Returns true when a socket at `open` is at the address `wanted`. The unspecified addresses of IPv4 and IPv6 are the
@@ -221,6 +244,13 @@ struct SharedSockets {
 }
 
 impl Sockets {
+    /// Makes the handle for descriptors of a listener without TLS.
+    pub(crate) fn of(name: &'static str, descriptors: Vec<OwnedFd>) -> Self {
+        let handed_over = AtomicBool::new(false);
+        let descriptors = Mutex::new(descriptors);
+        Self(Arc::new(SharedSockets { name, descriptors, handed_over, identity: None }))
+    }
+
     /// Descriptors of the listening sockets, each with the listener's name, for a successor to inherit.
     ///
     /// # Errors
@@ -235,12 +265,12 @@ impl Sockets {
         self.0.handed_over.store(true, Ordering::Release);
     }
 
-    pub(super) fn are_handed_over(&self) -> bool {
+    pub(crate) fn are_handed_over(&self) -> bool {
         self.0.handed_over.load(Ordering::Acquire)
     }
 
     /// Closes the descriptors for a successor: a socket stays open as long as any descriptor of it is open.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         self.0.descriptors.lock().clear();
     }
 
@@ -279,10 +309,7 @@ async fn listeners(
             }
             Listen::Https(address) => {
                 let missing = || {
-                    io::Error::new(
-                        io::ErrorKind::InvalidInput,
-                        "https needs server.tls.cert_file and key_file",
-                    )
+                    io::Error::new(io::ErrorKind::InvalidInput, "TLS needs server.tls.cert_file and key_file")
                 };
                 let identity = identity.cloned().ok_or_else(missing).map_err(failed)?;
                 listeners.extend(tcp(config, inherited, address, Some(identity)).await.map_err(failed)?);

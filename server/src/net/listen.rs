@@ -5,7 +5,8 @@ use std::net::IpAddr;
 use std::path::PathBuf;
 use std::str::FromStr;
 
-/// One address to listen on: `host:port`, `https://host:port` or `unix:/path`.
+/// One address to listen on: `host:port`, `https://host:port` or `unix:/path`. `tls://host:port` is the same as `https://`,
+/// for protocols other than HTTP.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Listen {
     /// Plain HTTP on TCP.
@@ -42,7 +43,8 @@ impl FromStr for Listen {
         if let Some(path) = text.strip_prefix("unix:") {
             return if path.is_empty() { Err(NoListen) } else { Ok(Self::Unix(path.into())) };
         }
-        let (tls, address) = match text.strip_prefix("https://") {
+        let secure = text.strip_prefix("https://").or_else(|| text.strip_prefix("tls://"));
+        let (tls, address) = match secure {
             Some(address) => (true, address),
             None => (false, text.strip_prefix("http://").unwrap_or(text)),
         };

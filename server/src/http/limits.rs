@@ -1,0 +1,90 @@
+//! Limits of one route, instead of the settings that all routes have.
+//!
+//! ```
+//! # use std::time::Duration;
+//! # use axum::{Router, routing::{get, post}};
+//! # use perennial_server::http::limits;
+//! # let (report, upload) = (|| async {}, || async {});
+//! Router::<()>::new()
+//!     .route("/reports", get(report).layer(limits::time(Duration::from_secs(120))))
+//!     .route("/pictures", post(upload).layer(limits::body(20 << 20)));
+//! ```
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use axum::response::Response;
+use http::Request;
+use tower::{Layer, Service};
+
+use super::scope::RequestScope;
+use super::stack::took_too_long;
+
+/// Sets the maximum length of a request body of a route, in bytes, instead of `server.body_limit`. A longer one is
+/// answered with 413.
+pub fn body(bytes: usize) -> RouteLimit {
+    RouteLimit { body: Some(bytes), time: None }
+}
+
+/// Sets the time until a handler of a route must have an answer, from the request head, instead of
+/// `server.request_timeout`. After that the request is answered with 503. The body of the answer may take longer.
+pub fn time(limit: Duration) -> RouteLimit {
+    RouteLimit { body: None, time: Some(limit) }
+}
+
+/// Layer that sets limits of a route.
+#[derive(Clone, Copy, Debug)]
+pub struct RouteLimit {
+    body: Option<usize>,
+    time: Option<Duration>,
+}
+
+/// The service of a route with limits of its own.
+#[derive(Clone, Debug)]
+pub struct Limited<S> {
+    inner: S,
+    limit: RouteLimit,
+}
+
+impl<S> Layer<S> for RouteLimit {
+    type Service = Limited<S>;
+
+    fn layer(&self, inner: S) -> Limited<S> {
+        Limited { inner, limit: *self }
+    }
+}
+
+impl<S, B> Service<Request<B>> for Limited<S>
+where
+    S: Service<Request<B>, Response = Response, Error = Infallible, Future: Send + 'static>,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        // A request has no scope outside the host, in a test of the router alone.
+        let scope = request.extensions().get::<RequestScope>().cloned();
+        if let (Some(scope), Some(bytes)) = (&scope, self.limit.body) {
+            scope.set_body_limit(bytes);
+        }
+        if let (Some(scope), Some(limit)) = (&scope, self.limit.time) {
+            scope.set_time_limit(limit);
+        }
+        let answer = self.inner.call(request);
+        match (scope, self.limit.time) {
+            // The stack may already wait with the longer limit of all routes, if a layer around this one has waited.
+            (Some(scope), Some(limit)) => Box::pin(async move {
+                let answered = tokio::time::timeout_at(scope.deadline().into(), answer).await;
+                answered.unwrap_or_else(|_elapsed| Ok(took_too_long(limit)))
+            }),
+            _ => Box::pin(answer),
+        }
+    }
+}
