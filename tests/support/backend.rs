@@ -170,6 +170,7 @@ async fn shift(redis: &Redis, prefix: &str, parts: &[&str], milliseconds: i64) {
 /// Settings with which the tests open a SQLite store.
 pub fn sqlite_config(path: std::path::PathBuf) -> sqlite::Config {
     sqlite::Config {
+        name: "sqlite",
         path,
         readers: 2,
         write_queue: 1000,

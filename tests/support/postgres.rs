@@ -56,6 +56,7 @@ pub async fn connect(url: &str) -> Postgres {
 /// Settings with which the tests connect to a server.
 pub fn config(url: &str) -> Config {
     Config {
+        name: "postgres",
         url: url.into(),
         ca_file: None,
         size: 8,
@@ -64,6 +65,7 @@ pub fn config(url: &str) -> Config {
         statement_timeout: Duration::from_secs(10),
         max_age: Duration::from_secs(1800),
         pgbouncer: false,
+        may_only_read: false,
     }
 }
 

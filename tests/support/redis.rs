@@ -57,6 +57,8 @@ impl Prefix {
 /// Settings with which the tests connect to a server.
 pub fn config(url: &str) -> Config {
     Config {
+        name: "redis",
+        may_evict: false,
         url: url.into(),
         ca_file: None,
         size: 8,
@@ -112,7 +114,8 @@ impl Server {
 
     async fn ready(&self) {
         let url = self.url();
-        eventually("Redis answers", || async { Redis::open(config(&url)).await.ok() }).await.close();
+        let config = Config { may_evict: true, ..config(&url) };
+        eventually("Redis answers", || async { Redis::open(config.clone()).await.ok() }).await.close();
     }
 }
 

@@ -1,6 +1,7 @@
 //! Addresses of the running server: `addresses.json` in the data directory, for scripts and for commands of this
 //! program.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::path::Path;
 
@@ -9,11 +10,14 @@ use serde::{Deserialize, Serialize};
 
 use crate::data_dir::{self, ADDRESSES};
 
-/// The addresses of both listeners, as they are written in settings.
+/// The addresses of all listeners, as they are written in settings.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Addresses {
     pub(crate) server: Vec<String>,
     pub(crate) admin: Vec<String>,
+    /// Addresses of the listeners of modules, by name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub(crate) listeners: BTreeMap<String, Vec<String>>,
 }
 
 impl Addresses {

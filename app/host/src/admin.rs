@@ -52,7 +52,6 @@ use perennial_runtime::telemetry::Telemetry;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::{RequestScope, RequestView};
 use perennial_server::net::{ConnectionView, Connections, Listen, Peer};
-use perennial_store::pool;
 use perennial_workers::worker;
 use serde_json::{Map, Value, json};
 use tower::ServiceExt;
@@ -60,13 +59,11 @@ use tower::ServiceExt;
 use crate::access::{Access, bearer};
 use crate::built::{self, BuildView};
 use crate::module::StatusFn;
+use crate::pools::OpenPool;
 use crate::settings::Settings;
 use jobs::JobAdminState;
 use keys::Keyring;
 use process::ProcessView;
-
-/// The state of a pool, read when an operator asks.
-pub(crate) type PoolFn = Arc<dyn Fn() -> (&'static str, pool::PoolStatus) + Send + Sync>;
 
 /// State of the admin listener. A cheap handle.
 #[derive(Clone)]
@@ -85,9 +82,9 @@ struct AdminInner {
 }
 
 impl AdminInner {
-    /// The connections of both listeners, the public one first.
+    /// The connections of all listeners, those of the public one first.
     fn listeners(&self) -> impl Iterator<Item = &Connections> {
-        self.booted.get().map(|booted| &booted.connections).into_iter().chain([&self.connections])
+        self.booted.get().into_iter().flat_map(|booted| &booted.connections).chain([&self.connections])
     }
 }
 
@@ -96,8 +93,9 @@ pub(crate) struct Booted {
     pub(crate) access: Access,
     pub(crate) workers: worker::Status,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
-    pub(crate) pools: Vec<PoolFn>,
-    pub(crate) connections: Connections,
+    pub(crate) pools: Vec<OpenPool>,
+    /// The connections of the listeners of visitors.
+    pub(crate) connections: Vec<Connections>,
     pub(crate) books: JobAdminState,
     pub(crate) keyring: Keyring,
     /// Routes of modules that show something.
@@ -234,7 +232,7 @@ async fn workers(State(Admin(known)): State<Admin>) -> Response {
 
 async fn pools(State(Admin(known)): State<Admin>) -> Response {
     let pools = known.booted.get().map(|booted| booted.pools.as_slice()).unwrap_or_default();
-    let pools = pools.iter().map(|pool| pool()).collect::<BTreeMap<_, _>>();
+    let pools = pools.iter().map(OpenPool::status).collect::<BTreeMap<_, _>>();
     axum::Json(pools).into_response()
 }
 

@@ -16,7 +16,7 @@ use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::RequestScope;
-use perennial_store::pool::{sql, sqlite, with_causes};
+use perennial_store::pool::{redis, sql, sqlite, with_causes};
 use perennial_workers::queue;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer, Serialize};
@@ -83,6 +83,12 @@ impl From<sqlite::Error> for Error {
 impl From<sql::Error> for Error {
     fn from(error: sql::Error) -> Self {
         Self::Store(error.into())
+    }
+}
+
+impl From<redis::Error> for Error {
+    fn from(error: redis::Error) -> Self {
+        Self::Problem(store_failed(&error, error.is_passing()))
     }
 }
 

@@ -19,8 +19,9 @@ use tracing::info;
 use uuid::Uuid;
 
 use crate::api::{Json, Result};
-use crate::config::StoreConfig;
+use crate::config::{Config, StoreConfig};
 use crate::data_dir::{ADMIN_TOKEN, API_KEY, SecretFile};
+use crate::pools::PoolConfig;
 use crate::sessions;
 
 /// The files to copy.
@@ -29,6 +30,8 @@ pub(crate) struct BackupSource {
     data_dir: PathBuf,
     /// The file of the store.
     file: PathBuf,
+    /// The files of embedded databases of modules.
+    databases: Vec<PathBuf>,
     /// Secret files of the modules.
     secrets: Vec<SecretFile>,
     /// Directories of the modules, within the data directory.
@@ -45,24 +48,22 @@ pub(crate) struct Copied {
 }
 
 impl BackupSource {
-    /// Names the files to copy of a data directory with this store.
+    /// Names the files to copy of a data directory.
     ///
     /// # Errors
     /// When the store is a server, which has its own tool for copies.
     pub(crate) fn of(
-        data_dir: &Path,
-        store: &StoreConfig,
+        config: &Config,
         secrets: Vec<SecretFile>,
         directories: Vec<&'static str>,
     ) -> anyhow::Result<Self> {
-        match store {
-            StoreConfig::Sqlite { file, .. } => {
-                Ok(Self { data_dir: data_dir.to_owned(), file: data_dir.join(file), secrets, directories })
-            }
-            StoreConfig::Postgres(_) => {
-                bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it")
-            }
-        }
+        let data_dir = config.data_dir.clone();
+        let StoreConfig::Sqlite { file, .. } = &config.store else {
+            bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it");
+        };
+        let databases = config.pools.iter().filter_map(PoolConfig::file);
+        let databases = databases.map(|file| data_dir.join(file)).collect();
+        Ok(Self { file: data_dir.join(file), data_dir, databases, secrets, directories })
     }
 
     /// The files with keys, each with its name in the copy.
@@ -73,7 +74,8 @@ impl BackupSource {
         secrets.chain(own)
     }
 
-    /// Copies the store as of one moment, even while it is in use, and the keys. The directory appears with everything
+    /// Copies the store as of one moment, even while it is in use, each other embedded database as of its own, and the
+    /// keys. The directory appears with everything
     /// in it, or not at all.
     pub(crate) fn copy_to(&self, directory: &Path) -> anyhow::Result<Copied> {
         if directory.exists() {
@@ -84,9 +86,14 @@ impl BackupSource {
         let Draft(draft) = &Draft(directory.with_file_name(draft));
         let at = |path: &Path| format!("{} cannot be written", path.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(draft).with_context(|| at(draft))?;
-        let store = self.file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
-        sqlite::copy(&self.file, &draft.join(&store)).context("the store cannot be copied")?;
-        let mut files = vec![store];
+        let mut files = Vec::new();
+        let databases = self.databases.iter().filter(|file| file.exists());
+        for file in [&self.file].into_iter().chain(databases) {
+            let name = file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
+            sqlite::copy(file, &draft.join(&name))
+                .with_context(|| format!("{} cannot be copied", file.display()))?;
+            files.push(name);
+        }
         for (file, key) in self.keys() {
             match fs::read(file) {
                 Ok(secret) => {

@@ -35,10 +35,12 @@ use crate::admin::Booted;
 use crate::data_dir::{self, DataDir};
 use crate::module::{Announcement, Closer, Configured};
 use crate::openapi;
+use crate::pools::OpenPool;
 use crate::sites::Sites;
 use base::Base;
 use engine::Engine;
 use mount::Mounted;
+use plan::OpenServers;
 pub(crate) use plan::{BootPlan, not_opened};
 
 /// Time limit for closing one part at the end of the process.
@@ -49,12 +51,15 @@ pub(crate) struct App {
     pub(crate) tasks: Tasks,
     pub(crate) workers: worker::Status,
     pub(crate) limits: Limits,
-    pub(crate) sockets: Sockets,
-    /// Addresses of the public listener.
-    pub(crate) addresses: Vec<String>,
+    /// Sockets of the listeners of visitors.
+    pub(crate) sockets: Vec<Sockets>,
+    /// Addresses of all listeners.
+    pub(crate) addresses: Addresses,
     /// Lines for a person who started the program on a terminal.
     pub(crate) announcements: Vec<String>,
     closers: Vec<Closer>,
+    /// Pools that modules name.
+    pools: Vec<OpenPool>,
     store: sql::Store,
     data_dir: Arc<DataDir>,
 }
@@ -74,25 +79,37 @@ pub(crate) async fn boot(
     let cpu = Cpu::start(plan.config.cpu).context("the threads for the processor cannot be started")?;
     let host = mount::host(&plan, &base, &cpu, &tasks, &health, &drain);
     let mut mounted = Mounted::mount(host, modules, &mut plan, &base).await?;
-    let server = match early {
-        Some(server) => server,
+    let servers = match early {
+        Some(servers) => servers,
         None => plan.listen().await?,
     };
     plan.inheritance.warn_of_the_rest();
     let engine = Engine::prepare(&plan.config, &base, &mut mounted).await?;
-    let addresses = Addresses { server: server.addresses(), admin: plan.admin_addresses.clone() };
+    let (connections, sockets) = (servers.connections(), servers.sockets());
+    let OpenServers { public: server, named } = servers;
+    let addresses = Addresses {
+        server: server.addresses(),
+        admin: plan.admin_addresses.clone(),
+        listeners: named.iter().map(|open| (open.name.to_owned(), open.addresses())).collect(),
+    };
+    let listeners = std::mem::take(&mut mounted.listeners).join(named)?;
     let written = format!("{}\n", serde_json::to_string(&addresses)?);
     base.data_dir.write(data_dir::ADDRESSES, &written)?;
 
     // Nothing below can fail, so a boot that fails never cuts off a job that has begun.
     let (workers, books) = (engine.worker.status(), engine.books.clone());
     let routes = openapi::with_description(std::mem::take(&mut mounted.routes));
-    let (connections, sockets) = (server.connections(), server.sockets());
     let parts =
         start::TaskParts { config: &plan.config, base: &base, tasks: &tasks, health: &health, drain: &drain };
     let pools = parts.start(engine, &mounted);
     let server = server.errors_readable_by(readers(&base.sites));
+    for (name, serve) in listeners {
+        tasks.critical(name, serve(drain.clone()));
+    }
     tasks.critical("http", server.run(routes, Some(cpu), drain));
+    for (listener, addresses) in &addresses.listeners {
+        info!(listener, addresses = addresses.join(", "), "listening");
+    }
     info!(server = addresses.server.join(", "), admin = addresses.admin.join(", "), "ready");
 
     let booted = Booted {
@@ -112,8 +129,9 @@ pub(crate) async fn boot(
         limits: plan.config.limits,
         sockets,
         announcements: announcements(&mounted.announcements, &addresses.server),
-        addresses: addresses.server,
+        addresses,
         closers: mounted.closers,
+        pools: base.pools.named(),
         store: base.store,
         data_dir: base.data_dir,
     };
@@ -147,6 +165,9 @@ impl App {
         let mut in_time = true;
         for close in self.closers {
             in_time &= tokio::time::timeout(CLOSE, close()).await.is_ok();
+        }
+        for pool in self.pools {
+            in_time &= tokio::time::timeout(CLOSE, pool.close()).await.is_ok();
         }
         in_time & tokio::time::timeout(CLOSE, self.store.close()).await.is_ok()
     }

@@ -1,5 +1,7 @@
 //! Settings of the host, as the types that its components want.
 
+pub(crate) mod stores;
+
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::num::NonZeroUsize;
@@ -13,18 +15,20 @@ use perennial_runtime::health::{self, ReadinessPolicy};
 use perennial_runtime::telemetry;
 use perennial_server::http;
 use perennial_server::net::{self, Listen, Timeouts, UnixAccess, tls};
-use perennial_store::pool::{Url, postgres, redis};
+use perennial_store::pool::postgres;
 use perennial_workers::admission::Bounds;
 use perennial_workers::limits::Limits;
 use perennial_workers::{upkeep, worker};
-use secrecy::{ExposeSecret, SecretString};
 
 use crate::access::{KeyFile, Scopes};
 use crate::capacity::{cgroup_of, fit, means, processors};
 use crate::cron;
 use crate::data_dir;
+use crate::listeners::ListenerConfig;
+use crate::pools::PoolConfig;
 use crate::settings::{Network, Reader, Size};
 use crate::sites;
+pub(crate) use stores::{RedisQueueConfig, StoreConfig};
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
@@ -50,11 +54,17 @@ pub(crate) struct Config {
     pub(crate) scopes: Scopes,
     pub(crate) health: health::Config,
     pub(crate) store: StoreConfig,
+    /// A replica of the store that only reads.
+    pub(crate) replica: Option<postgres::Config>,
     pub(crate) queue: Option<RedisQueueConfig>,
     /// Effect on readiness when the store is away.
     pub(crate) store_policy: ReadinessPolicy,
     /// Effect on readiness when the store of jobs is away.
     pub(crate) queue_policy: ReadinessPolicy,
+    /// Pools that modules name.
+    pub(crate) pools: Vec<PoolConfig>,
+    /// Listeners that modules name.
+    pub(crate) listeners: Vec<ListenerConfig>,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
     pub(crate) cron: cron::Config,
@@ -72,29 +82,6 @@ pub(crate) struct Config {
     pub(crate) cgroup: Cgroup,
     /// Share of the memory limit from which requests are shed, in percent.
     pub(crate) shed_at: u64,
-}
-
-/// Settings of the store.
-#[derive(Clone, Debug)]
-pub(crate) enum StoreConfig {
-    /// The embedded store: a file that only this process uses.
-    Sqlite {
-        /// A relative path is inside the data directory.
-        file: PathBuf,
-        readers: usize,
-        wait: Duration,
-        statement_timeout: Duration,
-    },
-    /// A Postgres server, which is shared with other processes.
-    Postgres(postgres::Config),
-}
-
-/// Settings of the store of jobs, if that is not the main store.
-#[derive(Clone, Debug)]
-pub(crate) struct RedisQueueConfig {
-    pub(crate) redis: redis::Config,
-    /// Prefix of the keys in Redis.
-    pub(crate) prefix: String,
 }
 
 /// Time limits of the phases of the drain.
@@ -117,7 +104,7 @@ impl Config {
         let server = server(settings);
         let pressure = server.net.pressure.clone();
         let data_dir: PathBuf = settings.get("data_dir");
-        let store = store(settings);
+        let store = stores::store(settings);
         note_exposed(settings, &data_dir, &store);
         Self {
             paused: false,
@@ -134,10 +121,13 @@ impl Config {
                 stall_after: settings.duration("admin.stall_after", MILLISECOND..=DAY),
                 unready_after: settings.duration("admin.unready_after", MILLISECOND..=DAY),
             },
+            replica: stores::replica(settings, &store),
             store,
-            queue: queue(settings),
-            store_policy: settings.parse("store.readiness", "required or degraded"),
-            queue_policy: settings.parse("queue.readiness", "required or degraded"),
+            queue: stores::queue(settings),
+            store_policy: stores::readiness(settings, "store"),
+            queue_policy: stores::readiness(settings, "queue"),
+            pools: Vec::new(),
+            listeners: Vec::new(),
             worker: worker(settings, pressure),
             upkeep: upkeep::Config { rescue_every: RESCUE_EVERY, lease: settings.get("queue.lease") },
             cron: cron::config(settings),
@@ -391,83 +381,6 @@ fn listen(settings: &mut Reader<'_>, key: &str) -> Vec<Listen> {
         settings.refuse::<()>(key, "at least one address");
     }
     listen
-}
-
-fn store(settings: &mut Reader<'_>) -> StoreConfig {
-    let url = url(
-        settings,
-        "store.url",
-        "sqlite:FILE or postgres://user:password@host/database",
-        &["sqlite:", "postgres://", "postgresql://"],
-    );
-    let processors = processors(settings).get();
-    let readers = match settings.number("store.readers", 0..=64) {
-        0_usize => (processors * 2).clamp(4, 64),
-        readers => readers,
-    };
-    let wait = settings.duration("store.wait", MILLISECOND..=DAY);
-    let postgres = postgres::Config {
-        url: Url::new(url.clone(), settings.get("store.url_file")),
-        ca_file: settings.file("store.ca_file"),
-        size: connections(settings, "store.connections"),
-        wait,
-        connect_timeout: settings.duration("store.connect_timeout", MILLISECOND..=DAY),
-        statement_timeout: settings.duration("store.statement_timeout", MILLISECOND..=DAY),
-        max_age: settings.duration("store.max_age", SECOND..=30 * DAY),
-        pgbouncer: settings.get("store.pgbouncer"),
-    };
-    match url.expose_secret().strip_prefix("sqlite:") {
-        Some(file) => {
-            let statement_timeout = postgres.statement_timeout;
-            StoreConfig::Sqlite { file: file.into(), readers, wait, statement_timeout }
-        }
-        None => StoreConfig::Postgres(postgres),
-    }
-}
-
-/// Reads the number of connections of a pool. By default it is the number that the processors can keep busy.
-fn connections(settings: &mut Reader<'_>, key: &str) -> usize {
-    match settings.number(key, 0..=1000) {
-        0_usize => (6 + 2 * processors(settings).get()).min(64),
-        connections => connections,
-    }
-}
-
-fn queue(settings: &mut Reader<'_>) -> Option<RedisQueueConfig> {
-    let url = url(
-        settings,
-        "queue.url",
-        "store, or redis://user:password@host/0",
-        &["store", "redis://", "rediss://", "redis+unix://"],
-    );
-    let redis = redis::Config {
-        url: Url::new(url.clone(), settings.get("queue.url_file")),
-        ca_file: settings.file("queue.ca_file"),
-        size: connections(settings, "queue.connections"),
-        wait: settings.duration("queue.wait", MILLISECOND..=DAY),
-        connect_timeout: settings.duration("queue.connect_timeout", MILLISECOND..=DAY),
-        response_timeout: settings.duration("queue.response_timeout", MILLISECOND..=DAY),
-        max_age: settings.duration("queue.max_age", SECOND..=30 * DAY),
-    };
-    let prefix = settings.get("queue.prefix");
-    (url.expose_secret() != "store").then_some(RedisQueueConfig { redis, prefix })
-}
-
-/// Reads a URL, from its file if there is one, since a URL may contain a password.
-fn url(settings: &mut Reader<'_>, key: &str, wanted: &str, schemes: &[&str]) -> SecretString {
-    let text: String = settings.get(key);
-    let file = settings.secret_file(&format!("{key}_file"));
-    let is_from_file = file.is_some();
-    let url = file.unwrap_or_else(|| text.into());
-    let text = url.expose_secret();
-    let is_readable = !text.starts_with("redis") || redis::is_url(text);
-    if !schemes.iter().any(|scheme| text.starts_with(scheme)) || text == "sqlite:" || !is_readable {
-        match is_from_file {
-            true => settings.refuse::<()>(&format!("{key}_file"), &format!("a file with {wanted}")),
-            false => settings.refuse::<()>(key, wanted),
-        };
-    }
-    url
 }
 
 /// Reads the limits after which the process is recycled. A setting of zero is no limit.

@@ -20,12 +20,15 @@ mod cron;
 pub mod data_dir;
 mod handover;
 mod jobs;
+pub mod limits;
+pub mod listeners;
 pub mod locks;
 pub mod maintenance;
 pub mod module;
 mod openapi;
 pub mod passwords;
 mod pause;
+pub mod pools;
 pub mod prelude;
 mod program;
 pub mod sessions;
@@ -123,7 +126,7 @@ impl Perennial {
     /// Runs the command of the command line, and returns the exit code of the program.
     pub fn main(self) -> ExitCode {
         program::identify(&self.identity);
-        match module::in_order(&self.modules).and_then(module::with_own_tables) {
+        match module::in_order(&self.modules).and_then(module::without_clashes) {
             Ok(modules) => cli::main(&modules, self.defaults),
             Err(mistake) => {
                 eprintln!("{}: {mistake}", program::name());

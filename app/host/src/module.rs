@@ -40,9 +40,10 @@ use std::sync::Arc;
 use anyhow::Context as _;
 use perennial_runtime::cpu::Cpu;
 use perennial_runtime::drain::Drain;
-use perennial_runtime::health::{Condition, Health};
+use perennial_runtime::health::{Condition, Health, ReadinessPolicy};
 use perennial_runtime::tasks::Tasks;
 use perennial_store::cache::Caches;
+use perennial_store::pool::redis::Redis;
 use perennial_store::pool::sql::{Store, Tables};
 use perennial_workers::{Job, Jobs, Registry, Schedule};
 use serde_json::Value;
@@ -54,9 +55,11 @@ use crate::command::Commands;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 pub use crate::data_dir::SecretFile;
+use crate::listeners::{self, Listener, ListenerHandlers, TcpHandler, UdpHandler};
 use crate::locks::Locks;
 use crate::maintenance;
 use crate::passwords::Passwords;
+use crate::pools::{self, NamedPools, Pool};
 use crate::sessions::{self, Sessions};
 use crate::settings::{DEFAULTS, Problems, Reader, Settings, Sources};
 use crate::sites::Sites;
@@ -81,6 +84,12 @@ pub trait Module: Sized + Send + 'static {
 
     /// Modules that this one needs: they are mounted first. `&[Need::of::<Push>()]`
     const NEEDS: &'static [Need] = &[];
+
+    /// Databases and Redis servers that the module uses beside the store. `&[Pool::database("reports")]`
+    const POOLS: &'static [Pool] = &[];
+
+    /// Listeners of the module for protocols of its own. `&[Listener::tcp("lines", "127.0.0.1:7000")]`
+    const LISTENERS: &'static [Listener] = &[];
 
     /// Commands of the module on the command line.
     fn commands() -> Commands {
@@ -139,6 +148,9 @@ pub type StatusFn = Arc<dyn Fn() -> Value + Send + Sync>;
 pub struct Host {
     /// The store.
     pub store: Store,
+    /// The replica of the store that only reads (`store.read_url`), for statements that may see data of a moment ago; the
+    /// store itself when there is none.
+    pub replica: Store,
     /// The jobs.
     pub jobs: Jobs,
     /// Access control: the keys of callers.
@@ -159,6 +171,8 @@ pub struct Host {
     pub(crate) handles: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
     /// True when a module has opened sessions.
     pub(crate) has_sessions: bool,
+    pub(crate) pools: NamedPools,
+    pub(crate) listeners: ListenerHandlers,
     pub(crate) health: Health,
     pub(crate) tasks: Tasks,
     pub(crate) routes: OpenApiRouter,
@@ -221,6 +235,32 @@ impl Host {
         Passwords::new(self.cpu.clone())
     }
 
+    /// The database with this name, which [`Module::POOLS`] must name.
+    ///
+    /// # Errors
+    /// When no module names it.
+    pub fn database(&self, name: &str) -> anyhow::Result<Store> {
+        self.pools.database(name)
+    }
+
+    /// The Redis server with this name, which [`Module::POOLS`] must name.
+    ///
+    /// # Errors
+    /// When no module names it.
+    pub fn redis(&self, name: &str) -> anyhow::Result<Redis> {
+        self.pools.redis(name)
+    }
+
+    /// Serves the listener `name` with a handler of its bytes. [`Module::LISTENERS`] must name it.
+    pub fn listen_tcp(&mut self, name: &'static str, handler: impl TcpHandler) {
+        self.listeners.tcp(name, handler);
+    }
+
+    /// Serves the listener `name` with a handler of its datagrams. [`Module::LISTENERS`] must name it.
+    pub fn listen_udp(&mut self, name: &'static str, handler: impl UdpHandler) {
+        self.listeners.udp(name, handler);
+    }
+
     /// Adds routes to the public listener: an `axum::Router`, or an `OpenApiRouter`, whose handlers are then described
     /// in `/openapi.json`.
     ///
@@ -267,6 +307,12 @@ impl Host {
     /// Adds a condition without which the process is not ready. It is unmet until [`Condition::met`] is called.
     pub fn readiness(&self, name: &'static str, reason: &str) -> Condition {
         self.health.condition(name, reason)
+    }
+
+    /// Adds a dependency of the module, such as a service of others. It counts as available until
+    /// [`Condition::unmet`] is called; the policy says what that does to readiness.
+    pub fn dependency(&self, name: &'static str, policy: ReadinessPolicy) -> Condition {
+        self.health.dependency(name, policy)
     }
 
     /// Adds a status of the module, which operators read with `GET /modules`.
@@ -322,6 +368,8 @@ pub(crate) struct Blueprint {
     pub(crate) tables: Tables,
     pub(crate) scopes: &'static [Scope],
     pub(crate) needs: &'static [Need],
+    pub(crate) pools: &'static [Pool],
+    pub(crate) listeners: &'static [Listener],
     pub(crate) commands: fn() -> Commands,
     pub(crate) files: fn(&Settings) -> Vec<SecretFile>,
     pub(crate) directories: &'static [&'static str],
@@ -346,6 +394,8 @@ impl Blueprint {
             tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
             scopes: M::SCOPES,
             needs: M::NEEDS,
+            pools: M::POOLS,
+            listeners: M::LISTENERS,
             commands: M::commands,
             files: M::files,
             directories: M::DIRECTORIES,
@@ -398,16 +448,22 @@ pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> 
     Ok(ordered)
 }
 
-/// Checks that no two modules create the same table.
-pub(crate) fn with_own_tables(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>, String> {
+/// Checks that no two modules have a table, a pool or a listener of the same name.
+pub(crate) fn without_clashes(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>, String> {
     tables::check(&open::tables(modules.iter().map(|module| module.tables)))?;
+    pools::check(modules.iter().map(|module| (module.name, module.pools)))?;
+    listeners::check(modules.iter().map(|module| (module.name, module.listeners)))?;
     Ok(modules)
 }
 
 /// Merges the sources over the defaults of the host and of every module. [`read`] reports their problems.
 pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
-    let defaults: Vec<&str> =
-        [DEFAULTS].into_iter().chain(modules.iter().map(|module| module.defaults)).collect();
+    let pools = modules.iter().flat_map(|module| module.pools).map(|pool| pool.defaults());
+    let listeners = modules.iter().flat_map(|module| module.listeners).map(|listener| listener.defaults());
+    let named: Vec<String> = pools.chain(listeners).collect();
+    let of_modules = modules.iter().map(|module| module.defaults);
+    let named = named.iter().map(String::as_str);
+    let defaults: Vec<&str> = [DEFAULTS].into_iter().chain(of_modules).chain(named).collect();
     Settings::merge(&defaults, sources)
 }
 
@@ -418,6 +474,11 @@ pub(crate) fn read(
 ) -> Result<(Config, Vec<Configured>), Problems> {
     let mut reader = Reader::new(settings);
     let mut config = Config::read(&mut reader, scopes(modules));
+    config.pools =
+        modules.iter().flat_map(|module| module.pools).map(|pool| pool.read(&mut reader)).collect();
+    let listeners = modules.iter().flat_map(|module| module.listeners);
+    config.listeners = listeners.map(|listener| listener.read(&mut reader, &config.server.net)).collect();
+    listeners::share_connections(&mut reader, &mut config);
     let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
     config.notes = reader.take_notes();
     reader.finish()?;

@@ -153,14 +153,14 @@ impl Settings {
     ///
     /// # Errors
     /// All problems of the layers: unknown keys, a file that cannot be read, text that is not TOML.
-    pub fn load(defaults: &[&'static str], sources: &Sources) -> Result<Self, Problems> {
+    pub fn load(defaults: &[&str], sources: &Sources) -> Result<Self, Problems> {
         let settings = Self::merge(defaults, sources);
         if settings.problems.is_empty() { Ok(settings) } else { Err(Problems(settings.problems)) }
     }
 
     /// Merges like [`load`](Self::load), but leaves the problems of the layers to [`Reader::finish`], so that they do
     /// not hide values that do not fit.
-    pub fn merge(defaults: &[&'static str], sources: &Sources) -> Self {
+    pub fn merge(defaults: &[&str], sources: &Sources) -> Self {
         let mut settings = Self::default();
         let mut problems = Vec::new();
         for text in defaults {

@@ -45,7 +45,7 @@ use crate::Perennial;
 use crate::addresses::url;
 use crate::admin::jobs::JobAdminState;
 use crate::boot::{self, App, BootPlan};
-use crate::config::Phases;
+use crate::config::{Phases, StoreConfig};
 use crate::control::Control;
 use crate::data_dir;
 use crate::handover::Inheritance;
@@ -112,13 +112,13 @@ impl TestBuilder {
         let Self { program: Perennial { modules, identity, defaults }, mut set, beside, is_embedded } = self;
         program::identify(&identity);
         let modules =
-            module::in_order(&modules).and_then(module::with_own_tables).map_err(anyhow::Error::msg)?;
+            module::in_order(&modules).and_then(module::without_clashes).map_err(anyhow::Error::msg)?;
         let directory = TempDir::new()?;
         set.push(format!("data_dir={}", directory.path().join("data").display()));
         let database = if is_embedded { None } else { TestDatabase::of_environment().await? };
         set.extend(database.iter().map(|database| format!("store.url={}", database.url())));
         let sources = Sources { set, program: defaults, ..Sources::default() };
-        let started = match Box::pin(start(&sources, &modules, database.is_some())).await {
+        let started = match Box::pin(start(&sources, &modules)).await {
             Ok(started) => started,
             Err(error) => {
                 if let Some(database) = database {
@@ -143,12 +143,12 @@ struct Started {
     data_dir: std::path::PathBuf,
 }
 
-async fn start(sources: &Sources, modules: &[Blueprint], is_shared: bool) -> anyhow::Result<Started> {
+async fn start(sources: &Sources, modules: &[Blueprint]) -> anyhow::Result<Started> {
     let settings = module::load(sources, modules);
     let (config, configured) = module::read(&settings, modules)?;
     let phases = config.phases;
     let data_dir = config.data_dir.clone();
-    if is_shared {
+    if matches!(config.store, StoreConfig::Postgres(_)) {
         make_keys(sources, modules).await?;
     }
     let running = Arc::new(Mutex::new(settings));
@@ -163,14 +163,7 @@ async fn start(sources: &Sources, modules: &[Blueprint], is_shared: bool) -> any
     };
     let inheritance = Inheritance::none();
     let admin = control.open_admin(&config, &inheritance, &Handle::current()).await?;
-    let plan = BootPlan {
-        config,
-        tables: boot::open::tables(modules.iter().map(|module| module.tables)),
-        directories: module::directories(modules),
-        files: modules.iter().flat_map(|module| (module.files)(&running.lock())).collect(),
-        inheritance,
-        admin_addresses: admin.addresses.clone(),
-    };
+    let plan = BootPlan::new(config, modules, &running.lock(), inheritance, admin.addresses.clone());
     let (trigger, drain) = drain::channel();
     let (app, booted) = Box::pin(boot::boot(plan, configured, control.health.clone(), drain)).await?;
     let books = booted.books.clone();
@@ -222,7 +215,17 @@ impl TestProgram {
 
     /// The URL of the public listener.
     pub fn url(&self) -> String {
-        url(&self.started.app.addresses).unwrap_or_default()
+        url(&self.started.app.addresses.server).unwrap_or_default()
+    }
+
+    /// The first address of the listener of a module, as `host:port`.
+    ///
+    /// # Panics
+    /// When no module has a listener of this name.
+    pub fn listener(&self, name: &str) -> String {
+        #[expect(clippy::expect_used, reason = "a mistake of the test, which ends with it")]
+        let addresses = self.started.app.addresses.listeners.get(name).expect("no listener has this name");
+        addresses.first().map(|address| address.replace("tls://", "")).unwrap_or_default()
     }
 
     /// The store.

@@ -16,6 +16,7 @@ use super::plan::BootPlan;
 use crate::access::{Access, first};
 use crate::admin::keys::Keyring;
 use crate::data_dir::{API_KEY, DataDir};
+use crate::pools::NamedPools;
 use crate::sites::Sites;
 
 /// Time that a predecessor may take to close everything, besides its drain.
@@ -25,6 +26,9 @@ const CLOSING: Duration = Duration::from_secs(30);
 pub(super) struct Base {
     pub(super) data_dir: Arc<DataDir>,
     pub(super) store: sql::Store,
+    /// The replica of the store that only reads.
+    pub(super) replica: Option<sql::Store>,
+    pub(super) pools: NamedPools,
     pub(super) outbox: Option<Outbox>,
     pub(super) caches: Caches,
     pub(super) sites: Sites,
@@ -40,6 +44,8 @@ impl Base {
         let data_dir = Arc::new(plan.inheritance.lock(&config.data_dir, patience).await?);
         let store = open::store(&data_dir, &config.store).await?;
         store.migrate(&plan.tables).await.context("the store cannot be brought up to date")?;
+        let replica = open::replica(config).await?;
+        let pools = NamedPools::open(&config.pools, &data_dir).await?;
         let (queue, outbox) = open::queue(config, &store).await?;
         let caches = open::caches(&queue, config);
         let has_others = !config.key_files.is_empty();
@@ -54,7 +60,7 @@ impl Base {
             admin_token,
         );
         let jobs = Jobs::new(queue, Admission::new(config.bounds));
-        let base = Self { data_dir, store, outbox, caches, sites, access, jobs };
+        let base = Self { data_dir, store, replica, pools, outbox, caches, sites, access, jobs };
         base.check_first_key().await;
         Ok(base)
     }

@@ -21,6 +21,7 @@ use utoipa_axum::router::OpenApiRouter;
 
 use super::base::Base;
 use super::plan::BootPlan;
+use crate::listeners::ListenerHandlers;
 use crate::locks::Locks;
 use crate::module::{Announcement, Closer, Configured, Host, StatusFn};
 use crate::pause::{self, Pause, Why};
@@ -38,6 +39,7 @@ pub(super) struct Mounted {
     pub(super) admin_read: Router,
     pub(super) admin_write: Router,
     pub(super) pause: Pause,
+    pub(super) listeners: ListenerHandlers,
 }
 
 impl Mounted {
@@ -60,8 +62,7 @@ impl Mounted {
         }
         let files = std::mem::take(&mut plan.files);
         let directories = std::mem::take(&mut plan.directories);
-        let (data_dir, store) = (&plan.config.data_dir, &plan.config.store);
-        let source = backup::BackupSource::of(data_dir, store, files, directories).ok();
+        let source = backup::BackupSource::of(&plan.config, files, directories).ok();
         host.admin_write(backup::admin_write(source));
         let pause = pause(plan, base, &mut host).await?;
         host.registry.check()?;
@@ -77,6 +78,7 @@ impl Mounted {
             admin_read: host.admin_read,
             admin_write: host.admin_write,
             pause,
+            listeners: host.listeners,
         })
     }
 }
@@ -95,6 +97,9 @@ pub(super) fn host(
     let (locks, released) = locks(&base.store);
     Host {
         store: base.store.clone(),
+        replica: base.replica.as_ref().unwrap_or(&base.store).clone(),
+        pools: base.pools.clone(),
+        listeners: ListenerHandlers::default(),
         jobs: base.jobs.clone(),
         access: base.access.clone(),
         sites: base.sites.clone(),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use anyhow::Context as _;
+use perennial_runtime::health::ReadinessPolicy;
 use perennial_store::cache::{Bus, Caches};
 use perennial_store::pool::redis::Redis;
 use perennial_store::pool::sql::{self, Tables};
@@ -17,7 +18,7 @@ use perennial_workers::store::sqlite::SqliteQueue;
 use crate::access;
 use crate::config::{self, Config};
 use crate::data_dir::DataDir;
-use crate::{locks, sessions};
+use crate::{locks, pools, sessions};
 
 /// How many writes may wait for the store's writer.
 const WRITE_QUEUE: usize = 4096;
@@ -35,10 +36,11 @@ pub(crate) fn tables(modules: impl Iterator<Item = Tables>) -> Vec<Tables> {
 /// Opens the store.
 pub(crate) async fn store(data_dir: &DataDir, store: &config::StoreConfig) -> anyhow::Result<sql::Store> {
     let opened = match store {
-        config::StoreConfig::Sqlite { file, readers, wait, statement_timeout } => {
+        config::StoreConfig::Sqlite { name, file, readers, wait, statement_timeout } => {
             let path = data_dir.join(file);
             data_dir.lock_store(&path)?;
             let config = sqlite::Config {
+                name,
                 path,
                 readers: *readers,
                 write_queue: WRITE_QUEUE,
@@ -57,8 +59,19 @@ pub(crate) async fn store(data_dir: &DataDir, store: &config::StoreConfig) -> an
     opened.context("the store cannot be opened")
 }
 
+/// Opens the replica of the store, if there is one. Boot goes on without it, and its task reports when it is there.
+pub(super) async fn replica(config: &Config) -> anyhow::Result<Option<sql::Store>> {
+    let Some(replica) = &config.replica else { return Ok(None) };
+    let setting = "store.read_url: Postgres";
+    pools::database(replica, setting, ReadinessPolicy::Degraded).await.map(Some)
+}
+
 /// Makes the error for a server that cannot be used: one sentence with its setting, its address and the cause.
-fn not_usable(server: &str, url: &Url, error: &(dyn std::error::Error + 'static)) -> anyhow::Error {
+pub(crate) fn not_usable(
+    server: &str,
+    url: &Url,
+    error: &(dyn std::error::Error + 'static),
+) -> anyhow::Error {
     anyhow::anyhow!("{server} at {} cannot be used: {}", url.place(), with_causes(error))
 }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::health::{Condition, Health, ReadinessPolicy};
 use perennial_runtime::tasks::Tasks;
-use perennial_store::pool::sql;
 use perennial_workers::cron::{Crontab, tick, timer::Timer};
 use perennial_workers::outbox::Outbox;
 use perennial_workers::worker::Worker;
@@ -17,10 +16,10 @@ use tracing::warn;
 use super::base::Base;
 use super::engine::{Engine, take_over};
 use super::mount::Mounted;
-use crate::admin::PoolFn;
 use crate::admin::jobs::JobAdminState;
 use crate::config::Config;
 use crate::pause::Pause;
+use crate::pools::OpenPool;
 
 /// The parts that the tasks work with.
 pub(super) struct TaskParts<'a> {
@@ -33,7 +32,7 @@ pub(super) struct TaskParts<'a> {
 
 impl TaskParts<'_> {
     /// Starts all tasks, and returns the pools for operators.
-    pub(super) fn start(&self, engine: Engine, mounted: &Mounted) -> Vec<PoolFn> {
+    pub(super) fn start(&self, engine: Engine, mounted: &Mounted) -> Vec<OpenPool> {
         let pools = self.start_pools();
         self.start_caches();
         let Self { config, tasks, health, drain, .. } = self;
@@ -71,30 +70,16 @@ impl TaskParts<'_> {
     }
 
     /// Starts the tasks that maintain connections, and returns the pools for operators.
-    fn start_pools(&self) -> Vec<PoolFn> {
-        let Self { config, tasks, health, drain, .. } = *self;
-        let mut pools: Vec<PoolFn> = vec![Arc::new({
-            let store = self.base.store.clone();
-            move || store.pool()
-        })];
-        match &self.base.store {
-            sql::Store::Sqlite(sqlite) => {
-                let (sqlite, drain) = (sqlite.clone(), drain.clone());
-                let condition = health.dependency("sqlite", config.store_policy);
-                tasks.contained("sqlite", move || sqlite.clone().tend(condition.clone(), drain.clone()));
-            }
-            sql::Store::Postgres(postgres) => {
-                let (postgres, drain) = (postgres.clone(), drain.clone());
-                let condition = health.dependency("postgres", config.store_policy);
-                tasks.contained("postgres", move || postgres.clone().tend(condition.clone(), drain.clone()));
-            }
+    fn start_pools(&self) -> Vec<OpenPool> {
+        let Self { config, base, tasks, health, drain } = *self;
+        let mut pools = vec![OpenPool::sql(base.store.clone(), config.store_policy)];
+        pools.extend(base.replica.clone().map(|replica| OpenPool::sql(replica, ReadinessPolicy::Degraded)));
+        if let store::JobStore::Redis(queue) = base.jobs.store() {
+            pools.push(OpenPool::redis(queue.redis().clone(), config.queue_policy));
         }
-        if let store::JobStore::Redis(queue) = self.base.jobs.store() {
-            let (redis, drain) = (queue.redis().clone(), drain.clone());
-            let condition = health.dependency("redis", config.queue_policy);
-            let watched = redis.clone();
-            pools.push(Arc::new(move || ("redis", watched.status())));
-            tasks.contained("redis", move || redis.clone().tend(condition.clone(), drain.clone()));
+        pools.extend(base.pools.named());
+        for pool in &pools {
+            pool.start(tasks, health, drain);
         }
         pools
     }

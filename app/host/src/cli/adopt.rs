@@ -16,7 +16,7 @@ use serde_json::json;
 use crate::adopt::AdoptSource;
 use crate::boot::open;
 use crate::command::{CommandContext, block_on, print};
-use crate::config::StoreConfig;
+use crate::config::{StoreConfig, stores};
 use crate::data_dir::{DataDir, SecretFile};
 
 /// Time limit for a migration step of the embedded store.
@@ -63,7 +63,9 @@ impl Adopt {
 /// Brings the tables of the embedded store up to date.
 async fn bring_up_to_date(context: &CommandContext, data_dir: &DataDir, file: &Path) -> anyhow::Result<()> {
     let file = file.canonicalize().with_context(|| format!("{} is not there", file.display()))?;
-    let embedded = StoreConfig::Sqlite { file, readers: 1, wait: PATIENCE, statement_timeout: PATIENCE };
+    let name = stores::SQLITE;
+    let embedded =
+        StoreConfig::Sqlite { name, file, readers: 1, wait: PATIENCE, statement_timeout: PATIENCE };
     context.open_store(data_dir, &embedded).await?.close().await;
     Ok(())
 }

@@ -22,9 +22,8 @@ impl Backup {
         context.check_access()?;
         let files = context.files.clone();
         let originals: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
-        let copied =
-            BackupSource::of(context.data_dir(), &context.config.store, files, context.directories.clone())?
-                .copy_to(&self.directory)?;
+        let copied = BackupSource::of(&context.config, files, context.directories.clone())?
+            .copy_to(&self.directory)?;
         let remark = match originals.as_slice() {
             [] => String::new(),
             names => format!("; there is no other copy of {}", names.join(", ")),

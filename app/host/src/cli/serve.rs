@@ -31,7 +31,7 @@ use crate::command::Beside;
 use crate::config::{self, Config};
 use crate::control::Control;
 use crate::handover::{self, Inheritance};
-use crate::module::{self, Blueprint, Configured, load, read};
+use crate::module::{Blueprint, Configured, load, read};
 use crate::program;
 use crate::settings::{Reader, Settings, Sources};
 use crate::stop::{Reason, stop};
@@ -178,14 +178,7 @@ impl Prepared {
             Err(error) => return (failed(&error), Some(serving)),
         };
         let phases = config.phases;
-        let plan = BootPlan {
-            config,
-            tables: boot::open::tables(modules.iter().map(|module| module.tables)),
-            directories: module::directories(&modules),
-            files: modules.iter().flat_map(|module| (module.files)(&running.lock())).collect(),
-            inheritance,
-            admin_addresses: admin.addresses,
-        };
+        let plan = BootPlan::new(config, &modules, &running.lock(), inheritance, admin.addresses);
         let (trigger, drain) = drain::channel();
         let booting = serving.spawn(boot::boot(plan, configured, health.clone(), drain));
         let code = match booted(booting, &mut signals).await {
@@ -193,15 +186,15 @@ impl Prepared {
             Ok((app, booted)) => {
                 admin.known.booted(booted);
                 health.started();
-                supervisor::ready(&app.addresses.join(", "));
+                supervisor::ready(&app.addresses.server.join(", "));
                 greet(&app);
                 let reload = || {
                     supervisor::reloading();
-                    app.sockets.renew_certificate();
+                    app.sockets.iter().for_each(Sockets::renew_certificate);
                     reload(&sources, &modules, &running, &telemetry);
                     supervisor::reloaded();
                 };
-                let sockets = [app.sockets.clone(), admin.sockets];
+                let sockets = [app.sockets.clone(), vec![admin.sockets]].concat();
                 let reason = serve_until(&app, &control.background, &sockets, &mut signals, reload).await;
                 if reason == Reason::Succession {
                     sockets.iter().for_each(Sockets::handed_over);

@@ -7,7 +7,9 @@ use toml::Value;
 /// Replacement for a part that is not shown.
 const HIDDEN: &str = "***";
 /// Settings whose value is always treated as a URL.
-const URLS: [&str; 3] = ["store.url", "queue.url", "push.proxy"];
+const URLS: [&str; 4] = ["store.url", "store.read_url", "queue.url", "push.proxy"];
+/// Sections of pools that modules name, whose `url` is such a setting, too.
+const POOLS: [&str; 2] = ["databases.", "redis."];
 /// Values of these settings that are not URLs.
 const WORDS: [&str; 2] = ["", "store"];
 /// Options of the URL of a database that are not secret.
@@ -68,6 +70,10 @@ pub(super) fn part(key: &str, part: &str, value: &Value) -> Value {
     }
 }
 
+fn is_url(key: &str) -> bool {
+    URLS.contains(&key) || (key.ends_with(".url") && POOLS.iter().any(|section| key.starts_with(section)))
+}
+
 fn is_list(key: &str) -> bool {
     LISTS.iter().any(|list| key.ends_with(list))
 }
@@ -79,7 +85,7 @@ pub(super) fn value(key: &str, value: &Value) -> Value {
         Value::String(text) if is_list && (key == KEYS || text.contains(['[', '{'])) && !text.is_empty() => {
             Value::String(HIDDEN.to_owned())
         }
-        Value::String(text) => Value::String(match URLS.contains(&key) {
+        Value::String(text) => Value::String(match is_url(key) {
             true => of_url(text),
             // An origin is not a secret: the browser of a page sends it to every server.
             false if key.ends_with(".origins") && !text.contains('@') => text.clone(),

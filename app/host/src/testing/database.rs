@@ -35,6 +35,8 @@ impl TestDatabase {
 
     async fn on_server(&self, sql: &str) -> anyhow::Result<()> {
         let config = Config {
+            name: "tests",
+            may_only_read: false,
             url: at(&self.server, "postgres").as_str().into(),
             ca_file: None,
             size: 1,

@@ -74,6 +74,8 @@ const NOTIFICATIONS: usize = 1024;
 /// Address of the server, and limits for its connections.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Name of the pool in metrics, logs and `/pools`.
+    pub name: &'static str,
     /// `postgres://user:password@host:5432/database`. `sslmode=require` means TLS with a check of the server's
     /// certificate and name, otherwise there is no TLS. With several hosts and `target_session_attrs=read-write`, the
     /// host that takes writes is used.
@@ -93,6 +95,8 @@ pub struct Config {
     /// Whether a PgBouncer that pools transactions may be in between. If so, nothing is set for a session, and
     /// `statement_timeout` should be set on the role.
     pub pgbouncer: bool,
+    /// Whether the server may be one that only reads, such as a hot standby.
+    pub may_only_read: bool,
 }
 
 /// Error of a statement or a connection.
@@ -214,6 +218,8 @@ struct PostgresInner {
     to_be_cancelled: Mutex<mpsc::Receiver<Doomed>>,
     /// True after a write failed on a full disk, until a check finds that writes succeed again.
     is_full: Arc<AtomicBool>,
+    /// True when encoding, settings and clock of the server have been checked.
+    is_checked: AtomicBool,
 }
 
 impl fmt::Debug for Postgres {
@@ -276,7 +282,7 @@ impl Reach {
             connect_timeout: config.connect_timeout,
             max_age: config.max_age,
         };
-        let pool = Bounded::new("postgres", Pool::builder(manager), limits);
+        let pool = Bounded::new(config.name, Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
         Ok(Self { url, pool, dedicated: wanted, tls })
     }
@@ -288,11 +294,21 @@ impl Postgres {
     /// # Errors
     /// When the URL cannot be parsed, when the server cannot be reached, and when its encoding or a setting is wrong.
     pub async fn open(config: Config) -> Result<Self> {
+        let postgres = Self::new(config)?;
+        postgres.connect().await?;
+        Ok(postgres)
+    }
+
+    /// Makes the pool without a connection: [`Postgres::tend`] checks the server when it can be reached.
+    ///
+    /// # Errors
+    /// When the URL cannot be parsed.
+    pub fn new(config: Config) -> Result<Self> {
         let reach = Reloadable::new(Reach::new(&config, config.url.clone())?);
         let (abandoned, to_be_cancelled) = mpsc::channel(config.size);
         let abandoned = Abandoned { connections: abandoned, is_tended: Arc::default() };
         let to_be_cancelled = Mutex::new(to_be_cancelled);
-        let holders = Holders::new("postgres");
+        let holders = Holders::new(config.name);
         let steps = AtomicI64::new(0);
         let changed = watch::Sender::new(0);
         let shared = PostgresInner {
@@ -304,15 +320,29 @@ impl Postgres {
             abandoned,
             to_be_cancelled,
             is_full: Arc::default(),
+            is_checked: AtomicBool::new(false),
         };
-        let postgres = Self(Arc::new(shared));
-        postgres.check().await?;
-        postgres.reach().pool.warm().await?;
-        Ok(postgres)
+        Ok(Self(Arc::new(shared)))
+    }
+
+    /// Makes the first connections, and checks the server.
+    ///
+    /// # Errors
+    /// When the server cannot be reached, and when its encoding or a setting is wrong.
+    pub async fn connect(&self) -> Result<()> {
+        self.check().await?;
+        self.reach().pool.warm().await?;
+        self.0.is_checked.store(true, Ordering::Release);
+        Ok(())
     }
 
     fn reach(&self) -> Arc<Reach> {
         self.0.reach.get()
+    }
+
+    /// The name of the pool.
+    pub fn name(&self) -> &'static str {
+        self.0.config.name
     }
 
     /// The status of the pool.
@@ -373,10 +403,12 @@ impl Postgres {
     async fn is_same_store(&self, reach: &Reach) -> Result<()> {
         let object = reach.pool.get().await?;
         let timeout = self.0.config.statement_timeout + GRACE;
-        let sql = "SELECT count(*) FROM migrations";
+        let wanted = self.0.steps.load(Ordering::Relaxed);
+        // A database of others has no table of migrations.
+        let sql = if wanted > 0 { "SELECT count(*) FROM migrations" } else { "SELECT 0::int8" };
         let rows = within(timeout, object.query_typed(sql, &[])).await?;
         let steps = rows.first().map_or(0, |row| row.get::<_, i64>(0));
-        if steps < self.0.steps.load(Ordering::Relaxed) {
+        if steps < wanted {
             return Err(Error::Away("its tables are not those of this store".into()));
         }
         Ok(())
@@ -385,6 +417,11 @@ impl Postgres {
     async fn look(&self, condition: &Condition) {
         self.follow_url().await;
         self.reach().pool.retire(|connection| connection.is_closed());
+        if !self.0.is_checked.load(Ordering::Acquire)
+            && let Err(error) = self.connect().await
+        {
+            return condition.unmet(&with_causes(&error));
+        }
         let sql = "SELECT current_setting('transaction_read_only') = 'on'";
         let asked = self.query(sql, &[]).await;
         match asked.map(|rows| rows.first().is_some_and(|row| row.get(0))) {
@@ -392,6 +429,7 @@ impl Postgres {
                 None => condition.met(),
                 Some(failure) => condition.unmet(&format!("it takes no writes: {}", with_causes(&failure))),
             },
+            Ok(true) if self.0.config.may_only_read => condition.met(),
             Ok(true) => {
                 // The server is no longer the primary: the next connection finds the new one, if the URL names several
                 // hosts.

@@ -1,7 +1,7 @@
 //! A Redis server behind a pool of connections. Every wait is bounded: for a free connection, for a new one, for an
 //! answer.
 //!
-//! The data in Redis must not vanish: a server that evicts keys is refused.
+//! The data in Redis must not vanish: a server that evicts keys is refused, unless it is a cache.
 
 use std::convert::Infallible;
 use std::fmt;
@@ -36,6 +36,10 @@ const LOOK: Duration = Duration::from_secs(2);
 /// Address of the server, and limits for its connections.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Name of the pool in metrics, logs and `/pools`.
+    pub name: &'static str,
+    /// Whether the server may evict keys: what is in it is a cache.
+    pub may_evict: bool,
     /// `redis://user:password@host:6379/0`, `rediss://..` with TLS, or `redis+unix:///path`.
     pub url: Url,
     /// PEM file of the authority that has signed the server's certificate, if the system does not know that authority.
@@ -137,6 +141,8 @@ struct RedisInner {
     reach: Reloadable<Reach>,
     /// True after a refused write, until a check finds that the server takes writes again.
     cannot_write: AtomicBool,
+    /// True when version, mode and settings of the server have been checked.
+    is_checked: AtomicBool,
 }
 
 /// The connections to the server with the current URL.
@@ -174,14 +180,14 @@ impl Reach {
             connect_timeout: config.connect_timeout,
             max_age: config.max_age,
         };
-        let pool = Bounded::new("redis", Pool::builder(manager), limits);
+        let pool = Bounded::new(config.name, Pool::builder(manager), limits);
         let pool = pool.map_err(|error| Error::Away(error.into()))?;
         let plain = RwLock::new(plain(config, &client)?);
         Ok(Self { url, client, pool, plain, number: AtomicU64::new(0) })
     }
 
     /// Checks version, mode, role and settings of the server, to find problems before they cause failures.
-    async fn check(&self) -> Result<()> {
+    async fn check(&self, config: &Config) -> Result<()> {
         let info: String = match self.ask(::redis::cmd("INFO").arg("everything")).await {
             Err(Error::Redis(error)) if error.code() == Some("NOPERM") => {
                 warn!(
@@ -216,6 +222,9 @@ impl Reach {
         }
         if field("role") == "slave" {
             return Err(Error::Unfit("it is a replica, wanted the primary".into()));
+        }
+        if config.may_evict {
+            return Ok(());
         }
         let policy = field("maxmemory_policy");
         if policy != "noeviction" {
@@ -306,11 +315,35 @@ impl Redis {
     /// # Errors
     /// When the URL cannot be parsed, when the server cannot be reached, and when it is not fit.
     pub async fn open(config: Config) -> Result<Self> {
-        let reach = Reloadable::new(Reach::new(&config, config.url.clone())?);
-        let redis = Self(Arc::new(RedisInner { config, reach, cannot_write: AtomicBool::new(false) }));
-        redis.reach().check().await?;
-        redis.reach().pool.warm().await?;
+        let redis = Self::new(config)?;
+        redis.connect().await?;
         Ok(redis)
+    }
+
+    /// Makes the pool without a connection: [`Redis::tend`] checks the server when it can be reached.
+    ///
+    /// # Errors
+    /// When the URL cannot be parsed.
+    pub fn new(config: Config) -> Result<Self> {
+        let reach = Reloadable::new(Reach::new(&config, config.url.clone())?);
+        let (cannot_write, is_checked) = (AtomicBool::new(false), AtomicBool::new(false));
+        Ok(Self(Arc::new(RedisInner { config, reach, cannot_write, is_checked })))
+    }
+
+    /// Makes the first connections, and checks the server.
+    ///
+    /// # Errors
+    /// When the server cannot be reached, and when it is not fit.
+    pub async fn connect(&self) -> Result<()> {
+        self.reach().check(&self.0.config).await?;
+        self.reach().pool.warm().await?;
+        self.0.is_checked.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// The name of the pool.
+    pub fn name(&self) -> &'static str {
+        self.0.config.name
     }
 
     fn reach(&self) -> Arc<Reach> {
@@ -345,13 +378,18 @@ impl Redis {
     async fn follow_url(&self) {
         let open = async |url| {
             let reach = Reach::new(&self.0.config, url)?;
-            reach.check().await?;
+            reach.check(&self.0.config).await?;
             Ok::<_, Error>(reach)
         };
         self.0.reach.follow("Redis", |reach| &reach.url, open).await;
     }
 
     async fn look(&self, condition: &Condition) {
+        if !self.0.is_checked.load(Ordering::Acquire)
+            && let Err(error) = self.connect().await
+        {
+            return condition.unmet(&with_causes(&error));
+        }
         let master = ::redis::Value::BulkString(b"master".to_vec());
         match self.query::<Vec<::redis::Value>>(&::redis::cmd("ROLE")).await {
             Ok(role) if role.first() == Some(&master) => match self.write_failure().await {

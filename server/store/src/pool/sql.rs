@@ -432,8 +432,8 @@ impl Store {
     /// The name and the status of the pool. For SQLite it is the pool of readers.
     pub fn pool(&self) -> (&'static str, PoolStatus) {
         match self {
-            Self::Sqlite(sqlite) => ("sqlite", sqlite.status()),
-            Self::Postgres(postgres) => ("postgres", postgres.status()),
+            Self::Sqlite(sqlite) => (sqlite.name(), sqlite.status()),
+            Self::Postgres(postgres) => (postgres.name(), postgres.status()),
         }
     }
 

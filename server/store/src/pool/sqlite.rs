@@ -54,6 +54,8 @@ const STATEMENTS: usize = 128;
 /// The location of the file, and limits for reads and writes.
 #[derive(Clone, Debug)]
 pub struct Config {
+    /// Name of the pool of readers in metrics, logs and `/pools`.
+    pub name: &'static str,
     /// The database file. It is created with mode 0600 when it is missing.
     pub path: PathBuf,
     /// Number of connections that read.
@@ -225,7 +227,7 @@ impl Sqlite {
             connect_timeout: config.wait,
             max_age: Duration::MAX,
         };
-        let readers = Bounded::new("sqlite", readers, limits);
+        let readers = Bounded::new(config.name, readers, limits);
         let readers = readers.map_err(|_| Error::Busy("runtime"))?;
         let shared = SqliteInner {
             config,
@@ -239,6 +241,11 @@ impl Sqlite {
         let sqlite = Self(Arc::new(shared));
         sqlite.read(|connection| connection.query_row("SELECT 1", [], |_| Ok(()))).await?;
         Ok(sqlite)
+    }
+
+    /// The name of the pool of readers.
+    pub fn name(&self) -> &'static str {
+        self.0.config.name
     }
 
     /// Runs `work` in the next transaction and returns after its commit. When `work` fails, only its own changes are
@@ -727,6 +734,7 @@ mod tests {
 
     async fn store(directory: &tempfile::TempDir) -> Sqlite {
         let config = Config {
+            name: "sqlite",
             path: directory.path().join("test.db"),
             readers: 2,
             write_queue: 64,

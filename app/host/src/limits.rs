@@ -1,0 +1,171 @@
+//! Limits of one route, as layers: the length of the request body, the time until there is an answer, and the number of
+//! requests from one client.
+//!
+//! ```
+//! # use std::time::Duration;
+//! # use axum::{Router, routing::{get, post}};
+//! # use perennial_host::limits;
+//! # let (report, upload, login) = (|| async {}, || async {}, || async {});
+//! Router::<()>::new()
+//!     .route("/reports", get(report).layer(limits::time(Duration::from_secs(120))))
+//!     .route("/pictures", post(upload).layer(limits::body(20 << 20)))
+//!     .route("/login", post(login).layer(limits::rate(10, Duration::from_secs(60))));
+//! ```
+
+use std::convert::Infallible;
+use std::fmt;
+use std::net::IpAddr;
+use std::num::NonZeroU32;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
+
+use axum::response::{IntoResponse, Response};
+use governor::clock::{Clock, DefaultClock};
+use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use http::{Request, StatusCode};
+use parking_lot::Mutex;
+use perennial_server::http::problem::Problem;
+use perennial_server::http::scope::RequestScope;
+use perennial_server::net::network;
+use tower::{Layer, Service};
+
+pub use perennial_server::http::limits::{Limited, RouteLimit, body, time};
+
+/// Maximum number of clients that are remembered for one route.
+const CLIENTS: usize = 100_000;
+/// Minimum time between two looks through the clients of a full table.
+const SWEEP_EVERY: Duration = Duration::from_secs(1);
+
+/// Sets the maximum number of requests of a route from one client in a time. They may come all at once, and then one by
+/// one, evenly. A request beyond that is answered with 429 and `Retry-After`.
+///
+/// A client is an address, or the /64 network of an IPv6 address. Each process counts for itself. When the route has
+/// very many clients at once, new ones are not counted, and known ones are: strangers from many addresses lock nobody
+/// out.
+///
+/// # Panics
+/// When the time is zero.
+pub fn rate(requests: u32, within: Duration) -> RateLimit {
+    let requests = NonZeroU32::new(requests).unwrap_or(NonZeroU32::MIN);
+    #[expect(clippy::expect_used, reason = "a mistake in the program, which any start of it shows")]
+    let quota = Quota::with_period(within / requests.get()).expect("a time above zero").allow_burst(requests);
+    RateLimit(Arc::new(Clients {
+        requests,
+        within,
+        limiter: RateLimiter::keyed(quota),
+        swept: Mutex::new(None),
+    }))
+}
+
+/// Layer that limits the rate of requests from one client.
+#[derive(Clone)]
+pub struct RateLimit(Arc<Clients>);
+
+struct Clients {
+    requests: NonZeroU32,
+    within: Duration,
+    limiter: DefaultKeyedRateLimiter<IpAddr>,
+    /// When clients without recent requests were last looked for.
+    swept: Mutex<Option<Instant>>,
+}
+
+impl fmt::Debug for RateLimit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("RateLimit")
+            .field("requests", &self.0.requests)
+            .field("within", &self.0.within)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Clients {
+    /// Drops clients without recent requests. The table is looked through at most once in a while.
+    fn sweep(&self) {
+        let mut swept = self.swept.lock();
+        if swept.is_none_or(|at| at.elapsed() >= SWEEP_EVERY) {
+            *swept = Some(Instant::now());
+            self.limiter.retain_recent();
+        }
+    }
+
+    /// Counts a request of a client, and returns the answer if it is beyond the limit.
+    fn count(&self, client: Option<IpAddr>) -> Option<Problem> {
+        // All clients of a Unix socket would share one limit.
+        let client = network(client?);
+        if self.limiter.len() >= CLIENTS {
+            self.sweep();
+            if self.limiter.len() >= CLIENTS {
+                return None;
+            }
+        }
+        let wait = self.limiter.check_key(&client).err()?.wait_time_from(DefaultClock::default().now());
+        let detail = format!("a client may do this {} times in {:?}", self.requests, self.within);
+        Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait))
+    }
+}
+
+/// The service of a route whose clients have a limit.
+#[derive(Clone, Debug)]
+pub struct RateLimited<S> {
+    inner: S,
+    limit: RateLimit,
+}
+
+impl<S> Layer<S> for RateLimit {
+    type Service = RateLimited<S>;
+
+    fn layer(&self, inner: S) -> RateLimited<S> {
+        RateLimited { inner, limit: self.clone() }
+    }
+}
+
+impl<S, B> Service<Request<B>> for RateLimited<S>
+where
+    S: Service<Request<B>, Response = Response, Error = Infallible, Future: Send + 'static>,
+{
+    type Response = Response;
+    type Error = Infallible;
+    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
+
+    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        self.inner.poll_ready(context)
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let client = request.extensions().get::<RequestScope>().and_then(RequestScope::client);
+        match self.limit.0.count(client) {
+            Some(problem) => Box::pin(std::future::ready(Ok(problem.into_response()))),
+            None => Box::pin(self.inner.call(request)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_client_has_a_limit_of_its_own_and_an_ipv6_network_is_one_client() {
+        let limit = rate(3, Duration::from_secs(60));
+        let refused = |client: &str| limit.0.count(Some(client.parse().unwrap())).is_some();
+        assert_eq!([(); 4].map(|()| refused("192.0.2.1")), [false, false, false, true]);
+        assert_eq!(
+            [1, 2, 3, 4].map(|host| refused(&format!("2001:db8::{host}"))),
+            [false, false, false, true]
+        );
+        assert!(!refused("192.0.2.2") && !refused("2001:db8:0:1::1"));
+        assert!(limit.0.count(None).is_none());
+    }
+
+    #[test]
+    fn strangers_from_many_addresses_lock_nobody_out_and_the_table_is_bounded() {
+        let limit = rate(1, Duration::from_secs(3600));
+        let refused = |client: u32| limit.0.count(Some(IpAddr::from(client.to_be_bytes()))).is_some();
+        let clients = u32::try_from(CLIENTS).unwrap();
+        assert!((0..clients + 10).all(|client| !refused(client)));
+        assert!(limit.0.limiter.len() <= CLIENTS);
+        assert!(!refused(clients + 5), "a client that is not counted");
+    }
+}

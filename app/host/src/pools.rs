@@ -1,0 +1,277 @@
+//! Pools by name: databases and Redis servers that a module uses beside the store.
+//!
+//! ```
+//! # use perennial_host::pools::Pool;
+//! const POOLS: &[Pool] = &[Pool::database("reports"), Pool::redis("sessions").cache()];
+//! ```
+//!
+//! Each has a section of settings, `[databases.reports]` and `[redis.sessions]`. Boot opens it, `/pools` and the metrics
+//! of pools show it by its name, and `/readyz` by its readiness policy.
+
+use std::collections::HashMap;
+use std::convert::Infallible;
+
+use anyhow::{Context as _, bail};
+use perennial_runtime::drain::Drain;
+use perennial_runtime::health::{Condition, Health, ReadinessPolicy};
+use perennial_runtime::tasks::Tasks;
+use perennial_store::pool::redis::{self, Redis};
+use perennial_store::pool::sql::Store;
+use perennial_store::pool::{PoolStatus, postgres};
+
+use crate::boot::open;
+use crate::config::StoreConfig;
+use crate::config::stores::{self, POSTGRES, REDIS, REPLICA, SQLITE};
+use crate::data_dir::DataDir;
+use crate::settings::Reader;
+
+/// Settings of a database, with their defaults; `NAME` stands for its name.
+const DATABASE: &str = include_str!("../../../config/database.toml");
+/// Settings of a Redis server, with their defaults; `NAME` stands for its name.
+const SERVER: &str = include_str!("../../../config/redis.toml");
+
+/// A database or a Redis server that a module names in [`Module::POOLS`](crate::module::Module::POOLS).
+#[derive(Clone, Copy, Debug)]
+pub struct Pool {
+    name: &'static str,
+    kind: PoolKind,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum PoolKind {
+    Database,
+    Redis { is_cache: bool },
+}
+
+impl Pool {
+    /// A database: `databases.NAME.url` names a Postgres server, or a file of SQLite, which is the default. The module
+    /// gets it with [`Host::database`](crate::module::Host::database).
+    pub const fn database(name: &'static str) -> Self {
+        Self { name, kind: PoolKind::Database }
+    }
+
+    /// A Redis server: `redis.NAME.url` names it. The module gets it with [`Host::redis`](crate::module::Host::redis).
+    /// A server that evicts keys is refused, unless it is a [`cache`](Self::cache).
+    pub const fn redis(name: &'static str) -> Self {
+        Self { name, kind: PoolKind::Redis { is_cache: false } }
+    }
+
+    /// Allows the Redis server to evict keys: the module can do without any of them.
+    #[must_use]
+    pub const fn cache(self) -> Self {
+        Self { kind: PoolKind::Redis { is_cache: true }, ..self }
+    }
+
+    fn section(self) -> String {
+        match self.kind {
+            PoolKind::Database => format!("databases.{}", self.name),
+            PoolKind::Redis { .. } => format!("redis.{}", self.name),
+        }
+    }
+
+    /// Settings of the pool with their defaults, as commented TOML.
+    pub(crate) fn defaults(self) -> String {
+        let template = match self.kind {
+            PoolKind::Database => DATABASE,
+            PoolKind::Redis { .. } => SERVER,
+        };
+        template.replace("NAME", self.name)
+    }
+
+    pub(crate) fn read(self, settings: &mut Reader<'_>) -> PoolConfig {
+        let (section, name) = (self.section(), self.name);
+        let server = match self.kind {
+            PoolKind::Database => {
+                let may_only_read = settings.get(&format!("{section}.read_only"));
+                ServerConfig::Sql(stores::database(settings, &section, (name, name), may_only_read))
+            }
+            PoolKind::Redis { is_cache } => {
+                let wanted = (None, "redis://user:password@host/0");
+                ServerConfig::Redis(stores::redis(settings, &section, name, wanted, is_cache))
+            }
+        };
+        PoolConfig { name, section: section.clone(), server, policy: stores::readiness(settings, &section) }
+    }
+}
+
+/// Checks the names of all pools. Returns an error that names the module.
+pub(crate) fn check<'a>(modules: impl Iterator<Item = (&'a str, &'a [Pool])>) -> Result<(), String> {
+    let mut owners = HashMap::from([SQLITE, POSTGRES, REPLICA, REDIS].map(|name| (name, "the host")));
+    let pools = modules.flat_map(|(module, pools)| pools.iter().map(move |pool| (module, pool)));
+    for (module, &Pool { name, .. }) in pools {
+        check_name(module, "pool", name)?;
+        if let Some(other) = owners.insert(name, module) {
+            return Err(format!("{other} and {module} both have a pool called {name}: rename one of them"));
+        }
+    }
+    Ok(())
+}
+
+/// Checks a name that is a part of settings and a label of metrics.
+pub(crate) fn check_name(module: &str, kind: &str, name: &str) -> Result<(), String> {
+    let is_valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_';
+    if !name.is_empty() && name.chars().all(is_valid) {
+        return Ok(());
+    }
+    Err(format!("the module {module} has a {kind} called {name:?}: wanted a-z, 0-9, dashes and underscores"))
+}
+
+/// Settings of a pool.
+#[derive(Clone, Debug)]
+pub(crate) struct PoolConfig {
+    name: &'static str,
+    section: String,
+    server: ServerConfig,
+    policy: ReadinessPolicy,
+}
+
+#[derive(Clone, Debug)]
+enum ServerConfig {
+    Sql(StoreConfig),
+    Redis(redis::Config),
+}
+
+impl PoolConfig {
+    /// The file of an embedded database.
+    pub(crate) fn file(&self) -> Option<&std::path::Path> {
+        match &self.server {
+            ServerConfig::Sql(StoreConfig::Sqlite { file, .. }) => Some(file),
+            _ => None,
+        }
+    }
+
+    /// Opens the pool. A server that is away fails boot only if it is required.
+    pub(crate) async fn open(&self, data_dir: &DataDir) -> anyhow::Result<OpenPool> {
+        let server = match &self.server {
+            ServerConfig::Sql(config @ StoreConfig::Sqlite { .. }) => open::store(data_dir, config).await,
+            ServerConfig::Sql(StoreConfig::Postgres(config)) => {
+                database(config, &format!("{}.url: Postgres", self.section), self.policy).await
+            }
+            ServerConfig::Redis(config) => return self.open_redis(config).await,
+        };
+        let server = server.with_context(|| format!("{}.url", self.section))?;
+        Ok(OpenPool { server: Server::Sql(server), policy: self.policy })
+    }
+
+    async fn open_redis(&self, config: &redis::Config) -> anyhow::Result<OpenPool> {
+        let setting = format!("{}.url: Redis", self.section);
+        let unusable = |error: &redis::Error| open::not_usable(&setting, &config.url, error);
+        let redis = Redis::new(config.clone()).map_err(|error| unusable(&error))?;
+        match redis.connect().await {
+            Err(error) if self.policy == ReadinessPolicy::Required || !error.is_passing() => {
+                return Err(unusable(&error));
+            }
+            // The task of the pool reports it.
+            _ => {}
+        }
+        Ok(OpenPool { server: Server::Redis(redis), policy: self.policy })
+    }
+}
+
+/// Opens a database on a Postgres server. A server that is away fails only if it is required.
+pub(crate) async fn database(
+    config: &postgres::Config,
+    setting: &str,
+    policy: ReadinessPolicy,
+) -> anyhow::Result<Store> {
+    let unusable = |error: &postgres::Error| open::not_usable(setting, &config.url, error);
+    let postgres = postgres::Postgres::new(config.clone()).map_err(|error| unusable(&error))?;
+    match postgres.connect().await {
+        Err(error) if policy == ReadinessPolicy::Required || !error.is_passing() => Err(unusable(&error)),
+        // The task of the pool reports it.
+        _ => Ok(Store::Postgres(postgres)),
+    }
+}
+
+/// A pool that is open, with its effect on readiness.
+#[derive(Clone, Debug)]
+pub(crate) struct OpenPool {
+    server: Server,
+    policy: ReadinessPolicy,
+}
+
+#[derive(Clone, Debug)]
+enum Server {
+    Sql(Store),
+    Redis(Redis),
+}
+
+impl OpenPool {
+    pub(crate) fn sql(store: Store, policy: ReadinessPolicy) -> Self {
+        Self { server: Server::Sql(store), policy }
+    }
+
+    pub(crate) fn redis(redis: Redis, policy: ReadinessPolicy) -> Self {
+        Self { server: Server::Redis(redis), policy }
+    }
+
+    /// The name of the pool, and its status.
+    pub(crate) fn status(&self) -> (&'static str, PoolStatus) {
+        match &self.server {
+            Server::Sql(store) => store.pool(),
+            Server::Redis(redis) => (redis.name(), redis.status()),
+        }
+    }
+
+    /// Starts the task that maintains the connections and reports on the server.
+    pub(crate) fn start(&self, tasks: &Tasks, health: &Health, drain: &Drain) {
+        let (name, _) = self.status();
+        let condition = health.dependency(name, self.policy);
+        let (server, drain) = (self.server.clone(), drain.clone());
+        tasks.contained(name, move || server.clone().tend(condition.clone(), drain.clone()));
+    }
+
+    /// Closes the connections.
+    pub(crate) async fn close(self) {
+        match self.server {
+            Server::Sql(store) => store.close().await,
+            Server::Redis(redis) => redis.close(),
+        }
+    }
+}
+
+impl Server {
+    async fn tend(self, condition: Condition, drain: Drain) -> Result<(), Infallible> {
+        match self {
+            Self::Sql(Store::Sqlite(sqlite)) => sqlite.tend(condition, drain).await,
+            Self::Sql(Store::Postgres(postgres)) => postgres.tend(condition, drain).await,
+            Self::Redis(redis) => redis.tend(condition, drain).await,
+        }
+    }
+}
+
+/// The pools of all modules, by name.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct NamedPools(HashMap<&'static str, OpenPool>);
+
+impl NamedPools {
+    /// Opens all of them.
+    pub(crate) async fn open(configs: &[PoolConfig], data_dir: &DataDir) -> anyhow::Result<Self> {
+        let mut pools = HashMap::new();
+        for config in configs {
+            pools.insert(config.name, config.open(data_dir).await?);
+        }
+        Ok(Self(pools))
+    }
+
+    /// All of them.
+    pub(crate) fn named(&self) -> Vec<OpenPool> {
+        self.0.values().cloned().collect()
+    }
+
+    /// The database with this name.
+    pub(crate) fn database(&self, name: &str) -> anyhow::Result<Store> {
+        match self.0.get(name) {
+            Some(OpenPool { server: Server::Sql(store), .. }) => Ok(store.clone()),
+            _ => bail!("no module names the database {name}: add Pool::database({name:?}) to its POOLS"),
+        }
+    }
+
+    /// The Redis server with this name.
+    pub(crate) fn redis(&self, name: &str) -> anyhow::Result<Redis> {
+        match self.0.get(name) {
+            Some(OpenPool { server: Server::Redis(redis), .. }) => Ok(redis.clone()),
+            _ => bail!("no module names the Redis server {name}: add Pool::redis({name:?}) to its POOLS"),
+        }
+    }
+}
