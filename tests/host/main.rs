@@ -8,6 +8,7 @@ mod deadlines;
 mod drain;
 mod host;
 mod http2;
+mod http_client;
 mod kit;
 mod limits;
 mod listeners;

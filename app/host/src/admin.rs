@@ -13,6 +13,7 @@
 //! | `GET /connections` | token* | open connections, and what they do |
 //! | `GET /workers` | token* | jobs that the workers run |
 //! | `GET /pools` | token* | pools of connections: their size, free connections, waiting tasks |
+//! | `GET /targets` | token* | servers that modules call: their running calls, and circuit breakers |
 //! | `GET /cache` | token* | caches: their entries, and how often these were asked for |
 //! | `GET /keys` | token* | the API keys in the store, see [`keys`] |
 //! | `GET /modules` | token* | the status of each module |
@@ -58,6 +59,7 @@ use tower::ServiceExt;
 
 use crate::access::{Access, bearer};
 use crate::built::{self, BuildView};
+use crate::http_client::HttpClient;
 use crate::module::StatusFn;
 use crate::pools::OpenPool;
 use crate::settings::Settings;
@@ -94,6 +96,7 @@ pub(crate) struct Booted {
     pub(crate) workers: worker::Status,
     pub(crate) status: Vec<(&'static str, StatusFn)>,
     pub(crate) pools: Vec<OpenPool>,
+    pub(crate) clients: Vec<HttpClient>,
     /// The connections of the listeners of visitors.
     pub(crate) connections: Vec<Connections>,
     pub(crate) books: JobAdminState,
@@ -143,6 +146,7 @@ impl Admin {
             .route("/connections", get(connections))
             .route("/workers", get(workers))
             .route("/pools", get(pools))
+            .route("/targets", get(targets))
             .route("/cache", get(cache))
             .route("/modules", get(modules))
             .merge(
@@ -234,6 +238,11 @@ async fn pools(State(Admin(known)): State<Admin>) -> Response {
     let pools = known.booted.get().map(|booted| booted.pools.as_slice()).unwrap_or_default();
     let pools = pools.iter().map(OpenPool::status).collect::<BTreeMap<_, _>>();
     axum::Json(pools).into_response()
+}
+
+async fn targets(State(Admin(known)): State<Admin>) -> Response {
+    let clients = known.booted.get().map(|booted| booted.clients.as_slice()).unwrap_or_default();
+    axum::Json(clients.iter().map(HttpClient::status).collect::<BTreeMap<_, _>>()).into_response()
 }
 
 async fn cache(State(Admin(known)): State<Admin>) -> Response {

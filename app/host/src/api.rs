@@ -23,6 +23,8 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::error::Category;
 use tracing::error;
 
+use crate::http_client;
+
 pub(crate) use wanted::wanted;
 
 /// `Retry-After` for a queue that is full.
@@ -89,6 +91,23 @@ impl From<sql::Error> for Error {
 impl From<redis::Error> for Error {
     fn from(error: redis::Error) -> Self {
         Self::Problem(store_failed(&error, error.is_passing()))
+    }
+}
+
+/// Converts the error of a call to another server: 503 if the call may succeed in a moment, else 502.
+impl From<http_client::Error> for Error {
+    fn from(error: http_client::Error) -> Self {
+        error!(error = with_causes(&error), "a call to another server failed");
+        let status = match error.is_transient() {
+            true => StatusCode::SERVICE_UNAVAILABLE,
+            false => StatusCode::BAD_GATEWAY,
+        };
+        let problem = Problem::new(status, "a server that is needed for this has not answered as it should");
+        match error.retry_after().filter(|_| error.is_transient()) {
+            Some(wait) => problem.retry_after(wait).into(),
+            None if error.is_transient() => problem.retry_after(FULL).into(),
+            None => problem.into(),
+        }
     }
 }
 

@@ -117,6 +117,7 @@ pub(crate) async fn boot(
         workers: workers.clone(),
         status: mounted.status,
         pools,
+        clients: base.clients.clone(),
         connections,
         books,
         keyring: base.keyring(&plan),

@@ -24,6 +24,7 @@ use crate::access::{KeyFile, Scopes};
 use crate::capacity::{cgroup_of, fit, means, processors};
 use crate::cron;
 use crate::data_dir;
+use crate::http_client::TargetConfig;
 use crate::listeners::ListenerConfig;
 use crate::pools::PoolConfig;
 use crate::settings::{Network, Reader, Size};
@@ -65,6 +66,8 @@ pub(crate) struct Config {
     pub(crate) pools: Vec<PoolConfig>,
     /// Listeners that modules name.
     pub(crate) listeners: Vec<ListenerConfig>,
+    /// Targets that modules call.
+    pub(crate) targets: Vec<TargetConfig>,
     pub(crate) worker: worker::Config,
     pub(crate) upkeep: upkeep::Config,
     pub(crate) cron: cron::Config,
@@ -128,6 +131,7 @@ impl Config {
             queue_policy: stores::readiness(settings, "queue"),
             pools: Vec::new(),
             listeners: Vec::new(),
+            targets: Vec::new(),
             worker: worker(settings, pressure),
             upkeep: upkeep::Config { rescue_every: RESCUE_EVERY, lease: settings.get("queue.lease") },
             cron: cron::config(settings),

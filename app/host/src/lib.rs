@@ -19,6 +19,7 @@ mod control;
 mod cron;
 pub mod data_dir;
 mod handover;
+pub mod http_client;
 mod jobs;
 pub mod limits;
 pub mod listeners;

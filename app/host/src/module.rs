@@ -55,6 +55,7 @@ use crate::command::Commands;
 use crate::config::Config;
 use crate::data_dir::DataDir;
 pub use crate::data_dir::SecretFile;
+use crate::http_client::{self, HttpClient, Target};
 use crate::listeners::{self, Listener, ListenerHandlers, TcpHandler, UdpHandler};
 use crate::locks::Locks;
 use crate::maintenance;
@@ -90,6 +91,9 @@ pub trait Module: Sized + Send + 'static {
 
     /// Listeners of the module for protocols of its own. `&[Listener::tcp("lines", "127.0.0.1:7000")]`
     const LISTENERS: &'static [Listener] = &[];
+
+    /// Servers that the module calls by HTTP. `&[Target::new("mail", "https://api.mail.example/v1")]`
+    const TARGETS: &'static [Target] = &[];
 
     /// Commands of the module on the command line.
     fn commands() -> Commands {
@@ -172,6 +176,7 @@ pub struct Host {
     /// True when a module has opened sessions.
     pub(crate) has_sessions: bool,
     pub(crate) pools: NamedPools,
+    pub(crate) clients: Vec<HttpClient>,
     pub(crate) listeners: ListenerHandlers,
     pub(crate) health: Health,
     pub(crate) tasks: Tasks,
@@ -249,6 +254,15 @@ impl Host {
     /// When no module names it.
     pub fn redis(&self, name: &str) -> anyhow::Result<Redis> {
         self.pools.redis(name)
+    }
+
+    /// The HTTP client of a target, which [`Module::TARGETS`] must name.
+    ///
+    /// # Errors
+    /// When no module names it.
+    pub fn http_client(&self, target: &str) -> anyhow::Result<HttpClient> {
+        let client = self.clients.iter().find(|client| client.status().0 == target);
+        client.cloned().with_context(|| format!("no module names the target {target}: add it to its TARGETS"))
     }
 
     /// Serves the listener `name` with a handler of its bytes. [`Module::LISTENERS`] must name it.
@@ -370,6 +384,7 @@ pub(crate) struct Blueprint {
     pub(crate) needs: &'static [Need],
     pub(crate) pools: &'static [Pool],
     pub(crate) listeners: &'static [Listener],
+    pub(crate) targets: &'static [Target],
     pub(crate) commands: fn() -> Commands,
     pub(crate) files: fn(&Settings) -> Vec<SecretFile>,
     pub(crate) directories: &'static [&'static str],
@@ -396,6 +411,7 @@ impl Blueprint {
             needs: M::NEEDS,
             pools: M::POOLS,
             listeners: M::LISTENERS,
+            targets: M::TARGETS,
             commands: M::commands,
             files: M::files,
             directories: M::DIRECTORIES,
@@ -448,11 +464,12 @@ pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> 
     Ok(ordered)
 }
 
-/// Checks that no two modules have a table, a pool or a listener of the same name.
+/// Checks that no two modules have a table, a pool, a listener or a target of the same name.
 pub(crate) fn without_clashes(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>, String> {
     tables::check(&open::tables(modules.iter().map(|module| module.tables)))?;
     pools::check(modules.iter().map(|module| (module.name, module.pools)))?;
     listeners::check(modules.iter().map(|module| (module.name, module.listeners)))?;
+    http_client::check(modules.iter().map(|module| (module.name, module.targets)))?;
     Ok(modules)
 }
 
@@ -460,7 +477,8 @@ pub(crate) fn without_clashes(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>,
 pub(crate) fn load(sources: &Sources, modules: &[Blueprint]) -> Settings {
     let pools = modules.iter().flat_map(|module| module.pools).map(|pool| pool.defaults());
     let listeners = modules.iter().flat_map(|module| module.listeners).map(|listener| listener.defaults());
-    let named: Vec<String> = pools.chain(listeners).collect();
+    let targets = modules.iter().flat_map(|module| module.targets).map(|target| target.defaults());
+    let named: Vec<String> = pools.chain(listeners).chain(targets).collect();
     let of_modules = modules.iter().map(|module| module.defaults);
     let named = named.iter().map(String::as_str);
     let defaults: Vec<&str> = [DEFAULTS].into_iter().chain(of_modules).chain(named).collect();
@@ -478,6 +496,8 @@ pub(crate) fn read(
         modules.iter().flat_map(|module| module.pools).map(|pool| pool.read(&mut reader)).collect();
     let listeners = modules.iter().flat_map(|module| module.listeners);
     config.listeners = listeners.map(|listener| listener.read(&mut reader, &config.server.net)).collect();
+    config.targets =
+        modules.iter().flat_map(|module| module.targets).map(|target| target.read(&mut reader)).collect();
     listeners::share_connections(&mut reader, &mut config);
     let configured = modules.iter().map(|module| module.configure(&mut reader)).collect();
     config.notes = reader.take_notes();

@@ -33,6 +33,7 @@ use std::time::Duration;
 use perennial_host::access::Scope;
 use perennial_host::command::Commands;
 use perennial_host::data_dir::DataDir;
+use perennial_host::http_client::Target;
 use perennial_host::module::{Host, Module, Provides, SecretFile};
 use perennial_host::settings::{Reader, Settings};
 use perennial_host::sites::{self, Sites};
@@ -59,6 +60,9 @@ use vapid::VapidKeys;
 /// Validity of the page's token.
 const PAGE_TOKEN: Duration = Duration::from_secs(3600);
 
+/// The webhooks, whose URLs operators choose.
+const WEBHOOKS: Target = Target::any("push-webhooks").internal();
+
 /// The module, with its settings read.
 #[derive(Debug)]
 pub struct Push {
@@ -76,6 +80,8 @@ impl Module for Push {
     const MIGRATIONS: &'static [&'static str] = store::SQLITE;
     const POSTGRES_MIGRATIONS: &'static [&'static str] = store::POSTGRES;
     const SCOPES: &'static [Scope] = &[scopes::SUBSCRIBE, scopes::NOTIFY];
+
+    const TARGETS: &'static [Target] = &[WEBHOOKS];
 
     fn commands() -> Commands {
         commands::all()
@@ -172,7 +178,7 @@ impl Push {
             senders,
             flows,
             services: Arc::new(HeldServices::default()),
-            webhooks: Webhooks::new(webhooks)?,
+            webhooks: Webhooks::new(webhooks, host.http_client(WEBHOOKS.name())?),
             progress: delivery::progress::ProgressRates::default(),
             meters: metrics::Meters::new(),
         })

@@ -16,6 +16,7 @@ use super::plan::BootPlan;
 use crate::access::{Access, first};
 use crate::admin::keys::Keyring;
 use crate::data_dir::{API_KEY, DataDir};
+use crate::http_client::HttpClient;
 use crate::pools::NamedPools;
 use crate::sites::Sites;
 
@@ -29,6 +30,8 @@ pub(super) struct Base {
     /// The replica of the store that only reads.
     pub(super) replica: Option<sql::Store>,
     pub(super) pools: NamedPools,
+    /// HTTP clients of the targets of modules.
+    pub(super) clients: Vec<HttpClient>,
     pub(super) outbox: Option<Outbox>,
     pub(super) caches: Caches,
     pub(super) sites: Sites,
@@ -46,6 +49,7 @@ impl Base {
         store.migrate(&plan.tables).await.context("the store cannot be brought up to date")?;
         let replica = open::replica(config).await?;
         let pools = NamedPools::open(&config.pools, &data_dir).await?;
+        let clients = config.targets.iter().cloned().map(HttpClient::new).collect::<anyhow::Result<_>>()?;
         let (queue, outbox) = open::queue(config, &store).await?;
         let caches = open::caches(&queue, config);
         let has_others = !config.key_files.is_empty();
@@ -60,7 +64,7 @@ impl Base {
             admin_token,
         );
         let jobs = Jobs::new(queue, Admission::new(config.bounds));
-        let base = Self { data_dir, store, replica, pools, outbox, caches, sites, access, jobs };
+        let base = Self { data_dir, store, replica, pools, clients, outbox, caches, sites, access, jobs };
         base.check_first_key().await;
         Ok(base)
     }

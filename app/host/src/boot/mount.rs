@@ -99,6 +99,7 @@ pub(super) fn host(
         store: base.store.clone(),
         replica: base.replica.as_ref().unwrap_or(&base.store).clone(),
         pools: base.pools.clone(),
+        clients: base.clients.clone(),
         listeners: ListenerHandlers::default(),
         jobs: base.jobs.clone(),
         access: base.access.clone(),

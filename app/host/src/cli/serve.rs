@@ -31,6 +31,7 @@ use crate::command::Beside;
 use crate::config::{self, Config};
 use crate::control::Control;
 use crate::handover::{self, Inheritance};
+use crate::http_client;
 use crate::module::{Blueprint, Configured, load, read};
 use crate::program;
 use crate::settings::{Reader, Settings, Sources};
@@ -138,6 +139,7 @@ fn prepare(command: &Serve, sources: &Sources, modules: &[Blueprint]) -> anyhow:
     perennial_server::metrics::describe();
     perennial_store::metrics::describe();
     perennial_workers::metrics::describe();
+    http_client::describe();
     raise_file_limit();
     for note in &config.notes {
         warn!(note, "a setting needs attention");

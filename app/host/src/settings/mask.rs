@@ -10,6 +10,8 @@ const HIDDEN: &str = "***";
 const URLS: [&str; 4] = ["store.url", "store.read_url", "queue.url", "push.proxy"];
 /// Sections of pools that modules name, whose `url` is such a setting, too.
 const POOLS: [&str; 2] = ["databases.", "redis."];
+/// Settings that end so are URLs, too.
+const ENDS: [&str; 1] = [".proxy"];
 /// Values of these settings that are not URLs.
 const WORDS: [&str; 2] = ["", "store"];
 /// Options of the URL of a database that are not secret.
@@ -71,7 +73,9 @@ pub(super) fn part(key: &str, part: &str, value: &Value) -> Value {
 }
 
 fn is_url(key: &str) -> bool {
-    URLS.contains(&key) || (key.ends_with(".url") && POOLS.iter().any(|section| key.starts_with(section)))
+    URLS.contains(&key)
+        || ENDS.iter().any(|end| key.ends_with(end))
+        || (key.ends_with(".url") && POOLS.iter().any(|section| key.starts_with(section)))
 }
 
 fn is_list(key: &str) -> bool {

@@ -7,18 +7,12 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use aws_lc_rs::hmac;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use bytes::Bytes;
-use http::{Method, Request, StatusCode, header};
-use http_body_util::Full;
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioTimer};
+use http::StatusCode;
 use jiff::Timestamp;
+use perennial_host::http_client::HttpClient;
 use perennial_host::sites::SiteId;
 use perennial_runtime::backoff::Backoff;
 use perennial_workers::state::Budget;
@@ -37,30 +31,18 @@ const TIMEOUT: Duration = Duration::from_secs(15);
 /// Shortest and longest wait between two attempts.
 const FIRST: Duration = Duration::from_secs(2);
 const LAST: Duration = Duration::from_secs(3600);
-/// Time for which an idle connection to the backend is kept.
-const IDLE: Duration = Duration::from_secs(30);
 
 /// All webhooks, by site and name.
 #[derive(Clone, Debug)]
 pub(crate) struct Webhooks {
     registered: Arc<HashMap<SiteId, BTreeMap<String, Registered>>>,
-    /// The HTTP client; `None` when there are no webhooks.
-    http: Option<Client<HttpsConnector<HttpConnector>, Full<Bytes>>>,
+    http: HttpClient,
 }
 
 impl Webhooks {
-    pub(crate) fn new(registered: HashMap<SiteId, BTreeMap<String, Registered>>) -> anyhow::Result<Self> {
-        if registered.values().all(BTreeMap::is_empty) {
-            return Ok(Self { registered: Arc::default(), http: None });
-        }
-        let provider = rustls::crypto::aws_lc_rs::default_provider();
-        let tls = HttpsConnectorBuilder::new().with_provider_and_native_roots(provider)?;
-        let connector = tls.https_or_http().enable_http1().build();
-        let http = Client::builder(TokioExecutor::new())
-            .pool_idle_timeout(IDLE)
-            .pool_timer(TokioTimer::new())
-            .build(connector);
-        Ok(Self { registered: Arc::new(registered), http: Some(http) })
+    /// Makes the webhooks, which are called with `http`.
+    pub(crate) fn new(registered: HashMap<SiteId, BTreeMap<String, Registered>>, http: HttpClient) -> Self {
+        Self { registered: Arc::new(registered), http }
     }
 
     /// The names of a site's webhooks, for the error about an unknown name.
@@ -84,21 +66,19 @@ impl Webhooks {
         id: Uuid,
         body: String,
     ) -> anyhow::Result<(StatusCode, Option<Duration>)> {
-        let http = self.http.as_ref().context("there are no webhooks")?;
         let timestamp = Timestamp::now().as_second();
-        let request = Request::builder()
-            .method(Method::POST)
-            .uri(webhook.url.clone())
-            .header(header::CONTENT_TYPE, "application/json")
-            .header(header::USER_AGENT, concat!("perennial/", env!("CARGO_PKG_VERSION")))
-            .header("webhook-id", id.to_string())
-            .header("webhook-timestamp", timestamp)
-            .header("webhook-signature", sign(&webhook.secret, id, timestamp, &body))
-            .body(Full::new(Bytes::from(body)))?;
-        let response = tokio::time::timeout(TIMEOUT, http.request(request)).await??;
-        let after = response.headers().get(header::RETRY_AFTER);
-        let after = after.and_then(|after| after.to_str().ok()?.parse().ok()).map(Duration::from_secs);
-        Ok((response.status(), after))
+        let request = self
+            .http
+            .post(webhook.url.to_string())
+            .header("content-type", "application/json")
+            .header("webhook-id", &id.to_string())
+            .header("webhook-timestamp", &timestamp.to_string())
+            .header("webhook-signature", &sign(&webhook.secret, id, timestamp, &body))
+            .body(body)
+            .timeout(TIMEOUT);
+        // The job tries again, with longer pauses.
+        let answer = request.retries(0).send().await?;
+        Ok((answer.status(), answer.retry_after()))
     }
 }
 
