@@ -136,6 +136,29 @@ fn every_snippet_is_one_that_is_tried() {
     assert!(unused.is_empty(), "no page has a snippet with {unused:?}");
 }
 
+#[test]
+fn every_page_is_a_chapter_of_the_book() {
+    let pages = pages();
+    let (_, summary) = pages.iter().find(|(name, _)| name == "docs/SUMMARY.md").unwrap();
+    for (name, _) in pages.iter().filter(|(name, _)| name != "docs/SUMMARY.md") {
+        let path = name.strip_prefix("docs/").map_or_else(|| format!("../{name}"), str::to_owned);
+        assert!(summary.contains(&format!("]({path})")), "{name} is not in docs/SUMMARY.md");
+    }
+}
+
+#[test]
+fn every_link_leads_to_a_file() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (page, text) in pages() {
+        let directory = root.join(&page).parent().unwrap().to_owned();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link) {
+            let path = link.split('#').next().unwrap();
+            let is_here = !path.is_empty() && !path.contains(':');
+            assert!(!is_here || directory.join(path).exists(), "{page}: {link}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn every_toml_is_accepted_as_settings() {
     let mut tried = 0;
