@@ -29,6 +29,10 @@ ci:
 dev *ARGUMENTS:
     cargo run -- serve --dev {{ ARGUMENTS }}
 
+# the pages of docs/ as a book in target/book; it takes mdBook
+book *ARGUMENTS:
+    docs/book {{ ARGUMENTS }}
+
 # the benches beside their peers
 bench *NAME:
     tests/bench/run {{ NAME }}

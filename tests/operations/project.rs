@@ -12,6 +12,8 @@ use tokio::process::Command;
 /// Time limit for a build. Dependencies are built already, unless a feature of theirs differs.
 const BUILD: Duration = Duration::from_secs(1500);
 
+const TUTORIAL: &str = include_str!("../../docs/tutorial.md");
+
 /// Root of this repository.
 fn repository() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
@@ -35,26 +37,54 @@ async fn cargo(project: &Path, arguments: &[&str]) -> Output {
     tokio::time::timeout(BUILD, cargo.output()).await.unwrap().unwrap()
 }
 
-#[tokio::test]
-async fn a_new_project_builds_and_passes_its_own_tests() {
-    let directory = TempDir::new().unwrap();
-    let project = directory.path().join("guest-book");
+/// Makes a project with web push, which has the locked versions of this repository.
+async fn project(directory: &Path, name: &str) -> PathBuf {
+    let project = directory.join(name);
     let source = repository().join("app");
     let made = Setup::new()
         .run(&["new", project.to_str().unwrap(), "--with", "push", "--perennial", source.to_str().unwrap()])
         .await;
     assert!(made.status.success(), "{}", words(&made));
     std::fs::copy(repository().join("Cargo.lock"), project.join("Cargo.lock")).unwrap();
-    let formatted = cargo(&project, &["fmt", "--check"]).await;
+    project
+}
+
+/// Checks that a project is formatted and, in CI and with `--full`, that it passes its own tests.
+async fn passes(project: &Path, tests: &str) {
+    let formatted = cargo(project, &["fmt", "--check"]).await;
     assert!(formatted.status.success(), "{}", words(&formatted));
     // The build takes minutes: dependencies have other features than in this repository.
     let is_built = support::full() || std::env::var("CI").is_ok_and(|ci| ci == "true");
     if !is_built {
         return;
     }
-    let tested = cargo(&project, &["test", "--quiet"]).await;
+    let tested = cargo(project, &["test", "--quiet"]).await;
     assert!(tested.status.success(), "{}", words(&tested));
-    assert!(words(&tested).contains("3 passed"), "{}", words(&tested));
+    assert!(words(&tested).contains(tests), "{}", words(&tested));
+}
+
+#[tokio::test]
+async fn a_new_project_builds_and_passes_its_own_tests() {
+    let directory = TempDir::new().unwrap();
+    let project = project(directory.path(), "guest-book").await;
+    passes(&project, "3 passed").await;
+}
+
+#[tokio::test]
+async fn the_steps_of_the_tutorial_can_be_followed() {
+    let directory = TempDir::new().unwrap();
+    let project = project(directory.path(), "guestbook").await;
+    let diffs: Vec<&str> =
+        TUTORIAL.split("```diff\n").skip(1).filter_map(|rest| Some(rest.split_once("```")?.0)).collect();
+    assert_eq!(diffs.len(), 4);
+    for diff in diffs {
+        let file = directory.path().join("step.diff");
+        std::fs::write(&file, diff).unwrap();
+        let applied =
+            Command::new("git").arg("apply").arg(&file).current_dir(&project).output().await.unwrap();
+        assert!(applied.status.success(), "{}\n{diff}", words(&applied));
+    }
+    passes(&project, "4 passed").await;
 }
 
 #[tokio::test]

@@ -17,7 +17,7 @@ use support::process::{Perennial, Setup, binary};
 use support::redis::Prefix;
 use support::{eventually, soon};
 
-const TUTORIAL: &str = include_str!("../../docs/tutorial.md");
+const FIRST_NOTIFICATION: &str = include_str!("../../docs/first-notification.md");
 const YOUR_OWN_SITE: &str = include_str!("../../docs/your-own-site.md");
 const JOBS: &str = include_str!("../../docs/jobs.md");
 const MOVING_IN: &str = include_str!("../../docs/moving-in.md");
@@ -95,6 +95,12 @@ fn every_snippet_is_one_that_is_tried() {
     let known = [
         // This test is itself part of such a run.
         "cargo run --release",
+        "cargo install --path app",
+        // Tried by the tests of projects.
+        "perennial new guestbook",
+        // They need a network and a cluster. The tests of Kubernetes read the manifests.
+        "docker build -t guestbook",
+        "kubectl apply -f k8s/guestbook.yaml",
         // Tried by the tests in this file.
         "curl -i http://127.0.0.1:8080/notify",
         "const server = \"https://push.example.com\"",
@@ -120,13 +126,37 @@ fn every_snippet_is_one_that_is_tried() {
     for (page, text) in pages() {
         for (language, text) in snippets(&text) {
             unused.retain(|part| !text.contains(part));
-            // All TOML is checked below. rustdoc compiles the Rust.
+            // All TOML is checked below. rustdoc compiles the Rust. The tests of projects apply the diffs.
             let is_rust = language.starts_with("rust") && !language.contains("ignore");
-            let is_known = language == "toml" || is_rust || known.iter().any(|part| text.contains(part));
+            let is_tried = is_rust || ["toml", "diff"].contains(&language.as_str());
+            let is_known = is_tried || known.iter().any(|part| text.contains(part));
             assert!(is_known, "{page}: nothing tries this {language}:\n{text}");
         }
     }
     assert!(unused.is_empty(), "no page has a snippet with {unused:?}");
+}
+
+#[test]
+fn every_page_is_a_chapter_of_the_book() {
+    let pages = pages();
+    let (_, summary) = pages.iter().find(|(name, _)| name == "docs/SUMMARY.md").unwrap();
+    for (name, _) in pages.iter().filter(|(name, _)| name != "docs/SUMMARY.md") {
+        let path = name.strip_prefix("docs/").map_or_else(|| format!("../{name}"), str::to_owned);
+        assert!(summary.contains(&format!("]({path})")), "{name} is not in docs/SUMMARY.md");
+    }
+}
+
+#[test]
+fn every_link_leads_to_a_file() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    for (page, text) in pages() {
+        let directory = root.join(&page).parent().unwrap().to_owned();
+        for link in text.split("](").skip(1).filter_map(|rest| rest.split_once(')')).map(|(link, _)| link) {
+            let path = link.split('#').next().unwrap();
+            let is_here = !path.is_empty() && !path.contains(':');
+            assert!(!is_here || directory.join(path).exists(), "{page}: {link}");
+        }
+    }
 }
 
 #[tokio::test]
@@ -150,7 +180,7 @@ async fn the_first_five_minutes_from_a_terminal() {
     let perennial = Setup::new().start().await;
     let directory = TempDir::new().unwrap();
     std::os::unix::fs::symlink(perennial.setup.data_dir(), directory.path().join("perennial-data")).unwrap();
-    let text = snippet(TUTORIAL, "sh", "curl -i http://127.0.0.1:8080/notify");
+    let text = snippet(FIRST_NOTIFICATION, "sh", "curl -i http://127.0.0.1:8080/notify");
     let text = text.replace("http://127.0.0.1:8080", perennial.client().base());
     let output = shell(directory.path(), &text).await;
     let said = said(&output);
