@@ -198,11 +198,38 @@ async fn a_backup_has_the_directories_of_the_modules() -> anyhow::Result<()> {
 async fn a_clash_of_routes_or_of_tables_names_the_modules() {
     let routes = shop().host::<Copy>().test().embedded().start().await.unwrap_err();
     let routes = format!("{routes:#}");
-    assert!(routes.contains("the module copy cannot be mounted") && routes.contains("/orders"), "{routes}");
+    for part in
+        ["the module copy cannot be mounted", "/orders", "the module shop has this route, too", "host_at"]
+    {
+        assert!(routes.contains(part), "{routes}");
+    }
     let tables = shop().host::<Visits>().test().embedded().start().await.unwrap_err().to_string();
     assert!(tables.contains("shop and visits both create the table visits"), "{tables}");
     let twice = shop().host::<Visits>().host::<Visits>().test().embedded().start().await.unwrap_err();
     assert!(twice.to_string().contains("two modules have the name visits"), "{twice}");
+}
+
+#[tokio::test]
+async fn a_module_is_hosted_below_a_prefix() -> anyhow::Result<()> {
+    let both = Perennial::new().host::<Shop>().host_at::<Copy>("/copies").host_at::<Push>("/push");
+    let both = both.test().embedded().with(&Pushes::start().await?).start().await?;
+    let client = both.client();
+    assert_eq!(client.post("/copies/orders", &json!({})).await?.text(), "a copy");
+    assert_eq!(client.post_form("/orders", &json!({ "fails": 0 })).await?.status, 200);
+    assert_eq!(client.get("/push/key").await?.status, 404);
+    assert_eq!(client.get("/push/push/key").await?.status, 200);
+    let sent =
+        client.post("/push/notify", &json!({ "to": { "all": true }, "payload": { "title": "A" } })).await?;
+    assert_eq!(sent.status, 202, "{}", sent.text());
+    let location = sent.headers["location"].to_str()?.to_owned();
+    assert!(location.starts_with("/push/notifications/"), "{location}");
+    assert_eq!(client.get(&location).await?.status, 200);
+    let described = client.get("/openapi.json").await?.json();
+    assert!(described["paths"]["/push/notify"]["post"].is_object(), "{}", described["paths"]);
+    both.stop().await?;
+    let error = Perennial::new().host_at::<Copy>("copies/").test().start().await.unwrap_err().to_string();
+    assert!(error.contains("the module copy is hosted at \"copies/\""), "{error}");
+    Ok(())
 }
 
 #[tokio::test]

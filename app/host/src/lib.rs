@@ -82,6 +82,13 @@ impl Perennial {
         self
     }
 
+    /// Hosts a module with all its routes below a prefix: `.host_at::<Push>("/push")`.
+    #[must_use]
+    pub fn host_at<M: Module>(mut self, prefix: &'static str) -> Self {
+        self.modules.push(Blueprint { prefix, ..Blueprint::of::<M>() });
+        self
+    }
+
     /// Names the program: in its usage and messages, in `GET /build`, and as the title of `/openapi.json`.
     #[must_use]
     pub fn name(mut self, name: impl Into<Cow<'static, str>>) -> Self {

@@ -171,6 +171,9 @@ pub struct Host {
     pub data_dir: Arc<DataDir>,
     /// The stop signal.
     pub drain: Drain,
+    /// Prefix of the routes of the module, without a slash at its end; empty without one. The routes that it hands in do
+    /// not have it, and links to them need it.
+    pub prefix: &'static str,
     /// Handles of modules, by the type of the module.
     pub(crate) handles: HashMap<TypeId, Box<dyn Any + Send + Sync>>,
     /// True when a module has opened sessions.
@@ -378,6 +381,8 @@ type Mount = Box<
 #[derive(Clone, Copy)]
 pub(crate) struct Blueprint {
     pub(crate) name: &'static str,
+    /// Prefix of its routes, or nothing.
+    pub(crate) prefix: &'static str,
     pub(crate) defaults: &'static str,
     pub(crate) tables: Tables,
     pub(crate) scopes: &'static [Scope],
@@ -389,7 +394,7 @@ pub(crate) struct Blueprint {
     pub(crate) files: fn(&Settings) -> Vec<SecretFile>,
     pub(crate) directories: &'static [&'static str],
     pub(crate) keys: for<'a> fn(&'a Settings, &'a Sites, &'a DataDir, &'a Store) -> MadeKeys<'a>,
-    configure: fn(&mut Reader<'_>) -> Mount,
+    pub(crate) configure: fn(&mut Reader<'_>) -> Mount,
 }
 
 pub(crate) type MadeKeys<'a> =
@@ -405,6 +410,7 @@ impl Blueprint {
     pub(crate) fn of<M: Module>() -> Self {
         Self {
             name: M::NAME,
+            prefix: "",
             defaults: M::DEFAULTS,
             tables: Tables { module: M::NAME, sqlite: M::MIGRATIONS, postgres: M::POSTGRES_MIGRATIONS },
             scopes: M::SCOPES,
@@ -424,13 +430,14 @@ impl Blueprint {
     }
 
     pub(crate) fn configure(&self, settings: &mut Reader<'_>) -> Configured {
-        Configured { name: self.name, mount: (self.configure)(settings) }
+        Configured { name: self.name, prefix: self.prefix, mount: (self.configure)(settings) }
     }
 }
 
 /// A module whose settings have been read.
 pub(crate) struct Configured {
     pub(crate) name: &'static str,
+    pub(crate) prefix: &'static str,
     pub(crate) mount: Mount,
 }
 
@@ -464,9 +471,28 @@ pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> 
     Ok(ordered)
 }
 
+/// Checks the prefixes of the modules.
+fn check_prefixes(modules: &[Blueprint]) -> Result<(), String> {
+    let is_plain = |c: char| c.is_ascii_alphanumeric() || "/-._~".contains(c);
+    let is_valid = |prefix: &str| {
+        prefix.is_empty()
+            || (prefix.starts_with('/')
+                && !prefix.ends_with('/')
+                && !prefix.contains("//")
+                && prefix.chars().all(is_plain))
+    };
+    match modules.iter().find(|module| !is_valid(module.prefix)) {
+        None => Ok(()),
+        Some(Blueprint { name, prefix, .. }) => {
+            Err(format!("the module {name} is hosted at {prefix:?}: wanted a prefix such as \"/push\""))
+        }
+    }
+}
+
 /// Checks that no two modules have a table, a pool, a listener or a target of the same name.
 pub(crate) fn without_clashes(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>, String> {
     tables::check(&open::tables(modules.iter().map(|module| module.tables)))?;
+    check_prefixes(&modules)?;
     pools::check(modules.iter().map(|module| (module.name, module.pools)))?;
     listeners::check(modules.iter().map(|module| (module.name, module.listeners)))?;
     http_client::check(modules.iter().map(|module| (module.name, module.targets)))?;

@@ -19,6 +19,10 @@ use std::ops::Deref;
 use std::sync::Arc;
 
 use axum::extract::FromRef;
+use axum::middleware::map_response;
+use axum::response::Response;
+use http::HeaderValue;
+use http::header::LOCATION;
 use perennial_host::access::Access;
 use perennial_host::module::Host;
 use perennial_runtime::drain::Drain;
@@ -126,7 +130,11 @@ impl ApiState {
 
 /// Registers the routes and the tasks.
 pub(crate) fn mount(host: &mut Host, api: &ApiState) {
-    host.routes(routes(api));
+    let routes = routes(api);
+    match host.prefix {
+        "" => host.routes(routes),
+        prefix => host.routes(routes.layer(map_response(move |response| below(prefix, response)))),
+    }
     host.admin_read(services::admin_read(api.clone()));
     host.admin_write(services::admin_write(api.clone()));
     host.admin_write(vapid::admin_write(Arc::clone(&api.vapid)));
@@ -138,6 +146,16 @@ pub(crate) fn mount(host: &mut Host, api: &ApiState) {
         let (api, drain) = (api.clone(), host.drain.clone());
         move || api.followers.clone().run(api.clone(), drain.clone())
     });
+}
+
+/// Puts the prefix of the module before the path that an answer names.
+async fn below(prefix: &'static str, mut response: Response) -> Response {
+    let location = response.headers().get(LOCATION).and_then(|path| path.to_str().ok());
+    let location = location.and_then(|path| HeaderValue::try_from(format!("{prefix}{path}")).ok());
+    if let Some(location) = location {
+        response.headers_mut().insert(LOCATION, location);
+    }
+    response
 }
 
 fn routes(api: &ApiState) -> OpenApiRouter {

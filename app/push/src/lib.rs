@@ -188,9 +188,10 @@ impl Push {
 /// Prints the address of the page at the terminal, with a token that lets it send.
 fn announce_page(host: &mut Host) {
     let token = host.access.issue("page", &[scopes::SUBSCRIBE, scopes::NOTIFY, Scope::READ], PAGE_TOKEN);
+    let prefix = host.prefix;
     host.announce(move |base| {
         format!(
-            "Open this page, good for an hour, and send yourself a notification:\n  {base}/#key={}",
+            "Open this page, good for an hour, and send yourself a notification:\n  {base}{prefix}/#key={}",
             token.expose_secret()
         )
     });

@@ -1,7 +1,7 @@
 //! The second stage: the modules join.
 
 use std::collections::HashMap;
-use std::panic::AssertUnwindSafe;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use anyhow::Context as _;
@@ -51,14 +51,16 @@ impl Mounted {
         base: &Base,
     ) -> anyhow::Result<Self> {
         maintenance::mount(&mut host, plan.config.retention)?;
-        for module in modules {
-            let name = module.name;
+        let mut routes = Routes::default();
+        for Configured { name, prefix, mount } in modules {
+            host.prefix = prefix;
             // axum panics when a route is added twice, and so may the code of a module.
-            let mounted = AssertUnwindSafe((module.mount)(&mut host)).catch_unwind().await;
+            let mounted = AssertUnwindSafe(mount(&mut host)).catch_unwind().await;
             mounted
                 .unwrap_or_else(|panic| Err(anyhow::Error::msg(panic_message(&*panic).to_owned())))
+                .and_then(|()| routes.add(name, prefix, std::mem::take(&mut host.routes)))
                 .with_context(|| format!("the module {name} cannot be mounted"))?;
-            info!(module = name, "mounted");
+            info!(module = name, prefix, "mounted");
         }
         let files = std::mem::take(&mut plan.files);
         let directories = std::mem::take(&mut plan.directories);
@@ -67,9 +69,10 @@ impl Mounted {
         let pause = pause(plan, base, &mut host).await?;
         host.registry.check()?;
         let registry = Arc::new(std::mem::take(&mut host.registry));
-        host.routes(jobs::routes(base.jobs.clone(), base.access.clone(), Arc::clone(&registry)));
+        let own = jobs::routes(base.jobs.clone(), base.access.clone(), Arc::clone(&registry));
+        routes.add("host", "", own)?;
         Ok(Self {
-            routes: host.routes,
+            routes: routes.all,
             registry,
             schedules: host.schedules,
             status: host.status,
@@ -80,6 +83,37 @@ impl Mounted {
             pause,
             listeners: host.listeners,
         })
+    }
+}
+
+/// The routes of all modules.
+#[derive(Default)]
+struct Routes {
+    all: OpenApiRouter,
+    /// The routes of each module, to find the one that a later module clashes with.
+    by_module: Vec<(&'static str, OpenApiRouter)>,
+}
+
+impl Routes {
+    /// Adds the routes of a module below its prefix. The error names the route, and the module that has it already.
+    fn add(&mut self, name: &'static str, prefix: &str, routes: OpenApiRouter) -> anyhow::Result<()> {
+        let routes = if prefix.is_empty() { routes } else { OpenApiRouter::new().nest(prefix, routes) };
+        let with = |other: OpenApiRouter| {
+            let merged = catch_unwind(AssertUnwindSafe(|| other.merge(routes.clone())));
+            merged.map_err(|panic| panic_message(&*panic).to_owned())
+        };
+        match with(self.all.clone()) {
+            Ok(all) => self.all = all,
+            Err(reason) => {
+                let other = self.by_module.iter().find(|(_, other)| with(other.clone()).is_err());
+                let other = other.map_or("another module", |(name, _)| name);
+                anyhow::bail!(
+                    "{reason}; the module {other} has this route, too: host one of them at a prefix, with .host_at::<..>(\"/..\")"
+                );
+            }
+        }
+        self.by_module.push((name, routes));
+        Ok(())
     }
 }
 
@@ -109,6 +143,7 @@ pub(super) fn host(
         locks,
         data_dir: Arc::clone(&base.data_dir),
         drain: drain.clone(),
+        prefix: "",
         handles: HashMap::new(),
         has_sessions: false,
         health: health.clone(),
