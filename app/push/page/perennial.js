@@ -151,7 +151,17 @@
       ?? await found.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
     // `oldSubscription` is often null, although the browser has renewed the subscription: hence the memory below.
     const old = event?.oldSubscription?.toJSON();
-    return store(mine, keyOf(mine) ?? key, {}, old && { endpoint: old.endpoint, auth: old.keys.auth });
+    const replaced = old && { endpoint: old.endpoint, auth: old.keys.auth };
+    // No person sees a failure here, and the next visit may be far away: what may pass is tried again.
+    for (let pause = 2; ; pause *= 2) {
+      try {
+        return await store(mine, keyOf(mine) ?? key, {}, replaced);
+      } catch (error) {
+        const mayPass = [undefined, 429, 502, 503, 504].includes(error.status);
+        if (!mayPass || pause > 8) throw error;
+        await new Promise((resolve) => { setTimeout(resolve, 1000 * pause * (0.5 + Math.random() / 2)); });
+      }
+    }
   }
 
   /** Names the user of this browser, with a token of the backend. Returns null when the browser is not subscribed. */
