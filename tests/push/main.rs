@@ -4,6 +4,7 @@
 #![allow(clippy::duplicate_mod, reason = "some promises are kept on two stores, by the same tests")]
 
 mod audience;
+mod clients;
 mod counts;
 mod crash;
 mod delivery;

@@ -155,7 +155,8 @@ async fn the_page_loads_nothing_from_elsewhere() {
         policy.starts_with("default-src 'self'") && policy.contains("frame-ancestors 'none'"),
         "{policy}"
     );
-    for path in ["/page.css", "/page.js", "/push.js", "/sw.js", "/icon.svg", "/page.webmanifest"] {
+    let scripts = ["/page.js", "/perennial.js", "/push.js", "/sw.js"];
+    for path in scripts.into_iter().chain(["/page.css", "/icon.svg", "/page.webmanifest"]) {
         let file = perennial.client().without_key().get(path).await;
         assert_eq!(file.status, 200, "{path}");
         assert!(!file.text().replace("http://www.w3.org/2000/svg", "").contains("://"), "{path}");

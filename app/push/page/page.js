@@ -1,6 +1,6 @@
-// The page that subscribes this browser and sends it a notification. push.js is loaded before it.
+// The page that subscribes this browser and sends it a notification. perennial.js is loaded before it.
 
-/* global base64url, logout, remember, remembered */
+/* global perennial */
 
 const element = (id) => document.getElementById(id);
 const ui = Object.fromEntries(
@@ -24,29 +24,15 @@ function say(where, text, wrong = false) {
   where.classList.toggle("wrong", wrong);
 }
 
-/** Calls the server. An error has the message of the server, if there is one. */
-async function call(method, path, body) {
-  const headers = { "content-type": "application/json" };
-  if (apiKey()) headers.authorization = `Bearer ${apiKey()}`;
-  const response = await fetch(path, { method, headers, body: body && JSON.stringify(body) })
-    .catch(() => { throw new Error("The server cannot be reached. Please try again."); });
-  const answer = read(await response.text());
-  if (response.status === 401) throw new Error(askForKey());
-  if (!response.ok || answer === null) {
-    // A proxy in front of the server answers in its own way.
-    if (answer === null) throw new Error(`The server cannot be reached (${response.status}). Please try again.`);
-    const fields = (answer.errors ?? []).map((error) => `${error.field}: ${error.wanted}`);
-    throw new Error(fields.join("; ") || answer.detail || `The server answered ${response.status}.`);
-  }
-  return answer;
-}
+// The key decides the site, also of the subscription.
+perennial.headers = () => (apiKey() ? { authorization: `Bearer ${apiKey()}` } : {});
 
-/** Reads an answer of the server; null when the answer comes from elsewhere and is not JSON. */
-function read(text) {
+/** Awaits what was asked of the server. When it wants a key, the error says where to get one. */
+async function withKey(asked) {
   try {
-    return text ? JSON.parse(text) : {};
-  } catch {
-    return null;
+    return await asked;
+  } catch (error) {
+    throw error.status === 401 ? new Error(askForKey()) : error;
   }
 }
 
@@ -76,72 +62,18 @@ function show(subscribed) {
   if (had?.hidden) (subscribed ? ui.unsubscribe : ui.subscribe).focus();
 }
 
-/** Stores the subscription at the server. It replaces an earlier one of this browser. */
-async function store(subscription, key) {
-  const mine = subscription.toJSON();
-  const before = await remembered();
-  const replaces = before && before.endpoint !== mine.endpoint
-    ? { endpoint: before.endpoint, auth: before.auth }
-    : undefined;
-  const { id } = await call("POST", "/subscriptions", { subscription: mine, key, replaces });
-  await remember({ endpoint: mine.endpoint, auth: mine.keys.auth, key });
+function showStored(id) {
   subscriptionId = id;
   say(ui.state, "This browser is subscribed.");
   show(true);
 }
 
-/** Limits the time of a promise: a browser that cannot reach its push service may never answer. */
-function within(seconds, promise) {
-  const late = new Promise((_, reject) => {
-    const text = "The browser's push service does not answer. Please try again.";
-    setTimeout(() => reject(new Error(text)), seconds * 1000);
-  });
-  return Promise.race([promise, late]);
-}
-
-/** Asks for the permission. The person may take any time, which the time limit of subscribing must not count. */
-async function permission() {
-  const answer = await Notification.requestPermission();
-  if (answer === "granted") return;
-  throw new Error(answer === "denied"
-    ? "This browser does not let this page show notifications. Allow them in its settings for this page (the icon beside the address), and press Subscribe again."
-    : "The browser has not been allowed to show notifications. Press Subscribe to be asked again.");
-}
-
-async function subscribe(registration) {
-  // This comes first: browsers ask only right after a click.
-  await permission();
-  const { key } = await call("GET", "/push/key");
-  let subscription = await registration.pushManager.getSubscription();
-  if (subscription && base64url(subscription.options.applicationServerKey) !== key) {
-    // The subscription was made with another key of the server: it can never be sent to again.
-    await subscription.unsubscribe();
-    subscription = null;
-  }
-  if (!subscription) {
-    const made = registration.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
-    // A subscription that comes late is stored all the same: the browser has it.
-    let late = false;
-    made.then((came) => late && store(came, key)).catch(() => {});
-    try {
-      subscription = await within(15, made);
-    } catch (error) {
-      late = true;
-      throw error;
-    }
-  }
-  await store(subscription, key);
+function subscribe(registration) {
+  return withKey(perennial.subscribe({ registration, onStored: showStored }));
 }
 
 async function unsubscribe(registration) {
-  const subscription = await registration.pushManager.getSubscription();
-  if (subscription) {
-    const { endpoint, keys } = subscription.toJSON();
-    await subscription.unsubscribe();
-    // The browser has unsubscribed: it is no error when the server does not know the subscription any more.
-    await call("DELETE", "/subscriptions", { endpoint, auth: keys.auth }).catch(() => {});
-  }
-  await remember(null);
+  await perennial.unsubscribe({ registration });
   subscriptionId = null;
   say(ui.state, "This browser is not subscribed.");
   show(false);
@@ -150,14 +82,11 @@ async function unsubscribe(registration) {
 /** Sends the form's notification to this browser, and follows it until it is done. */
 async function send() {
   const notification = { title: ui.title.value, body: ui.body.value, url: "/" };
-  const { id } = await call("POST", "/notify", {
-    to: { subscriptions: [subscriptionId] },
-    notification,
-    ttl: 3600,
-    urgency: "high",
-  });
+  const to = { subscriptions: [subscriptionId] };
+  const asked = { to, notification, ttl: 3600, urgency: "high" };
+  const { id } = await withKey(perennial.request("POST", "notify", asked));
   for (let waited = 0; waited < 120; waited += 1) {
-    const progress = await call("GET", `/notifications/${id}`);
+    const progress = await withKey(perennial.request("GET", `notifications/${id}`));
     if (progress.state === "done") return progress;
     say(ui.sent, `${progress.state}…`);
     await new Promise((resolve) => setTimeout(resolve, 250));
@@ -196,18 +125,10 @@ function note({ title, body }) {
   ui.received.prepend(item);
 }
 
-/** The reason why this browser cannot be subscribed here; null when it can. */
-function obstacle() {
-  if ("serviceWorker" in navigator && "PushManager" in window && "Notification" in window) return null;
-  if (!window.isSecureContext) return "This page has to be opened with https, or from localhost.";
-  if (/iPhone|iPad/.test(navigator.userAgent)) return "Add this page to the home screen and open it from there.";
-  return "Web push is turned off in this browser, or there is none in its private windows.";
-}
-
 async function start() {
   say(ui.state, "Looking…");
   showKeyField();
-  const why = obstacle();
+  const why = perennial.obstacle();
   if (why) {
     say(ui.state, `This browser cannot be subscribed here. ${why}`, true);
     return;
@@ -218,7 +139,7 @@ async function start() {
   whenClicked(ui.subscribe, ui.state, () => subscribe(registration));
   whenClicked(ui.unsubscribe, ui.state, () => unsubscribe(registration));
   whenClicked(ui.logout, ui.state, async () => {
-    await logout(registration);
+    await withKey(perennial.logout({ registration }));
     say(ui.state, "This browser is subscribed, and belongs to no user.");
   });
   whenClicked(ui.send, ui.sent, async () => say(ui.sent, describe(await send())));

@@ -1,7 +1,7 @@
 // The service worker: shows pushed messages, and tells the server when the browser renews the subscription.
 
-/* global base64url, logout, remember, remembered */
-importScripts("/push.js");
+/* global perennial */
+importScripts("/perennial.js");
 
 self.addEventListener("install", () => self.skipWaiting());
 self.addEventListener("activate", (event) => event.waitUntil(self.clients.claim()));
@@ -61,27 +61,7 @@ self.addEventListener("notificationclick", (event) => {
 
 // A page signs its user out with navigator.serviceWorker.controller.postMessage({ type: "logout" }).
 self.addEventListener("message", (event) => {
-  if (event.data?.type === "logout") event.waitUntil(logout(self.registration));
+  if (event.data?.type === "logout") event.waitUntil(perennial.logout());
 });
 
-self.addEventListener("pushsubscriptionchange", (event) => {
-  const renew = async () => {
-    const before = await remembered();
-    const key = before?.key ?? (await (await fetch("/push/key")).json()).key;
-    const subscription = event.newSubscription
-      ?? await self.registration.pushManager.subscribe({ userVisibleOnly: true, applicationServerKey: key });
-    const mine = subscription.toJSON();
-    const old = event.oldSubscription?.toJSON();
-    const replaces = old ? { endpoint: old.endpoint, auth: old.keys.auth }
-      : before && { endpoint: before.endpoint, auth: before.auth };
-    const made = subscription.options?.applicationServerKey;
-    const body = { subscription: mine, key: made ? base64url(made) : key, replaces: replaces ?? undefined };
-    const response = await fetch("/subscriptions", {
-      method: "POST",
-      headers: { "content-type": "application/json" },
-      body: JSON.stringify(body),
-    });
-    if (response.ok) await remember({ endpoint: mine.endpoint, auth: mine.keys.auth, key: body.key });
-  };
-  event.waitUntil(renew());
-});
+self.addEventListener("pushsubscriptionchange", (event) => event.waitUntil(perennial.renew(event)));

@@ -130,10 +130,13 @@ impl ApiState {
 
 /// Registers the routes and the tasks.
 pub(crate) fn mount(host: &mut Host, api: &ApiState) {
-    let routes = routes(api);
+    // The files of the page are at the root: a service worker serves only pages that are not above it.
+    let has_page = api.config.page && host.prefix.is_empty();
     match host.prefix {
-        "" => host.routes(routes),
-        prefix => host.routes(routes.layer(map_response(move |response| below(prefix, response)))),
+        "" => host.routes(routes(api, has_page)),
+        prefix => {
+            host.routes(routes(api, has_page).layer(map_response(move |response| below(prefix, response))))
+        }
     }
     host.admin_read(services::admin_read(api.clone()));
     host.admin_write(services::admin_write(api.clone()));
@@ -158,7 +161,7 @@ async fn below(prefix: &'static str, mut response: Response) -> Response {
     response
 }
 
-fn routes(api: &ApiState) -> OpenApiRouter {
+fn routes(api: &ApiState, has_page: bool) -> OpenApiRouter {
     let from_pages = OpenApiRouter::new()
         .routes(routes!(subscriptions::key))
         .routes(routes!(subscriptions::subscribe, subscriptions::unsubscribe, subscriptions::list))
@@ -177,7 +180,8 @@ fn routes(api: &ApiState) -> OpenApiRouter {
         .routes(routes!(lifecycle::events))
         .routes(routes!(lifecycle::deliveries))
         .routes(routes!(users::one, users::delete));
-    if api.config.page {
+    routes = routes.merge(page::script().into());
+    if has_page {
         routes = routes.merge(page::routes().into());
     }
     routes.with_state(api.clone())

@@ -148,7 +148,7 @@ impl Module for Push {
             let drain = host.drain.clone();
             move || census::run(store.clone(), profiles.clone(), drain.clone())
         });
-        if delivery.config.page {
+        if delivery.config.page && host.prefix.is_empty() {
             announce_page(host);
         }
         host.provide::<Self>(PushHandle::new(api.clone()));
@@ -188,10 +188,9 @@ impl Push {
 /// Prints the address of the page at the terminal, with a token that lets it send.
 fn announce_page(host: &mut Host) {
     let token = host.access.issue("page", &[scopes::SUBSCRIBE, scopes::NOTIFY, Scope::READ], PAGE_TOKEN);
-    let prefix = host.prefix;
     host.announce(move |base| {
         format!(
-            "Open this page, good for an hour, and send yourself a notification:\n  {base}{prefix}/#key={}",
+            "Open this page, good for an hour, and send yourself a notification:\n  {base}/#key={}",
             token.expose_secret()
         )
     });

@@ -416,6 +416,8 @@ pub(crate) fn cors(sites: &Sites) -> CorsLayer {
     CorsLayer::new()
         .allow_origin(AllowOrigin::predicate(is_listed))
         .allow_methods([Method::GET, Method::POST, Method::DELETE])
+        // A page knows from it when to try again.
+        .expose_headers([header::RETRY_AFTER])
         .allow_headers([header::CONTENT_TYPE, header::AUTHORIZATION, HeaderName::from_static("x-request-id")])
 }
 
