@@ -39,6 +39,7 @@ use perennial_runtime::cpu::Cpu;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::telemetry::JsonLines;
 
+pub use body::BodyError;
 use conn::Http;
 use scope::Services;
 use stack::Stack;
@@ -139,7 +140,8 @@ impl Server {
     /// # Errors
     /// When an address cannot be bound, or `https` lacks a usable certificate.
     pub async fn bind(config: Config, inherited: &Inherited) -> Result<Self, BindError> {
-        Ok(Self { bound: net::bind(config.net.clone(), inherited).await?, config, readers: None })
+        let bound = net::bind(config.net.clone(), inherited, net::tls::HTTP).await?;
+        Ok(Self { bound, config, readers: None })
     }
 
     /// Lets pages of these origins read all error responses, also those from outside the router.

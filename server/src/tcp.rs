@@ -91,7 +91,7 @@ impl Server {
     /// # Errors
     /// When an address cannot be bound, or TLS lacks a usable certificate.
     pub async fn bind(config: net::Config, inherited: &Inherited) -> Result<Self, BindError> {
-        Ok(Self(net::bind(config, inherited).await?))
+        Ok(Self(net::bind(config, inherited, &[]).await?))
     }
 
     /// Returns the addresses in use, in the form that the settings have.

@@ -13,7 +13,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::os::fd::{AsFd, OwnedFd};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
@@ -34,6 +34,9 @@ use perennial_runtime::panics::panic_message;
 const MAX_DATAGRAM: usize = 65_535;
 /// Pause after a failed receive: its cause may last.
 const RETRY: Backoff = Backoff::new(Duration::from_millis(5), Duration::from_secs(1));
+
+/// At shutdown, time for which datagrams are taken that the kernel has received: others may keep coming.
+const LATE: Duration = Duration::from_millis(500);
 
 /// A handler of datagrams.
 pub trait UdpHandler: Send + Sync + 'static {
@@ -201,18 +204,21 @@ impl<H: UdpHandler> Receiving<H> {
         loop {
             while handlers.try_join_next().is_some() {}
             let next = async {
+                // A place is taken only for a datagram that is there.
+                socket.readable().await?;
                 let permit = Arc::clone(&self.running).acquire_owned().await.ok();
-                (permit, socket.recv_from(&mut buffer).await)
+                socket.try_recv_from(&mut buffer).map(|received| (permit, received))
             };
-            let (permit, received) = tokio::select! {
-                next = next => next,
+            let received = tokio::select! {
+                received = next => received,
                 () = drain.soft() => break,
             };
             match received {
-                Ok((length, peer)) => {
+                Ok((permit, (length, peer))) => {
                     failures = 0;
                     self.handle(&mut handlers, Datagram::of(&buffer[..length], peer, &socket), permit);
                 }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 Err(error) => {
                     failures += 1;
                     let pause = RETRY.jittered(failures);
@@ -223,7 +229,10 @@ impl<H: UdpHandler> Receiving<H> {
         }
         sockets.close();
         if !sockets.are_handed_over() {
-            while let Ok((length, peer)) = socket.try_recv_from(&mut buffer) {
+            let began = Instant::now();
+            while began.elapsed() < LATE
+                && let Ok((length, peer)) = socket.try_recv_from(&mut buffer)
+            {
                 let permit = Arc::clone(&self.running).acquire_owned().await.ok();
                 self.handle(&mut handlers, Datagram::of(&buffer[..length], peer, &socket), permit);
             }

@@ -6,7 +6,9 @@
 mod adopt;
 mod chaos;
 mod cli;
+mod dev;
 mod drills;
+mod examples;
 mod kubernetes;
 mod moving;
 mod openapi;

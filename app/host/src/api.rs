@@ -14,6 +14,7 @@ use axum::response::{IntoResponse, Response};
 use http::request::Parts;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
+use perennial_server::http::BodyError;
 use perennial_server::http::problem::{FieldError, Problem};
 use perennial_server::http::scope::RequestScope;
 use perennial_store::pool::{redis, sql, sqlite, with_causes};
@@ -325,7 +326,8 @@ async fn read(body: Body) -> std::result::Result<bytes::Bytes, Problem> {
 pub fn is_too_long(error: &(dyn StdError + 'static)) -> bool {
     let mut cause = Some(error);
     while let Some(error) = cause {
-        if error.is::<LengthLimitError>() {
+        let is_limit = matches!(error.downcast_ref(), Some(BodyError::TooLong));
+        if is_limit || error.is::<LengthLimitError>() {
             return true;
         }
         cause = error.source();

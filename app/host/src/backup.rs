@@ -28,10 +28,10 @@ use crate::sessions;
 #[derive(Clone, Debug)]
 pub(crate) struct BackupSource {
     data_dir: PathBuf,
-    /// The file of the store.
-    file: PathBuf,
-    /// The files of embedded databases of modules.
-    databases: Vec<PathBuf>,
+    /// The file of the store; `None` for a server.
+    store: Option<PathBuf>,
+    /// The embedded databases of modules: their files, and their places in the copy.
+    databases: Vec<(PathBuf, PathBuf)>,
     /// Secret files of the modules.
     secrets: Vec<SecretFile>,
     /// Directories of the modules, within the data directory.
@@ -51,19 +51,29 @@ impl BackupSource {
     /// Names the files to copy of a data directory.
     ///
     /// # Errors
-    /// When the store is a server, which has its own tool for copies.
+    /// When the store is a server, which has its own tool for copies, and no module has an embedded database.
     pub(crate) fn of(
         config: &Config,
         secrets: Vec<SecretFile>,
         directories: Vec<&'static str>,
     ) -> anyhow::Result<Self> {
         let data_dir = config.data_dir.clone();
-        let StoreConfig::Sqlite { file, .. } = &config.store else {
-            bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it");
+        let store = match &config.store {
+            StoreConfig::Sqlite { file, .. } => Some(data_dir.join(file)),
+            StoreConfig::Postgres(_) => None,
         };
-        let databases = config.pools.iter().filter_map(PoolConfig::file);
-        let databases = databases.map(|file| data_dir.join(file)).collect();
-        Ok(Self { file: data_dir.join(file), data_dir, databases, secrets, directories })
+        let database = |pool: &PoolConfig| {
+            let file = pool.file()?;
+            // A file elsewhere gets the name of its pool.
+            let place =
+                if file.is_absolute() { format!("{}.db", pool.name()).into() } else { file.to_owned() };
+            Some((data_dir.join(file), place))
+        };
+        let databases: Vec<_> = config.pools.iter().filter_map(database).collect();
+        if store.is_none() && databases.is_empty() {
+            bail!("the store is a Postgres server: pg_dump copies it, and the keys that are in it");
+        }
+        Ok(Self { store, data_dir, databases, secrets, directories })
     }
 
     /// The files with keys, each with its name in the copy.
@@ -87,12 +97,12 @@ impl BackupSource {
         let at = |path: &Path| format!("{} cannot be written", path.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(draft).with_context(|| at(draft))?;
         let mut files = Vec::new();
-        let databases = self.databases.iter().filter(|file| file.exists());
-        for file in [&self.file].into_iter().chain(databases) {
-            let name = file.file_name().context("the store has no file")?.to_string_lossy().into_owned();
-            sqlite::copy(file, &draft.join(&name))
-                .with_context(|| format!("{} cannot be copied", file.display()))?;
-            files.push(name);
+        if let Some(store) = &self.store {
+            let place = store.file_name().context("the store has no file")?;
+            copy_database(store, draft, Path::new(place), true, &mut files)?;
+        }
+        for (database, place) in self.databases.iter().filter(|(database, _)| database.exists()) {
+            copy_database(database, draft, place, false, &mut files)?;
         }
         for (file, key) in self.keys() {
             match fs::read(file) {
@@ -124,6 +134,23 @@ impl BackupSource {
         }
         Ok(Copied { directory: directory.to_owned(), files, bytes })
     }
+}
+
+/// Copies an embedded database to its place in `draft`.
+fn copy_database(
+    database: &Path,
+    draft: &Path,
+    place: &Path,
+    is_store: bool,
+    files: &mut Vec<String>,
+) -> anyhow::Result<()> {
+    let to = draft.join(place);
+    let parent = to.parent().context("a database has no directory")?;
+    fs::DirBuilder::new().recursive(true).mode(0o700).create(parent)?;
+    sqlite::copy(database, &to, is_store)
+        .with_context(|| format!("{} cannot be copied to {}", database.display(), place.display()))?;
+    files.push(place.to_string_lossy().into_owned());
+    Ok(())
 }
 
 /// Copies the regular files of a directory, and of those below it, to the same place in `draft`. A link is not followed:

@@ -33,6 +33,7 @@ use tracing::info;
 use crate::addresses::{Addresses, url};
 use crate::admin::Booted;
 use crate::data_dir::{self, DataDir};
+use crate::dev::Dev;
 use crate::module::{Announcement, Closer, Configured};
 use crate::openapi;
 use crate::pools::OpenPool;
@@ -99,6 +100,10 @@ pub(crate) async fn boot(
     // Nothing below can fail, so a boot that fails never cuts off a job that has begun.
     let (workers, books) = (engine.worker.status(), engine.books.clone());
     let routes = openapi::with_description(std::mem::take(&mut mounted.routes));
+    let routes = match Dev::of_environment() {
+        Some(dev) => dev.around(routes, drain.clone()),
+        None => routes,
+    };
     let parts =
         start::TaskParts { config: &plan.config, base: &base, tasks: &tasks, health: &health, drain: &drain };
     let pools = parts.start(engine, &mounted);
@@ -132,7 +137,7 @@ pub(crate) async fn boot(
         announcements: announcements(&mounted.announcements, &addresses.server),
         addresses,
         closers: mounted.closers,
-        pools: base.pools.named(),
+        pools: base.pools.named().into_iter().chain(base.replica.map(OpenPool::of_replica)).collect(),
         store: base.store,
         data_dir: base.data_dir,
     };

@@ -72,12 +72,7 @@ pub fn outgoing_connections(settings: &mut Reader<'_>, key: &'static str, wanted
 
 /// Returns the wanted number of connections, but no more than `most` of the limits of the process. A smaller number is
 /// noted for operators.
-pub(crate) fn fit(
-    settings: &mut Reader<'_>,
-    key: &'static str,
-    wanted: usize,
-    most: impl Fn(Means) -> u64,
-) -> usize {
+pub(crate) fn fit(settings: &mut Reader<'_>, key: &str, wanted: usize, most: impl Fn(Means) -> u64) -> usize {
     let means = means(settings);
     let most = usize::try_from(most(means)).unwrap_or(usize::MAX);
     if most < wanted {

@@ -4,6 +4,7 @@ mod adopt;
 mod backup;
 mod check;
 mod cron;
+mod dev;
 mod health;
 mod jobs;
 mod keys;
@@ -91,6 +92,8 @@ enum HostCommand {
     Cron(cron::Cron),
     /// Make the project of an application of your own
     New(new::New),
+    /// Build and run a project, anew whenever its files change
+    Dev(dev::Dev),
     /// Show the activity of the running server, updated every second
     Top(top::Top),
     /// Print a completion script for a shell
@@ -149,6 +152,7 @@ pub(crate) fn main(modules: &[Blueprint], defaults: Vec<(String, toml::Value)>) 
                 HostCommand::Completions(completions) => completions.run(definition(modules)),
                 HostCommand::Man(man) => man.run(definition(modules)),
                 HostCommand::New(new) => new.run(json),
+                HostCommand::Dev(dev) => dev.run(),
                 command => context(json, &sources, modules)
                     .map_err(Into::into)
                     .and_then(|context| command.run(&context, modules)),
@@ -205,7 +209,12 @@ impl HostCommand {
             Self::Jobs(jobs) => jobs.run(context),
             Self::Cron(cron) => cron.run(context),
             Self::Top(top) => top.run(context),
-            Self::Serve(_) | Self::Check(_) | Self::Completions(_) | Self::Man(_) | Self::New(_) => Ok(()),
+            Self::Serve(_)
+            | Self::Check(_)
+            | Self::Completions(_)
+            | Self::Man(_)
+            | Self::New(_)
+            | Self::Dev(_) => Ok(()),
         }
     }
 }

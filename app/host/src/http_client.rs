@@ -18,6 +18,7 @@
 //! config.rs    targets and their settings
 //! connect.rs   connections: names, checked addresses, a proxy, TLS
 //! request.rs   a request that is being built
+//!   webhook.rs   its signature
 //! call.rs      the attempts of one call
 //!   retry.rs     whether and when there is another attempt
 //! answer.rs    the answer and its body
@@ -34,6 +35,7 @@ mod error;
 mod metrics;
 mod request;
 mod retry;
+mod webhook;
 
 use std::collections::HashMap;
 use std::fmt;
@@ -71,9 +73,8 @@ pub struct HttpClient(Arc<ClientInner>);
 
 struct ClientInner {
     config: TargetConfig,
-    /// The connections, made by the first call: reading all authorities that sign certificates takes time. The error is
-    /// the reason why they cannot be read.
-    http: OnceLock<std::result::Result<Client<Connector, Body>, String>>,
+    /// The connections, made by the first call: reading all authorities that sign certificates takes time.
+    http: OnceLock<Client<Connector, Body>>,
     /// Permits for calls that run at once.
     calls: Arc<Semaphore>,
     /// Number of running calls by host, where others choose the hosts.
@@ -150,18 +151,23 @@ impl HttpClient {
     /// The connections.
     fn connections(&self) -> Result<&Client<Connector, Body>> {
         let ClientInner { config, http, .. } = &*self.0;
-        let make = || {
-            let connector = Connector::new(config).map_err(|error| format!("{error:#}"))?;
-            Ok(Client::builder(TokioExecutor::new())
-                .pool_idle_timeout(IDLE)
-                .pool_timer(TokioTimer::new())
-                .timer(TokioTimer::new())
-                .http2_keep_alive_interval(PING.0)
-                .http2_keep_alive_timeout(PING.1)
-                .build(connector))
-        };
-        let target = config.name;
-        http.get_or_init(make).as_ref().map_err(|reason| Error::Request { target, reason: reason.clone() })
+        if let Some(http) = http.get() {
+            return Ok(http);
+        }
+        let connector = Connector::new(config)
+            .map_err(|error| Error::Request { target: config.name, reason: format!("{error:#}") })?;
+        let mut builder = Client::builder(TokioExecutor::new());
+        builder
+            .pool_idle_timeout(IDLE)
+            .pool_timer(TokioTimer::new())
+            .timer(TokioTimer::new())
+            .http2_keep_alive_interval(PING.0)
+            .http2_keep_alive_timeout(PING.1);
+        if config.any.as_ref().is_some_and(|any| !any.is_internal) {
+            // A stranger has any number of names, each of which would keep a connection.
+            builder.pool_max_idle_per_host(0);
+        }
+        Ok(http.get_or_init(|| builder.build(connector)))
     }
 
     pub(crate) fn status(&self) -> (&'static str, TargetStatus) {

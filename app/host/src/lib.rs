@@ -18,6 +18,7 @@ mod config;
 mod control;
 mod cron;
 pub mod data_dir;
+mod dev;
 mod handover;
 pub mod http_client;
 mod jobs;
@@ -51,8 +52,8 @@ pub use perennial_store::pool::sql;
 pub use perennial_store::{table, transact, values};
 pub use perennial_workers as workers;
 pub use {
-    anyhow, axum, clap, http, jiff, metrics, rusqlite, secrecy, serde, serde_json, tokio, toml, tracing,
-    utoipa, uuid,
+    anyhow, axum, clap, futures_util, http, jiff, metrics, rusqlite, secrecy, serde, serde_json, tokio,
+    tokio_util, toml, tracing, utoipa, uuid,
 };
 
 pub use program::name as program_name;

@@ -19,31 +19,32 @@ use std::num::NonZeroU32;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use governor::clock::{Clock, DefaultClock};
-use governor::{DefaultKeyedRateLimiter, Quota, RateLimiter};
+use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
 use http::{Request, StatusCode};
-use parking_lot::Mutex;
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::RequestScope;
 use perennial_server::net::network;
+use perennial_store::table::Table;
 use tower::{Layer, Service};
 
 pub use perennial_server::http::limits::{Limited, RouteLimit, body, time};
 
-/// Maximum number of clients that are remembered for one route.
-const CLIENTS: usize = 100_000;
-/// Minimum time between two looks through the clients of a full table.
-const SWEEP_EVERY: Duration = Duration::from_secs(1);
+/// Maximum number of clients that are remembered for one route. A new one takes the place of the client that has sent no
+/// request for the longest time.
+const CLIENTS: u64 = 100_000;
+/// Number of periods after which the count of a client begins anew.
+const PERIODS: u32 = 100;
 
 /// Sets the maximum number of requests of a route from one client in a time. They may come all at once, and then one by
 /// one, evenly. A request beyond that is answered with 429 and `Retry-After`.
 ///
-/// A client is an address, or the /64 network of an IPv6 address. Each process counts for itself. When the route has
-/// very many clients at once, new ones are not counted, and known ones are: strangers from many addresses lock nobody
-/// out.
+/// A client is an address, or the /64 network of an IPv6 address. Each process counts for itself. The number of clients that
+/// are remembered is bounded: strangers from very many addresses make the process forget those who are silent, and lock
+/// nobody out.
 ///
 /// # Panics
 /// When the time is zero.
@@ -51,12 +52,7 @@ pub fn rate(requests: u32, within: Duration) -> RateLimit {
     let requests = NonZeroU32::new(requests).unwrap_or(NonZeroU32::MIN);
     #[expect(clippy::expect_used, reason = "a mistake in the program, which any start of it shows")]
     let quota = Quota::with_period(within / requests.get()).expect("a time above zero").allow_burst(requests);
-    RateLimit(Arc::new(Clients {
-        requests,
-        within,
-        limiter: RateLimiter::keyed(quota),
-        swept: Mutex::new(None),
-    }))
+    RateLimit(Arc::new(Clients { requests, within, quota, by_address: Table::new(CLIENTS) }))
 }
 
 /// Layer that limits the rate of requests from one client.
@@ -66,9 +62,8 @@ pub struct RateLimit(Arc<Clients>);
 struct Clients {
     requests: NonZeroU32,
     within: Duration,
-    limiter: DefaultKeyedRateLimiter<IpAddr>,
-    /// When clients without recent requests were last looked for.
-    swept: Mutex<Option<Instant>>,
+    quota: Quota,
+    by_address: Table<DefaultDirectRateLimiter>,
 }
 
 impl fmt::Debug for RateLimit {
@@ -81,26 +76,13 @@ impl fmt::Debug for RateLimit {
 }
 
 impl Clients {
-    /// Drops clients without recent requests. The table is looked through at most once in a while.
-    fn sweep(&self) {
-        let mut swept = self.swept.lock();
-        if swept.is_none_or(|at| at.elapsed() >= SWEEP_EVERY) {
-            *swept = Some(Instant::now());
-            self.limiter.retain_recent();
-        }
-    }
-
     /// Counts a request of a client, and returns the answer if it is beyond the limit.
     fn count(&self, client: Option<IpAddr>) -> Option<Problem> {
         // All clients of a Unix socket would share one limit.
-        let client = network(client?);
-        if self.limiter.len() >= CLIENTS {
-            self.sweep();
-            if self.limiter.len() >= CLIENTS {
-                return None;
-            }
-        }
-        let wait = self.limiter.check_key(&client).err()?.wait_time_from(DefaultClock::default().now());
+        let client = network(client?).to_string();
+        let kept = self.within.saturating_mul(PERIODS);
+        let limiter = self.by_address.get_or_make(&client, kept, || RateLimiter::direct(self.quota));
+        let wait = limiter.check().err()?.wait_time_from(DefaultClock::default().now());
         let detail = format!("a client may do this {} times in {:?}", self.requests, self.within);
         Some(Problem::new(StatusCode::TOO_MANY_REQUESTS, detail).retry_after(wait))
     }
@@ -160,12 +142,16 @@ mod tests {
     }
 
     #[test]
-    fn strangers_from_many_addresses_lock_nobody_out_and_the_table_is_bounded() {
-        let limit = rate(1, Duration::from_secs(3600));
+    fn strangers_from_many_addresses_lock_nobody_out_and_free_no_one_who_goes_on() {
+        let limit = rate(2, Duration::from_secs(3600));
         let refused = |client: u32| limit.0.count(Some(IpAddr::from(client.to_be_bytes()))).is_some();
-        let clients = u32::try_from(CLIENTS).unwrap();
-        assert!((0..clients + 10).all(|client| !refused(client)));
-        assert!(limit.0.limiter.len() <= CLIENTS);
-        assert!(!refused(clients + 5), "a client that is not counted");
+        assert!(!refused(0) && !refused(0) && refused(0));
+        for client in 1..=u32::try_from(CLIENTS).unwrap() * 2 {
+            assert!(!refused(client), "a new client");
+            if client % 1000 == 0 {
+                assert!(refused(0), "one who goes on is remembered");
+            }
+        }
+        assert!(limit.0.by_address.len() <= CLIENTS + 1000);
     }
 }

@@ -135,12 +135,23 @@ pub(crate) fn check<'a>(modules: impl Iterator<Item = (&'a str, &'a [Listener])>
     Ok(())
 }
 
-/// Leaves the public listener no more connections than the other listeners leave of the limits of the process.
+/// Shares the connections that the process can bear: half of them are for the listeners of modules, in equal parts, and the
+/// public listener has what these do not want.
 pub(crate) fn share_connections(settings: &mut Reader<'_>, config: &mut Config) {
-    let taken: usize = config.listeners.iter().map(ListenerConfig::max_connections).sum();
+    let head = config.server.head_limit;
+    let mut on_tcp: Vec<_> = config.listeners.iter_mut().filter_map(ListenerConfig::tcp).collect();
+    let count = on_tcp.len() as u64;
+    let mut taken = 0;
+    for listener in &mut on_tcp {
+        let key = format!("listeners.{}.max_connections", listener.name);
+        let part = |visitors: u64| (visitors / 2 / count).max(16);
+        let fitting = fit(settings, &key, listener.max_connections, |means| part(means.visitors(head)));
+        listener.max_connections = fitting;
+        taken += fitting as u64;
+    }
     if taken > 0 {
-        let (head, wanted) = (config.server.head_limit, config.server.net.max_connections);
-        let left = |visitors: u64| visitors.saturating_sub(taken as u64).max(16);
+        let wanted = config.server.net.max_connections;
+        let left = |visitors: u64| visitors.saturating_sub(taken).max(16);
         config.server.net.max_connections =
             fit(settings, "server.max_connections", wanted, |means| left(means.visitors(head)));
     }
@@ -161,10 +172,10 @@ impl ListenerConfig {
         }
     }
 
-    fn max_connections(&self) -> usize {
+    fn tcp(&mut self) -> Option<&mut net::Config> {
         match self {
-            Self::Tcp(config) => config.max_connections,
-            Self::Udp(_) => 0,
+            Self::Tcp(config) => Some(config),
+            Self::Udp(_) => None,
         }
     }
 

@@ -52,7 +52,7 @@ use utoipa_axum::router::OpenApiRouter;
 use crate::access::{Access, Scope, Scopes};
 use crate::boot::open;
 use crate::command::Commands;
-use crate::config::Config;
+use crate::config::{Config, StoreConfig};
 use crate::data_dir::DataDir;
 pub use crate::data_dir::SecretFile;
 use crate::http_client::{self, HttpClient, Target};
@@ -520,6 +520,7 @@ pub(crate) fn read(
     let mut config = Config::read(&mut reader, scopes(modules));
     config.pools =
         modules.iter().flat_map(|module| module.pools).map(|pool| pool.read(&mut reader)).collect();
+    check_files(&mut reader, &config);
     let listeners = modules.iter().flat_map(|module| module.listeners);
     config.listeners = listeners.map(|listener| listener.read(&mut reader, &config.server.net)).collect();
     config.targets =
@@ -529,6 +530,22 @@ pub(crate) fn read(
     config.notes = reader.take_notes();
     reader.finish()?;
     Ok((config, configured))
+}
+
+/// Refuses two embedded databases that have the same file.
+fn check_files(reader: &mut Reader<'_>, config: &Config) {
+    let of_store = match &config.store {
+        StoreConfig::Sqlite { file, .. } => Some(config.data_dir.join(file)),
+        StoreConfig::Postgres(_) => None,
+    };
+    let mut taken: Vec<_> = of_store.into_iter().collect();
+    for pool in &config.pools {
+        let Some(file) = pool.file().map(|file| config.data_dir.join(file)) else { continue };
+        if taken.contains(&file) {
+            reader.refuse::<()>(&pool.url_key(), "a file that no other database has");
+        }
+        taken.push(file);
+    }
 }
 
 /// Collects the directories of all modules.

@@ -107,9 +107,29 @@ pub(crate) fn check<'a>(modules: impl Iterator<Item = (&'a str, &'a [Pool])>) ->
     Ok(())
 }
 
-/// Checks a name that is a part of settings and a label of metrics.
+/// Names of tasks and conditions of the host.
+const RESERVED: [&str; 11] = [
+    "admin",
+    "caches",
+    "cron",
+    "heartbeat",
+    "http",
+    "jobs",
+    "memory",
+    "pause",
+    "public",
+    "watchdog",
+    "workers",
+];
+
+/// Checks a name that is a part of settings, a label of metrics, and the name of a task or of a condition.
 pub(crate) fn check_name(module: &str, kind: &str, name: &str) -> Result<(), String> {
     let is_valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_';
+    if RESERVED.contains(&name) {
+        return Err(format!(
+            "the module {module} has a {kind} called {name}, as a part of the host is: rename it"
+        ));
+    }
     if !name.is_empty() && name.chars().all(is_valid) {
         return Ok(());
     }
@@ -132,6 +152,16 @@ enum ServerConfig {
 }
 
 impl PoolConfig {
+    /// The name of the pool.
+    pub(crate) fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The key of its URL.
+    pub(crate) fn url_key(&self) -> String {
+        format!("{}.url", self.section)
+    }
+
     /// The file of an embedded database.
     pub(crate) fn file(&self) -> Option<&std::path::Path> {
         match &self.server {
@@ -140,17 +170,24 @@ impl PoolConfig {
         }
     }
 
-    /// Opens the pool. A server that is away fails boot only if it is required.
-    pub(crate) async fn open(&self, data_dir: &DataDir) -> anyhow::Result<OpenPool> {
-        let server = match &self.server {
-            ServerConfig::Sql(config @ StoreConfig::Sqlite { .. }) => open::store(data_dir, config).await,
+    /// Opens an embedded database.
+    async fn open_file(&self, data_dir: &DataDir) -> anyhow::Result<OpenPool> {
+        let ServerConfig::Sql(config) = &self.server else { bail!("{} is no file", self.section) };
+        let store = open::store(data_dir, config).await;
+        let store = store.with_context(|| format!("{}.url", self.section))?;
+        Ok(OpenPool { server: Server::Sql(store), policy: self.policy })
+    }
+
+    /// Opens the pool of a server. One that is away fails boot only if it is required.
+    async fn open_server(&self) -> anyhow::Result<OpenPool> {
+        match &self.server {
             ServerConfig::Sql(StoreConfig::Postgres(config)) => {
-                database(config, &format!("{}.url: Postgres", self.section), self.policy).await
+                let store = database(config, &format!("{}.url: Postgres", self.section), self.policy).await?;
+                Ok(OpenPool { server: Server::Sql(store), policy: self.policy })
             }
-            ServerConfig::Redis(config) => return self.open_redis(config).await,
-        };
-        let server = server.with_context(|| format!("{}.url", self.section))?;
-        Ok(OpenPool { server: Server::Sql(server), policy: self.policy })
+            ServerConfig::Sql(StoreConfig::Sqlite { .. }) => bail!("{} is no server", self.section),
+            ServerConfig::Redis(config) => self.open_redis(config).await,
+        }
     }
 
     async fn open_redis(&self, config: &redis::Config) -> anyhow::Result<OpenPool> {
@@ -201,6 +238,11 @@ impl OpenPool {
         Self { server: Server::Sql(store), policy }
     }
 
+    /// The replica of the store, without which the program goes on.
+    pub(crate) fn of_replica(replica: Store) -> Self {
+        Self::sql(replica, ReadinessPolicy::Degraded)
+    }
+
     pub(crate) fn redis(redis: Redis, policy: ReadinessPolicy) -> Self {
         Self { server: Server::Redis(redis), policy }
     }
@@ -245,13 +287,25 @@ impl Server {
 pub(crate) struct NamedPools(HashMap<&'static str, OpenPool>);
 
 impl NamedPools {
-    /// Opens all of them.
-    pub(crate) async fn open(configs: &[PoolConfig], data_dir: &DataDir) -> anyhow::Result<Self> {
+    /// Opens the pools of servers.
+    pub(crate) async fn open_servers(configs: &[PoolConfig]) -> anyhow::Result<Self> {
         let mut pools = HashMap::new();
-        for config in configs {
-            pools.insert(config.name, config.open(data_dir).await?);
+        for config in configs.iter().filter(|config| config.file().is_none()) {
+            pools.insert(config.name, config.open_server().await?);
         }
         Ok(Self(pools))
+    }
+
+    /// Opens the embedded databases, which need the data directory.
+    pub(crate) async fn open_files(
+        &mut self,
+        configs: &[PoolConfig],
+        data_dir: &DataDir,
+    ) -> anyhow::Result<()> {
+        for config in configs.iter().filter(|config| config.file().is_some()) {
+            self.0.insert(config.name, config.open_file(data_dir).await?);
+        }
+        Ok(())
     }
 
     /// All of them.

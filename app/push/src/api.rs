@@ -135,7 +135,7 @@ pub(crate) fn mount(host: &mut Host, api: &ApiState) {
     match host.prefix {
         "" => host.routes(routes(api, has_page)),
         prefix => {
-            host.routes(routes(api, has_page).layer(map_response(move |response| below(prefix, response))))
+            host.routes(routes(api, has_page).layer(map_response(move |response| below(prefix, response))));
         }
     }
     host.admin_read(services::admin_read(api.clone()));

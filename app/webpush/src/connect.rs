@@ -18,9 +18,9 @@ use tokio_util::either::Either;
 
 use crate::addresses::{ChosenAddress, ServiceAddresses};
 use crate::proxy::{Proxied, Proxy};
-use crate::resolve::{ResolveError, Resolver};
 use crate::silence::notice_silence;
 use crate::target::{Origin, Policy, TargetError};
+use perennial_addresses::{ResolveError, Resolver};
 
 /// Size of the write buffer, in bytes: as many small frames as fit become one TLS record and one system call.
 const GATHER: usize = 32 * 1024;

@@ -19,7 +19,6 @@ use crate::connection_pool::ConnectionPool;
 use crate::message::Message;
 use crate::proxy::Proxy;
 use crate::reputation::Reputation;
-use crate::resolve::{Pin, ResolveError, Resolver};
 use crate::sender_keys::{Keying, SenderKey};
 use crate::service::{Acceptance, Asking, Permit, ServiceStatus, Services};
 use crate::subscription::Keys;
@@ -27,6 +26,7 @@ use crate::target::{Endpoint, Policy, TargetError};
 use crate::vapid::VapidKey;
 use crate::verdict::{Verdict, is_windows, verdict};
 use crate::wire::{ClientError, PoolLimits, PushResponse, Rooms};
+use perennial_addresses::{Pin, ResolveError, Resolver};
 
 const TTL: HeaderName = HeaderName::from_static("ttl");
 const URGENCY: HeaderName = HeaderName::from_static("urgency");

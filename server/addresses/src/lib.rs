@@ -2,9 +2,13 @@
 //! network of the server (server-side request forgery): its addresses are checked after the name was looked up, and the
 //! connection goes to the address that was checked.
 
+mod resolve;
+
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
+
+pub use resolve::{Pin, ResolveError, Resolver};
 
 /// Returns true when an address is on the public internet, or in one of the allowed networks.
 pub fn is_allowed(address: IpAddr, networks: &[IpNet]) -> bool {

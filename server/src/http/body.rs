@@ -98,11 +98,14 @@ pub(super) struct BodyTimeouts {
 
 /// Why a part of a body cannot be read.
 #[derive(Debug, thiserror::Error)]
-pub(super) enum BodyError {
+pub enum BodyError {
+    /// The connection broke off.
     #[error(transparent)]
     Broken(#[from] hyper::Error),
+    /// The body came too slowly.
     #[error("the body came too slowly")]
     TooSlow,
+    /// The body is longer than `server.body_limit`, or than the limit of its route.
     #[error("the body is too long")]
     TooLong,
 }
@@ -120,6 +123,8 @@ pub(super) struct RequestBody {
     timeouts: BodyTimeouts,
     /// Number of bytes that have been read.
     length: u64,
+    /// Whether the body has failed: nothing follows.
+    has_failed: bool,
     wait: Option<Wait>,
 }
 
@@ -142,7 +147,17 @@ impl RequestBody {
     ) -> Self {
         let is_kept_back = headers.contains_key(header::EXPECT);
         let open = (!body.is_end_stream()).then(|| OpenBody::on(scope.shared_connection()));
-        Self { open, body: Some(body), is_kept_back, leftover, scope, timeouts, length: 0, wait: None }
+        Self {
+            open,
+            body: Some(body),
+            is_kept_back,
+            leftover,
+            scope,
+            timeouts,
+            length: 0,
+            has_failed: false,
+            wait: None,
+        }
     }
 
     /// Waits for a part that has not arrived; ready when a time limit is reached.
@@ -155,7 +170,8 @@ impl RequestBody {
         });
         if wait.since.is_none() {
             wait.since = Some(now);
-            wait.limit.as_mut().reset((now + timeouts.idle).min(wait.first + timeouts.total).into());
+            let total = self.scope.body_time_limit().unwrap_or(timeouts.total);
+            wait.limit.as_mut().reset((now + timeouts.idle).min(wait.first + total).into());
             self.scope.set_stage(RequestStage::Body);
         }
         wait.limit.as_mut().poll(context)
@@ -176,6 +192,13 @@ impl RequestBody {
         self.length.saturating_add(rest) > self.scope.body_limit() as u64
     }
 
+    /// Refuses a body that is too long.
+    fn refuse(&mut self) -> BodyError {
+        self.has_failed = true;
+        self.scope.body_is_too_long();
+        BodyError::TooLong
+    }
+
     /// Gives the body up, and counts which time limit was reached.
     fn cut(&mut self) -> BodyError {
         let idle = self
@@ -185,6 +208,7 @@ impl RequestBody {
             .is_some_and(|since| since.elapsed() >= self.timeouts.idle);
         // The rest of the body is not waited for.
         self.open = None;
+        self.has_failed = true;
         if let Some(leftover) = &self.leftover {
             leftover.is_given_up();
         }
@@ -201,9 +225,11 @@ impl Body for RequestBody {
         mut self: Pin<&mut Self>,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BodyError>>> {
+        if self.has_failed {
+            return Poll::Ready(None);
+        }
         if self.is_too_long() {
-            self.scope.body_is_too_long();
-            return Poll::Ready(Some(Err(BodyError::TooLong)));
+            return Poll::Ready(Some(Err(self.refuse())));
         }
         self.is_kept_back = false;
         let Some(body) = &mut self.body else { return Poll::Ready(None) };
@@ -215,8 +241,7 @@ impl Body for RequestBody {
         if let Some(Ok(data)) = frame.as_ref().map(|frame| frame.as_ref().map(Frame::data_ref)) {
             self.length += data.map_or(0, |data| data.len() as u64);
             if self.is_too_long() {
-                self.scope.body_is_too_long();
-                return Poll::Ready(Some(Err(BodyError::TooLong)));
+                return Poll::Ready(Some(Err(self.refuse())));
             }
         }
         let Some(body) = &self.body else { return Poll::Ready(None) };

@@ -7,7 +7,7 @@
 //! # let (report, upload) = (|| async {}, || async {});
 //! Router::<()>::new()
 //!     .route("/reports", get(report).layer(limits::time(Duration::from_secs(120))))
-//!     .route("/pictures", post(upload).layer(limits::body(20 << 20)));
+//!     .route("/pictures", post(upload).layer(limits::body(20 << 20).within(Duration::from_secs(300))));
 //! ```
 
 use std::convert::Infallible;
@@ -25,20 +25,30 @@ use super::stack::took_too_long;
 /// Sets the maximum length of a request body of a route, in bytes, instead of `server.body_limit`. A longer one is
 /// answered with 413.
 pub fn body(bytes: usize) -> RouteLimit {
-    RouteLimit { body: Some(bytes), time: None }
+    RouteLimit { body: Some(bytes), body_time: None, time: None }
 }
 
 /// Sets the time until a handler of a route must have an answer, from the request head, instead of
 /// `server.request_timeout`. After that the request is answered with 503. The body of the answer may take longer.
 pub fn time(limit: Duration) -> RouteLimit {
-    RouteLimit { body: None, time: Some(limit) }
+    RouteLimit { body: None, body_time: None, time: Some(limit) }
 }
 
 /// Layer that sets limits of a route.
 #[derive(Clone, Copy, Debug)]
 pub struct RouteLimit {
     body: Option<usize>,
+    body_time: Option<Duration>,
     time: Option<Duration>,
+}
+
+impl RouteLimit {
+    /// Sets the time for which a handler of the route may wait for the whole body, instead of `server.body_timeout`. A part
+    /// of it still has `server.body_idle_timeout`.
+    #[must_use]
+    pub fn within(self, limit: Duration) -> Self {
+        Self { body_time: Some(limit), ..self }
+    }
 }
 
 /// The service of a route with limits of its own.
@@ -73,6 +83,9 @@ where
         let scope = request.extensions().get::<RequestScope>().cloned();
         if let (Some(scope), Some(bytes)) = (&scope, self.limit.body) {
             scope.set_body_limit(bytes);
+        }
+        if let (Some(scope), Some(limit)) = (&scope, self.limit.body_time) {
+            scope.set_body_time_limit(limit);
         }
         if let (Some(scope), Some(limit)) = (&scope, self.limit.time) {
             scope.set_time_limit(limit);

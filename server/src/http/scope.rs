@@ -46,7 +46,9 @@ struct State {
     no_body: OnceLock<&'static str>,
     /// Maximum length of the body, in bytes.
     body_limit: AtomicUsize,
-    /// Whether the body is longer than that.
+    /// Time that the whole body may take, in nanoseconds, if that differs from the settings; else 0.
+    body_time_limit: AtomicU64,
+    /// Whether the body is longer than its limit.
     is_too_long: AtomicBool,
     /// Time until there must be a response, from the start of the request, in nanoseconds.
     time_limit: AtomicU64,
@@ -113,6 +115,7 @@ impl RequestScope {
         Self(Arc::new(State {
             begun,
             body_limit,
+            body_time_limit: AtomicU64::new(0),
             is_too_long: AtomicBool::new(false),
             time_limit,
             route: OnceLock::new(),
@@ -165,6 +168,16 @@ impl RequestScope {
 
     pub(super) fn set_body_limit(&self, bytes: usize) {
         self.0.body_limit.store(bytes, Ordering::Relaxed);
+    }
+
+    /// Returns the time that the whole body may take, if that differs from the settings.
+    pub(super) fn body_time_limit(&self) -> Option<Duration> {
+        let limit = self.0.body_time_limit.load(Ordering::Relaxed);
+        (limit > 0).then(|| Duration::from_nanos(limit))
+    }
+
+    pub(super) fn set_body_time_limit(&self, limit: Duration) {
+        self.0.body_time_limit.store(nanoseconds(limit).max(1), Ordering::Relaxed);
     }
 
     /// Records that the body is longer than its limit.

@@ -279,9 +279,9 @@ impl Sockets {
     }
 }
 
-/// Opens the sockets of a server.
-pub(crate) async fn bind(config: Config, inherited: &Inherited) -> Result<Bound, BindError> {
-    let identity = config.tls.clone().map(tls::Identity::read).transpose()?;
+/// Opens the sockets of a server, which offers these protocols over TLS.
+pub(crate) async fn bind(config: Config, inherited: &Inherited, alpn: tls::Alpn) -> Result<Bound, BindError> {
+    let identity = config.tls.clone().map(|tls| tls::Identity::read(tls, alpn)).transpose()?;
     let listeners = listeners(&config, inherited, identity.as_ref()).await?;
     let share = |listener: &Listener| {
         let address = listener.address();

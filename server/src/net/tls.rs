@@ -44,8 +44,16 @@ pub(crate) struct Identity(Arc<KeyFiles>);
 
 struct KeyFiles {
     config: Config,
+    alpn: Alpn,
     current: RwLock<(Stamp, TlsAcceptor)>,
 }
+
+/// Protocols that a listener offers (RFC 7301). One that speaks something else than HTTP offers none, so that a browser
+/// that was sent there (ALPACA) is not taken for a client of it.
+pub(crate) type Alpn = &'static [&'static [u8]];
+
+/// HTTP/2 before HTTP/1.1.
+pub(crate) const HTTP: Alpn = &[b"h2", b"http/1.1"];
 
 /// Modification times of the certificate file and the key file.
 type Stamp = [Option<SystemTime>; 2];
@@ -58,9 +66,9 @@ impl std::fmt::Debug for Identity {
 
 impl Identity {
     /// Reads the files.
-    pub(crate) fn read(config: Config) -> Result<Self, Error> {
-        let current = (stamp(&config), acceptor(&config)?);
-        Ok(Self(Arc::new(KeyFiles { config, current: RwLock::new(current) })))
+    pub(crate) fn read(config: Config, alpn: Alpn) -> Result<Self, Error> {
+        let current = (stamp(&config), acceptor(&config, alpn)?);
+        Ok(Self(Arc::new(KeyFiles { config, alpn, current: RwLock::new(current) })))
     }
 
     /// Returns the acceptor for new connections.
@@ -73,12 +81,12 @@ impl Identity {
     /// # Errors
     /// When the new files cannot be used.
     pub(crate) fn refresh(&self) -> Result<bool, Error> {
-        let KeyFiles { config, current } = &*self.0;
+        let KeyFiles { config, alpn, current } = &*self.0;
         let stamp = stamp(config);
         if stamp == current.read().0 {
             return Ok(false);
         }
-        let acceptor = acceptor(config)?;
+        let acceptor = acceptor(config, alpn)?;
         *current.write() = (stamp, acceptor);
         Ok(true)
     }
@@ -89,7 +97,7 @@ impl Identity {
 /// # Errors
 /// When a listener could not be opened with the files.
 pub fn check(config: &Config) -> Result<(), Error> {
-    acceptor(config).map(drop)
+    acceptor(config, &[]).map(drop)
 }
 
 /// Returns the time at which the first certificate of a file expires; `None` when it cannot be read.
@@ -104,8 +112,8 @@ fn stamp(config: &Config) -> Stamp {
     [changed(&config.cert_file), changed(&config.key_file)]
 }
 
-/// Reads the files and offers HTTP/2 before HTTP/1.1.
-fn acceptor(config: &Config) -> Result<TlsAcceptor, Error> {
+/// Reads the files, and offers these protocols.
+fn acceptor(config: &Config, alpn: Alpn) -> Result<TlsAcceptor, Error> {
     let pem = |file: &PathBuf, wanted| {
         let file = file.clone();
         move |source| Error::Pem { file, wanted, source }
@@ -119,6 +127,6 @@ fn acceptor(config: &Config) -> Result<TlsAcceptor, Error> {
         .with_safe_default_protocol_versions()?
         .with_no_client_auth()
         .with_single_cert(chain, key)?;
-    server.alpn_protocols = vec![b"h2".to_vec(), b"http/1.1".to_vec()];
+    server.alpn_protocols = alpn.iter().map(|protocol| protocol.to_vec()).collect();
     Ok(TlsAcceptor::from(Arc::new(server)))
 }

@@ -97,6 +97,16 @@ impl<V: Send + Sync + 'static> Table<V> {
         changed.into_value().value
     }
 
+    /// The value of this name. If there is none, it is made, for this long: of several callers at once, one makes it.
+    pub fn get_or_make(&self, name: &str, ttl: Duration, make: impl FnOnce() -> V) -> Arc<V> {
+        let entry = self.0.entry_by_ref(name).or_insert_with(|| Entry {
+            value: Arc::new(make()),
+            ttl,
+            is_renewed: true,
+        });
+        entry.into_value().value
+    }
+
     /// Removes a value, and returns it.
     pub fn remove(&self, name: &str) -> Option<Arc<V>> {
         self.0.remove(name).map(|entry| entry.value)

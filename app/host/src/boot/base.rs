@@ -43,13 +43,15 @@ impl Base {
     /// Takes the data directory over from a predecessor, if there is one, and brings the store up to date.
     pub(super) async fn open(plan: &BootPlan) -> anyhow::Result<Self> {
         let config = &plan.config;
+        // Servers that cannot be used must be noticed before the predecessor is asked to leave.
+        let clients = config.targets.iter().cloned().map(HttpClient::new).collect::<anyhow::Result<_>>()?;
+        let replica = open::replica(config).await?;
+        let mut pools = NamedPools::open_servers(&config.pools).await?;
         let patience = config.phases.succession + config.phases.hard + CLOSING;
         let data_dir = Arc::new(plan.inheritance.lock(&config.data_dir, patience).await?);
         let store = open::store(&data_dir, &config.store).await?;
         store.migrate(&plan.tables).await.context("the store cannot be brought up to date")?;
-        let replica = open::replica(config).await?;
-        let pools = NamedPools::open(&config.pools, &data_dir).await?;
-        let clients = config.targets.iter().cloned().map(HttpClient::new).collect::<anyhow::Result<_>>()?;
+        pools.open_files(&config.pools, &data_dir).await?;
         let (queue, outbox) = open::queue(config, &store).await?;
         let caches = open::caches(&queue, config);
         let has_others = !config.key_files.is_empty();

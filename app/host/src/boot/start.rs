@@ -73,7 +73,7 @@ impl TaskParts<'_> {
     fn start_pools(&self) -> Vec<OpenPool> {
         let Self { config, base, tasks, health, drain } = *self;
         let mut pools = vec![OpenPool::sql(base.store.clone(), config.store_policy)];
-        pools.extend(base.replica.clone().map(|replica| OpenPool::sql(replica, ReadinessPolicy::Degraded)));
+        pools.extend(base.replica.clone().map(OpenPool::of_replica));
         if let store::JobStore::Redis(queue) = base.jobs.store() {
             pools.push(OpenPool::redis(queue.redis().clone(), config.queue_policy));
         }

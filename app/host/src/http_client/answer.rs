@@ -76,9 +76,21 @@ impl HttpAnswer {
             return Ok(self);
         }
         let retry_after = self.retry_after();
-        let bytes = self.bytes().await.unwrap_or_default();
-        let text = String::from_utf8_lossy(&bytes[..bytes.len().min(TEXT)]).into_owned();
+        let text = String::from_utf8_lossy(&self.beginning().await).into_owned();
         Err(Error::Status { target, status, text, retry_after })
+    }
+
+    /// Reads the beginning of the body, as far as it comes in time.
+    async fn beginning(self) -> Vec<u8> {
+        let Self { mut body, deadline: (deadline, _), .. } = self;
+        let mut text = Vec::new();
+        while text.len() < TEXT
+            && let Ok(Some(Ok(frame))) = tokio::time::timeout_at(deadline, body.frame()).await
+        {
+            text.extend(frame.data_ref().into_iter().flatten());
+        }
+        text.truncate(TEXT);
+        text
     }
 
     /// Reads the body into memory.

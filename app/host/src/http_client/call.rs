@@ -20,7 +20,10 @@ use super::answer::HttpAnswer;
 use super::connect::NotPublic;
 use super::error::{Error, Result};
 use super::request::{HttpRequest, RequestBody};
-use super::retry::{Attempt, pause};
+use super::retry::{Attempt, Repeatable, pause};
+
+/// Longest `Retry-After` that is believed.
+const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 
 /// Everything that a running call holds.
 pub(super) struct RunningCall {
@@ -35,6 +38,8 @@ pub(super) async fn run(request: HttpRequest, uri: Uri) -> Result<HttpAnswer> {
     let began = Instant::now();
     let result = attempts(request, uri, began).await;
     let status = match &result {
+        // Of a stranger's server, any number may come: only those that have a name are labels.
+        Ok(answer) if answer.status().canonical_reason().is_none() => "other".to_owned(),
         Ok(answer) => answer.status().as_str().to_owned(),
         Err(error) => word(error).to_owned(),
     };
@@ -59,7 +64,7 @@ async fn attempts(mut request: HttpRequest, uri: Uri, began: Instant) -> Result<
     let client = request.client.clone();
     let (inner, http) = (&client.0, client.connections()?);
     let (target, deadline) = (inner.config.name, began + request.timeout);
-    let running = enter(inner, &uri, deadline).await?;
+    let running = enter(inner, request.owner.take(), &uri, deadline).await?;
     inner.retries.called();
     let repeatable = request.repeatable();
     for failed in 1.. {
@@ -70,7 +75,7 @@ async fn attempts(mut request: HttpRequest, uri: Uri, began: Instant) -> Result<
             Ok(Err(error)) => failure(target, &uri, error),
             Err(_elapsed) => (Attempt::Unknown, Err(Error::Timeout { target, limit: request.timeout })),
         };
-        judge(permit, attempt, &result);
+        judge(permit, attempt, repeatable, &result);
         let left = deadline.saturating_duration_since(Instant::now());
         let is_final = matches!(&result, Err(Error::Forbidden { .. } | Error::Timeout { .. }));
         let wait = pause(attempt, repeatable, failed, request.retries, left);
@@ -81,6 +86,8 @@ async fn attempts(mut request: HttpRequest, uri: Uri, began: Instant) -> Result<
                 HttpAnswer::new(target, parts, body, (deadline, request.timeout), limit, running)
             });
         };
+        // The connection of an answer that is not wanted is not held during the pause.
+        drop(result);
         debug!(target_name = target, ?attempt, ?wait, "a call is tried again");
         inner.metrics.retried();
         tokio::time::sleep(wait).await;
@@ -89,16 +96,22 @@ async fn attempts(mut request: HttpRequest, uri: Uri, began: Instant) -> Result<
 }
 
 /// Waits for a place among the calls that run at once.
-async fn enter(inner: &Arc<ClientInner>, uri: &Uri, deadline: Instant) -> Result<RunningCall> {
+async fn enter(
+    inner: &Arc<ClientInner>,
+    owner: Option<String>,
+    uri: &Uri,
+    deadline: Instant,
+) -> Result<RunningCall> {
     let target = inner.config.name;
     let of_host = match &inner.config.any {
         Some(any) => {
-            let host = uri.host().unwrap_or_default().to_ascii_lowercase();
+            let host = uri.host().unwrap_or_default().trim_end_matches('.').to_ascii_lowercase();
             let literal = host.trim_matches(['[', ']']).parse::<IpAddr>().ok();
             if literal.is_some_and(|address| !perennial_addresses::is_allowed(address, &any.networks)) {
                 return Err(Error::Forbidden { target, host });
             }
-            Some(OfHost::enter(inner, host, any.calls).ok_or(Error::Busy { target })?)
+            let owner = owner.unwrap_or(host);
+            Some(OfHost::enter(inner, owner, any.calls).ok_or(Error::Busy { target })?)
         }
         None => None,
     };
@@ -107,7 +120,7 @@ async fn enter(inner: &Arc<ClientInner>, uri: &Uri, deadline: Instant) -> Result
     Ok(RunningCall { _permit: permit, _of_host: of_host, _counted: inner.metrics.count() })
 }
 
-/// A call to a host that others have chosen, counted while it runs.
+/// A call to a host that others have chosen, counted while it runs by the host or by its owner.
 struct OfHost {
     inner: Arc<ClientInner>,
     host: String,
@@ -152,9 +165,10 @@ fn answered(response: &Response<Incoming>) -> Attempt {
     Attempt::Answered(response.status(), retry_after(response.headers()))
 }
 
-/// The seconds of `Retry-After`.
+/// The seconds of `Retry-After`, at most a day: a server may write any number.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok().map(Duration::from_secs)
+    let seconds: u64 = headers.get(RETRY_AFTER)?.to_str().ok()?.trim().parse().ok()?;
+    Some(Duration::from_secs(seconds).min(LONGEST_WAIT))
 }
 
 fn failure(target: &'static str, uri: &Uri, error: legacy::Error) -> (Attempt, Result<Response<Incoming>>) {
@@ -182,10 +196,17 @@ fn is_forbidden(error: &legacy::Error) -> bool {
 }
 
 /// Tells the circuit breaker how an attempt went.
-fn judge(permit: Option<BreakerPermit>, attempt: Attempt, result: &Result<Response<Incoming>>) {
+fn judge(
+    permit: Option<BreakerPermit>,
+    attempt: Attempt,
+    repeatable: Repeatable,
+    result: &Result<Response<Incoming>>,
+) {
     let Some(permit) = permit else { return };
-    match result {
-        Err(Error::Forbidden { .. }) => drop(permit),
+    match (result, attempt) {
+        (Err(Error::Forbidden { .. }), _) => drop(permit),
+        // The body may have come from somebody who has gone: that says nothing about the server.
+        (_, Attempt::Unknown) if !repeatable.is_replayable => drop(permit),
         _ => permit.judge(attempt.is_success()),
     }
 }

@@ -17,10 +17,12 @@ const ONE: &str = include_str!("../../../../config/target.toml");
 const ANY: &str = include_str!("../../../../config/targets.toml");
 
 /// Defaults that differ where operators choose the URLs.
-const INTERNAL: [(&str, &str); 3] = [
+const INTERNAL: [(&str, &str); 5] = [
     ("allow_networks = []", "allow_networks = [\"0.0.0.0/0\", \"::/0\"]"),
     ("allow_insecure = false", "allow_insecure = true"),
     ("calls_per_host = 8", "calls_per_host = 64"),
+    ("timeout = \"10s\"", "timeout = \"15s\""),
+    ("retries = 2", "retries = 0"),
 ];
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -86,6 +88,7 @@ impl Target {
                 .map(|Network(network)| network)
                 .collect(),
             is_insecure: settings.get(&key("allow_insecure")),
+            is_internal: self.is_internal,
             calls: settings.number(&key("calls_per_host"), 1..=10_000),
         });
         let proxy: String = settings.get(&key("proxy"));
@@ -161,6 +164,8 @@ pub(super) struct AnyHost {
     pub(super) networks: Vec<IpNet>,
     /// Whether `http://` may be called.
     pub(super) is_insecure: bool,
+    /// Whether operators choose the URLs.
+    pub(super) is_internal: bool,
     /// Maximum number of calls to one host at once.
     pub(super) calls: usize,
 }

@@ -19,6 +19,7 @@ use hyper_util::client::legacy::connect::dns::Name;
 use hyper_util::client::legacy::connect::proxy::Tunnel;
 use hyper_util::rt::TokioIo;
 use ipnet::IpNet;
+use perennial_addresses::Resolver;
 use rustls::pki_types::CertificateDer;
 use rustls::pki_types::pem::PemObject;
 use secrecy::ExposeSecret;
@@ -41,8 +42,11 @@ impl Connector {
     /// # Errors
     /// When the authorities that sign certificates cannot be read.
     pub(super) fn new(config: &TargetConfig) -> anyhow::Result<Self> {
-        let networks = config.any.as_ref().map(|any| Arc::from(any.networks.as_slice()));
-        let route = Route::new(config.proxy.as_ref(), networks)?;
+        let checked = config.any.as_ref().filter(|any| !any.is_internal).map(|any| CheckedLookup {
+            networks: Arc::from(any.networks.as_slice()),
+            resolver: Arc::new(Resolver::new(Vec::new())),
+        });
+        let route = Route::new(config.proxy.as_ref(), checked)?;
         let tls = match &config.ca_file {
             None => {
                 let provider = rustls::crypto::aws_lc_rs::default_provider();
@@ -100,15 +104,14 @@ enum Route {
 }
 
 impl Route {
-    /// With `networks`, only public addresses and those networks are connected to.
-    fn new(proxy: Option<&Proxy>, networks: Option<Arc<[IpNet]>>) -> anyhow::Result<Self> {
-        let connector = |networks| {
-            let mut connector = HttpConnector::new_with_resolver(CheckedNames { networks });
+    fn new(proxy: Option<&Proxy>, checked: Option<CheckedLookup>) -> anyhow::Result<Self> {
+        let connector = |checked| {
+            let mut connector = HttpConnector::new_with_resolver(CheckedNames { checked });
             connector.enforce_http(false);
             connector.set_nodelay(true);
             connector
         };
-        let Some(Proxy { uri, credentials }) = proxy else { return Ok(Self::Direct(connector(networks))) };
+        let Some(Proxy { uri, credentials }) = proxy else { return Ok(Self::Direct(connector(checked))) };
         // The operator chose the proxy, which may be anywhere.
         let mut tunnel = Tunnel::new(uri.clone(), connector(None));
         if let Some(credentials) = credentials {
@@ -140,11 +143,22 @@ impl Service<Uri> for Route {
                 Box::pin(async move { Ok(connecting.await?) })
             }
             Self::Proxied(tunnel) => {
-                let connecting = tunnel.call(target);
+                let connecting = tunnel.call(with_port(target));
                 Box::pin(async move { Ok(connecting.await?) })
             }
         }
     }
+}
+
+/// Writes the port of `http://` out: a tunnel takes 443 for any URL without a port.
+fn with_port(target: Uri) -> Uri {
+    let (Some("http"), None, Some(host)) = (target.scheme_str(), target.port(), target.host()) else {
+        return target;
+    };
+    let Ok(authority) = format!("{host}:80").parse() else { return target };
+    let mut parts = target.clone().into_parts();
+    parts.authority = Some(authority);
+    Uri::from_parts(parts).unwrap_or(target)
 }
 
 /// No address of a name may be connected to.
@@ -152,10 +166,18 @@ impl Service<Uri> for Route {
 #[error("the name has no public address")]
 pub(super) struct NotPublic;
 
-/// Looks names up. With networks, only public addresses and those networks are left.
+/// Looks names up.
 #[derive(Clone)]
 struct CheckedNames {
-    networks: Option<Arc<[IpNet]>>,
+    checked: Option<CheckedLookup>,
+}
+
+/// How names of strangers are looked up: without a thread that would wait for their name servers, and only public addresses
+/// and these networks are left.
+#[derive(Clone)]
+struct CheckedLookup {
+    networks: Arc<[IpNet]>,
+    resolver: Arc<Resolver>,
 }
 
 impl Service<Name> for CheckedNames {
@@ -168,15 +190,20 @@ impl Service<Name> for CheckedNames {
     }
 
     fn call(&mut self, name: Name) -> Self::Future {
-        let networks = self.networks.clone();
+        let checked = self.checked.clone();
         Box::pin(async move {
-            let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
-            if let Some(networks) = networks {
-                addresses.retain(|address| perennial_addresses::is_allowed(address.ip(), &networks));
-                if addresses.is_empty() {
-                    return Err(io::Error::other(NotPublic));
-                }
+            let Some(CheckedLookup { networks, resolver }) = checked else {
+                let addresses: Vec<_> = tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
+                return Ok(addresses.into_iter());
+            };
+            // Other ways to write an address, such as 127.1 and 0x7f000001, are no names for DNS.
+            let mut addresses = resolver.resolve(name.as_str()).await.map_err(io::Error::other)?;
+            addresses.retain(|address| perennial_addresses::is_allowed(*address, &networks));
+            if addresses.is_empty() {
+                return Err(io::Error::other(NotPublic));
             }
+            let addresses: Vec<_> =
+                addresses.into_iter().map(|address| SocketAddr::new(address, 0)).collect();
             Ok(addresses.into_iter())
         })
     }

@@ -8,14 +8,16 @@ use bytes::Bytes;
 use http::header::{AUTHORIZATION, CONTENT_TYPE, USER_AGENT};
 use http::uri::PathAndQuery;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Uri};
+use jiff::Timestamp;
 use perennial_server::http::trace::Trace;
 use secrecy::{ExposeSecret, SecretString};
 use serde::Serialize;
+use uuid::Uuid;
 
 use super::answer::HttpAnswer;
 use super::call;
 use super::error::{Error, Result};
-use super::{HttpClient, retry};
+use super::{HttpClient, retry, webhook};
 use crate::program;
 
 /// Header with which a server recognises a request that comes again (draft-ietf-httpapi-idempotency-key-header).
@@ -34,6 +36,7 @@ pub struct HttpRequest {
     pub(super) is_idempotent: bool,
     pub(super) retries: u32,
     pub(super) timeout: Duration,
+    pub(super) owner: Option<String>,
     mistake: Option<String>,
 }
 
@@ -62,7 +65,8 @@ impl HttpRequest {
         let (retries, timeout) = (client.0.config.retries, client.0.config.timeout);
         let is_idempotent = method.is_idempotent();
         let body = RequestBody::Bytes(Bytes::new());
-        Self { client, method, place, headers, body, is_idempotent, retries, timeout, mistake: None }
+        let (owner, mistake) = (None, None);
+        Self { client, method, place, headers, body, is_idempotent, retries, timeout, owner, mistake }
     }
 
     /// Sets a header. The value of a header that may be secret is not printed.
@@ -141,6 +145,21 @@ impl HttpRequest {
         self.header(IDEMPOTENCY_KEY.as_str(), key)
     }
 
+    /// Signs the request by Standard Webhooks (1.0): the receiver checks with the secret who has sent the body, and tells by
+    /// the id that it comes again. A body that is a stream cannot be signed.
+    pub fn webhook(mut self, id: Uuid, secret: &SecretString) -> Self {
+        let RequestBody::Bytes(body) = &self.body else {
+            self.mistake = Some("a body that is a stream cannot be signed".to_owned());
+            return self;
+        };
+        let at = Timestamp::now().as_second();
+        let signature = webhook::sign(secret, id, at, body);
+        self.is_idempotent = true;
+        self.header("webhook-id", &id.to_string())
+            .header("webhook-timestamp", &at.to_string())
+            .header("webhook-signature", &signature)
+    }
+
     /// Says that to do this twice is the same as to do it once: it may then be sent again.
     pub fn idempotent(mut self) -> Self {
         self.is_idempotent = true;
@@ -150,6 +169,13 @@ impl HttpRequest {
     /// Makes the call a part of a trace, such as that of the request that caused it.
     pub fn traced(self, trace: &Trace) -> Self {
         self.header(TRACEPARENT.as_str(), trace.as_str())
+    }
+
+    /// Names the one who has chosen the URL, such as a customer: `targets.NAME.calls_per_host` then counts the calls of this
+    /// owner instead of those to one host. A stranger may have many names for one slow server.
+    pub fn owner(mut self, owner: impl Into<String>) -> Self {
+        self.owner = Some(owner.into());
+        self
     }
 
     /// Sets the time limit of this call, instead of `targets.NAME.timeout`.
@@ -191,6 +217,8 @@ impl HttpRequest {
         let Some(base) = &config.base else {
             let uri: Uri = self.place.parse().map_err(|_| wrong("wanted a whole URL"))?;
             let is_insecure = config.any.as_ref().is_some_and(|any| any.is_insecure);
+            let is_internal = config.any.as_ref().is_some_and(|any| any.is_internal);
+            let uri = if is_internal { without_user(uri) } else { uri };
             let has_user = uri.authority().is_some_and(|authority| authority.as_str().contains('@'));
             return match uri.scheme_str() {
                 _ if uri.host().is_none() || has_user => {
@@ -212,4 +240,13 @@ impl HttpRequest {
         parts.path_and_query = Some(path);
         Uri::from_parts(parts).map_err(|_| wrong("the path cannot be used"))
     }
+}
+
+/// Removes the user of a URL that an operator has written: it is not sent.
+fn without_user(uri: Uri) -> Uri {
+    let mut parts = uri.clone().into_parts();
+    let host = parts.authority.as_ref().and_then(|authority| authority.as_str().rsplit_once('@'));
+    let Some(host) = host.and_then(|(_, host)| host.parse().ok()) else { return uri };
+    parts.authority = Some(host);
+    Uri::from_parts(parts).unwrap_or(uri)
 }

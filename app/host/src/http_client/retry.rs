@@ -24,9 +24,12 @@ pub(super) enum Attempt {
 }
 
 impl Attempt {
-    /// Returns true when the server works: it may still refuse this request.
+    /// Returns true when the server works. It may refuse this request, or fail at it (500): one who sends such requests must
+    /// not keep others from it.
     pub(super) fn is_success(self) -> bool {
-        matches!(self, Self::Answered(status, _) if !status.is_server_error())
+        use StatusCode as S;
+        matches!(self, Self::Answered(status, _)
+            if !matches!(status, S::BAD_GATEWAY | S::SERVICE_UNAVAILABLE | S::GATEWAY_TIMEOUT))
     }
 }
 
@@ -66,7 +69,7 @@ pub(super) fn pause(
         _ => Duration::ZERO,
     };
     // An attempt that has no time left only burdens the server.
-    Some(PAUSE.jittered(failed).max(wanted)).filter(|pause| *pause * 2 < left)
+    Some(PAUSE.jittered(failed).max(wanted)).filter(|pause| *pause < left / 2)
 }
 
 /// Retries that may still be made.
@@ -133,6 +136,7 @@ mod tests {
             |seconds| Attempt::Answered(StatusCode::SERVICE_UNAVAILABLE, Some(Duration::from_secs(seconds)));
         assert_eq!(pause(after(7), AGAIN, 1, 3, minute), Some(Duration::from_secs(7)));
         assert_eq!(pause(after(40), AGAIN, 1, 3, minute), None, "the deadline comes first");
+        assert_eq!(pause(after(u64::MAX), AGAIN, 1, 3, minute), None);
     }
 
     #[test]

@@ -122,7 +122,6 @@ pub(crate) async fn events(
 ) -> Result<Response> {
     let id = parse(&id)?;
     let Json(view) = view(&api, caller.site.0, id).await?;
-    scope.is_a_stream();
     let follower = api.followers.follow(&caller.key, id, &view)?;
     let events = follower.events(scope.drain().clone());
     Ok(Sse::new(events).keep_alive(KeepAlive::default()).into_response())

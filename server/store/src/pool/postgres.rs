@@ -474,7 +474,7 @@ impl Postgres {
 
     /// Checks encoding, settings and clock of the server, to find problems before they cause failures.
     async fn check(&self) -> Result<()> {
-        let connection = self.get().await?;
+        let connection = self.take().await?;
         let sql =
             "SELECT now(), current_setting('statement_timeout') <> '0', current_setting('server_encoding')";
         let row = connection.query(sql, &[]).await?;
@@ -540,6 +540,14 @@ impl Postgres {
     /// # Errors
     /// [`Error::Busy`] when none is free in time, [`Error::Away`] when none can be made.
     pub async fn get(&self) -> Result<PostgresConnection> {
+        if !self.0.is_checked.load(Ordering::Acquire) {
+            return Err(Error::Away("it has not been checked yet".into()));
+        }
+        self.take().await
+    }
+
+    /// Returns a connection from the pool, also of a server that has not been checked.
+    async fn take(&self) -> Result<PostgresConnection> {
         self.0.holders.asked();
         Ok(PostgresConnection {
             object: Some(self.reach().pool.get().await?),

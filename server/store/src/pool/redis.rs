@@ -385,9 +385,13 @@ impl Redis {
     }
 
     async fn look(&self, condition: &Condition) {
-        if !self.0.is_checked.load(Ordering::Acquire)
+        if !self.is_checked()
             && let Err(error) = self.connect().await
         {
+            // The next connection may find another server behind the same name.
+            let reach = self.reach();
+            reach.pool.retire(|_| true);
+            reach.replace_plain(&self.0.config, reach.plain().1);
             return condition.unmet(&with_causes(&error));
         }
         let master = ::redis::Value::BulkString(b"master".to_vec());
@@ -453,7 +457,17 @@ impl Redis {
         self.share(Ask::Script(script)).await
     }
 
+    fn is_checked(&self) -> bool {
+        self.0.is_checked.load(Ordering::Acquire)
+    }
+
+    /// Refuses requests to a server that was away at the start, until it is known to be fit.
+    fn must_be_checked(&self) -> Result<()> {
+        if self.is_checked() { Ok(()) } else { Err(Error::Away("it has not been checked yet".into())) }
+    }
+
     async fn share<T: FromRedisValue>(&self, ask: Ask<'_>) -> Result<T> {
+        self.must_be_checked()?;
         let reach = self.reach();
         let (mut plain, number) = reach.plain();
         let mut answer = ask.of(&mut plain).await;
@@ -474,6 +488,7 @@ impl Redis {
     /// # Errors
     /// See [`Error`].
     pub async fn invoke<T: FromRedisValue>(&self, script: &ScriptInvocation<'_>) -> Result<T> {
+        self.must_be_checked()?;
         let mut connection = self.reach().pool.get().await?;
         let answer = script.invoke_async(&mut connection).await;
         self.note(&answer);
@@ -489,6 +504,7 @@ impl Redis {
     /// # Errors
     /// When it cannot be made in time.
     pub async fn subscribe(&self, channel: &str) -> Result<PubSub> {
+        self.must_be_checked()?;
         let subscribe = async {
             let mut pubsub = self.reach().client.get_async_pubsub().await?;
             pubsub.subscribe(channel).await?;

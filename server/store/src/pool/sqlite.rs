@@ -520,11 +520,11 @@ where
 }
 
 /// Copies a store as it is at one moment into a new file, also while another process uses the store. Deleted data takes
-/// no room in the copy.
+/// no room in the copy. A copy that is marked knows that it is one: see [`Sqlite::is_copy`].
 ///
 /// # Errors
 /// When `from` cannot be read, or `to` exists or cannot be written.
-pub fn copy(from: &Path, to: &Path) -> Result<()> {
+pub fn copy(from: &Path, to: &Path, is_marked: bool) -> Result<()> {
     let at = |source| Error::Open { path: to.to_owned(), source };
     let file = OpenOptions::new().create_new(true).append(true).mode(0o600).open(to).map_err(at)?;
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
@@ -532,7 +532,9 @@ pub fn copy(from: &Path, to: &Path) -> Result<()> {
     connection.busy_timeout(Duration::from_secs(5))?;
     // The target exists already and is empty, so that it has mode 0600.
     connection.execute("VACUUM INTO ?", [to.to_string_lossy()])?;
-    Connection::open(to)?.pragma_update(None, USER_VERSION, COPY)?;
+    if is_marked {
+        Connection::open(to)?.pragma_update(None, USER_VERSION, COPY)?;
+    }
     file.sync_all().map_err(at)
 }
 

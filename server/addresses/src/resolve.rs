@@ -33,15 +33,16 @@ pub struct Pin {
     pub addresses: Vec<IpAddr>,
 }
 
+/// Looks names up. Names of strangers may have name servers that never answer: no thread waits for them.
 #[derive(Debug)]
-pub(crate) struct Resolver {
+pub struct Resolver {
     pins: HashMap<String, Vec<IpAddr>>,
     dns: Option<TokioResolver>,
 }
 
 impl Resolver {
     /// Reads the system's configuration; without one, only pinned names have addresses.
-    pub(crate) fn new(pins: Vec<Pin>) -> Self {
+    pub fn new(pins: Vec<Pin>) -> Self {
         let dns = TokioResolver::builder_tokio().and_then(|mut builder| {
             let options = builder.options_mut();
             options.timeout = TIMEOUT;
@@ -49,13 +50,17 @@ impl Resolver {
             options.ip_strategy = LookupIpStrategy::Ipv4AndIpv6;
             builder.build()
         });
-        let dns =
-            dns.inspect_err(|error| warn!(%error, "no DNS: only names in push.resolve have addresses")).ok();
+        let dns = dns
+            .inspect_err(|error| warn!(%error, "no DNS: only names with fixed addresses can be looked up"))
+            .ok();
         Self { pins: pins.into_iter().map(|pin| (pin.host, pin.addresses)).collect(), dns }
     }
 
     /// All addresses of `host`: at least one.
-    pub(crate) async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, ResolveError> {
+    ///
+    /// # Errors
+    /// When the name has no addresses, or cannot be looked up.
+    pub async fn resolve(&self, host: &str) -> Result<Vec<IpAddr>, ResolveError> {
         if let Ok(address) = host.parse() {
             return Ok(vec![address]);
         }
