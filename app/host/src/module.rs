@@ -161,7 +161,7 @@ pub struct Host {
     pub access: Access,
     /// The sites that are served.
     pub sites: Sites,
-    /// Caches, whose entries all replicas drop together.
+    /// Caches, whose entries all replicas drop together if jobs are in Redis.
     pub caches: Caches,
     /// The threads for processor work.
     pub cpu: Cpu,
