@@ -33,6 +33,11 @@ dev *ARGUMENTS:
 book *ARGUMENTS:
     docs/book {{ ARGUMENTS }}
 
+# the references of the settings and of the HTTP interface in docs/, from the program
+references:
+    cargo build --bin perennial
+    PERENNIAL_WRITE_REFERENCES=1 cargo nextest run --package perennial-tests --test operations references::
+
 # the benches beside their peers
 bench *NAME:
     tests/bench/run {{ NAME }}

@@ -5,10 +5,14 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use perennial::anyhow;
+use perennial::http::HeaderMap;
+use perennial::http::header::SET_COOKIE;
 use perennial::prelude::*;
 use perennial::push::testing::{PushTest, Pushes};
 use perennial::push::{Notification, Push, PushHandle};
+use perennial::sessions::{Config, Session, Sessions};
 use perennial::sql::Dialect;
+use perennial::store::cache::{self, Kept};
 use perennial::testing::TestProgram;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -230,6 +234,82 @@ async fn a_module_is_hosted_below_a_prefix() -> anyhow::Result<()> {
     let error = Perennial::new().host_at::<Copy>("copies/").test().start().await.unwrap_err().to_string();
     assert!(error.contains("the module copy is hosted at \"copies/\""), "{error}");
     Ok(())
+}
+
+/// A module with a session and a cache, both of which last for an hour.
+struct Timed;
+
+/// Number of loads of the cache.
+static LOADS: AtomicUsize = AtomicUsize::new(0);
+
+/// A cached number.
+#[derive(Clone)]
+struct Loaded(usize);
+
+impl Kept for Loaded {
+    fn bytes(&self) -> usize {
+        8
+    }
+}
+
+impl Module for Timed {
+    const NAME: &'static str = "timed";
+
+    fn configure(_: &mut Reader<'_>) -> Self {
+        Self
+    }
+
+    async fn mount(self, host: &mut Host) -> anyhow::Result<()> {
+        let hour = Duration::from_secs(3600);
+        let config = cache::Config {
+            name: "loads",
+            bytes: 1 << 20,
+            ttl: hour,
+            negative_ttl: hour,
+            stale: Duration::ZERO,
+        };
+        let loads = host.caches.make::<Loaded>(config);
+        let load = async move || -> Result<String> {
+            let load = async {
+                Ok::<_, perennial::sql::Error>(Some(Loaded(LOADS.fetch_add(1, Ordering::SeqCst) + 1)))
+            };
+            Ok(loads.get("one", load).await?.map_or(0, |Loaded(number)| number).to_string())
+        };
+        let sessions = host.sessions(Config { idle: hour, ..Config::default() }).await?;
+        let login = async |State(sessions): State<Sessions>| -> Result<HeaderMap> {
+            let (_, cookie) = sessions.login(None, "ada").await?;
+            Ok(HeaderMap::from_iter([(SET_COOKIE, cookie)]))
+        };
+        let who = async |session: Option<Session>| {
+            session.and_then(|session| session.user().map(str::to_owned)).unwrap_or_default()
+        };
+        host.routes(Router::new().route("/login", post(login)).route("/who", get(who)).with_state(sessions));
+        host.routes(Router::new().route("/loads", get(load)));
+        Ok(())
+    }
+}
+
+#[tokio::test]
+async fn the_clock_moves_sessions_and_caches() -> anyhow::Result<()> {
+    let timed = Perennial::new().host::<Timed>().test().embedded().start().await?;
+    assert_eq!(timed.client().get("/loads").await?.text(), "1");
+    assert_eq!(timed.client().get("/loads").await?.text(), "1");
+    let login = timed.client().post("/login", &json!({})).await?;
+    assert_eq!(login.status, 200, "{}", login.text());
+    let cookie = login.headers["set-cookie"].to_str()?.split(';').next().unwrap().to_owned();
+    let browser = timed.client().with_header("cookie", &cookie);
+    assert_eq!(browser.get("/who").await?.text(), "ada");
+    timed.clock().advance(Duration::from_secs(1800)).await?;
+    assert_eq!(
+        (timed.client().get("/loads").await?.text(), browser.get("/who").await?.text()),
+        ("1".into(), "ada".into())
+    );
+    timed.clock().advance(Duration::from_secs(7200)).await?;
+    assert_eq!(
+        (timed.client().get("/loads").await?.text(), browser.get("/who").await?.text()),
+        ("2".into(), String::new())
+    );
+    timed.stop().await
 }
 
 #[tokio::test]

@@ -16,6 +16,7 @@ mod operators;
 mod pools;
 mod project;
 mod readme;
+mod references;
 mod rollout;
 mod settings;
 mod stores;

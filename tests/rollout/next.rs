@@ -6,6 +6,7 @@ use perennial::access::Scope;
 use perennial::anyhow::Result;
 use perennial::command::Commands;
 use perennial::data_dir::DataDir;
+use perennial::http_client::Target;
 use perennial::module::{Host, Module, SecretFile};
 use perennial::push::Push;
 use perennial::settings::{Reader, Settings};
@@ -39,6 +40,7 @@ impl Module for Next {
     const POSTGRES_MIGRATIONS: &'static [&'static str] = &and_more::<POSTGRES>(Push::POSTGRES_MIGRATIONS);
 
     const SCOPES: &'static [Scope] = Push::SCOPES;
+    const TARGETS: &'static [Target] = Push::TARGETS;
 
     fn commands() -> Commands {
         Push::commands()

@@ -5,7 +5,7 @@ use std::time::Duration;
 use jiff::SignedDuration;
 use perennial_store::pool::postgres::Postgres;
 use perennial_store::pool::redis::Redis;
-use perennial_store::pool::redis::client::{Script, cmd};
+use perennial_store::pool::redis::client::cmd;
 use perennial_store::pool::sql::Store;
 use perennial_store::pool::sqlite::{self, Sqlite};
 use perennial_workers::store::postgres::PostgresQueue;
@@ -86,7 +86,9 @@ impl Backend {
                 let sql = "UPDATE jobs SET lease_until = now() - interval '1 second' WHERE state = 'running'";
                 postgres.execute(sql, &[]).await.unwrap();
             }
-            Inner::Redis { prefix, redis } => shift(redis, prefix.name(), &["leases"], 3_600_000).await,
+            Inner::Redis { prefix, redis } => {
+                store::shift_scores(redis, prefix.name(), "tests", &["leases"], 3_600_000).await.unwrap();
+            }
         }
     }
 
@@ -97,20 +99,8 @@ impl Backend {
             Inner::Sqlite { store, .. } => shift_sql(Store::Sqlite(store.clone()), seconds).await,
             Inner::Postgres { postgres, .. } => shift_sql(Store::Postgres(postgres.clone()), seconds).await,
             Inner::Redis { prefix, redis } => {
-                let parts = ["leases", "scheduled", "waits"];
-                shift(redis, prefix.name(), &parts, seconds * 1000).await;
-                let script = Script::new(
-                    "for _, name in ipairs(redis.call('SMEMBERS', KEYS[1] .. ':schedules')) do
-                         local schedule = KEYS[1] .. ':schedule:' .. name
-                         for _, field in ipairs({ 'last_fire', 'queued', 'seen_at' }) do
-                             if redis.call('HEXISTS', schedule, field) == 1 then
-                                 redis.call('HINCRBY', schedule, field, -ARGV[1])
-                             end
-                         end
-                     end",
-                );
-                let mut invocation = script.prepare_invoke();
-                redis.invoke::<()>(invocation.key(prefix.name()).arg(seconds * 1000)).await.unwrap();
+                let by = SignedDuration::from_secs(seconds);
+                store::shift_redis(redis, prefix.name(), ["tests"], by).await.unwrap();
             }
         }
     }
@@ -149,22 +139,6 @@ pub async fn open(name: &str) -> JobStore {
     }
     let redis = Redis::open(crate::redis::config(name)).await.unwrap();
     JobStore::Redis(RedisQueue::new(redis, "perennial"))
-}
-
-/// Shifts the scores of sorted sets of the queue `tests` into the past, by a number of milliseconds.
-async fn shift(redis: &Redis, prefix: &str, parts: &[&str], milliseconds: i64) {
-    let script = Script::new(
-        "for _, key in ipairs(KEYS) do
-             for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do
-                 redis.call('ZINCRBY', key, -ARGV[1], id)
-             end
-         end",
-    );
-    let mut invocation = script.prepare_invoke();
-    for part in parts {
-        invocation.key(format!("{prefix}:{{tests}}:{part}"));
-    }
-    redis.invoke::<()>(invocation.arg(milliseconds)).await.unwrap();
 }
 
 /// Settings with which the tests open a SQLite store.

@@ -8,7 +8,7 @@ mod shift;
 pub mod sqlite;
 
 #[cfg(feature = "testing")]
-pub use shift::shift;
+pub use shift::{shift, shift_redis, shift_scores};
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

@@ -25,6 +25,8 @@ use perennial_runtime::drain::Drain;
 use perennial_runtime::health::Health;
 use perennial_runtime::tasks::Tasks;
 use perennial_server::net::Sockets;
+#[cfg(feature = "testing")]
+use perennial_store::cache::Caches;
 use perennial_store::pool::sql;
 use perennial_workers::limits::Limits;
 use perennial_workers::worker;
@@ -62,6 +64,8 @@ pub(crate) struct App {
     /// Pools that modules name.
     pools: Vec<OpenPool>,
     store: sql::Store,
+    #[cfg(feature = "testing")]
+    caches: Caches,
     data_dir: Arc<DataDir>,
 }
 
@@ -139,6 +143,8 @@ pub(crate) async fn boot(
         closers: mounted.closers,
         pools: base.pools.named().into_iter().chain(base.replica.map(OpenPool::of_replica)).collect(),
         store: base.store,
+        #[cfg(feature = "testing")]
+        caches: base.caches,
         data_dir: base.data_dir,
     };
     Ok((app, booted))
@@ -158,6 +164,12 @@ fn readers(sites: &Sites) -> Arc<dyn Fn(&HeaderValue) -> bool + Send + Sync> {
 }
 
 impl App {
+    /// The caches.
+    #[cfg(feature = "testing")]
+    pub(crate) fn caches(&self) -> &Caches {
+        &self.caches
+    }
+
     /// The store.
     #[cfg(feature = "testing")]
     pub(crate) fn store(&self) -> &sql::Store {

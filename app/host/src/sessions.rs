@@ -62,6 +62,14 @@ const MIGRATION: &str = "CREATE TABLE sessions (
 CREATE INDEX sessions_by_end ON sessions (ends_at);
 CREATE INDEX sessions_by_user ON sessions (user_name);";
 
+/// Lets time pass for a test: sessions are as if they had begun that much earlier.
+#[cfg(feature = "testing")]
+pub(crate) async fn shift(store: &Store, by: std::time::Duration) -> perennial_store::pool::sql::Result<()> {
+    let seconds = i64::try_from(by.as_secs()).unwrap_or(i64::MAX);
+    let sql = "UPDATE sessions SET begun_at = begun_at - $1, ends_at = ends_at - $1";
+    store.execute(sql, values![seconds]).await.map(drop)
+}
+
 pub(crate) const TABLES: Tables = Tables { module: "sessions", sqlite: &[MIGRATION], postgres: &[MIGRATION] };
 
 /// How sessions are kept.

@@ -13,7 +13,8 @@
 //!
 //! It needs the feature `testing`, for `[dev-dependencies]`. The store is embedded, unless `PERENNIAL_TEST_POSTGRES` (with
 //! the prefix of the program) has the URL of a Postgres server: then each program gets a database there, which
-//! [`TestProgram::stop`] drops. A test that fails leaves it, to be looked at.
+//! [`TestProgram::stop`] drops. A test that fails leaves it, to be looked at. Jobs are in that store, unless
+//! `PERENNIAL_TEST_REDIS` has the URL of a Redis server: then each program gets a prefix there.
 
 mod client;
 mod database;
@@ -33,6 +34,8 @@ use perennial_runtime::metrics::Metrics;
 use perennial_runtime::signal::{ProcessSignal, Signals};
 use perennial_runtime::tasks::Tasks;
 use perennial_runtime::telemetry::Telemetry;
+use perennial_store::pool::sql::{self, Store};
+use perennial_store::values;
 use perennial_workers::queue::Depth;
 use perennial_workers::worker::Status;
 use perennial_workers::{Jobs, Queue, store};
@@ -51,9 +54,10 @@ use crate::data_dir;
 use crate::handover::Inheritance;
 use crate::module::{self, Blueprint};
 use crate::program;
+use crate::sessions;
 use crate::settings::Sources;
 use crate::stop::{Reason, StopReport, stop};
-use database::TestDatabase;
+use database::{TestDatabase, TestRedis};
 
 /// Time limit for what a test waits for.
 const PATIENCE: Duration = Duration::from_secs(30);
@@ -117,6 +121,8 @@ impl TestBuilder {
         set.push(format!("data_dir={}", directory.path().join("data").display()));
         let database = if is_embedded { None } else { TestDatabase::of_environment().await? };
         set.extend(database.iter().map(|database| format!("store.url={}", database.url())));
+        let redis = if is_embedded { None } else { TestRedis::of_environment(&set) };
+        set.extend(redis.iter().flat_map(TestRedis::settings));
         let sources = Sources { set, program: defaults, ..Sources::default() };
         let started = match Box::pin(start(&sources, &modules)).await {
             Ok(started) => started,
@@ -235,10 +241,12 @@ impl TestProgram {
 
     /// The jobs.
     pub fn jobs(&self) -> TestJobs<'_> {
-        TestJobs { books: &self.started.books }
+        let books = &self.started.books;
+        let is_elsewhere = matches!(books.jobs.store(), store::JobStore::Redis(_));
+        TestJobs { books, outbox: is_elsewhere.then(|| self.store().clone()) }
     }
 
-    /// The clock of jobs and schedules.
+    /// The clock.
     pub fn clock(&self) -> TestClock<'_> {
         TestClock { program: self }
     }
@@ -283,6 +291,8 @@ impl TestProgram {
 #[derive(Debug)]
 pub struct TestJobs<'a> {
     books: &'a JobAdminState,
+    /// The store with the outbox, where jobs are kept elsewhere.
+    outbox: Option<Store>,
 }
 
 impl TestJobs<'_> {
@@ -319,6 +329,13 @@ impl TestJobs<'_> {
                 busy.push(format!("{queue} ({ready} due, {running} running)"));
             }
         }
+        if let Some(outbox) = &self.outbox {
+            let waiting = outbox.query("SELECT count(*) FROM outbox", values![]).await?;
+            let waiting = waiting.first().map(sql::Row::first::<i64>).transpose()?.unwrap_or_default();
+            if waiting > 0 {
+                busy.push(format!("the outbox ({waiting} not published)"));
+            }
+        }
         Ok(busy)
     }
 }
@@ -329,22 +346,29 @@ fn served(books: &JobAdminState) -> Vec<String> {
     serving.into_iter().map(|served| served.queue).collect()
 }
 
-/// The clock of jobs and schedules.
+/// The clock of a program within a test.
 #[derive(Debug)]
 pub struct TestClock<'a> {
     program: &'a TestProgram,
 }
 
 impl TestClock<'_> {
-    /// Lets this time pass for jobs, their retries, and schedules: what is due by then runs now.
+    /// Lets this time pass for jobs, their retries, schedules, sessions and caches: what is due by then runs now. Tables in
+    /// memory (`perennial::table`) and locks follow the real clock.
     ///
     /// # Errors
     /// When the store fails.
     pub async fn advance(&self, by: Duration) -> anyhow::Result<()> {
         let Started { app, books, .. } = &self.program.started;
-        store::shift(app.store(), SignedDuration::try_from(by)?)
-            .await
-            .context("the clock cannot be advanced")?;
+        let shift = SignedDuration::try_from(by)?;
+        store::shift(app.store(), shift).await.context("the clock cannot be advanced")?;
+        sessions::shift(app.store(), by).await.context("the clock of sessions cannot be advanced")?;
+        if let store::JobStore::Redis(queue) = books.jobs.store() {
+            let queues = served(books);
+            let queues = queues.iter().map(String::as_str);
+            store::shift_redis(queue.redis(), queue.prefix(), queues, shift).await?;
+        }
+        app.caches().elapse(by);
         books.jobs.wake(served(books).iter().map(|queue| &**queue));
         books.crontab.wake();
         Ok(())

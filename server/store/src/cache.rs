@@ -97,6 +97,8 @@ struct CacheInner<V> {
     older: moka::sync::Cache<String, V>,
     /// Rises with every invalidation, so that a value whose load began before it is not kept.
     forgotten: AtomicU64,
+    /// Time that has passed for a test since the entries were last loaded again, in milliseconds.
+    elapsed: AtomicU64,
     counts: Arc<Counts>,
 }
 
@@ -159,7 +161,14 @@ impl<V: Kept + Clone> Cache<V> {
             .weigher(|key: &String, value: &V| weight(key, Some(value)))
             .time_to_live(config.ttl + config.stale)
             .build();
-        Self(Arc::new(CacheInner { config, entries, older, forgotten: AtomicU64::new(0), counts }))
+        Self(Arc::new(CacheInner {
+            config,
+            entries,
+            older,
+            forgotten: AtomicU64::new(0),
+            elapsed: AtomicU64::new(0),
+            counts,
+        }))
     }
 
     /// Returns the kept answer for `key`, or the answer of `load`. `None` is an answer too. When several callers ask at
@@ -175,7 +184,7 @@ impl<V: Kept + Clone> Cache<V> {
     where
         E: Send + Sync + 'static,
     {
-        let CacheInner { config, entries, older, forgotten, counts } = &*self.0;
+        let CacheInner { config, entries, older, forgotten, counts, .. } = &*self.0;
         // A hit needs only a lookup: moka's load is a future of many kilobytes.
         if let Some(value) = entries.get(key).await {
             counts.hits.fetch_add(1, Ordering::Relaxed);
@@ -235,6 +244,16 @@ impl<V: Kept + Clone> Cache<V> {
         self.0.entries.invalidate_all();
     }
 
+    /// Lets time pass for a test, see [`Caches::elapse`].
+    fn elapse(&self, by: Duration) {
+        let by = u64::try_from(by.as_millis()).unwrap_or(u64::MAX);
+        let elapsed = self.0.elapsed.fetch_add(by, Ordering::AcqRel).saturating_add(by);
+        if u128::from(elapsed) >= self.0.config.ttl.as_millis() {
+            self.0.elapsed.store(0, Ordering::Release);
+            self.renew();
+        }
+    }
+
     /// Drops the entry of `key`, or all entries if it is `None`, in this process only. [`Caches::forget`] tells the
     /// others.
     pub async fn forget(&self, key: Option<&str>) {
@@ -274,6 +293,7 @@ trait AnyCache: Send + Sync {
     fn name(&self) -> &'static str;
     fn status(&self) -> CacheStatus;
     fn renew(&self);
+    fn elapse(&self, by: Duration);
     fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()>;
     fn tidy(&self) -> BoxFuture<'_, ()>;
 }
@@ -289,6 +309,10 @@ impl<V: Kept + Clone> AnyCache for Cache<V> {
 
     fn renew(&self) {
         self.renew();
+    }
+
+    fn elapse(&self, by: Duration) {
+        self.elapse(by);
     }
 
     fn forget<'a>(&'a self, key: Option<&'a str>) -> BoxFuture<'a, ()> {
@@ -379,6 +403,14 @@ impl Caches {
         tokio::select! {
             ended = listen => ended,
             () = drain.soft() => Ok(()),
+        }
+    }
+
+    /// Lets time pass for a test: the entries of a cache are loaded again when its time to live has passed in all. An entry
+    /// that was loaded in between ends early, as any entry may.
+    pub fn elapse(&self, by: Duration) {
+        for cache in self.all() {
+            cache.elapse(by);
         }
     }
 

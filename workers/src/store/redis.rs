@@ -248,6 +248,12 @@ impl RedisQueue {
         Self::with(redis, prefix, None)
     }
 
+    /// The prefix of the keys.
+    #[cfg(feature = "testing")]
+    pub fn prefix(&self) -> &str {
+        &self.0.prefix
+    }
+
     /// Creates the same queues for a process whose other data are in a store with this outbox.
     pub fn with_outbox(redis: Redis, prefix: &str, outbox: Outbox) -> Self {
         Self::with(redis, prefix, Some(outbox))

@@ -1,4 +1,4 @@
-//! A database of its own for each program within a test.
+//! A database, and a part of a Redis server, of its own for each program within a test.
 
 use std::time::Duration;
 
@@ -60,4 +60,26 @@ fn at(server: &str, database: &str) -> String {
         None => (server, String::new()),
     };
     format!("{}/{database}{query}", base.trim_end_matches('/'))
+}
+
+/// A prefix of its own on the Redis server that a variable of the environment names.
+#[derive(Debug)]
+pub(super) struct TestRedis {
+    url: String,
+}
+
+impl TestRedis {
+    /// Uses the server that the environment names, unless the test has chosen where jobs are kept.
+    pub(super) fn of_environment(set: &[String]) -> Option<Self> {
+        let variable = format!("{}TEST_REDIS", program::identity().env_prefix);
+        let is_chosen = set.iter().any(|setting| setting.starts_with("queue.url="));
+        let url = std::env::var(variable).ok().filter(|_| !is_chosen)?;
+        Some(Self { url })
+    }
+
+    /// Settings with which a program keeps its jobs there.
+    pub(super) fn settings(&self) -> [String; 2] {
+        let prefix = format!("test-{}", Uuid::now_v7().simple());
+        [format!("queue.url={}", self.url), format!("queue.prefix={prefix}")]
+    }
 }
