@@ -169,6 +169,15 @@ async fn a_successor_takes_over_listeners_without_a_refused_connection_or_a_lost
     count(&lines, sent.load(Ordering::SeqCst)).await;
     stop.store(true, Ordering::SeqCst);
     soon("the clients", clients.join_all()).await;
+    // The successor is no child of the test.
+    let last = holder(&lines.setup).unwrap();
+    kill(Pid::from_raw(last), Signal::SIGTERM).unwrap();
+    eventually("the successor ends", || async { holder(&lines.setup).is_none_or(is_gone).then_some(()) })
+        .await;
+}
+
+fn is_gone(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
 /// Forgets to hand in a handler, or hands in one for a listener that it does not name.

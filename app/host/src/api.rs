@@ -15,7 +15,7 @@ use http::request::Parts;
 use http::{StatusCode, header};
 use http_body_util::{BodyExt, LengthLimitError};
 use perennial_server::http::BodyError;
-use perennial_server::http::problem::{FieldError, Problem};
+use perennial_server::http::problem::{Errors, FieldError, Problem};
 use perennial_server::http::scope::RequestScope;
 use perennial_store::pool::{redis, sql, sqlite, with_causes};
 use perennial_workers::queue;
@@ -24,7 +24,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 use serde_json::error::Category;
 use tracing::error;
 
-use crate::http_client;
+use crate::{http_client, locks, passwords};
 
 pub(crate) use wanted::wanted;
 
@@ -32,7 +32,7 @@ pub(crate) use wanted::wanted;
 const FULL: Duration = Duration::from_secs(5);
 
 /// The result of a handler.
-pub type Result<T> = std::result::Result<T, Error>;
+pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Error of a handler.
 #[derive(Debug)]
@@ -86,6 +86,38 @@ impl From<sqlite::Error> for Error {
 impl From<sql::Error> for Error {
     fn from(error: sql::Error) -> Self {
         Self::Store(error.into())
+    }
+}
+
+impl From<Errors> for Error {
+    fn from(errors: Errors) -> Self {
+        Self::Problem(errors.into())
+    }
+}
+
+/// Converts the error of a password: 503 while the threads for the processor have too much to do.
+impl From<passwords::Error> for Error {
+    fn from(error: passwords::Error) -> Self {
+        match error {
+            passwords::Error::TooLong => FieldError::new("password", error.to_string()).into(),
+            passwords::Error::Busy(_) => {
+                Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
+            }
+            passwords::Error::Failed(_) => Self::Bug(error.into()),
+        }
+    }
+}
+
+/// Converts the error of a lock: 503 while others have it.
+impl From<locks::Error> for Error {
+    fn from(error: locks::Error) -> Self {
+        match error {
+            locks::Error::Held(_) => {
+                Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
+            }
+            locks::Error::Store(error) => error.into(),
+            locks::Error::Invalid => Self::Bug(error.into()),
+        }
     }
 }
 

@@ -65,6 +65,12 @@ impl Listener {
         Self { name, address, transport: Transport::Udp }
     }
 
+    /// The name.
+    #[cfg(feature = "testing")]
+    pub(crate) const fn name(self) -> &'static str {
+        self.name
+    }
+
     /// Settings of the listener with their defaults, as commented TOML.
     pub(crate) fn defaults(self) -> String {
         let template = match self.transport {

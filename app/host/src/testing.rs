@@ -117,6 +117,10 @@ impl TestBuilder {
         program::identify(&identity);
         let modules =
             module::in_order(&modules).and_then(module::without_clashes).map_err(anyhow::Error::msg)?;
+        // What the test sets comes later, and counts.
+        let listeners = modules.iter().flat_map(|module| module.listeners);
+        let free = listeners.map(|listener| format!("listeners.{}.listen=127.0.0.1:0", listener.name()));
+        set.splice(0..0, free);
         let directory = TempDir::new()?;
         set.push(format!("data_dir={}", directory.path().join("data").display()));
         let database = if is_embedded { None } else { TestDatabase::of_environment().await? };

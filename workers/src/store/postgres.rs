@@ -353,11 +353,13 @@ impl Queue for PostgresQueue {
     }
 
     async fn measure(&self, queue: Arc<str>) -> Result<Depth> {
+        // A scheduled job that is due is ready, also before a claim has found it.
         let sql = "
-            SELECT count(*) FILTER (WHERE state = 'ready'), count(*) FILTER (WHERE state = 'scheduled'),
+            SELECT count(*) FILTER (WHERE is_ready), count(*) FILTER (WHERE state = 'scheduled' AND NOT is_ready),
                    count(*) FILTER (WHERE state = 'running'), coalesce(sum(octet_length(payload::text)), 0)::int8,
-                   (extract(epoch FROM now() - min(run_at) FILTER (WHERE state = 'ready')) * 1000)::int8
-            FROM jobs WHERE queue = $1";
+                   (extract(epoch FROM now() - min(run_at) FILTER (WHERE is_ready)) * 1000)::int8
+            FROM (SELECT *, state = 'ready' OR (state = 'scheduled' AND run_at <= now()) AS is_ready
+                  FROM jobs WHERE queue = $1) AS jobs";
         let rows = self.postgres.query(sql, &[(&&*queue, Type::TEXT)]).await?;
         let Some(row) = rows.first() else { return Ok(Depth::default()) };
         let number = |column| row.get::<_, Option<i64>>(column).unwrap_or_default().max(0).unsigned_abs();

@@ -53,13 +53,15 @@ impl TestDatabase {
     }
 }
 
-/// The URL of a database on a server: `postgres://user@host/`, with or without a query.
+/// The URL of a database on a server: `postgres://user@host/`, with or without the name of another database and a query.
 fn at(server: &str, database: &str) -> String {
     let (base, query) = match server.split_once('?') {
         Some((base, query)) => (base, format!("?{query}")),
         None => (server, String::new()),
     };
-    format!("{}/{database}{query}", base.trim_end_matches('/'))
+    let authority = base.find("://").map_or(0, |at| at + 3);
+    let end = base[authority..].find('/').map_or(base.len(), |at| authority + at);
+    format!("{}/{database}{query}", &base[..end])
 }
 
 /// A prefix of its own on the Redis server that a variable of the environment names.
@@ -81,5 +83,18 @@ impl TestRedis {
     pub(super) fn settings(&self) -> [String; 2] {
         let prefix = format!("test-{}", Uuid::now_v7().simple());
         [format!("queue.url={}", self.url), format!("queue.prefix={prefix}")]
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_name_of_another_database_is_replaced() {
+        for server in ["postgres://u@h:5432", "postgres://u@h:5432/", "postgres://u@h:5432/postgres"] {
+            assert_eq!(at(server, "test_1"), "postgres://u@h:5432/test_1");
+        }
+        assert_eq!(at("postgres://u@/?host=/run", "test_1"), "postgres://u@/test_1?host=/run");
     }
 }
