@@ -5,7 +5,7 @@ use perennial_store::pool::redis::{self, Redis, client::Script};
 use perennial_store::pool::sql::{Dialect, Result, Store, Tx};
 use perennial_store::{transact, values};
 
-/// Shifts the scores of the sorted sets in KEYS by ARGV[1] milliseconds.
+/// Shifts the scores of the sorted sets in `KEYS` by `ARGV[1]` milliseconds.
 const SCORES: &str = "
     for _, key in ipairs(KEYS) do
         for _, id in ipairs(redis.call('ZRANGE', key, 0, -1)) do
@@ -13,7 +13,7 @@ const SCORES: &str = "
         end
     end";
 
-/// Shifts the times of the schedules below the prefix KEYS[1] by ARGV[1] milliseconds.
+/// Shifts the times of the schedules below the prefix `KEYS[1]` by `ARGV[1]` milliseconds.
 const SCHEDULES: &str = "
     for _, name in ipairs(redis.call('SMEMBERS', KEYS[1] .. ':schedules')) do
         local schedule = KEYS[1] .. ':schedule:' .. name
