@@ -12,7 +12,7 @@ use perennial::futures_util::{StreamExt, stream};
 use perennial::pools::Pool;
 use perennial::prelude::*;
 
-struct Report;
+struct SalesReport;
 
 /// A row of the report.
 #[derive(FromRow)]
@@ -22,7 +22,7 @@ struct Sales {
     cents: i64,
 }
 
-impl Module for Report {
+impl Module for SalesReport {
     const NAME: &'static str = "report";
     const POOLS: &'static [Pool] = &[Pool::database("warehouse")];
 
@@ -54,5 +54,5 @@ async fn report(State(warehouse): State<Store>) -> Result<impl IntoResponse> {
 }
 
 fn main() -> ExitCode {
-    Perennial::new().name("report").host::<Report>().main()
+    Perennial::new().name("report").host::<SalesReport>().main()
 }

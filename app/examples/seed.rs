@@ -42,7 +42,7 @@ async fn id(scope: RequestScope) -> String {
 }
 
 /// A service kept the currency of the last visitor for the next one. Here a service that has state is made for the request;
-/// what requests share is behind `State`, which the compiler lets nobody change.
+/// values that requests share are behind `State`, and the compiler refuses code that changes them.
 struct PriceFormat {
     currency: String,
 }

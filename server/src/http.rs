@@ -7,6 +7,7 @@
 //!     scope.rs    the state of one request
 //!     body.rs     the request body         exchange.rs  the response body, and the access log
 //!     timed.rs    the time for which a handler keeps its thread
+//!     around.rs   the service of layers around handlers
 //!     detach.rs   routes whose work continues without their client
 //!     limits.rs   routes with limits of their own
 //!     router      axum: routing and extraction
@@ -14,6 +15,7 @@
 //! ```
 
 mod access;
+pub mod around;
 mod body;
 mod conn;
 pub mod detach;

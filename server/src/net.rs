@@ -38,7 +38,7 @@ use perennial_runtime::drain::Drain;
 use accept::AcceptHost;
 pub use accept::AtLimit;
 pub use bind::{BindError, Inherited, InheritedError, Sockets};
-pub(crate) use bind::{Bound, bind};
+pub(crate) use bind::{Bound, addresses_of, bind};
 pub use connection::{Connection, Peer};
 pub use listen::{Listen, NoListen};
 pub use proxy::ForwardedHeader;

@@ -5,7 +5,6 @@
 //! datagram is not proven: any host on the way may write another address into it, so an answer must not be much longer
 //! than the question (RFC 8085, section 6).
 
-use std::collections::HashMap;
 use std::convert::Infallible;
 use std::fmt;
 use std::io;
@@ -17,18 +16,18 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use parking_lot::Mutex;
 use tokio::net::UdpSocket;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 use tracing::{debug, error, warn};
 
 use crate::metrics::{self, DatagramResult};
-use crate::net::{BindError, Inherited, Sockets, network};
+use crate::net::{BindError, Inherited, Sockets, addresses_of, network};
 use perennial_runtime::backoff::Backoff;
 use perennial_runtime::drain::Drain;
 use perennial_runtime::metrics::Counted;
 use perennial_runtime::panics::panic_message;
+use perennial_runtime::running::RunningByKey;
 
 /// Maximum length of a datagram, in bytes.
 const MAX_DATAGRAM: usize = 65_535;
@@ -144,7 +143,7 @@ impl Server {
         let Self { config, open, sockets } = self;
         let host = Arc::new(Receiving {
             running: Arc::new(Semaphore::new(config.max_running)),
-            addresses: Arc::default(),
+            addresses: RunningByKey::default(),
             metrics: metrics::Datagrams::new(config.name),
             config,
             handler,
@@ -165,13 +164,6 @@ async fn sockets(
     name: &str,
     inherited: &Inherited,
 ) -> io::Result<Vec<Arc<UdpSocket>>> {
-    let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host(name).await?.collect();
-    addresses.sort_unstable();
-    addresses.dedup();
-    if name.ends_with(":0") {
-        // Each address would get a port of its own, but port 0 asks for a single port.
-        addresses.truncate(1);
-    }
     let open = |address| {
         let socket = match inherited.udp(listener, address) {
             Some(socket) => socket,
@@ -180,18 +172,15 @@ async fn sockets(
         socket.set_nonblocking(true)?;
         UdpSocket::from_std(socket).map(Arc::new)
     };
-    addresses.into_iter().map(open).collect()
+    addresses_of(name).await?.into_iter().map(open).collect()
 }
-
-/// Number of datagrams that are being handled, by address.
-type RunningByAddress = Arc<Mutex<HashMap<IpAddr, usize>>>;
 
 /// The state that all sockets of a server share.
 struct Receiving<H> {
     config: Config,
     handler: H,
     running: Arc<Semaphore>,
-    addresses: RunningByAddress,
+    addresses: RunningByKey<IpAddr>,
     metrics: metrics::Datagrams,
 }
 
@@ -247,7 +236,11 @@ impl<H: UdpHandler> Receiving<H> {
         datagram: Datagram,
         permit: Option<OwnedSemaphorePermit>,
     ) {
-        let Some(of_address) = self.count(datagram.peer.ip()) else {
+        let most = match self.config.max_per_address {
+            0 => usize::MAX,
+            most => most,
+        };
+        let Some(of_address) = self.addresses.enter(network(datagram.peer.ip()), most) else {
             return self.metrics.ended(DatagramResult::AddressLimit);
         };
         let host = Arc::clone(self);
@@ -270,34 +263,5 @@ impl<H: UdpHandler> Receiving<H> {
             host.metrics.ended(result);
             drop((of_address, counted, permit));
         });
-    }
-
-    /// Counts a datagram of an address that is being handled; `None` when the address has reached its limit.
-    fn count(&self, address: IpAddr) -> Option<OfAddress> {
-        let limit = self.config.max_per_address;
-        if limit == 0 {
-            return Some(OfAddress(None));
-        }
-        let address = network(address);
-        let mut addresses = self.addresses.lock();
-        let running = addresses.entry(address).or_default();
-        (*running < limit).then(|| {
-            *running += 1;
-            OfAddress(Some((Arc::clone(&self.addresses), address)))
-        })
-    }
-}
-
-/// A datagram of an address, counted while it is being handled.
-struct OfAddress(Option<(RunningByAddress, IpAddr)>);
-
-impl Drop for OfAddress {
-    fn drop(&mut self) {
-        let Some((addresses, address)) = &self.0 else { return };
-        let mut addresses = addresses.lock();
-        match addresses.get_mut(address) {
-            Some(running) if *running > 1 => *running -= 1,
-            _ => drop(addresses.remove(address)),
-        }
     }
 }

@@ -15,7 +15,7 @@ use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::{TcpStream, UdpSocket};
 use tokio::task::JoinSet;
 
-use support::process::{self, Perennial as Process, Setup};
+use support::process::{self, Perennial as Process, Setup, is_gone};
 use support::{eventually, soon};
 
 /// The address of a listener, as `addresses.json` has it.
@@ -126,11 +126,6 @@ async fn settings_of_listeners_are_checked_before_anything_is_opened() {
     assert!(text.contains("listeners.lines.listen: another program listens there"), "{text}");
 }
 
-/// Id of the process that has the lock.
-fn holder(setup: &Setup) -> Option<i32> {
-    std::fs::read_to_string(setup.data_dir().join("perennial.lock")).ok()?.trim().parse().ok()
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_successor_takes_over_listeners_without_a_refused_connection_or_a_lost_datagram() {
     let lines = lines().set("drain.succession=500ms").start().await;
@@ -152,10 +147,10 @@ async fn a_successor_takes_over_listeners_without_a_refused_connection_or_a_lost
             assert!(talks > 10, "{talks}");
         }
     });
-    let before = holder(&lines.setup).unwrap();
+    let before = lines.setup.holder().unwrap();
     kill(Pid::from_raw(before), Signal::SIGUSR2).unwrap();
     eventually("another process has the lock", || async {
-        holder(&lines.setup).is_some_and(|now| now != before).then_some(())
+        lines.setup.holder().is_some_and(|now| now != before).then_some(())
     })
     .await;
     // The predecessor has ended, and the successor may not read yet: the kernel keeps the datagrams.
@@ -170,14 +165,10 @@ async fn a_successor_takes_over_listeners_without_a_refused_connection_or_a_lost
     stop.store(true, Ordering::SeqCst);
     soon("the clients", clients.join_all()).await;
     // The successor is no child of the test.
-    let last = holder(&lines.setup).unwrap();
+    let last = lines.setup.holder().unwrap();
     kill(Pid::from_raw(last), Signal::SIGTERM).unwrap();
-    eventually("the successor ends", || async { holder(&lines.setup).is_none_or(is_gone).then_some(()) })
+    eventually("the successor ends", || async { lines.setup.holder().is_none_or(is_gone).then_some(()) })
         .await;
-}
-
-fn is_gone(pid: i32) -> bool {
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
 /// Forgets to hand in a handler, or hands in one for a listener that it does not name.

@@ -13,13 +13,7 @@ use tokio::task::JoinSet;
 
 use support::eventually;
 use support::http::{Client, crossed_goaway};
-use support::process::Setup;
-
-/// Id of the process that holds the lock now.
-fn holder(setup: &Setup) -> Option<i32> {
-    let text = std::fs::read_to_string(setup.data_dir().join("perennial.lock")).ok()?;
-    text.trim().parse().ok()
-}
+use support::process::{Setup, is_gone};
 
 /// Returns true for errors after which browsers and proxies send the request again by themselves: the connection
 /// had been used before, and ended before any byte of an answer came back.
@@ -77,11 +71,11 @@ async fn successors_take_over_without_a_refused_connection() {
             (answered.load(Ordering::SeqCst) >= due).then_some(())
         })
         .await;
-        let before = holder(&perennial.setup).unwrap();
+        let before = perennial.setup.holder().unwrap();
         let began = Instant::now();
         kill(Pid::from_raw(before), Signal::SIGUSR2).unwrap();
         eventually("another process has the lock", || async {
-            holder(&perennial.setup).is_some_and(|now| now != before).then_some(())
+            perennial.setup.holder().is_some_and(|now| now != before).then_some(())
         })
         .await;
         pauses.push(began.elapsed());
@@ -100,15 +94,10 @@ async fn successors_take_over_without_a_refused_connection() {
         failures.len()
     );
     assert!(failures.is_empty(), "{} failed: {:?}", failures.len(), failures.first());
-    let last = holder(&perennial.setup).unwrap();
+    let last = perennial.setup.holder().unwrap();
     kill(Pid::from_raw(last), Signal::SIGTERM).unwrap();
-    eventually("the last one ends", || async { perennial_is_gone(last).then_some(()) }).await;
+    eventually("the last one ends", || async { is_gone(last).then_some(()) }).await;
     assert_eq!(perennial.ended().await.code(), Some(0), "the first one left in order");
-}
-
-fn perennial_is_gone(pid: i32) -> bool {
-    // The process is gone, or it is a zombie child of the test.
-    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
 }
 
 #[tokio::test]
@@ -153,12 +142,12 @@ async fn a_client_that_is_slow_holds_up_a_successor_for_a_bounded_time() {
     // The client connects at once and waits in the backlog.
     let began = Instant::now();
     eventually("the successor has the lock", || async {
-        holder(&perennial.setup).is_some_and(|now| now != i32::try_from(before).unwrap()).then_some(())
+        perennial.setup.holder().is_some_and(|now| now != i32::try_from(before).unwrap()).then_some(())
     })
     .await;
     let client = Client::new(perennial.client().base());
     assert_eq!(client.get("/push/key").await.status, 200);
     assert!(began.elapsed() < Duration::from_secs(8), "{:?}", began.elapsed());
     perennial.ended().await;
-    kill(Pid::from_raw(holder(&perennial.setup).unwrap()), Signal::SIGTERM).unwrap();
+    kill(Pid::from_raw(perennial.setup.holder().unwrap()), Signal::SIGTERM).unwrap();
 }

@@ -37,12 +37,12 @@ fn main() {
 const MANIFEST: &str = "[package]\nname = \"word\"\nversion = \"0.1.0\"\nedition = \"2024\"\n\n[workspace]\n";
 
 /// A running `perennial dev`.
-struct Dev {
+struct DevProcess {
     child: Child,
     base: String,
 }
 
-impl Dev {
+impl DevProcess {
     fn start(project: &Path) -> Self {
         let listen = format!("127.0.0.1:{}", free_port());
         let child = Command::new(binary())
@@ -87,7 +87,7 @@ async fn an_edit_is_built_and_runs_without_a_refused_connection() {
         |word: &str| std::fs::write(project.join("src/main.rs"), PROGRAM.replace("WORD", word)).unwrap();
     std::fs::write(project.join("src/main.rs"), "fn main() { no_such_thing }").unwrap();
 
-    let mut dev = Dev::start(project);
+    let mut dev = DevProcess::start(project);
     eventually("the address answers", || dev.get("/")).await;
     dev.says("no_such_thing").await;
     let (status, page) = dev.get("/").await.unwrap();

@@ -4,8 +4,6 @@
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-use axum::Router;
-use axum::routing::get;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::process::Command;
@@ -214,16 +212,7 @@ async fn site(server: &str) -> (String, JoinSet<std::io::Result<()>>) {
         "<!doctype html><title>subscribing</title><p id=state>site</p><script type=module>{script}</script>"
     );
     let worker = snippet(YOUR_OWN_SITE, "js", "self.addEventListener(\"push\"");
-    let typed = |media: &'static str, text: String| {
-        get(move || std::future::ready(([("content-type", media)], text.clone())))
-    };
-    let router =
-        Router::new().route("/", typed("text/html", page)).route("/sw.js", typed("text/javascript", worker));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let origin = format!("http://localhost:{}", listener.local_addr().unwrap().port());
-    let mut serving = JoinSet::new();
-    serving.spawn(async move { axum::serve(listener, router).await });
-    (origin, serving)
+    support::site::serve(page, worker).await
 }
 
 async fn shown(firefox: &Firefox) -> Vec<Value> {

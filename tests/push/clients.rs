@@ -5,8 +5,6 @@ use std::path::{Path, PathBuf};
 use std::process::{Output, Stdio};
 
 use aws_lc_rs::hmac;
-use axum::Router;
-use axum::routing::get;
 use base64::Engine;
 use base64::engine::general_purpose::URL_SAFE_NO_PAD;
 use serde_json::{Value, json};
@@ -154,16 +152,7 @@ async fn site(server: &str) -> (String, JoinSet<std::io::Result<()>>) {
     let (_, worker) = README.split_once("```js\nimportScripts").unwrap();
     let (worker, _) = worker.split_once("```").unwrap();
     let worker = format!("importScripts{worker}").replace("https://push.example.com", server);
-    let typed = |media: &'static str, text: String| {
-        get(move || std::future::ready(([("content-type", media)], text.clone())))
-    };
-    let router =
-        Router::new().route("/", typed("text/html", page)).route("/sw.js", typed("text/javascript", worker));
-    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let origin = format!("http://localhost:{}", listener.local_addr().unwrap().port());
-    let mut serving = JoinSet::new();
-    serving.spawn(async move { axum::serve(listener, router).await });
-    (origin, serving)
+    support::site::serve(page, worker).await
 }
 
 fn user_token(user: &str) -> String {

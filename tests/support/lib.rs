@@ -19,6 +19,7 @@ pub mod process;
 pub mod readiness;
 pub mod redis;
 pub mod schedules;
+pub mod site;
 pub mod stores;
 pub mod tinyproxy;
 pub mod tools;

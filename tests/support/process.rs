@@ -70,6 +70,11 @@ pub struct Setup {
     database: Option<Database>,
 }
 
+/// Returns true when a process is gone, or is a zombie child of the test.
+pub fn is_gone(pid: i32) -> bool {
+    std::fs::read_to_string(format!("/proc/{pid}/stat")).map_or(true, |stat| stat.contains(") Z "))
+}
+
 impl Default for Setup {
     fn default() -> Self {
         Self::new()
@@ -142,6 +147,12 @@ impl Setup {
     /// Path of the data directory.
     pub fn data_dir(&self) -> PathBuf {
         self.directory.path().join("data")
+    }
+
+    /// Id of the process that holds the lock of the data directory.
+    pub fn holder(&self) -> Option<i32> {
+        let text = std::fs::read_to_string(self.data_dir().join("perennial.lock")).ok()?;
+        text.trim().parse().ok()
     }
 
     /// Path of a file beside the data directory.

@@ -100,9 +100,7 @@ impl From<passwords::Error> for Error {
     fn from(error: passwords::Error) -> Self {
         match error {
             passwords::Error::TooLong => FieldError::new("password", error.to_string()).into(),
-            passwords::Error::Busy(_) => {
-                Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
-            }
+            passwords::Error::Busy(_) => busy(error.to_string()).into(),
             passwords::Error::Failed(_) => Self::Bug(error.into()),
         }
     }
@@ -112,9 +110,7 @@ impl From<passwords::Error> for Error {
 impl From<locks::Error> for Error {
     fn from(error: locks::Error) -> Self {
         match error {
-            locks::Error::Held(_) => {
-                Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
-            }
+            locks::Error::Held(_) => busy(error.to_string()).into(),
             locks::Error::Store(error) => error.into(),
             locks::Error::Invalid => Self::Bug(error.into()),
         }
@@ -158,9 +154,7 @@ impl From<queue::Error> for Error {
                 let field = if field == "." { "payload".to_owned() } else { format!("payload.{field}") };
                 FieldError::new(field, wanted(&reason)).into()
             }
-            queue::Error::Full { .. } => {
-                Problem::new(StatusCode::SERVICE_UNAVAILABLE, error.to_string()).retry_after(FULL).into()
-            }
+            queue::Error::Full { .. } => busy(error.to_string()).into(),
             error => Self::Store(error),
         }
     }
@@ -170,6 +164,11 @@ impl From<anyhow::Error> for Error {
     fn from(error: anyhow::Error) -> Self {
         Self::Bug(error)
     }
+}
+
+/// Makes the answer for work that may succeed in a moment.
+fn busy(detail: String) -> Problem {
+    Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail).retry_after(FULL)
 }
 
 impl IntoResponse for Error {

@@ -35,7 +35,7 @@ use tracing::info;
 use crate::addresses::{Addresses, url};
 use crate::admin::Booted;
 use crate::data_dir::{self, DataDir};
-use crate::dev::Dev;
+use crate::dev::DevLink;
 use crate::module::{Announcement, Closer, Configured};
 use crate::openapi;
 use crate::pools::OpenPool;
@@ -104,7 +104,7 @@ pub(crate) async fn boot(
     // Nothing below can fail, so a boot that fails never cuts off a job that has begun.
     let (workers, books) = (engine.worker.status(), engine.books.clone());
     let routes = openapi::with_description(std::mem::take(&mut mounted.routes));
-    let routes = match Dev::of_environment() {
+    let routes = match DevLink::of_environment() {
         Some(dev) => dev.around(routes, drain.clone()),
         None => routes,
     };

@@ -31,9 +31,9 @@ use crate::settings::{Network, Reader, Size};
 use crate::sites;
 pub(crate) use stores::{RedisQueueConfig, StoreConfig};
 
-const MILLISECOND: Duration = Duration::from_millis(1);
+pub(crate) const MILLISECOND: Duration = Duration::from_millis(1);
 const SECOND: Duration = Duration::from_secs(1);
-const DAY: Duration = Duration::from_secs(24 * 3600);
+pub(crate) const DAY: Duration = Duration::from_secs(24 * 3600);
 /// Interval at which expired leases are looked for.
 const RESCUE_EVERY: Duration = Duration::from_secs(3);
 

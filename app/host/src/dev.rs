@@ -57,12 +57,12 @@ pub(crate) enum BuildStage {
 
 /// The connection of a program to `perennial dev`.
 #[derive(Clone, Debug)]
-pub(crate) struct Dev {
+pub(crate) struct DevLink {
     state: PathBuf,
     build: String,
 }
 
-impl Dev {
+impl DevLink {
     /// Returns the connection, if `perennial dev` runs this program.
     pub(crate) fn of_environment() -> Option<Self> {
         let state = std::env::var_os(STATE)?.into();

@@ -37,7 +37,6 @@ mod request;
 mod retry;
 mod webhook;
 
-use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -47,14 +46,14 @@ use axum::body::Body;
 use http::Method;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::{TokioExecutor, TokioTimer};
-use parking_lot::Mutex;
 use perennial_runtime::breaker::{self, Breaker, BreakerStatus};
+use perennial_runtime::running::RunningByKey;
 use serde::Serialize;
 use tokio::sync::Semaphore;
 
 pub use answer::HttpAnswer;
 pub use config::Target;
-pub(crate) use config::{TargetConfig, check};
+pub(crate) use config::TargetConfig;
 use connect::Connector;
 pub use error::{Error, Result};
 use metrics::CallMetrics;
@@ -78,7 +77,7 @@ struct ClientInner {
     /// Permits for calls that run at once.
     calls: Arc<Semaphore>,
     /// Number of running calls by host, where others choose the hosts.
-    hosts: Arc<Mutex<HashMap<String, usize>>>,
+    hosts: RunningByKey<String>,
     /// Only where there is one server: the state of one host must not decide about another.
     breaker: Option<Breaker>,
     retries: RetryBudget,
@@ -114,7 +113,7 @@ impl HttpClient {
         Ok(Self(Arc::new(ClientInner {
             http: OnceLock::new(),
             calls: Arc::new(Semaphore::new(config.calls)),
-            hosts: Arc::default(),
+            hosts: RunningByKey::default(),
             breaker,
             retries: RetryBudget::default(),
             metrics: CallMetrics::new(config.name),
@@ -168,6 +167,11 @@ impl HttpClient {
             builder.pool_max_idle_per_host(0);
         }
         Ok(http.get_or_init(|| builder.build(connector)))
+    }
+
+    /// The name of the target.
+    pub(crate) fn name(&self) -> &'static str {
+        self.0.config.name
     }
 
     pub(crate) fn status(&self) -> (&'static str, TargetStatus) {

@@ -27,6 +27,7 @@ pub mod listeners;
 pub mod locks;
 pub mod maintenance;
 pub mod module;
+mod names;
 mod openapi;
 pub mod passwords;
 mod pause;

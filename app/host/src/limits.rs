@@ -16,22 +16,21 @@ use std::convert::Infallible;
 use std::fmt;
 use std::net::IpAddr;
 use std::num::NonZeroU32;
-use std::pin::Pin;
 use std::sync::Arc;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::response::{IntoResponse, Response};
 use governor::clock::{Clock, DefaultClock};
 use governor::{DefaultDirectRateLimiter, Quota, RateLimiter};
-use http::{Request, StatusCode};
+use http::StatusCode;
+use perennial_server::http::around::{Answering, Around, Surrounded};
 use perennial_server::http::problem::Problem;
 use perennial_server::http::scope::RequestScope;
 use perennial_server::net::network;
 use perennial_store::table::Table;
-use tower::{Layer, Service};
+use tower::Layer;
 
-pub use perennial_server::http::limits::{Limited, RouteLimit, body, time};
+pub use perennial_server::http::limits::{RouteLimit, body, time};
 
 /// Maximum number of clients that are remembered for one route. A new one takes the place of the client that has sent no
 /// request for the longest time.
@@ -43,8 +42,8 @@ const PERIODS: u32 = 100;
 /// one, evenly. A request beyond that is answered with 429 and `Retry-After`.
 ///
 /// A client is an address, or the /64 network of an IPv6 address. Each process counts for itself. The number of clients that
-/// are remembered is bounded: strangers from very many addresses make the process forget those who are silent, and lock
-/// nobody out.
+/// are remembered is bounded: requests from very many addresses make the process forget silent clients, and refuse no other
+/// client.
 ///
 /// # Panics
 /// When the time is zero.
@@ -88,38 +87,22 @@ impl Clients {
     }
 }
 
-/// The service of a route whose clients have a limit.
-#[derive(Clone, Debug)]
-pub struct RateLimited<S> {
-    inner: S,
-    limit: RateLimit,
-}
-
 impl<S> Layer<S> for RateLimit {
-    type Service = RateLimited<S>;
+    type Service = Surrounded<Self, S>;
 
-    fn layer(&self, inner: S) -> RateLimited<S> {
-        RateLimited { inner, limit: self.clone() }
+    fn layer(&self, inner: S) -> Self::Service {
+        Surrounded::new(self.clone(), inner)
     }
 }
 
-impl<S, B> Service<Request<B>> for RateLimited<S>
-where
-    S: Service<Request<B>, Response = Response, Error = Infallible, Future: Send + 'static>,
-{
-    type Response = Response;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
-        let client = request.extensions().get::<RequestScope>().and_then(RequestScope::client);
-        match self.limit.0.count(client) {
+impl Around for RateLimit {
+    fn around<F>(&self, scope: Option<RequestScope>, handle: impl FnOnce() -> F) -> Answering
+    where
+        F: Future<Output = Result<Response, Infallible>> + Send + 'static,
+    {
+        match self.0.count(scope.as_ref().and_then(RequestScope::client)) {
             Some(problem) => Box::pin(std::future::ready(Ok(problem.into_response()))),
-            None => Box::pin(self.inner.call(request)),
+            None => Box::pin(handle()),
         }
     }
 }

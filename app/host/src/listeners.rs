@@ -9,7 +9,7 @@
 //! handed over with them (SIGUSR2), and stand in `addresses.json`; its connections stand in `/connections`, and are
 //! counted and limited like those of HTTP.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::convert::Infallible;
 use std::pin::Pin;
 use std::time::Duration;
@@ -25,8 +25,7 @@ pub use perennial_server::udp::{Datagram, UdpHandler};
 
 use crate::boot::not_opened;
 use crate::capacity::fit;
-use crate::config::Config;
-use crate::pools::check_name;
+use crate::config::{Config, DAY, MILLISECOND};
 use crate::settings::Reader;
 
 /// Settings of a listener on TCP, with their defaults; `NAME` and `ADDRESS` stand for its name and its address.
@@ -34,8 +33,8 @@ const TCP: &str = include_str!("../../../config/tcp.toml");
 /// Settings of a listener for datagrams, with their defaults.
 const UDP: &str = include_str!("../../../config/udp.toml");
 
-const MILLISECOND: Duration = Duration::from_millis(1);
-const DAY: Duration = Duration::from_secs(24 * 3600);
+/// Names of the sockets that the host hands over itself.
+pub(crate) const OF_HOST: [&str; 3] = ["public", "admin", "predecessor"];
 
 /// A listener that a module names in [`Module::LISTENERS`](crate::module::Module::LISTENERS).
 #[derive(Clone, Copy, Debug)]
@@ -66,7 +65,6 @@ impl Listener {
     }
 
     /// The name.
-    #[cfg(feature = "testing")]
     pub(crate) const fn name(self) -> &'static str {
         self.name
     }
@@ -80,7 +78,7 @@ impl Listener {
         template.replace("NAME", self.name).replace("ADDRESS", self.address)
     }
 
-    /// Reads the settings of the listener. What is not of its own it has from the public listener.
+    /// Reads the settings of the listener. All its other limits are those of the public listener.
     pub(crate) fn read(self, settings: &mut Reader<'_>, server: &net::Config) -> ListenerConfig {
         let key = |name: &str| format!("listeners.{}.{name}", self.name);
         match self.transport {
@@ -123,22 +121,6 @@ impl Listener {
             }
         }
     }
-}
-
-/// Checks the names of all listeners. Returns an error that names the module.
-pub(crate) fn check<'a>(modules: impl Iterator<Item = (&'a str, &'a [Listener])>) -> Result<(), String> {
-    let mut owners =
-        HashMap::from([("public", "the host"), ("admin", "the host"), ("predecessor", "the host")]);
-    let listeners = modules.flat_map(|(module, all)| all.iter().map(move |listener| (module, listener)));
-    for (module, &Listener { name, .. }) in listeners {
-        check_name(module, "listener", name)?;
-        if let Some(other) = owners.insert(name, module) {
-            return Err(format!(
-                "{other} and {module} both have a listener called {name}: rename one of them"
-            ));
-        }
-    }
-    Ok(())
 }
 
 /// Shares the connections that the process can bear: half of them are for the listeners of modules, in equal parts, and the
@@ -188,8 +170,8 @@ impl ListenerConfig {
     /// Opens the sockets, or takes those of a predecessor.
     pub(crate) async fn open(&self, inherited: &Inherited) -> anyhow::Result<OpenListener> {
         let server = match self {
-            Self::Tcp(config) => tcp::Server::bind(config.clone(), inherited).await.map(Server::Tcp),
-            Self::Udp(config) => udp::Server::bind(config.clone(), inherited).await.map(Server::Udp),
+            Self::Tcp(config) => tcp::Server::bind(config.clone(), inherited).await.map(BoundServer::Tcp),
+            Self::Udp(config) => udp::Server::bind(config.clone(), inherited).await.map(BoundServer::Udp),
         };
         let name = self.name();
         let server = server.map_err(|error| not_opened(error, &format!("listeners.{name}.listen")))?;
@@ -201,11 +183,11 @@ impl ListenerConfig {
 #[derive(Debug)]
 pub(crate) struct OpenListener {
     pub(crate) name: &'static str,
-    server: Server,
+    server: BoundServer,
 }
 
 #[derive(Debug)]
-enum Server {
+enum BoundServer {
     Tcp(tcp::Server),
     Udp(udp::Server),
 }
@@ -213,26 +195,26 @@ enum Server {
 impl OpenListener {
     pub(crate) fn addresses(&self) -> Vec<String> {
         match &self.server {
-            Server::Tcp(server) => {
+            BoundServer::Tcp(server) => {
                 let addresses = server.addresses().into_iter();
                 addresses.map(|address| address.replacen("https://", "tls://", 1)).collect()
             }
-            Server::Udp(server) => server.addresses(),
+            BoundServer::Udp(server) => server.addresses(),
         }
     }
 
     pub(crate) fn sockets(&self) -> Sockets {
         match &self.server {
-            Server::Tcp(server) => server.sockets(),
-            Server::Udp(server) => server.sockets(),
+            BoundServer::Tcp(server) => server.sockets(),
+            BoundServer::Udp(server) => server.sockets(),
         }
     }
 
     /// The connections; `None` for datagrams.
     pub(crate) fn connections(&self) -> Option<Connections> {
         match &self.server {
-            Server::Tcp(server) => Some(server.connections()),
-            Server::Udp(_) => None,
+            BoundServer::Tcp(server) => Some(server.connections()),
+            BoundServer::Udp(_) => None,
         }
     }
 }
@@ -267,10 +249,10 @@ impl ListenerHandlers {
         let mut joined: Vec<(&'static str, Serve)> = Vec::new();
         for OpenListener { name, server } in open {
             let serve: Option<Serve> = match server {
-                Server::Tcp(server) => {
+                BoundServer::Tcp(server) => {
                     self.tcp.remove(name).map(|serve| Box::new(move |drain| serve(server, drain)) as Serve)
                 }
-                Server::Udp(server) => {
+                BoundServer::Udp(server) => {
                     self.udp.remove(name).map(|serve| Box::new(move |drain| serve(server, drain)) as Serve)
                 }
             };

@@ -55,10 +55,11 @@ use crate::command::Commands;
 use crate::config::{Config, StoreConfig};
 use crate::data_dir::DataDir;
 pub use crate::data_dir::SecretFile;
-use crate::http_client::{self, HttpClient, Target};
+use crate::http_client::{HttpClient, Target};
 use crate::listeners::{self, Listener, ListenerHandlers, TcpHandler, UdpHandler};
 use crate::locks::Locks;
 use crate::maintenance;
+use crate::names;
 use crate::passwords::Passwords;
 use crate::pools::{self, NamedPools, Pool};
 use crate::sessions::{self, Sessions};
@@ -264,7 +265,7 @@ impl Host {
     /// # Errors
     /// When no module names it.
     pub fn http_client(&self, target: &str) -> anyhow::Result<HttpClient> {
-        let client = self.clients.iter().find(|client| client.status().0 == target);
+        let client = self.clients.iter().find(|client| client.name() == target);
         client.cloned().with_context(|| format!("no module names the target {target}: add it to its TARGETS"))
     }
 
@@ -471,6 +472,14 @@ pub(crate) fn in_order(modules: &[Blueprint]) -> Result<Vec<Blueprint>, String> 
     Ok(ordered)
 }
 
+/// Pairs each name of `named` with its module.
+fn each<'a>(
+    modules: impl Iterator<Item = &'a Blueprint>,
+    named: impl Fn(&Blueprint) -> Vec<&'static str>,
+) -> impl Iterator<Item = (&'a str, &'static str)> {
+    modules.flat_map(move |module| named(module).into_iter().map(move |name| (module.name, name)))
+}
+
 /// Checks the prefixes of the modules.
 fn check_prefixes(modules: &[Blueprint]) -> Result<(), String> {
     let is_plain = |c: char| c.is_ascii_alphanumeric() || "/-._~".contains(c);
@@ -493,9 +502,13 @@ fn check_prefixes(modules: &[Blueprint]) -> Result<(), String> {
 pub(crate) fn without_clashes(modules: Vec<Blueprint>) -> Result<Vec<Blueprint>, String> {
     tables::check(&open::tables(modules.iter().map(|module| module.tables)))?;
     check_prefixes(&modules)?;
-    pools::check(modules.iter().map(|module| (module.name, module.pools)))?;
-    listeners::check(modules.iter().map(|module| (module.name, module.listeners)))?;
-    http_client::check(modules.iter().map(|module| (module.name, module.targets)))?;
+    let all = modules.iter();
+    let named = |module: &Blueprint| module.pools.iter().map(|pool| pool.name()).collect::<Vec<_>>();
+    names::check("pool", &pools::OF_HOST, each(all.clone(), named))?;
+    let named = |module: &Blueprint| module.listeners.iter().map(|listener| listener.name()).collect();
+    names::check("listener", &listeners::OF_HOST, each(all.clone(), named))?;
+    let named = |module: &Blueprint| module.targets.iter().map(|target| target.name()).collect();
+    names::check("target", &[], each(all, named))?;
     Ok(modules)
 }
 

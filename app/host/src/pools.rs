@@ -30,6 +30,9 @@ const DATABASE: &str = include_str!("../../../config/database.toml");
 /// Settings of a Redis server, with their defaults; `NAME` stands for its name.
 const SERVER: &str = include_str!("../../../config/redis.toml");
 
+/// Names of the pools of the host.
+pub(crate) const OF_HOST: [&str; 4] = [SQLITE, POSTGRES, REPLICA, REDIS];
+
 /// A database or a Redis server that a module names in [`Module::POOLS`](crate::module::Module::POOLS).
 #[derive(Clone, Copy, Debug)]
 pub struct Pool {
@@ -62,6 +65,11 @@ impl Pool {
         Self { kind: PoolKind::Redis { is_cache: true }, ..self }
     }
 
+    /// The name.
+    pub(crate) const fn name(self) -> &'static str {
+        self.name
+    }
+
     fn section(self) -> String {
         match self.kind {
             PoolKind::Database => format!("databases.{}", self.name),
@@ -92,48 +100,6 @@ impl Pool {
         };
         PoolConfig { name, section: section.clone(), server, policy: stores::readiness(settings, &section) }
     }
-}
-
-/// Checks the names of all pools. Returns an error that names the module.
-pub(crate) fn check<'a>(modules: impl Iterator<Item = (&'a str, &'a [Pool])>) -> Result<(), String> {
-    let mut owners = HashMap::from([SQLITE, POSTGRES, REPLICA, REDIS].map(|name| (name, "the host")));
-    let pools = modules.flat_map(|(module, pools)| pools.iter().map(move |pool| (module, pool)));
-    for (module, &Pool { name, .. }) in pools {
-        check_name(module, "pool", name)?;
-        if let Some(other) = owners.insert(name, module) {
-            return Err(format!("{other} and {module} both have a pool called {name}: rename one of them"));
-        }
-    }
-    Ok(())
-}
-
-/// Names of tasks and conditions of the host.
-const RESERVED: [&str; 11] = [
-    "admin",
-    "caches",
-    "cron",
-    "heartbeat",
-    "http",
-    "jobs",
-    "memory",
-    "pause",
-    "public",
-    "watchdog",
-    "workers",
-];
-
-/// Checks a name that is a part of settings, a label of metrics, and the name of a task or of a condition.
-pub(crate) fn check_name(module: &str, kind: &str, name: &str) -> Result<(), String> {
-    let is_valid = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_';
-    if RESERVED.contains(&name) {
-        return Err(format!(
-            "the module {module} has a {kind} called {name}, as a part of the host is: rename it"
-        ));
-    }
-    if !name.is_empty() && name.chars().all(is_valid) {
-        return Ok(());
-    }
-    Err(format!("the module {module} has a {kind} called {name:?}: wanted a-z, 0-9, dashes and underscores"))
 }
 
 /// Settings of a pool.
@@ -170,28 +136,27 @@ impl PoolConfig {
         }
     }
 
-    /// Opens an embedded database.
-    async fn open_file(&self, data_dir: &DataDir) -> anyhow::Result<OpenPool> {
-        let ServerConfig::Sql(config) = &self.server else { bail!("{} is no file", self.section) };
-        let store = open::store(data_dir, config).await;
-        let store = store.with_context(|| format!("{}.url", self.section))?;
-        Ok(OpenPool { server: Server::Sql(store), policy: self.policy })
+    /// Opens an embedded database; `None` for the pool of a server.
+    async fn open_file(&self, data_dir: &DataDir) -> anyhow::Result<Option<OpenPool>> {
+        let ServerConfig::Sql(config @ StoreConfig::Sqlite { .. }) = &self.server else { return Ok(None) };
+        let store = open::store(data_dir, config).await.with_context(|| self.url_key())?;
+        Ok(Some(OpenPool::sql(store, self.policy)))
     }
 
-    /// Opens the pool of a server. One that is away fails boot only if it is required.
-    async fn open_server(&self) -> anyhow::Result<OpenPool> {
-        match &self.server {
+    /// Opens the pool of a server; `None` for an embedded database. A server that is away fails boot only if it is required.
+    async fn open_server(&self) -> anyhow::Result<Option<OpenPool>> {
+        Ok(match &self.server {
+            ServerConfig::Sql(StoreConfig::Sqlite { .. }) => None,
             ServerConfig::Sql(StoreConfig::Postgres(config)) => {
-                let store = database(config, &format!("{}.url: Postgres", self.section), self.policy).await?;
-                Ok(OpenPool { server: Server::Sql(store), policy: self.policy })
+                let setting = format!("{}: Postgres", self.url_key());
+                Some(OpenPool::sql(database(config, &setting, self.policy).await?, self.policy))
             }
-            ServerConfig::Sql(StoreConfig::Sqlite { .. }) => bail!("{} is no server", self.section),
-            ServerConfig::Redis(config) => self.open_redis(config).await,
-        }
+            ServerConfig::Redis(config) => Some(self.open_redis(config).await?),
+        })
     }
 
     async fn open_redis(&self, config: &redis::Config) -> anyhow::Result<OpenPool> {
-        let setting = format!("{}.url: Redis", self.section);
+        let setting = format!("{}: Redis", self.url_key());
         let unusable = |error: &redis::Error| open::not_usable(&setting, &config.url, error);
         let redis = Redis::new(config.clone()).map_err(|error| unusable(&error))?;
         match redis.connect().await {
@@ -201,7 +166,7 @@ impl PoolConfig {
             // The task of the pool reports it.
             _ => {}
         }
-        Ok(OpenPool { server: Server::Redis(redis), policy: self.policy })
+        Ok(OpenPool::redis(redis, self.policy))
     }
 }
 
@@ -223,19 +188,19 @@ pub(crate) async fn database(
 /// A pool that is open, with its effect on readiness.
 #[derive(Clone, Debug)]
 pub(crate) struct OpenPool {
-    server: Server,
+    server: PoolServer,
     policy: ReadinessPolicy,
 }
 
 #[derive(Clone, Debug)]
-enum Server {
+enum PoolServer {
     Sql(Store),
     Redis(Redis),
 }
 
 impl OpenPool {
     pub(crate) fn sql(store: Store, policy: ReadinessPolicy) -> Self {
-        Self { server: Server::Sql(store), policy }
+        Self { server: PoolServer::Sql(store), policy }
     }
 
     /// The replica of the store, without which the program goes on.
@@ -244,14 +209,14 @@ impl OpenPool {
     }
 
     pub(crate) fn redis(redis: Redis, policy: ReadinessPolicy) -> Self {
-        Self { server: Server::Redis(redis), policy }
+        Self { server: PoolServer::Redis(redis), policy }
     }
 
     /// The name of the pool, and its status.
     pub(crate) fn status(&self) -> (&'static str, PoolStatus) {
         match &self.server {
-            Server::Sql(store) => store.pool(),
-            Server::Redis(redis) => (redis.name(), redis.status()),
+            PoolServer::Sql(store) => store.pool(),
+            PoolServer::Redis(redis) => (redis.name(), redis.status()),
         }
     }
 
@@ -266,13 +231,13 @@ impl OpenPool {
     /// Closes the connections.
     pub(crate) async fn close(self) {
         match self.server {
-            Server::Sql(store) => store.close().await,
-            Server::Redis(redis) => redis.close(),
+            PoolServer::Sql(store) => store.close().await,
+            PoolServer::Redis(redis) => redis.close(),
         }
     }
 }
 
-impl Server {
+impl PoolServer {
     async fn tend(self, condition: Condition, drain: Drain) -> Result<(), Infallible> {
         match self {
             Self::Sql(Store::Sqlite(sqlite)) => sqlite.tend(condition, drain).await,
@@ -290,8 +255,8 @@ impl NamedPools {
     /// Opens the pools of servers.
     pub(crate) async fn open_servers(configs: &[PoolConfig]) -> anyhow::Result<Self> {
         let mut pools = HashMap::new();
-        for config in configs.iter().filter(|config| config.file().is_none()) {
-            pools.insert(config.name, config.open_server().await?);
+        for config in configs {
+            pools.extend(config.open_server().await?.map(|pool| (config.name, pool)));
         }
         Ok(Self(pools))
     }
@@ -302,8 +267,8 @@ impl NamedPools {
         configs: &[PoolConfig],
         data_dir: &DataDir,
     ) -> anyhow::Result<()> {
-        for config in configs.iter().filter(|config| config.file().is_some()) {
-            self.0.insert(config.name, config.open_file(data_dir).await?);
+        for config in configs {
+            self.0.extend(config.open_file(data_dir).await?.map(|pool| (config.name, pool)));
         }
         Ok(())
     }
@@ -316,7 +281,7 @@ impl NamedPools {
     /// The database with this name.
     pub(crate) fn database(&self, name: &str) -> anyhow::Result<Store> {
         match self.0.get(name) {
-            Some(OpenPool { server: Server::Sql(store), .. }) => Ok(store.clone()),
+            Some(OpenPool { server: PoolServer::Sql(store), .. }) => Ok(store.clone()),
             _ => bail!("no module names the database {name}: add Pool::database({name:?}) to its POOLS"),
         }
     }
@@ -324,7 +289,7 @@ impl NamedPools {
     /// The Redis server with this name.
     pub(crate) fn redis(&self, name: &str) -> anyhow::Result<Redis> {
         match self.0.get(name) {
-            Some(OpenPool { server: Server::Redis(redis), .. }) => Ok(redis.clone()),
+            Some(OpenPool { server: PoolServer::Redis(redis), .. }) => Ok(redis.clone()),
             _ => bail!("no module names the Redis server {name}: add Pool::redis({name:?}) to its POOLS"),
         }
     }

@@ -11,6 +11,7 @@
 //! | [`cpu`] | CPU-bound work, on threads of its own |
 //! | [`cgroup`] | the CPU and memory limits of a pod, and the memory pressure |
 //! | [`pulse`] | periodic background waits that end together |
+//! | [`running`] | counts of running work by key |
 //! | [`backoff`] | the wait before the next attempt |
 //! | [`breaker`] | a circuit breaker: no calls for a while to a dependency that keeps failing |
 
@@ -23,6 +24,7 @@ pub mod health;
 pub mod metrics;
 pub mod panics;
 pub mod pulse;
+pub mod running;
 pub mod signal;
 pub mod tasks;
 pub mod telemetry;

@@ -12,49 +12,33 @@
 //! ```
 
 use std::convert::Infallible;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 
 use axum::response::Response;
-use http::Request;
-use tower::{Layer, Service};
+use tower::Layer;
 
+use super::around::{Answering, Around, Surrounded};
 use super::scope::RequestScope;
 
 /// Layer for a route whose work continues when the client leaves.
 #[derive(Clone, Copy, Debug)]
 pub struct Detach;
 
-/// The service of a detached route.
-#[derive(Clone, Debug)]
-pub struct Detached<S>(S);
-
 impl<S> Layer<S> for Detach {
-    type Service = Detached<S>;
+    type Service = Surrounded<Self, S>;
 
-    fn layer(&self, inner: S) -> Detached<S> {
-        Detached(inner)
+    fn layer(&self, inner: S) -> Self::Service {
+        Surrounded::new(*self, inner)
     }
 }
 
-impl<S, B> Service<Request<B>> for Detached<S>
-where
-    S: Service<Request<B>, Response = Response, Error = Infallible, Future: Send + 'static>,
-{
-    type Response = Response;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.0.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
-        let scope = request.extensions().get::<RequestScope>().cloned();
-        let answer = self.0.call(request);
+impl Around for Detach {
+    fn around<F>(&self, scope: Option<RequestScope>, handle: impl FnOnce() -> F) -> Answering
+    where
+        F: Future<Output = Result<Response, Infallible>> + Send + 'static,
+    {
+        let answer = handle();
         match scope {
             Some(scope) => Box::pin(async move { scope.detach(answer).await }),
-            // A request has no scope outside the host, in a test of the router alone.
             None => Box::pin(answer),
         }
     }

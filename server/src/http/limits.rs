@@ -11,14 +11,12 @@
 //! ```
 
 use std::convert::Infallible;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::response::Response;
-use http::Request;
-use tower::{Layer, Service};
+use tower::Layer;
 
+use super::around::{Answering, Around, Surrounded};
 use super::scope::RequestScope;
 use super::stack::took_too_long;
 
@@ -51,53 +49,33 @@ impl RouteLimit {
     }
 }
 
-/// The service of a route with limits of its own.
-#[derive(Clone, Debug)]
-pub struct Limited<S> {
-    inner: S,
-    limit: RouteLimit,
-}
-
 impl<S> Layer<S> for RouteLimit {
-    type Service = Limited<S>;
+    type Service = Surrounded<Self, S>;
 
-    fn layer(&self, inner: S) -> Limited<S> {
-        Limited { inner, limit: *self }
+    fn layer(&self, inner: S) -> Self::Service {
+        Surrounded::new(*self, inner)
     }
 }
 
-impl<S, B> Service<Request<B>> for Limited<S>
-where
-    S: Service<Request<B>, Response = Response, Error = Infallible, Future: Send + 'static>,
-{
-    type Response = Response;
-    type Error = Infallible;
-    type Future = Pin<Box<dyn Future<Output = Result<Response, Infallible>> + Send>>;
-
-    fn poll_ready(&mut self, context: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
-        self.inner.poll_ready(context)
-    }
-
-    fn call(&mut self, request: Request<B>) -> Self::Future {
-        // A request has no scope outside the host, in a test of the router alone.
-        let scope = request.extensions().get::<RequestScope>().cloned();
-        if let (Some(scope), Some(bytes)) = (&scope, self.limit.body) {
+impl Around for RouteLimit {
+    fn around<F>(&self, scope: Option<RequestScope>, handle: impl FnOnce() -> F) -> Answering
+    where
+        F: Future<Output = Result<Response, Infallible>> + Send + 'static,
+    {
+        let Some(scope) = scope else { return Box::pin(handle()) };
+        if let Some(bytes) = self.body {
             scope.set_body_limit(bytes);
         }
-        if let (Some(scope), Some(limit)) = (&scope, self.limit.body_time) {
+        if let Some(limit) = self.body_time {
             scope.set_body_time_limit(limit);
         }
-        if let (Some(scope), Some(limit)) = (&scope, self.limit.time) {
-            scope.set_time_limit(limit);
-        }
-        let answer = self.inner.call(request);
-        match (scope, self.limit.time) {
-            // The stack may already wait with the longer limit of all routes, if a layer around this one has waited.
-            (Some(scope), Some(limit)) => Box::pin(async move {
-                let answered = tokio::time::timeout_at(scope.deadline().into(), answer).await;
-                answered.unwrap_or_else(|_elapsed| Ok(took_too_long(limit)))
-            }),
-            _ => Box::pin(answer),
-        }
+        let Some(limit) = self.time else { return Box::pin(handle()) };
+        scope.set_time_limit(limit);
+        let answer = handle();
+        // The stack may already wait with the longer limit of all routes, if a layer around this one has waited.
+        Box::pin(async move {
+            let answered = tokio::time::timeout_at(scope.deadline().into(), answer).await;
+            answered.unwrap_or_else(|_elapsed| Ok(took_too_long(limit)))
+        })
     }
 }

@@ -320,12 +320,8 @@ async fn listeners(
     Ok(listeners)
 }
 
-async fn tcp(
-    config: &Config,
-    inherited: &Inherited,
-    name: &str,
-    tls: Option<tls::Identity>,
-) -> io::Result<Vec<Listener>> {
+/// Returns the addresses that a name stands for, each once.
+pub(crate) async fn addresses_of(name: &str) -> io::Result<Vec<SocketAddr>> {
     let mut addresses: Vec<SocketAddr> = tokio::net::lookup_host(name).await?.collect();
     addresses.sort_unstable();
     addresses.dedup();
@@ -333,7 +329,17 @@ async fn tcp(
         // Each address would get a port of its own, but port 0 asks for a single port.
         addresses.truncate(1);
     }
-    addresses
+    Ok(addresses)
+}
+
+async fn tcp(
+    config: &Config,
+    inherited: &Inherited,
+    name: &str,
+    tls: Option<tls::Identity>,
+) -> io::Result<Vec<Listener>> {
+    addresses_of(name)
+        .await?
         .into_iter()
         .map(|address| {
             let (socket, origin) = match inherited.tcp(config.name, address) {

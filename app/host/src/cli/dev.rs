@@ -68,13 +68,13 @@ impl Dev {
             let state = StateFile::create()?;
             let address = listener.local_addr()?.to_string();
             say!("http://{address} is built anew whenever a file of {} changes", directory.display());
-            Session { dev: self, directory, address, listener, state, signals }.run().await
+            DevLoop { dev: self, directory, address, listener, state, signals }.run().await
         })?
     }
 }
 
 /// A session of development.
-struct Session<'a> {
+struct DevLoop<'a> {
     dev: &'a Dev,
     directory: PathBuf,
     address: String,
@@ -106,7 +106,7 @@ impl Answering {
     }
 }
 
-impl Session<'_> {
+impl DevLoop<'_> {
     async fn run(mut self) -> anyhow::Result<()> {
         let mut answering = Answering::Page(self.page()?);
         let mut number = 0;

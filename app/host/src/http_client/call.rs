@@ -11,6 +11,7 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy;
 use perennial_runtime::breaker::{Breaker, BreakerPermit};
 use perennial_runtime::metrics::Counted;
+use perennial_runtime::running::RunningWork;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio::time::Instant;
 use tracing::debug;
@@ -28,7 +29,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(24 * 3600);
 /// Everything that a running call holds.
 pub(super) struct RunningCall {
     _permit: OwnedSemaphorePermit,
-    _of_host: Option<OfHost>,
+    _of_host: Option<RunningWork<String>>,
     _counted: Counted,
 }
 
@@ -38,7 +39,7 @@ pub(super) async fn run(request: HttpRequest, uri: Uri) -> Result<HttpAnswer> {
     let began = Instant::now();
     let result = attempts(request, uri, began).await;
     let status = match &result {
-        // Of a stranger's server, any number may come: only those that have a name are labels.
+        // A server may answer with any number: only a status that has a name becomes a label.
         Ok(answer) if answer.status().canonical_reason().is_none() => "other".to_owned(),
         Ok(answer) => answer.status().as_str().to_owned(),
         Err(error) => word(error).to_owned(),
@@ -67,9 +68,11 @@ async fn attempts(mut request: HttpRequest, uri: Uri, began: Instant) -> Result<
     let running = enter(inner, request.owner.take(), &uri, deadline).await?;
     inner.retries.called();
     let repeatable = request.repeatable();
-    for failed in 1.. {
+    let mut failed = 0;
+    loop {
+        failed += 1;
         let permit = inner.breaker.as_ref().map(Breaker::permit).transpose()?;
-        let sent = http.request(build(&mut request, &uri)?);
+        let sent = http.request(build(&mut request, &uri));
         let (attempt, result) = match tokio::time::timeout_at(deadline, sent).await {
             Ok(Ok(response)) => (answered(&response), Ok(response)),
             Ok(Err(error)) => failure(target, &uri, error),
@@ -92,7 +95,6 @@ async fn attempts(mut request: HttpRequest, uri: Uri, began: Instant) -> Result<
         inner.metrics.retried();
         tokio::time::sleep(wait).await;
     }
-    Err(Error::Timeout { target, limit: request.timeout })
 }
 
 /// Waits for a place among the calls that run at once.
@@ -111,7 +113,7 @@ async fn enter(
                 return Err(Error::Forbidden { target, host });
             }
             let owner = owner.unwrap_or(host);
-            Some(OfHost::enter(inner, owner, any.calls).ok_or(Error::Busy { target })?)
+            Some(inner.hosts.enter(owner, any.calls).ok_or(Error::Busy { target })?)
         }
         None => None,
     };
@@ -120,36 +122,8 @@ async fn enter(
     Ok(RunningCall { _permit: permit, _of_host: of_host, _counted: inner.metrics.count() })
 }
 
-/// A call to a host that others have chosen, counted while it runs by the host or by its owner.
-struct OfHost {
-    inner: Arc<ClientInner>,
-    host: String,
-}
-
-impl OfHost {
-    /// Counts a call; `None` when the host has as many as it may.
-    fn enter(inner: &Arc<ClientInner>, host: String, most: usize) -> Option<Self> {
-        let mut hosts = inner.hosts.lock();
-        let running = hosts.entry(host.clone()).or_default();
-        (*running < most).then(|| {
-            *running += 1;
-            Self { inner: Arc::clone(inner), host }
-        })
-    }
-}
-
-impl Drop for OfHost {
-    fn drop(&mut self) {
-        let mut hosts = self.inner.hosts.lock();
-        match hosts.get_mut(&self.host) {
-            Some(running) if *running > 1 => *running -= 1,
-            _ => drop(hosts.remove(&self.host)),
-        }
-    }
-}
-
 /// Makes the request of an attempt. A body that is a stream is in the first one alone.
-fn build(request: &mut HttpRequest, uri: &Uri) -> Result<Request<Body>> {
+fn build(request: &mut HttpRequest, uri: &Uri) -> Request<Body> {
     let body = match &mut request.body {
         RequestBody::Bytes(bytes) => Body::from(bytes.clone()),
         RequestBody::Stream(body) => std::mem::take(body),
@@ -158,7 +132,7 @@ fn build(request: &mut HttpRequest, uri: &Uri) -> Result<Request<Body>> {
     *built.method_mut() = request.method.clone();
     *built.uri_mut() = uri.clone();
     *built.headers_mut() = request.headers.clone();
-    Ok(built)
+    built
 }
 
 fn answered(response: &Response<Incoming>) -> Attempt {
@@ -205,7 +179,7 @@ fn judge(
     let Some(permit) = permit else { return };
     match (result, attempt) {
         (Err(Error::Forbidden { .. }), _) => drop(permit),
-        // The body may have come from somebody who has gone: that says nothing about the server.
+        // The sender of the body may have left: the failure says nothing about the server.
         (_, Attempt::Unknown) if !repeatable.is_replayable => drop(permit),
         _ => permit.judge(attempt.is_success()),
     }

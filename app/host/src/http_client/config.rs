@@ -1,6 +1,5 @@
 //! Targets and their settings.
 
-use std::collections::HashMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -8,7 +7,7 @@ use http::Uri;
 use ipnet::IpNet;
 use secrecy::SecretString;
 
-use crate::pools::check_name;
+use crate::config::MILLISECOND;
 use crate::settings::{Network, Reader, Size};
 
 /// Settings of a target with a URL, with their defaults; `NAME` and `URL` stand for its name and its URL.
@@ -25,7 +24,6 @@ const INTERNAL: [(&str, &str); 5] = [
     ("retries = 2", "retries = 0"),
 ];
 
-const MILLISECOND: Duration = Duration::from_millis(1);
 const HOUR: Duration = Duration::from_secs(3600);
 
 /// A server that a module calls, named in [`Module::TARGETS`](crate::module::Module::TARGETS). The module gets its client
@@ -121,19 +119,6 @@ fn is_base(uri: &Uri) -> bool {
 
 fn is_proxy(uri: &Uri) -> bool {
     uri.scheme_str() == Some("http") && is_base(uri) && uri.port().is_some() && uri.path() == "/"
-}
-
-/// Checks the names of all targets. Returns an error that names the module.
-pub(crate) fn check<'a>(modules: impl Iterator<Item = (&'a str, &'a [Target])>) -> Result<(), String> {
-    let mut owners = HashMap::new();
-    let targets = modules.flat_map(|(module, targets)| targets.iter().map(move |target| (module, target)));
-    for (module, &Target { name, .. }) in targets {
-        check_name(module, "target", name)?;
-        if let Some(other) = owners.insert(name, module) {
-            return Err(format!("{other} and {module} both have a target called {name}: rename one of them"));
-        }
-    }
-    Ok(())
 }
 
 /// Settings of a target.

@@ -27,6 +27,7 @@ use tokio::net::TcpStream;
 use tower::Service;
 
 use super::config::{Proxy, TargetConfig};
+use super::request::with_authority;
 
 type Boxed<T, E> = Pin<Box<dyn Future<Output = Result<T, E>> + Send>>;
 type AnyError = Box<dyn std::error::Error + Send + Sync>;
@@ -155,10 +156,8 @@ fn with_port(target: Uri) -> Uri {
     let (Some("http"), None, Some(host)) = (target.scheme_str(), target.port(), target.host()) else {
         return target;
     };
-    let Ok(authority) = format!("{host}:80").parse() else { return target };
-    let mut parts = target.clone().into_parts();
-    parts.authority = Some(authority);
-    Uri::from_parts(parts).unwrap_or(target)
+    let authority = format!("{host}:80");
+    with_authority(target, &authority)
 }
 
 /// No address of a name may be connected to.

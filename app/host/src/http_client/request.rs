@@ -244,9 +244,15 @@ impl HttpRequest {
 
 /// Removes the user of a URL that an operator has written: it is not sent.
 fn without_user(uri: Uri) -> Uri {
+    let host = uri.authority().and_then(|authority| authority.as_str().rsplit_once('@'));
+    let host = host.map(|(_, host)| host.to_owned());
+    host.map_or(uri.clone(), |host| with_authority(uri, &host))
+}
+
+/// Replaces the host and the port of a URL; one that is no authority changes nothing.
+pub(super) fn with_authority(uri: Uri, authority: &str) -> Uri {
+    let Ok(authority) = authority.parse() else { return uri };
     let mut parts = uri.clone().into_parts();
-    let host = parts.authority.as_ref().and_then(|authority| authority.as_str().rsplit_once('@'));
-    let Some(host) = host.and_then(|(_, host)| host.parse().ok()) else { return uri };
-    parts.authority = Some(host);
+    parts.authority = Some(authority);
     Uri::from_parts(parts).unwrap_or(uri)
 }

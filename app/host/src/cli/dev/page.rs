@@ -11,7 +11,7 @@ use http::{HeaderValue, StatusCode, header};
 use perennial_runtime::drain::{self, Phase, Trigger};
 use tokio::task::JoinSet;
 
-use crate::dev::{BuildState, Dev};
+use crate::dev::{BuildState, DevLink};
 
 /// Time that open connections get for their end.
 const PATIENCE: Duration = Duration::from_secs(1);
@@ -28,7 +28,7 @@ impl WaitingPage {
         listener.set_nonblocking(true)?;
         let listener = tokio::net::TcpListener::from_std(listener)?;
         let (trigger, drain) = drain::channel();
-        let dev = Dev::without_program(state.clone());
+        let dev = DevLink::without_program(state.clone());
         let script = dev.script();
         let page = move || std::future::ready(page(&state, &script));
         // A connection that stayed open would never reach the program.
